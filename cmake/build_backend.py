@@ -1,0 +1,72 @@
+"""The build backend: scikit-build-core, which asks for the CUTLASS headers only when kernels will be built.
+
+A CPU-only `pip install .` therefore needs a C++ compiler and nothing big. The decision mirrors CudaArchs.cmake.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from typing import Any
+
+from scikit_build_core.build import (
+    build_editable,
+    build_sdist,
+    build_wheel,
+    get_requires_for_build_sdist,
+    prepare_metadata_for_build_editable,
+    prepare_metadata_for_build_wheel,
+)
+from scikit_build_core.build import get_requires_for_build_editable as _requires_for_editable
+from scikit_build_core.build import get_requires_for_build_wheel as _requires_for_wheel
+
+__all__ = [
+    "build_editable",
+    "build_sdist",
+    "build_wheel",
+    "get_requires_for_build_editable",
+    "get_requires_for_build_sdist",
+    "get_requires_for_build_wheel",
+    "prepare_metadata_for_build_editable",
+    "prepare_metadata_for_build_wheel",
+]
+
+CUTLASS = "nvidia-cutlass==4.2.0.0"
+Settings = Mapping[str, Any] | None
+
+
+def _option(name: str, config_settings: Settings) -> str:
+    """A build option from `-C cmake.define.NAME=...`, else from the environment."""
+    value = (config_settings or {}).get(f"cmake.define.{name}")
+    return str(value if value is not None else os.environ.get(name, ""))
+
+
+def _has_gpu() -> bool:
+    if shutil.which("nvidia-smi") is None:
+        return False
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return result.returncode == 0 and result.stdout[:1].isdigit()
+
+
+def _cutlass(config_settings: Settings) -> list[str]:
+    """What the kernels of this build need from PyPI: nothing when there are none, or when the headers are named."""
+    archs = _option("BROADHEAD_CUDA_ARCHS", config_settings)
+    given = _option("BROADHEAD_KERNEL_DIR", config_settings) or _option("BROADHEAD_CUTLASS_DIR", config_settings)
+    if given or archs == "none":
+        return []
+    has_nvcc = bool(os.environ.get("CUDACXX") or shutil.which("nvcc"))
+    return [CUTLASS] if archs or (has_nvcc and _has_gpu()) else []
+
+
+def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:
+    return [*_requires_for_wheel(config_settings), *_cutlass(config_settings)]
+
+
+def get_requires_for_build_editable(config_settings: Settings = None) -> list[str]:
+    return [*_requires_for_editable(config_settings), *_cutlass(config_settings)]

@@ -1,0 +1,242 @@
+#!/usr/bin/env python3
+"""Writes what follows from the table (python/broadhead/support.py): instantiations, registries, the README matrix.
+
+``generate.py sources --archs "80;90a" --out DIR`` writes, for every kernel family, one .cu per tile shape, the registry
+of the kernels that this build holds, and ``instantiations.cmake`` which names the sources and their architectures.
+``generate.py readme README.md [--check]`` rewrites (or verifies) the support matrix between its two markers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+MATRIX_BEGIN = "<!-- support matrix: written by cmake/generate.py -->"
+MATRIX_END = "<!-- end of support matrix -->"
+ELEMENTS = {"bf16": "cutlass::bfloat16_t", "fp16": "cutlass::half_t"}
+#: Families whose kernels use no architecture-specific instructions: 90a is built as plain 90.
+PORTABLE_FAMILIES = ("sm80",)
+#: Sources that every library of a family holds besides its rows.
+COMMON_SOURCES = {"sm80": ("csrc/common/combine.cu", "csrc/common/scheduler_metadata.cu")}
+
+
+def load_table() -> ModuleType:
+    """The table as a module, without importing the package (which needs torch)."""
+    spec = importlib.util.spec_from_file_location("broadhead_support", ROOT / "python/broadhead/support.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def family_archs(family: str, archs: list[str]) -> list[str]:
+    """The architectures, as nvcc knows them, that a family is compiled for."""
+    names = [arch.removesuffix("-real") for arch in archs]
+    if family in PORTABLE_FAMILIES:
+        names = [name.rstrip("af") for name in names]
+    return list(dict.fromkeys(names))
+
+
+def capability_of(arch: str) -> tuple[int, int]:
+    digits = arch.rstrip("af")
+    return int(digits[:-1]), int(digits[-1])
+
+
+def row_archs(support: ModuleType, row, archs: list[str]) -> list[str]:
+    """The architectures to compile a row for: those whose own device class is in the row, and, for a capability of the
+    row that none of these serves, the closest one that can (code for 80 serves 8.6 in a build without 86)."""
+    chosen = {arch for arch in archs if capability_of(arch) in row.capabilities}
+    for capability in row.capabilities:
+        if any(support.arch_covers(arch, capability) for arch in chosen):
+            continue
+        able = [arch for arch in archs if support.arch_covers(arch, capability)]
+        if able:
+            chosen.add(max(able, key=capability_of))
+    return [arch for arch in archs if arch in chosen]
+
+
+class Unit(NamedTuple):
+    """One generated .cu: rows that differ in dtype only, so that the C++ front end runs once for both."""
+
+    name: str
+    archs: tuple[str, ...]
+    rows: tuple
+
+
+def make_units(support: ModuleType, family: str, archs: list[str], pattern: str) -> list[Unit]:
+    names = family_archs(family, archs)
+    grouped = defaultdict(list)
+    for row in support.ROWS:
+        targets = row_archs(support, row, names)
+        if row.family == family and targets and re.search(pattern, row.id):
+            grouped[row.id.removesuffix(f"_{row.dtype}"), tuple(targets)].append(row)
+    return [Unit(name, targets, tuple(rows)) for (name, targets), rows in grouped.items()]
+
+
+def launcher_of(row) -> str:
+    """The C++ signature of a row's launcher, a ForwardLauncher of host/kernel_registry.h."""
+    return f"int launch_{row.id}(const AttnParams& params, cudaStream_t stream, char* error, std::size_t error_size)"
+
+
+def instantiation(unit: Unit) -> str:
+    parts = [
+        f"// Instantiates {', '.join(row.id for row in unit.rows)}. Written by cmake/generate.py from the table.",
+        f'#include "{unit.rows[0].family}/{unit.rows[0].direction}_launch.cuh"',
+        "",
+        "namespace broadhead {",
+    ]
+    for row in unit.rows:
+        values = ", ".join(str(value) for value in (row.head_dim, *row.tile, row.smem_limit))
+        parts += [
+            "",
+            f"using Traits_{row.id} = ForwardTraits<{ELEMENTS[row.dtype]}, {values}>;",
+            f"static_assert(sizeof(Traits_{row.id}::SharedStorage) <= {row.smem_limit});",
+            f"extern const int shared_memory_{row.id} = sizeof(Traits_{row.id}::SharedStorage);",
+            f"{launcher_of(row)} {{",
+            f'  return launch_forward<Traits_{row.id}>("{row.id}", params, stream, error, error_size);',
+            "}",
+        ]
+    return "\n".join([*parts, "", "}  // namespace broadhead", ""])
+
+
+def registry(units: list[Unit], archs: list[str]) -> str:
+    rows = [row for unit in units for row in unit.rows]
+    declarations = [f"extern const int shared_memory_{row.id};\n{launcher_of(row)};" for row in rows]
+    entries = [f'    {{"{row.id}", &launch_{row.id}, &shared_memory_{row.id}}},' for row in rows]
+    return "\n".join(
+        [
+            "// The kernels that this library holds. Written by cmake/generate.py from the table.",
+            '#include "host/kernel_registry.h"',
+            "",
+            "namespace broadhead {",
+            "",
+            *declarations,
+            "",
+            "const ForwardKernel kForwardKernels[] = {",
+            *entries,
+            "    {nullptr, nullptr, nullptr},",
+            "};",
+            f"const int kForwardKernelCount = {len(rows)};",
+            f'const char* const kBuildArchs = "{";".join(archs)}";',
+            "",
+            "}  // namespace broadhead",
+            "",
+        ]
+    )
+
+
+def write_if_changed(path: Path, text: str) -> None:
+    """An unchanged file keeps its time stamp, so that configuring again compiles nothing again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
+
+
+def write_sources(archs: list[str], pattern: str, out: Path) -> int:
+    """Writes all families below `out`; returns the number of kernels."""
+    support = load_table()
+    kernels = 0
+    families = []
+    lines = ["# Sources by family and architecture set. Written by cmake/generate.py from the table."]
+    for family in dict.fromkeys(row.family for row in support.ROWS):
+        units = make_units(support, family, archs, pattern)
+        if not units:
+            continue
+        names = family_archs(family, archs)
+        families.append(family)
+        kernels += sum(len(unit.rows) for unit in units)
+        groups = defaultdict(list)
+        wanted = set()
+        for unit in units:
+            path = out / family / f"{unit.name}.cu"
+            write_if_changed(path, instantiation(unit))
+            wanted.add(path)
+            groups[unit.archs].append(path.as_posix())
+        for stale in set((out / family).glob("*.cu")) - wanted:
+            stale.unlink()
+        write_if_changed(out / family / "registry.cpp", registry(units, names))
+        groups[tuple(names)] += [(ROOT / source).as_posix() for source in COMMON_SOURCES.get(family, ())]
+        labels = []
+        for targets, sources in groups.items():
+            label = f"{family}_{'_'.join(targets)}"
+            labels.append(label)
+            lines.append(f'set(BROADHEAD_ARCHS_{label} "{";".join(f"{target}-real" for target in targets)}")')
+            lines += [f"set(BROADHEAD_SOURCES_{label}", *(f'  "{source}"' for source in sources), ")"]
+        lines.append(f'set(BROADHEAD_GROUPS_{family} "{";".join(labels)}")')
+        lines.append(f'set(BROADHEAD_REGISTRY_{family} "{(out / family / "registry.cpp").as_posix()}")')
+    lines += [f'set(BROADHEAD_FAMILIES "{";".join(families)}")', f"set(BROADHEAD_KERNEL_COUNT {kernels})", ""]
+    write_if_changed(out / "instantiations.cmake", "\n".join(lines))
+    return kernels
+
+
+def capability_text(capabilities) -> str:
+    return ", ".join(f"{major}.{minor}" for major, minor in capabilities)
+
+
+def support_matrix() -> str:
+    """The README's matrix: a line for each tile shape of the table."""
+    support = load_table()
+    grouped = defaultdict(list)
+    for row in support.ROWS:
+        grouped[row.id.removesuffix(f"_{row.dtype}")].append(row)
+    lines = [
+        "| kernel | direction | phase | head_dim, head_dim_v | dtype | compute capability | shared memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, rows in grouped.items():
+        row = rows[0]
+        lines.append(
+            f"| `{name}` | {row.direction} | {row.phase} | up to {row.head_dim} | {', '.join(r.dtype for r in rows)} "
+            f"| {capability_text(row.capabilities)} | {row.smem_limit // 1024} KB |"
+        )
+    return "\n".join(lines)
+
+
+def update_readme(path: Path, check: bool) -> int:
+    """Puts the matrix between the markers; with `check` only says whether it is there. Returns an exit status."""
+    text = path.read_text(encoding="utf-8")
+    begin, end = text.find(MATRIX_BEGIN), text.find(MATRIX_END)
+    if begin < 0 or end < begin:
+        print(f"generate.py: {path} lacks the markers '{MATRIX_BEGIN}' and '{MATRIX_END}'", file=sys.stderr)
+        return 1
+    wanted = f"{text[:begin]}{MATRIX_BEGIN}\n\n{support_matrix()}\n\n{text[end:]}"
+    if text == wanted:
+        return 0
+    if check:
+        print(f"generate.py: {path}: the matrix is out of date: run cmake/generate.py readme {path}", file=sys.stderr)
+        return 1
+    path.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Writes what follows from the kernel table.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    sources = commands.add_parser("sources", help="instantiations, registries and instantiations.cmake")
+    sources.add_argument("--archs", required=True, help='semicolon-separated, e.g. "80;90a"')
+    sources.add_argument("--filter", default="", help="regular expression on kernel ids")
+    sources.add_argument("--out", type=Path, required=True)
+    readme = commands.add_parser("readme", help="the support matrix")
+    readme.add_argument("path", type=Path)
+    readme.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    if options.command == "readme":
+        return update_readme(options.path, options.check)
+    archs = [arch for arch in re.split(r"[;, ]+", options.archs) if arch]
+    for arch in archs:
+        if not re.fullmatch(r"\d{2,3}[af]?(-real)?", arch):
+            parser.error(f'--archs: "{arch}" is not an architecture; write for example "80;90a;100a"')
+    if write_sources(archs, options.filter, options.out.resolve()) == 0:
+        parser.error(f'no kernel of the table fits --archs "{options.archs}" and --filter "{options.filter}"')
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+// The kernel libraries beside the Python module, opened on first use.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "bindings/tensor_view.h"
+#include "host/params.h"
+
+namespace broadhead {
+
+// One libbroadhead_<family>.so. The function pointers are set when `error` is empty.
+struct KernelLibrary {
+  std::string family;
+  std::string path;
+  std::string error;  // why it did not load
+  std::string archs;
+  int cuda_version = 0;
+  std::vector<std::string> kernels;
+
+  decltype(&broadhead_forward) forward = nullptr;
+  decltype(&broadhead_scheduler_metadata) scheduler_metadata = nullptr;
+  decltype(&broadhead_combine) combine = nullptr;
+};
+
+struct Kernel {
+  const KernelLibrary* library;
+  int index;
+  ElementType dtype;
+};
+
+// Where libraries are looked for: BROADHEAD_KERNEL_LIB_DIR when set, else the directory of the module.
+const std::string& library_directory();
+
+// Every library in that directory, loaded or with its error.
+std::vector<const KernelLibrary*> all_libraries();
+
+// The kernel of a row id ("sm80_fwd_d128_bf16"). Throws BindingError: no library, one that does not load, no such
+// kernel.
+const Kernel& find_kernel(const char* id);
+
+// A library for what every family holds (metadata, combine). Throws BindingError when none loads.
+const KernelLibrary& common_library();
+
+}  // namespace broadhead

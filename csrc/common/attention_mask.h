@@ -1,0 +1,81 @@
+// Which keys a query sees. One object owns the block range and the per-element predicate, so they cannot disagree.
+//
+// Query i of a sequence sits at position p = i + seqlen_k - seqlen_q (bottom-right alignment). It sees the interval
+// [p - window_left, p + window_right] within its attention_chunk, and every key below prefix_len.
+#pragma once
+
+#include "common/macros.h"
+#include "common/math.h"
+
+namespace broadhead {
+
+struct KeyInterval {
+  int begin;
+  int end;  // exclusive; end <= begin: empty
+};
+
+struct AttentionMask {
+  int seqlen_q;
+  int seqlen_k;
+  int window_left;      // -1: unbounded
+  int window_right;     // -1: unbounded
+  int attention_chunk;  // 0: off
+  int prefix_len;       // 0: none; at most seqlen_k
+
+  // Keys that query `q` sees besides the prefix. Both ends never decrease as q grows.
+  BROADHEAD_HOST_DEVICE KeyInterval row_interval(int q) const {
+    const int position = q + seqlen_k - seqlen_q;
+    int begin = window_left >= 0 ? position - window_left : 0;
+    int end = window_right >= 0 ? min_int(seqlen_k, position + window_right + 1) : seqlen_k;
+    if (attention_chunk > 0) {
+      const int chunk_begin = floor_div(position, attention_chunk) * attention_chunk;
+      begin = max_int(begin, chunk_begin);
+      end = min_int(end, chunk_begin + attention_chunk);
+    }
+    return {max_int(begin, 0), end};
+  }
+
+  BROADHEAD_HOST_DEVICE bool visible(const KeyInterval& row, int key) const {
+    return key < prefix_len || (key >= row.begin && key < row.end);
+  }
+
+  // Union over queries q_first..q_last (inclusive) without the prefix: the keys a tile must load besides it.
+  BROADHEAD_HOST_DEVICE KeyInterval tile_interval(int q_first, int q_last) const {
+    return {row_interval(q_first).begin, row_interval(q_last).end};
+  }
+
+  // Keys that every query of q_first..q_last sees: a block inside needs no predicate.
+  BROADHEAD_HOST_DEVICE KeyInterval unmasked_interval(int q_first, int q_last) const {
+    const KeyInterval rows{row_interval(q_last).begin, row_interval(q_first).end};
+    if (prefix_len == 0) return rows;
+    if (rows.begin <= prefix_len) return {0, max_int(rows.end, prefix_len)};
+    return {0, prefix_len};
+  }
+};
+
+// Key blocks of kTileN that a tile visits: [begin, end).
+struct BlockRange {
+  int begin;
+  int end;
+};
+
+BROADHEAD_HOST_DEVICE BlockRange block_range(const AttentionMask& mask, int q_first, int q_last, int tile_n) {
+  const KeyInterval keys = mask.tile_interval(q_first, q_last);
+  int begin = keys.begin;
+  int end = keys.end;
+  if (end <= begin) begin = end = 0;
+  if (mask.prefix_len > 0) {
+    begin = 0;
+    end = max_int(end, mask.prefix_len);
+  }
+  return {begin / tile_n, ceil_div(end, tile_n)};
+}
+
+// Equal shares of a block range; split i of n.
+BROADHEAD_HOST_DEVICE BlockRange split_range(BlockRange range, int split, int num_splits) {
+  const int blocks = range.end - range.begin;
+  return {range.begin + static_cast<int>(static_cast<long long>(blocks) * split / num_splits),
+          range.begin + static_cast<int>(static_cast<long long>(blocks) * (split + 1) / num_splits)};
+}
+
+}  // namespace broadhead

@@ -1,0 +1,182 @@
+// Combine kernels: out = sum_s exp(lse_s - lse) out_s with lse = log sum_s exp(lse_s).
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdio>
+
+#include "common/combine.h"
+#include "common/math.h"
+#include "common/scheduler_metadata.h"
+#include "common/seqlen_info.h"
+
+namespace broadhead {
+namespace {
+
+constexpr int kWarps = 4;
+constexpr int kMaxSplits = 128;
+
+BROADHEAD_DEVICE void store4(float* target, float4 x) { *reinterpret_cast<float4*>(target) = x; }
+BROADHEAD_DEVICE void store4(__nv_bfloat16* target, float4 x) {
+  __nv_bfloat162 pair[2] = {__floats2bfloat162_rn(x.x, x.y), __floats2bfloat162_rn(x.z, x.w)};
+  *reinterpret_cast<uint2*>(target) = *reinterpret_cast<uint2*>(pair);
+}
+BROADHEAD_DEVICE void store4(__half* target, float4 x) {
+  __half2 pair[2] = {__floats2half2_rn(x.x, x.y), __floats2half2_rn(x.z, x.w)};
+  *reinterpret_cast<uint2*>(target) = *reinterpret_cast<uint2*>(pair);
+}
+
+BROADHEAD_DEVICE float warp_max(float x) {
+  for (int i = 16; i > 0; i /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, i));
+  return x;
+}
+BROADHEAD_DEVICE float warp_sum(float x) {
+  for (int i = 16; i > 0; i /= 2) x += __shfl_xor_sync(0xffffffffu, x, i);
+  return x;
+}
+
+struct CombineShared {
+  float weight[kMaxSplits];
+  float4 partial[kWarps][32];
+};
+
+// One block merges one row of one head. `lse_of(s)` and `out_of(s)` give the partials; `sink` is -inf when there is none.
+template <class Element, class LseOf, class OutOf>
+BROADHEAD_DEVICE void combine_row(CombineShared& smem, int splits, int head_dim_v, float sink, LseOf lse_of,
+                                  OutOf out_of, Element* out, float* lse_out) {
+  const int warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  if (warp == 0) {
+    float largest = -INFINITY;
+    for (int s = lane; s < splits; s += 32) {
+      const float lse = lse_of(s);
+      smem.weight[s] = lse;
+      largest = fmaxf(largest, lse);
+    }
+    largest = warp_max(largest);
+    const bool empty = largest == -INFINITY;  // no visible key: out 0, LSE -inf, whatever the sink
+    const float reference = empty ? 0.f : fmaxf(largest, sink);
+    float sum = 0.f;
+    for (int s = lane; s < splits; s += 32) sum += expf(smem.weight[s] - reference);
+    sum = warp_sum(sum);
+    if (!empty && sink != -INFINITY) sum += expf(sink - reference);
+    const float inverse = empty ? 0.f : 1.f / sum;
+    for (int s = lane; s < splits; s += 32) smem.weight[s] = expf(smem.weight[s] - reference) * inverse;
+    if (lane == 0 && lse_out != nullptr) *lse_out = empty ? -INFINITY : reference + logf(sum);
+  }
+  __syncthreads();
+  for (int col0 = 0; col0 < head_dim_v; col0 += 128) {
+    const int col = col0 + lane * 4;
+    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+    if (col < head_dim_v) {
+#pragma unroll 4
+      for (int s = warp; s < splits; s += kWarps) {
+        const float weight = smem.weight[s];
+        if (weight == 0.f) continue;  // an empty share's output was never written
+        const float4 x = *reinterpret_cast<const float4*>(out_of(s) + col);
+        sum.x += weight * x.x;
+        sum.y += weight * x.y;
+        sum.z += weight * x.z;
+        sum.w += weight * x.w;
+      }
+    }
+    smem.partial[warp][lane] = sum;
+    __syncthreads();
+    if (warp == 0 && col < head_dim_v) {
+      for (int w = 1; w < kWarps; ++w) {
+        const float4 x = smem.partial[w][lane];
+        sum.x += x.x;
+        sum.y += x.y;
+        sum.z += x.z;
+        sum.w += x.w;
+      }
+      store4(out + col, sum);
+    }
+    __syncthreads();
+  }
+}
+
+BROADHEAD_DEVICE float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+BROADHEAD_DEVICE float to_float(__half x) { return __half2float(x); }
+
+template <class Element>
+__global__ void __launch_bounds__(32 * kWarps) split_combine_kernel(const __grid_constant__ AttnParams params) {
+  __shared__ CombineShared smem;
+  const int batch = blockIdx.y;
+  const int splits = sequence_splits(params, batch);
+  if (splits == 1) return;
+  const SeqlenInfo seqlen = make_seqlen_info(params, batch);
+  const int token = blockIdx.x / params.num_heads_q;
+  const int head = blockIdx.x % params.num_heads_q;
+  if (token >= seqlen.seqlen_q) return;
+  const std::int64_t row = seqlen.batch_q * static_cast<std::int64_t>(params.seqlen_q) + seqlen.row_q + token;
+  const std::int64_t split_stride = params.num_heads_q * params.total_q;
+  const std::int64_t first = head * params.total_q + row;
+  float sink = -INFINITY;
+  if (params.sinks != nullptr) {
+    sink = params.sinks_are_fp32 ? static_cast<const float*>(params.sinks)[head]
+                                 : to_float(static_cast<const Element*>(params.sinks)[head]);
+  }
+  combine_row(
+      smem, splits, params.head_dim_v, sink, [&](int s) { return params.lse_partial[s * split_stride + first]; },
+      [&](int s) { return params.out_partial + (s * split_stride + first) * params.head_dim_v; },
+      static_cast<Element*>(params.out) + seqlen.batch_q * params.out_strides.batch +
+          (seqlen.row_q + token) * params.out_strides.row + head * params.out_strides.head,
+      params.softmax_lse + seqlen.batch_q * params.lse_batch_stride + head * params.lse_head_stride + seqlen.row_q +
+          token);
+}
+
+template <class Element>
+__global__ void __launch_bounds__(32 * kWarps) combine_kernel(const __grid_constant__ CombineParams params) {
+  __shared__ CombineShared smem;
+  const std::int64_t row = blockIdx.x;
+  const int head = blockIdx.y;
+  combine_row(
+      smem, params.num_splits, params.head_dim_v, -INFINITY,
+      [&](int s) {
+        return params.lse_partial[s * params.lse_partial_split_stride + row * params.lse_partial_row_stride +
+                                  head * params.lse_partial_head_stride];
+      },
+      [&](int s) {
+        return params.out_partial + s * params.out_partial_split_stride + row * params.out_partial_row_stride +
+               head * params.out_partial_head_stride;
+      },
+      static_cast<Element*>(params.out) + row * params.out_row_stride + head * params.out_head_stride,
+      params.softmax_lse ? params.softmax_lse + row * params.lse_row_stride + head * params.lse_head_stride : nullptr);
+}
+
+int report(const char* name, int rows, int heads, int head_dim_v, int splits, char* error, std::size_t error_size) {
+  const cudaError_t status = cudaGetLastError();
+  if (status == cudaSuccess) return 0;
+  std::snprintf(error, error_size, "%s: launch: %s (rows %d, heads %d, head_dim_v %d, num_splits %d)", name,
+                cudaGetErrorString(status), rows, heads, head_dim_v, splits);
+  return 1;
+}
+
+}  // namespace
+
+int launch_split_combine(const AttnParams& params, bool is_bf16, CUstream_st* stream, char* error,
+                         std::size_t error_size) {
+  const dim3 grid(params.seqlen_q * params.num_heads_q, params.batch);
+  const auto kernel = is_bf16 ? split_combine_kernel<__nv_bfloat16> : split_combine_kernel<__half>;
+  kernel<<<grid, 32 * kWarps, 0, stream>>>(params);
+  return report("split_combine", params.seqlen_q * params.batch, params.num_heads_q, params.head_dim_v,
+                params.num_splits, error, error_size);
+}
+
+int launch_combine(const CombineParams& params, CUstream_st* stream, char* error, std::size_t error_size) {
+  if (params.num_splits < 1 || params.num_splits > kMaxSplits || params.rows > 0x7fffffffLL) {
+    std::snprintf(error, error_size, "combine: num_splits must be in [1, %d] and rows fit 31 bits, got %d and %lld",
+                  kMaxSplits, params.num_splits, static_cast<long long>(params.rows));
+    return 1;
+  }
+  if (params.rows == 0 || params.heads == 0) return 0;
+  const auto kernel = params.out_dtype == 0   ? combine_kernel<float>
+                      : params.out_dtype == 1 ? combine_kernel<__nv_bfloat16>
+                                              : combine_kernel<__half>;
+  kernel<<<dim3(static_cast<unsigned>(params.rows), params.heads), 32 * kWarps, 0, stream>>>(params);
+  return report("combine", static_cast<int>(params.rows), params.heads, params.head_dim_v, params.num_splits, error,
+                error_size);
+}
+
+}  // namespace broadhead

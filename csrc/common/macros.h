@@ -1,0 +1,11 @@
+// Function qualifiers that let the same header compile as CUDA and as plain C++ (host tests).
+#pragma once
+
+#if defined(__CUDACC__)
+#define BROADHEAD_HOST_DEVICE __host__ __device__ __forceinline__
+#define BROADHEAD_DEVICE __device__ __forceinline__
+#define BROADHEAD_UNROLL _Pragma("unroll")
+#else
+#define BROADHEAD_HOST_DEVICE inline
+#define BROADHEAD_UNROLL
+#endif

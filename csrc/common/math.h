@@ -1,0 +1,16 @@
+// Integer helpers shared by host and device.
+#pragma once
+
+#include "common/macros.h"
+
+namespace broadhead {
+
+BROADHEAD_HOST_DEVICE constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+BROADHEAD_HOST_DEVICE constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
+BROADHEAD_HOST_DEVICE constexpr int min_int(int a, int b) { return a < b ? a : b; }
+BROADHEAD_HOST_DEVICE constexpr int max_int(int a, int b) { return a > b ? a : b; }
+
+// Rounds towards minus infinity: a query position is negative when seqlen_q > seqlen_k.
+BROADHEAD_HOST_DEVICE constexpr int floor_div(int a, int b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
+
+}  // namespace broadhead

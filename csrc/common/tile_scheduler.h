@@ -1,0 +1,31 @@
+// Maps a block index to its (query tile, head, sequence).
+//
+// Order: heads in sections whose K/V fit the L2 together; within a section the longest query tiles first (the last ones
+// under a causal mask), so that the tail of the grid is made of short work.
+#pragma once
+
+#include "common/macros.h"
+#include "common/math.h"
+
+namespace broadhead {
+
+struct WorkTile {
+  int m_block;
+  int head;  // KV head when GQA is packed, else query head
+  int batch;
+};
+
+BROADHEAD_HOST_DEVICE WorkTile work_tile(int index, int m_blocks, int heads, int batch, int heads_per_section) {
+  const int total_heads = heads * batch;
+  const int section_heads = heads_per_section > 0 ? min_int(heads_per_section, total_heads) : total_heads;
+  const int section = index / (m_blocks * section_heads);
+  const int first = section * section_heads;
+  const int rest = index - section * m_blocks * section_heads;
+  const int heads_here = min_int(section_heads, total_heads - first);
+  const int m = rest / heads_here;
+  const int linear_head = first + rest - m * heads_here;
+  const int sequence = linear_head / heads;
+  return {m_blocks - 1 - m, linear_head - sequence * heads, sequence};
+}
+
+}  // namespace broadhead

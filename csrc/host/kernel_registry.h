@@ -1,0 +1,33 @@
+// The kernels a library holds; the definitions are generated from the table by cmake/generate.py.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+
+#include "host/params.h"
+
+namespace broadhead {
+
+using ForwardLauncher = int (*)(const AttnParams& params, cudaStream_t stream, char* error, std::size_t error_size);
+
+struct ForwardKernel {
+  const char* id;  // the id of the row in python/broadhead/support.py
+  ForwardLauncher launch;
+  const int* shared_memory;  // bytes a block takes
+};
+
+extern const ForwardKernel kForwardKernels[];  // ends with a null id
+extern const int kForwardKernelCount;
+extern const char* const kBuildArchs;  // as compiled: "80;90"
+
+// csrc/common/combine.cu
+int launch_combine(const CombineParams& params, cudaStream_t stream, char* error, std::size_t error_size);
+// csrc/common/scheduler_metadata.cu
+int launch_scheduler_metadata(const SchedulerMetadataParams& params, cudaStream_t stream, char* error,
+                              std::size_t error_size);
+
+}  // namespace broadhead
+
+// Beyond the C ABI of params.h: bytes of shared memory a block of the kernel takes, for the test of the build output.
+BROADHEAD_EXPORT int broadhead_kernel_shared_memory(int index);

@@ -1,0 +1,87 @@
+"""Types of the compiled module (csrc/bindings/module.cpp). All functions but build_info take positional arguments only.
+
+Tensors are CUDA tensors; numbers are what host/params.h says. `stream` is a raw cudaStream_t, or -1 for the stream that
+torch works on. What does not fit raises broadhead.errors.KernelError, which also carries a kernel library's error text.
+"""
+
+from typing import TypedDict
+
+from torch import Tensor
+
+class Family(TypedDict):
+    archs: str  # as compiled: "80;90"
+    cuda: tuple[int, int]
+    kernels: list[str]  # row ids
+    path: str
+
+class BuildInfo(TypedDict):
+    version: str
+    families: dict[str, Family]
+    errors: dict[str, str]  # family: why its library did not load
+
+def build_info() -> BuildInfo: ...
+def forward(
+    kernel_id: str,
+    q: Tensor,  # (B, Sq, Hq, D) or (T, Hq, D)
+    k: Tensor,  # (B, Sk, Hkv, D), (Tk, Hkv, D) or (pages, page_size, Hkv, D)
+    v: Tensor,  # as k with Dv
+    out: Tensor,  # as q with Dv
+    softmax_lse: Tensor,  # fp32 (B, Hq, Sq) or (Hq, T)
+    out_partial: Tensor | None,  # fp32 (num_splits, Hq, rows, Dv)
+    lse_partial: Tensor | None,  # fp32 (num_splits, Hq, rows)
+    cu_seqlens_q: Tensor | None,  # int32 (B + 1,)
+    cu_seqlens_k: Tensor | None,  # int32 (B + 1,)
+    seqused_q: Tensor | None,  # int32 (B,)
+    seqused_k: Tensor | None,  # int32 (B,)
+    leftpad_k: Tensor | None,  # int32 (B,)
+    kv_batch_idx: Tensor | None,  # int32 (B,)
+    page_table: Tensor | None,  # int32 (B, max_pages)
+    prefix_lens: Tensor | None,  # int32 (B,)
+    sinks: Tensor | None,  # (Hq,) fp32 or the dtype of q
+    scheduler_metadata: Tensor | None,  # int32 (1 + 4 * round_up(B, 4),)
+    seqlen_q: int,
+    seqlen_k: int,
+    window_left: int,
+    window_right: int,
+    attention_chunk: int,
+    softmax_scale: float,
+    softcap: float,
+    num_splits: int,
+    pack_gqa: int,
+    metadata_tag: int,
+    heads_per_section: int,
+    stream: int,
+    /,
+) -> None: ...
+def scheduler_metadata(
+    metadata: Tensor,  # int32 (1 + 4 * round_up(batch, 4),)
+    seqused_k: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    leftpad_k: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    seqused_q: Tensor | None,
+    batch: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    seqlen_k_new: int,
+    window_left: int,
+    window_right: int,
+    attention_chunk: int,
+    rows_per_token: int,
+    heads_in_grid: int,
+    tile_m: int,
+    tile_n: int,
+    num_splits: int,
+    target_ctas: int,
+    metadata_tag: int,
+    stream: int,
+    /,
+) -> None: ...
+def combine(
+    out_partial: Tensor,  # fp32 (splits, rows, heads, Dv)
+    lse_partial: Tensor,  # fp32 (splits, rows, heads)
+    out: Tensor,  # fp32, bf16 or fp16 (rows, heads, Dv)
+    softmax_lse: Tensor | None,  # fp32 (rows, heads)
+    stream: int,
+    /,
+) -> None: ...

@@ -1,0 +1,61 @@
+"""Exact attention for PyTorch up to head_dim 512: dense, varlen and paged, on a CPU and on NVIDIA GPUs since SM80."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as _installed_version
+
+from . import ops, reference, support
+from .backward import mha_bwd
+from .combine import flash_attn_combine, merge_attn_states
+from .dispatch import _validate_head_dims
+from .errors import (
+    BroadheadError,
+    FallbackWarning,
+    InvalidArgumentError,
+    InvalidTypeError,
+    KernelError,
+    UnsupportedError,
+)
+from .explain import SupportEntry, explain, is_supported, support_matrix
+from .fallback_notice import last_dispatch
+from .interface import flash_attn_func, flash_attn_varlen_func, maybe_contiguous, mha_fwd
+from .interface_packed import flash_attn_kvpacked_func, flash_attn_qkvpacked_func, flash_attn_varlen_qkvpacked_func
+from .kvcache import flash_attn_with_kvcache
+from .metadata import get_scheduler_metadata
+
+try:
+    __version__ = _installed_version("broadhead")
+except PackageNotFoundError:  # a source tree that was not installed
+    __version__ = "0.0.0+source"
+
+__all__ = [
+    "BroadheadError",
+    "FallbackWarning",
+    "InvalidArgumentError",
+    "InvalidTypeError",
+    "KernelError",
+    "SupportEntry",
+    "UnsupportedError",
+    "__version__",
+    "_validate_head_dims",
+    "explain",
+    "flash_attn_combine",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
+    "get_scheduler_metadata",
+    "is_supported",
+    "last_dispatch",
+    "maybe_contiguous",
+    "merge_attn_states",
+    "mha_bwd",
+    "mha_fwd",
+    "ops",
+    "reference",
+    "support",
+    "support_matrix",
+]

@@ -1,0 +1,187 @@
+"""Adapters: each implementation prepares a call of a case; broadhead and torch's SDPA backends are here."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import broadhead
+from broadhead.bench.cases import DecodeCase, DenseCase
+
+
+class Skip(Exception):
+    """An implementation does not do a case; the text says why."""
+
+
+class DecodeInputs(NamedTuple):
+    """Tensors of a decode case: q ``(B, 1, H, D)``, caches ``(pages, page_size, Hkv, D)``, page_table int32 ``(B, pages
+    per sequence)`` with scattered pages, cache_seqlens int32 ``(B,)``."""
+
+    q: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    page_table: Tensor
+    cache_seqlens: Tensor
+
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+
+
+class Peer:
+    """One implementation. A prepared call enqueues the work and returns its output in broadhead's layout.
+
+    Every method that prepares may raise Skip, or anything else: the runner reports it as a reason.
+    """
+
+    name = ""
+
+    def why_unavailable(self, device: torch.device) -> str | None:
+        """Why it cannot run here at all, or None."""
+        return None
+
+    def versions(self) -> dict[str, str]:
+        """Versions and notes for the record, of the call prepared last."""
+        return {}
+
+    def kernel(self) -> str | None:
+        """The table row that ran last (broadhead only)."""
+        return None
+
+    def context(self) -> AbstractContextManager[Any]:
+        """Entered around preparing and timing."""
+        return contextlib.nullcontext()
+
+    def forward(self, case: DenseCase, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
+        """A call that returns ``(B, S, H, D)``; the inputs have that layout."""
+        raise Skip("has no dense forward")
+
+    def decode(self, case: DecodeCase, inputs: DecodeInputs) -> Callable[[], Tensor]:
+        """A call that returns ``(B, 1, H, D)``; plans and metadata are made here, once."""
+        raise Skip("has no paged decode")
+
+    def backward(self, case: DenseCase, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> Callable[[], Gradients]:
+        """A call that returns ``(dq, dk, dv)``; the forward pass has run before."""
+        leaves = (q.detach().requires_grad_(), k.detach().requires_grad_(), v.detach().requires_grad_())
+        with torch.enable_grad():
+            out = self.forward(case, *leaves)()
+        if not out.requires_grad:
+            raise Skip("has no backward")
+
+        def gradients() -> Gradients:
+            dq, dk, dv = torch.autograd.grad(out, leaves, dout, retain_graph=True)
+            return dq, dk, dv
+
+        return gradients
+
+
+class Broadhead(Peer):
+    """broadhead through its public API; on a GPU a fallback is an error."""
+
+    name = "broadhead"
+    _on_gpu = False
+
+    def kernel(self) -> str | None:
+        backend, row, reason = broadhead.last_dispatch()
+        if self._on_gpu and row is None:
+            raise RuntimeError(f"ran the {backend} fallback instead of a kernel: {reason}")
+        return row
+
+    def why_unavailable(self, device: torch.device) -> str | None:
+        self._on_gpu = device.type == "cuda"
+        return None
+
+    def forward(self, case: DenseCase, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
+        backend = "cuda" if q.is_cuda else None
+        return lambda: broadhead.flash_attn_func(q, k, v, causal=case.causal, backend=backend)
+
+    def decode(self, case: DecodeCase, inputs: DecodeInputs) -> Callable[[], Tensor]:
+        metadata = broadhead.get_scheduler_metadata(
+            case.batch,
+            1,
+            case.pages_per_sequence * case.page_size,
+            case.num_heads_q,
+            case.num_heads_kv,
+            case.head_dim,
+            inputs.cache_seqlens,
+            qkv_dtype=inputs.q.dtype,
+            page_size=case.page_size,
+            causal=True,
+        )
+        q, k_cache, v_cache, page_table, cache_seqlens = inputs
+        backend = "cuda" if q.is_cuda else None
+        return lambda: broadhead.flash_attn_with_kvcache(
+            q,
+            k_cache,
+            v_cache,
+            cache_seqlens=cache_seqlens,
+            page_table=page_table,
+            causal=True,
+            scheduler_metadata=metadata,
+            backend=backend,
+        )
+
+
+class TorchSdpa(Peer):
+    """One backend of torch.nn.functional.scaled_dot_product_attention."""
+
+    def __init__(self, name: str, backend: SDPBackend) -> None:
+        self.name = name
+        self._backend = backend
+        self._notes: dict[str, str] = {}
+
+    def why_unavailable(self, device: torch.device) -> str | None:
+        return None if device.type == "cuda" else "this SDPA backend needs a CUDA device"
+
+    def versions(self) -> dict[str, str]:
+        return self._notes
+
+    def context(self) -> AbstractContextManager[Any]:
+        return sdpa_kernel([self._backend])
+
+    def forward(self, case: DenseCase, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
+        self._notes = {}
+        if case.num_heads_q == case.num_heads_kv:
+            return _sdpa_call(q, k, v, case.causal, enable_gqa=False)
+        call = _sdpa_call(q, k, v, case.causal, enable_gqa=True)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                call()
+        except RuntimeError:
+            group = case.num_heads_q // case.num_heads_kv
+            self._notes = {"note": f"K and V repeated {group} times beforehand: this backend takes no GQA"}
+            call = _sdpa_call(
+                q, k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2), case.causal, enable_gqa=False
+            )
+        return call
+
+
+def _sdpa_call(q: Tensor, k: Tensor, v: Tensor, causal: bool, enable_gqa: bool) -> Callable[[], Tensor]:
+    """SDPA on ``(B, S, H, D)`` tensors, as views in its own layout."""
+    attention = torch.nn.functional.scaled_dot_product_attention
+    query, key, value = (t.transpose(1, 2) for t in (q, k, v))
+    options: dict[str, Any] = {"enable_gqa": True} if enable_gqa else {}
+    return lambda: attention(query, key, value, is_causal=causal, **options).transpose(1, 2)
+
+
+def all_peers() -> list[Peer]:
+    """Every implementation, in the order of the tables."""
+    from broadhead.bench.peers_flash import Ffpa, FlashAttention3, FlashAttention4, FlashInfer
+
+    return [
+        Broadhead(),
+        TorchSdpa("fa2", SDPBackend.FLASH_ATTENTION),
+        FlashAttention3(),
+        FlashAttention4(),
+        Ffpa(),
+        TorchSdpa("cudnn", SDPBackend.CUDNN_ATTENTION),
+        TorchSdpa("memeff", SDPBackend.EFFICIENT_ATTENTION),
+        FlashInfer(),
+    ]

@@ -1,0 +1,116 @@
+"""Result records: what identifies a run, and reading and writing result files."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import broadhead
+
+IMPLEMENTATIONS = ("broadhead", "fa2", "fa3", "fa4", "ffpa", "cudnn", "memeff", "flashinfer")
+UNITS = {"forward": "TFLOP/s", "backward": "TFLOP/s", "decode": "GB/s", "host": "us"}
+
+
+class RunInfo(NamedTuple):
+    """What all records of a run share."""
+
+    device: str
+    versions: dict[str, str]
+    command: str
+    date: str
+
+
+def describe_run(device: torch.device, arguments: list[str]) -> RunInfo:
+    """Device, versions, command and date of this process.
+
+    Args:
+        device: what is measured.
+        arguments: the command line after ``python -m broadhead.bench``; paths are cut to file names.
+    """
+    versions = {
+        "broadhead": broadhead.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        versions["cuda"] = str(torch.version.cuda)
+        versions["cudnn"] = str(torch.backends.cudnn.version())
+        versions["driver"] = _driver_version()
+    words = [os.path.basename(word) if os.sep in word else word for word in arguments]
+    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return RunInfo(name, versions, shlex.join(["python", "-m", "broadhead.bench", *words]), date)
+
+
+def _driver_version() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, timeout=10).stdout.splitlines()[0].strip()
+    except (OSError, IndexError, subprocess.TimeoutExpired):
+        return "unknown"
+
+
+def make_record(
+    run: RunInfo,
+    area: str,
+    case: str,
+    impl: str,
+    value: float,
+    rel_error: float,
+    kernel: str | None = None,
+    versions: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """One result.
+
+    Args:
+        value: in UNITS[area].
+        kernel: the table row that ran, for broadhead.
+        versions: of the peer, and notes on how it was called.
+    """
+    return {
+        "area": area,
+        "case": case,
+        "impl": impl,
+        "kernel": kernel,
+        "value": float(f"{value:.5g}"),
+        "unit": UNITS[area],
+        "rel_error": float(f"{rel_error:.3g}"),
+        "device": run.device,
+        "versions": {**run.versions, **(versions or {})},
+        "command": run.command,
+        "date": run.date,
+    }
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a result file; none if there is no such file.
+
+    Raises:
+        ValueError: the file holds something else than a list of records.
+    """
+    if not path.exists() or path.stat().st_size == 0:
+        return []
+    try:
+        records = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not a JSON file: {error}; give another --out") from error
+    if not isinstance(records, list) or not all(isinstance(r, dict) and "case" in r for r in records):
+        raise ValueError(f"{path} does not hold a list of benchmark records; give another --out")
+    return records
+
+
+def write_records(path: Path, records: list[dict[str, Any]]) -> None:
+    """Write a result file in one step, so that an interrupted run leaves the last whole one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(records, indent=1) + "\n")
+    partial.replace(path)

@@ -1,0 +1,133 @@
+"""How things are timed: device events with a flushed L2, CUDA graphs, and the host clock."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+MIN_REPETITIONS = 20
+MAX_REPETITIONS = 400
+WARM_UP_SECONDS = 0.05
+HOST_CALLS_PER_BATCH = 50  # far below the 1024 launches that a CUDA queue holds, so no call waits for a slot
+
+
+def l2_bytes(device: torch.device) -> int:
+    """The size of a CUDA device's L2; 64 MiB where torch does not say."""
+    return getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or (64 << 20)
+
+
+class L2Flusher:
+    """Overwrites more memory than the L2 holds, so that the next kernel finds none of its inputs in it."""
+
+    def __init__(self, device: torch.device) -> None:
+        size = max(4 * l2_bytes(device), 256 << 20)
+        self._buffer = torch.empty(size // 4, dtype=torch.int32, device=device)
+
+    def __call__(self) -> None:
+        self._buffer.zero_()
+
+
+def time_device(function: Callable[[], Any], flush: L2Flusher, budget: float) -> float:
+    """Median seconds of ``function`` on the device, over at least MIN_REPETITIONS runs, each after a flushed L2.
+
+    Args:
+        function: enqueues the work on the current stream.
+        flush: of the device.
+        budget: seconds to spend on the timed runs, as far as MIN_REPETITIONS allows.
+    """
+    function()
+    torch.cuda.synchronize()
+    start, runs = time.perf_counter(), 0
+    while runs < 3 or time.perf_counter() - start < WARM_UP_SECONDS:
+        flush()
+        function()
+        torch.cuda.synchronize()
+        runs += 1
+    estimate = (time.perf_counter() - start) / runs
+    repetitions = max(MIN_REPETITIONS, min(MAX_REPETITIONS, int(budget / estimate)))
+    begins = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions)]
+    ends = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions)]
+    for begin, end in zip(begins, ends):
+        flush()
+        begin.record()
+        function()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(b.elapsed_time(e) for b, e in zip(begins, ends)) / 1e3
+
+
+def time_graph(functions: list[Callable[[], Any]], device: torch.device, budget: float, min_calls: int = 8) -> float:
+    """Median seconds of one call when ``functions`` run one after the other in a CUDA graph.
+
+    Args:
+        functions: the same call on different inputs, together larger than the L2, so that none finds its own there.
+        min_calls: calls a graph holds at least.
+    """
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for function in functions * 2:
+            function()
+    stream.synchronize()
+    rounds = max(1, -(-min_calls // len(functions)))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for function in functions * rounds:
+            function()
+    torch.cuda.synchronize()
+    start, runs = time.perf_counter(), 0
+    while runs < 3 or time.perf_counter() - start < WARM_UP_SECONDS:
+        graph.replay()
+        torch.cuda.synchronize()
+        runs += 1
+    estimate = (time.perf_counter() - start) / runs
+    repetitions = max(MIN_REPETITIONS, min(MAX_REPETITIONS, int(budget / estimate)))
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions + 1)]
+    events[0].record()
+    for event in events[1:]:
+        graph.replay()
+        event.record()
+    torch.cuda.synchronize()
+    times = [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
+    return statistics.median(times) / 1e3 / (rounds * len(functions))
+
+
+def time_host(function: Callable[[], Any], synchronize: Callable[[], None], budget: float) -> float:
+    """Median seconds that one call of ``function`` keeps the host busy; the device catches up between batches."""
+    for _ in range(HOST_CALLS_PER_BATCH):
+        function()
+    synchronize()
+    samples: list[float] = []
+    clock = time.perf_counter
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        deadline = clock() + budget
+        while len(samples) < MIN_REPETITIONS or (clock() < deadline and len(samples) < 100_000):
+            for _ in range(HOST_CALLS_PER_BATCH):
+                start = clock()
+                function()
+                samples.append(clock() - start)
+            synchronize()
+    finally:
+        if enabled:
+            gc.enable()
+    return statistics.median(samples)
+
+
+def time_cpu(function: Callable[[], Any], budget: float) -> float:
+    """Median seconds of a call that works on the CPU."""
+    function()
+    samples: list[float] = []
+    deadline = time.perf_counter() + budget
+    while len(samples) < 3 or (time.perf_counter() < deadline and len(samples) < MAX_REPETITIONS):
+        start = time.perf_counter()
+        function()
+        samples.append(time.perf_counter() - start)
+    return statistics.median(samples)

@@ -1,0 +1,147 @@
+"""The commands `broadhead demo`, `bench`, `explain` and `matrix`."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+import torch
+import typer
+
+import broadhead
+from broadhead.demo.run import DEFAULT_PROMPT
+from broadhead.demo.run import run as run_demo
+
+app = typer.Typer(
+    help="Exact attention for PyTorch, for head_dim up to 512.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+
+_DTYPES = {
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+    "fp32": torch.float32,
+    "float32": torch.float32,
+    "fp64": torch.float64,
+    "float64": torch.float64,
+}
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(broadhead.__version__)
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    prompt: Annotated[str, typer.Option(help="The user's message.")] = DEFAULT_PROMPT,
+    max_new_tokens: Annotated[int, typer.Option(help="Generate at most this many tokens.")] = 48,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU if there is one.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, float16; default: bfloat16 on a GPU, float32 on a CPU.")
+    ] = None,
+    page_size: Annotated[int, typer.Option(help="Tokens a page of the KV cache.")] = 16,
+    architecture: Annotated[
+        str, typer.Option(help="smollm2: a real model from PyPI; gemma4: a small random Gemma 4 with head_dim 512.")
+    ] = "smollm2",
+) -> None:
+    """Generate text through paged attention and check it against SDPA."""
+    raise typer.Exit(run_demo(prompt, max_new_tokens, device, dtype, page_size, architecture))
+
+
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context) -> None:
+    """Time forward, backward, decode or host against the peers that are installed: bench forward --help."""
+    from broadhead.bench.cli import main as run_bench
+
+    raise typer.Exit(run_bench(context.args))
+
+
+@app.command()
+def explain(
+    head_dim: Annotated[int, typer.Option(help="Head dimension of q and k.")] = 128,
+    head_dim_v: Annotated[int | None, typer.Option(help="Head dimension of v; default: head_dim.")] = None,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32 or fp64.")] = "bf16",
+    num_heads_q: Annotated[int, typer.Option(help="Query heads.")] = 8,
+    num_heads_kv: Annotated[int | None, typer.Option(help="Key and value heads; default: num_heads_q.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences.")] = 1,
+    seqlen_q: Annotated[int, typer.Option(help="Longest query.")] = 1,
+    seqlen_k: Annotated[int, typer.Option(help="Longest key sequence.")] = 8192,
+    causal: Annotated[bool, typer.Option(help="Causal mask.")] = False,
+    window: Annotated[int | None, typer.Option(help="Keys seen to the left (and right, unless causal).")] = None,
+    softcap: Annotated[float, typer.Option(help="tanh cap of the scores; 0: none.")] = 0.0,
+    page_size: Annotated[int | None, typer.Option(help="Tokens a page; default: not paged.")] = None,
+    varlen: Annotated[bool, typer.Option(help="Packed sequences.")] = False,
+    sinks: Annotated[bool, typer.Option(help="Learnable sinks.")] = False,
+    prefix_lens: Annotated[bool, typer.Option(help="Prefix-LM mask.")] = False,
+    direction: Annotated[str, typer.Option(help="forward or backward.")] = "forward",
+    device: Annotated[
+        str | None, typer.Option(help="cuda, cpu, or a compute capability such as 8.9; default: this machine.")
+    ] = None,
+) -> None:
+    """Say which kernel a call runs, or why each refuses it."""
+    try:
+        text = broadhead.explain(
+            head_dim=head_dim,
+            head_dim_v=head_dim_v,
+            dtype=_parse_dtype(dtype),
+            num_heads_q=num_heads_q,
+            num_heads_kv=num_heads_kv,
+            batch_size=batch_size,
+            seqlen_q=seqlen_q,
+            seqlen_k=seqlen_k,
+            causal=causal,
+            window_size=window,
+            softcap=softcap,
+            page_size=page_size,
+            varlen=varlen,
+            sinks=sinks,
+            prefix_lens=prefix_lens,
+            direction=direction,
+            device=_parse_device(device),
+        )
+    except (broadhead.BroadheadError, ValueError) as error:
+        typer.echo(f"broadhead explain: {error}", err=True)
+        raise typer.Exit(2) from error
+    typer.echo(text)
+
+
+@app.command()
+def matrix() -> None:
+    """List every kernel: what it takes, where it runs, whether this installation holds it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("kernel", "phase", "dtype", "head_dim", "compute capability", "here")
+    entries = broadhead.support_matrix()
+    for entry in entries:
+        capabilities = " ".join(f"{major}.{minor}" for major, minor in entry.capabilities)
+        table.add_row(
+            entry.kernel,
+            entry.phase,
+            entry.dtype,
+            f"<= {entry.head_dim}",
+            capabilities,
+            "yes" if entry.in_build else "no",
+        )
+    Console(width=132).print(table)
+    typer.echo(f"{sum(entry.in_build for entry in entries)} of {len(entries)} kernels are in this installation")
+
+
+def _parse_dtype(name: str) -> torch.dtype:
+    if name not in _DTYPES:
+        raise ValueError(f"--dtype must be one of {', '.join(_DTYPES)}, got {name!r}")
+    return _DTYPES[name]
+
+
+def _parse_device(name: str | None) -> Any:
+    """A device name as it is, "8.9" as the capability ``(8, 9)``."""
+    if name and re.fullmatch(r"\d+\.\d+", name):
+        major, minor = name.split(".")
+        return (int(major), int(minor))
+    return name

@@ -1,0 +1,143 @@
+"""The CUDA backend: turns a validated call into a Launch once; later calls of its kind only allocate and launch."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import native
+from .dispatch import MetadataConfig, Plan
+from .errors import KernelError
+from .metadata import CURRENT_STREAM, check_identity
+from .problem import AttentionArgs, CheckedCall, out_dtype
+
+
+class Launch(NamedTuple):
+    """What repeats from call to call: found by the shapes, dtypes, strides and flags of a call."""
+
+    kernel_id: str
+    device: torch.device
+    out_shape: tuple[int, ...]
+    out_dtype: torch.dtype
+    lse_shape: tuple[int, ...]
+    out_partial_shape: tuple[int, ...] | None  # None: one split
+    lse_partial_shape: tuple[int, ...] | None
+    zero_out: bool  # rows exist that no sequence may own: an output allocated here is cleared first
+    # Fields of AttnParams (csrc/host/params.h), in the order of _C.forward.
+    seqlen_q: int
+    seqlen_k: int
+    window_left: int
+    window_right: int
+    attention_chunk: int
+    softmax_scale: float
+    softcap: float
+    num_splits: int
+    pack_gqa: int
+    metadata_tag: int
+    heads_per_section: int
+    # What scheduler metadata must have been made for.
+    config: MetadataConfig
+    page_size: int
+    num_splits_asked: int
+    dispatch: tuple[str, str | None, str]
+
+
+def make_launch(args: AttentionArgs, call: CheckedCall, plan: Plan) -> Launch:
+    """The Launch of a validated call for which ``plan`` has a row."""
+    assert plan.row is not None and plan.schedule is not None
+    problem, schedule = call.problem, plan.schedule
+    q = args.q
+    packed = args.cu_seqlens_q is not None
+    heads = problem.num_heads_q
+    splits = schedule.num_splits
+    partial = (splits, heads, call.total_q)
+    return Launch(
+        kernel_id=plan.row.id,
+        device=q.device,
+        out_shape=(*q.shape[:-1], problem.head_dim_v),
+        out_dtype=out_dtype(q.dtype),
+        lse_shape=(heads, q.shape[0]) if packed else (q.shape[0], heads, q.shape[1]),
+        out_partial_shape=(*partial, problem.head_dim_v) if splits > 1 else None,
+        lse_partial_shape=partial if splits > 1 else None,
+        zero_out=args.seqused_q is not None,
+        seqlen_q=problem.seqlen_q,
+        seqlen_k=problem.seqlen_k,
+        window_left=problem.window_left,
+        window_right=problem.window_right,
+        attention_chunk=problem.attention_chunk,
+        softmax_scale=call.softmax_scale,
+        softcap=call.softcap,
+        num_splits=splits,
+        pack_gqa=int(schedule.pack_gqa),
+        metadata_tag=plan.metadata_tag,
+        heads_per_section=schedule.heads_per_section,
+        config=plan.metadata_config,
+        page_size=problem.page_size,
+        num_splits_asked=problem.num_splits,
+        dispatch=("cuda", plan.row.id, plan.reason),
+    )
+
+
+_forward: Any = None  # _C.forward, once loaded
+
+
+def _load_forward() -> Any:
+    global _forward
+    module = native.extension()
+    if module is None:
+        raise KernelError("broadhead: the compiled module broadhead._C is not installed")
+    _forward = module.forward
+    return _forward
+
+
+def launch_forward(
+    function: str,
+    launch: Launch,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seqused_q: Tensor | None,
+    seqused_k: Tensor | None,
+    leftpad_k: Tensor | None,
+    kv_batch_idx: Tensor | None,
+    page_table: Tensor | None,
+    prefix_lens: Tensor | None,
+    sinks: Tensor | None,
+    scheduler_metadata: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Allocate what the kernel writes and launch it: ``(out, softmax_lse)``. ``launch`` was made for such tensors."""
+    (
+        kernel_id, device, out_shape, dtype, lse_shape, out_partial_shape, lse_partial_shape, zero_out, seqlen_q,
+        seqlen_k, window_left, window_right, attention_chunk, softmax_scale, softcap, num_splits, pack_gqa,
+        metadata_tag, heads_per_section, config, page_size, num_splits_asked, _,
+    ) = launch  # fmt: skip
+    if scheduler_metadata is not None:
+        check_identity(function, scheduler_metadata, config, page_size, seqlen_k, num_splits_asked)
+    if device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return launch_forward(
+                function, launch, q, k, v, out, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k,
+                kv_batch_idx, page_table, prefix_lens, sinks, scheduler_metadata,
+            )  # fmt: skip
+    if out is None:
+        out = q.new_zeros(out_shape, dtype=dtype) if zero_out else q.new_empty(out_shape)
+    lse = torch.empty(lse_shape, dtype=torch.float32, device=device)
+    if zero_out:
+        lse.fill_(float("-inf"))
+    if out_partial_shape is None or lse_partial_shape is None:
+        out_partial = lse_partial = None
+    else:
+        out_partial = torch.empty(out_partial_shape, dtype=torch.float32, device=device)
+        lse_partial = torch.empty(lse_partial_shape, dtype=torch.float32, device=device)
+    (_forward or _load_forward())(
+        kernel_id, q, k, v, out, lse, out_partial, lse_partial, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
+        leftpad_k, kv_batch_idx, page_table, prefix_lens, sinks, scheduler_metadata, seqlen_q, seqlen_k, window_left,
+        window_right, attention_chunk, softmax_scale, softcap, num_splits, pack_gqa, metadata_tag, heads_per_section,
+        CURRENT_STREAM,
+    )  # fmt: skip
+    return out, lse

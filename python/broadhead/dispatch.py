@@ -1,0 +1,281 @@
+"""Chooses the kernel of a problem: a row of the table, or every row's reason for refusing, and the scheduling plan."""
+
+from __future__ import annotations
+
+import zlib
+from typing import NamedTuple
+
+from .device import DeviceDescription
+from .native import BuildDescription, build_description
+from .problem import AttentionProblem, canonical_right
+from .schedule import Schedule, plan_schedule
+from .support import FEATURES, ROWS, KernelRow
+from .validation import describe_value
+
+#: Query rows (tokens x heads of one KV head) up to which a call is decode: bound by memory, so its keys are split.
+DECODE_MAX_ROWS = 32
+
+#: Requests that no kernel of the table serves, with the words of the refusal.
+UNSERVED = {
+    "qv": "qv (a second query for v) has no CUDA kernel",
+    "descale": "q_descale, k_descale and v_descale have no CUDA kernel",
+    "gradients": "an input requires grad and this release has no CUDA backward kernel",
+}
+
+_BUILD_HELP = "install a CUDA wheel of broadhead, or build it with BROADHEAD_CUDA_ARCHS"
+
+
+class Refusal(NamedTuple):
+    """Why a row, or every row (``row_id`` empty), does not run a problem."""
+
+    row_id: str
+    reason: str
+
+
+class MetadataConfig(NamedTuple):
+    """What scheduler metadata was made for, by the names of the public arguments; the forward call must agree."""
+
+    batch_size: int
+    max_seqlen_q: int
+    num_heads_q: int
+    num_heads_kv: int
+    headdim: int
+    headdim_v: int
+    qkv_dtype: str
+    window_left: int
+    window_right: int
+    attention_chunk: int
+    pack_gqa: bool
+    kernel: str
+
+
+class Plan(NamedTuple):
+    """The decision for one problem on one device with one build."""
+
+    row: KernelRow | None  # None: no kernel runs it
+    schedule: Schedule | None  # None with row
+    metadata_tag: int  # non-zero
+    metadata_config: MetadataConfig
+    refusals: tuple[Refusal, ...]  # of the rows that were not taken
+    reason: str  # why row is None, else why it was chosen
+    left_out: bool  # a kernel exists, but this build leaves it out or can not load it
+
+
+def phase_of(problem: AttentionProblem) -> str:
+    """The phase whose rows suit the problem best."""
+    group = problem.num_heads_q // problem.num_heads_kv
+    return "decode" if problem.seqlen_q * group <= DECODE_MAX_ROWS else "prefill"
+
+
+def _capability_text(capability: tuple[int, int] | None) -> str:
+    return "none" if capability is None else f"{capability[0]}.{capability[1]}"
+
+
+def _request_refusal(row: KernelRow, problem: AttentionProblem) -> str:
+    """Why the row's kernel does not compute the problem on any device ("" if it does)."""
+    if row.direction != problem.direction:
+        return f"is a {row.direction} kernel"
+    if row.dtype != problem.dtype:
+        return f"takes dtype {row.dtype}, not {problem.dtype}"
+    head_dim = max(problem.head_dim, problem.head_dim_v)
+    if row.head_dim < head_dim:
+        return f"takes head_dim up to {row.head_dim}, not {head_dim}"
+    missing = [name for name in problem.features if name in FEATURES and name not in row.features]
+    return f"lacks {', '.join(missing)}" if missing else ""
+
+
+def _device_refusal(row: KernelRow, device: DeviceDescription) -> str:
+    """Why the row's kernel does not run on the device ("" if it does)."""
+    if device.capability not in row.capabilities:
+        known = ", ".join(map(_capability_text, row.capabilities))
+        return f"runs on compute capability {known}, not {_capability_text(device.capability)}"
+    if row.smem_limit > device.smem_per_block:
+        return f"needs up to {row.smem_limit} bytes of shared memory a block; the device has {device.smem_per_block}"
+    return ""
+
+
+def arch_for(capability: tuple[int, int]) -> str:
+    """The arch target to build for a capability."""
+    major, minor = capability
+    return f"{major}{minor}a" if major == 9 else f"{major}{minor}"
+
+
+def _build_refusal(row: KernelRow, device: DeviceDescription, build: BuildDescription) -> str:
+    """Why this installation can not run the row's kernel on the device ("" if it can)."""
+    assert device.capability is not None
+    arch = arch_for(device.capability)
+    if not build.has_module:
+        return f'is left out of this build, the CPU package; {_BUILD_HELP}="{arch}"'
+    error = build.load_error(row.family)
+    if error:
+        return f"is left out: the library of {row.family} kernels did not load: {error}"
+    family = build.family(row.family)
+    if family is None or row.id not in family.kernels:
+        return f'is left out of this build; {_BUILD_HELP}="{arch}"'
+    if not family.covers(device.capability):
+        return (
+            f"is left out of this build for compute capability {_capability_text(device.capability)}: it was built for"
+            f' "{";".join(family.archs)}"; {_BUILD_HELP}="{arch}"'
+        )
+    needed = (*family.cuda_version[:1], 0) if family.cuda_version else ()
+    if needed and device.cuda_version is not None and device.cuda_version < needed:
+        found = ".".join(map(str, device.cuda_version))
+        return f"needs CUDA {needed[0]}.{needed[1]} or newer, the driver serves {found}; update the driver"
+    return ""
+
+
+def _general_refusals(problem: AttentionProblem, device: DeviceDescription) -> list[str]:
+    """Reasons that hold for every row."""
+    reasons = []
+    if device.type != "cuda":
+        reasons.append(f"the tensors are on a {device.type} device; kernels run on NVIDIA CUDA devices")
+    reasons += [words for name, words in UNSERVED.items() if name in problem.features]
+    if problem.dtype.startswith("float8"):
+        reasons.append(f"dtype {problem.dtype} has no CUDA kernel")
+    return reasons + list(problem.obstacles)
+
+
+def _nothing_computes(problem: AttentionProblem, rows: list[KernelRow]) -> str:
+    """The first property of the problem that no row has."""
+    rows = [row for row in rows if row.direction == problem.direction]
+    if not rows:
+        return f"this release has no CUDA {problem.direction} kernel"
+    dtypes = sorted({row.dtype for row in rows})
+    rows = [row for row in rows if row.dtype == problem.dtype]
+    if not rows:
+        return f"dtype {problem.dtype} has no CUDA kernel; kernels take {', '.join(dtypes)}"
+    head_dim, largest = max(problem.head_dim, problem.head_dim_v), max(row.head_dim for row in rows)
+    if head_dim > largest:
+        return f"head_dim {head_dim} exceeds {largest}, the largest of any CUDA kernel"
+    return f"no CUDA kernel combines {', '.join(problem.features)} at head_dim {head_dim}"
+
+
+def _decide(problem: AttentionProblem, device: DeviceDescription, build: BuildDescription) -> Plan:
+    phase = phase_of(problem)
+    # The tightest bucket of the wanted phase first; the table's order breaks ties.
+    rows = sorted(ROWS, key=lambda row: (row.phase != phase, row.head_dim))
+    refusals = [Refusal("", reason) for reason in _general_refusals(problem, device)]
+    general = bool(refusals)
+    chosen: KernelRow | None = None
+    computable = False  # a kernel computes the problem, on some device
+    left_out = ""  # the first kernel that would run here if the build had it
+    for row in rows:
+        reason = _request_refusal(row, problem)
+        if not reason and device.type == "cuda":
+            computable = True
+            reason = _device_refusal(row, device)
+            if not reason:
+                reason = _build_refusal(row, device, build)
+                if reason:
+                    left_out = left_out or f"kernel {row.id} {reason}"
+        if reason:
+            refusals.append(Refusal(row.id, reason))
+        elif chosen is None and not general:
+            chosen = row
+    if chosen is not None:
+        schedule = plan_schedule(problem, chosen, device)
+        why = f"{chosen.id}: the first {phase} row for head_dim {max(problem.head_dim, problem.head_dim_v)}"
+        tag, config = metadata_identity(problem, chosen, schedule.pack_gqa)
+        return Plan(chosen, schedule, tag, config, tuple(refusals), why, False)
+    if general:
+        why = "; ".join(refusal.reason for refusal in refusals if not refusal.row_id)
+    elif left_out:
+        why = left_out
+    elif computable:
+        why = _device_reason(problem, device, rows)
+    else:
+        why = _nothing_computes(problem, rows)
+    tag, config = metadata_identity(problem, None, False)
+    return Plan(None, None, tag, config, tuple(refusals), why, bool(left_out) and not general)
+
+
+def _device_reason(problem: AttentionProblem, device: DeviceDescription, rows: list[KernelRow]) -> str:
+    """Kernels compute the problem, but none on this device."""
+    able = [row for row in rows if not _request_refusal(row, problem)]
+    capabilities = sorted({capability for row in able for capability in row.capabilities})
+    if device.capability not in capabilities:
+        known = ", ".join(map(_capability_text, capabilities))
+        return f"no CUDA kernel for compute capability {_capability_text(device.capability)}; kernels exist for {known}"
+    needed = min(row.smem_limit for row in able if device.capability in row.capabilities)
+    return f"every CUDA kernel needs {needed} bytes of shared memory a block; the device has {device.smem_per_block}"
+
+
+def metadata_identity(problem: AttentionProblem, row: KernelRow | None, pack_gqa: bool) -> tuple[int, MetadataConfig]:
+    """-> (the non-zero 31-bit tag that the device compares, the record that the host compares)"""
+    config = MetadataConfig(
+        batch_size=problem.batch,
+        max_seqlen_q=problem.seqlen_q,
+        num_heads_q=problem.num_heads_q,
+        num_heads_kv=problem.num_heads_kv,
+        headdim=problem.head_dim,
+        headdim_v=problem.head_dim_v,
+        qkv_dtype=problem.dtype,
+        window_left=problem.window_left,
+        window_right=canonical_right(problem.seqlen_q, problem.window_right),
+        attention_chunk=problem.attention_chunk,
+        pack_gqa=pack_gqa,
+        kernel=row.id if row else "",
+    )
+    # The device's tag leaves the lengths out: split counts planned for other lengths are only less balanced.
+    text = repr((*config._replace(max_seqlen_q=0), row.tile if row else ()))
+    return (zlib.crc32(text.encode()) & 0x7FFFFFFF) or 1, config
+
+
+_plans: dict[tuple[AttentionProblem, DeviceDescription, BuildDescription], Plan] = {}
+_MAX_PLANS = 16384
+
+
+def resolve(problem: AttentionProblem, device: DeviceDescription, build: BuildDescription | None = None) -> Plan:
+    """The plan of ``problem`` on ``device``: the same for mha_fwd and get_scheduler_metadata. Cached.
+
+    Args:
+        build: what the installation holds; None for this one. Tests hand in their own.
+    """
+    if build is None:
+        build = build_description()
+    key = (problem, device, build)
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) >= _MAX_PLANS:
+            _plans.clear()
+        plan = _plans[key] = _decide(problem, device, build)
+    return plan
+
+
+def refusal_text(function: str, problem: AttentionProblem, device: DeviceDescription, plan: Plan) -> str:
+    """The text of an UnsupportedError: what was asked, why it can not run, what to do."""
+    asked = f"head_dim={problem.head_dim}, head_dim_v={problem.head_dim_v}, dtype={problem.dtype}"
+    if problem.page_size:
+        asked += f", page_size={problem.page_size}"
+    asked += f", features: {', '.join(problem.features)}"
+    if plan.left_out:
+        head = "this build leaves the CUDA kernel out"
+    else:
+        head = f"no CUDA kernel for this {problem.direction} call"
+    return (
+        f"{function}: {head}: {plan.reason}. Asked: {asked}. Device: {device.label()}."
+        " Remedy: leave backend and BROADHEAD_STRICT unset to run on the torch fallback"
+    )
+
+
+def _validate_head_dims(
+    head_dim: int, head_dim_v: int, compute_capability: int | tuple[int, int], alignment: int = 8
+) -> None:
+    """Assert that a forward kernel exists for the head dims on a compute capability (major, or (major, minor)).
+
+    Raises:
+        AssertionError: with the reason, as FlashAttention-4's function of this name does.
+    """
+    assert isinstance(compute_capability, (int, tuple)), (
+        f"compute_capability must be a major version or (major, minor), got {describe_value(compute_capability)}"
+    )
+    wanted = (compute_capability,) if isinstance(compute_capability, int) else tuple(compute_capability)
+    rows = [
+        row for row in ROWS if row.direction == "forward" and any(c[: len(wanted)] == wanted for c in row.capabilities)
+    ]
+    shown = ".".join(map(str, wanted))
+    assert rows, f"no kernel for compute capability {shown}"
+    largest = max(row.head_dim for row in rows)
+    for name, size in (("head_dim", head_dim), ("head_dim_v", head_dim_v)):
+        assert size > 0 and size % alignment == 0, f"{name} must be a positive multiple of {alignment}, got {size}"
+        assert size <= largest, f"{name} must be at most {largest} on compute capability {shown}, got {size}"

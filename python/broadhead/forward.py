@@ -1,0 +1,229 @@
+"""Runs one forward call: finds its launch by shape, or validates and decides, then the kernel or the torch fallback."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from . import reference
+from . import validation as check
+from .cuda_backend import Launch, launch_forward, make_launch
+from .device import DeviceDescription, describe
+from .dispatch import Plan, refusal_text, resolve
+from .errors import UnsupportedError
+from .fallback_notice import state, warn_fallback
+from .metadata import check_buffer, check_identity
+from .problem import AttentionArgs, AttentionProblem, CheckedCall, check_forward, needs_gradients, tensor_signature
+
+#: Launches of calls that were validated, by everything that validation and dispatch looked at.
+_launches: dict[tuple[Any, ...], Launch] = {}
+_MAX_LAUNCHES = 8192
+_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
+
+is_grad_enabled = torch.is_grad_enabled
+
+
+def clear_launches() -> None:
+    """Forget every decision; for tests that change the device or the build."""
+    _launches.clear()
+
+
+def run_forward(
+    function: str,
+    q: Any,
+    k: Any,
+    v: Any,
+    qv: Any = None,
+    out: Any = None,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
+    seqused_q: Any = None,
+    seqused_k: Any = None,
+    max_seqlen_q: Any = None,
+    max_seqlen_k: Any = None,
+    page_table: Any = None,
+    kv_batch_idx: Any = None,
+    leftpad_k: Any = None,
+    q_descale: Any = None,
+    k_descale: Any = None,
+    v_descale: Any = None,
+    softmax_scale: Any = None,
+    causal: Any = False,
+    window_size: Any = (-1, -1),
+    attention_chunk: Any = 0,
+    softcap: Any = 0.0,
+    scheduler_metadata: Any = None,
+    num_splits: Any = 0,
+    pack_gqa: Any = None,
+    sm_margin: Any = 0,
+    sinks: Any = None,
+    prefix_lens: Any = None,
+    backend: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """``(out, softmax_lse)`` of a call under canonical names; ``function`` names the public function in errors."""
+    if is_compiling() or (type(q) not in _PLAIN_TENSORS and isinstance(q, Tensor)):
+        from . import ops
+
+        return ops.call_forward(
+            function, q, k, v, qv, out, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k,
+            page_table, kv_batch_idx, leftpad_k, q_descale, k_descale, v_descale, softmax_scale, causal, window_size,
+            attention_chunk, softcap, scheduler_metadata, num_splits, pack_gqa, sm_margin, sinks, prefix_lens, backend,
+        )  # fmt: skip
+    if page_table is not None and cu_seqlens_k is not None:
+        seqused_k, cu_seqlens_k = _lengths_of_paged(function, q, cu_seqlens_k, seqused_k), None
+    if type(window_size) is list:
+        window_size = tuple(window_size)
+
+    key: tuple[Any, ...] | None = None
+    launch: Launch | None = None
+    try:
+        if q.is_cuda and qv is None and not (is_grad_enabled() and needs_gradients(q, k, v, sinks)):
+            key = (
+                q.shape, q.stride(), q.dtype, q.get_device(), k.shape, k.stride(), k.dtype, k.get_device(),
+                v.shape, v.stride(), v.dtype, v.get_device(),
+                None if out is None else tensor_signature(out),
+                None if cu_seqlens_q is None else tensor_signature(cu_seqlens_q),
+                None if cu_seqlens_k is None else tensor_signature(cu_seqlens_k),
+                None if seqused_q is None else tensor_signature(seqused_q),
+                None if seqused_k is None else tensor_signature(seqused_k),
+                None if page_table is None else tensor_signature(page_table),
+                None if kv_batch_idx is None else tensor_signature(kv_batch_idx),
+                None if leftpad_k is None else tensor_signature(leftpad_k),
+                None if sinks is None else tensor_signature(sinks),
+                None if prefix_lens is None else tensor_signature(prefix_lens),
+                None if scheduler_metadata is None else tensor_signature(scheduler_metadata),
+                q_descale is None and k_descale is None and v_descale is None,
+                max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size, attention_chunk, softcap, num_splits,
+                pack_gqa, sm_margin, backend,
+            )  # fmt: skip
+            launch = _launches.get(key)
+    except (AttributeError, TypeError):
+        key = None  # not tensors, or unhashable values: validation names them
+    if launch is not None and not (
+        (q.data_ptr() | k.data_ptr() | v.data_ptr() | (0 if out is None else out.data_ptr())) & 15
+    ):
+        state.last = launch.dispatch
+        return launch_forward(
+            function, launch, q, k, v, out, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k, kv_batch_idx,
+            page_table, prefix_lens, sinks, scheduler_metadata,
+        )  # fmt: skip
+    args = AttentionArgs(
+        q, k, v, qv, out, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k, page_table,
+        kv_batch_idx, leftpad_k, q_descale, k_descale, v_descale, softmax_scale, causal, window_size, attention_chunk,
+        softcap, scheduler_metadata, num_splits, pack_gqa, sm_margin, sinks, prefix_lens, backend,
+    )  # fmt: skip
+    return _decide_and_run(function, args, key)
+
+
+def _lengths_of_paged(function: str, q: Any, cu_seqlens_k: Any, seqused_k: Any) -> Any:
+    """With a page table cu_seqlens_k indexes no tokens: its differences are the lengths, unless seqused_k says them."""
+    check.check_tensor(function, "q", q, "a tensor")
+    cu = check.check_int32(function, "cu_seqlens_k", cu_seqlens_k, (None,), q.device, "(batch + 1,)")
+    return cu[1:] - cu[:-1] if seqused_k is None else seqused_k
+
+
+def select(function: str, problem: AttentionProblem, device: torch.device, backend: str | None) -> Plan | None:
+    """The plan to run, or None for the torch fallback; warns about a fallback on a CUDA device.
+
+    Raises:
+        UnsupportedError: ``backend="cuda"`` or BROADHEAD_STRICT=1 asks for a kernel, and there is none.
+    """
+    if backend == "torch":
+        state.last = ("torch", None, "backend='torch' was asked for")
+        return None
+    description = describe(device)
+    plan = resolve(problem, description)
+    if plan.row is not None:
+        return plan
+    if backend == "cuda":
+        raise UnsupportedError(_cuda_refusal(function, problem, description, plan))
+    if device.type == "cuda":
+        if os.environ.get("BROADHEAD_STRICT", "0") not in ("", "0"):
+            raise UnsupportedError("BROADHEAD_STRICT=1: " + _cuda_refusal(function, problem, description, plan))
+        warn_fallback(function, description.label(), plan.reason)
+    state.last = ("torch", None, plan.reason)
+    return None
+
+
+def _cuda_refusal(function: str, problem: AttentionProblem, device: DeviceDescription, plan: Plan) -> str:
+    if device.type not in ("cuda", "hip"):
+        return (
+            f"{function}: backend='cuda' needs tensors on an NVIDIA CUDA device, got tensors on {device.type};"
+            " move them with .cuda(), or leave backend unset to run on the torch fallback"
+        )
+    return refusal_text(function, problem, device, plan)
+
+
+def _decide_and_run(function: str, args: AttentionArgs, key: tuple[Any, ...] | None) -> tuple[Tensor, Tensor]:
+    backend = check.check_backend(function, args.backend)
+    call = check_forward(function, args)
+    problem = call.problem
+    device = args.q.device
+    if args.scheduler_metadata is not None:
+        check_buffer(function, "scheduler_metadata", args.scheduler_metadata, problem.batch, device)
+    plan = select(function, problem, device, backend)
+    if plan is None:
+        if args.scheduler_metadata is not None:
+            config = resolve(problem, describe(device)).metadata_config
+            check_identity(
+                function, args.scheduler_metadata, config, problem.page_size, problem.seqlen_k, problem.num_splits
+            )
+        return _run_reference(args, call)
+    if call.total_q == 0 or problem.batch == 0:
+        assert plan.row is not None
+        state.last = ("cuda", plan.row.id, "no query: nothing was launched")
+        return _empty_result(args, call)
+    launch = make_launch(args, call, plan)
+    if key is not None:
+        if len(_launches) >= _MAX_LAUNCHES:
+            _launches.clear()
+        _launches[key] = launch
+    state.last = launch.dispatch
+    return launch_forward(
+        function, launch, args.q, args.k, args.v, args.out, args.cu_seqlens_q, args.cu_seqlens_k, args.seqused_q,
+        args.seqused_k, args.leftpad_k, args.kv_batch_idx, args.page_table, args.prefix_lens, args.sinks,
+        args.scheduler_metadata,
+    )  # fmt: skip
+
+
+def _empty_result(args: AttentionArgs, call: CheckedCall) -> tuple[Tensor, Tensor]:
+    """No query: nothing to launch."""
+    q, problem = args.q, call.problem
+    out = q.new_zeros((*q.shape[:-1], problem.head_dim_v)) if args.out is None else args.out
+    heads = problem.num_heads_q
+    shape = (heads, q.shape[0]) if args.cu_seqlens_q is not None else (q.shape[0], heads, q.shape[1])
+    return out, q.new_full(shape, float("-inf"), dtype=torch.float32)
+
+
+def _run_reference(args: AttentionArgs, call: CheckedCall) -> tuple[Tensor, Tensor]:
+    problem = call.problem
+    return reference.attention(
+        args.q,
+        args.k,
+        args.v,
+        qv=args.qv,
+        softmax_scale=call.softmax_scale,
+        window_left=problem.window_left,
+        window_right=problem.window_right,
+        attention_chunk=problem.attention_chunk,
+        softcap=call.softcap,
+        sinks=args.sinks,
+        prefix_lens=args.prefix_lens,
+        cu_seqlens_q=args.cu_seqlens_q,
+        cu_seqlens_k=args.cu_seqlens_k,
+        max_seqlen_q=problem.seqlen_q,
+        max_seqlen_k=problem.seqlen_k,
+        seqused_q=args.seqused_q,
+        seqused_k=args.seqused_k,
+        leftpad_k=args.leftpad_k,
+        kv_batch_idx=args.kv_batch_idx,
+        page_table=args.page_table,
+        q_descale=args.q_descale,
+        k_descale=args.k_descale,
+        v_descale=args.v_descale,
+        out=args.out,
+    )

@@ -1,0 +1,385 @@
+"""Scheduler metadata on the host: get_scheduler_metadata, the length rule, and which buffer was made for what."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import native
+from . import validation as check
+from .device import describe
+from .dispatch import MetadataConfig, Plan, resolve
+from .errors import InvalidArgumentError, InvalidTypeError
+from .masking import normalize_window
+from .problem import DTYPE_NAMES, AttentionProblem, collect_features, tensor_signature
+
+FUNCTION = "get_scheduler_metadata"
+CURRENT_STREAM = -1  # the binding takes torch's current stream
+
+
+def metadata_size(batch: int) -> int:
+    """Elements of the metadata of ``batch`` sequences: split counts, tags, two reserved fields and a semaphore."""
+    return 1 + 4 * round_up_4(batch)
+
+
+def round_up_4(batch: int) -> int:
+    return (batch + 3) // 4 * 4
+
+
+class MetadataRequest(NamedTuple):
+    """One validated get_scheduler_metadata call without its tensors."""
+
+    problem: AttentionProblem
+    seqlen_k_new: int
+    explicit_length: bool  # seqlen_k was derived from a page table by the length rule
+
+
+class _Filled(NamedTuple):
+    """A buffer that this process filled with metadata."""
+
+    buffer: weakref.ref[Tensor]
+    version: int | None
+    config: MetadataConfig
+    page_size: int
+    seqlen_k: int  # 0: not known exactly
+    num_splits: int  # as asked for; 0: heuristic
+
+
+_filled: dict[int, _Filled] = {}
+_MAX_FILLED = 1024
+
+
+def describe_request(
+    batch_size: Any,
+    max_seqlen_q: Any,
+    max_seqlen_k: Any,
+    num_heads_q: Any,
+    num_heads_kv: Any,
+    headdim: Any,
+    headdim_v: Any,
+    qkv_dtype: Any,
+    page_size: Any,
+    max_seqlen_k_new: Any,
+    causal: Any,
+    window_size: Any,
+    attention_chunk: Any,
+    num_splits: Any,
+    pack_gqa: Any,
+    sm_margin: Any,
+    page_table: Any,
+) -> MetadataRequest:
+    """Validate the arguments that describe the attention call."""
+    batch_size = check.check_int(FUNCTION, "batch_size", batch_size)
+    max_seqlen_q = check.check_int(FUNCTION, "max_seqlen_q", max_seqlen_q)
+    max_seqlen_k = check.check_int(FUNCTION, "max_seqlen_k", max_seqlen_k)
+    num_heads_q = check.check_int(FUNCTION, "num_heads_q", num_heads_q, 1, check.MAX_NUM_HEADS)
+    num_heads_kv = check.check_int(FUNCTION, "num_heads_kv", num_heads_kv, 1, check.MAX_NUM_HEADS)
+    if num_heads_q % num_heads_kv:
+        raise InvalidArgumentError(
+            f"{FUNCTION}: num_heads_q must be a multiple of num_heads_kv, got {num_heads_q} and {num_heads_kv}"
+        )
+    headdim = check.check_int(FUNCTION, "headdim", headdim, 1)
+    headdim_v = headdim if headdim_v is None else check.check_int(FUNCTION, "headdim_v", headdim_v, 1)
+    for name, size in (("headdim", headdim), ("headdim_v", headdim_v)):
+        if size % 8:
+            raise InvalidArgumentError(f"{FUNCTION}: {name} must be a multiple of 8, got {size}")
+    if qkv_dtype not in DTYPE_NAMES:
+        accepted = ", ".join(str(dtype) for dtype in DTYPE_NAMES)
+        raise InvalidTypeError(f"{FUNCTION}: qkv_dtype must be one of {accepted}, got {qkv_dtype!r}")
+    page_size = 0 if page_size is None else check.check_int(FUNCTION, "page_size", page_size, 1)
+    max_seqlen_k_new = check.check_int(FUNCTION, "max_seqlen_k_new", max_seqlen_k_new)
+    causal = check.check_bool(FUNCTION, "causal", causal)
+    window_left, window_right = normalize_window(window_size, causal, FUNCTION)
+    attention_chunk = check.check_int(FUNCTION, "attention_chunk", attention_chunk)
+    num_splits = check.check_int(FUNCTION, "num_splits", num_splits, 0, check.MAX_SPLITS)
+    if page_table is not None:
+        if not page_size:
+            raise InvalidArgumentError(f"{FUNCTION}: page_size must be given with page_table, got None")
+        # The length rule: what the forward call derives from the same table.
+        max_seqlen_k = min(page_table.shape[1] * page_size, check.INT32_MAX)
+    problem = AttentionProblem(
+        direction="forward",
+        dtype=DTYPE_NAMES[qkv_dtype],
+        batch=batch_size,
+        seqlen_q=max_seqlen_q,
+        seqlen_k=max_seqlen_k,
+        num_heads_q=num_heads_q,
+        num_heads_kv=num_heads_kv,
+        head_dim=headdim,
+        head_dim_v=headdim_v,
+        page_size=page_size,
+        window_left=window_left,
+        window_right=window_right,
+        attention_chunk=attention_chunk,
+        features=collect_features(
+            causal=window_right == 0,
+            window=window_left >= 0 or window_right > 0,
+            attention_chunk=attention_chunk > 0,
+            gqa=num_heads_q != num_heads_kv,
+            paged=page_size > 0,
+            split_kv=num_splits > 1,
+            lse=True,
+        ),
+        num_splits=num_splits,
+        pack_gqa=check.check_optional_bool(FUNCTION, "pack_gqa", pack_gqa),
+        has_metadata=True,
+        sm_margin=check.check_int(FUNCTION, "sm_margin", sm_margin),
+        obstacles=(),
+    )
+    return MetadataRequest(problem, max_seqlen_k_new, page_table is not None)
+
+
+def check_buffer(function: str, name: str, buffer: Any, batch: int, device: torch.device) -> None:
+    """int32, 1-D, contiguous, on the device, and long enough for ``batch`` sequences."""
+    size = metadata_size(batch)
+    accepted = f"an int32 tensor of shape ({size},) or longer, 1 + 4 * round_up(batch, 4) for batch {batch}"
+    tensor = check.check_tensor(function, name, buffer, accepted)
+    if tensor.dtype != torch.int32:
+        raise InvalidTypeError(f"{function}: {name} must be {accepted}, got dtype {tensor.dtype}")
+    if tensor.dim() != 1 or tensor.shape[0] < size:
+        raise InvalidArgumentError(f"{function}: {name} must be {accepted}, got shape {tuple(tensor.shape)}")
+    if not tensor.is_contiguous():
+        raise InvalidArgumentError(f"{function}: {name} must be contiguous, got strides {tensor.stride()}")
+    check.check_device(function, name, tensor, device)
+
+
+class Prepared(NamedTuple):
+    """A validated request with its plan: what repeats from call to call."""
+
+    request: MetadataRequest
+    plan: Plan
+    size: int
+    numbers: tuple[int, ...] | None  # the last arguments of _C.scheduler_metadata; None: no kernel plans this call
+
+
+#: By everything that validation and dispatch looked at; only for devices whose tensors are not read on the host.
+_prepared: dict[tuple[Any, ...], Prepared] = {}
+_MAX_PREPARED = 4096
+
+
+def prepare(request: MetadataRequest, device: torch.device) -> Prepared:
+    """Decide how the metadata of ``request`` is computed on ``device``."""
+    problem = request.problem
+    plan = resolve(problem, describe(device))
+    numbers = None
+    if plan.row is not None and plan.schedule is not None and problem.batch > 0:
+        schedule = plan.schedule
+        numbers = (
+            problem.batch,
+            problem.seqlen_q,
+            problem.seqlen_k,
+            request.seqlen_k_new,
+            problem.window_left,
+            problem.window_right,
+            problem.attention_chunk,
+            schedule.rows_per_token,
+            schedule.heads_in_grid,
+            plan.row.tile.tile_m,
+            plan.row.tile.tile_n,
+            schedule.num_splits,
+            schedule.target_ctas,
+            plan.metadata_tag,
+            CURRENT_STREAM,
+        )
+    return Prepared(request, plan, metadata_size(problem.batch), numbers)
+
+
+def fill(
+    prepared: Prepared,
+    cache_seqlens: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cache_leftpad: Tensor | None,
+    out: Tensor | None,
+) -> Tensor:
+    """Compute the metadata on the device of ``cache_seqlens`` without waiting for it; into ``out`` if given."""
+    metadata = cache_seqlens.new_empty(prepared.size) if out is None else out
+    if prepared.numbers is not None:
+        module = native.extension()
+        assert module is not None
+        # Without cu_seqlens_k and seqused_q: the lengths of keys are cache_seqlens, those of queries cu_seqlens_q.
+        tensors = (metadata, cache_seqlens, None, cache_leftpad, cu_seqlens_q, None)
+        index = cache_seqlens.get_device()
+        if index == torch.cuda.current_device():
+            module.scheduler_metadata(*tensors, *prepared.numbers)
+        else:
+            with torch.cuda.device(index):
+                module.scheduler_metadata(*tensors, *prepared.numbers)
+    else:
+        batch = prepared.request.problem.batch
+        slots = round_up_4(batch)
+        metadata[: prepared.size] = 0
+        metadata[:batch] = 1
+        metadata[slots : slots + batch] = prepared.plan.metadata_tag
+    _remember(metadata, prepared.request, prepared.plan)
+    return metadata
+
+
+def _version(tensor: Tensor) -> int | None:
+    # Inference tensors have no version counter.
+    return None if tensor.is_inference() else tensor._version
+
+
+def _remember(metadata: Tensor, request: MetadataRequest, plan: Plan) -> None:
+    if len(_filled) >= _MAX_FILLED:
+        for pointer in [pointer for pointer, entry in list(_filled.items()) if entry.buffer() is None]:
+            _filled.pop(pointer, None)
+        if len(_filled) >= _MAX_FILLED:
+            _filled.clear()
+    # A view dies before the buffer it was taken from: remember the buffer.
+    owner = metadata if metadata._base is None else metadata._base
+    _filled[metadata.data_ptr()] = _Filled(
+        weakref.ref(owner),
+        _version(owner),
+        plan.metadata_config,
+        request.problem.page_size,
+        request.problem.seqlen_k if request.explicit_length else 0,
+        request.problem.num_splits,
+    )
+
+
+def check_identity(
+    function: str, metadata: Tensor, config: MetadataConfig, page_size: int, seqlen_k: int, num_splits: int
+) -> None:
+    """Refuse metadata that this process made for another call. Other buffers pass: the device checks their tags.
+
+    Raises:
+        InvalidArgumentError: naming the first field that differs.
+    """
+    entry = _filled.get(metadata.data_ptr())
+    if entry is None:
+        return
+    owner = entry.buffer()
+    if owner is None or (metadata is not owner and metadata._base is not owner) or _version(owner) != entry.version:
+        return  # freed, or overwritten since
+    made_for = entry.config
+    if not (made_for.kernel and config.kernel):
+        # One side has no kernel (the torch fallback reads no metadata): compare what the caller chose.
+        made_for, config = (c._replace(kernel="", pack_gqa=False) for c in (made_for, config))
+    if made_for != config:
+        for name, made, called in zip(MetadataConfig._fields, made_for, config, strict=True):
+            if made != called:
+                _refuse(function, name, made, called)
+    if page_size and entry.page_size and page_size != entry.page_size:
+        _refuse(function, "page_size", entry.page_size, page_size)
+    if page_size and entry.seqlen_k and seqlen_k != entry.seqlen_k:
+        _refuse(function, "page_table.size(1) * page_size", entry.seqlen_k, seqlen_k)
+    if num_splits > entry.num_splits > 0:
+        _refuse(function, "num_splits", entry.num_splits, num_splits)
+
+
+def _refuse(function: str, name: str, made: object, called: object) -> None:
+    raise InvalidArgumentError(
+        f"{function}: scheduler_metadata was made for {name}={made!r}, but this call has {name}={called!r};"
+        " call get_scheduler_metadata with the arguments of this call"
+    )
+
+
+def get_scheduler_metadata(
+    batch_size: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    num_heads_q: int | None = None,
+    num_heads_kv: int | None = None,
+    headdim: int | None = None,
+    cache_seqlens: Tensor | None = None,
+    qkv_dtype: torch.dtype = torch.bfloat16,
+    headdim_v: int | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k_new: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    page_size: int | None = None,
+    max_seqlen_k_new: int = 0,
+    causal: bool = False,
+    window_size: Any = (-1, -1),
+    attention_chunk: int = 0,
+    has_softcap: bool = False,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
+    *,
+    out: Tensor | None = None,
+    page_table: Tensor | None = None,
+    num_heads: int | None = None,
+    num_heads_k: int | None = None,
+) -> Tensor:
+    """Plan the splits of a decode step on the device, for the attention calls of all layers of a kind.
+
+    Args:
+        batch_size, max_seqlen_q, max_seqlen_k: ints. With ``page_table`` (int32 ``(batch, max_pages)``) and
+            ``page_size`` the length is ``page_table.size(1) * page_size``, as the forward call derives it, and
+            max_seqlen_k is ignored.
+        num_heads_q, num_heads_kv: ints; also spelled num_heads, num_heads_k. headdim, headdim_v: multiples of 8.
+        cache_seqlens: int32 ``(batch,)``, the lengths before this call's ``max_seqlen_k_new`` keys are appended.
+        cu_seqlens_q: int32 ``(batch + 1,)``; cache_leftpad: int32 ``(batch,)``.
+        causal, window_size, attention_chunk: the mask of the forward call. cu_seqlens_k_new, has_softcap: accepted; no
+            plan depends on them.
+        num_splits: 0 for the heuristic, else the bound of every sequence, up to 128.
+        out: int32 buffer of at least ``1 + 4 * round_up(batch, 4)`` elements; nothing is allocated then.
+
+    Returns:
+        int32 ``(1 + 4 * round_up(batch, 4),)``, or ``out``. The call neither waits for the device nor reads from it.
+
+    Raises:
+        InvalidArgumentError, InvalidTypeError: an argument is wrong; the text names it.
+    """
+    heads_q = check.pick_synonym(FUNCTION, "num_heads_q", num_heads_q, "num_heads", num_heads)
+    heads_kv = check.pick_synonym(FUNCTION, "num_heads_kv", num_heads_kv, "num_heads_k", num_heads_k)
+    if torch.compiler.is_compiling():
+        from . import ops
+
+        return ops.call_get_scheduler_metadata(
+            batch_size, max_seqlen_q, max_seqlen_k, heads_q, heads_kv, headdim, cache_seqlens, qkv_dtype, headdim_v,
+            cu_seqlens_q, cache_leftpad, page_size, max_seqlen_k_new, causal, window_size, attention_chunk, num_splits,
+            pack_gqa, sm_margin, out, page_table,
+        )  # fmt: skip
+    key: tuple[Any, ...] | None = None
+    prepared: Prepared | None = None
+    try:
+        if cache_seqlens is not None and cache_seqlens.is_cuda:
+            key = (
+                batch_size, max_seqlen_q, max_seqlen_k, heads_q, heads_kv, headdim, tensor_signature(cache_seqlens),
+                qkv_dtype, headdim_v, None if cu_seqlens_q is None else tensor_signature(cu_seqlens_q),
+                None if cache_leftpad is None else tensor_signature(cache_leftpad), page_size, max_seqlen_k_new, causal,
+                tuple(window_size) if type(window_size) is list else window_size, attention_chunk, num_splits, pack_gqa,
+                sm_margin, None if out is None else tensor_signature(out),
+                None if page_table is None else tensor_signature(page_table),
+            )  # fmt: skip
+            prepared = _prepared.get(key)
+    except (AttributeError, TypeError):
+        key = None  # not tensors, or unhashable values: validation names them
+    if prepared is not None and cache_seqlens is not None:
+        return fill(prepared, cache_seqlens, cu_seqlens_q, cache_leftpad, out)
+    lengths = _check_tensors(batch_size, cache_seqlens, cu_seqlens_q, cache_leftpad, out, page_table)
+    request = describe_request(
+        batch_size, max_seqlen_q, max_seqlen_k, heads_q, heads_kv, headdim, headdim_v, qkv_dtype, page_size,
+        max_seqlen_k_new, causal, window_size, attention_chunk, num_splits, pack_gqa, sm_margin, page_table,
+    )  # fmt: skip
+    prepared = prepare(request, lengths.device)
+    if key is not None:
+        if len(_prepared) >= _MAX_PREPARED:
+            _prepared.clear()
+        _prepared[key] = prepared
+    return fill(prepared, lengths, cu_seqlens_q, cache_leftpad, out)
+
+
+def _check_tensors(
+    batch_size: Any, cache_seqlens: Any, cu_seqlens_q: Any, cache_leftpad: Any, out: Any, page_table: Any
+) -> Tensor:
+    batch_size = check.check_int(FUNCTION, "batch_size", batch_size)
+    lengths = check.check_tensor(FUNCTION, "cache_seqlens", cache_seqlens, "an int32 tensor of shape (batch_size,)")
+    check.check_int32(FUNCTION, "cache_seqlens", lengths, (batch_size,), lengths.device, "(batch_size,)")
+    check.check_lengths_on_cpu(FUNCTION, "cache_seqlens", lengths)
+    for name, value, size in (
+        ("cu_seqlens_q", cu_seqlens_q, batch_size + 1),
+        ("cache_leftpad", cache_leftpad, batch_size),
+    ):
+        if value is not None:
+            check.check_int32(FUNCTION, name, value, (size,), lengths.device, f"({size},)")
+    if page_table is not None:
+        check.check_int32(FUNCTION, "page_table", page_table, (None, None), lengths.device, "(batch, max_pages)")
+    if out is not None:
+        check_buffer(FUNCTION, "out", out, batch_size, lengths.device)
+    return lengths

@@ -1,0 +1,93 @@
+"""The scheduling plan of a kernel: GQA packing, number of splits and the order of heads."""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import NamedTuple
+
+from .device import DeviceDescription
+from .masking import mask_width
+from .problem import AttentionProblem
+from .support import KernelRow
+from .validation import MAX_SPLITS
+
+#: A split does at least this many key tiles, so that its start-up and the combine stay small beside them.
+MIN_TILES_PER_SPLIT = 4
+#: A prefill grid that fills this share of the device is not split.
+FULL_GRID = 0.8
+#: The fewest splits whose wave efficiency reaches this share of the best are taken.
+GOOD_ENOUGH_EFFICIENCY = 0.93
+#: With metadata the device gives each sequence its own split count: the bound allows this many waves of blocks.
+METADATA_WAVES = 4
+#: The share of the L2 that the K and V of heads worked on together may take.
+L2_SHARE = 0.5
+
+
+class Schedule(NamedTuple):
+    """How one launch divides its work; what get_scheduler_metadata and the forward call must agree on."""
+
+    num_splits: int  # >= 1; with metadata the bound of each sequence
+    pack_gqa: bool  # the query heads of one KV head share a tile
+    heads_per_section: int  # heads whose K/V share the L2 at a time; 0: all
+    rows_per_token: int  # query rows of one token in a tile
+    heads_in_grid: int
+    m_blocks: int  # of the longest sequence
+    target_ctas: int  # blocks that fill the device once
+
+
+def plan_schedule(problem: AttentionProblem, row: KernelRow, device: DeviceDescription) -> Schedule:
+    """The schedule of ``problem`` on the kernel of ``row``."""
+    group = problem.num_heads_q // problem.num_heads_kv
+    if problem.pack_gqa is None:
+        # Packing pays when the rows of one head leave a tile partly empty.
+        pack_gqa = group > 1 and (row.phase == "decode" or problem.seqlen_q < row.tile.tile_m)
+    else:
+        pack_gqa = problem.pack_gqa and group > 1
+    rows_per_token = group if pack_gqa else 1
+    heads_in_grid = problem.num_heads_kv if pack_gqa else problem.num_heads_q
+    m_blocks = max(1, ceil(problem.seqlen_q * rows_per_token / row.tile.tile_m))
+    target_ctas = max(1, device.sm_count - problem.sm_margin) * row.tile.min_blocks
+    return Schedule(
+        num_splits=_choose_splits(problem, row, m_blocks * heads_in_grid * problem.batch, target_ctas),
+        pack_gqa=pack_gqa,
+        heads_per_section=_heads_per_section(problem, row, group, pack_gqa, device.l2_bytes),
+        rows_per_token=rows_per_token,
+        heads_in_grid=heads_in_grid,
+        m_blocks=m_blocks,
+        target_ctas=target_ctas,
+    )
+
+
+def _choose_splits(problem: AttentionProblem, row: KernelRow, ctas: int, target_ctas: int) -> int:
+    width = problem.seqlen_k
+    if "prefix_lens" not in problem.features:
+        width = mask_width(problem.seqlen_q, width, problem.window_left, problem.window_right, problem.attention_chunk)
+    key_tiles = max(1, ceil(width / row.tile.tile_n))
+    if problem.num_splits > 0:
+        return min(problem.num_splits, key_tiles)
+    limit = max(1, min(MAX_SPLITS, key_tiles // MIN_TILES_PER_SPLIT))
+    if limit == 1 or ctas == 0:
+        return 1
+    if row.phase == "prefill" and ctas >= FULL_GRID * target_ctas:
+        return 1
+    if problem.has_metadata:
+        return min(limit, max(1, ceil(METADATA_WAVES * target_ctas / ctas)))
+    efficiencies = [_wave_efficiency(ctas * splits, target_ctas) for splits in range(1, limit + 1)]
+    good = GOOD_ENOUGH_EFFICIENCY * max(efficiencies)
+    return next(splits for splits, efficiency in enumerate(efficiencies, 1) if efficiency >= good)
+
+
+def _wave_efficiency(ctas: int, target_ctas: int) -> float:
+    """The share of the device that equal blocks keep busy: 1 when they fill whole waves."""
+    waves = ctas / target_ctas
+    return waves / ceil(waves)
+
+
+def _heads_per_section(problem: AttentionProblem, row: KernelRow, group: int, pack_gqa: bool, l2_bytes: int) -> int:
+    if row.phase == "decode" or l2_bytes == 0:
+        return 0  # decode reads every key once
+    bytes_per_head = max(1, problem.seqlen_k * (problem.head_dim + problem.head_dim_v) * 2)
+    kv_heads = max(1, int(L2_SHARE * l2_bytes / bytes_per_head))
+    if kv_heads >= problem.num_heads_kv * problem.batch:
+        return 0
+    return kv_heads * (1 if pack_gqa else group)

@@ -1,0 +1,128 @@
+"""The table: one row is one CUDA kernel. It is the only list of kernels.
+
+Read by ``cmake/generate.py`` (instantiations, C++ registry, README matrix), by ``dispatch`` (choice and refusals) and by
+the tests. It imports nothing outside the standard library, so a build without torch can read it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+#: Bytes of shared memory one block may use, by device class (CUDA C++ Programming Guide, technical specifications table).
+SMEM_99KB = 99 * 1024  # 8.6, 8.9, 12.0
+SMEM_163KB = 163 * 1024  # 8.0
+SMEM_227KB = 227 * 1024  # 9.0, 10.0, 10.3
+
+#: What a device of each known compute capability offers a block. Unknown capabilities have no row.
+SMEM_BY_CAPABILITY: dict[tuple[int, int], int] = {
+    (8, 0): SMEM_163KB,
+    (8, 6): SMEM_99KB,
+    (8, 7): SMEM_163KB,
+    (8, 9): SMEM_99KB,
+    (9, 0): SMEM_227KB,
+    (10, 0): SMEM_227KB,
+    (10, 3): SMEM_227KB,
+    (12, 0): SMEM_99KB,
+    (12, 1): SMEM_99KB,
+}
+
+CAPABILITIES = tuple(SMEM_BY_CAPABILITY)
+#: Capabilities with at least 163 KB / at most 99 KB of shared memory a block.
+LARGE_SMEM = tuple(c for c, size in SMEM_BY_CAPABILITY.items() if size >= SMEM_163KB)
+SMALL_SMEM = tuple(c for c, size in SMEM_BY_CAPABILITY.items() if size == SMEM_99KB)
+
+DTYPES = ("bf16", "fp16")
+
+#: What a call may ask of a kernel beyond dense attention. A row lists what it does.
+FEATURES = (
+    "causal",
+    "window",
+    "attention_chunk",
+    "softcap",
+    "sinks",
+    "prefix_lens",
+    "varlen",
+    "seqused",
+    "gqa",
+    "paged",
+    "leftpad",
+    "batch_idx",
+    "split_kv",
+    "lse",
+)
+
+
+class Tile(NamedTuple):
+    """The shape of one block's work; the template arguments of ``ForwardTraits`` in this order.
+
+    tile_m: query rows; tile_n: keys a step; warps_m x warps_n: warps over rows x over keys (S) and columns (O);
+    stages: buffers in the K/V ring; k_chunk: head-dim columns of K in a stage; v_chunk x v_cols: keys x columns of V in
+    a stage; min_blocks: blocks that must fit an SM (bounds the registers).
+    """
+
+    tile_m: int
+    tile_n: int
+    warps_m: int
+    warps_n: int
+    stages: int
+    k_chunk: int
+    v_chunk: int
+    v_cols: int
+    min_blocks: int
+
+
+class KernelRow(NamedTuple):
+    """One kernel. ``head_dim`` bounds head_dim and head_dim_v; ``smem_limit`` is asserted at compile time."""
+
+    id: str
+    family: str  # the library that holds it: "sm80" -> libbroadhead_sm80.so
+    direction: str  # "forward"
+    phase: str  # "prefill": many query rows; "decode": at most tile_m packed rows are worth it
+    capabilities: tuple[tuple[int, int], ...]
+    dtype: str
+    head_dim: int
+    smem_limit: int
+    tile: Tile
+    features: tuple[str, ...]
+
+
+def _sm80_rows() -> tuple[KernelRow, ...]:
+    """The portable forward kernels (mma.sync, cp.async): best row first for a given request."""
+    shapes = (
+        # name, phase, capabilities, head_dim, smem_limit, tile
+        ("d64", "prefill", CAPABILITIES, 64, SMEM_99KB, Tile(128, 64, 4, 1, 3, 64, 64, 64, 2)),
+        ("d96", "prefill", CAPABILITIES, 96, SMEM_99KB, Tile(128, 64, 4, 1, 3, 128, 64, 128, 2)),
+        ("d128", "prefill", CAPABILITIES, 128, SMEM_99KB, Tile(128, 64, 4, 1, 3, 128, 64, 128, 2)),
+        ("d192", "prefill", LARGE_SMEM, 192, SMEM_163KB, Tile(128, 64, 4, 2, 3, 192, 64, 192, 1)),
+        ("d192_smem99", "prefill", SMALL_SMEM, 192, SMEM_99KB, Tile(64, 64, 2, 2, 2, 192, 64, 192, 1)),
+        ("d256", "prefill", LARGE_SMEM, 256, SMEM_163KB, Tile(128, 64, 4, 2, 2, 256, 64, 256, 1)),
+        ("d256_smem99", "prefill", SMALL_SMEM, 256, SMEM_99KB, Tile(64, 64, 2, 2, 3, 128, 32, 256, 1)),
+        ("d512", "prefill", LARGE_SMEM, 512, SMEM_163KB, Tile(64, 64, 2, 4, 5, 128, 16, 512, 1)),
+        ("d512_smem99", "prefill", SMALL_SMEM, 512, SMEM_99KB, Tile(64, 32, 2, 4, 3, 128, 16, 256, 1)),
+        ("decode_d64", "decode", CAPABILITIES, 64, SMEM_99KB, Tile(16, 128, 1, 4, 4, 64, 128, 64, 2)),
+        ("decode_d128", "decode", CAPABILITIES, 128, SMEM_99KB, Tile(16, 64, 1, 4, 4, 128, 64, 128, 2)),
+        ("decode_d256", "decode", CAPABILITIES, 256, SMEM_99KB, Tile(16, 64, 1, 4, 4, 128, 32, 256, 2)),
+        ("decode_d512", "decode", CAPABILITIES, 512, SMEM_99KB, Tile(16, 64, 1, 8, 4, 128, 16, 512, 2)),
+    )
+    return tuple(
+        KernelRow(f"sm80_fwd_{name}_{dtype}", "sm80", "forward", phase, caps, dtype, head_dim, limit, tile, FEATURES)
+        for name, phase, caps, head_dim, limit, tile in shapes
+        for dtype in DTYPES
+    )
+
+
+ROWS: tuple[KernelRow, ...] = _sm80_rows()
+
+
+def arch_covers(arch: str, capability: tuple[int, int]) -> bool:
+    """Whether machine code of ``arch`` ("80", "90a", "100f-real") runs on ``capability``.
+
+    Plain targets run on the same major and an equal or higher minor; "a" targets on exactly their own; "f" targets like
+    plain ones (CUDA C++ Programming Guide, "Binary Compatibility" and "Family-Specific Features").
+    """
+    name = arch.removesuffix("-real")
+    digits = name.rstrip("af")
+    major, minor = int(digits[:-1]), int(digits[-1])
+    if name.endswith("a"):
+        return capability == (major, minor)
+    return capability[0] == major and capability[1] >= minor

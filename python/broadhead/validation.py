@@ -1,0 +1,171 @@
+"""Argument checks: every refusal names the function, the argument, what came and what is accepted."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .errors import InvalidArgumentError, InvalidTypeError
+
+INT32_MAX = 2**31 - 1
+MAX_SPLITS = 128
+MAX_NUM_HEADS = 65535  # grid dimensions of a launch
+
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+BACKENDS = (None, "cuda", "torch")
+
+
+def describe_value(value: object) -> str:
+    """What came, in a few words."""
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
+    return f"{value!r} ({type(value).__name__})"
+
+
+def check_tensor(function: str, name: str, value: object, accepted: str) -> Tensor:
+    """A tensor, whatever its shape."""
+    if not isinstance(value, Tensor):
+        raise InvalidTypeError(f"{function}: {name} must be {accepted}, got {describe_value(value)}")
+    return value
+
+
+def check_device(function: str, name: str, value: Tensor, device: torch.device) -> None:
+    if value.device != device:
+        raise InvalidArgumentError(f"{function}: {name} must be on the device of q, {device}, got {value.device}")
+
+
+def check_int(function: str, name: str, value: object, low: int = 0, high: int = INT32_MAX) -> int:
+    """A Python int in [low, high]; a tensor is refused because reading it would wait for the device."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        hint = "; a tensor would have to be read back from the device" if isinstance(value, Tensor) else ""
+        raise InvalidTypeError(f"{function}: {name} must be a Python int, got {describe_value(value)}{hint}")
+    number = int(value)
+    if not low <= number <= high:
+        raise InvalidArgumentError(f"{function}: {name} must be an int in [{low}, {high}], got {number}")
+    return number
+
+
+def check_bool(function: str, name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise InvalidTypeError(f"{function}: {name} must be True or False, got {describe_value(value)}")
+    return value
+
+
+def check_optional_bool(function: str, name: str, value: object) -> bool | None:
+    return None if value is None else check_bool(function, name, value)
+
+
+def check_number(function: str, name: str, value: object, *, minimum: float | None = None) -> float:
+    """A finite number, at least ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise InvalidTypeError(f"{function}: {name} must be a Python number, got {describe_value(value)}")
+    number = float(value)
+    if not math.isfinite(number) or (minimum is not None and number < minimum):
+        accepted = "a finite number" if minimum is None else f"a finite number >= {minimum}"
+        raise InvalidArgumentError(f"{function}: {name} must be {accepted}, got {value}")
+    return number
+
+
+def check_backend(function: str, backend: object) -> str | None:
+    if backend is not None and not isinstance(backend, str):
+        raise InvalidTypeError(f"{function}: backend must be None, 'cuda' or 'torch', got {describe_value(backend)}")
+    if backend not in BACKENDS:
+        raise InvalidArgumentError(f"{function}: backend must be None, 'cuda' or 'torch', got {backend!r}")
+    return backend
+
+
+def check_int32(
+    function: str, name: str, value: object, shape: Sequence[int | None], device: torch.device, spelled: str
+) -> Tensor:
+    """An int32 tensor of ``shape`` (None: any size) with contiguous last dimension, on ``device``."""
+    accepted = f"an int32 tensor of shape {spelled}"
+    tensor = check_tensor(function, name, value, accepted)
+    if tensor.dtype != torch.int32:
+        raise InvalidTypeError(
+            f"{function}: {name} must be {accepted}, got dtype {tensor.dtype};"
+            f" convert it once with {name}.to(torch.int32)"
+        )
+    wrong_rank = tensor.dim() != len(shape)
+    if wrong_rank or any(want not in (None, got) for got, want in zip(tensor.shape, shape, strict=True)):
+        wanted = tuple("any" if want is None else want for want in shape)
+        raise InvalidArgumentError(f"{function}: {name} must be {accepted} = {wanted}, got shape {tuple(tensor.shape)}")
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise InvalidArgumentError(
+            f"{function}: {name} must be contiguous in its last dimension, got strides {tensor.stride()}"
+        )
+    check_device(function, name, tensor, device)
+    return tensor
+
+
+def check_attention_tensor(function: str, name: str, value: object, ranks: Sequence[int], layout: str) -> Tensor:
+    """q, k, v or alike: floating dtype, rank, contiguous last dimension, head_dim a multiple of 8."""
+    tensor = check_tensor(function, name, value, f"a tensor {layout}")
+    if tensor.dtype not in FLOAT_DTYPES and tensor.dtype not in FLOAT8_DTYPES:
+        raise InvalidTypeError(
+            f"{function}: {name} must be bf16 or fp16 (fp32, fp64 or float8 on the torch backend), got dtype"
+            f" {tensor.dtype}"
+        )
+    if tensor.dim() not in ranks:
+        raise InvalidArgumentError(f"{function}: {name} must be {layout}, got shape {tuple(tensor.shape)}")
+    head_dim = tensor.shape[-1]
+    if head_dim == 0 or head_dim % 8 != 0:
+        raise InvalidArgumentError(
+            f"{function}: the last dimension (head_dim) of {name} must be a positive multiple of 8, got {head_dim};"
+            " pad it with zeros and pass softmax_scale of the unpadded head_dim"
+        )
+    if tensor.stride(-1) != 1:
+        raise InvalidArgumentError(
+            f"{function}: {name} must be contiguous in its last dimension, got strides {tensor.stride()};"
+            " use broadhead.maybe_contiguous"
+        )
+    return tensor
+
+
+def check_same_dtype(function: str, name: str, value: Tensor, dtype: torch.dtype) -> None:
+    if value.dtype != dtype:
+        raise InvalidTypeError(f"{function}: {name} must have the dtype of q, {dtype}, got {value.dtype}")
+
+
+def check_shape(function: str, name: str, value: Tensor, shape: Sequence[int], spelled: str) -> None:
+    if tuple(value.shape) != tuple(shape):
+        raise InvalidArgumentError(
+            f"{function}: {name} must have shape {spelled} = {tuple(shape)}, got {tuple(value.shape)}"
+        )
+
+
+def check_lengths_on_cpu(function: str, name: str, lengths: Tensor | None) -> None:
+    """Negative lengths; only where reading the tensor costs no device synchronisation."""
+    if lengths is not None and lengths.device.type == "cpu" and bool((lengths < 0).any()):
+        raise InvalidArgumentError(f"{function}: {name} must hold lengths >= 0, got {int(lengths.min())}")
+
+
+def check_cu_seqlens_on_cpu(function: str, name: str, cu_seqlens: Tensor | None, total: int) -> None:
+    """Offsets start at >= 0, never decrease and end within the packed tensor; on CPU only."""
+    if cu_seqlens is None or cu_seqlens.device.type != "cpu":
+        return
+    if int(cu_seqlens[0]) < 0 or bool((cu_seqlens[1:] < cu_seqlens[:-1]).any()) or int(cu_seqlens[-1]) > total:
+        raise InvalidArgumentError(
+            f"{function}: {name} must hold offsets >= 0 that never decrease and end at most at {total} (the tokens"
+            f" packed), got {cu_seqlens.tolist() if cu_seqlens.numel() <= 16 else 'other values'}"
+        )
+
+
+def pick_synonym(function: str, name: str, value: object, synonym: str, other: object) -> object:
+    """The one of two spellings of an argument that was given."""
+    same = value is other or (isinstance(value, int) and value == other)
+    if value is not None and other is not None and not same:
+        raise InvalidArgumentError(f"{function}: {name} and {synonym} are the same argument; pass one of them")
+    return other if value is None else value
+
+
+def pick_sinks(
+    function: str, sinks: Tensor | None, s_aux: Tensor | None, learnable_sink: Tensor | None
+) -> Tensor | None:
+    """The sinks, under whichever of their three names they came."""
+    sinks = pick_synonym(function, "sinks", sinks, "s_aux", s_aux)  # type: ignore[assignment]
+    return pick_synonym(function, "sinks", sinks, "learnable_sink", learnable_sink)  # type: ignore[return-value]

@@ -1,0 +1,103 @@
+"""Assertions on a built call: live rows against the judge by the tolerance rule, dead rows and slots untouched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import compare
+import torch
+from calls import Built, judge
+from torch import Tensor
+
+#: Absolute tolerance of the LSE. Kernels exponentiate in base 2 with the hardware's approximation.
+LSE_ATOL = {"cpu": 1e-5, "cuda": 2e-4}
+#: With softcap the kernels approximate tanh too; softcap multiplies its error.
+SOFTCAP_LSE_RTOL = 1e-4
+
+
+def check_equal(a: Tensor, b: Tensor) -> None:
+    """Bitwise equality (NaN equals NaN)."""
+    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def check_call(built: Built, **overrides: Any) -> tuple[Tensor, Tensor]:
+    """Run the call into its poisoned ``out`` and check everything there is to check; returns ``(out, softmax_lse)``."""
+    poison_allocator(built)
+    keep = {name: built.kwargs[name] for name in ("k_cache", "v_cache") if name in built.kwargs}
+    before = {name: cache.clone() for name, cache in keep.items()} if built.call.num_new else {}
+    out, lse = built.run(**overrides)
+    assert out.data_ptr() == built.out.data_ptr() and out.shape == built.out.shape, "out= must be returned"
+    check_against(built, out, lse)
+    check_dead_rows(built, out)
+    if before:
+        check_appended(built, before)
+    return out, lse
+
+
+def check_against(built: Built, out: Tensor, lse: Tensor | None = None) -> None:
+    """Live rows of ``out`` and ``lse`` against the judge."""
+    call = built.call
+    rows = built.kwargs["q"].shape[:-2]
+    assert out.shape == (*rows, call.heads_q, call.dim_v), f"{call}: out has shape {tuple(out.shape)}"
+    if lse is not None:
+        expected = (call.heads_q, *rows) if len(rows) == 1 else (rows[0], call.heads_q, rows[1])
+        assert lse.shape == expected and lse.dtype == torch.float32, f"{call}: LSE is {lse.dtype} {tuple(lse.shape)}"
+    check_split(built, out, lse)
+
+
+def check_split(built: Built, out: Tensor, lse: Tensor | None = None) -> None:
+    """As check_against, for tensors whose rows are merely in the order of the call's: (R, Hq, Dv) and (Hq, R)."""
+    call = built.call
+    truth, truth_lse = judge(built)
+    if not truth:
+        return
+    actual, expected = torch.cat(built.split(out)), torch.cat(truth)
+    assert not actual.isnan().any(), f"{call}: {int(actual.isnan().any(dim=(1, 2)).sum())} live rows hold NaN"
+    if call.dtype == torch.float64:  # the judge's own dtype: only the order of the sums differs
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
+    else:
+        naive = torch.cat(judge(built, call.dtype)[0])
+        compare.assert_close("out", actual, expected, naive, call.dtype, compare.OUT_FACTOR, str(call))
+    empty = (torch.cat(truth_lse, dim=1) == float("-inf")).all(dim=0)
+    assert (actual[empty] == 0).all(), f"{call}: a row that sees no key must be 0"
+    if lse is not None:
+        atol = LSE_ATOL[out.device.type]
+        if out.device.type == "cuda" and call.softcap:
+            atol += SOFTCAP_LSE_RTOL * call.softcap
+        compare.assert_lse(torch.cat(built.split_lse(lse), dim=1), torch.cat(truth_lse, dim=1), atol, str(call))
+
+
+def check_dead_rows(built: Built, out: Tensor) -> None:
+    """Rows that no sequence owns still hold the poison."""
+    dead = ~built.live_mask()
+    if bool(dead.any()):
+        assert out.flatten(0, -3)[dead].isnan().all(), f"{built.call}: rows that no sequence owns were written"
+
+
+def check_appended(built: Built, before: dict[str, Tensor]) -> None:
+    """The new keys are in the cache, bit for bit, and no other slot changed."""
+    call, kwargs = built.call, built.kwargs
+    for name, logical in (("k_cache", built.k), ("v_cache", built.v)):
+        cache, old = kwargs[name], before[name]
+        expected = old.clone()
+        for b, new in enumerate(call.num_new):
+            begin = int(kwargs["cache_seqlens"][b])
+            owner = int(kwargs["cache_batch_idx"][b]) if call.batch_idx else b
+            for i in range(new):
+                row, value = begin + i, logical[b][len(logical[b]) - new + i]
+                if call.page_size:
+                    page = int(kwargs["page_table"][owner, row // call.page_size])
+                    expected[page, row % call.page_size] = value
+                else:
+                    expected[owner, row] = value
+        if call.k_layout != "overlapping":  # there a slot of K is a slot of V too
+            check_equal(cache, expected)
+
+
+def poison_allocator(built: Built) -> None:
+    """Leave NaN in the device memory that the call is about to be given, so that what it forgets to write shows."""
+    if built.out.device.type != "cuda":
+        return
+    sizes = (built.out.numel() // max(built.call.dim_v, 1), built.out.numel(), 1 << 18)
+    blocks = [torch.full((max(n, 1),), float("nan"), device=built.out.device) for n in sizes for _ in range(3)]
+    del blocks

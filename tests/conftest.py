@@ -1,0 +1,121 @@
+"""Shared pytest set-up: markers, printed seeds, the strict backend for GPU tests and the `row_ran` assertion."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # oracle, compare, cases: for tests/gpu too
+
+import broadhead
+from broadhead import support
+
+SEED_VARIABLE = "BROADHEAD_TEST_SEED"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the markers and fix the session's seed (worker processes inherit it through the environment)."""
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped with a reason where there is none")
+    config.addinivalue_line("markers", "full: the long GPU set, on top of the curated one")
+    config.addinivalue_line("markers", "curated: the few small GPU cases that also run under compute-sanitizer")
+    os.environ.setdefault(SEED_VARIABLE, str(random.SystemRandom().randrange(2**31)))
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """Print what is needed to repeat this run."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device: gpu tests are skipped"
+    return [
+        f"broadhead {broadhead.__version__}, torch {torch.__version__}, {device}",
+        f"seed: {SEED_VARIABLE}={os.environ[SEED_VARIABLE]} (inputs are fresh in every run; set it to repeat this one)",
+    ]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip the GPU tests where no device is visible. A device with no working kernels fails them: it never skips."""
+    if torch.cuda.is_available():
+        return
+    reason = pytest.mark.skip(reason="torch.cuda.is_available() is False: this test needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(reason)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
+    """Add the seed of a failed test to its report."""
+    outcome = yield
+    report = outcome.get_result()
+    if report.failed:
+        report.sections.append(("seed", f"{SEED_VARIABLE}={os.environ[SEED_VARIABLE]} pytest '{item.nodeid}'"))
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """This test's own seed: of the session's seed and the test's name, so that a test repeats alone as in the suite."""
+    return zlib.crc32(f"{os.environ[SEED_VARIABLE]} {request.node.nodeid}".encode())
+
+
+@pytest.fixture(autouse=True)
+def _seed_generators(seed: int) -> None:
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def _strict_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPU tests raise instead of falling back: the torch fallback can never look like a pass of a kernel."""
+    if request.node.get_closest_marker("gpu"):
+        monkeypatch.setenv("BROADHEAD_STRICT", "1")
+
+
+@pytest.fixture
+def rng(seed: int) -> random.Random:
+    """A generator for shapes and flags, independent of torch's."""
+    return random.Random(seed)
+
+
+@pytest.fixture
+def cpu() -> torch.device:
+    return torch.device("cpu")
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    """The device of GPU tests."""
+    if not torch.cuda.is_available():
+        pytest.skip("torch.cuda.is_available() is False: this test needs a CUDA device")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.fixture
+def row_ran() -> Callable[..., support.KernelRow]:
+    """`row_ran(phase=None, dtype=None, head_dim=None)`: the row of the last call of this thread, or a failed test.
+
+    Asserts that the CUDA backend ran, that the row is in the table and that it fits what was asked; `head_dim` is
+    max(head_dim, head_dim_v) of the call and must have run in the smallest bucket that holds it.
+    """
+
+    def check(phase: str | None = None, dtype: torch.dtype | None = None, head_dim: int | None = None):
+        backend, row_id, reason = broadhead.last_dispatch()
+        assert backend == "cuda", f"the {backend} backend ran ({reason}); a kernel was asked for"
+        rows = {row.id: row for row in support.ROWS}
+        assert row_id in rows, f"{row_id!r} ran, which is no row of the table"
+        row = rows[row_id]
+        if phase is not None:
+            assert row.phase == phase, f"{row_id} ran: phase {row.phase}, expected {phase}"
+        if dtype is not None:
+            name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+            assert row.dtype == name, f"{row_id} ran for {dtype}"
+        if head_dim is not None:
+            buckets = [r.head_dim for r in support.ROWS if r.phase == row.phase and r.head_dim >= head_dim]
+            assert row.head_dim == min(buckets), f"{row_id} ran for head_dim {head_dim}"
+        return row
+
+    return check

@@ -1,0 +1,104 @@
+"""Full GPU set: every mask in every bucket, with softcap, sinks and prefixes, on lengths around the tile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from calls import Call
+from gpu_calls import decode_call
+
+pytestmark = [pytest.mark.gpu, pytest.mark.full]
+
+LENGTHS_Q = (128, 1, 0, 65, 200)
+LENGTHS_K = (128, 64, 9, 300, 63)
+MASKS = {
+    "full": {},
+    "causal": {"causal": True},
+    "causal_window_1": {"causal": True, "window": (0, 0)},
+    "causal_window_64": {"causal": True, "window": (64, 0)},
+    "causal_window_63": {"causal": True, "window": (63, -1)},
+    "causal_window_large": {"causal": True, "window": (10**9, 0)},
+    "window_both": {"window": (17, 80)},
+    "window_right": {"window": (-1, 64)},
+    "window_left": {"window": (64, -1)},
+    "window_diagonal": {"window": (0, 0)},
+    "chunk_64": {"attention_chunk": 64},
+    "chunk_50_causal": {"attention_chunk": 50, "causal": True},
+    "chunk_window": {"attention_chunk": 100, "causal": True, "window": (30, 0)},
+    "chunk_1": {"attention_chunk": 1},
+    "prefix": {"causal": True, "prefix": (40, 1, 3, 64, 500)},
+    "prefix_zero": {"causal": True, "prefix": (0, 0, 0, 0, 0)},
+    "prefix_window": {"causal": True, "window": (20, 0), "prefix": (64, 3, 0, 129, 63)},
+    "prefix_chunk": {"causal": True, "attention_chunk": 64, "prefix": (30, 3, 0, 65, 1)},
+}
+EXTRAS = {
+    "": {},
+    "softcap": {"softcap": 15.0},
+    "sinks": {"sinks": "fp32"},
+    "sinks_softcap": {"sinks": "q", "softcap": 3.0},
+}
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256, 512])
+def test_prefill_mask(head_dim: int, mask: str, extra: str, run_call: Callable) -> None:
+    call = Call(
+        "varlen", LENGTHS_Q, LENGTHS_K, heads_q=2, heads_kv=1, head_dim=head_dim, **MASKS[mask], **EXTRAS[extra]
+    )
+    run_call(call)
+
+
+@pytest.mark.parametrize("mask", [m for m in MASKS if "prefix" not in m])
+@pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
+@pytest.mark.parametrize("seqlen_q", [1, 3])
+def test_decode_mask(head_dim: int, mask: str, seqlen_q: int, run_call: Callable) -> None:
+    options = {"seqlens_q": (seqlen_q,) * 4, "seqlens_k": (300, 17, 1, 129), **MASKS[mask]}
+    run_call(decode_call(head_dim, **options, num_splits=3))
+    run_call(decode_call(head_dim, **options, page_size=0, sinks="fp32"))
+
+
+@pytest.mark.parametrize("mask", ["causal", "causal_window_64", "window_both", "chunk_50_causal", "prefix_window"])
+@pytest.mark.parametrize("head_dim", [64, 256, 512])
+@pytest.mark.parametrize("splits", [2, 5])
+def test_split_prefill_mask(head_dim: int, mask: str, splits: int, run_call: Callable) -> None:
+    call = Call(
+        "varlen", LENGTHS_Q, LENGTHS_K, heads_q=2, heads_kv=1, head_dim=head_dim, **MASKS[mask], num_splits=splits
+    )
+    run_call(call)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.0, -0.3, 2.0])
+@pytest.mark.parametrize("head_dim", [64, 512])
+def test_softmax_scale(head_dim: int, scale: float, run_call: Callable) -> None:
+    """1.0 as Gemma 4 has it; large scores: the maximum is subtracted before anything is exponentiated."""
+    run_call(Call("varlen", LENGTHS_Q, LENGTHS_K, head_dim=head_dim, softmax_scale=scale, causal=True))
+    run_call(decode_call(head_dim, softmax_scale=scale, num_splits=4))
+
+
+@pytest.mark.parametrize("head_dim", [64, 256, 512])
+def test_two_pass_prefix_lm(head_dim: int, cuda: torch.device, run_call: Callable, row_ran: Callable) -> None:
+    """The second pass writes the rest of the same out; together they equal prefix_lens in one pass."""
+    import broadhead
+
+    prefix, total = (70, 0, 130, 9), (150, 65, 130, 129)
+    call = Call("varlen", total, total, head_dim=head_dim, causal=True, prefix=prefix, slack_q=5, slack_k=5, tail=7)
+    built, _ = run_call(call)
+    once, kw = built.out.clone(), built.kwargs
+    twice = torch.full_like(once, float("nan"))
+    common = {"k": kw["k"], "v": kw["v"], "max_seqlen_q": 155, "max_seqlen_k": 155, "cu_seqlens_k": kw["cu_seqlens_k"]}
+    lengths = torch.tensor(prefix, dtype=torch.int32, device=cuda)
+    broadhead.flash_attn_varlen_func(
+        kw["q"], cu_seqlens_q=kw["cu_seqlens_q"], seqused_q=lengths, seqused_k=lengths, out=twice, **common
+    )
+    row_ran(phase="prefill", dtype=call.dtype, head_dim=head_dim)
+    starts = kw["cu_seqlens_q"].clone()
+    starts[:-1] += lengths
+    broadhead.flash_attn_varlen_func(
+        kw["q"], cu_seqlens_q=starts, seqused_q=kw["seqused_q"] - lengths, seqused_k=kw["seqused_k"], causal=True,
+        out=twice, **common,
+    )  # fmt: skip
+    row_ran(phase="prefill", dtype=call.dtype, head_dim=head_dim)
+    torch.testing.assert_close(twice, once, atol=2e-2, rtol=2e-2, equal_nan=True)

@@ -1,0 +1,94 @@
+// A kernel library without kernels: keeps the last argument block as text, so that a test can read what was packed.
+#include <cstdio>
+#include <cstring>
+
+#include "host/params.h"
+
+#ifndef STUB_ABI_VERSION
+#define STUB_ABI_VERSION broadhead::kAbiVersion
+#endif
+
+namespace {
+
+char text[4096] = "";
+const char* const kIds[] = {"sm80_fwd_d64_bf16", "sm80_fwd_d64_fp16"};
+
+void put(const char* name, long long value) {
+  const std::size_t length = std::strlen(text);
+  std::snprintf(text + length, sizeof(text) - length, "%s=%lld\n", name, value);
+}
+
+void put(const char* name, const void* pointer) {
+  put(name, static_cast<long long>(reinterpret_cast<std::intptr_t>(pointer)));
+}
+
+void put(const char* name, const broadhead::TensorStrides& strides) {
+  const std::size_t length = std::strlen(text);
+  std::snprintf(text + length, sizeof(text) - length, "%s=%lld,%lld,%lld\n", name,
+                static_cast<long long>(strides.batch), static_cast<long long>(strides.row),
+                static_cast<long long>(strides.head));
+}
+
+void put_float(const char* name, float value) {
+  const std::size_t length = std::strlen(text);
+  std::snprintf(text + length, sizeof(text) - length, "%s=%.9g\n", name, static_cast<double>(value));
+}
+
+}  // namespace
+
+#define PUT(field) put(#field, p.field)
+
+BROADHEAD_EXPORT const char* stub_text() { return text; }
+
+std::uint32_t broadhead_abi_version() { return STUB_ABI_VERSION; }
+const char* broadhead_build_archs() { return "80;90"; }
+int broadhead_cuda_version() { return 13010; }
+int broadhead_kernel_count() { return 2; }
+const char* broadhead_kernel_id(int index) { return kIds[index]; }
+
+int broadhead_forward(int index, const broadhead::AttnParams* params, void* stream, char* error,
+                      std::size_t error_size) {
+  const broadhead::AttnParams& p = *params;
+  text[0] = '\0';
+  if (p.softcap < 0) {
+    std::snprintf(error, error_size, "%s: launch: the stub was asked to fail", kIds[index]);
+    return 1;
+  }
+  put("index", index);
+  put("stream", stream);
+  put("struct_size_fits", p.struct_size == sizeof(broadhead::AttnParams));
+  PUT(q), PUT(k), PUT(v), PUT(out), PUT(softmax_lse), PUT(out_partial), PUT(lse_partial);
+  PUT(q_strides), PUT(k_strides), PUT(v_strides), PUT(out_strides), PUT(lse_batch_stride), PUT(lse_head_stride);
+  PUT(cu_seqlens_q), PUT(cu_seqlens_k), PUT(seqused_q), PUT(seqused_k), PUT(leftpad_k), PUT(kv_batch_idx);
+  PUT(page_table), PUT(prefix_lens), PUT(sinks), PUT(scheduler_metadata), PUT(page_table_batch_stride);
+  PUT(batch), PUT(seqlen_q), PUT(seqlen_k), PUT(total_q), PUT(num_heads_q), PUT(num_heads_kv), PUT(head_dim);
+  PUT(head_dim_v), PUT(page_size), PUT(window_left), PUT(window_right), PUT(attention_chunk), PUT(sinks_are_fp32);
+  PUT(num_splits), PUT(pack_gqa), PUT(metadata_tag), PUT(heads_per_section);
+  put_float("softmax_scale", p.softmax_scale);
+  put_float("softcap", p.softcap);
+  return 0;
+}
+
+int broadhead_scheduler_metadata(const broadhead::SchedulerMetadataParams* params, void* stream, char*, std::size_t) {
+  const broadhead::SchedulerMetadataParams& p = *params;
+  text[0] = '\0';
+  put("stream", stream);
+  put("struct_size_fits", p.struct_size == sizeof(broadhead::SchedulerMetadataParams));
+  PUT(metadata), PUT(seqused_k), PUT(cu_seqlens_k), PUT(leftpad_k), PUT(cu_seqlens_q), PUT(seqused_q);
+  PUT(batch), PUT(seqlen_q), PUT(seqlen_k), PUT(seqlen_k_new), PUT(window_left), PUT(window_right);
+  PUT(attention_chunk), PUT(rows_per_token), PUT(heads_in_grid), PUT(tile_m), PUT(tile_n), PUT(num_splits);
+  PUT(target_ctas), PUT(metadata_tag);
+  return 0;
+}
+
+int broadhead_combine(const broadhead::CombineParams* params, void* stream, char*, std::size_t) {
+  const broadhead::CombineParams& p = *params;
+  text[0] = '\0';
+  put("stream", stream);
+  put("struct_size_fits", p.struct_size == sizeof(broadhead::CombineParams));
+  PUT(out_partial), PUT(lse_partial), PUT(out), PUT(softmax_lse), PUT(out_partial_split_stride);
+  PUT(out_partial_row_stride), PUT(out_partial_head_stride), PUT(lse_partial_split_stride), PUT(lse_partial_row_stride);
+  PUT(lse_partial_head_stride), PUT(out_row_stride), PUT(out_head_stride), PUT(lse_row_stride), PUT(lse_head_stride);
+  PUT(rows), PUT(heads), PUT(head_dim_v), PUT(num_splits), PUT(out_dtype);
+  return 0;
+}

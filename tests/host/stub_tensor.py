@@ -1,0 +1,104 @@
+"""Stand-ins for CUDA tensors, for testing the bindings where there is no GPU, and access to the stub library's text."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+
+class _DLTensor(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    ]
+
+
+class _Device:
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+
+class AttributeTensor:
+    """A CUDA tensor to whoever reads the attributes of torch.Tensor."""
+
+    def __init__(self, pointer, shape, dtype="torch.bfloat16", strides=None, device=0, is_cuda=True) -> None:
+        if strides is None:
+            strides, step = [], 1
+            for size in reversed(shape):
+                strides.insert(0, step)
+                step *= size
+        self.shape, self.dtype, self.is_cuda, self.device = tuple(shape), dtype, is_cuda, _Device(device)
+        self._pointer, self._strides = pointer, tuple(strides)
+        self.c_shape = (ctypes.c_int64 * len(shape))(*shape)
+        self.c_strides = (ctypes.c_int64 * len(shape))(*strides)
+
+    def data_ptr(self) -> int:
+        return self._pointer
+
+    def stride(self) -> tuple[int, ...]:
+        return self._strides
+
+
+DTYPES = {"torch.bfloat16": (4, 16), "torch.float16": (2, 16), "torch.float32": (2, 32), "torch.int32": (0, 32)}
+CURRENT_STREAM = 0x5EED
+
+
+@ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.POINTER(_DLTensor))
+def _read(tensor, out) -> int:
+    view = out[0]
+    # Half of the address by the offset: the reader must add it.
+    view.data, view.byte_offset = tensor.data_ptr() - 8, 8
+    view.device_type, view.device_id = (2 if tensor.is_cuda else 1), tensor.device.index
+    view.ndim, view.lanes = len(tensor.shape), 1
+    view.code, view.bits = DTYPES.get(tensor.dtype, (6, 8))
+    view.shape = ctypes.cast(tensor.c_shape, ctypes.POINTER(ctypes.c_int64))
+    view.strides = ctypes.cast(tensor.c_strides, ctypes.POINTER(ctypes.c_int64))
+    return 0
+
+
+@ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_int32, ctypes.c_int32, ctypes.POINTER(ctypes.c_void_p))
+def _stream(device_type, device_id, out) -> int:
+    out[0] = CURRENT_STREAM + device_id
+    return 0
+
+
+class _ExchangeAPI(ctypes.Structure):
+    _fields_ = [
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        ("prev_api", ctypes.c_void_p),
+        ("allocator", ctypes.c_void_p),
+        ("from_py_object", ctypes.c_void_p),
+        ("to_py_object", ctypes.c_void_p),
+        ("read", ctypes.c_void_p),
+        ("stream", ctypes.c_void_p),
+    ]
+
+
+_api = _ExchangeAPI(
+    1, 3, None, None, None, None, ctypes.cast(_read, ctypes.c_void_p), ctypes.cast(_stream, ctypes.c_void_p)
+)
+_new_capsule = ctypes.pythonapi.PyCapsule_New
+_CAPSULE_NAME = b"dlpack_exchange_api"  # a capsule keeps the pointer
+_new_capsule.restype, _new_capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+
+
+class ExchangeTensor(AttributeTensor):
+    """The same to whoever reads DLPack's C exchange API."""
+
+    __dlpack_c_exchange_api__ = _new_capsule(ctypes.addressof(_api), _CAPSULE_NAME, None)
+
+
+def last_call(library: Path) -> dict[str, str]:
+    """What the stub library was given last."""
+    stub = ctypes.CDLL(str(library))
+    stub.stub_text.restype = ctypes.c_char_p
+    return dict(line.split("=", 1) for line in stub.stub_text().decode().splitlines())

@@ -1,0 +1,112 @@
+// common/attention_mask.h against the mask rule written out key by key: predicate, block range, unmasked blocks,
+// splits.
+#include <algorithm>
+#include <cmath>
+
+#include "check.h"
+#include "common/attention_mask.h"
+
+namespace {
+
+using broadhead::AttentionMask;
+
+bool rule(const AttentionMask& m, int q, int key) {
+  const int position = q + m.seqlen_k - m.seqlen_q;
+  if (key < 0 || key >= m.seqlen_k) return false;
+  if (key < m.prefix_len) return true;
+  if (m.window_left >= 0 && key < position - m.window_left) return false;
+  if (m.window_right >= 0 && key > position + m.window_right) return false;
+  if (m.attention_chunk > 0) {
+    const int chunk = m.attention_chunk;
+    if (std::floor(static_cast<double>(key) / chunk) != std::floor(static_cast<double>(position) / chunk)) return false;
+  }
+  return true;
+}
+
+#define CASE "sq %d sk %d window (%d, %d) chunk %d prefix %d q %d"
+#define CASE_OF(m, q) m.seqlen_q, m.seqlen_k, m.window_left, m.window_right, m.attention_chunk, m.prefix_len, q
+
+void check_rows(const AttentionMask& mask) {
+  for (int q = 0; q < mask.seqlen_q; ++q) {
+    const broadhead::KeyInterval row = mask.row_interval(q);
+    for (int key = 0; key < mask.seqlen_k; ++key) {
+      CHECK(mask.visible(row, key) == rule(mask, q, key), CASE " key %d", CASE_OF(mask, q), key);
+    }
+    CHECK(row.begin >= 0 && row.end <= mask.seqlen_k, CASE, CASE_OF(mask, q));
+  }
+}
+
+void check_tile(const AttentionMask& mask, int q_first, int q_last, int tile_n) {
+  const broadhead::BlockRange range = broadhead::block_range(mask, q_first, q_last, tile_n);
+  const broadhead::KeyInterval unmasked = mask.unmasked_interval(q_first, q_last);
+  const broadhead::KeyInterval live = mask.tile_interval(q_first, q_last);
+  CHECK(range.begin >= 0 && range.begin <= range.end && range.end * tile_n < mask.seqlen_k + tile_n, CASE,
+        CASE_OF(mask, q_first));
+  int first_seen = mask.seqlen_k, last_seen = -1;
+  for (int key = 0; key < mask.seqlen_k; ++key) {
+    bool any = false, all = true;
+    for (int q = q_first; q <= q_last; ++q) {
+      const bool sees = rule(mask, q, key);
+      any |= sees;
+      all &= sees;
+    }
+    if (any) {
+      first_seen = std::min(first_seen, key);
+      last_seen = key;
+      CHECK(key / tile_n >= range.begin && key / tile_n < range.end, CASE " key %d outside the blocks",
+            CASE_OF(mask, q_first), key);
+      CHECK((key >= live.begin && key < live.end) || key < mask.prefix_len, CASE " key %d is not live",
+            CASE_OF(mask, q_first), key);
+    }
+    const bool claimed = key >= unmasked.begin && key < unmasked.end;
+    CHECK(!claimed || all, CASE " key %d is called unmasked", CASE_OF(mask, q_first), key);
+  }
+  if (last_seen < 0) return;
+  CHECK(range.end == last_seen / tile_n + 1, CASE " visits blocks after the last key", CASE_OF(mask, q_first));
+  CHECK(range.begin == first_seen / tile_n, CASE " visits blocks before the first key", CASE_OF(mask, q_first));
+}
+
+void check_splits() {
+  for (int blocks = 0; blocks <= 40; ++blocks) {
+    for (int splits = 1; splits <= 12; ++splits) {
+      int next = 3;
+      for (int split = 0; split < splits; ++split) {
+        const broadhead::BlockRange share = broadhead::split_range({3, 3 + blocks}, split, splits);
+        CHECK(share.begin == next && share.end >= share.begin, "%d blocks, share %d of %d", blocks, split, splits);
+        CHECK(share.end - share.begin <= (blocks + splits - 1) / splits, "%d blocks, share %d of %d", blocks, split,
+              splits);
+        next = share.end;
+      }
+      CHECK(next == 3 + blocks, "%d blocks in %d shares", blocks, splits);
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  const int lengths_q[] = {1, 2, 5, 9, 16}, lengths_k[] = {0, 1, 4, 9, 17, 23}, windows[] = {-1, 0, 1, 3, 7, 40};
+  const int chunks[] = {0, 1, 3, 8}, prefixes[] = {0, 1, 6, 17};
+  for (int sq : lengths_q) {
+    for (int sk : lengths_k) {
+      for (int left : windows) {
+        for (int right : windows) {
+          for (int chunk : chunks) {
+            for (int prefix : prefixes) {
+              if (prefix > 0 && right != 0) continue;  // prefix_lens requires a causal mask
+              const AttentionMask mask{sq, sk, left, right, chunk, std::min(prefix, sk)};
+              check_rows(mask);
+              for (int tile_m : {1, 4, 16}) {
+                for (int q = 0; q < sq; q += tile_m) {
+                  for (int tile_n : {4, 16}) check_tile(mask, q, std::min(q + tile_m, sq) - 1, tile_n);
+                }
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+  check_splits();
+  return host_test::finish();
+}

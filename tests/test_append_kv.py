@@ -1,0 +1,255 @@
+"""Rotary embedding and the append of new keys against a loop over tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from typing import Any
+
+import pytest
+import torch
+from broadhead import append_kv
+from cases import GARBAGE_PAGES
+from torch import Tensor
+
+CACHES = ("contiguous", "contiguous_batch_idx", "paged", "paged_batch_idx", "interleaved", "overlapping")
+ROTARY = ("none", "interleaved", "halves", "partial", "partial_interleaved", "own_positions")
+HEADS, HEAD_DIM, POSITIONS = 2, 32, 200
+
+
+@dataclasses.dataclass
+class Append:
+    """One call's tensors. ``places[b][r]`` indexes row r of sequence b in the caches; None: there is no such place."""
+
+    k_cache: Tensor
+    v_cache: Tensor
+    k_new: Tensor
+    v_new: Tensor
+    options: dict[str, Any]
+    seqlens: list[int]
+    num_new: list[int]
+    first_new: list[int]  # where the new rows of a sequence begin in k_new.flatten(0, -3)
+    places: list[list[tuple[int, int] | None]]
+    block_step: int  # 2 where K's pages are every other one of the pool that V shares
+
+
+def build(
+    seed: int, cache: str, rotary: str, ragged: bool, dtype: torch.dtype = torch.float32, overflow: bool = False
+) -> Append:
+    """A random append. overflow: some rows land past the cache or on pages that were never allocated."""
+    rng = random.Random(seed)
+    step = 2 if cache == "overlapping" else 1
+    batch, page_size = 4, rng.choice([1, 3, 16])
+    paged = not cache.startswith("contiguous")
+    same = rng.randint(1, 7)
+    num_new = [rng.choice([0, 1, rng.randint(1, 9)]) for _ in range(batch)] if ragged else [same] * batch
+    seqlens = [rng.randint(0, 30) for _ in range(batch)]
+    capacity = max(n + new for n, new in zip(seqlens, num_new))
+    capacity -= rng.randint(1, 5) if overflow and not paged else -2
+    capacity = max(capacity, 1)
+    options: dict[str, Any] = {"cache_seqlens": torch.tensor(seqlens, dtype=torch.int32)}
+
+    num_owners = batch + 2 if cache.endswith("batch_idx") else batch
+    owners = rng.sample(range(num_owners), batch)
+    if cache.endswith("batch_idx"):
+        options["cache_batch_idx"] = torch.tensor(owners, dtype=torch.int32)
+    else:
+        owners = list(range(batch))
+
+    places: list[list[tuple[int, int] | None]] = []
+    if paged:
+        max_pages = -(-capacity // page_size) + 1
+        num_pages = num_owners * max_pages
+        free = [page * step for page in rng.sample(range(num_pages), num_pages)]
+        table = [[rng.choice(GARBAGE_PAGES) for _ in range(max_pages)] for _ in range(num_owners)]
+        for b, owner in enumerate(owners):
+            needed = -(-(seqlens[b] + num_new[b]) // page_size)
+            allocated = max(0, needed - rng.randint(0, 2)) if overflow else needed
+            table[owner][:allocated] = [free.pop() for _ in range(allocated)]
+            rows = range(max_pages * page_size)
+            places.append(
+                [(table[owner][r // page_size], r % page_size) if r // page_size < allocated else None for r in rows]
+            )
+        options["page_table"] = torch.tensor(table, dtype=torch.int32)
+        shape = (num_pages * step, page_size, HEADS, HEAD_DIM)
+    else:
+        places = [[(owner, r) for r in range(capacity)] for owner in owners]
+        shape = (num_owners, capacity, HEADS, HEAD_DIM)
+    if cache == "interleaved":
+        pool = torch.randn(shape[0], HEADS, shape[1], 2 * HEAD_DIM).to(dtype).transpose(1, 2)
+        k_cache, v_cache = pool[..., :HEAD_DIM], pool[..., HEAD_DIM:]
+    elif cache == "overlapping":
+        pool = torch.randn(shape[0] + 1, *shape[1:]).to(dtype)
+        k_cache, v_cache = pool[:-1], pool[1:]
+    else:
+        k_cache, v_cache = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+
+    first_new = [sum(num_new[:b]) for b in range(batch)]
+    if ragged:
+        lead: tuple[int, ...] = (sum(num_new) + rng.randint(0, 3),)  # rows past the last sequence
+        options["cu_seqlens_k_new"] = torch.tensor([*first_new, sum(num_new)], dtype=torch.int32)
+    else:
+        lead = (batch, same)
+    k_new, v_new = torch.randn(*lead, HEADS, HEAD_DIM), torch.randn(*lead, HEADS, HEAD_DIM)
+    if ragged:
+        k_new[sum(num_new) :], v_new[sum(num_new) :] = float("nan"), float("nan")
+    if rotary != "none":
+        columns = HEAD_DIM // 4 if rotary.startswith("partial") else HEAD_DIM // 2
+        angle = torch.rand(POSITIONS, columns) * 6.28
+        options |= {"rotary_cos": angle.cos(), "rotary_sin": angle.sin()}
+        options["rotary_interleaved"] = "interleaved" in rotary
+        if rotary == "own_positions":
+            options["rotary_seqlens"] = torch.tensor([rng.randint(0, 99) for _ in range(batch)], dtype=torch.int32)
+    return Append(k_cache, v_cache, k_new, v_new, options, seqlens, num_new, first_new, places, step)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """One token ``(H, D)`` by the angles of its position, pair by pair."""
+    x = x.double().clone()
+    source, half = x.clone(), len(cos)
+    for pair in range(half):
+        a, b = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + half)
+        c, s = cos[pair].double(), sin[pair].double()
+        x[:, a] = source[:, a] * c - source[:, b] * s
+        x[:, b] = source[:, b] * c + source[:, a] * s
+    return x
+
+
+def expected_caches(call: Append) -> tuple[Tensor, Tensor, Tensor]:
+    """K and V after the append in fp64, and which ``(block, slot)`` were written."""
+    k, v = call.k_cache.double(), call.v_cache.double()
+    written = torch.zeros(k.shape[:2], dtype=torch.bool)
+    options = call.options
+    for b, length in enumerate(call.seqlens):
+        for i in range(call.num_new[b]):
+            row = length + i
+            place = call.places[b][row] if row < len(call.places[b]) else None
+            if place is None:
+                continue
+            k_token = call.k_new.flatten(0, -3)[call.first_new[b] + i]
+            if "rotary_cos" in options:
+                position = (int(options["rotary_seqlens"][b]) if "rotary_seqlens" in options else length) + i
+                cos, sin = options["rotary_cos"][position], options["rotary_sin"][position]
+                k_token = rotate(k_token, cos, sin, options["rotary_interleaved"])
+            k[place], v[place] = k_token.double(), call.v_new.flatten(0, -3)[call.first_new[b] + i].double()
+            written[place] = True
+    return k, v, written
+
+
+def check(call: Append, append: Any = append_kv.append) -> None:
+    before_k, before_v = call.k_cache.clone(), call.v_cache.clone()
+    expected_k, expected_v, written = expected_caches(call)
+    append(call.k_cache, call.v_cache, call.k_new, call.v_new, **call.options)
+    tolerance = 4 * torch.finfo(torch.float16 if call.k_cache.dtype.itemsize == 2 else torch.float32).eps
+    if call.k_cache.dtype == torch.bfloat16:
+        tolerance = 2 * torch.finfo(torch.bfloat16).eps
+    mine = slice(None, None, call.block_step)
+    for cache, before, expected in ((call.k_cache, before_k, expected_k), (call.v_cache, before_v, expected_v)):
+        is_new, stale = written[mine], ~written[mine]
+        torch.testing.assert_close(cache[mine][is_new].double(), expected[mine][is_new], rtol=tolerance, atol=tolerance)
+        assert torch.equal(cache[mine][stale], before[mine][stale]), "a slot that no new key belongs to was written"
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["dense", "ragged"])
+@pytest.mark.parametrize("rotary", ROTARY)
+@pytest.mark.parametrize("cache", CACHES)
+def test_append(cache: str, rotary: str, ragged: bool, seed: int) -> None:
+    check(build(seed, cache, rotary, ragged))
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["dense", "ragged"])
+@pytest.mark.parametrize("cache", CACHES)
+def test_rows_without_a_place_are_dropped(cache: str, ragged: bool, seed: int) -> None:
+    for number in range(5):
+        check(build(seed + number, cache, "halves", ragged, overflow=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_caches(dtype: torch.dtype, seed: int) -> None:
+    for cache in CACHES:
+        check(build(seed, cache, "partial_interleaved", True, dtype))
+
+
+def test_fp8_cache(seed: int) -> None:
+    call = build(seed, "paged", "none", True, torch.float8_e4m3fn)
+    append_kv.append(call.k_cache, call.v_cache, call.k_new, call.v_new, **call.options)
+    for b, length in enumerate(call.seqlens):
+        for i in range(call.num_new[b]):
+            page, slot = call.places[b][length + i] or (0, 0)
+            token = call.k_new[call.first_new[b] + i].to(torch.float8_e4m3fn)
+            assert torch.equal(call.k_cache[page, slot].view(torch.uint8), token.view(torch.uint8))
+
+
+@pytest.mark.parametrize("cache", ["contiguous", "paged"])
+def test_nothing_to_append(cache: str, seed: int) -> None:
+    """Every sequence appends nothing, but the packed tensors have padding rows; and no rows at all."""
+    call = build(seed, cache, "none", True)
+    call.num_new = [0] * 4
+    call.options["cu_seqlens_k_new"].zero_()
+    check(call)
+    call.k_new, call.v_new = call.k_new[:0], call.v_new[:0]
+    check(call)
+
+
+def test_dead_rows_never_undo_a_write(seed: int) -> None:
+    """Many padding rows and one live row whose slot they could hit: the live one wins, whatever the order."""
+    cache_k, cache_v = torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 8)
+    new = torch.full((64, 1, 8), float("nan"))
+    for live_slot in (0, 1):
+        new[0] = live_slot + 1
+        append_kv.append(
+            cache_k,
+            cache_v,
+            new,
+            new,
+            cache_seqlens=torch.tensor([live_slot], dtype=torch.int32),
+            cu_seqlens_k_new=torch.tensor([0, 1], dtype=torch.int32),
+        )
+    expected = torch.tensor([1.0, 2.0]).view(1, 2, 1, 1).expand(1, 2, 1, 8)
+    assert torch.equal(cache_k, expected) and torch.equal(cache_v, expected)
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["dense", "ragged"])
+@pytest.mark.parametrize("causal_or_local", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("own_positions", [False, True])
+def test_rotary_of_queries(
+    ragged: bool, causal_or_local: bool, interleaved: bool, own_positions: bool, seed: int
+) -> None:
+    rng = random.Random(seed)
+    batch, heads = 3, 2
+    lengths = [rng.randint(0, 6) for _ in range(batch)] if ragged else [5] * batch
+    starts = [rng.randint(0, 90) for _ in range(batch)]
+    angle = torch.rand(POSITIONS, rng.choice([4, 16])) * 6.28
+    cos, sin = angle.cos(), angle.sin()
+    options: dict[str, Any] = {"cache_seqlens": torch.tensor(starts, dtype=torch.int32)}
+    if own_positions:
+        options = {"cache_seqlens": torch.tensor([0] * batch, dtype=torch.int32)}
+        options["rotary_seqlens"] = torch.tensor(starts, dtype=torch.int32)
+    begins = [sum(lengths[:b]) for b in range(batch + 1)]
+    q = torch.randn(begins[-1] + (2 if ragged else 0), heads, HEAD_DIM)
+    if ragged:
+        options["cu_seqlens_q"] = torch.tensor(begins, dtype=torch.int32)
+    result = append_kv.apply_rotary_q(
+        q if ragged else q.unflatten(0, (batch, 5)),
+        cos,
+        sin,
+        causal_or_local=causal_or_local,
+        rotary_interleaved=interleaved,
+        **options,
+    )
+    assert result.shape == (q.shape if ragged else (batch, 5, heads, HEAD_DIM))
+    flat = result.flatten(0, -3)
+    for b in range(batch):
+        for i in range(lengths[b]):
+            position = starts[b] + (i if causal_or_local else 0)
+            expected = rotate(q[begins[b] + i], cos[position], sin[position], interleaved)
+            torch.testing.assert_close(flat[begins[b] + i].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("cache", ["contiguous_batch_idx", "paged"])
+def test_compiles_in_one_graph(cache: str, seed: int) -> None:
+    torch._dynamo.reset()
+    for ragged in (False, True):
+        compiled = torch.compile(append_kv.append, fullgraph=True, backend="aot_eager", dynamic=False)
+        check(build(seed, cache, "partial", ragged), compiled)

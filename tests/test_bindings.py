@@ -1,0 +1,284 @@
+"""The compiled module without a GPU: what it packs, by a stub kernel library, and the errors of unfit libraries."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import broadhead
+import pytest
+from broadhead.errors import KernelError
+
+TESTS = Path(__file__).resolve().parent
+COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("broadhead._C") is None, reason="broadhead was installed without _C"),
+    pytest.mark.skipif(COMPILER is None, reason="no C++ compiler: set CXX or install g++"),
+]
+# The package without its __init__, which would import torch: half a second in each of these processes.
+PROLOGUE = """
+import sys, types
+sys.path.insert(0, {host!r})
+sys.modules["broadhead"] = types.ModuleType("broadhead")
+sys.modules["broadhead"].__path__ = {package!r}
+from pathlib import Path
+from broadhead import _C
+from broadhead.errors import KernelError
+from stub_tensor import CURRENT_STREAM, AttributeTensor, ExchangeTensor, last_call
+library = Path({directory!r}) / "libbroadhead_sm80.so"
+INT = "torch.int32"
+F32 = "torch.float32"
+
+def error(function, *arguments):
+    try:
+        function(*arguments)
+    except KernelError as exception:
+        return str(exception)
+    raise AssertionError("no KernelError")
+"""
+CALL = """
+def call(T, **changes):
+    # 2 sequences, 3 queries, 4 heads over 2 KV heads, head_dim 64, head_dim_v 32, 5 pages of 16 tokens.
+    a = dict(
+        kernel_id="sm80_fwd_d64_bf16",
+        q=T(1 << 12, (2, 3, 4, 64)), k=T(2 << 12, (5, 16, 2, 64)),
+        v=T(3 << 12, (5, 16, 2, 32), strides=(4096, 128, 64, 1)),
+        out=T(4 << 12, (2, 3, 4, 32)), softmax_lse=T(5 << 12, (2, 4, 3), F32),
+        out_partial=T(6 << 12, (6, 4, 6, 32), F32), lse_partial=T(7 << 12, (6, 4, 6), F32),
+        cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=T(8 << 12, (2,), INT),
+        leftpad_k=T(9 << 12, (2,), INT), kv_batch_idx=T(10 << 12, (2,), INT),
+        page_table=T(11 << 12, (2, 7), INT, strides=(9, 1)),
+        prefix_lens=T(12 << 12, (2,), INT), sinks=T(13 << 12, (4,), F32), scheduler_metadata=T(14 << 12, (17,), INT),
+        seqlen_q=3, seqlen_k=112, window_left=7, window_right=0, attention_chunk=9, softmax_scale=0.125, softcap=30.0,
+        num_splits=6, pack_gqa=1, metadata_tag=77, heads_per_section=2, stream=0,
+    )
+    assert not set(changes) - set(a), changes
+    a.update(changes)
+    _C.forward(*a.values())
+    return last_call(library)
+"""
+
+
+def compile_stub(directory: Path, *options: str) -> None:
+    command = [str(COMPILER), "-std=c++17", "-shared", "-fPIC", f"-I{TESTS.parent / 'csrc'}", *options]
+    target = directory / "libbroadhead_sm80.so"
+    subprocess.run([*command, str(TESTS / "host/stub_library.cpp"), "-o", str(target)], check=True)
+
+
+@pytest.fixture(scope="module")
+def stub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("stub")
+    compile_stub(directory)
+    return directory
+
+
+def run(directory: Path, code: str) -> str:
+    """Runs `code` in a process of its own, as the module keeps the libraries that it opened."""
+    prologue = PROLOGUE.format(host=str(TESTS / "host"), package=list(broadhead.__path__), directory=str(directory))
+    result = subprocess.run(
+        [sys.executable, "-c", prologue + CALL + code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "BROADHEAD_KERNEL_LIB_DIR": str(directory)},
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_build_info(stub: Path) -> None:
+    run(
+        stub,
+        """
+info = _C.build_info()
+assert info["errors"] == {}, info
+assert list(info["families"]) == ["sm80"]
+family = info["families"]["sm80"]
+assert family["archs"] == "80;90" and family["cuda"] == (13, 1) and family["path"] == str(library)
+assert family["kernels"] == ["sm80_fwd_d64_bf16", "sm80_fwd_d64_fp16"]
+""",
+    )
+
+
+@pytest.mark.parametrize("kind", ["AttributeTensor", "ExchangeTensor"])
+def test_forward_packs_every_argument(stub: Path, kind: str) -> None:
+    run(
+        stub,
+        f"""
+got = call({kind}, stream=99)
+pages = dict(q=1, k=2, v=3, out=4, softmax_lse=5, out_partial=6, lse_partial=7, seqused_k=8, leftpad_k=9,
+             kv_batch_idx=10, page_table=11, prefix_lens=12, sinks=13, scheduler_metadata=14)
+expected = {{name: page << 12 for name, page in pages.items()}} | dict(
+    index=0, stream=99, struct_size_fits=1, cu_seqlens_q=0, cu_seqlens_k=0, seqused_q=0,
+    lse_batch_stride=12, lse_head_stride=3,
+    q_strides="768,256,64", k_strides="2048,128,64", v_strides="4096,128,64", out_strides="384,128,32",
+    page_table_batch_stride=9, batch=2, seqlen_q=3, seqlen_k=112, total_q=6, num_heads_q=4, num_heads_kv=2, head_dim=64,
+    head_dim_v=32, page_size=16, window_left=7, window_right=0, attention_chunk=9, sinks_are_fp32=1, num_splits=6,
+    pack_gqa=1, metadata_tag=77, heads_per_section=2, softmax_scale=0.125, softcap=30)
+assert got == {{name: str(value) for name, value in expected.items()}}, got
+""",
+    )
+
+
+def test_forward_packs_packed_sequences(stub: Path) -> None:
+    run(
+        stub,
+        """
+T = ExchangeTensor
+F16 = "torch.float16"
+got = call(T, kernel_id="sm80_fwd_d64_fp16", q=T(4096, (9, 4, 64), F16), k=T(8192, (11, 2, 64), F16),
+           v=T(12288, (11, 2, 64), F16), out=T(16384, (9, 4, 64), F16),
+           softmax_lse=T(20480, (4, 9), F32), cu_seqlens_q=T(24576, (3,), INT), cu_seqlens_k=T(28672, (3,), INT),
+           page_table=None, kv_batch_idx=None, leftpad_k=None, num_splits=1, out_partial=None, lse_partial=None,
+           sinks=T(32768, (4,), F16))
+wanted = dict(index=1, batch=2, total_q=9, page_size=0, q_strides="0,256,64", k_strides="0,128,64", lse_head_stride=9,
+              lse_batch_stride=0, cu_seqlens_q=24576, cu_seqlens_k=28672, sinks_are_fp32=0, out_partial=0, page_table=0)
+assert {name: got[name] for name in wanted} == {name: str(value) for name, value in wanted.items()}, got
+""",
+    )
+
+
+def test_current_stream_of_the_tensors_device(stub: Path) -> None:
+    run(
+        stub,
+        """
+T = lambda *a, **k: ExchangeTensor(*a, device=3, **k)
+assert call(T, stream=-1)["stream"] == str(CURRENT_STREAM + 3)
+""",
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ('q=T(4096, (2, 3, 4, 64), "torch.float16")', ["q must be", "bf16", "got fp16 (2, 3, 4, 64) on cuda:0"]),
+        ("k=T(4096, (5, 16, 2, 64), is_cuda=False)", ["k must be", "CUDA device"]),
+        ("v=T(4096, (5, 16, 2, 32), strides=(2048, 64, 1, 32))", ["v must be", "contiguous"]),
+        ("out=T(4096, (2, 3, 4, 32), device=1)", ["out must be", "device of q", "cuda:1"]),
+        ('seqused_k=T(4096, (2,), "torch.int64")', ["seqused_k must be", "int32"]),
+        ("seqused_k=T(4096, (1,), INT)", ["seqused_k must", "at least 2"]),
+        ("page_table=None, k=T(4096, (9, 2, 64))", ["k must be [batch, tokens, heads, head_dim] without cu_seqlens_k"]),
+        ("cu_seqlens_q=T(4096, (3,), INT)", ["cu_seqlens_q must be given exactly when q has 3"]),
+        ("scheduler_metadata=T(4096, (16,), INT)", ["scheduler_metadata must be", "(16)"]),
+        ("out_partial=None", ["out_partial must be", "None"]),
+        ("lse_partial=T(4096, (5, 4, 6), F32)", ["lse_partial must be", "num_splits"]),
+        ("sinks=T(4096, (3,), F32)", ["sinks must be"]),
+        ("q=None", ["q must be a tensor, got None"]),
+        ("q=7", ["q must be a tensor", "int"]),
+        ("window_left=1 << 40", ["window_left must fit 32 bits"]),
+        ("softcap=-1.0", ["sm80_fwd_d64_bf16: launch: the stub was asked to fail"]),
+        ('kernel_id="sm80_fwd_d128_bf16"', ["sm80_fwd_d128_bf16", "built without this kernel", "80;90"]),
+        ('kernel_id="sm90_fwd_d128_bf16"', ["sm90_fwd_d128_bf16", "libbroadhead_sm90.so", "BROADHEAD_CUDA_ARCHS"]),
+    ],
+)
+@pytest.mark.parametrize("kind", ["AttributeTensor", "ExchangeTensor"])
+def test_forward_refuses(stub: Path, kind: str, changes: str, words: list[str]) -> None:
+    text = run(stub, f"T = {kind}\nprint(error(lambda: call(T, {changes})))")
+    if "sm90" not in changes and "CUDA device" not in words:
+        assert all(word in text for word in words), text
+    else:
+        assert all(word.lower() in text.lower() for word in words), text
+
+
+def test_scheduler_metadata(stub: Path) -> None:
+    run(
+        stub,
+        """
+T = ExchangeTensor
+_C.scheduler_metadata(T(4096, (33,), INT), T(8192, (5,), INT), None, T(12288, (5,), INT), T(16384, (6,), INT), None,
+                      5, 1, 64, 2, 3, 0, 4, 8, 6, 16, 128, 7, 132, 99, -1)
+got = last_call(library)
+wanted = dict(metadata=4096, seqused_k=8192, cu_seqlens_k=0, leftpad_k=12288, cu_seqlens_q=16384, seqused_q=0, batch=5,
+              seqlen_q=1, seqlen_k=64, seqlen_k_new=2, window_left=3, window_right=0, attention_chunk=4,
+              rows_per_token=8, heads_in_grid=6, tile_m=16, tile_n=128, num_splits=7, target_ctas=132, metadata_tag=99,
+              stream=CURRENT_STREAM, struct_size_fits=1)
+assert got == {name: str(value) for name, value in wanted.items()}, got
+rest = (1, 64, 2, 3, 0, 4, 8, 6, 16, 128, 7, 132, 99, -1)
+none = (None,) * 4
+assert "metadata must be" in error(_C.scheduler_metadata, T(4096, (32,), INT), None, *none, 5, *rest)
+assert "seqused_k must" in error(_C.scheduler_metadata, T(4096, (33,), INT), T(1, (4,), INT), *none, 5, *rest)
+""",
+    )
+
+
+def test_combine(stub: Path) -> None:
+    run(
+        stub,
+        """
+T = ExchangeTensor
+partial, lse = T(4096, (3, 7, 4, 32), F32), T(8192, (3, 7, 4), F32, strides=(28, 1, 7))
+_C.combine(partial, lse, T(12288, (7, 4, 32), "torch.float16"), T(16384, (7, 4), F32, strides=(1, 7)), 5)
+got = last_call(library)
+wanted = dict(out_partial=4096, lse_partial=8192, out=12288, softmax_lse=16384, out_partial_split_stride=896,
+              out_partial_row_stride=128, out_partial_head_stride=32, lse_partial_split_stride=28,
+              lse_partial_row_stride=1, lse_partial_head_stride=7, out_row_stride=128, out_head_stride=32,
+              lse_row_stride=1, lse_head_stride=7,
+              rows=7, heads=4, head_dim_v=32, num_splits=3, out_dtype=2, stream=5, struct_size_fits=1)
+assert got == {name: str(value) for name, value in wanted.items()}, got
+assert "out must be" in error(_C.combine, partial, lse, T(12288, (7, 5, 32)), None, 5)
+assert "out must be" in error(_C.combine, partial, lse, T(12288, (7, 4, 32), INT), None, 5)
+""",
+    )
+
+
+def test_argument_count_and_types(stub: Path) -> None:
+    run(
+        stub,
+        """
+for function, arguments, words in ((_C.forward, (), "takes 30 positional"), (_C.combine, (1,), "takes 5 positional"),
+                                   (_C.forward, (1,) * 30, "")):
+    try:
+        function(*arguments)
+    except TypeError as exception:
+        assert words in str(exception), exception
+    else:
+        raise AssertionError(arguments)
+""",
+    )
+
+
+def test_library_of_another_version(tmp_path: Path) -> None:
+    compile_stub(tmp_path, "-DSTUB_ABI_VERSION=999")
+    text = run(
+        tmp_path,
+        """
+info = _C.build_info()
+assert info["families"] == {} and "ABI version 999" in info["errors"]["sm80"], info
+print(error(lambda: call(ExchangeTensor)))
+""",
+    )
+    assert "ABI version 999" in text and "one build" in text
+
+
+def test_file_that_is_no_library(tmp_path: Path) -> None:
+    (tmp_path / "libbroadhead_sm80.so").write_text("no ELF")
+    text = run(tmp_path, "info = _C.build_info()\nprint(info['errors']['sm80'])\nassert not info['families']")
+    assert "does not load" in text
+
+
+def test_no_library(tmp_path: Path) -> None:
+    text = run(
+        tmp_path,
+        """
+assert _C.build_info()["families"] == {} and _C.build_info()["errors"] == {}
+print(error(lambda: call(ExchangeTensor)))
+T = ExchangeTensor
+print(error(_C.combine, T(1, (1, 1, 1, 8), F32), T(1, (1, 1, 1), F32), T(1, (1, 1, 8)), None, 0))
+""",
+    )
+    assert text.count("built without CUDA kernels") == 2
+
+
+def test_a_torch_tensor_is_read() -> None:
+    """Also one that requires grad, and a non-contiguous one: only the device is refused."""
+    import torch
+    from broadhead import _C
+
+    partial = torch.zeros(2, 3, 4, 8, requires_grad=True)
+    with pytest.raises(KernelError, match=r"out_partial .* got fp32 \(2, 3, 4, 8\) on a device that is not CUDA"):
+        _C.combine(partial, partial[..., 0], partial[0], None, 0)
+    with pytest.raises(KernelError, match=r"got fp32 \(3, 2, 4, 8\)"):
+        _C.combine(torch.nn.Parameter(partial.detach().transpose(0, 1)), partial, partial, None, 0)

@@ -1,0 +1,146 @@
+"""The host side of the CUDA backend without a device: what it allocates and the order in which the binding gets it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import broadhead
+import pytest
+import torch
+from broadhead import cuda_backend, metadata, native
+from broadhead.device import DeviceDescription
+from broadhead.dispatch import resolve
+from broadhead.native import BuildDescription, FamilyBuild
+from broadhead.problem import AttentionArgs, check_forward
+from broadhead.support import ROWS
+from torch import Tensor
+
+BUILD = BuildDescription(True, (FamilyBuild("sm80", ("80", "90a"), (13, 0), frozenset(r.id for r in ROWS)),), ())
+H200 = DeviceDescription("cuda", "NVIDIA H200", (9, 0), 227 * 1024, 132, 50 << 20, (13, 0))
+
+
+def binding_parameters(function: str) -> list[str]:
+    """The names of the arguments of a function of the compiled module, in order, from its type stub."""
+    stub = ast.parse((Path(broadhead.__file__).parent / "_C.pyi").read_text())
+    found = next(node for node in stub.body if isinstance(node, ast.FunctionDef) and node.name == function)
+    return [argument.arg for argument in found.args.posonlyargs + found.args.args]
+
+
+class Recorder:
+    """Stands in for the compiled module and keeps the arguments by the names of the stub."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+
+    def __getattr__(self, function: str) -> Any:
+        names = binding_parameters(function)
+
+        def call(*arguments: Any) -> None:
+            assert len(arguments) == len(names)
+            self.calls.append(dict(zip(names, arguments, strict=True)))
+
+        return call
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    module = Recorder()
+    monkeypatch.setattr(native, "extension", lambda: module)
+    monkeypatch.setattr(cuda_backend, "_forward", None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # the index of torch.device("cpu")
+    return module
+
+
+def launch(recorder: Recorder, args: AttentionArgs) -> tuple[dict[str, Any], Tensor, Tensor]:
+    call = check_forward("mha_fwd", args)
+    plan = resolve(call.problem, H200, BUILD)
+    out, lse = cuda_backend.launch_forward(
+        "mha_fwd", cuda_backend.make_launch(args, call, plan), args.q, args.k, args.v, args.out, args.cu_seqlens_q,
+        args.cu_seqlens_k, args.seqused_q, args.seqused_k, args.leftpad_k, args.kv_batch_idx, args.page_table,
+        args.prefix_lens, args.sinks, args.scheduler_metadata,
+    )  # fmt: skip
+    return recorder.calls[-1], out, lse
+
+
+def test_forward_arguments(recorder: Recorder) -> None:
+    q, k, v = (torch.randn(s, dtype=torch.bfloat16) for s in ((2, 1, 8, 64), (512, 16, 2, 64), (512, 16, 2, 72)))
+    tensors = {
+        "seqused_k": torch.tensor([9, 3], dtype=torch.int32),
+        "page_table": torch.zeros(2, 256, dtype=torch.int32),
+        "leftpad_k": torch.tensor([1, 0], dtype=torch.int32),
+        "prefix_lens": torch.tensor([2, 0], dtype=torch.int32),
+        "sinks": torch.randn(8),
+        "scheduler_metadata": torch.zeros(17, dtype=torch.int32),
+    }
+    args = AttentionArgs(
+        q, k, v, causal=True, window_size=(7, 7), softcap=3.0, softmax_scale=0.5, num_splits=3, **tensors
+    )
+    got, out, lse = launch(recorder, args)
+    for name, tensor in {**tensors, "q": q, "k": k, "v": v, "out": out, "softmax_lse": lse}.items():
+        assert got[name] is tensor, name
+    for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "kv_batch_idx"):
+        assert got[name] is None, name
+    expected = {
+        "kernel_id": "sm80_fwd_decode_d128_bf16", "seqlen_q": 1, "seqlen_k": 4096, "window_left": 7, "window_right": 0,
+        "attention_chunk": 0, "softmax_scale": 0.5, "softcap": 3.0, "num_splits": 3, "pack_gqa": 1,
+        "heads_per_section": 0, "stream": -1,
+    }  # fmt: skip
+    assert {name: got[name] for name in expected} == expected
+    assert out.shape == (2, 1, 8, 72) and out.dtype == q.dtype and lse.shape == (2, 8, 1) and lse.dtype == torch.float32
+    assert got["out_partial"].shape == (3, 8, 2, 72) and got["lse_partial"].shape == (3, 8, 2)
+    assert got["out_partial"].dtype == got["lse_partial"].dtype == torch.float32
+
+
+def test_forward_without_splits_and_with_out(recorder: Recorder) -> None:
+    cu = torch.tensor([0, 3, 300], dtype=torch.int32)
+    q, k = torch.randn(310, 4, 64, dtype=torch.float16), torch.randn(300, 4, 64, dtype=torch.float16)
+    out = torch.empty_like(q)
+    args = AttentionArgs(q, k, k, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=297, max_seqlen_k=297, num_splits=1)
+    got, result, lse = launch(recorder, args._replace(out=out))
+    assert result is out is got["out"] and lse.shape == (4, 310)
+    assert got["out_partial"] is got["lse_partial"] is None and got["num_splits"] == 1
+    assert got["cu_seqlens_q"] is cu and got["kernel_id"] == "sm80_fwd_d64_fp16"
+
+
+def test_rows_that_seqused_q_leaves_out_are_cleared_when_allocated_here(recorder: Recorder) -> None:
+    q = torch.randn(2, 5, 4, 64, dtype=torch.float16)
+    used = torch.tensor([3, 0], dtype=torch.int32)
+    _, out, lse = launch(recorder, AttentionArgs(q, q, q, seqused_q=used))
+    assert (out == 0).all() and (lse == float("-inf")).all(), "the recorder writes nothing"
+
+
+def test_metadata_arguments(recorder: Recorder) -> None:
+    lengths = torch.tensor([9, 3, 1], dtype=torch.int32)
+    request = metadata.describe_request(
+        3, 1, 4096, 8, 2, 64, None, torch.bfloat16, 16, 2, True, None, 0, 32, None, 0, None
+    )
+    plan = resolve(request.problem, H200, BUILD)
+    assert plan.row is not None and plan.schedule is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metadata, "resolve", lambda problem, device: plan)
+        patch.setattr(torch.cuda, "current_device", lambda: -1)  # get_device() of a CPU tensor
+        result = metadata.fill(metadata.prepare(request, lengths.device), lengths, None, None, None)
+    (got,) = recorder.calls
+    expected = {
+        "metadata": result, "seqused_k": lengths, "cu_seqlens_k": None, "leftpad_k": None, "cu_seqlens_q": None,
+        "seqused_q": None, "batch": 3, "seqlen_q": 1, "seqlen_k": 4096, "seqlen_k_new": 2, "window_left": -1,
+        "window_right": 0, "attention_chunk": 0, "rows_per_token": 4, "heads_in_grid": 2,
+        "tile_m": plan.row.tile.tile_m, "tile_n": plan.row.tile.tile_n, "num_splits": 32,
+        "target_ctas": plan.schedule.target_ctas, "metadata_tag": plan.metadata_tag, "stream": -1,
+    }  # fmt: skip
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert got[name] is value or got[name] == value, name
+    assert result.shape == (17,)
+
+
+def test_missing_module_is_a_kernel_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "extension", lambda: None)
+    with pytest.raises(broadhead.KernelError, match="not installed"):
+        cuda_backend._load_forward()
+    monkeypatch.setattr(native, "extension", lambda: SimpleNamespace(forward=len))
+    monkeypatch.setattr(cuda_backend, "_forward", None)
+    assert cuda_backend._load_forward() is len

@@ -1,0 +1,447 @@
+"""Dispatch on described devices: rows, refusals and plans for every compute capability, without a GPU."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from typing import Any
+
+import broadhead
+import pytest
+import torch
+from broadhead import device as device_module
+from broadhead import dispatch, fallback_notice, forward, native
+from broadhead.device import DeviceDescription, hypothetical
+from broadhead.dispatch import resolve
+from broadhead.native import NO_KERNELS, BuildDescription, FamilyBuild, parse_build_info, parse_cuda_version
+from broadhead.problem import AttentionProblem
+from broadhead.support import CAPABILITIES, FEATURES, ROWS, SMEM_BY_CAPABILITY
+
+ALL_ARCHS = ("80", "86", "89", "90a", "100", "120")
+UNKNOWN = ((7, 5), (11, 0), (13, 0))
+HEAD_DIMS = (8, 64, 72, 96, 128, 136, 192, 256, 264, 512)
+
+
+def build_of(*archs: str, without: tuple[str, ...] = (), cuda: tuple[int, ...] = (13, 0)) -> BuildDescription:
+    """A build of every row but ``without`` for ``archs``."""
+    families = sorted({row.family for row in ROWS})
+    return BuildDescription(
+        True,
+        tuple(
+            FamilyBuild(
+                name, archs, cuda, frozenset(row.id for row in ROWS if row.family == name and row.id not in without)
+            )
+            for name in families
+        ),
+        (),
+    )
+
+
+FULL = build_of(*ALL_ARCHS)
+
+
+def problem(**changes: Any) -> AttentionProblem:
+    values: dict[str, Any] = {
+        "direction": "forward", "dtype": "bf16", "batch": 2, "seqlen_q": 1024, "seqlen_k": 1024, "num_heads_q": 8,
+        "num_heads_kv": 2, "head_dim": 128, "head_dim_v": None, "page_size": 0, "window_left": -1, "window_right": -1,
+        "attention_chunk": 0, "features": ("gqa", "lse"), "num_splits": 0, "pack_gqa": None, "has_metadata": False,
+        "sm_margin": 0, "obstacles": (),
+    }  # fmt: skip
+    assert changes.keys() <= values.keys()
+    values.update(changes)
+    if values["head_dim_v"] is None:
+        values["head_dim_v"] = values["head_dim"]
+    return AttentionProblem(**values)
+
+
+def h200(**changes: Any) -> DeviceDescription:
+    known = DeviceDescription("cuda", "NVIDIA H200", (9, 0), SMEM_BY_CAPABILITY[9, 0], 132, 50 << 20, (13, 0))
+    return known._replace(**changes)
+
+
+# --- choice of the row -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("seqlen_q, phase", [(1, "decode"), (8, "decode"), (9, "prefill"), (4096, "prefill")])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_smallest_bucket_of_the_phase(head_dim: int, seqlen_q: int, phase: str, dtype: str, capability: tuple) -> None:
+    """Every known capability has a row for every head_dim, in the phase that suits the query rows (group 4)."""
+    plan = resolve(problem(head_dim=head_dim, seqlen_q=seqlen_q, dtype=dtype), hypothetical(capability), FULL)
+    assert plan.row is not None, plan.reason
+    fitting = [r for r in ROWS if r.phase == phase and r.dtype == dtype and capability in r.capabilities]
+    assert plan.row.head_dim == min(r.head_dim for r in fitting if r.head_dim >= head_dim)
+    assert plan.row.phase == phase and plan.row.dtype == dtype and capability in plan.row.capabilities
+    assert plan.row.smem_limit <= SMEM_BY_CAPABILITY[capability]
+    assert len(plan.refusals) < len(ROWS) and plan.row.id not in {r.row_id for r in plan.refusals}
+    assert plan.row.id in plan.reason
+
+
+@pytest.mark.parametrize("head_dim, head_dim_v, bucket", [(64, 512, 512), (192, 128, 192), (8, 96, 96), (256, 8, 256)])
+def test_bucket_holds_both_head_dims(head_dim: int, head_dim_v: int, bucket: int) -> None:
+    plan = resolve(problem(head_dim=head_dim, head_dim_v=head_dim_v), h200(), FULL)
+    assert plan.row is not None and plan.row.head_dim == bucket
+
+
+def test_small_shared_memory_takes_the_small_tiles() -> None:
+    for capability, size in SMEM_BY_CAPABILITY.items():
+        plan = resolve(problem(head_dim=512), hypothetical(capability), FULL)
+        assert plan.row is not None
+        assert ("smem99" in plan.row.id) == (size < 163 * 1024), (capability, plan.row.id)
+
+
+def test_a_missing_phase_is_replaced_by_the_other() -> None:
+    """A decode call still has the prefill rows, and the other way round."""
+    decode = tuple(row.id for row in ROWS if row.phase == "decode")
+    plan = resolve(problem(seqlen_q=1), h200(), build_of("90a", without=decode))
+    assert plan.row is not None and plan.row.phase == "prefill"
+    prefill = tuple(row.id for row in ROWS if row.phase == "prefill")
+    plan = resolve(problem(), h200(), build_of("90a", without=prefill))
+    assert plan.row is not None and plan.row.phase == "decode"
+
+
+def test_every_row_is_reached() -> None:
+    """No row of the table is dead: some device and problem choose it."""
+    chosen = {
+        resolve(problem(head_dim=d, seqlen_q=sq, dtype=dtype), hypothetical(c), FULL).row.id  # type: ignore[union-attr]
+        for d, sq, dtype, c in itertools.product(HEAD_DIMS, (1, 1024), ("bf16", "fp16"), CAPABILITIES)
+    }
+    assert chosen == {row.id for row in ROWS}
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("capability", UNKNOWN)
+def test_unknown_capability_is_no_kernel(capability: tuple[int, int]) -> None:
+    plan = resolve(problem(), hypothetical(capability), FULL)
+    assert plan.row is None and not plan.left_out
+    assert f"compute capability {capability[0]}.{capability[1]}" in plan.reason and "8.0" in plan.reason
+    assert {r.row_id for r in plan.refusals} == {row.id for row in ROWS}, "every row says why"
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"head_dim": 520}, "head_dim 520 exceeds 512"),
+        ({"head_dim": 64, "head_dim_v": 1024}, "head_dim 1024 exceeds 512"),
+        ({"dtype": "fp32"}, "dtype fp32 has no CUDA kernel; kernels take bf16, fp16"),
+        ({"dtype": "float8_e4m3fn"}, "float8"),
+        ({"features": ("lse", "qv")}, "qv"),
+        ({"features": ("descale", "lse")}, "descale"),
+        ({"features": ("gradients", "lse")}, "no CUDA backward kernel"),
+        ({"direction": "backward"}, "no CUDA backward kernel"),
+        ({"obstacles": ("the strides of q, (3, 1), are not multiples of 8 elements",)}, "strides of q"),
+    ],
+)
+@pytest.mark.parametrize("build", [FULL, NO_KERNELS], ids=["full", "none"])
+def test_refused_on_every_device(changes: dict[str, Any], words: str, build: BuildDescription) -> None:
+    """The reason is what was asked, whatever the build: it never blames the device or the build."""
+    for capability in CAPABILITIES:
+        plan = resolve(problem(**changes), hypothetical(capability), build)
+        assert plan.row is None and not plan.left_out and words in plan.reason
+        assert "build" not in plan.reason and "capability" not in plan.reason
+
+
+def test_shared_memory_that_the_device_reports_is_checked() -> None:
+    plan = resolve(problem(head_dim=512), h200(smem_per_block=100 * 1024), FULL)
+    assert plan.row is None or plan.row.smem_limit <= 100 * 1024
+    plan = resolve(problem(), h200(smem_per_block=48 * 1024), FULL)
+    assert plan.row is None and not plan.left_out and f"{48 * 1024}" in plan.reason and "shared memory" in plan.reason
+
+
+def test_not_cuda() -> None:
+    for kind in ("cpu", "hip"):
+        plan = resolve(problem(), DeviceDescription(kind, kind, None, 0, 0, 0, None), FULL)
+        assert plan.row is None and not plan.left_out and f"on a {kind} device" in plan.reason
+
+
+def test_build_without_the_kernel_is_another_error() -> None:
+    """Availability never blames the GPU when the build lacks the kernel."""
+    every = tuple(row.id for row in ROWS)
+    cases = {
+        "CPU package": NO_KERNELS,
+        "left out of this build": build_of("90a", without=every),
+        'built for "80;120"': build_of("80", "120"),
+        "did not load: no driver": BuildDescription(True, (), (("sm80", "no driver"),)),
+    }
+    for words, build in cases.items():
+        plan = resolve(problem(), h200(), build)
+        assert plan.row is None and plan.left_out and words in plan.reason, plan.reason
+        assert "sm80_fwd_d128_bf16" in plan.reason
+        text = dispatch.refusal_text("mha_fwd", problem(), h200(), plan)
+        assert text.startswith("mha_fwd: this build leaves the CUDA kernel out") and "NVIDIA H200" in text
+        if "load" not in words:
+            assert 'BROADHEAD_CUDA_ARCHS="90a"' in text
+    plan = resolve(problem(head_dim=520), h200(), FULL)
+    text = dispatch.refusal_text("mha_fwd", problem(head_dim=520, page_size=16), h200(), plan)
+    assert "no CUDA kernel for this forward call" in text and "page_size=16" in text and "head_dim=520" in text
+    assert "compute capability 9.0" in text and "CUDA 13.0" in text and "Remedy" in text
+
+
+@pytest.mark.parametrize(
+    "archs, capability, runs",
+    [
+        (("80",), (8, 6), True),
+        (("86",), (8, 0), False),
+        (("90a",), (9, 0), True),
+        (("90a",), (10, 0), False),
+        (("100",), (10, 3), True),
+        (("100a",), (10, 3), False),
+        (("120",), (12, 1), True),
+    ],
+)
+def test_arch_coverage(archs: tuple[str, ...], capability: tuple[int, int], runs: bool) -> None:
+    plan = resolve(problem(), hypothetical(capability), build_of(*archs))
+    assert (plan.row is not None) == runs and plan.left_out != runs
+
+
+def test_cuda_versions_are_integer_tuples() -> None:
+    assert parse_cuda_version("12.10") == (12, 10) > parse_cuda_version("12.3") == (12, 3)  # type: ignore[operator]
+    assert parse_cuda_version("13") == (13, 0) and parse_cuda_version("12.8.93") == (12, 8)
+    assert parse_cuda_version(12100) == (12, 10) and parse_cuda_version(13000) == (13, 0)
+    assert parse_cuda_version(None) is parse_cuda_version("") is parse_cuda_version(0) is None
+    old = resolve(problem(), h200(cuda_version=(12, 10)), FULL)
+    assert old.row is None and old.left_out and "needs CUDA 13.0 or newer, the driver serves 12.10" in old.reason
+    assert resolve(problem(), h200(cuda_version=(12, 4)), build_of("90a", cuda=(12, 9))).row is not None
+    assert resolve(problem(), h200(cuda_version=None), FULL).row is not None, "unknown is not too old"
+
+
+def test_build_info_is_parsed() -> None:
+    info = {
+        "version": "1",
+        "families": {"sm80": {"archs": "80;90a", "cuda": (13, 0), "kernels": ["a", "b"], "path": "x"}},
+        "errors": {"sm90": "gone"},
+    }
+    build = parse_build_info(info)
+    assert build.has_module and build.load_error("sm90") == "gone" and build.load_error("sm80") == ""
+    family = build.family("sm80")
+    assert family is not None and family.archs == ("80", "90a") and family.kernels == {"a", "b"}
+    assert family.covers((8, 9)) and family.covers((9, 0)) and not family.covers((10, 0))
+    hash(build)
+
+
+# --- the plan --------------------------------------------------------------------------------------------------------
+
+
+def schedule(device: DeviceDescription | None = None, **changes: Any):
+    plan = resolve(problem(**changes), device or h200(), FULL)
+    assert plan.schedule is not None and plan.row is not None
+    return plan.schedule, plan.row
+
+
+def test_decode_is_split_over_the_device() -> None:
+    """Few sequences of a long context: the blocks fill whole waves; a batch that fills the device is split little."""
+    one, row = schedule(batch=1, seqlen_q=1, seqlen_k=65536)
+    ctas = one.num_splits * one.heads_in_grid * one.m_blocks
+    waves = ctas / one.target_ctas
+    assert one.num_splits > 16 and waves / -(-ctas // one.target_ctas) >= 0.9
+    assert one.num_splits * 4 * row.tile.tile_n <= 65536, "a split has at least 4 key tiles"
+    many, _ = schedule(batch=128, seqlen_q=1, seqlen_k=8192, num_heads_q=8, num_heads_kv=1)
+    assert 1 <= many.num_splits <= 8
+    short, row = schedule(batch=1, seqlen_q=1, seqlen_k=100)
+    assert short.num_splits == 1
+
+
+def test_full_prefill_is_not_split() -> None:
+    assert schedule(batch=2, seqlen_q=8192, seqlen_k=8192)[0].num_splits == 1
+    assert schedule(batch=1, seqlen_q=128, seqlen_k=65536, num_heads_q=2)[0].num_splits > 1
+
+
+@pytest.mark.parametrize("asked", [1, 2, 7, 128])
+def test_explicit_splits_are_the_bound(asked: int) -> None:
+    assert schedule(seqlen_q=1, seqlen_k=65536, num_splits=asked)[0].num_splits == asked
+    few, row = schedule(seqlen_q=1, seqlen_k=128, num_splits=asked)
+    assert few.num_splits == min(asked, -(-128 // row.tile.tile_n)), "never more splits than key tiles"
+
+
+def test_a_window_bounds_the_splits() -> None:
+    wide = schedule(batch=1, seqlen_q=1, seqlen_k=65536, num_heads_kv=2)[0].num_splits
+    window = {"window_left": 511, "window_right": 0, "features": ("causal", "gqa", "lse", "window")}
+    narrow, row = schedule(batch=1, seqlen_q=1, seqlen_k=65536, num_heads_kv=2, **window)
+    assert narrow.num_splits < wide and narrow.num_splits * row.tile.tile_n * 4 <= 512 + row.tile.tile_n
+
+
+def test_sm_margin_leaves_room() -> None:
+    assert schedule(sm_margin=32)[0].target_ctas < schedule()[0].target_ctas
+    assert schedule(sm_margin=10**6)[0].target_ctas >= 1
+
+
+@pytest.mark.parametrize("pack_gqa", [None, False, True])
+@pytest.mark.parametrize("heads_kv", [1, 2, 8])
+@pytest.mark.parametrize("seqlen_q", [1, 100, 4096])
+def test_pack_gqa(seqlen_q: int, heads_kv: int, pack_gqa: bool | None) -> None:
+    group = 8 // heads_kv
+    plan, row = schedule(seqlen_q=seqlen_q, num_heads_kv=heads_kv, pack_gqa=pack_gqa)
+    default = group > 1 and (row.phase == "decode" or seqlen_q < row.tile.tile_m)
+    assert plan.pack_gqa == (default if pack_gqa is None else pack_gqa and group > 1)
+    assert plan.heads_in_grid == (heads_kv if plan.pack_gqa else 8)
+    assert plan.rows_per_token == (group if plan.pack_gqa else 1)
+    assert plan.m_blocks == -(-seqlen_q * plan.rows_per_token // row.tile.tile_m)
+
+
+def test_heads_share_the_l2_in_sections() -> None:
+    assert schedule(seqlen_k=1024, seqlen_q=1024)[0].heads_per_section == 0, "everything fits"
+    large, _ = schedule(batch=2, seqlen_q=65536, seqlen_k=65536, num_heads_q=32, num_heads_kv=8, pack_gqa=False)
+    assert large.heads_per_section % 4 == 0 and large.heads_per_section >= 4
+    assert schedule(seqlen_q=1, seqlen_k=65536, batch=64)[0].heads_per_section == 0, "decode reads every key once"
+
+
+def test_metadata_tag() -> None:
+    """Non-zero, 31 bits, and another one for everything that a plan depends on but the lengths."""
+    base = problem(seqlen_q=1, seqlen_k=4096, has_metadata=True)
+    tag = resolve(base, h200(), FULL).metadata_tag
+    assert 0 < tag < 2**31
+    for change in (
+        {"batch": 3}, {"num_heads_q": 16}, {"num_heads_kv": 1}, {"head_dim": 120}, {"head_dim_v": 120},
+        {"dtype": "fp16"}, {"window_left": 64}, {"attention_chunk": 64}, {"pack_gqa": False},
+    ):  # fmt: skip
+        assert resolve(base._replace(**change), h200(), FULL).metadata_tag != tag, change
+    for change in ({"seqlen_k": 8192}, {"num_splits": 3}, {"seqlen_q": 2}, {"window_right": 0}, {"page_size": 16}):
+        assert resolve(base._replace(**change), h200(), FULL).metadata_tag == tag, change
+
+
+def test_plans_are_cached_and_equal() -> None:
+    assert resolve(problem(), h200(), FULL) is resolve(problem(), h200(), build_of(*ALL_ARCHS))
+
+
+def test_random_problems_get_a_sound_plan(rng) -> None:
+    for _ in range(300):
+        heads_kv = rng.choice([1, 2, 3, 8])
+        asked = problem(
+            batch=rng.choice([0, 1, 3, 200]),
+            seqlen_q=rng.choice([0, 1, 2, 17, 513, 30000]),
+            seqlen_k=rng.choice([0, 1, 63, 1000, 10**6, 2**31 - 1]),
+            num_heads_q=heads_kv * rng.choice([1, 2, 3, 16]),
+            num_heads_kv=heads_kv,
+            head_dim=rng.choice(HEAD_DIMS),
+            head_dim_v=rng.choice(HEAD_DIMS),
+            window_left=rng.choice([-1, 0, 100]),
+            window_right=rng.choice([-1, 0, 100]),
+            attention_chunk=rng.choice([0, 0, 64]),
+            num_splits=rng.choice([0, 0, 1, 5, 128]),
+            pack_gqa=rng.choice([None, True, False]),
+            has_metadata=rng.random() < 0.5,
+            sm_margin=rng.choice([0, 0, 100]),
+        )
+        device = hypothetical(rng.choice(CAPABILITIES), rng.choice([1, 20, 132]), rng.choice([0, 4 << 20, 50 << 20]))
+        plan = resolve(asked, device, FULL)
+        assert plan.schedule is not None and plan.row is not None, plan.reason
+        s = plan.schedule
+        assert 1 <= s.num_splits <= 128 and s.m_blocks >= 1 and s.target_ctas >= 1 and s.heads_per_section >= 0
+        assert s.heads_in_grid * s.rows_per_token == asked.num_heads_q
+
+
+# --- the public questions --------------------------------------------------------------------------------------------
+
+
+def test_is_supported_and_explain() -> None:
+    ok, reason = broadhead.is_supported(head_dim=512, device=(8, 9), build=FULL)
+    assert ok and "d512" in reason
+    ok, reason = broadhead.is_supported(head_dim=512, device=(7, 5), build=FULL)
+    assert not ok and "7.5" in reason
+    ok, reason = broadhead.is_supported(head_dim=100, device=(9, 0), build=FULL)
+    assert not ok and "multiple of 8" in reason
+    ok, reason = broadhead.is_supported(head_dim=128, device=(9, 0), build=FULL, requires_grad=True)
+    assert not ok and "backward" in reason
+    ok, reason = broadhead.is_supported(head_dim=128, device=(9, 0), build=NO_KERNELS)
+    assert not ok and "left out of this build" in reason
+    text = broadhead.explain(
+        head_dim=256, num_heads_q=16, num_heads_kv=2, seqlen_k=65536, page_size=16, device=(9, 0), build=FULL
+    )
+    assert "kernel sm80_fwd_decode_d256_bf16" in text and "splits" in text and "refused: sm80_fwd_d64_fp16" in text
+    text = broadhead.explain(head_dim=256, device="cpu")
+    assert "torch fallback" in text and "refused: every kernel" in text
+
+
+def test_questions_about_tensors() -> None:
+    q, k = torch.randn(2, 5, 4, 64, dtype=torch.bfloat16), torch.randn(2, 7, 2, 64, dtype=torch.bfloat16)
+    ok, reason = broadhead.is_supported(q, k, k)
+    assert not ok and "cpu" in reason
+    assert broadhead.is_supported(q, k, k, device=h200(), build=FULL)[0]
+    assert "4 query and 2 key heads" in broadhead.explain(q, k, k, device=h200(), build=FULL)
+    with pytest.raises(broadhead.InvalidArgumentError, match="k and v"):
+        broadhead.explain(q)
+    with pytest.raises(broadhead.InvalidArgumentError, match="head_dim"):
+        broadhead.is_supported()
+    with pytest.raises(broadhead.InvalidTypeError, match="device"):
+        broadhead.is_supported(head_dim=64, device=9.0)
+
+
+def test_support_matrix_is_the_table() -> None:
+    entries = broadhead.support_matrix(build_of("90a", without=(ROWS[0].id,)))
+    assert [e.kernel for e in entries] == [row.id for row in ROWS]
+    assert [e.in_build for e in entries] == [False] + [True] * (len(ROWS) - 1)
+    assert all(set(e.features) <= set(FEATURES) for e in entries)
+    assert broadhead.support_matrix(), "for this installation"
+
+
+def test_validate_head_dims() -> None:
+    for capability in (8, 9, 10, 12, (8, 6), (9, 0)):
+        broadhead._validate_head_dims(512, 512, capability, 8)
+    for arguments, words in (
+        ((520, 512, 9, 8), "head_dim must be at most 512"),
+        ((64, 1024, 9, 8), "head_dim_v must be at most 512"),
+        ((100, 64, 9, 8), "multiple of 8"),
+        ((64, 0, 9, 8), "head_dim_v"),
+        ((72, 72, 9, 16), "multiple of 16"),
+        ((64, 64, 7, 8), "compute capability 7"),
+        ((64, 64, (11, 0), 8), "compute capability 11.0"),
+    ):
+        with pytest.raises(AssertionError, match=words):
+            broadhead._validate_head_dims(*arguments)
+
+
+# --- backend selection ----------------------------------------------------------------------------------------------
+
+
+def test_backend_argument_on_cpu() -> None:
+    q = torch.randn(1, 3, 2, 16)
+    broadhead.flash_attn_func(q, q, q)
+    backend, row, reason = broadhead.last_dispatch()
+    assert (backend, row) == ("torch", None) and "cpu" in reason
+    broadhead.flash_attn_func(q, q, q, backend="torch")
+    assert broadhead.last_dispatch()[0] == "torch"
+    with pytest.raises(broadhead.UnsupportedError, match=r"flash_attn_func.*backend='cuda'.*cpu"):
+        broadhead.flash_attn_func(q, q, q, backend="cuda")
+    with pytest.raises(broadhead.UnsupportedError, match="mha_bwd"):
+        broadhead.mha_bwd(q, q, q, q, backend="cuda")
+    for wrong in ("tpu", 3):
+        with pytest.raises(broadhead.BroadheadError, match="backend"):
+            broadhead.flash_attn_func(q, q, q, backend=wrong)
+
+
+def test_cpu_is_silent_and_not_strict(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BROADHEAD_STRICT", "1")
+    q = torch.randn(1, 3, 2, 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        broadhead.flash_attn_func(q, q, q)
+
+
+def test_fallback_on_a_cuda_device_warns_once_or_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decision on a CUDA device, without one: the device is described, nothing runs."""
+    monkeypatch.setattr(forward, "describe", lambda device: h200())
+    monkeypatch.setattr(fallback_notice, "_warned", set())
+    monkeypatch.setattr(native, "build_description", lambda: NO_KERNELS)
+    cuda = torch.device("cuda", 0)
+    wide = problem(head_dim=520)
+    with pytest.warns(broadhead.FallbackWarning, match=r"mha_fwd.*NVIDIA H200.*head_dim 520") as caught:
+        for _ in range(3):
+            assert forward.select("mha_fwd", wide, cuda, None) is None
+    assert len(caught) == 1, "once per reason"
+    with pytest.warns(broadhead.FallbackWarning, match="head_dim 1024"):
+        forward.select("mha_fwd", problem(head_dim=1024), cuda, None)
+    assert broadhead.last_dispatch()[0] == "torch"
+    with pytest.raises(broadhead.UnsupportedError, match="no CUDA kernel"):
+        forward.select("mha_fwd", wide, cuda, "cuda")
+    monkeypatch.setenv("BROADHEAD_STRICT", "1")
+    with pytest.raises(broadhead.UnsupportedError, match=r"BROADHEAD_STRICT=1.*head_dim 520"):
+        forward.select("mha_fwd", wide, cuda, None)
+    assert forward.select("mha_fwd", wide, cuda, "torch") is None, "asking for torch is no fallback"
+
+
+def test_describe_cpu() -> None:
+    assert device_module.describe(torch.device("cpu")).type == "cpu"
+    assert device_module.describe(torch.device("meta")).type == "meta"

@@ -1,0 +1,175 @@
+"""The table is the only list: the generated sources, the registry of an installed library and the README equal it."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from broadhead import support
+
+ROOT = Path(__file__).resolve().parent.parent
+GENERATE = ROOT / "cmake/generate.py"
+ALL_ARCHS = "80-real;86-real;89-real;90a-real;100a-real;120-real"
+
+
+def load_generate():
+    spec = importlib.util.spec_from_file_location("generate", GENERATE)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_generate(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(GENERATE), *arguments], capture_output=True, text=True)
+
+
+def generated_ids(directory: Path) -> list[str]:
+    """Row ids in the generated registries, in order."""
+    return [
+        name
+        for path in sorted(directory.glob("*/registry.cpp"))
+        for name in re.findall(r'^    \{"(\w+)", ', path.read_text(), re.MULTILINE)
+    ]
+
+
+def installed_families() -> dict:
+    try:
+        from broadhead import _C
+    except ImportError:
+        return {}
+    return _C.build_info()["families"]
+
+
+def test_ids_are_unique_and_say_what_the_row_is() -> None:
+    ids = [row.id for row in support.ROWS]
+    assert len(set(ids)) == len(ids)
+    for row in support.ROWS:
+        assert row.id.startswith(f"{row.family}_") and row.id.endswith(f"_{row.dtype}"), row.id
+        assert f"d{row.head_dim}" in row.id and ("decode" in row.id) == (row.phase == "decode"), row.id
+        assert set(row.features) <= set(support.FEATURES), row.id
+        assert row.dtype in support.DTYPES, row.id
+
+
+@pytest.mark.parametrize("row", support.ROWS, ids=lambda row: row.id)
+def test_a_row_fits_the_shared_memory_of_its_devices(row: support.KernelRow) -> None:
+    for capability in row.capabilities:
+        assert row.smem_limit <= support.SMEM_BY_CAPABILITY[capability], capability
+
+
+def test_every_device_has_every_head_dim_up_to_512() -> None:
+    for capability in support.CAPABILITIES:
+        for dtype in support.DTYPES:
+            for phase in ("prefill", "decode"):
+                dims = [
+                    row.head_dim
+                    for row in support.ROWS
+                    if (row.dtype, row.phase) == (dtype, phase) and capability in row.capabilities
+                ]
+                assert max(dims) == 512, (capability, dtype, phase)
+
+
+@pytest.mark.parametrize(
+    ("arch", "covered"),
+    [
+        ("80", {(8, 0), (8, 6), (8, 7), (8, 9)}),
+        ("86-real", {(8, 6), (8, 7), (8, 9)}),
+        ("90a", {(9, 0)}),
+        ("100", {(10, 0), (10, 3)}),
+        ("100a-real", {(10, 0)}),
+        ("100f", {(10, 0), (10, 3)}),
+        ("120", {(12, 0), (12, 1)}),
+    ],
+)
+def test_arch_covers(arch: str, covered: set[tuple[int, int]]) -> None:
+    assert {c for c in support.CAPABILITIES if support.arch_covers(arch, c)} == covered
+
+
+def test_generated_sources_equal_the_table(tmp_path: Path) -> None:
+    result = run_generate("sources", "--archs", ALL_ARCHS, "--out", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert sorted(generated_ids(tmp_path)) == sorted(row.id for row in support.ROWS)
+    sources = "".join(path.read_text() for path in tmp_path.glob("*/*.cu"))
+    elements = {"bf16": "cutlass::bfloat16_t", "fp16": "cutlass::half_t"}
+    for row in support.ROWS:
+        values = ", ".join(map(str, (row.head_dim, *row.tile, row.smem_limit)))
+        assert f"Traits_{row.id} = ForwardTraits<{elements[row.dtype]}, {values}>;" in sources
+        assert f'launch_forward<Traits_{row.id}>("{row.id}"' in sources
+
+
+@pytest.mark.parametrize("archs", ["80;90a", "86", "100a", "120", ALL_ARCHS])
+def test_rows_are_built_where_a_device_can_run_them(archs: str) -> None:
+    generate = load_generate()
+    names = generate.family_archs("sm80", archs.split(";"))
+    for row in support.ROWS:
+        chosen = generate.row_archs(support, row, names)
+        runnable = [c for c in row.capabilities if any(support.arch_covers(a, c) for a in names)]
+        for capability in runnable:
+            assert any(support.arch_covers(a, capability) for a in chosen), (row.id, capability)
+        for arch in chosen:
+            assert any(support.arch_covers(arch, c) for c in row.capabilities), (row.id, arch)
+        # A device class that a build names gets code of its own only for rows that are meant for it.
+        for arch in chosen:
+            own = generate.capability_of(arch)
+            assert own in row.capabilities or not any(
+                support.arch_covers(a, c) for c in row.capabilities for a in set(chosen) - {arch}
+            ), (row.id, arch)
+
+
+def test_a_second_run_changes_no_file(tmp_path: Path) -> None:
+    arguments = ("sources", "--archs", "80;90a", "--out", str(tmp_path))
+    assert run_generate(*arguments).returncode == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert run_generate(*arguments).returncode == 0
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert run_generate(*arguments, "--filter", "d64_bf16").returncode == 0
+    assert set(generated_ids(tmp_path)) == {"sm80_fwd_d64_bf16", "sm80_fwd_decode_d64_bf16"}
+    assert len(list(tmp_path.glob("sm80/*.cu"))) == 2, "sources of rows that are not built any more must go"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--archs", "sm_90"), '"sm_90" is not an architecture'),
+        (("--archs", "70"), "no kernel of the table fits"),
+        (("--archs", "90a", "--filter", "no_such"), "no kernel of the table fits"),
+    ],
+)
+def test_generate_refuses(tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
+    result = run_generate("sources", *arguments, "--out", str(tmp_path))
+    assert result.returncode != 0 and words in result.stderr
+
+
+def test_readme_has_the_matrix_of_the_table() -> None:
+    result = run_generate("readme", str(ROOT / "README.md"), "--check")
+    assert result.returncode == 0, result.stderr
+
+
+def test_readme_check_finds_a_stale_matrix(tmp_path: Path) -> None:
+    generate = load_generate()
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{generate.MATRIX_BEGIN}\nstale\n{generate.MATRIX_END}\nafter\n")
+    assert generate.update_readme(readme, check=True) == 1
+    assert generate.update_readme(readme, check=False) == 0
+    assert generate.update_readme(readme, check=True) == 0
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale" not in text
+    for row in support.ROWS:
+        assert f"`{row.id.removesuffix('_' + row.dtype)}`" in text
+
+
+@pytest.mark.skipif(not installed_families(), reason="no kernel library is installed: built without kernels")
+def test_installed_library_equals_the_table() -> None:
+    for name, family in installed_families().items():
+        archs = family["archs"].split(";")
+        expected = {
+            row.id
+            for row in support.ROWS
+            if row.family == name and any(support.arch_covers(a, c) for a in archs for c in row.capabilities)
+        }
+        assert set(family["kernels"]) == expected, f"{family['path']} (built with BROADHEAD_KERNEL_FILTER?)"
+        assert len(family["kernels"]) == len(expected)
