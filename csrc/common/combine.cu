@@ -9,6 +9,7 @@
 #include "common/math.h"
 #include "common/scheduler_metadata.h"
 #include "common/seqlen_info.h"
+#include "host/cuda_check.h"
 
 namespace broadhead {
 namespace {
@@ -102,12 +103,13 @@ BROADHEAD_DEVICE float to_float(__half x) { return __half2float(x); }
 template <class Element>
 __global__ void __launch_bounds__(32 * kWarps) split_combine_kernel(const __grid_constant__ AttnParams params) {
   __shared__ CombineShared smem;
-  const int batch = blockIdx.y;
+  const unsigned rows = params.seqlen_q * params.num_heads_q;
+  const int batch = blockIdx.x / rows;
   const int splits = sequence_splits(params, batch);
   if (splits == 1) return;
   const SeqlenInfo seqlen = make_seqlen_info(params, batch);
-  const int token = blockIdx.x / params.num_heads_q;
-  const int head = blockIdx.x % params.num_heads_q;
+  const int token = blockIdx.x % rows / params.num_heads_q;
+  const int head = blockIdx.x % rows % params.num_heads_q;
   if (token >= seqlen.seqlen_q) return;
   const std::int64_t row = seqlen.batch_q * static_cast<std::int64_t>(params.seqlen_q) + seqlen.row_q + token;
   const std::int64_t split_stride = params.num_heads_q * params.total_q;
@@ -145,23 +147,28 @@ __global__ void __launch_bounds__(32 * kWarps) combine_kernel(const __grid_const
       params.softmax_lse ? params.softmax_lse + row * params.lse_row_stride + head * params.lse_head_stride : nullptr);
 }
 
-int report(const char* name, int rows, int heads, int head_dim_v, int splits, char* error, std::size_t error_size) {
-  const cudaError_t status = cudaGetLastError();
-  if (status == cudaSuccess) return 0;
-  std::snprintf(error, error_size, "%s: launch: %s (rows %d, heads %d, head_dim_v %d, num_splits %d)", name,
-                cudaGetErrorString(status), rows, heads, head_dim_v, splits);
-  return 1;
+int report(const char* name, cudaError_t status, long long rows, int heads, int head_dim_v, int splits, char* error,
+           std::size_t error_size) {
+  char shape[128];
+  std::snprintf(shape, sizeof(shape), "rows %lld, heads %d, head_dim_v %d, num_splits %d", rows, heads, head_dim_v,
+                splits);
+  return check_cuda(status, name, "launch", shape, error, error_size);
 }
 
 }  // namespace
 
 int launch_split_combine(const AttnParams& params, bool is_bf16, CUstream_st* stream, char* error,
                          std::size_t error_size) {
-  const dim3 grid(params.seqlen_q * params.num_heads_q, params.batch);
-  const auto kernel = is_bf16 ? split_combine_kernel<__nv_bfloat16> : split_combine_kernel<__half>;
-  kernel<<<grid, 32 * kWarps, 0, stream>>>(params);
-  return report("split_combine", params.seqlen_q * params.batch, params.num_heads_q, params.head_dim_v,
-                params.num_splits, error, error_size);
+  const long long rows = static_cast<long long>(params.seqlen_q) * params.batch;
+  const long long blocks = rows * params.num_heads_q;
+  cudaError_t status = cudaErrorInvalidValue;  // a grid beyond 31 bits
+  if (blocks <= 0x7fffffffLL && params.num_splits <= kMaxSplits) {
+    const auto kernel = is_bf16 ? split_combine_kernel<__nv_bfloat16> : split_combine_kernel<__half>;
+    kernel<<<static_cast<unsigned>(blocks), 32 * kWarps, 0, stream>>>(params);
+    status = cudaGetLastError();
+  }
+  return report("split_combine", status, rows, params.num_heads_q, params.head_dim_v, params.num_splits, error,
+                error_size);
 }
 
 int launch_combine(const CombineParams& params, CUstream_st* stream, char* error, std::size_t error_size) {
@@ -175,7 +182,7 @@ int launch_combine(const CombineParams& params, CUstream_st* stream, char* error
                       : params.out_dtype == 1 ? combine_kernel<__nv_bfloat16>
                                               : combine_kernel<__half>;
   kernel<<<dim3(static_cast<unsigned>(params.rows), params.heads), 32 * kWarps, 0, stream>>>(params);
-  return report("combine", static_cast<int>(params.rows), params.heads, params.head_dim_v, params.num_splits, error,
+  return report("combine", cudaGetLastError(), params.rows, params.heads, params.head_dim_v, params.num_splits, error,
                 error_size);
 }
 

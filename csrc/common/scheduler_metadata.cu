@@ -8,6 +8,7 @@
 #include "common/combine.h"
 #include "common/scheduler_metadata.h"
 #include "common/seqlen_info.h"
+#include "host/cuda_check.h"
 
 namespace broadhead {
 namespace {
@@ -107,11 +108,10 @@ __global__ void __launch_bounds__(kThreads) metadata_kernel(const __grid_constan
 int launch_scheduler_metadata(const SchedulerMetadataParams& params, CUstream_st* stream, char* error,
                               std::size_t error_size) {
   metadata_kernel<<<1, kThreads, 0, stream>>>(params);
-  const cudaError_t status = cudaGetLastError();
-  if (status == cudaSuccess) return 0;
-  std::snprintf(error, error_size, "scheduler_metadata: launch: %s (batch %d, seqlen_q %d, seqlen_k %d)",
-                cudaGetErrorString(status), params.batch, params.seqlen_q, params.seqlen_k);
-  return 1;
+  char shape[128];
+  std::snprintf(shape, sizeof(shape), "batch %d, seqlen_q %d, seqlen_k %d", params.batch, params.seqlen_q,
+                params.seqlen_k);
+  return check_cuda(cudaGetLastError(), "scheduler_metadata", "launch", shape, error, error_size);
 }
 
 }  // namespace broadhead

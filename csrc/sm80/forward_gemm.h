@@ -51,7 +51,7 @@ BROADHEAD_DEVICE void qk_gemm(float (&s)[Traits::kMmaM][Traits::kMmaN][4], const
   const int first_step = chunk * (Traits::kKChunk / 16);
   if constexpr (Traits::kMmaN % 2 == 0) {
     constexpr int kPairs = Traits::kMmaN / 2;
-    // PERF(H200, head_dim 512: PREFETCH TFLOP/s): where S is small, fragments are loaded one step ahead of their use.
+    // Where S is small there are registers to load fragments one step ahead of their use.
     constexpr int kBuffers = Traits::kSharedP ? 2 : 1;
     std::uint32_t a[kBuffers][Traits::kMmaM][4];
     std::uint32_t b[kBuffers][kPairs][4];

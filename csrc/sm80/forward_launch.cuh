@@ -15,14 +15,14 @@ template <class Traits>
 int launch_forward(const char* kernel_id, const AttnParams& params, cudaStream_t stream, char* error,
                    std::size_t error_size) {
   constexpr int kSmemBytes = sizeof(typename Traits::SharedStorage);
-  const auto fail = [&](const char* what, cudaError_t status) {
-    std::snprintf(error, error_size,
-                  "%s: %s: %s (batch %d, seqlen_q %d, seqlen_k %d, heads %d/%d, head_dim %d/%d, page_size %d, "
-                  "num_splits %d, shared memory %d bytes)",
-                  kernel_id, what, cudaGetErrorString(status), params.batch, params.seqlen_q, params.seqlen_k,
-                  params.num_heads_q, params.num_heads_kv, params.head_dim, params.head_dim_v, params.page_size,
-                  params.num_splits, kSmemBytes);
-    return 1;
+  const auto fail = [&](const char* step, cudaError_t status) {
+    char shape[256];
+    std::snprintf(shape, sizeof(shape),
+                  "batch %d, seqlen_q %d, seqlen_k %d, heads %d/%d, head_dim %d/%d, page_size %d, num_splits %d, "
+                  "shared memory %d bytes",
+                  params.batch, params.seqlen_q, params.seqlen_k, params.num_heads_q, params.num_heads_kv,
+                  params.head_dim, params.head_dim_v, params.page_size, params.num_splits, kSmemBytes);
+    return check_cuda(status, kernel_id, step, shape, error, error_size);
   };
 
   int device = 0;
@@ -53,7 +53,7 @@ int launch_forward(const char* kernel_id, const AttnParams& params, cudaStream_t
   const int m_blocks = ceil_div(params.seqlen_q * rows_per_token, Traits::kTileM);
   const long long blocks = static_cast<long long>(m_blocks) * heads * params.batch;
   if (blocks == 0) return 0;
-  if (blocks > 0x7fffffffLL || params.num_splits > 65535) return fail("the grid is too large", cudaErrorInvalidValue);
+  if (blocks > 0x7fffffffLL || params.num_splits > 65535) return fail("grid", cudaErrorInvalidValue);
   forward_kernel<Traits>
       <<<dim3(static_cast<unsigned>(blocks), params.num_splits), Traits::kThreads, kSmemBytes, stream>>>(params,
                                                                                                          m_blocks);

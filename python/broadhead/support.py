@@ -27,9 +27,9 @@ SMEM_BY_CAPABILITY: dict[tuple[int, int], int] = {
 }
 
 CAPABILITIES = tuple(SMEM_BY_CAPABILITY)
-#: Capabilities with at least 163 KB / at most 99 KB of shared memory a block.
+#: Capabilities with at least 163 KB / 227 KB of shared memory a block.
 LARGE_SMEM = tuple(c for c, size in SMEM_BY_CAPABILITY.items() if size >= SMEM_163KB)
-SMALL_SMEM = tuple(c for c, size in SMEM_BY_CAPABILITY.items() if size == SMEM_99KB)
+HUGE_SMEM = tuple(c for c, size in SMEM_BY_CAPABILITY.items() if size >= SMEM_227KB)
 
 DTYPES = ("bf16", "fp16")
 
@@ -87,20 +87,27 @@ class KernelRow(NamedTuple):
 
 
 def _sm80_rows() -> tuple[KernelRow, ...]:
-    """The portable forward kernels (mma.sync, cp.async): best row first for a given request."""
+    """The portable forward kernels (mma.sync, cp.async): of rows that serve a request, the best one first.
+
+    A row runs wherever its shared memory fits, so the small tiles of 8.6, 8.9 and 12.0 can be tested on any device.
+    """
     shapes = (
         # name, phase, capabilities, head_dim, smem_limit, tile
-        ("d64", "prefill", CAPABILITIES, 64, SMEM_99KB, Tile(128, 64, 4, 1, 3, 64, 64, 64, 2)),
+        ("d64", "prefill", CAPABILITIES, 64, SMEM_99KB, Tile(128, 96, 4, 1, 3, 64, 96, 64, 2)),
         ("d96", "prefill", CAPABILITIES, 96, SMEM_99KB, Tile(128, 64, 4, 1, 3, 128, 64, 128, 2)),
         ("d128", "prefill", CAPABILITIES, 128, SMEM_99KB, Tile(128, 64, 4, 1, 3, 128, 64, 128, 2)),
-        ("d192", "prefill", LARGE_SMEM, 192, SMEM_163KB, Tile(128, 64, 4, 2, 3, 192, 64, 192, 1)),
-        ("d192_smem99", "prefill", SMALL_SMEM, 192, SMEM_99KB, Tile(64, 64, 2, 2, 2, 192, 64, 192, 1)),
-        ("d256", "prefill", LARGE_SMEM, 256, SMEM_163KB, Tile(128, 64, 4, 2, 2, 256, 64, 256, 1)),
-        ("d256_smem99", "prefill", SMALL_SMEM, 256, SMEM_99KB, Tile(64, 64, 2, 2, 3, 128, 32, 256, 1)),
-        ("d512", "prefill", LARGE_SMEM, 512, SMEM_163KB, Tile(64, 64, 2, 4, 5, 128, 16, 512, 1)),
-        ("d512_smem99", "prefill", SMALL_SMEM, 512, SMEM_99KB, Tile(64, 32, 2, 4, 3, 128, 16, 256, 1)),
+        ("d192", "prefill", HUGE_SMEM, 192, SMEM_227KB, Tile(128, 128, 4, 2, 2, 192, 128, 192, 1)),
+        ("d192_smem163", "prefill", LARGE_SMEM, 192, SMEM_163KB, Tile(128, 64, 4, 2, 3, 192, 64, 192, 1)),
+        ("d192_smem99", "prefill", CAPABILITIES, 192, SMEM_99KB, Tile(64, 64, 2, 2, 2, 192, 64, 192, 1)),
+        ("d256", "prefill", HUGE_SMEM, 256, SMEM_227KB, Tile(128, 96, 4, 2, 2, 256, 96, 256, 1)),
+        ("d256_smem163", "prefill", LARGE_SMEM, 256, SMEM_163KB, Tile(128, 64, 4, 2, 2, 256, 64, 256, 1)),
+        ("d256_smem99", "prefill", CAPABILITIES, 256, SMEM_99KB, Tile(64, 64, 2, 2, 3, 128, 32, 256, 1)),
+        ("d512", "prefill", HUGE_SMEM, 512, SMEM_227KB, Tile(64, 128, 2, 4, 2, 256, 64, 512, 1)),
+        ("d512_smem163", "prefill", LARGE_SMEM, 512, SMEM_163KB, Tile(64, 64, 2, 4, 5, 128, 16, 512, 1)),
+        ("d512_smem99", "prefill", CAPABILITIES, 512, SMEM_99KB, Tile(64, 32, 2, 4, 3, 128, 16, 256, 1)),
         ("decode_d64", "decode", CAPABILITIES, 64, SMEM_99KB, Tile(16, 128, 1, 4, 4, 64, 128, 64, 2)),
-        ("decode_d128", "decode", CAPABILITIES, 128, SMEM_99KB, Tile(16, 64, 1, 4, 4, 128, 64, 128, 2)),
+        ("decode_d128", "decode", HUGE_SMEM, 128, SMEM_227KB, Tile(16, 128, 1, 4, 3, 128, 128, 128, 2)),
+        ("decode_d128_smem99", "decode", CAPABILITIES, 128, SMEM_99KB, Tile(16, 64, 1, 4, 4, 128, 64, 128, 2)),
         ("decode_d256", "decode", CAPABILITIES, 256, SMEM_99KB, Tile(16, 64, 1, 4, 4, 128, 32, 256, 2)),
         ("decode_d512", "decode", CAPABILITIES, 512, SMEM_99KB, Tile(16, 64, 1, 8, 4, 128, 16, 512, 2)),
     )

@@ -93,6 +93,7 @@ def test_stale_metadata_replays_right(head_dim: int, cuda: torch.device, rng: ra
     metadata = built.scheduler_metadata()
     graph = capture(lambda: broadhead.flash_attn_with_kvcache(**built.kwargs, scheduler_metadata=metadata))
     for lengths in LENGTHS:
+        lengths = [min(n, most) for n, most in zip(lengths, call.seqlens_k, strict=False)]
         built.kwargs["cache_seqlens"].copy_(torch.tensor(lengths, dtype=torch.int32))
         built.out.fill_(float("nan"))
         graph.replay()
@@ -111,6 +112,7 @@ def test_metadata_and_attention_in_one_graph(cuda: torch.device, rng: random.Ran
 
     graph = capture(step)
     for lengths in LENGTHS:
+        lengths = [min(n, most) for n, most in zip(lengths, call.seqlens_k, strict=False)]
         built.kwargs["cache_seqlens"].copy_(torch.tensor(lengths, dtype=torch.int32))
         built.out.fill_(float("nan"))
         graph.replay()
