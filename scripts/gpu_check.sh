@@ -29,8 +29,10 @@ for stage in "${stages[@]}"; do
     fast) python3 -m pytest "$root/tests/gpu" -c "$root/pyproject.toml" -m "gpu and not full" -n 8 -q -p no:cacheprovider >"$log" 2>&1 ;;
     full) python3 -m pytest "$root/tests/gpu" -c "$root/pyproject.toml" -m gpu -n 14 -q -p no:cacheprovider >"$log" 2>&1 ;;
     memcheck)
-      PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 --target-processes all \
-        python3 -m pytest "$root/tests/gpu" -c "$root/pyproject.toml" -m curated -q -p no:cacheprovider --timeout 0 >"$log" 2>&1
+      check=(compute-sanitizer --tool memcheck --error-exitcode 9 --target-processes all python3 -m pytest "$root/tests/gpu"
+        -c "$root/pyproject.toml" -m curated -q -p no:cacheprovider --timeout 0)
+      # Without torch's caching every tensor is an allocation of its own; graph capture needs the caching.
+      PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${check[@]}" -k "not graph" >"$log" 2>&1 && "${check[@]}" -k graph >>"$log" 2>&1
       ;;
     demo) python3 -m broadhead demo >"$log" 2>&1 ;;
     gemma4) python3 -m broadhead demo --architecture gemma4 >"$log" 2>&1 ;;

@@ -101,7 +101,8 @@ def visible(sq: int, sk: int, left: int, right: int, chunk: int, prefix: int | N
     if right >= 0:
         mask &= key - position <= right
     if chunk > 0:
-        mask &= torch.floor(position / chunk) == torch.floor(key / chunk)
+        # Integers: CUDA divides floats by a scalar through its reciprocal, which puts key 97 of chunk 97 into chunk 0.
+        mask &= position // chunk == key // chunk
     if prefix is not None:
         mask |= key < prefix
     return mask

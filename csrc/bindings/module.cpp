@@ -68,8 +68,10 @@ void forward(ArgumentReader& reader) {
                    "of 3 or 4 dimensions, the last contiguous", *tensor);
     reader.require(tensor->device() == q.device(), name, "on the device of q", *tensor);
   }
-  const TensorView lse = reader.tensor("softmax_lse", ElementType::kFloat32, q.ndim() - 1);
-  reader.require(last_dim_contiguous(lse), "softmax_lse", "contiguous in its last dimension", lse);
+  const TensorView lse = reader.optional_tensor("softmax_lse", ElementType::kFloat32, q.ndim() - 1);
+  if (lse.present()) {
+    reader.require(last_dim_contiguous(lse), "softmax_lse", "contiguous in its last dimension", lse);
+  }
   const TensorView out_partial = reader.optional_tensor("out_partial", ElementType::kFloat32);
   const TensorView lse_partial = reader.optional_tensor("lse_partial", ElementType::kFloat32);
 
@@ -85,8 +87,10 @@ void forward(ArgumentReader& reader) {
   params.k_strides = strides_of(k);
   params.v_strides = strides_of(v);
   params.out_strides = strides_of(out);
-  params.lse_batch_stride = lse.ndim() == 3 ? lse.stride(0) : 0;
-  params.lse_head_stride = lse.stride(-2);
+  if (lse.present()) {
+    params.lse_batch_stride = lse.ndim() == 3 ? lse.stride(0) : 0;
+    params.lse_head_stride = lse.stride(-2);
+  }
 
   std::int64_t batch = q.ndim() == 4 ? q.size(0) : -1;
   params.cu_seqlens_q = read_lengths(reader, "cu_seqlens_q", &batch, 1);
@@ -132,8 +136,12 @@ void forward(ArgumentReader& reader) {
   params.seqlen_q = reader.integer("seqlen_q");
   params.seqlen_k = reader.integer("seqlen_k");
   params.total_q = q.ndim() == 4 ? q.size(0) * q.size(1) : q.size(0);
+  // Packed: no sequence is longer than all rows, whatever bound the caller gave.
+  if (q.ndim() == 3 && params.total_q < params.seqlen_q) params.seqlen_q = static_cast<std::int32_t>(params.total_q);
   params.num_heads_q = static_cast<std::int32_t>(q.size(-2));
   params.num_heads_kv = static_cast<std::int32_t>(k.size(-2));
+  reader.require(params.num_heads_kv > 0 && params.num_heads_q % params.num_heads_kv == 0, "k",
+                 "of a head count that divides that of q", k);
   params.head_dim = static_cast<std::int32_t>(q.size(-1));
   params.head_dim_v = static_cast<std::int32_t>(v.size(-1));
   params.window_left = reader.integer("window_left");
@@ -147,12 +155,20 @@ void forward(ArgumentReader& reader) {
   params.heads_per_section = reader.integer("heads_per_section");
 
   if (params.num_splits > 1) {
+    // One allocation may serve both: without lse_partial it follows the outputs in out_partial.
     const std::int64_t lse_count = params.num_splits * params.num_heads_q * params.total_q;
-    reader.require(
-        out_partial.present() && contiguous(out_partial) && out_partial.numel() >= lse_count * params.head_dim_v,
-        "out_partial", "contiguous [num_splits, heads, rows, head_dim_v] when num_splits > 1", out_partial);
-    reader.require(lse_partial.present() && contiguous(lse_partial) && lse_partial.numel() >= lse_count, "lse_partial",
-                   "contiguous [num_splits, heads, rows] when num_splits > 1", lse_partial);
+    const std::int64_t out_count = lse_count * params.head_dim_v;
+    const std::int64_t needed = out_count + (lse_partial.present() ? 0 : lse_count);
+    reader.require(out_partial.present() && contiguous(out_partial) && out_partial.numel() >= needed, "out_partial",
+                   "contiguous [num_splits, heads, rows, head_dim_v] when num_splits > 1, with room for lse_partial "
+                   "behind it when that is None",
+                   out_partial);
+    if (lse_partial.present()) {
+      reader.require(contiguous(lse_partial) && lse_partial.numel() >= lse_count, "lse_partial",
+                     "contiguous [num_splits, heads, rows] when num_splits > 1", lse_partial);
+    } else {
+      params.lse_partial = params.out_partial + out_count;
+    }
   }
 
   char error[kErrorSize] = "";
@@ -295,6 +311,18 @@ PyObject* fastcall(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return nullptr;
 }
 
+// bytes that tell apart calls that validation could tell apart by their tensors: q, k, v and out also by alignment.
+// None when a tensor can not be read that way.
+PyObject* signature(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  constexpr Py_ssize_t kAlignedTensors = 4;
+  static std::string* text = new std::string();  // the GIL guards it; it keeps its capacity
+  text->clear();
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    if (!append_signature(arguments[i], i < kAlignedTensors, *text)) Py_RETURN_NONE;
+  }
+  return PyBytes_FromStringAndSize(text->data(), static_cast<Py_ssize_t>(text->size()));
+}
+
 constexpr char kForward[] = "forward";
 constexpr char kSchedulerMetadata[] = "scheduler_metadata";
 constexpr char kCombine[] = "combine";
@@ -310,6 +338,8 @@ PyMethodDef methods[] = {
     method<kForward, &forward, 30>("Launches one forward kernel by its row id."),
     method<kSchedulerMetadata, &scheduler_metadata, 21>("Fills scheduler metadata on the device."),
     method<kCombine, &combine, 5>("Merges partial results into one."),
+    {"signature", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&signature)), METH_FASTCALL,
+     "What validation reads of tensors, as bytes."},
     {nullptr, nullptr, 0, nullptr},
 };
 

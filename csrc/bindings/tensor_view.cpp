@@ -150,6 +150,29 @@ std::string TensorView::describe() const {
   return text + ") on " + (on_cuda_ ? "cuda:" + std::to_string(device_) : "a device that is not CUDA");
 }
 
+bool append_signature(py::handle tensor, bool alignment, std::string& signature) {
+  if (tensor.is_none()) {
+    signature.push_back('\0');
+    return true;
+  }
+  const DLPackExchangeAPI* api = exchange_api(tensor);
+  if (api == nullptr || api->dltensor_from_py_object_no_sync == nullptr) return false;
+  DLTensor dltensor;
+  if (api->dltensor_from_py_object_no_sync(tensor.ptr(), &dltensor) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  if (dltensor.strides == nullptr) return false;
+  const auto address = reinterpret_cast<std::uintptr_t>(dltensor.data) + dltensor.byte_offset;
+  const std::int32_t head[] = {dltensor.ndim + 1, dltensor.dtype.code << 16 | dltensor.dtype.bits,
+                               static_cast<std::int32_t>(dltensor.device.device_type), dltensor.device.device_id,
+                               alignment ? static_cast<std::int32_t>(address & 15) : 0};
+  signature.append(reinterpret_cast<const char*>(head), sizeof(head));
+  signature.append(reinterpret_cast<const char*>(dltensor.shape), sizeof(std::int64_t) * dltensor.ndim);
+  signature.append(reinterpret_cast<const char*>(dltensor.strides), sizeof(std::int64_t) * dltensor.ndim);
+  return true;
+}
+
 void* current_stream(py::handle tensor, int device) {
   const DLPackExchangeAPI* api = exchange_api(tensor);
   if (api != nullptr && api->current_work_stream != nullptr) {

@@ -66,6 +66,10 @@ class TensorView {
   std::int64_t own_strides_[kMaxDims];
 };
 
+// Appends what validation reads of `tensor` (None included): dtype, device, shape, strides, and with `alignment` the
+// address modulo 16. False when its type has no exchange API.
+bool append_signature(pybind11::handle tensor, bool alignment, std::string& signature);
+
 // The stream that torch works on at `device`: by the exchange API of the tensor's type, else from torch.cuda.
 void* current_stream(pybind11::handle tensor, int device);
 

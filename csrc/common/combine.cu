@@ -41,7 +41,8 @@ struct CombineShared {
   float4 partial[kWarps][32];
 };
 
-// One block merges one row of one head. `lse_of(s)` and `out_of(s)` give the partials; `sink` is -inf when there is none.
+// One block merges one row of one head. `lse_of(s)` and `out_of(s)` give the partials; `sink` is -inf when there is
+// none.
 template <class Element, class LseOf, class OutOf>
 BROADHEAD_DEVICE void combine_row(CombineShared& smem, int splits, int head_dim_v, float sink, LseOf lse_of,
                                   OutOf out_of, Element* out, float* lse_out) {
@@ -55,11 +56,11 @@ BROADHEAD_DEVICE void combine_row(CombineShared& smem, int splits, int head_dim_
       largest = fmaxf(largest, lse);
     }
     largest = warp_max(largest);
-    const bool empty = largest == -INFINITY;  // no visible key: out 0, LSE -inf, whatever the sink
-    const float reference = empty ? 0.f : fmaxf(largest, sink);
+    const float reference = largest == -INFINITY ? 0.f : fmaxf(largest, sink);
     float sum = 0.f;
     for (int s = lane; s < splits; s += 32) sum += expf(smem.weight[s] - reference);
     sum = warp_sum(sum);
+    const bool empty = sum == 0.f;  // no visible key: out 0, LSE -inf, whatever the sink
     if (!empty && sink != -INFINITY) sum += expf(sink - reference);
     const float inverse = empty ? 0.f : 1.f / sum;
     for (int s = lane; s < splits; s += 32) smem.weight[s] = expf(smem.weight[s] - reference) * inverse;
@@ -124,8 +125,9 @@ __global__ void __launch_bounds__(32 * kWarps) split_combine_kernel(const __grid
       [&](int s) { return params.out_partial + (s * split_stride + first) * params.head_dim_v; },
       static_cast<Element*>(params.out) + seqlen.batch_q * params.out_strides.batch +
           (seqlen.row_q + token) * params.out_strides.row + head * params.out_strides.head,
-      params.softmax_lse + seqlen.batch_q * params.lse_batch_stride + head * params.lse_head_stride + seqlen.row_q +
-          token);
+      params.softmax_lse ? params.softmax_lse + seqlen.batch_q * params.lse_batch_stride +
+                               head * params.lse_head_stride + seqlen.row_q + token
+                         : nullptr);
 }
 
 template <class Element>

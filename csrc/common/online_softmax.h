@@ -1,8 +1,8 @@
 // Running softmax over key blocks for the rows of one warp (mma.sync C layout: a lane holds 2 rows per 16).
 //
-// The running maximum is raised only when a block exceeds it by more than 2^kSlackLog2 in the exponent: exact, because the
-// final division cancels any reference value, and it saves rescaling O in almost every block. P stays below 2^8, which
-// fp16 holds.
+// The running maximum is raised only when a block exceeds it by more than 2^kSlackLog2 in the exponent: exact, because
+// the final division cancels any reference value, and it saves rescaling O in almost every block. P stays below 2^8,
+// which fp16 holds.
 #pragma once
 
 #include <cmath>

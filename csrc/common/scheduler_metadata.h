@@ -3,8 +3,8 @@
 // int32 [1 + 4 R], R = round_up(batch, 4):
 //   [0, R)   splits of each sequence        [R, 2R)  metadata_tag of each sequence that was planned, else 0
 //   [2R, 4R) zero, reserved                 [4R]     semaphore, zero
-// A slot whose tag is not the one the call expects (stale, foreign or zeroed buffer) means one split: no bound depends on
-// the contents, so a wrong buffer can not cause a wrong result or an access out of bounds.
+// A slot whose tag is not the one the call expects (stale, foreign or zeroed buffer) means one split: no bound depends
+// on the contents, so a wrong buffer can not cause a wrong result or an access out of bounds.
 #pragma once
 
 #include <cstdint>
@@ -27,8 +27,9 @@ BROADHEAD_HOST_DEVICE int sequence_splits(const AttnParams& params, int batch) {
   return metadata_splits(params.scheduler_metadata, params.batch, batch, params.metadata_tag, params.num_splits);
 }
 
-// Estimated time, in key blocks, of a decode step whose longest share is `blocks_per_split`: whole waves of equal shares
-// when there are few, the average load plus half a share when there are many. A share costs about 2 blocks to start and end.
+// Estimated time, in key blocks, of a decode step whose longest share is `blocks_per_split`: whole waves of equal
+// shares when there are few, the average load plus half a share when there are many. A share costs about 2 blocks to
+// start and end.
 BROADHEAD_HOST_DEVICE int split_cost(long long shares, long long blocks, int blocks_per_split, int target_ctas) {
   constexpr int kStartupBlocks = 2;
   const int share_cost = blocks_per_split + kStartupBlocks;

@@ -27,7 +27,7 @@ struct AttnParams {
   const void* k;          // [B, Sk, Hkv, D], [Tk, Hkv, D] or [pages, page_size, Hkv, D]
   const void* v;          // as k with Dv
   void* out;              // [B, Sq, Hq, Dv] or [T, Hq, Dv], dtype of q
-  float* softmax_lse;     // [B, Hq, Sq] or [Hq, T], natural log
+  float* softmax_lse;     // [B, Hq, Sq] or [Hq, T], natural log; nullable: not wanted
   float* out_partial;     // [num_splits, Hq, R, Dv] contiguous fp32; nullable when num_splits == 1
   float* lse_partial;     // [num_splits, Hq, R] contiguous fp32, natural log; nullable when num_splits == 1
   TensorStrides q_strides;
@@ -125,10 +125,10 @@ struct CombineParams {
 #define BROADHEAD_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
-// The C ABI. Every entry returns 0, or non-zero with a NUL-terminated text in `error` (kernel name, shape, CUDA's words).
-// Kernels are named by the id of their row in python/broadhead/support.py.
+// The C ABI. Every entry returns 0, or non-zero with a NUL-terminated text in `error` (kernel name, shape, CUDA's
+// words). Kernels are named by the id of their row in python/broadhead/support.py.
 BROADHEAD_EXPORT std::uint32_t broadhead_abi_version();
-BROADHEAD_EXPORT const char* broadhead_build_archs();   // as configured: "80;90a"
+BROADHEAD_EXPORT const char* broadhead_build_archs();   // as compiled: "80;90"
 BROADHEAD_EXPORT int broadhead_cuda_version();          // CUDART_VERSION of the build: 13000
 BROADHEAD_EXPORT int broadhead_kernel_count();
 BROADHEAD_EXPORT const char* broadhead_kernel_id(int index);

@@ -4,8 +4,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <cute/arch/mma_sm80.hpp>
 #include <cutlass/numeric_types.h>
+#include <cute/arch/mma_sm80.hpp>
 
 #include "common/macros.h"
 
@@ -57,7 +57,8 @@ BROADHEAD_DEVICE void ldmatrix_x4_trans(std::uint32_t (&r)[4], std::uint32_t add
 // Copies 16 bytes; when `live` is false it writes 16 zero bytes and does not read `source`.
 BROADHEAD_DEVICE void cp_async_16(std::uint32_t target, const void* source, bool live) {
   const int bytes = live ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(bytes) : "memory");
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(bytes)
+               : "memory");
 }
 
 BROADHEAD_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -54,7 +54,8 @@ BROADHEAD_DEVICE void write_tile(const AttnParams& params, typename Traits::Shar
     const int head = output.query_head(row);
     const int token = output.rows.token(row);
     float sum = softmax.row_sum[i];
-    const bool empty = softmax.row_max[i] == -INFINITY;
+    // A row of NaN scores has no maximum either, but its sum is NaN.
+    const bool empty = softmax.row_max[i] == -INFINITY && sum == 0.f;
     if (params.sinks != nullptr && split < 0 && live && !empty) {
       // The sink's term relative to the running reference; it is far out of range only when it dominates the row.
       const float sink = load_sink(params, static_cast<const Element*>(nullptr), head);
@@ -70,6 +71,7 @@ BROADHEAD_DEVICE void write_tile(const AttnParams& params, typename Traits::Shar
     float lse = softmax.row_max[i] * scale.scale + (sum == INFINITY ? 0.f : logf(sum));
     if (empty) lse = -INFINITY;
     if (live && warp_n == 0 && lane % 4 == 0) {
+      if (split < 0 && params.softmax_lse == nullptr) continue;
       if (split < 0) {
         params.softmax_lse[seqlen.batch_q * params.lse_batch_stride + head * params.lse_head_stride + seqlen.row_q +
                            token] = lse;
@@ -87,8 +89,10 @@ BROADHEAD_DEVICE void write_tile(const AttnParams& params, typename Traits::Shar
       if (!output.live(row) || inverse[i] == 0.f) continue;  // an empty share is told by its LSE alone
       const std::int64_t r =
           seqlen.batch_q * static_cast<std::int64_t>(params.seqlen_q) + seqlen.row_q + output.rows.token(row);
-      float* target = params.out_partial + ((static_cast<std::int64_t>(split) * params.num_heads_q +
-                                             output.query_head(row)) * total_rows + r) * params.head_dim_v;
+      float* target =
+          params.out_partial +
+          ((static_cast<std::int64_t>(split) * params.num_heads_q + output.query_head(row)) * total_rows + r) *
+              params.head_dim_v;
       BROADHEAD_UNROLL
       for (int tile = 0; tile < Traits::kOTiles; ++tile) {
         const int col = o_column<Traits>(tile, warp_n) + (lane % 4) * 2;

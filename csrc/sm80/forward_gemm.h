@@ -5,8 +5,9 @@
 
 namespace broadhead {
 
-// Shared addresses of a lane for every fragment load of its warp. The 16-byte unit inside a row is (unit ^ row % 8): the
-// row term is folded in here, so that a step of 16 columns is one XOR with step * 32 and everything else an immediate.
+// Shared addresses of a lane for every fragment load of its warp. The 16-byte unit inside a row is (unit ^ row % 8):
+// the row term is folded in here, so that a step of 16 columns is one XOR with step * 32 and everything else an
+// immediate.
 template <class Traits>
 struct LaneAddresses {
   std::uint32_t q;  // A fragments of Q: rows of this warp
@@ -41,7 +42,8 @@ BROADHEAD_DEVICE void load_q_fragment(std::uint32_t (&a)[Traits::kMmaM][4], std:
   }
 }
 
-// S += Q[:, chunk] K[:, chunk]^T; `chunk` is a constant after unrolling. `q_registers` is used when Q lives in registers.
+// S += Q[:, chunk] K[:, chunk]^T; `chunk` is a constant after unrolling. `q_registers` is used when Q lives in
+// registers.
 template <class Traits, class QRegisters>
 BROADHEAD_DEVICE void qk_gemm(float (&s)[Traits::kMmaM][Traits::kMmaN][4], const QRegisters& q_registers,
                               std::uint32_t q, std::uint32_t k, int chunk) {
@@ -142,8 +144,8 @@ BROADHEAD_DEVICE void pv_step(float (&o)[Traits::kMmaM][Traits::kOTiles][4], con
 
 // O += P V over a V chunk, with P in shared memory.
 template <class Traits>
-BROADHEAD_DEVICE void pv_gemm(float (&o)[Traits::kMmaM][Traits::kOTiles][4], std::uint32_t p, std::uint32_t v, int chunk,
-                              int warp_n, int head_dim_v) {
+BROADHEAD_DEVICE void pv_gemm(float (&o)[Traits::kMmaM][Traits::kOTiles][4], std::uint32_t p, std::uint32_t v,
+                              int chunk, int warp_n, int head_dim_v) {
   constexpr int kSteps = Traits::kVChunk / 16;
   BROADHEAD_UNROLL
   for (int step = 0; step < kSteps; ++step) {

@@ -32,8 +32,8 @@ BROADHEAD_DEVICE void copy_q(const AttnParams& params, typename Traits::SharedSt
     const bool live = tile.live(row);
     const Element* pointer = base;
     if (live) {
-      pointer += (seqlen.row_q + tile.rows.token(row)) * params.q_strides.row +
-                 tile.query_head(row) * params.q_strides.head;
+      pointer +=
+          (seqlen.row_q + tile.rows.token(row)) * params.q_strides.row + tile.query_head(row) * params.q_strides.head;
     }
     BROADHEAD_UNROLL
     for (int j = 0; j < Plan::kColSteps; ++j) {
@@ -60,8 +60,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   if (thread == 0) {
     const WorkTile tile = work_tile(blockIdx.x, m_blocks, params.pack_gqa ? params.num_heads_kv : params.num_heads_q,
                                     params.batch, params.heads_per_section);
-    make_tile_state(smem.state, params, tile.m_block, tile.head, tile.batch, split,
-                    sequence_splits(params, tile.batch), Traits::kTileM, Traits::kTileN, Traits::kHeadDim);
+    make_tile_state(smem.state, params, tile.m_block, tile.head, tile.batch, split, sequence_splits(params, tile.batch),
+                    Traits::kTileM, Traits::kTileN, Traits::kHeadDim);
   }
   __syncthreads();
   if (state.splits == 0) return;
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   const int warp_n = warp % Traits::kWarpsN;
   const int warp_row = warp_m * Traits::kRowsPerWarp;
   const LaneAddresses<Traits> addresses(smem, warp_m, warp_n, lane);
-  const ScoreScale scale(params.softmax_scale, params.softcap);
+  const ScoreScale& scale = state.scale;
   OnlineSoftmax<2 * Traits::kMmaM> softmax;
   float o[Traits::kMmaM][Traits::kOTiles][4];
   BROADHEAD_UNROLL
@@ -207,7 +207,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     }
     const int key0 = block * Traits::kTileN;
     if (key0 < state.unmasked.begin || key0 + Traits::kTileN > state.unmasked.end) {
-      apply_mask<Traits>(s, state.mask, state.output.rows, warp_row, key0 + warp_n * Traits::kKeysPerWarp, lane);
+      apply_mask<Traits>(s, state.mask, state.unmasked, state.output.rows, warp_row,
+                         key0 + warp_n * Traits::kKeysPerWarp, lane);
     }
 
     float block_max[2 * Traits::kMmaM];

@@ -41,8 +41,8 @@ int launch_forward(const char* kernel_id, const AttnParams& params, cudaStream_t
                     kSmemBytes, device, available);
       return 1;
     }
-    if (const cudaError_t status = cudaFuncSetAttribute(forward_kernel<Traits>,
-                                                        cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes)) {
+    if (const cudaError_t status =
+            cudaFuncSetAttribute(forward_kernel<Traits>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes)) {
       return fail("cudaFuncSetAttribute", status);
     }
     prepared.fetch_or(bit, std::memory_order_release);
@@ -50,10 +50,15 @@ int launch_forward(const char* kernel_id, const AttnParams& params, cudaStream_t
 
   const int rows_per_token = params.pack_gqa ? params.num_heads_q / params.num_heads_kv : 1;
   const int heads = params.pack_gqa ? params.num_heads_kv : params.num_heads_q;
-  const int m_blocks = ceil_div(params.seqlen_q * rows_per_token, Traits::kTileM);
+  const long long rows = static_cast<long long>(params.seqlen_q) * rows_per_token;
+  const int m_blocks = static_cast<int>((rows + Traits::kTileM - 1) / Traits::kTileM);
   const long long blocks = static_cast<long long>(m_blocks) * heads * params.batch;
   if (blocks == 0) return 0;
-  if (blocks > 0x7fffffffLL || params.num_splits > 65535) return fail("grid", cudaErrorInvalidValue);
+  if (params.head_dim > Traits::kHeadDim || params.head_dim_v > Traits::kHeadDim) {
+    return fail("head_dim", cudaErrorInvalidValue);
+  }
+  if (rows > 0x7fffff00LL || blocks > 0x7fffffffLL || params.num_splits > 65535)
+    return fail("grid", cudaErrorInvalidValue);
   forward_kernel<Traits>
       <<<dim3(static_cast<unsigned>(blocks), params.num_splits), Traits::kThreads, kSmemBytes, stream>>>(params,
                                                                                                          m_blocks);

@@ -38,7 +38,8 @@ struct ChunkCopier {
   // This thread's first element of the stage that begins at `key0`, in column 0.
   BROADHEAD_DEVICE static const Element* first_element(const KvSource<Element>& source, int key0) {
     return (kIsK ? source.k + (key0 + row_slot()) * source.k_row_stride
-                 : source.v + (key0 + row_slot()) * source.v_row_stride) + first_col();
+                 : source.v + (key0 + row_slot()) * source.v_row_stride) +
+           first_col();
   }
 
   BROADHEAD_DEVICE static void copy_row(int step, std::uint32_t target, const Element* pointer, bool row_live, int col,

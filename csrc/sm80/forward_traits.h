@@ -37,7 +37,7 @@ struct ForwardTraits {
   static constexpr int kVColChunks = ceil_div(kHeadDim, kVCols);
   static constexpr int kVChunks = kVKeyChunks * kVColChunks;
   static constexpr int kChunks = kKChunks + kVChunks;
-  static constexpr int kStageElems = max_int(kTileN * round_up(kKChunk, kSubtileCols), kVChunk * kVCols);
+  static constexpr int kStageElems = max_int(kTileN * round_up(kKChunk, kSubtileCols), kVChunk* kVCols);
 
   // S = Q K^T: warp (m, n) owns kMmaM x 16 rows and kMmaN x 8 keys.
   static constexpr int kRowsPerWarp = kTileM / kWarpsM;
@@ -47,9 +47,7 @@ struct ForwardTraits {
 
   // O: the columns of a V chunk are dealt to the kWarpsN warps in parts of a subtile; kShare warps share a subtile.
   static constexpr int kVSubtiles = kVCols / kSubtileCols;
-  static constexpr int kShare = kVSubtiles % kWarpsN == 0         ? 1
-                                : (kVSubtiles * 2) % kWarpsN == 0 ? 2
-                                                                  : 4;
+  static constexpr int kShare = kVSubtiles % kWarpsN == 0 ? 1 : (kVSubtiles * 2) % kWarpsN == 0 ? 2 : 4;
   static constexpr int kParts = kVSubtiles * kShare / kWarpsN;  // parts of each V chunk that a warp owns
   static constexpr int kPartCols = kSubtileCols / kShare;
   static constexpr int kPartTiles = kPartCols / 16;             // ldmatrix.x4.trans steps in a part
@@ -69,7 +67,7 @@ struct ForwardTraits {
 
   // Page-table rows are resolved kAhead + 1 blocks ahead of the block that computes.
   static constexpr int kAhead = (kChunks + kStages - 2) / kChunks;
-  static constexpr int kPageBuffers = kAhead + 2 - (kStages - 1) / kChunks;
+  static constexpr int kPageBuffers = kAhead + 1;
 
   static_assert(kRowsPerWarp % 16 == 0 && kKeysPerWarp % 8 == 0 && kTileN % kVChunk == 0 && kVChunk % 16 == 0);
   static_assert(kKChunk % kSubtileCols == 0 && kVCols % kSubtileCols == 0 && kHeadDim % 16 == 0);

@@ -29,8 +29,9 @@ struct OutputRows {
   BROADHEAD_DEVICE bool live(int row) const { return rows.first_row + row < rows.num_rows; }
 };
 
-// The K/V of one sequence and head. It lives in shared memory: registers are what these kernels are short of. Rows that no
-// query of the tile sees are zero-filled, never read: they may be unwritten cache slots, freed pages or another sequence.
+// The K/V of one sequence and head. It lives in shared memory: registers are what these kernels are short of. Rows that
+// no query of the tile sees are zero-filled, never read: they may be unwritten cache slots, freed pages or another
+// sequence.
 template <class Element>
 struct KvSource {
   const Element* k;  // first key (dense, packed) or first page (paged) of the head
@@ -45,8 +46,32 @@ struct KvSource {
   int head_dim_v;
 
   BROADHEAD_DEVICE bool is_live(int key) const { return (key >= live.begin && key < live.end) || key < prefix_len; }
-  BROADHEAD_DEVICE bool all_live(int begin, int end) const {
-    return (begin >= live.begin && end <= live.end) || end <= prefix_len;
+};
+
+constexpr float kLog2e = 1.4426950408889634f;
+
+// The softmax works on exp2(S * scale_log2 - max): a scale <= 0 would turn the maximum into a minimum, and softcap is
+// not linear, so in both cases S is transformed first (`transform`) and the remaining scale is 1.
+struct ScoreScale {
+  float scale_log2;
+  float scale;       // of the remaining S, natural units
+  float softcap;
+  float inner;       // softcap: scale / softcap; else scale
+  bool transform;
+
+  BROADHEAD_DEVICE void set(float softmax_scale, float softcap_) {
+    softcap = softcap_;
+    transform = softcap > 0.f || !(softmax_scale > 0.f);
+    scale = transform ? 1.f : softmax_scale;
+    scale_log2 = scale * kLog2e;
+    inner = softcap > 0.f ? softmax_scale / softcap : softmax_scale;
+  }
+
+  // tanh(x) = 1 - 2 / (exp(2x) + 1); two special-function instructions, absolute error near 1e-6.
+  BROADHEAD_DEVICE float apply(float s) const {
+    const float x = s * inner;
+    if (softcap <= 0.f) return x;
+    return softcap * (1.f - __fdividef(2.f, exp2_approx(2.f * kLog2e * x) + 1.f));
   }
 };
 
@@ -60,10 +85,11 @@ struct TileState {
   BlockRange whole;      // key blocks that are copied without any check: all keys live, all columns there, not paged
   int splits;            // shares of this sequence
   KvSource<Element> source;
+  ScoreScale scale;
 };
 
-// `head`: KV head when GQA is packed, else query head. A tile without live rows or a share that the sequence does not use
-// gets splits = 0. `head_dim` is the kernel's bucket.
+// `head`: KV head when GQA is packed, else query head. A tile without live rows or a share that the sequence does not
+// use gets splits = 0. `head_dim` is the kernel's bucket.
 template <class Element>
 BROADHEAD_DEVICE void make_tile_state(TileState<Element>& state, const AttnParams& params, int m_block, int head,
                                       int batch, int split, int splits, int tile_m, int tile_n, int head_dim) {
@@ -77,12 +103,10 @@ BROADHEAD_DEVICE void make_tile_state(TileState<Element>& state, const AttnParam
 
   const int q_first = output.rows.token(0);
   const int q_last = min_int(output.rows.token(tile_m - 1), seqlen.seqlen_q - 1);
-  const AttentionMask mask{seqlen.seqlen_q,
-                           seqlen.seqlen_k,
-                           params.window_left,
-                           params.window_right,
-                           params.attention_chunk,
-                           params.prefix_lens ? min_int(params.prefix_lens[batch], seqlen.seqlen_k) : 0};
+  const AttentionMask mask{
+      seqlen.seqlen_q,        seqlen.seqlen_k,
+      params.window_left,     params.window_right,
+      params.attention_chunk, params.prefix_lens ? min_int(params.prefix_lens[batch], seqlen.seqlen_k) : 0};
   state.mask = mask;
   state.unmasked = mask.unmasked_interval(q_first, q_last);
   state.range = split_range(block_range(mask, q_first, q_last, tile_n), split, splits);
@@ -106,6 +130,8 @@ BROADHEAD_DEVICE void make_tile_state(TileState<Element>& state, const AttnParam
   source.prefix_len = mask.prefix_len;
   source.head_dim = params.head_dim;
   source.head_dim_v = params.head_dim_v;
+
+  state.scale.set(params.softmax_scale, params.softcap);
 
   state.whole = {0, 0};
   if (!paged && params.head_dim == head_dim && params.head_dim_v == head_dim) {

@@ -26,8 +26,8 @@ def forward(
     k: Tensor,  # (B, Sk, Hkv, D), (Tk, Hkv, D) or (pages, page_size, Hkv, D)
     v: Tensor,  # as k with Dv
     out: Tensor,  # as q with Dv
-    softmax_lse: Tensor,  # fp32 (B, Hq, Sq) or (Hq, T)
-    out_partial: Tensor | None,  # fp32 (num_splits, Hq, rows, Dv)
+    softmax_lse: Tensor | None,  # fp32 (B, Hq, Sq) or (Hq, T); None: not wanted
+    out_partial: Tensor | None,  # fp32 (num_splits, Hq, rows, Dv), with lse_partial behind it when that is None
     lse_partial: Tensor | None,  # fp32 (num_splits, Hq, rows)
     cu_seqlens_q: Tensor | None,  # int32 (B + 1,)
     cu_seqlens_k: Tensor | None,  # int32 (B + 1,)
@@ -53,6 +53,7 @@ def forward(
     stream: int,
     /,
 ) -> None: ...
+def signature(*tensors: Tensor | None) -> bytes | None: ...  # the first four also by alignment
 def scheduler_metadata(
     metadata: Tensor,  # int32 (1 + 4 * round_up(batch, 4),)
     seqused_k: Tensor | None,

@@ -40,6 +40,16 @@ def _check_out(function: str, out: object, shape: tuple[int, ...], dtype: torch.
     return tensor
 
 
+def _vectors_fit(out_partial: Tensor) -> bool:
+    """Whether the kernel's 16-byte loads of fp32 are aligned everywhere and end with the rows."""
+    strides = (stride for size, stride in zip(out_partial.shape, out_partial.stride()) if size > 1)
+    return (
+        out_partial.shape[-1] % 4 == 0
+        and out_partial.data_ptr() % 16 == 0
+        and all(stride % 4 == 0 for stride in strides if stride != 1)
+    )
+
+
 def flash_attn_combine(
     out_partial: Tensor, lse_partial: Tensor, out: Tensor | None = None, out_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -89,6 +99,9 @@ def flash_attn_combine(
         and dtype in _KERNEL_DTYPES
         and out_partial.stride(-1) == 1
         and out_partial.numel() > 0
+        and out_partial.shape[0] <= check.MAX_SPLITS
+        and _vectors_fit(out_partial)
+        and (out is None or out.data_ptr() % 16 == 0)
         and not (torch.is_grad_enabled() and (out_partial.requires_grad or lse_partial.requires_grad))
         and (out is None or out.is_contiguous())
     )

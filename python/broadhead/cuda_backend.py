@@ -22,8 +22,7 @@ class Launch(NamedTuple):
     out_shape: tuple[int, ...]
     out_dtype: torch.dtype
     lse_shape: tuple[int, ...]
-    out_partial_shape: tuple[int, ...] | None  # None: one split
-    lse_partial_shape: tuple[int, ...] | None
+    partial_size: int  # fp32 of the splits' partial outputs and LSE in one buffer; 0: one split
     zero_out: bool  # rows exist that no sequence may own: an output allocated here is cleared first
     # Fields of AttnParams (csrc/host/params.h), in the order of _C.forward.
     seqlen_q: int
@@ -52,15 +51,13 @@ def make_launch(args: AttentionArgs, call: CheckedCall, plan: Plan) -> Launch:
     packed = args.cu_seqlens_q is not None
     heads = problem.num_heads_q
     splits = schedule.num_splits
-    partial = (splits, heads, call.total_q)
     return Launch(
         kernel_id=plan.row.id,
         device=q.device,
         out_shape=(*q.shape[:-1], problem.head_dim_v),
         out_dtype=out_dtype(q.dtype),
         lse_shape=(heads, q.shape[0]) if packed else (q.shape[0], heads, q.shape[1]),
-        out_partial_shape=(*partial, problem.head_dim_v) if splits > 1 else None,
-        lse_partial_shape=partial if splits > 1 else None,
+        partial_size=splits * heads * call.total_q * (problem.head_dim_v + 1) if splits > 1 else 0,
         zero_out=args.seqused_q is not None,
         seqlen_q=problem.seqlen_q,
         seqlen_k=problem.seqlen_k,
@@ -80,6 +77,7 @@ def make_launch(args: AttentionArgs, call: CheckedCall, plan: Plan) -> Launch:
     )
 
 
+_FLOAT32 = torch.float32
 _forward: Any = None  # _C.forward, once loaded
 
 
@@ -109,11 +107,12 @@ def launch_forward(
     prefix_lens: Tensor | None,
     sinks: Tensor | None,
     scheduler_metadata: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Allocate what the kernel writes and launch it: ``(out, softmax_lse)``. ``launch`` was made for such tensors."""
+    need_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Allocate what the kernel writes and launch it: ``(out, softmax_lse or None)``; ``launch`` was made for them."""
     (
-        kernel_id, device, out_shape, dtype, lse_shape, out_partial_shape, lse_partial_shape, zero_out, seqlen_q,
-        seqlen_k, window_left, window_right, attention_chunk, softmax_scale, softcap, num_splits, pack_gqa,
+        kernel_id, device, out_shape, dtype, lse_shape, partial_size, zero_out, seqlen_q, seqlen_k, window_left,
+        window_right, attention_chunk, softmax_scale, softcap, num_splits, pack_gqa,
         metadata_tag, heads_per_section, config, page_size, num_splits_asked, _,
     ) = launch  # fmt: skip
     if scheduler_metadata is not None:
@@ -122,20 +121,19 @@ def launch_forward(
         with torch.cuda.device(device):
             return launch_forward(
                 function, launch, q, k, v, out, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k,
-                kv_batch_idx, page_table, prefix_lens, sinks, scheduler_metadata,
+                kv_batch_idx, page_table, prefix_lens, sinks, scheduler_metadata, need_lse,
             )  # fmt: skip
     if out is None:
         out = q.new_zeros(out_shape, dtype=dtype) if zero_out else q.new_empty(out_shape)
-    lse = torch.empty(lse_shape, dtype=torch.float32, device=device)
-    if zero_out:
-        lse.fill_(float("-inf"))
-    if out_partial_shape is None or lse_partial_shape is None:
-        out_partial = lse_partial = None
-    else:
-        out_partial = torch.empty(out_partial_shape, dtype=torch.float32, device=device)
-        lse_partial = torch.empty(lse_partial_shape, dtype=torch.float32, device=device)
+    lse = None
+    if need_lse:
+        lse = q.new_empty(lse_shape, dtype=_FLOAT32)
+        if zero_out:
+            lse.fill_(float("-inf"))
+    # The lse_partial argument is None: it lies behind the outputs.
+    partial = q.new_empty(partial_size, dtype=_FLOAT32) if partial_size else None
     (_forward or _load_forward())(
-        kernel_id, q, k, v, out, lse, out_partial, lse_partial, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
+        kernel_id, q, k, v, out, lse, partial, None, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
         leftpad_k, kv_batch_idx, page_table, prefix_lens, sinks, scheduler_metadata, seqlen_q, seqlen_k, window_left,
         window_right, attention_chunk, softmax_scale, softcap, num_splits, pack_gqa, metadata_tag, heads_per_section,
         CURRENT_STREAM,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import reference
+from . import native, reference
 from . import validation as check
 from .cuda_backend import Launch, launch_forward, make_launch
 from .device import DeviceDescription, describe
@@ -17,7 +17,7 @@ from .dispatch import Plan, refusal_text, resolve
 from .errors import UnsupportedError
 from .fallback_notice import state, warn_fallback
 from .metadata import check_buffer, check_identity
-from .problem import AttentionArgs, AttentionProblem, CheckedCall, check_forward, needs_gradients, tensor_signature
+from .problem import AttentionArgs, AttentionProblem, CheckedCall, check_forward, tensor_signature
 
 #: Launches of calls that were validated, by everything that validation and dispatch looked at.
 _launches: dict[tuple[Any, ...], Launch] = {}
@@ -25,6 +25,24 @@ _MAX_LAUNCHES = 8192
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 is_grad_enabled = torch.is_grad_enabled
+
+
+def _signature_in_python(*tensors: Any) -> tuple[Any, ...] | None:
+    """As _C.signature, for torch versions without the DLPack exchange API: the first four also by alignment."""
+    return tuple(
+        None if t is None else (*tensor_signature(t), t.data_ptr() & 15 if i < 4 else 0) for i, t in enumerate(tensors)
+    )
+
+
+def _find_signature(*tensors: Any) -> Any:
+    """Bound on first use: the compiled signature where it works on these tensors, else the Python one."""
+    global _signature
+    compiled = getattr(native.extension(), "signature", None)
+    _signature = compiled if compiled is not None and compiled(*tensors) is not None else _signature_in_python
+    return _signature(*tensors)
+
+
+_signature: Any = _find_signature
 
 
 def clear_launches() -> None:
@@ -63,8 +81,12 @@ def run_forward(
     sinks: Any = None,
     prefix_lens: Any = None,
     backend: Any = None,
-) -> tuple[Tensor, Tensor]:
-    """``(out, softmax_lse)`` of a call under canonical names; ``function`` names the public function in errors."""
+    need_lse: bool = True,
+) -> tuple[Tensor, Any]:
+    """``(out, softmax_lse)`` of a call under canonical names; ``function`` names the public function in errors.
+
+    Without ``need_lse`` softmax_lse may be None: a kernel then neither allocates nor writes it.
+    """
     if is_compiling() or (type(q) not in _PLAIN_TENSORS and isinstance(q, Tensor)):
         from . import ops
 
@@ -81,42 +103,41 @@ def run_forward(
     key: tuple[Any, ...] | None = None
     launch: Launch | None = None
     try:
-        if q.is_cuda and qv is None and not (is_grad_enabled() and needs_gradients(q, k, v, sinks)):
-            key = (
-                q.shape, q.stride(), q.dtype, q.get_device(), k.shape, k.stride(), k.dtype, k.get_device(),
-                v.shape, v.stride(), v.dtype, v.get_device(),
-                None if out is None else tensor_signature(out),
-                None if cu_seqlens_q is None else tensor_signature(cu_seqlens_q),
-                None if cu_seqlens_k is None else tensor_signature(cu_seqlens_k),
-                None if seqused_q is None else tensor_signature(seqused_q),
-                None if seqused_k is None else tensor_signature(seqused_k),
-                None if page_table is None else tensor_signature(page_table),
-                None if kv_batch_idx is None else tensor_signature(kv_batch_idx),
-                None if leftpad_k is None else tensor_signature(leftpad_k),
-                None if sinks is None else tensor_signature(sinks),
-                None if prefix_lens is None else tensor_signature(prefix_lens),
-                None if scheduler_metadata is None else tensor_signature(scheduler_metadata),
-                q_descale is None and k_descale is None and v_descale is None,
-                max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size, attention_chunk, softcap, num_splits,
-                pack_gqa, sm_margin, backend,
+        if (
+            q.is_cuda
+            and qv is None
+            and not (
+                is_grad_enabled()
+                and (
+                    q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad)
+                )
+            )
+        ):
+            signature = _signature(
+                q, k, v, out, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table, kv_batch_idx, leftpad_k,
+                sinks, prefix_lens, scheduler_metadata,
             )  # fmt: skip
-            launch = _launches.get(key)
+            if signature is not None:
+                key = (
+                    signature, q_descale is None and k_descale is None and v_descale is None, max_seqlen_q,
+                    max_seqlen_k, softmax_scale, causal, window_size, attention_chunk, softcap, num_splits, pack_gqa,
+                    sm_margin, backend,
+                )  # fmt: skip
+                launch = _launches.get(key)
     except (AttributeError, TypeError):
         key = None  # not tensors, or unhashable values: validation names them
-    if launch is not None and not (
-        (q.data_ptr() | k.data_ptr() | v.data_ptr() | (0 if out is None else out.data_ptr())) & 15
-    ):
+    if launch is not None:
         state.last = launch.dispatch
         return launch_forward(
             function, launch, q, k, v, out, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k, kv_batch_idx,
-            page_table, prefix_lens, sinks, scheduler_metadata,
+            page_table, prefix_lens, sinks, scheduler_metadata, need_lse,
         )  # fmt: skip
     args = AttentionArgs(
         q, k, v, qv, out, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k, page_table,
         kv_batch_idx, leftpad_k, q_descale, k_descale, v_descale, softmax_scale, causal, window_size, attention_chunk,
         softcap, scheduler_metadata, num_splits, pack_gqa, sm_margin, sinks, prefix_lens, backend,
     )  # fmt: skip
-    return _decide_and_run(function, args, key)
+    return _decide_and_run(function, args, key, need_lse)
 
 
 def _lengths_of_paged(function: str, q: Any, cu_seqlens_k: Any, seqused_k: Any) -> Any:
@@ -158,7 +179,9 @@ def _cuda_refusal(function: str, problem: AttentionProblem, device: DeviceDescri
     return refusal_text(function, problem, device, plan)
 
 
-def _decide_and_run(function: str, args: AttentionArgs, key: tuple[Any, ...] | None) -> tuple[Tensor, Tensor]:
+def _decide_and_run(
+    function: str, args: AttentionArgs, key: tuple[Any, ...] | None, need_lse: bool
+) -> tuple[Tensor, Any]:
     backend = check.check_backend(function, args.backend)
     call = check_forward(function, args)
     problem = call.problem
@@ -186,7 +209,7 @@ def _decide_and_run(function: str, args: AttentionArgs, key: tuple[Any, ...] | N
     return launch_forward(
         function, launch, args.q, args.k, args.v, args.out, args.cu_seqlens_q, args.cu_seqlens_k, args.seqused_q,
         args.seqused_k, args.leftpad_k, args.kv_batch_idx, args.page_table, args.prefix_lens, args.sinks,
-        args.scheduler_metadata,
+        args.scheduler_metadata, need_lse,
     )  # fmt: skip
 
 

@@ -77,12 +77,13 @@ def flash_attn_func(
         sinks = check.pick_sinks("flash_attn_func", sinks, s_aux, learnable_sink)
     if q_v is not None:
         qv = check.pick_synonym("flash_attn_func", "qv", qv, "q_v", q_v)  # type: ignore[assignment]
+    need_lse = return_attn_probs or return_softmax_lse
     result = run_forward(
         "flash_attn_func", q, k, v, qv, out, None, None, None, None, None, None, None, None, None, q_descale, k_descale,
         v_descale, softmax_scale, causal, window_size, attention_chunk, softcap, None, num_splits, pack_gqa, sm_margin,
-        sinks, prefix_lens, backend,
+        sinks, prefix_lens, backend, need_lse,
     )  # fmt: skip
-    return result if return_attn_probs or return_softmax_lse else result[0]
+    return result if need_lse else result[0]
 
 
 def flash_attn_varlen_func(
@@ -158,12 +159,13 @@ def flash_attn_varlen_func(
             f"{function}: cu_seqlens_k must be given with packed k and v, got None; or pass page_table, or seqused_k"
             " with k and v of shape (batch, seqlen_k, heads_kv, head_dim)"
         )
+    need_lse = return_attn_probs or return_softmax_lse
     result = run_forward(
         function, q, k, v, qv, out, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k,
         page_table, None, None, q_descale, k_descale, v_descale, softmax_scale, causal, window_size, attention_chunk,
-        softcap, scheduler_metadata, num_splits, pack_gqa, sm_margin, sinks, prefix_lens, backend,
+        softcap, scheduler_metadata, num_splits, pack_gqa, sm_margin, sinks, prefix_lens, backend, need_lse,
     )  # fmt: skip
-    return result if return_attn_probs or return_softmax_lse else result[0]
+    return result if need_lse else result[0]
 
 
 def mha_fwd(

@@ -97,13 +97,14 @@ def flash_attn_with_kvcache(
             cache_batch_idx, page_table, cu_seqlens_q, cu_seqlens_k_new, rotary_seqlens, rotary_interleaved, causal,
             window_size, sinks, qv,
         )  # fmt: skip
+    need_lse = return_softmax_lse or return_attn_probs
     result = run_forward(
         "flash_attn_with_kvcache", q, k_cache, v_cache, qv, out, cu_seqlens_q, None, None, cache_seqlens, max_seqlen_q,
         None, page_table, cache_batch_idx, cache_leftpad, q_descale, k_descale, v_descale, softmax_scale, causal,
         window_size, attention_chunk, softcap, scheduler_metadata, num_splits, pack_gqa, sm_margin, sinks, prefix_lens,
-        backend,
+        backend, need_lse,
     )  # fmt: skip
-    return result if return_softmax_lse or return_attn_probs else result[0]
+    return result if need_lse else result[0]
 
 
 def _lengths_tensor(function: str, q: Any, cu_seqlens_q: Any, length: Any) -> Tensor:

@@ -8,15 +8,12 @@ from collections.abc import Callable, Iterator
 import broadhead
 import pytest
 import torch
-from broadhead import device as device_module
+from broadhead import dispatch as dispatch_module
 from broadhead import support
 from broadhead.forward import clear_launches
 from calls import Built, Call, build
 from checks import check_call
 from gpu_calls import expected_phase
-
-#: What CUDA, or dispatch, says of a kernel that was not compiled for the device at hand.
-NO_CODE = ("no kernel image", "invalid device function", "left out of this build for compute capability")
 
 
 @pytest.fixture
@@ -43,29 +40,20 @@ def capability(cuda: torch.device) -> tuple[int, int]:
 def run_row(
     run_call: Callable, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[[support.KernelRow, Call], None]]:
-    """`run_row(row, call)`: run the call on that very row.
+    """`run_row(row, call)`: run the call on that very row, by showing dispatch a table of that row alone."""
 
-    Rows for devices with less shared memory run here too: dispatch is shown this device with the shared memory that the row
-    asks for, so that larger tiles refuse.
-    """
+    def forget() -> None:
+        dispatch_module._plans.clear()
+        clear_launches()
 
     def run(row: support.KernelRow, call: Call) -> None:
-        native = capability in row.capabilities
-        if native:
-            real = broadhead.device.describe(torch.device("cuda", torch.cuda.current_device()))
-            smaller = real._replace(smem_per_block=row.smem_limit)
-            monkeypatch.setattr(device_module, "_describe_cuda", lambda index: smaller)
-            clear_launches()
-        try:
-            _, ran = run_call(call)
-        except (broadhead.KernelError, broadhead.UnsupportedError) as error:
-            if native or not any(words in str(error) for words in NO_CODE):
-                raise
-            pytest.skip(
-                f"{row.id} is for compute capability {row.capabilities}; no code of it for this device: {error}"
-            )
+        if capability not in row.capabilities:
+            pytest.skip(f"{row.id} runs on {row.capabilities}, this device is {capability}")
+        monkeypatch.setattr(dispatch_module, "ROWS", (row,))
+        forget()
+        _, ran = run_call(call)
         assert ran.id == row.id
 
-    clear_launches()
+    forget()
     yield run
-    clear_launches()
+    forget()
