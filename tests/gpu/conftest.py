@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 
-import broadhead
 import pytest
 import torch
 from broadhead import dispatch as dispatch_module
