@@ -141,6 +141,45 @@ assert {name: got[name] for name in wanted} == {name: str(value) for name, value
     )
 
 
+def test_one_buffer_for_partials_and_no_lse(stub: Path) -> None:
+    run(
+        stub,
+        """
+T = ExchangeTensor
+room = 6 * 4 * 6 * (32 + 1)
+got = call(T, out_partial=T(4096, (room,), F32), lse_partial=None, softmax_lse=None)
+wanted = dict(out_partial=4096, lse_partial=4096 + 6 * 4 * 6 * 32 * 4, softmax_lse=0)
+assert {name: got[name] for name in wanted} == {name: str(value) for name, value in wanted.items()}, got
+# A packed call is no longer than all its rows, whatever bound it gives.
+got = call(T, q=T(4096, (9, 4, 64)), out=T(16384, (9, 4, 32)), softmax_lse=None, cu_seqlens_q=T(24576, (3,), INT),
+           num_splits=1, seqlen_q=(1 << 31) - 1)
+assert got["seqlen_q"] == "9", got
+""",
+    )
+
+
+def test_signature_tells_calls_apart(stub: Path) -> None:
+    run(
+        stub,
+        """
+T = ExchangeTensor
+base = [T(4096, (2, 3)), None, T(4096, (5,), INT)]
+others = [
+    [T(4104, (2, 3)), None, T(4096, (5,), INT)],  # alignment
+    [T(4096, (3, 2)), None, T(4096, (5,), INT)],
+    [T(4096, (2, 3), strides=(4, 1)), None, T(4096, (5,), INT)],
+    [T(4096, (2, 3), "torch.float16"), None, T(4096, (5,), INT)],
+    [T(4096, (2, 3), device=1), None, T(4096, (5,), INT)],
+    [T(4096, (2, 3)), T(4096, (5,), INT), None],
+]
+seen = [_C.signature(*x) for x in (base, *others)]
+assert all(isinstance(x, bytes) for x in seen) and len(set(seen)) == len(seen), seen
+assert _C.signature(T(8192, (2, 3)), None, T(8192, (5,), INT)) == seen[0]
+assert _C.signature(AttributeTensor(4096, (2, 3))) is None and _C.signature(7) is None
+""",
+    )
+
+
 def test_current_stream_of_the_tensors_device(stub: Path) -> None:
     run(
         stub,
@@ -164,6 +203,8 @@ assert call(T, stream=-1)["stream"] == str(CURRENT_STREAM + 3)
         ("cu_seqlens_q=T(4096, (3,), INT)", ["cu_seqlens_q must be given exactly when q has 3"]),
         ("scheduler_metadata=T(4096, (16,), INT)", ["scheduler_metadata must be", "(16)"]),
         ("out_partial=None", ["out_partial must be", "None"]),
+        ("lse_partial=None", ["out_partial must be", "room for lse_partial"]),
+        ("k=T(4096, (5, 16, 3, 64))", ["k must be", "divides"]),
         ("lse_partial=T(4096, (5, 4, 6), F32)", ["lse_partial must be", "num_splits"]),
         ("sinks=T(4096, (3,), F32)", ["sinks must be"]),
         ("q=None", ["q must be a tensor, got None"]),

@@ -54,13 +54,15 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     return module
 
 
-def launch(recorder: Recorder, args: AttentionArgs) -> tuple[dict[str, Any], Tensor, Tensor]:
+def launch(
+    recorder: Recorder, args: AttentionArgs, need_lse: bool = True
+) -> tuple[dict[str, Any], Tensor, Tensor | None]:
     call = check_forward("mha_fwd", args)
     plan = resolve(call.problem, H200, BUILD)
     out, lse = cuda_backend.launch_forward(
         "mha_fwd", cuda_backend.make_launch(args, call, plan), args.q, args.k, args.v, args.out, args.cu_seqlens_q,
         args.cu_seqlens_k, args.seqused_q, args.seqused_k, args.leftpad_k, args.kv_batch_idx, args.page_table,
-        args.prefix_lens, args.sinks, args.scheduler_metadata,
+        args.prefix_lens, args.sinks, args.scheduler_metadata, need_lse,
     )  # fmt: skip
     return recorder.calls[-1], out, lse
 
@@ -90,8 +92,9 @@ def test_forward_arguments(recorder: Recorder) -> None:
     }  # fmt: skip
     assert {name: got[name] for name in expected} == expected
     assert out.shape == (2, 1, 8, 72) and out.dtype == q.dtype and lse.shape == (2, 8, 1) and lse.dtype == torch.float32
-    assert got["out_partial"].shape == (3, 8, 2, 72) and got["lse_partial"].shape == (3, 8, 2)
-    assert got["out_partial"].dtype == got["lse_partial"].dtype == torch.float32
+    # One buffer for the partial outputs and the LSE behind them.
+    assert got["out_partial"].shape == (3 * 8 * 2 * (72 + 1),) and got["lse_partial"] is None
+    assert got["out_partial"].dtype == torch.float32
 
 
 def test_forward_without_splits_and_with_out(recorder: Recorder) -> None:
@@ -103,6 +106,12 @@ def test_forward_without_splits_and_with_out(recorder: Recorder) -> None:
     assert result is out is got["out"] and lse.shape == (4, 310)
     assert got["out_partial"] is got["lse_partial"] is None and got["num_splits"] == 1
     assert got["cu_seqlens_q"] is cu and got["kernel_id"] == "sm80_fwd_d64_fp16"
+
+
+def test_an_lse_that_is_not_returned_is_not_allocated(recorder: Recorder) -> None:
+    q = torch.randn(2, 5, 4, 64, dtype=torch.float16)
+    got, out, lse = launch(recorder, AttentionArgs(q, q, q), need_lse=False)
+    assert lse is None and got["softmax_lse"] is None and got["out"] is out
 
 
 def test_rows_that_seqused_q_leaves_out_are_cleared_when_allocated_here(recorder: Recorder) -> None:

@@ -318,6 +318,8 @@ def test_wrong_rotary_and_append_arguments() -> None:
         ({"rotary_cos": int32(1, 2).view(1, 2), "rotary_sin": randn(1, 2)}, "rotary_cos.*int32"),
         ({"cu_seqlens_k_new": int32(0, 1, 2)}, "k must be .total_new"),
         ({"k": new.clone().requires_grad_(True)}, "no gradient"),
+        ({"out": randn(2, 1, 4, 24)}, "out must"),  # refused by attention, which comes after the append
+        ({"num_splits": -1}, "num_splits must"),
     ]
     before = cache.clone()
     for changes, words in cases:

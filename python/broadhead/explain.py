@@ -11,7 +11,7 @@ from . import validation as check
 from .device import DeviceDescription, default_device, describe, hypothetical
 from .dispatch import Plan, resolve
 from .errors import InvalidArgumentError, InvalidTypeError
-from .masking import normalize_window
+from .masking import normalize_chunk, normalize_window
 from .native import BuildDescription, build_description
 from .problem import DTYPE_NAMES, AttentionProblem, collect_features
 from .support import ROWS
@@ -76,7 +76,7 @@ def _plan(function: str, device: DeviceDescription, build: BuildDescription | No
     direction = asked["direction"]
     if direction not in ("forward", "backward"):
         raise InvalidArgumentError(f"{function}: direction must be 'forward' or 'backward', got {direction!r}")
-    attention_chunk = check.check_int(function, "attention_chunk", asked["attention_chunk"])
+    attention_chunk = normalize_chunk(check.check_int(function, "attention_chunk", asked["attention_chunk"]))
     num_splits = check.check_int(function, "num_splits", asked["num_splits"], 0, check.MAX_SPLITS)
     # A head_dim that is no multiple of 8 is refused by every function: say so instead of choosing a row.
     odd = tuple(f"head_dim must be a multiple of 8, got {d}" for d in sorted({head_dim, head_dim_v}) if d % 8)

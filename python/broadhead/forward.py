@@ -170,6 +170,15 @@ def select(function: str, problem: AttentionProblem, device: torch.device, backe
     return None
 
 
+def check_only(function: str, args: AttentionArgs) -> None:
+    """Raise what the call would raise, before anything is written: for calls that change a cache first."""
+    backend = check.check_backend(function, args.backend)
+    problem = check_forward(function, args).problem
+    if args.scheduler_metadata is not None:
+        check_buffer(function, "scheduler_metadata", args.scheduler_metadata, problem.batch, args.q.device)
+    select(function, problem, args.q.device, backend)
+
+
 def _cuda_refusal(function: str, problem: AttentionProblem, device: DeviceDescription, plan: Plan) -> str:
     if device.type not in ("cuda", "hip"):
         return (

@@ -11,9 +11,9 @@ from torch.compiler import is_compiling
 from . import append_kv
 from . import validation as check
 from .errors import InvalidArgumentError, InvalidTypeError, UnsupportedError
-from .forward import run_forward
+from .forward import check_only, run_forward
 from .masking import normalize_window
-from .problem import needs_gradients
+from .problem import AttentionArgs, needs_gradients
 
 
 def flash_attn_with_kvcache(
@@ -92,6 +92,16 @@ def flash_attn_with_kvcache(
     if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
         cache_seqlens = _lengths_tensor("flash_attn_with_kvcache", q, cu_seqlens_q, cache_seqlens)
     if k is not None or v is not None or rotary_cos is not None or rotary_sin is not None:
+        if not is_compiling():
+            check_only(
+                "flash_attn_with_kvcache",
+                AttentionArgs(
+                    q, k_cache, v_cache, qv, out, cu_seqlens_q, None, None, cache_seqlens, max_seqlen_q, None,
+                    page_table, cache_batch_idx, cache_leftpad, q_descale, k_descale, v_descale, softmax_scale, causal,
+                    window_size, attention_chunk, softcap, scheduler_metadata, num_splits, pack_gqa, sm_margin, sinks,
+                    prefix_lens, backend,
+                ),
+            )  # fmt: skip
         q, cache_seqlens = append_new_keys(
             "flash_attn_with_kvcache", q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens,
             cache_batch_idx, page_table, cu_seqlens_q, cu_seqlens_k_new, rotary_seqlens, rotary_interleaved, causal,

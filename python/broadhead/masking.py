@@ -20,6 +20,11 @@ def _side(value: object, function: str) -> int:
     return -1 if value < 0 or value >= UNBOUNDED_WINDOW else value
 
 
+def normalize_chunk(attention_chunk: int) -> int:
+    """A chunk wider than any sequence is none: 0."""
+    return 0 if attention_chunk >= UNBOUNDED_WINDOW else attention_chunk
+
+
 def normalize_window(window_size: object, causal: bool, function: str = "normalize_window") -> tuple[int, int]:
     """Turn any accepted ``window_size`` and ``causal`` into ``(left, right)``.
 

@@ -13,7 +13,7 @@ from . import validation as check
 from .device import describe
 from .dispatch import MetadataConfig, Plan, resolve
 from .errors import InvalidArgumentError, InvalidTypeError
-from .masking import normalize_window
+from .masking import normalize_chunk, normalize_window
 from .problem import DTYPE_NAMES, AttentionProblem, collect_features, tensor_signature
 
 FUNCTION = "get_scheduler_metadata"
@@ -93,7 +93,7 @@ def describe_request(
     max_seqlen_k_new = check.check_int(FUNCTION, "max_seqlen_k_new", max_seqlen_k_new)
     causal = check.check_bool(FUNCTION, "causal", causal)
     window_left, window_right = normalize_window(window_size, causal, FUNCTION)
-    attention_chunk = check.check_int(FUNCTION, "attention_chunk", attention_chunk)
+    attention_chunk = normalize_chunk(check.check_int(FUNCTION, "attention_chunk", attention_chunk))
     num_splits = check.check_int(FUNCTION, "num_splits", num_splits, 0, check.MAX_SPLITS)
     if page_table is not None:
         if not page_size:

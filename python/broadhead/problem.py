@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import validation as check
 from .errors import InvalidArgumentError, InvalidTypeError, UnsupportedError
-from .masking import normalize_window
+from .masking import normalize_chunk, normalize_window
 
 DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.bfloat16: "bf16",
@@ -150,7 +150,7 @@ def check_forward(function: str, args: AttentionArgs) -> CheckedCall:
 
     causal = check.check_bool(function, "causal", args.causal)
     window_left, window_right = normalize_window(args.window_size, causal, function)
-    attention_chunk = check.check_int(function, "attention_chunk", args.attention_chunk)
+    attention_chunk = normalize_chunk(check.check_int(function, "attention_chunk", args.attention_chunk))
     softcap = check.check_number(function, "softcap", args.softcap, minimum=0.0)
     scale_dim = head_dim if args.qv is None else head_dim + head_dim_v
     scale = args.softmax_scale

@@ -132,6 +132,21 @@ def test_combine(splits: int, shape: tuple[int, ...], dtype: torch.dtype, cuda: 
     check_equal(given, out)
 
 
+@pytest.mark.parametrize("num_splits", [1, 4])
+@pytest.mark.parametrize("head_dim", [64, 512])
+def test_nan_in_a_query_is_told(head_dim: int, num_splits: int, cuda: torch.device, row_ran: Callable) -> None:
+    """A row of NaN scores is not an empty row: NaN comes out, with splits as without, and in that row alone."""
+    q = torch.randn(2, 1, 4, head_dim, device=cuda, dtype=torch.bfloat16)
+    k = torch.randn(2, 900, 2, head_dim, device=cuda, dtype=torch.bfloat16)
+    q[1, 0, 2, 3] = float("nan")
+    out, lse = broadhead.flash_attn_func(q, k, k, num_splits=num_splits, return_attn_probs=True)
+    row_ran(phase="decode", dtype=torch.bfloat16, head_dim=head_dim)
+    broken = torch.zeros(2, 1, 4, dtype=torch.bool, device=cuda)
+    broken[1, 0, 2] = True
+    assert torch.equal(out.isnan().all(-1), broken) and torch.equal(out.isnan().any(-1), broken)
+    assert torch.equal(lse.isnan(), broken.transpose(1, 2))
+
+
 @pytest.mark.parametrize("head_dim", [64, 512])
 def test_merge_of_key_halves_equals_whole(
     head_dim: int, cuda: torch.device, rng: random.Random, row_ran: Callable
