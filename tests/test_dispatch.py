@@ -260,7 +260,7 @@ def test_a_window_bounds_the_splits() -> None:
     wide = schedule(batch=1, seqlen_q=1, seqlen_k=65536, num_heads_kv=2)[0].num_splits
     window = {"window_left": 511, "window_right": 0, "features": ("causal", "gqa", "lse", "window")}
     narrow, row = schedule(batch=1, seqlen_q=1, seqlen_k=65536, num_heads_kv=2, **window)
-    assert narrow.num_splits < wide and narrow.num_splits * row.tile.tile_n * 4 <= 512 + row.tile.tile_n
+    assert narrow.num_splits < wide and narrow.num_splits * row.tile.tile_n <= 512 + row.tile.tile_n
 
 
 def test_sm_margin_leaves_room() -> None:

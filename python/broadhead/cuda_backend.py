@@ -24,18 +24,9 @@ class Launch(NamedTuple):
     lse_shape: tuple[int, ...]
     partial_size: int  # fp32 of the splits' partial outputs and LSE in one buffer; 0: one split
     zero_out: bool  # rows exist that no sequence may own: an output allocated here is cleared first
-    # Fields of AttnParams (csrc/host/params.h), in the order of _C.forward.
-    seqlen_q: int
     seqlen_k: int
-    window_left: int
-    window_right: int
-    attention_chunk: int
-    softmax_scale: float
-    softcap: float
-    num_splits: int
-    pack_gqa: int
-    metadata_tag: int
-    heads_per_section: int
+    # The last arguments of _C.forward, seqlen_q to stream: fields of AttnParams (csrc/host/params.h).
+    numbers: tuple[int | float, ...]
     # What scheduler metadata must have been made for.
     config: MetadataConfig
     page_size: int
@@ -59,17 +50,21 @@ def make_launch(args: AttentionArgs, call: CheckedCall, plan: Plan) -> Launch:
         lse_shape=(heads, q.shape[0]) if packed else (q.shape[0], heads, q.shape[1]),
         partial_size=splits * heads * call.total_q * (problem.head_dim_v + 1) if splits > 1 else 0,
         zero_out=args.seqused_q is not None,
-        seqlen_q=problem.seqlen_q,
         seqlen_k=problem.seqlen_k,
-        window_left=problem.window_left,
-        window_right=problem.window_right,
-        attention_chunk=problem.attention_chunk,
-        softmax_scale=call.softmax_scale,
-        softcap=call.softcap,
-        num_splits=splits,
-        pack_gqa=int(schedule.pack_gqa),
-        metadata_tag=plan.metadata_tag,
-        heads_per_section=schedule.heads_per_section,
+        numbers=(
+            problem.seqlen_q,
+            problem.seqlen_k,
+            problem.window_left,
+            problem.window_right,
+            problem.attention_chunk,
+            call.softmax_scale,
+            call.softcap,
+            splits,
+            int(schedule.pack_gqa),
+            plan.metadata_tag,
+            schedule.heads_per_section,
+            CURRENT_STREAM,
+        ),
         config=plan.metadata_config,
         page_size=problem.page_size,
         num_splits_asked=problem.num_splits,
@@ -111,9 +106,8 @@ def launch_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """Allocate what the kernel writes and launch it: ``(out, softmax_lse or None)``; ``launch`` was made for them."""
     (
-        kernel_id, device, out_shape, dtype, lse_shape, partial_size, zero_out, seqlen_q, seqlen_k, window_left,
-        window_right, attention_chunk, softmax_scale, softcap, num_splits, pack_gqa,
-        metadata_tag, heads_per_section, config, page_size, num_splits_asked, _,
+        kernel_id, device, out_shape, dtype, lse_shape, partial_size, zero_out, seqlen_k, numbers, config, page_size,
+        num_splits_asked, _,
     ) = launch  # fmt: skip
     if scheduler_metadata is not None:
         check_identity(function, scheduler_metadata, config, page_size, seqlen_k, num_splits_asked)
@@ -134,8 +128,6 @@ def launch_forward(
     partial = q.new_empty(partial_size, dtype=_FLOAT32) if partial_size else None
     (_forward or _load_forward())(
         kernel_id, q, k, v, out, lse, partial, None, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
-        leftpad_k, kv_batch_idx, page_table, prefix_lens, sinks, scheduler_metadata, seqlen_q, seqlen_k, window_left,
-        window_right, attention_chunk, softmax_scale, softcap, num_splits, pack_gqa, metadata_tag, heads_per_section,
-        CURRENT_STREAM,
+        leftpad_k, kv_batch_idx, page_table, prefix_lens, sinks, scheduler_metadata, *numbers,
     )  # fmt: skip
     return out, lse
