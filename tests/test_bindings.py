@@ -209,6 +209,7 @@ assert call(T, stream=-1)["stream"] == str(CURRENT_STREAM + 3)
         ("sinks=T(4096, (3,), F32)", ["sinks must be"]),
         ("q=None", ["q must be a tensor, got None"]),
         ("q=7", ["q must be a tensor", "int"]),
+        ("q=T(4096, (1,) * 7)", ["a tensor has 7 dimensions"]),
         ("window_left=1 << 40", ["window_left must fit 32 bits"]),
         ("softcap=-1.0", ["sm80_fwd_d64_bf16: launch: the stub was asked to fail"]),
         ('kernel_id="sm80_fwd_d128_bf16"', ["sm80_fwd_d128_bf16", "built without this kernel", "80;90"]),

@@ -103,6 +103,7 @@ TensorView::TensorView(py::handle tensor, const char* function, const char* name
 }
 
 void TensorView::read_dlpack(const DLTensor& tensor) {
+  if (tensor.ndim > kMaxDims) throw BindingError("a tensor has " + std::to_string(tensor.ndim) + " dimensions");
   data_ = static_cast<char*>(tensor.data) + tensor.byte_offset;
   ndim_ = tensor.ndim;
   type_ = element_type(tensor.dtype);
@@ -112,7 +113,7 @@ void TensorView::read_dlpack(const DLTensor& tensor) {
   strides_ = tensor.strides;
   if (strides_ == nullptr) {
     std::int64_t stride = 1;
-    for (int dim = ndim_ - 1; dim >= 0 && ndim_ <= kMaxDims; --dim) {
+    for (int dim = ndim_ - 1; dim >= 0; --dim) {
       own_strides_[dim] = stride;
       stride *= shape_[dim];
     }
