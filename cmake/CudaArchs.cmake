@@ -1,6 +1,6 @@
 # Decides which kernels to build: sets BROADHEAD_BUILD_KERNELS, BROADHEAD_ARCHS and, when off, why.
 
-# The compute capability of the first GPU, as an architecture ("90"), or an empty string.
+# The compute capability of the first GPU, as an architecture ("80", "90a"), or an empty string.
 function(broadhead_detect_gpu out)
   set(${out} "" PARENT_SCOPE)
   find_program(BROADHEAD_NVIDIA_SMI nvidia-smi)
@@ -15,7 +15,11 @@ function(broadhead_detect_gpu out)
     ERROR_QUIET
   )
   if(status EQUAL 0 AND capabilities MATCHES "^([0-9]+)\\.([0-9]+)")
-    set(${out} "${CMAKE_MATCH_1}${CMAKE_MATCH_2}" PARENT_SCOPE)
+    set(arch "${CMAKE_MATCH_1}${CMAKE_MATCH_2}")
+    if(arch STREQUAL "90")
+      set(arch "90a") # what the Hopper kernels need
+    endif()
+    set(${out} "${arch}" PARENT_SCOPE)
   endif()
 endfunction()
 

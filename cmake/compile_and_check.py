@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Compiler launcher for nvcc: keeps ptxas's report beside the object and fails the build on spills.
+"""Compiler launcher for nvcc: keeps ptxas's report beside the object and fails the build on spills and lost speed.
 
 ``compile_and_check.py [--allow-spills] -- [ccache] nvcc ... -o x.o`` runs the command, writes ``x.o.ptxas.json`` (a
 list of ``{function, arch, entry, registers, barriers, stack_frame, spill_stores, spill_loads, static_smem}``) and fails
-when a function spills registers or uses local memory. ptxas must run with ``-v``; ccache replays its report on a hit.
+when a function spills registers or uses local memory, or when ptxas serialises wgmma or ignores setmaxnreg. ptxas must
+run with ``-v``; ccache replays its report on a hit.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ STACK = re.compile(
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"
 )
 USED = re.compile(r"ptxas info\s*: Used (?P<registers>\d+) registers(?P<rest>.*)")
+#: C7508 ("'setmaxnreg' ignored"), C7510 ("wgmma.mma_async instructions are serialized") and their like. They come as
+#: information, so that nothing but this would tell.
+LOST_SPEED = re.compile(r"ptxas \w+\s*: (?P<text>(\(C75\d\d\)|.*Potential Performance Loss).*)")
 #: Lines of ptxas -v that say nothing a reader of the build log needs.
 CHATTER = re.compile(r"ptxas info\s*:|\d+ bytes stack frame")
 
@@ -60,6 +64,11 @@ def complaints(functions: list[dict]) -> list[str]:
     ]
 
 
+def lost_speed(text: str) -> list[str]:
+    """What ptxas says about instructions that it could not compile as they were meant, each once."""
+    return list(dict.fromkeys(match["text"].strip() for match in LOST_SPEED.finditer(text)))
+
+
 def main() -> int:
     split = sys.argv.index("--")
     allow_spills = "--allow-spills" in sys.argv[1:split]
@@ -74,13 +83,15 @@ def main() -> int:
     functions = parse_report(report)
     with open(f"{target}.ptxas.json", "w", encoding="utf-8") as out:
         json.dump(functions, out, indent=1)
-    found = complaints(functions)
+    found = complaints(functions) + lost_speed(report)
     for complaint in found:
         print(f"{target}: {complaint}", file=sys.stderr)
     if found and not allow_spills:
         # Ninja takes an object that is there for done.
         os.unlink(target)
-        print("a kernel must not spill (-DBROADHEAD_ALLOW_SPILLS=ON goes on regardless)", file=sys.stderr)
+        print(
+            "a kernel must not spill or lose speed so (-DBROADHEAD_ALLOW_SPILLS=ON goes on regardless)", file=sys.stderr
+        )
         return 1
     return 0
 

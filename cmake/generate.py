@@ -20,11 +20,11 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 MATRIX_BEGIN = "<!-- support matrix: written by cmake/generate.py -->"
 MATRIX_END = "<!-- end of support matrix -->"
-ELEMENTS = {"bf16": "cutlass::bfloat16_t", "fp16": "cutlass::half_t"}
-#: Families whose kernels use no architecture-specific instructions: 90a is built as plain 90.
-PORTABLE_FAMILIES = ("sm80",)
-#: Sources that every library of a family holds besides its rows.
-COMMON_SOURCES = {"sm80": ("csrc/common/combine.cu", "csrc/common/scheduler_metadata.cu")}
+ELEMENTS = {"bf16": "cutlass::bfloat16_t", "fp16": "cutlass::half_t", "float8_e4m3fn": "cutlass::float_e4m3_t"}
+#: The only architectures of families with architecture-specific instructions. Others are portable: 90a is built as 90.
+SPECIFIC_ARCHS = {"sm90": ("90a",)}
+#: Sources that every library holds besides its rows.
+COMMON_SOURCES = ("csrc/common/combine.cu", "csrc/common/scheduler_metadata.cu")
 
 
 def load_table() -> ModuleType:
@@ -39,7 +39,9 @@ def load_table() -> ModuleType:
 def family_archs(family: str, archs: list[str]) -> list[str]:
     """The architectures, as nvcc knows them, that a family is compiled for."""
     names = [arch.removesuffix("-real") for arch in archs]
-    if family in PORTABLE_FAMILIES:
+    if family in SPECIFIC_ARCHS:
+        names = [name for name in names if name in SPECIFIC_ARCHS[family]]
+    else:
         names = [name.rstrip("af") for name in names]
     return list(dict.fromkeys(names))
 
@@ -76,7 +78,7 @@ def make_units(support: ModuleType, family: str, archs: list[str], pattern: str)
     for row in support.ROWS:
         targets = row_archs(support, row, names)
         if row.family == family and targets and re.search(pattern, row.id):
-            grouped[row.id.removesuffix(f"_{row.dtype}"), tuple(targets)].append(row)
+            grouped[row.name, tuple(targets)].append(row)
     return [Unit(name, targets, tuple(rows)) for (name, targets), rows in grouped.items()]
 
 
@@ -88,19 +90,20 @@ def launcher_of(row) -> str:
 def instantiation(unit: Unit) -> str:
     parts = [
         f"// Instantiates {', '.join(row.id for row in unit.rows)}. Written by cmake/generate.py from the table.",
-        f'#include "{unit.rows[0].family}/{unit.rows[0].direction}_launch.cuh"',
+        *(f'#include "{header}"' for header in dict.fromkeys(row.template.header for row in unit.rows)),
         "",
         "namespace broadhead {",
     ]
     for row in unit.rows:
-        values = ", ".join(str(value) for value in (row.head_dim, *row.tile, row.smem_limit))
+        head_dims = (row.head_dim, row.head_dim_v) if row.template.takes_head_dim_v else (row.head_dim,)
+        values = ", ".join(str(value) for value in (*head_dims, *row.tile, row.smem_limit))
         parts += [
             "",
-            f"using Traits_{row.id} = ForwardTraits<{ELEMENTS[row.dtype]}, {values}>;",
+            f"using Traits_{row.id} = {row.template.traits}<{ELEMENTS[row.dtype]}, {values}>;",
             f"static_assert(sizeof(Traits_{row.id}::SharedStorage) <= {row.smem_limit});",
             f"extern const int shared_memory_{row.id} = sizeof(Traits_{row.id}::SharedStorage);",
             f"{launcher_of(row)} {{",
-            f'  return launch_forward<Traits_{row.id}>("{row.id}", params, stream, error, error_size);',
+            f'  return {row.template.launcher}<Traits_{row.id}>("{row.id}", params, stream, error, error_size);',
             "}",
         ]
     return "\n".join([*parts, "", "}  // namespace broadhead", ""])
@@ -162,7 +165,7 @@ def write_sources(archs: list[str], pattern: str, out: Path) -> int:
         for stale in set((out / family).glob("*.cu")) - wanted:
             stale.unlink()
         write_if_changed(out / family / "registry.cpp", registry(units, names))
-        groups[tuple(names)] += [(ROOT / source).as_posix() for source in COMMON_SOURCES.get(family, ())]
+        groups[tuple(names)] += [(ROOT / source).as_posix() for source in COMMON_SOURCES]
         labels = []
         for targets, sources in groups.items():
             label = f"{family}_{'_'.join(targets)}"
@@ -185,15 +188,19 @@ def support_matrix() -> str:
     support = load_table()
     grouped = defaultdict(list)
     for row in support.ROWS:
-        grouped[row.id.removesuffix(f"_{row.dtype}")].append(row)
+        grouped[row.name].append(row)
     lines = [
-        "| kernel | direction | phase | head_dim, head_dim_v | dtype | compute capability | shared memory |",
-        "|---|---|---|---|---|---|---|",
+        "| kernel | direction | phase | head_dim | head_dim_v | dtype | lacks | compute capability | shared memory |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
+    # Every feature that some kernel does, in the table's order.
+    listed = dict.fromkeys(feature for row in support.ROWS for feature in row.features)
     for name, rows in grouped.items():
         row = rows[0]
+        lacking = [feature for feature in listed if feature not in row.features]
         lines.append(
-            f"| `{name}` | {row.direction} | {row.phase} | up to {row.head_dim} | {', '.join(r.dtype for r in rows)} "
+            f"| `{name}` | {row.direction} | {row.phase} | up to {row.head_dim} | up to {row.head_dim_v} "
+            f"| {', '.join(r.dtype for r in rows)} | {', '.join(lacking) or '-'} "
             f"| {capability_text(row.capabilities)} | {row.smem_limit // 1024} KB |"
         )
     return "\n".join(lines)

@@ -2,8 +2,8 @@
 
 A `Call` says what is asked, lengths and all (cases.py has the normalised arguments underneath). `build` draws fresh
 sequences and scatters them into the layout of the call: every slot, row and page that no sequence owns holds NaN, and
-so do keys that no query sees (freed pages); table entries past the pages a sequence needs are garbage, and `out` is
-poisoned with NaN. `judge` computes the answer from the logical sequences alone: a mistake in the layout cannot hide.
+so do keys that no query sees (freed pages); table entries past the pages a sequence needs are garbage, and `out` and
+the gaps in it hold NaN. `judge` computes the answer from the logical sequences alone: no mistake of layout can hide.
 """
 
 from __future__ import annotations
@@ -42,8 +42,11 @@ class Call:
     sinks: str = ""  # "", "fp32", "q" (the dtype of q)
     prefix: tuple[int, ...] = ()
     page_size: int = 0  # 0: not paged
-    q_layout: str = "plain"  # "plain", "packed" (slice of q|k|v heads), "heads_first" (transposed)
-    k_layout: str = "plain"  # "plain", "rows" (K|V in a row), "interleaved" (vLLM), "heads_first", "overlapping" (HF)
+    q_layout: str = "plain"  # "plain", "packed" (slice of q|k|v heads), "heads_first" (transposed), "gapped" (columns)
+    # "plain", "rows" (K|V in a row), "interleaved" (vLLM), "heads_first", "gapped" (columns), "overlapping" (HF)
+    k_layout: str = "plain"
+    out_layout: str = "plain"  # "plain", "heads_first", "gapped" (columns and a head)
+    freed_entries: bool = False  # garbage in the page table also for pages whose keys no query sees
     ragged_q: bool = False  # kvcache with cu_seqlens_q
     slack_q: int = 0  # varlen: dead rows after each sequence (seqused_q)
     slack_k: int = 0  # dead rows after each sequence (seqused_k)
@@ -91,6 +94,7 @@ class Built:
     kwargs: dict[str, Any]
     out: Tensor
     rows: list[Tensor]  # per sequence: indices of its live rows in out.flatten(0, -3)
+    out_store: Tensor | None = None  # what out is a view of: NaN all around it
 
     def run(self, **overrides: Any) -> tuple[Tensor, Tensor]:
         """Call the public function; ``(out, softmax_lse)``."""
@@ -209,10 +213,20 @@ def build(call: Call, device: torch.device, rng: random.Random | None = None, po
     built = Built(call, q, k, v, sinks, kwargs, torch.empty(0), [])
     _place_queries(built, device)
     _place_keys(built, device, rng)
-    shape = (*kwargs["q"].shape[:-1], call.dim_v)
-    built.out = torch.full(shape, NAN if poison else 0.0, **draw)
+    built.out, built.out_store = _place_output(call, kwargs["q"].shape[:-2], NAN if poison else 0.0, device)
     kwargs["out"] = built.out
     return built
+
+
+def _place_output(call: Call, lead: tuple[int, ...], value: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """``out`` by the call's strides, and the whole that it is a view of."""
+    heads, options = call.heads_q, {"dtype": call.dtype, "device": device}
+    if call.out_layout == "heads_first":
+        store = torch.full((*lead[:-1], heads, lead[-1], call.dim_v), value, **options)
+        return store.transpose(-3, -2), store
+    gap = (1, 8) if call.out_layout == "gapped" else (0, 0)
+    store = torch.full((*lead, heads + gap[0], call.dim_v + gap[1]), value, **options)
+    return store[..., :heads, : call.dim_v], store
 
 
 def _int32(values: Any, device: torch.device) -> Tensor:
@@ -246,8 +260,9 @@ def _place_queries(built: Built, device: torch.device) -> None:
         store = torch.full((*lead[:-1], call.heads_q, lead[-1], call.head_dim), NAN, dtype=call.dtype, device=device)
         q = store.transpose(-3, -2)
     else:
-        store = torch.full((*lead, call.heads_q + spare, call.head_dim), NAN, dtype=call.dtype, device=device)
-        q = store[..., : call.heads_q, :]
+        width = call.head_dim + (8 if call.q_layout == "gapped" else 0)
+        store = torch.full((*lead, call.heads_q + spare, width), NAN, dtype=call.dtype, device=device)
+        q = store[..., : call.heads_q, : call.head_dim]
     for b, sequence in enumerate(built.q):
         if packed:
             q[starts[b] : starts[b] + len(sequence)] = sequence
@@ -261,9 +276,8 @@ def _place_keys(built: Built, device: torch.device, rng: random.Random) -> None:
     leftpad = call.leftpad or (0,) * call.batch
     ends = [pad + n for pad, n in zip(leftpad, call.seqlens_k, strict=False)]
     num_new = call.num_new or (0,) * call.batch
-    stored = [
-        n - new for n, new in zip(call.seqlens_k, num_new, strict=False)
-    ]  # keys that are in the cache before the call
+    # Keys that are in the cache before the call.
+    stored = [n - new for n, new in zip(call.seqlens_k, num_new, strict=False)]
     names = ("k_cache", "v_cache") if call.function == "kvcache" else ("k", "v")
 
     if call.page_size:
@@ -300,14 +314,18 @@ def _place_keys(built: Built, device: torch.device, rng: random.Random) -> None:
 
 def _stored(built: Built, b: int, n: int) -> tuple[Tensor, Tensor]:
     """The first n keys and values of sequence b, NaN where none of its queries sees them."""
-    call, k, v = built.call, built.k[b][:n], built.v[b][:n]
+    hidden = ~_seen(built, b)[:n, None, None]
+    return built.k[b][:n].masked_fill(hidden, NAN), built.v[b][:n].masked_fill(hidden, NAN)
+
+
+def _seen(built: Built, b: int) -> Tensor:
+    """``(sk,)``: the keys of sequence b that a query sees; all of them where the call appends."""
+    call, k = built.call, built.k[b]
     if call.num_new:
-        return k, v
+        return torch.ones(len(k), dtype=torch.bool, device=k.device)
     left, right = call.normalized_window
     prefix = call.prefix[b] if call.prefix else None
-    mask = oracle.visible(len(built.q[b]), len(built.k[b]), left, right, call.attention_chunk, prefix, k.device)
-    hidden = ~mask.any(dim=0)[:n, None, None]
-    return k.masked_fill(hidden, NAN), v.masked_fill(hidden, NAN)
+    return oracle.visible(len(built.q[b]), len(k), left, right, call.attention_chunk, prefix, k.device).any(dim=0)
 
 
 def _place_new_keys(built: Built, device: torch.device, stored: list[int]) -> None:
@@ -326,6 +344,8 @@ def _key_store(call: Call, lead: tuple[int, ...], device: torch.device) -> tuple
     heads, dims, options = call.heads_kv, (call.head_dim, call.dim_v), {"dtype": call.dtype, "device": device}
     if call.k_layout == "plain":
         k, v = (torch.full((*lead, heads, dim), NAN, **options) for dim in dims)
+    elif call.k_layout == "gapped":
+        k, v = (torch.full((*lead, heads, dim + 8), NAN, **options)[..., :dim] for dim in dims)
     elif call.k_layout == "rows":
         k, v = torch.full((*lead, heads, sum(dims)), NAN, **options).split(dims, dim=-1)
     elif call.k_layout == "interleaved":
@@ -358,9 +378,11 @@ def _paged(
     slots = []  # per sequence: flat slot of each cache row
     for b, count in enumerate(needed):
         pages = [ids.pop() * step for _ in range(count)]
+        seen = _seen(built, b).tolist()
         for column in range(count):
-            # Pages that lie wholly in the left padding are never read either.
-            table[owners[b]][column] = pages[column]
+            first, last = (max(edge * size - leftpad[b], 0) for edge in (column, column + 1))
+            if not call.freed_entries or any(seen[first:last]):
+                table[owners[b]][column] = pages[column]
         slots.append([pages[row // size] * size + row % size for row in range(ends[b])])
 
     k, v = _key_store(call, (num_pages * step, size), device)

@@ -68,10 +68,15 @@ def check_split(built: Built, out: Tensor, lse: Tensor | None = None) -> None:
 
 
 def check_dead_rows(built: Built, out: Tensor) -> None:
-    """Rows that no sequence owns still hold the poison."""
+    """Rows that no sequence owns still hold the poison, and so does what lies between the rows and heads of out."""
     dead = ~built.live_mask()
     if bool(dead.any()):
         assert out.flatten(0, -3)[dead].isnan().all(), f"{built.call}: rows that no sequence owns were written"
+    store = built.out_store
+    if store is not None and store.numel() > out.numel():
+        inside = torch.zeros_like(store, dtype=torch.bool)
+        inside.as_strided(out.shape, out.stride(), out.storage_offset()).fill_(True)
+        assert store[~inside].isnan().all(), f"{built.call}: memory around out was written"
 
 
 def check_appended(built: Built, before: dict[str, Tensor]) -> None:

@@ -15,6 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))  # oracle, compare, cases: for tests/gpu too
 
 import broadhead
+from broadhead import dispatch as dispatch_module
 from broadhead import support
 
 SEED_VARIABLE = "BROADHEAD_TEST_SEED"
@@ -96,16 +97,22 @@ def cuda() -> torch.device:
 
 @pytest.fixture
 def row_ran() -> Callable[..., support.KernelRow]:
-    """`row_ran(phase=None, dtype=None, head_dim=None)`: the row of the last call of this thread, or a failed test.
+    """`row_ran(phase=None, dtype=None, head_dim=None, head_dim_v=None)`: the row of the last call, or failure.
 
-    Asserts that the CUDA backend ran, that the row is in the table and that it fits what was asked; `head_dim` is
-    max(head_dim, head_dim_v) of the call and must have run in the smallest bucket that holds it.
+    Asserts that the CUDA backend ran, that the row is in the table and that it fits what was asked. With `head_dim`
+    (`head_dim_v` is the same unless given) also that no tighter row of its family could run, and that a kernel written
+    for this very device was preferred to a portable one.
     """
 
-    def check(phase: str | None = None, dtype: torch.dtype | None = None, head_dim: int | None = None):
+    def check(
+        phase: str | None = None,
+        dtype: torch.dtype | None = None,
+        head_dim: int | None = None,
+        head_dim_v: int | None = None,
+    ) -> support.KernelRow:
         backend, row_id, reason = broadhead.last_dispatch()
         assert backend == "cuda", f"the {backend} backend ran ({reason}); a kernel was asked for"
-        rows = {row.id: row for row in support.ROWS}
+        rows = {row.id: row for row in dispatch_module.ROWS}
         assert row_id in rows, f"{row_id!r} ran, which is no row of the table"
         row = rows[row_id]
         if phase is not None:
@@ -114,8 +121,35 @@ def row_ran() -> Callable[..., support.KernelRow]:
             name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
             assert row.dtype == name, f"{row_id} ran for {dtype}"
         if head_dim is not None:
-            buckets = [r.head_dim for r in support.ROWS if r.phase == row.phase and r.head_dim >= head_dim]
-            assert row.head_dim == min(buckets), f"{row_id} ran for head_dim {head_dim}"
+            check_choice(row, head_dim, head_dim if head_dim_v is None else head_dim_v)
         return row
 
     return check
+
+
+def check_choice(row: support.KernelRow, head_dim: int, head_dim_v: int) -> None:
+    """No other row was the better choice for these head dims on the current device."""
+    asked = f"head_dim {head_dim}, head_dim_v {head_dim_v}"
+    assert row.head_dim >= head_dim and row.head_dim_v >= head_dim_v, f"{row.id} ran for {asked}"
+    capability = torch.cuda.get_device_capability()
+    able = [
+        other
+        for other in dispatch_module.ROWS
+        if (other.direction, other.phase, other.dtype) == (row.direction, row.phase, row.dtype)
+        and other.head_dim >= head_dim
+        and other.head_dim_v >= head_dim_v
+        and capability in other.capabilities
+        and set(other.features) >= set(row.features)
+    ]
+    size = (row.head_dim, row.head_dim_v)
+    tighter = [
+        other.id
+        for other in able
+        if other.family == row.family
+        and (other.head_dim, other.head_dim_v) != size
+        and other.head_dim <= row.head_dim
+        and other.head_dim_v <= row.head_dim_v
+    ]
+    assert not tighter, f"{row.id} ran for {asked}; tighter: {tighter}"
+    own = [other.id for other in able if len(other.capabilities) == 1]
+    assert row.id in own or not own, f"the portable {row.id} ran for {asked}; written for this device: {own}"

@@ -10,7 +10,7 @@ import torch
 from calls import Built, Call
 
 PAGE_SIZES = (1, 2, 3, 4, 5, 8, 16, 32, 48, 64, 128, 256)
-HEADS = ((1, 1), (2, 2), (2, 1), (3, 1), (4, 2), (6, 1), (8, 1), (9, 3), (16, 1), (16, 2))
+HEADS = ((1, 1), (2, 2), (2, 1), (3, 1), (4, 2), (6, 1), (8, 1), (9, 3), (16, 1), (16, 2), (24, 1))
 
 
 def random_call(rng: random.Random, dtypes: tuple[torch.dtype, ...], longest: int, head_dims: tuple[int, ...]) -> Call:
@@ -29,6 +29,7 @@ def random_call(rng: random.Random, dtypes: tuple[torch.dtype, ...], longest: in
     paged = (function == "kvcache" and rng.random() < 0.7) or (function == "varlen" and rng.random() < 0.4)
     options: dict[str, Any] = {
         "page_size": rng.choice(PAGE_SIZES) if paged else 0,
+        "freed_entries": paged and rng.random() < 0.3,
         "head_dim_v": rng.choice((0, 0, 0, rng.choice(head_dims))),
         "causal": rng.random() < 0.5,
         "window": rng.choice(
@@ -37,8 +38,9 @@ def random_call(rng: random.Random, dtypes: tuple[torch.dtype, ...], longest: in
         "softcap": rng.choice((0.0, 0.0, 0.0, 2.5, 30.0)),
         "softmax_scale": rng.choice((None, None, 1.0 if head_dim <= 64 else 0.1, 0.05)),
         "sinks": rng.choice(("", "", "fp32", "q")),
-        "q_layout": rng.choice(("plain", "plain", "packed", "heads_first")),
-        "k_layout": rng.choice(("plain", "plain", "rows", "interleaved", "heads_first")),
+        "q_layout": rng.choice(("plain", "plain", "packed", "heads_first", "gapped")),
+        "k_layout": rng.choice(("plain", "plain", "rows", "interleaved", "heads_first", "gapped")),
+        "out_layout": rng.choice(("plain", "plain", "plain", "heads_first", "gapped")),
         "num_splits": rng.choice((None, 0, 1, 2, 3, 7, 32)),
         "pack_gqa": rng.choice((None, None, True, False)),
         "ragged_q": function == "kvcache" and ragged,
@@ -98,9 +100,9 @@ def odd_strides(built: Built, rng: random.Random) -> None:
 
 
 def odd_out(built: Built, rng: random.Random) -> None:
-    """Legal: out is a slice of a wider tensor."""
+    """Legal: out is a slice of a wider tensor, at any address."""
     built.out = _restride(built.out, rng.choice((0, 1, 8)), rng.choice((0, 1, 8)))
-    built.kwargs["out"] = built.out
+    built.kwargs["out"], built.out_store = built.out, built.out._base
 
 
 def repeated_heads(built: Built, rng: random.Random) -> None:
@@ -110,7 +112,16 @@ def repeated_heads(built: Built, rng: random.Random) -> None:
     built.q = [x[:, :1].expand(-1, built.call.heads_q, -1) for x in built.q]
 
 
-LEGAL: tuple[Callable[[Built, random.Random], None], ...] = (odd_strides, odd_out, repeated_heads)
+def broadcast_keys(built: Built, rng: random.Random) -> None:
+    """Legal: dense k and v with stride 0 over the batch (every sequence the same keys)."""
+    if built.call.function != "func" or built.call.prefix:
+        return  # with prefixes the sequences see different keys, and all others are NaN
+    for name, logical in (("k", built.k), ("v", built.v)):
+        built.kwargs[name] = built.kwargs[name][:1].expand(len(logical), -1, -1, -1)
+        logical[:] = logical[:1] * len(logical)
+
+
+LEGAL: tuple[Callable[[Built, random.Random], None], ...] = (odd_strides, odd_out, repeated_heads, broadcast_keys)
 
 
 def _set(name: str, make: Callable[[Built], Any]) -> Callable[[Built, random.Random], None]:

@@ -8,9 +8,12 @@ from pathlib import Path
 import broadhead
 import pytest
 import torch
-from broadhead.bench import accuracy, cases, cli, peers, records
+from broadhead.bench import accuracy, cases, cli, inputs, peers, records, summary, timing
 
-FIELDS = {"area", "case", "impl", "kernel", "value", "unit", "rel_error", "device", "versions", "command", "date"}
+FIELDS = {
+    *("area", "case", "impl", "kernel", "value", "unit", "seconds", "rel_error"),
+    *("device", "versions", "command", "date"),
+}
 
 
 def test_case_names() -> None:
@@ -21,7 +24,24 @@ def test_case_names() -> None:
     assert "dec B128 ctx8192 H8 Hkv1 D128 page64" in names["decode"]
     assert "dec B1 ctx65536 H32 Hkv4 D512 page128" in names["decode"]
     assert "host decode+metadata" in names["host"]
-    assert [len(names[area]) for area in cases.AREAS] == [14, 8, 14, 2]
+    assert "fwd B2 S8192 H16 Hkv16 D192/128 causal" in names["forward"]
+    assert "chunk B1 Sq2048 Sk34816 H16 Hkv2 D256 page16" in names["chunked"]
+    assert "paged B2 S8192 H16 Hkv8 D128 page1" in names["paged"]
+    assert "win B1 S16384 H32 Hkv16 D256 window1024" in names["window"]
+    assert "fp8 B2 S8192 H8 Hkv8 D256 causal" in names["fp8"]
+    assert {area: len(names[area]) for area in cases.AREAS} == {
+        "forward": 18,
+        "chunked": 12,
+        "varlen": 3,
+        "paged": 12,
+        "window": 2,
+        "fp8": 4,
+        "backward": 8,
+        "decode": 14,
+        "host": 2,
+    }
+    for area, of_area in names.items():
+        assert len(set(of_area)) == len(of_area), area
 
 
 def test_counts() -> None:
@@ -32,6 +52,35 @@ def test_counts() -> None:
     decode = cases.DecodeCase(16, 8192, 32, 8, 128, 64)
     assert decode.kv_bytes == 16 * 8192 * 8 * 128 * 2 * 2
     assert decode.pages_per_sequence == 128
+    wide = full._replace(head_dim=192, value_dim=128)
+    assert wide.flops == 2 * 2 * 16 * 8192 * 8192 * (192 + 128)
+
+
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(7, 7), (3, 11), (1, 5)])
+@pytest.mark.parametrize("window", [None, 1, 4, 9, 100])
+def test_visible_pairs(seqlen_q: int, seqlen_k: int, window: int | None) -> None:
+    distance = torch.arange(seqlen_k - seqlen_q, seqlen_k)[:, None] - torch.arange(seqlen_k)[None, :]
+    visible = (distance >= 0) & (distance < (window or seqlen_k))
+    assert cases.causal_pairs(seqlen_q, seqlen_k, window) == visible.sum()
+
+
+def test_ragged_lengths_are_seeded() -> None:
+    (lengths,) = {case.seqlens for case in cases.cases_of("varlen")}
+    assert len(lengths) == 32
+    assert min(lengths) >= 128
+    assert max(lengths) <= 16384
+    assert lengths[:3] == cases.ragged_lengths(32, 128, 16384)[:3]
+    assert lengths != cases.ragged_lengths(32, 128, 16384, seed=1)
+    # Uniform logarithms: about half of the lengths are below the geometric mean, 1448.
+    assert 8 <= sum(n < 1448 for n in lengths) <= 24
+
+
+def test_turns_are_even() -> None:
+    order = timing._turns([3, 12, 0, 6])
+    assert [order.count(i) for i in range(4)] == [3, 12, 0, 6]
+    # Spread over the whole run: the rarest one has a turn in each third of the frequent one's.
+    places = [i for i, turn in enumerate(order) if turn == 0]
+    assert all(low <= place < low + 7 for place, low in zip(places, (0, 7, 14)))
 
 
 @pytest.mark.parametrize("area", cases.AREAS)
@@ -43,16 +92,20 @@ def test_quick_on_cpu(area: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert {r["case"] for r in written} == {case.name for case in cases.cases_of(area, on_cpu=True)}
     for record in written:
         assert set(record) == FIELDS
-        assert record["impl"] == "broadhead"
+        assert record["impl"] in ("broadhead", "baseline")
         assert record["kernel"] is None  # the fallback is no row
         assert record["value"] > 0
+        assert record["seconds"] > 0
         assert record["unit"] == records.UNITS[area]
-        assert record["rel_error"] < 1e-2
+        assert record["rel_error"] < accuracy.MAX_ERROR[area]
         assert record["versions"]["torch"] == torch.__version__
         assert str(tmp_path) not in record["command"]
+    baselines = {r["case"] for r in written if r["impl"] == "baseline"}
+    assert baselines == ({r["case"] for r in written} if area in ("paged", "window", "fp8") else set())
     printed = capsys.readouterr().out
     assert "skip fa3: " in printed
     assert written[0]["case"] in printed
+    assert ("bars met" in printed) == bool(baselines)  # no peer runs here, so only baselines can be compared with
 
 
 def test_out_appends_and_plot_draws(tmp_path: Path) -> None:
@@ -129,6 +182,110 @@ def test_errors_are_measured(causal: bool) -> None:
         assert accuracy.backward_error(case, q, k, v, dout, (*gradients[:2], wrong_dv)) > 2e-2
         wrong[0, 0, 0, 0] = float("nan")
         assert not accuracy.forward_error(case, q, k, v, wrong) <= 1e-2
+
+
+def test_interleaved_medians(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a fake device clock: medians without the flush, every call after a flush, and a failure that stays alone."""
+    clock, log = [0.0], []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = clock[0]
+
+        def elapsed_time(self, end: Event) -> float:
+            return end.at - self.at
+
+    def work(name: str, milliseconds: float) -> None:
+        log.append(name)
+        clock[0] += milliseconds
+
+    def failing() -> None:
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("sync"))
+    monkeypatch.setattr(timing, "WARM_UP_SECONDS", 0.0)
+    first, broken, second = timing.time_interleaved(
+        [lambda: work("a", 2.0), failing, lambda: work("b", 3.0)], lambda: work("flush", 100.0), budget=1e-9
+    )
+    assert (first, second) == (pytest.approx(2e-3), pytest.approx(3e-3))
+    assert isinstance(broken, RuntimeError)
+    timed = log[len(log) - 1 - 4 * timing.MIN_REPETITIONS : -1]
+    assert timed[::2] == ["flush"] * (2 * timing.MIN_REPETITIONS)
+    # Each round has both, and neither always comes first.
+    rounds = ["".join(timed[i + 1 : i + 4 : 2]) for i in range(0, len(timed), 4)]
+    assert set(rounds) == {"ab", "ba"}
+
+
+def test_masked_errors_see_wrong_masks() -> None:
+    """A window one key too wide, a chunk aligned to the wrong end and a sequence that sees its neighbour are wrong."""
+    device = torch.device("cpu")
+    dense = cases.DenseCase("window", 1, 64, 4, 2, 16, True, window=8)
+    q, k, v, _ = inputs.dense_inputs(dense, device)
+    for width, right in ((7, True), (8, False)):
+        out = broadhead.flash_attn_func(q, k, v, causal=True, window_size=(width, 0))
+        assert (accuracy.forward_error(dense, q, k, v, out) <= accuracy.MAX_ERROR["window"]) == right
+
+    chunk = cases.PagedCase("chunked", 2, 9, 50, 4, 2, 16, 16)
+    paged = inputs.paged_inputs(chunk, device)
+    keys, values = paged.gathered(chunk.context)
+    for causal in (True, False):
+        out = broadhead.flash_attn_func(paged.q, keys, values, causal=causal)
+        assert (accuracy.paged_error(chunk, paged, out) <= accuracy.MAX_ERROR["chunked"]) == causal
+
+    packed = cases.VarlenCase((5, 30, 17), 4, 2, 16)
+    varlen = inputs.varlen_inputs(packed, device)
+    offsets = varlen.cu_seqlens
+    for wrong in (0, 1):
+        shifted = offsets + torch.tensor([0, wrong, 0, 0], dtype=torch.int32)
+        out = broadhead.flash_attn_varlen_func(varlen.q, varlen.k, varlen.v, shifted, shifted, 30, 30, causal=True)
+        assert (accuracy.varlen_error(packed, varlen, out) <= accuracy.MAX_ERROR["varlen"]) == (not wrong)
+
+
+def test_e4m3_inputs_are_scaled() -> None:
+    case = cases.DenseCase("fp8", 2, 32, 4, 2, 16, True)
+    torch.manual_seed(0)
+    made = inputs.fp8_inputs(case, torch.device("cpu"))
+    torch.manual_seed(0)
+    original = inputs.dense_inputs(case, torch.device("cpu"))
+    assert made.k_descale.shape == (2, 2)
+    for values, wide, source in zip(made[:3], made.widened(), original):
+        assert values.dtype == torch.float8_e4m3fn
+        assert values.float().abs().max() == inputs.E4M3_MAX
+        assert accuracy.relative_error(wide, source) < 4e-2
+    out = broadhead.flash_attn_func(*made[:3], causal=True)  # without the scales
+    assert accuracy.forward_error(case, *made.widened(), out) > accuracy.MAX_ERROR["fp8"]
+
+
+def _results(area: str, case: str, **values: float) -> list[dict[str, object]]:
+    return [{"area": area, "case": case, "impl": name, "value": v, "seconds": 1e-3} for name, v in values.items()]
+
+
+@pytest.mark.parametrize(
+    ("area", "case", "values", "rival", "ratio", "met"),
+    [
+        ("forward", "fwd D128", {"broadhead": 97, "fa3": 100, "fa2": 50}, "fa3", 0.97, True),
+        ("forward", "fwd D128", {"broadhead": 96, "fa3": 100}, "fa3", 0.96, False),
+        ("varlen", "varlen D512", {"broadhead": 106, "ffpa": 100, "flashinfer": 200}, "ffpa", 1.06, True),
+        ("chunked", "chunk D512", {"broadhead": 104, "ffpa": 100}, "ffpa", 1.04, False),
+        ("paged", "paged D128", {"broadhead": 93, "baseline": 100, "fa3": 200}, "baseline", 0.93, True),
+        ("window", "win D128", {"broadhead": 100, "baseline": 116, "fa3": 50}, "baseline", 1.16, False),
+        ("fp8", "fp8 D128", {"broadhead": 140, "baseline": 100}, "baseline", 1.4, True),
+        ("decode", "dec D128", {"broadhead": 100, "fa3": 200}, "fa3", 0.5, None),
+        ("host", "host dense", {"broadhead": 10, "fa3": 30, "fa4": 20}, "fa4", 2.0, None),
+        ("forward", "fwd D128", {"broadhead": 96}, None, None, None),
+    ],
+)
+def test_summary_states_the_bars(
+    area: str, case: str, values: dict[str, float], rival: str | None, ratio: float | None, met: bool | None
+) -> None:
+    (row,) = summary.summarize(_results(area, case, **values))
+    assert (row.rival, row.met) == (rival, met)
+    assert row.ratio == (None if ratio is None else pytest.approx(ratio))
+    assert len(row.cells()) == len(summary.COLUMNS)
 
 
 def test_every_implementation_has_an_adapter() -> None:

@@ -31,6 +31,7 @@ from broadhead.errors import KernelError
 from stub_tensor import CURRENT_STREAM, AttributeTensor, ExchangeTensor, last_call
 library = Path({directory!r}) / "libbroadhead_sm80.so"
 INT = "torch.int32"
+FP8 = "torch.float8_e4m3fn"
 F32 = "torch.float32"
 
 def error(function, *arguments):
@@ -53,8 +54,9 @@ def call(T, **changes):
         leftpad_k=T(9 << 12, (2,), INT), kv_batch_idx=T(10 << 12, (2,), INT),
         page_table=T(11 << 12, (2, 7), INT, strides=(9, 1)),
         prefix_lens=T(12 << 12, (2,), INT), sinks=T(13 << 12, (4,), F32), scheduler_metadata=T(14 << 12, (17,), INT),
+        qv=None, q_descale=None, k_descale=None, v_descale=None,
         seqlen_q=3, seqlen_k=112, window_left=7, window_right=0, attention_chunk=9, softmax_scale=0.125, softcap=30.0,
-        num_splits=6, pack_gqa=1, metadata_tag=77, heads_per_section=2, stream=0,
+        num_splits=6, pack_gqa=1, metadata_tag=77, heads_per_section=2, max_blocks=5, stream=0,
     )
     assert not set(changes) - set(a), changes
     a.update(changes)
@@ -63,9 +65,9 @@ def call(T, **changes):
 """
 
 
-def compile_stub(directory: Path, *options: str) -> None:
+def compile_stub(directory: Path, *options: str, family: str = "sm80") -> None:
     command = [str(COMPILER), "-std=c++17", "-shared", "-fPIC", f"-I{TESTS.parent / 'csrc'}", *options]
-    target = directory / "libbroadhead_sm80.so"
+    target = directory / f"libbroadhead_{family}.so"
     subprocess.run([*command, str(TESTS / "host/stub_library.cpp"), "-o", str(target)], check=True)
 
 
@@ -98,7 +100,7 @@ assert info["errors"] == {}, info
 assert list(info["families"]) == ["sm80"]
 family = info["families"]["sm80"]
 assert family["archs"] == "80;90" and family["cuda"] == (13, 1) and family["path"] == str(library)
-assert family["kernels"] == ["sm80_fwd_d64_bf16", "sm80_fwd_d64_fp16"]
+assert family["kernels"] == ["sm80_fwd_d64_bf16", "sm80_fwd_d64_fp16", "sm80_fwd_d64_e4m3"]
 """,
     )
 
@@ -117,7 +119,10 @@ expected = {{name: page << 12 for name, page in pages.items()}} | dict(
     q_strides="768,256,64", k_strides="2048,128,64", v_strides="4096,128,64", out_strides="384,128,32",
     page_table_batch_stride=9, batch=2, seqlen_q=3, seqlen_k=112, total_q=6, num_heads_q=4, num_heads_kv=2, head_dim=64,
     head_dim_v=32, page_size=16, window_left=7, window_right=0, attention_chunk=9, sinks_are_fp32=1, num_splits=6,
-    pack_gqa=1, metadata_tag=77, heads_per_section=2, softmax_scale=0.125, softcap=30)
+    pack_gqa=1, metadata_tag=77, heads_per_section=2, softmax_scale=0.125, softcap=30, tile_counter=0,
+    max_blocks=5, total_k=0, num_pages=5, num_kv_batches=0,
+    qv=0, qv_strides="0,0,0", q_descale=0, k_descale=0, v_descale=0, q_descale_strides="0,0", k_descale_strides="0,0",
+    v_descale_strides="0,0")
 assert got == {{name: str(value) for name, value in expected.items()}}, got
 """,
     )
@@ -135,8 +140,53 @@ got = call(T, kernel_id="sm80_fwd_d64_fp16", q=T(4096, (9, 4, 64), F16), k=T(819
            page_table=None, kv_batch_idx=None, leftpad_k=None, num_splits=1, out_partial=None, lse_partial=None,
            sinks=T(32768, (4,), F16))
 wanted = dict(index=1, batch=2, total_q=9, page_size=0, q_strides="0,256,64", k_strides="0,128,64", lse_head_stride=9,
-              lse_batch_stride=0, cu_seqlens_q=24576, cu_seqlens_k=28672, sinks_are_fp32=0, out_partial=0, page_table=0)
+              lse_batch_stride=0, cu_seqlens_q=24576, cu_seqlens_k=28672, sinks_are_fp32=0, out_partial=0, page_table=0,
+              total_k=11, num_pages=0, num_kv_batches=0)
 assert {name: got[name] for name in wanted} == {name: str(value) for name, value in wanted.items()}, got
+# A dense cache of more rows than the call has sequences.
+got = call(T, page_table=None, k=T(8192, (5, 112, 2, 64)), v=T(12288, (5, 112, 2, 32)))
+assert (got["total_k"], got["num_pages"], got["num_kv_batches"], got["page_size"]) == ("0", "0", "5", "0"), got
+""",
+    )
+
+
+@pytest.mark.parametrize("kind", ["AttributeTensor", "ExchangeTensor"])
+def test_forward_packs_8_bit_tensors_and_qv(stub: Path, kind: str) -> None:
+    run(
+        stub,
+        f"""
+T = {kind}
+fp8 = dict(kernel_id="sm80_fwd_d64_e4m3", q=T(1 << 12, (2, 3, 4, 64), FP8), k=T(2 << 12, (5, 16, 2, 64), FP8),
+           v=T(3 << 12, (5, 16, 2, 32), FP8), qv=T(4 << 12, (2, 3, 4, 32), FP8, strides=(1024, 256, 64, 1)),
+           q_descale=T(5 << 12, (2, 2), F32), k_descale=T(6 << 12, (2, 2), F32, strides=(0, 0)),
+           v_descale=T(7 << 12, (2, 2), F32, strides=(1, 2)))
+got = call(T, **fp8)
+wanted = dict(index=2, q=1 << 12, k=2 << 12, v=3 << 12, out=4 << 12, qv=4 << 12, qv_strides="1024,256,64",
+              q_descale=5 << 12, k_descale=6 << 12, v_descale=7 << 12, q_descale_strides="2,1",
+              k_descale_strides="0,0", v_descale_strides="1,2")
+assert {{name: got[name] for name in wanted}} == {{name: str(value) for name, value in wanted.items()}}, got
+text = error(lambda: call(T, **fp8 | dict(out=T(4 << 12, (2, 3, 4, 32), FP8))))
+assert "out must be bf16 tensor" in text and "got float8_e4m3fn (2, 3, 4, 32)" in text, text
+text = error(lambda: call(T, **fp8 | dict(q=T(1 << 12, (2, 3, 4, 64)))))
+assert "q must be float8_e4m3fn tensor" in text, text
+""",
+    )
+
+
+def test_what_is_left_of_the_partial_buffer_is_the_tile_counter(stub: Path) -> None:
+    run(
+        stub,
+        """
+T = ExchangeTensor
+room = 6 * 4 * 6 * (32 + 1)
+one_buffer = dict(lse_partial=None, softmax_lse=None)
+assert call(T, out_partial=T(4096, (room,), F32), **one_buffer)["tile_counter"] == "0"
+got = call(T, out_partial=T(4096, (room + 1,), F32), **one_buffer)
+assert got["tile_counter"] == str(4096 + room * 4) and got["lse_partial"] == str(4096 + 6 * 4 * 6 * 32 * 4), got
+got = call(T, num_splits=1, out_partial=T(4096, (1,), F32), **one_buffer)
+assert got["tile_counter"] == "4096", got
+assert call(T, num_splits=1, out_partial=None, **one_buffer)["tile_counter"] == "0"
+assert "out_partial must be" in error(lambda: call(T, out_partial=T(4096, (1,), F32), **one_buffer))
 """,
     )
 
@@ -207,6 +257,12 @@ assert call(T, stream=-1)["stream"] == str(CURRENT_STREAM + 3)
         ("k=T(4096, (5, 16, 3, 64))", ["k must be", "divides"]),
         ("lse_partial=T(4096, (5, 4, 6), F32)", ["lse_partial must be", "num_splits"]),
         ("sinks=T(4096, (3,), F32)", ["sinks must be"]),
+        ("qv=T(4096, (2, 3, 4, 64))", ["qv must be of the shape of q with head_dim_v", "(2, 3, 4, 64)"]),
+        ("qv=T(4096, (2, 3, 4, 32), device=1)", ["qv must be", "on its device", "cuda:1"]),
+        ("qv=T(4096, (2, 3, 4, 32), F32)", ["qv must be bf16 tensor", "got fp32"]),
+        ("q_descale=T(4096, (2, 4), F32)", ["q_descale must be [batch, heads of k]", "(2, 4)"]),
+        ("k_descale=T(4096, (2,), F32)", ["k_descale must be fp32 tensor of 2 dimensions"]),
+        ("v_descale=T(4096, (2, 2))", ["v_descale must be fp32 tensor", "got bf16"]),
         ("q=None", ["q must be a tensor, got None"]),
         ("q=7", ["q must be a tensor", "int"]),
         ("q=T(4096, (1,) * 7)", ["a tensor has 7 dimensions"]),
@@ -266,12 +322,31 @@ assert "out must be" in error(_C.combine, partial, lse, T(12288, (7, 4, 32), INT
     )
 
 
+@pytest.mark.parametrize("families", [("sm80", "sm90"), ("sm90",)])
+def test_shared_work_runs_in_the_portable_library(tmp_path: Path, families: tuple[str, ...]) -> None:
+    """Combine and metadata are compiled for every architecture in sm80's library, for 90a alone in that of sm90."""
+    for family in families:
+        compile_stub(tmp_path, family=family)
+    run(
+        tmp_path,
+        f"""
+families = {list(families)}
+info = _C.build_info()
+assert list(info["families"]) == families and info["errors"] == {{}}, info
+T = ExchangeTensor
+_C.combine(T(4096, (3, 7, 4, 32), F32), T(8192, (3, 7, 4), F32), T(12288, (7, 4, 32)), None, 5)
+called = [family for family in families if last_call(library.with_name(f"libbroadhead_{{family}}.so"))]
+assert called == families[:1], called
+""",
+    )
+
+
 def test_argument_count_and_types(stub: Path) -> None:
     run(
         stub,
         """
-for function, arguments, words in ((_C.forward, (), "takes 30 positional"), (_C.combine, (1,), "takes 5 positional"),
-                                   (_C.forward, (1,) * 30, "")):
+for function, arguments, words in ((_C.forward, (), "takes 35 positional"), (_C.combine, (1,), "takes 5 positional"),
+                                   (_C.forward, (1,) * 35, "")):
     try:
         function(*arguments)
     except TypeError as exception:
@@ -322,5 +397,7 @@ def test_a_torch_tensor_is_read() -> None:
     partial = torch.zeros(2, 3, 4, 8, requires_grad=True)
     with pytest.raises(KernelError, match=r"out_partial .* got fp32 \(2, 3, 4, 8\) on a device that is not CUDA"):
         _C.combine(partial, partial[..., 0], partial[0], None, 0)
+    with pytest.raises(KernelError, match=r"got float8_e4m3fn \(2, 8\)"):
+        _C.combine(torch.zeros(2, 8).to(torch.float8_e4m3fn), partial, partial, None, 0)
     with pytest.raises(KernelError, match=r"got fp32 \(3, 2, 4, 8\)"):
         _C.combine(torch.nn.Parameter(partial.detach().transpose(0, 1)), partial, partial, None, 0)

@@ -19,6 +19,15 @@ from broadhead.support import ROWS
 from torch import Tensor
 
 BUILD = BuildDescription(True, (FamilyBuild("sm80", ("80", "90a"), (13, 0), frozenset(r.id for r in ROWS)),), ())
+#: With the Hopper kernels, whose launches take a counter.
+BUILD_90A = BuildDescription(
+    True,
+    tuple(
+        FamilyBuild(name, archs, (13, 0), frozenset(r.id for r in ROWS if r.family == name))
+        for name, archs in (("sm80", ("80", "90")), ("sm90", ("90a",)))
+    ),
+    (),
+)
 H200 = DeviceDescription("cuda", "NVIDIA H200", (9, 0), 227 * 1024, 132, 50 << 20, (13, 0))
 
 
@@ -55,14 +64,15 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
 
 def launch(
-    recorder: Recorder, args: AttentionArgs, need_lse: bool = True
+    recorder: Recorder, args: AttentionArgs, need_lse: bool = True, build: BuildDescription = BUILD
 ) -> tuple[dict[str, Any], Tensor, Tensor | None]:
     call = check_forward("mha_fwd", args)
-    plan = resolve(call.problem, H200, BUILD)
+    plan = resolve(call.problem, H200, build)
     out, lse = cuda_backend.launch_forward(
         "mha_fwd", cuda_backend.make_launch(args, call, plan), args.q, args.k, args.v, args.out, args.cu_seqlens_q,
         args.cu_seqlens_k, args.seqused_q, args.seqused_k, args.leftpad_k, args.kv_batch_idx, args.page_table,
-        args.prefix_lens, args.sinks, args.scheduler_metadata, need_lse,
+        args.prefix_lens, args.sinks, args.scheduler_metadata, args.qv, args.q_descale,
+        args.k_descale, args.v_descale, need_lse,
     )  # fmt: skip
     return recorder.calls[-1], out, lse
 
@@ -83,12 +93,12 @@ def test_forward_arguments(recorder: Recorder) -> None:
     got, out, lse = launch(recorder, args)
     for name, tensor in {**tensors, "q": q, "k": k, "v": v, "out": out, "softmax_lse": lse}.items():
         assert got[name] is tensor, name
-    for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "kv_batch_idx"):
+    for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "kv_batch_idx", "qv", "q_descale", "v_descale"):
         assert got[name] is None, name
     expected = {
         "kernel_id": "sm80_fwd_decode_d128_bf16", "seqlen_q": 1, "seqlen_k": 4096, "window_left": 7, "window_right": 0,
         "attention_chunk": 0, "softmax_scale": 0.5, "softcap": 3.0, "num_splits": 3, "pack_gqa": 1,
-        "heads_per_section": 0, "stream": -1,
+        "heads_per_section": 0, "max_blocks": 0, "stream": -1,
     }  # fmt: skip
     assert {name: got[name] for name in expected} == expected
     assert out.shape == (2, 1, 8, 72) and out.dtype == q.dtype and lse.shape == (2, 8, 1) and lse.dtype == torch.float32
@@ -108,6 +118,14 @@ def test_forward_without_splits_and_with_out(recorder: Recorder) -> None:
     assert got["cu_seqlens_q"] is cu and got["kernel_id"] == "sm80_fwd_d64_fp16"
 
 
+@pytest.mark.parametrize("splits, counter", [(1, 1), (3, 3 * 4 * 2 * 100 * (64 + 1) + 1)])
+def test_kernels_that_count_tiles_get_room_for_it(recorder: Recorder, splits: int, counter: int) -> None:
+    q, k = (torch.randn(2, s, 4, 64, dtype=torch.bfloat16) for s in (100, 1000))
+    got, _, _ = launch(recorder, AttentionArgs(q, k, k, num_splits=splits), build=BUILD_90A)
+    assert got["kernel_id"] == "sm90_fwd_d64_bf16" and got["num_splits"] == splits
+    assert got["out_partial"].shape == (counter,) and got["lse_partial"] is None
+
+
 def test_an_lse_that_is_not_returned_is_not_allocated(recorder: Recorder) -> None:
     q = torch.randn(2, 5, 4, 64, dtype=torch.float16)
     got, out, lse = launch(recorder, AttentionArgs(q, q, q), need_lse=False)
@@ -119,6 +137,23 @@ def test_rows_that_seqused_q_leaves_out_are_cleared_when_allocated_here(recorder
     used = torch.tensor([3, 0], dtype=torch.int32)
     _, out, lse = launch(recorder, AttentionArgs(q, q, q, seqused_q=used))
     assert (out == 0).all() and (lse == float("-inf")).all(), "the recorder writes nothing"
+
+
+def test_metadata_of_whole_token_tiles(recorder: Recorder) -> None:
+    """Six heads a token: a tile of 192 rows holds 32 tokens, one of 128 rows 21 of them, 126 rows."""
+    lengths = torch.tensor([900, 300], dtype=torch.int32)
+    for headdim, tile_m in ((64, 192), (128, 126)):
+        request = metadata.describe_request(
+            2, 100, 4096, 12, 2, headdim, None, torch.bfloat16, 16, 0, True, None, 0, 0, None, 0, None
+        )
+        plan = resolve(request.problem, H200, BUILD_90A)
+        assert plan.row is not None and plan.row.id == f"sm90_fwd_d{headdim}_bf16"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(metadata, "resolve", lambda problem, device, plan=plan: plan)
+            patch.setattr(torch.cuda, "current_device", lambda: -1)  # get_device() of a CPU tensor
+            metadata.fill(metadata.prepare(request, lengths.device), lengths, None, None, None)
+        got = recorder.calls[-1]
+        assert (got["tile_m"], got["tile_n"], got["rows_per_token"]) == (tile_m, plan.row.tile.tile_n, 6)
 
 
 def test_metadata_arguments(recorder: Recorder) -> None:

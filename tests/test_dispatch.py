@@ -13,50 +13,12 @@ from broadhead import device as device_module
 from broadhead import dispatch, fallback_notice, forward, native
 from broadhead.device import DeviceDescription, hypothetical
 from broadhead.dispatch import resolve
-from broadhead.native import NO_KERNELS, BuildDescription, FamilyBuild, parse_build_info, parse_cuda_version
-from broadhead.problem import AttentionProblem
-from broadhead.support import CAPABILITIES, FEATURES, ROWS, SMEM_BY_CAPABILITY
+from broadhead.native import NO_KERNELS, BuildDescription, parse_build_info, parse_cuda_version
+from broadhead.support import CAPABILITIES, EXTRA_FEATURES, FEATURES, ROWS, SMEM_BY_CAPABILITY
+from described import ALL_ARCHS, CAUSAL, FULL, build_of, h200, problem, schedule
 
-ALL_ARCHS = ("80", "86", "89", "90a", "100", "120")
 UNKNOWN = ((7, 5), (11, 0), (13, 0))
 HEAD_DIMS = (8, 64, 72, 96, 128, 136, 192, 256, 264, 512)
-
-
-def build_of(*archs: str, without: tuple[str, ...] = (), cuda: tuple[int, ...] = (13, 0)) -> BuildDescription:
-    """A build of every row but ``without`` for ``archs``."""
-    families = sorted({row.family for row in ROWS})
-    return BuildDescription(
-        True,
-        tuple(
-            FamilyBuild(
-                name, archs, cuda, frozenset(row.id for row in ROWS if row.family == name and row.id not in without)
-            )
-            for name in families
-        ),
-        (),
-    )
-
-
-FULL = build_of(*ALL_ARCHS)
-
-
-def problem(**changes: Any) -> AttentionProblem:
-    values: dict[str, Any] = {
-        "direction": "forward", "dtype": "bf16", "batch": 2, "seqlen_q": 1024, "seqlen_k": 1024, "num_heads_q": 8,
-        "num_heads_kv": 2, "head_dim": 128, "head_dim_v": None, "page_size": 0, "window_left": -1, "window_right": -1,
-        "attention_chunk": 0, "features": ("gqa", "lse"), "num_splits": 0, "pack_gqa": None, "has_metadata": False,
-        "sm_margin": 0, "obstacles": (),
-    }  # fmt: skip
-    assert changes.keys() <= values.keys()
-    values.update(changes)
-    if values["head_dim_v"] is None:
-        values["head_dim_v"] = values["head_dim"]
-    return AttentionProblem(**values)
-
-
-def h200(**changes: Any) -> DeviceDescription:
-    known = DeviceDescription("cuda", "NVIDIA H200", (9, 0), SMEM_BY_CAPABILITY[9, 0], 132, 50 << 20, (13, 0))
-    return known._replace(**changes)
 
 
 # --- choice of the row -----------------------------------------------------------------------------------------------
@@ -70,8 +32,16 @@ def test_smallest_bucket_of_the_phase(head_dim: int, seqlen_q: int, phase: str, 
     """Every known capability has a row for every head_dim, in the phase that suits the query rows (group 4)."""
     plan = resolve(problem(head_dim=head_dim, seqlen_q=seqlen_q, dtype=dtype), hypothetical(capability), FULL)
     assert plan.row is not None, plan.reason
-    fitting = [r for r in ROWS if r.phase == phase and r.dtype == dtype and capability in r.capabilities]
-    assert plan.row.head_dim == min(r.head_dim for r in fitting if r.head_dim >= head_dim)
+    fitting = [
+        r
+        for r in ROWS
+        if r.phase == phase
+        and r.dtype == dtype
+        and capability in r.capabilities
+        and min(r.head_dim, r.head_dim_v) >= head_dim
+    ]
+    assert plan.row.head_dim + plan.row.head_dim_v == min(r.head_dim + r.head_dim_v for r in fitting)
+    assert plan.row.head_dim >= head_dim and plan.row.head_dim_v >= head_dim
     assert plan.row.phase == phase and plan.row.dtype == dtype and capability in plan.row.capabilities
     assert plan.row.smem_limit <= SMEM_BY_CAPABILITY[capability]
     assert len(plan.refusals) < len(ROWS) and plan.row.id not in {r.row_id for r in plan.refusals}
@@ -80,8 +50,8 @@ def test_smallest_bucket_of_the_phase(head_dim: int, seqlen_q: int, phase: str, 
 
 @pytest.mark.parametrize("head_dim, head_dim_v, bucket", [(64, 512, 512), (192, 128, 192), (8, 96, 96), (256, 8, 256)])
 def test_bucket_holds_both_head_dims(head_dim: int, head_dim_v: int, bucket: int) -> None:
-    plan = resolve(problem(head_dim=head_dim, head_dim_v=head_dim_v), h200(), FULL)
-    assert plan.row is not None and plan.row.head_dim == bucket
+    plan = resolve(problem(head_dim=head_dim, head_dim_v=head_dim_v), hypothetical((8, 0)), FULL)
+    assert plan.row is not None and plan.row.head_dim == plan.row.head_dim_v == bucket
 
 
 def test_small_shared_memory_takes_the_small_tiles() -> None:
@@ -103,9 +73,12 @@ def test_a_missing_phase_is_replaced_by_the_other() -> None:
 
 def test_every_row_is_reached() -> None:
     """No row of the table is dead: some device and problem choose it."""
+    head_dims = [*((d, d) for d in HEAD_DIMS), (192, 128), (64, 256)]
     chosen = {
-        resolve(problem(head_dim=d, seqlen_q=sq, dtype=dtype), hypothetical(c), FULL).row.id  # type: ignore[union-attr]
-        for d, sq, dtype, c in itertools.product(HEAD_DIMS, (1, 1024), ("bf16", "fp16"), CAPABILITIES)
+        resolve(problem(head_dim=d, head_dim_v=dv, seqlen_q=sq, dtype=dtype, **mask), hypothetical(c), FULL).row.id  # type: ignore[union-attr]
+        for (d, dv), sq, dtype, c, mask in itertools.product(
+            head_dims, (1, 1024), ("bf16", "fp16"), CAPABILITIES, ({}, CAUSAL)
+        )
     }
     assert chosen == {row.id for row in ROWS}
 
@@ -125,7 +98,7 @@ def test_unknown_capability_is_no_kernel(capability: tuple[int, int]) -> None:
     "changes, words",
     [
         ({"head_dim": 520}, "head_dim 520 exceeds 512"),
-        ({"head_dim": 64, "head_dim_v": 1024}, "head_dim 1024 exceeds 512"),
+        ({"head_dim": 64, "head_dim_v": 1024}, "head_dim_v 1024 exceeds 512"),
         ({"dtype": "fp32"}, "dtype fp32 has no CUDA kernel; kernels take bf16, fp16"),
         ({"dtype": "float8_e4m3fn"}, "float8"),
         ({"features": ("lse", "qv")}, "qv"),
@@ -164,12 +137,16 @@ def test_build_without_the_kernel_is_another_error() -> None:
         "CPU package": NO_KERNELS,
         "left out of this build": build_of("90a", without=every),
         'built for "80;120"': build_of("80", "120"),
-        "did not load: no driver": BuildDescription(True, (), (("sm80", "no driver"),)),
+        "did not load: no driver": BuildDescription(True, (), (("sm80", "no driver"), ("sm90", "no driver"))),
+        "library of sm80 kernels did not load": BuildDescription(True, (), (("sm80", "no driver"),)),
     }
     for words, build in cases.items():
         plan = resolve(problem(), h200(), build)
         assert plan.row is None and plan.left_out and words in plan.reason, plan.reason
-        assert "sm80_fwd_d128_bf16" in plan.reason
+        assert "sm90_fwd_d128_bf16" in plan.reason
+        # Each reason once, with the best kernel that it keeps away.
+        portable = "load" in words or "built for" in words
+        assert plan.reason.count("kernel sm80_fwd_d128_bf16") == portable, plan.reason
         text = dispatch.refusal_text("mha_fwd", problem(), h200(), plan)
         assert text.startswith("mha_fwd: this build leaves the CUDA kernel out") and "NVIDIA H200" in text
         if "load" not in words:
@@ -225,12 +202,6 @@ def test_build_info_is_parsed() -> None:
 # --- the plan --------------------------------------------------------------------------------------------------------
 
 
-def schedule(device: DeviceDescription | None = None, **changes: Any):
-    plan = resolve(problem(**changes), device or h200(), FULL)
-    assert plan.schedule is not None and plan.row is not None
-    return plan.schedule, plan.row
-
-
 def test_decode_is_split_over_the_device() -> None:
     """Few sequences of a long context: the blocks fill whole waves; a batch that fills the device is split little."""
     one, row = schedule(batch=1, seqlen_q=1, seqlen_k=65536)
@@ -278,7 +249,7 @@ def test_pack_gqa(seqlen_q: int, heads_kv: int, pack_gqa: bool | None) -> None:
     assert plan.pack_gqa == (default if pack_gqa is None else pack_gqa and group > 1)
     assert plan.heads_in_grid == (heads_kv if plan.pack_gqa else 8)
     assert plan.rows_per_token == (group if plan.pack_gqa else 1)
-    assert plan.m_blocks == -(-seqlen_q * plan.rows_per_token // row.tile.tile_m)
+    assert plan.m_blocks == -(-seqlen_q * plan.rows_per_token // row.tile.tile_m) and plan.tile_m == row.tile.tile_m
 
 
 def test_heads_share_the_l2_in_sections() -> None:
@@ -351,6 +322,9 @@ def test_is_supported_and_explain() -> None:
         head_dim=256, num_heads_q=16, num_heads_kv=2, seqlen_k=65536, page_size=16, device=(9, 0), build=FULL
     )
     assert "kernel sm80_fwd_decode_d256_bf16" in text and "splits" in text and "refused: sm80_fwd_d64_fp16" in text
+    text = broadhead.explain(head_dim=192, head_dim_v=128, seqlen_q=4096, device=(9, 0), build=FULL)
+    assert "kernel sm90_fwd_d192_v128_bf16: the first prefill row for head_dim 192, head_dim_v 128" in text
+    assert "refused: sm90_fwd_d64_v256_bf16: takes head_dim up to 64, not 192" in text
     text = broadhead.explain(head_dim=256, device="cpu")
     assert "torch fallback" in text and "refused: every kernel" in text
 
@@ -373,7 +347,8 @@ def test_support_matrix_is_the_table() -> None:
     entries = broadhead.support_matrix(build_of("90a", without=(ROWS[0].id,)))
     assert [e.kernel for e in entries] == [row.id for row in ROWS]
     assert [e.in_build for e in entries] == [False] + [True] * (len(ROWS) - 1)
-    assert all(set(e.features) <= set(FEATURES) for e in entries)
+    assert all(set(e.features) <= {*FEATURES, *EXTRA_FEATURES} for e in entries)
+    assert ("sm90_fwd_d192_v128_bf16", 192, 128) in {(e.kernel, e.head_dim, e.head_dim_v) for e in entries}
     assert broadhead.support_matrix(), "for this installation"
 
 

@@ -49,10 +49,12 @@ def test_ids_are_unique_and_say_what_the_row_is() -> None:
     ids = [row.id for row in support.ROWS]
     assert len(set(ids)) == len(ids)
     for row in support.ROWS:
-        assert row.id.startswith(f"{row.family}_") and row.id.endswith(f"_{row.dtype}"), row.id
+        assert row.id.startswith(f"{row.family}_") and row.id == f"{row.name}_{support.ID_SUFFIXES[row.dtype]}", row.id
+        assert (f"v{row.head_dim_v}" in row.id) == (row.head_dim_v != row.head_dim), row.id
         assert f"d{row.head_dim}" in row.id and ("decode" in row.id) == (row.phase == "decode"), row.id
-        assert set(row.features) <= set(support.FEATURES), row.id
-        assert row.dtype in support.DTYPES, row.id
+        assert set(row.features) <= {*support.FEATURES, *support.EXTRA_FEATURES}, row.id
+        assert row.tile.min_blocks >= 1 and row.template.cluster >= 1, row.id
+        assert row.template.header.startswith(f"{row.family}/"), row.id
 
 
 @pytest.mark.parametrize("row", support.ROWS, ids=lambda row: row.id)
@@ -65,12 +67,13 @@ def test_every_device_has_every_head_dim_up_to_512() -> None:
     for capability in support.CAPABILITIES:
         for dtype in support.DTYPES:
             for phase in ("prefill", "decode"):
-                dims = [
-                    row.head_dim
+                assert any(
+                    row.head_dim == row.head_dim_v == 512
                     for row in support.ROWS
-                    if (row.dtype, row.phase) == (dtype, phase) and capability in row.capabilities
-                ]
-                assert max(dims) == 512, (capability, dtype, phase)
+                    if (row.dtype, row.phase) == (dtype, phase)
+                    and capability in row.capabilities
+                    and set(row.features) >= set(support.FEATURES)
+                ), (capability, dtype, phase)
 
 
 @pytest.mark.parametrize(
@@ -95,17 +98,52 @@ def test_generated_sources_equal_the_table(tmp_path: Path) -> None:
     assert sorted(generated_ids(tmp_path)) == sorted(row.id for row in support.ROWS)
     sources = "".join(path.read_text() for path in tmp_path.glob("*/*.cu"))
     elements = {"bf16": "cutlass::bfloat16_t", "fp16": "cutlass::half_t"}
+    templates = {
+        support.Tile: ("ForwardTraits", "launch_forward", "sm80/forward_launch.cuh"),
+        support.HopperTile: ("sm90::ForwardTraits", "sm90::launch_forward", "sm90/forward_launch.cuh"),
+        support.WideTile: ("sm90::WideTraits", "sm90::launch_wide", "sm90/wide_launch.cuh"),
+    }
     for row in support.ROWS:
-        values = ", ".join(map(str, (row.head_dim, *row.tile, row.smem_limit)))
-        assert f"Traits_{row.id} = ForwardTraits<{elements[row.dtype]}, {values}>;" in sources
-        assert f'launch_forward<Traits_{row.id}>("{row.id}"' in sources
+        traits, launcher, header = templates[type(row.tile)]
+        head_dims = (row.head_dim,) if row.family == "sm80" else (row.head_dim, row.head_dim_v)
+        values = ", ".join(map(str, (*head_dims, *row.tile, row.smem_limit)))
+        assert f"Traits_{row.id} = {traits}<{elements[row.dtype]}, {values}>;" in sources
+        assert f'return {launcher}<Traits_{row.id}>("{row.id}"' in sources
+        unit = (tmp_path / row.family / f"{row.name}.cu").read_text()
+        assert row.id in unit and re.findall(r'#include "(.+)"', unit) == [header]
+
+
+@pytest.mark.parametrize(
+    ("archs", "families"),
+    [
+        ("80", {"sm80": "80"}),
+        ("90", {"sm80": "90"}),  # code for plain 90 holds no wgmma
+        ("90a", {"sm80": "90", "sm90": "90a"}),
+        ("80;90a-real;120", {"sm80": "80;90;120", "sm90": "90a"}),
+    ],
+)
+def test_hopper_kernels_are_built_for_90a_alone(tmp_path: Path, archs: str, families: dict[str, str]) -> None:
+    result = run_generate("sources", "--archs", archs, "--out", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    listing = (tmp_path / "instantiations.cmake").read_text()
+    found = {
+        path.parent.name: re.search(r'kBuildArchs = "(.*)"', path.read_text())[1]  # type: ignore[index]
+        for path in tmp_path.glob("*/registry.cpp")
+    }
+    assert found == families
+    (named,) = re.findall(r'BROADHEAD_FAMILIES "(.*)"', listing)
+    assert set(named.split(";")) == families.keys()
+    for family in families:
+        rows = [row.name for row in support.ROWS if row.family == family]
+        assert {path.stem for path in (tmp_path / family).glob("*.cu")} <= set(rows)
+        assert listing.count("combine.cu") == listing.count("scheduler_metadata.cu") == len(families)
 
 
 @pytest.mark.parametrize("archs", ["80;90a", "86", "100a", "120", ALL_ARCHS])
 def test_rows_are_built_where_a_device_can_run_them(archs: str) -> None:
     generate = load_generate()
-    names = generate.family_archs("sm80", archs.split(";"))
     for row in support.ROWS:
+        names = generate.family_archs(row.family, archs.split(";"))
         chosen = generate.row_archs(support, row, names)
         runnable = [c for c in row.capabilities if any(support.arch_covers(a, c) for a in names)]
         for capability in runnable:
@@ -127,7 +165,7 @@ def test_a_second_run_changes_no_file(tmp_path: Path) -> None:
     assert run_generate(*arguments).returncode == 0
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     assert run_generate(*arguments, "--filter", "d64_bf16").returncode == 0
-    assert set(generated_ids(tmp_path)) == {"sm80_fwd_d64_bf16", "sm80_fwd_decode_d64_bf16"}
+    assert set(generated_ids(tmp_path)) == {"sm80_fwd_d64_bf16", "sm80_fwd_decode_d64_bf16", "sm90_fwd_d64_bf16"}
     assert len(list(tmp_path.glob("sm80/*.cu"))) == 2, "sources of rows that are not built any more must go"
 
 
@@ -159,7 +197,8 @@ def test_readme_check_finds_a_stale_matrix(tmp_path: Path) -> None:
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale" not in text
     for row in support.ROWS:
-        assert f"`{row.id.removesuffix('_' + row.dtype)}`" in text
+        bounds = f"| up to {row.head_dim} | up to {row.head_dim_v} |"
+        assert any(f"`{row.name}`" in line and bounds in line for line in text.splitlines()), row.id
 
 
 @pytest.mark.skipif(not installed_families(), reason="no kernel library is installed: built without kernels")

@@ -3,6 +3,7 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <filesystem>
 #include <map>
@@ -16,6 +17,7 @@ namespace {
 
 constexpr char kPrefix[] = "libbroadhead_";
 constexpr char kSuffix[] = ".so";
+constexpr char kPortableFamily[] = "sm80";
 
 std::string module_directory() {
   Dl_info info;
@@ -87,7 +89,12 @@ ElementType dtype_of(const std::string& id) {
   };
   if (ends_with("_bf16")) return ElementType::kBFloat16;
   if (ends_with("_fp16")) return ElementType::kFloat16;
+  if (ends_with("_e4m3")) return ElementType::kFloat8E4M3;
   return ElementType::kOther;
+}
+
+ElementType out_dtype_of(ElementType dtype) {
+  return dtype == ElementType::kFloat8E4M3 ? ElementType::kBFloat16 : dtype;
 }
 
 std::string no_library(const std::string& family) {
@@ -120,6 +127,7 @@ std::vector<const KernelLibrary*> all_libraries() {
     const KernelLibrary* library = load(name.substr(prefix, name.size() - prefix - suffix));
     if (library != nullptr) found.push_back(library);
   }
+  std::sort(found.begin(), found.end(), [](auto* a, auto* b) { return a->family < b->family; });
   return found;
 }
 
@@ -135,7 +143,9 @@ const Kernel& find_kernel(const char* id) {
   if (!library->error.empty()) throw BindingError(name + ": " + library->error);
   for (std::size_t index = 0; index < library->kernels.size(); ++index) {
     if (library->kernels[index] == name) {
-      return kernels->emplace(name, Kernel{library, static_cast<int>(index), dtype_of(name)}).first->second;
+      const ElementType dtype = dtype_of(name);
+      const Kernel kernel{library, static_cast<int>(index), dtype, out_dtype_of(dtype)};
+      return kernels->emplace(name, kernel).first->second;
     }
   }
   throw BindingError(name + ": " + library->path + " was built without this kernel (it holds " +
@@ -148,12 +158,13 @@ const KernelLibrary& common_library() {
   std::string errors;
   for (const KernelLibrary* library : all_libraries()) {
     if (library->error.empty()) {
-      chosen = library;
-      return *chosen;
+      if (chosen == nullptr || library->family == kPortableFamily) chosen = library;
+      continue;
     }
     errors += (errors.empty() ? "" : "; ") + library->error;
   }
-  throw BindingError(errors.empty() ? no_library("sm80") : errors);
+  if (chosen != nullptr) return *chosen;
+  throw BindingError(errors.empty() ? no_library(kPortableFamily) : errors);
 }
 
 }  // namespace broadhead

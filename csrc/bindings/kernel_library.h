@@ -26,20 +26,22 @@ struct KernelLibrary {
 struct Kernel {
   const KernelLibrary* library;
   int index;
-  ElementType dtype;
+  ElementType dtype;      // of q, k and v
+  ElementType out_dtype;  // that of q, bf16 for 8-bit q
 };
 
 // Where libraries are looked for: BROADHEAD_KERNEL_LIB_DIR when set, else the directory of the module.
 const std::string& library_directory();
 
-// Every library in that directory, loaded or with its error.
+// Every library in that directory, loaded or with its error, by family name.
 std::vector<const KernelLibrary*> all_libraries();
 
 // The kernel of a row id ("sm80_fwd_d128_bf16"). Throws BindingError: no library, one that does not load, no such
 // kernel.
 const Kernel& find_kernel(const char* id);
 
-// A library for what every family holds (metadata, combine). Throws BindingError when none loads.
+// A library for what every family holds (metadata, combine), the portable family's when it is there: it is compiled for
+// every architecture of a build. Throws BindingError when none loads.
 const KernelLibrary& common_library();
 
 }  // namespace broadhead

@@ -53,6 +53,16 @@ const std::int32_t* read_lengths(ArgumentReader& reader, const char* name, std::
   return lengths.as<const std::int32_t>();
 }
 
+// Factors for 8-bit q, k or v, one for each sequence and KV head, or None.
+const float* read_descale(ArgumentReader& reader, const char* name, const AttnParams& params, DescaleStrides* strides) {
+  const TensorView descale = reader.optional_tensor(name, ElementType::kFloat32, 2);
+  if (!descale.present()) return nullptr;
+  reader.require(descale.size(0) == params.batch && descale.size(1) == params.num_heads_kv, name, "[batch, heads of k]",
+                 descale);
+  *strides = {descale.stride(0), descale.stride(1)};
+  return descale.as<const float>();
+}
+
 std::int64_t metadata_size(std::int64_t batch) { return 1 + 4 * ((batch + 3) / 4 * 4); }
 
 void forward(ArgumentReader& reader) {
@@ -61,7 +71,7 @@ void forward(ArgumentReader& reader) {
   const TensorView q = reader.tensor("q", kernel.dtype);
   const TensorView k = reader.tensor("k", kernel.dtype);
   const TensorView v = reader.tensor("v", kernel.dtype);
-  const TensorView out = reader.tensor("out", kernel.dtype, q.ndim());
+  const TensorView out = reader.tensor("out", kernel.out_dtype, q.ndim());
   for (const auto& [tensor, name] :
        {std::pair(&q, "q"), std::pair(&k, "k"), std::pair(&v, "v"), std::pair(&out, "out")}) {
     reader.require((tensor->ndim() == 3 || tensor->ndim() == 4) && last_dim_contiguous(*tensor), name,
@@ -110,11 +120,13 @@ void forward(ArgumentReader& reader) {
     params.page_table = page_table.as<const std::int32_t>();
     params.page_table_batch_stride = page_table.stride(0);
     params.page_size = static_cast<std::int32_t>(k.size(1));
+    params.num_pages = k.size(0);
   } else {
     reader.require(k.ndim() == (params.cu_seqlens_k != nullptr ? 3 : 4), "k",
                    params.cu_seqlens_k != nullptr ? "[tokens, heads, head_dim] with cu_seqlens_k"
                                                   : "[batch, tokens, heads, head_dim] without cu_seqlens_k",
                    k);
+    (params.cu_seqlens_k != nullptr ? params.total_k : params.num_kv_batches) = k.size(0);
   }
   params.prefix_lens = read_lengths(reader, "prefix_lens", &batch);
   const TensorView sinks = reader.optional_tensor("sinks", ElementType::kOther, 1);
@@ -133,17 +145,29 @@ void forward(ArgumentReader& reader) {
   }
 
   params.batch = static_cast<std::int32_t>(batch);
-  params.seqlen_q = reader.integer("seqlen_q");
-  params.seqlen_k = reader.integer("seqlen_k");
-  params.total_q = q.ndim() == 4 ? q.size(0) * q.size(1) : q.size(0);
-  // Packed: no sequence is longer than all rows, whatever bound the caller gave.
-  if (q.ndim() == 3 && params.total_q < params.seqlen_q) params.seqlen_q = static_cast<std::int32_t>(params.total_q);
   params.num_heads_q = static_cast<std::int32_t>(q.size(-2));
   params.num_heads_kv = static_cast<std::int32_t>(k.size(-2));
   reader.require(params.num_heads_kv > 0 && params.num_heads_q % params.num_heads_kv == 0, "k",
                  "of a head count that divides that of q", k);
   params.head_dim = static_cast<std::int32_t>(q.size(-1));
   params.head_dim_v = static_cast<std::int32_t>(v.size(-1));
+  const TensorView qv = reader.optional_tensor("qv", kernel.dtype, q.ndim());
+  if (qv.present()) {
+    bool fits = last_dim_contiguous(qv) && qv.device() == q.device() && qv.size(-1) == v.size(-1);
+    for (int dim = 0; dim < q.ndim() - 1; ++dim) fits = fits && qv.size(dim) == q.size(dim);
+    reader.require(fits, "qv", "of the shape of q with head_dim_v, on its device, the last dimension contiguous", qv);
+    params.qv = qv.data();
+    params.qv_strides = strides_of(qv);
+  }
+  params.q_descale = read_descale(reader, "q_descale", params, &params.q_descale_strides);
+  params.k_descale = read_descale(reader, "k_descale", params, &params.k_descale_strides);
+  params.v_descale = read_descale(reader, "v_descale", params, &params.v_descale_strides);
+
+  params.seqlen_q = reader.integer("seqlen_q");
+  params.seqlen_k = reader.integer("seqlen_k");
+  params.total_q = q.ndim() == 4 ? q.size(0) * q.size(1) : q.size(0);
+  // Packed: no sequence is longer than all rows, whatever bound the caller gave.
+  if (q.ndim() == 3 && params.total_q < params.seqlen_q) params.seqlen_q = static_cast<std::int32_t>(params.total_q);
   params.window_left = reader.integer("window_left");
   params.window_right = reader.integer("window_right");
   params.attention_chunk = reader.integer("attention_chunk");
@@ -153,12 +177,14 @@ void forward(ArgumentReader& reader) {
   params.pack_gqa = reader.integer("pack_gqa");
   params.metadata_tag = reader.integer("metadata_tag");
   params.heads_per_section = reader.integer("heads_per_section");
+  params.max_blocks = reader.integer("max_blocks");
 
+  std::int64_t needed = 0;  // of out_partial
   if (params.num_splits > 1) {
     // One allocation may serve both: without lse_partial it follows the outputs in out_partial.
     const std::int64_t lse_count = params.num_splits * params.num_heads_q * params.total_q;
     const std::int64_t out_count = lse_count * params.head_dim_v;
-    const std::int64_t needed = out_count + (lse_partial.present() ? 0 : lse_count);
+    needed = out_count + (lse_partial.present() ? 0 : lse_count);
     reader.require(out_partial.present() && contiguous(out_partial) && out_partial.numel() >= needed, "out_partial",
                    "contiguous [num_splits, heads, rows, head_dim_v] when num_splits > 1, with room for lse_partial "
                    "behind it when that is None",
@@ -169,6 +195,10 @@ void forward(ArgumentReader& reader) {
     } else {
       params.lse_partial = params.out_partial + out_count;
     }
+  }
+  // A buffer that is larger than the splits need ends with the scratch of kernels that count their tiles.
+  if (out_partial.present() && contiguous(out_partial) && out_partial.numel() > needed) {
+    params.tile_counter = reinterpret_cast<std::int32_t*>(out_partial.as<float>() + out_partial.numel() - 1);
   }
 
   char error[kErrorSize] = "";
@@ -311,10 +341,10 @@ PyObject* fastcall(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return nullptr;
 }
 
-// bytes that tell apart calls that validation could tell apart by their tensors: q, k, v and out also by alignment.
+// bytes that tell apart calls that validation could tell apart by their tensors: q, k, v, out and qv also by alignment.
 // None when a tensor can not be read that way.
 PyObject* signature(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  constexpr Py_ssize_t kAlignedTensors = 4;
+  constexpr Py_ssize_t kAlignedTensors = 5;
   static std::string* text = new std::string();  // the GIL guards it; it keeps its capacity
   text->clear();
   for (Py_ssize_t i = 0; i < count; ++i) {
@@ -335,7 +365,7 @@ PyMethodDef method(const char* doc) {
 
 // The module keeps pointers to these. Signatures: python/broadhead/_C.pyi.
 PyMethodDef methods[] = {
-    method<kForward, &forward, 30>("Launches one forward kernel by its row id."),
+    method<kForward, &forward, 35>("Launches one forward kernel by its row id."),
     method<kSchedulerMetadata, &scheduler_metadata, 21>("Fills scheduler metadata on the device."),
     method<kCombine, &combine, 5>("Merges partial results into one."),
     {"signature", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&signature)), METH_FASTCALL,

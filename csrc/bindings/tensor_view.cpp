@@ -51,6 +51,7 @@ ElementType element_type(const DLDataType& dtype) {
   if (dtype.code == kDLBfloat && dtype.bits == 16) return ElementType::kBFloat16;
   if (dtype.code == kDLFloat && dtype.bits == 16) return ElementType::kFloat16;
   if (dtype.code == kDLFloat && dtype.bits == 32) return ElementType::kFloat32;
+  if (dtype.code == kDLFloat8E4M3FN && dtype.bits == 8) return ElementType::kFloat8E4M3;
   if (dtype.code == kDLInt && dtype.bits == 32) return ElementType::kInt32;
   return ElementType::kOther;
 }
@@ -59,6 +60,7 @@ ElementType element_type(const std::string& name) {
   if (name == "torch.bfloat16") return ElementType::kBFloat16;
   if (name == "torch.float16") return ElementType::kFloat16;
   if (name == "torch.float32") return ElementType::kFloat32;
+  if (name == "torch.float8_e4m3fn") return ElementType::kFloat8E4M3;
   if (name == "torch.int32") return ElementType::kInt32;
   return ElementType::kOther;
 }
@@ -73,6 +75,8 @@ const char* name_of(ElementType type) {
       return "bf16";
     case ElementType::kFloat16:
       return "fp16";
+    case ElementType::kFloat8E4M3:
+      return "float8_e4m3fn";
     case ElementType::kInt32:
       return "int32";
     case ElementType::kOther:

@@ -18,7 +18,7 @@ class BindingError : public std::runtime_error {
 };
 
 // The element types that kernels take.
-enum class ElementType { kFloat32, kBFloat16, kFloat16, kInt32, kOther };
+enum class ElementType { kFloat32, kBFloat16, kFloat16, kFloat8E4M3, kInt32, kOther };
 
 const char* name_of(ElementType type);
 

@@ -10,11 +10,17 @@
 namespace broadhead {
 
 // Raised whenever a field below is added, removed or changes meaning; libraries of another version are refused.
-constexpr std::uint32_t kAbiVersion = 1;
+constexpr std::uint32_t kAbiVersion = 2;
 
 struct TensorStrides {
   std::int64_t batch;  // sequence (dense), page (paged K/V); unused when the sequences are packed (varlen)
   std::int64_t row;    // token
+  std::int64_t head;
+};
+
+// Of one factor for each sequence and KV head (fp32 [B, Hkv]).
+struct DescaleStrides {
+  std::int64_t batch;
   std::int64_t head;
 };
 
@@ -36,6 +42,15 @@ struct AttnParams {
   TensorStrides out_strides;
   std::int64_t lse_batch_stride;  // unused when varlen
   std::int64_t lse_head_stride;
+  const void* qv;  // [B, Sq, Hq, Dv] or [T, Hq, Dv]: scores are (q k^T + qv v^T) * softmax_scale; nullable
+  TensorStrides qv_strides;
+  // Factors of 8-bit q, k and v; nullable: 1. q's is that of its KV head.
+  const float* q_descale;
+  const float* k_descale;
+  const float* v_descale;
+  DescaleStrides q_descale_strides;
+  DescaleStrides k_descale_strides;
+  DescaleStrides v_descale_strides;
 
   const std::int32_t* cu_seqlens_q;  // [B + 1], nullable: dense q
   const std::int32_t* cu_seqlens_k;  // [B + 1], nullable: dense or paged k
@@ -48,18 +63,22 @@ struct AttnParams {
   const void* sinks;                 // [Hq] fp32, or dtype of q when sinks_are_fp32 == 0; nullable
   const std::int32_t* scheduler_metadata;  // nullable; layout in common/scheduler_metadata.h
   std::int64_t page_table_batch_stride;
+  std::int32_t* tile_counter;  // [1] scratch, cleared by the launcher; nullable for kernels that launch a block a tile
 
   std::int32_t batch;
   std::int32_t seqlen_q;  // max over the batch
   std::int32_t seqlen_k;  // max over the batch; page_table.size(1) * page_size when paged
-  std::int64_t total_q;   // R
+  std::int64_t total_q;  // R
+  std::int64_t total_k;  // rows of packed k (cu_seqlens_k), else 0
+  std::int64_t num_pages;  // of the pool; 0: not paged
+  std::int64_t num_kv_batches;  // k.size(0) of dense k, else 0
   std::int32_t num_heads_q;
   std::int32_t num_heads_kv;
   std::int32_t head_dim;
   std::int32_t head_dim_v;
   std::int32_t page_size;  // 0: not paged
 
-  std::int32_t window_left;   // -1: unbounded
+  std::int32_t window_left;  // -1: unbounded
   std::int32_t window_right;  // -1: unbounded; causal is 0
   std::int32_t attention_chunk;  // 0: off
   float softmax_scale;
@@ -67,34 +86,35 @@ struct AttnParams {
   std::int32_t sinks_are_fp32;
 
   std::int32_t num_splits;  // >= 1; the grid's bound. With metadata a sequence uses min(metadata, num_splits)
-  std::int32_t pack_gqa;    // 1: the query heads of one KV head share a tile
+  std::int32_t pack_gqa;  // 1: the query heads of one KV head share a tile
   std::int32_t metadata_tag;  // what scheduler_metadata must carry for its split counts to be used
   std::int32_t heads_per_section;  // heads whose K/V share the L2 at a time; 0: all
+  std::int32_t max_blocks;  // of a persistent kernel: what sm_margin leaves; 0: all
 };
 
 // One get_scheduler_metadata call.
 struct SchedulerMetadataParams {
   std::uint32_t struct_size;
   std::uint32_t abi_version;
-  std::int32_t* metadata;             // [1 + 4 * round_up(batch, 4)]
-  const std::int32_t* seqused_k;      // [B], nullable: every sequence is seqlen_k long
-  const std::int32_t* cu_seqlens_k;   // [B + 1], nullable
-  const std::int32_t* leftpad_k;      // [B], nullable
-  const std::int32_t* cu_seqlens_q;   // [B + 1], nullable
-  const std::int32_t* seqused_q;      // [B], nullable
+  std::int32_t* metadata;  // [1 + 4 * round_up(batch, 4)]
+  const std::int32_t* seqused_k;  // [B], nullable: every sequence is seqlen_k long
+  const std::int32_t* cu_seqlens_k;  // [B + 1], nullable
+  const std::int32_t* leftpad_k;  // [B], nullable
+  const std::int32_t* cu_seqlens_q;  // [B + 1], nullable
+  const std::int32_t* seqused_q;  // [B], nullable
   std::int32_t batch;
   std::int32_t seqlen_q;
   std::int32_t seqlen_k;
-  std::int32_t seqlen_k_new;          // keys that this call will append to every sequence
+  std::int32_t seqlen_k_new;  // keys that this call will append to every sequence
   std::int32_t window_left;
   std::int32_t window_right;
   std::int32_t attention_chunk;
-  std::int32_t rows_per_token;        // query rows of one token in a tile: Hq / Hkv when packed, else 1
-  std::int32_t heads_in_grid;         // Hkv when packed, else Hq
+  std::int32_t rows_per_token;  // query rows of one token in a tile: Hq / Hkv when packed, else 1
+  std::int32_t heads_in_grid;  // Hkv when packed, else Hq
   std::int32_t tile_m;
   std::int32_t tile_n;
-  std::int32_t num_splits;            // bound
-  std::int32_t target_ctas;           // CTAs that fill the device once
+  std::int32_t num_splits;  // bound
+  std::int32_t target_ctas;  // CTAs that fill the device once
   std::int32_t metadata_tag;
 };
 
@@ -104,8 +124,8 @@ struct CombineParams {
   std::uint32_t abi_version;
   const float* out_partial;  // [splits, rows, heads, Dv], strides below
   const float* lse_partial;  // [splits, rows, heads]
-  void* out;                 // [rows, heads, Dv]
-  float* softmax_lse;        // [rows, heads] by strides; nullable
+  void* out;  // [rows, heads, Dv]
+  float* softmax_lse;  // [rows, heads] by strides; nullable
   std::int64_t out_partial_split_stride, out_partial_row_stride, out_partial_head_stride;
   std::int64_t lse_partial_split_stride, lse_partial_row_stride, lse_partial_head_stride;
   std::int64_t out_row_stride, out_head_stride;
@@ -128,8 +148,8 @@ struct CombineParams {
 // The C ABI. Every entry returns 0, or non-zero with a NUL-terminated text in `error` (kernel name, shape, CUDA's
 // words). Kernels are named by the id of their row in python/broadhead/support.py.
 BROADHEAD_EXPORT std::uint32_t broadhead_abi_version();
-BROADHEAD_EXPORT const char* broadhead_build_archs();   // as compiled: "80;90"
-BROADHEAD_EXPORT int broadhead_cuda_version();          // CUDART_VERSION of the build: 13000
+BROADHEAD_EXPORT const char* broadhead_build_archs();  // as compiled: "80;90"
+BROADHEAD_EXPORT int broadhead_cuda_version();  // CUDART_VERSION of the build: 13000
 BROADHEAD_EXPORT int broadhead_kernel_count();
 BROADHEAD_EXPORT const char* broadhead_kernel_id(int index);
 BROADHEAD_EXPORT int broadhead_forward(int index, const broadhead::AttnParams* params, void* stream, char* error,

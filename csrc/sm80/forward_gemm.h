@@ -106,13 +106,12 @@ BROADHEAD_DEVICE void qk_gemm(float (&s)[Traits::kMmaM][Traits::kMmaN][4], const
 template <class Traits>
 BROADHEAD_DEVICE void pack_p(std::uint32_t (&p)[Traits::kMmaM][4], const float (&s)[Traits::kMmaM][Traits::kMmaN][4],
                              int step) {
-  using Atom = MmaAtom<typename Traits::Element>;
   BROADHEAD_UNROLL
   for (int m = 0; m < Traits::kMmaM; ++m) {
-    p[m][0] = Atom::pack(s[m][2 * step][0], s[m][2 * step][1]);
-    p[m][1] = Atom::pack(s[m][2 * step][2], s[m][2 * step][3]);
-    p[m][2] = Atom::pack(s[m][2 * step + 1][0], s[m][2 * step + 1][1]);
-    p[m][3] = Atom::pack(s[m][2 * step + 1][2], s[m][2 * step + 1][3]);
+    p[m][0] = pack_pair<typename Traits::Element>(s[m][2 * step][0], s[m][2 * step][1]);
+    p[m][1] = pack_pair<typename Traits::Element>(s[m][2 * step][2], s[m][2 * step][3]);
+    p[m][2] = pack_pair<typename Traits::Element>(s[m][2 * step + 1][0], s[m][2 * step + 1][1]);
+    p[m][3] = pack_pair<typename Traits::Element>(s[m][2 * step + 1][2], s[m][2 * step + 1][3]);
   }
 }
 
@@ -190,7 +189,6 @@ BROADHEAD_DEVICE int o_column(int tile, int warp_n) {
 template <class Traits>
 BROADHEAD_DEVICE void store_p(typename Traits::SharedStorage& smem, const float (&s)[Traits::kMmaM][Traits::kMmaN][4],
                               int warp_m, int warp_n, int lane) {
-  using Atom = MmaAtom<typename Traits::Element>;
   char* base = reinterpret_cast<char*>(smem.p);
   BROADHEAD_UNROLL
   for (int m = 0; m < Traits::kMmaM; ++m) {
@@ -200,8 +198,8 @@ BROADHEAD_DEVICE void store_p(typename Traits::SharedStorage& smem, const float 
       const int row = warp_m * Traits::kRowsPerWarp + m * 16 + lane / 4;
       const int unit = (col / 8) % 8 ^ (row & 7);
       char* target = base + (col / 64) * (Traits::kTileM * 128) + row * 128 + unit * 16 + (lane % 4) * 4;
-      *reinterpret_cast<std::uint32_t*>(target) = Atom::pack(s[m][n][0], s[m][n][1]);
-      *reinterpret_cast<std::uint32_t*>(target + 8 * 128) = Atom::pack(s[m][n][2], s[m][n][3]);
+      *reinterpret_cast<std::uint32_t*>(target) = pack_pair<typename Traits::Element>(s[m][n][0], s[m][n][1]);
+      *reinterpret_cast<std::uint32_t*>(target + 8 * 128) = pack_pair<typename Traits::Element>(s[m][n][2], s[m][n][3]);
     }
   }
 }

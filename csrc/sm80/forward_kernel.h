@@ -6,11 +6,11 @@
 
 #include "common/online_softmax.h"
 #include "common/scheduler_metadata.h"
+#include "common/score.h"
 #include "common/tile_scheduler.h"
 #include "sm80/forward_epilogue.h"
 #include "sm80/forward_gemm.h"
 #include "sm80/forward_load.h"
-#include "sm80/forward_score.h"
 
 namespace broadhead {
 
@@ -60,8 +60,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   if (thread == 0) {
     const WorkTile tile = work_tile(blockIdx.x, m_blocks, params.pack_gqa ? params.num_heads_kv : params.num_heads_q,
                                     params.batch, params.heads_per_section);
-    make_tile_state(smem.state, params, tile.m_block, tile.head, tile.batch, split, sequence_splits(params, tile.batch),
-                    Traits::kTileM, Traits::kTileN, Traits::kHeadDim);
+    make_tile_state(smem.state, params, tile, split,
+                    {.rows = Traits::kTileM,
+                     .keys = Traits::kTileN,
+                     .head_dim = Traits::kHeadDim,
+                     .head_dim_v = Traits::kHeadDim,
+                     .cluster = 1});
   }
   __syncthreads();
   if (state.splits == 0) return;
@@ -207,8 +211,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     }
     const int key0 = block * Traits::kTileN;
     if (key0 < state.unmasked.begin || key0 + Traits::kTileN > state.unmasked.end) {
-      apply_mask<Traits>(s, state.mask, state.unmasked, state.output.rows, warp_row,
-                         key0 + warp_n * Traits::kKeysPerWarp, lane);
+      apply_mask(s, state.mask, state.unmasked, state.output.rows, warp_row, key0 + warp_n * Traits::kKeysPerWarp,
+                 lane);
     }
 
     float block_max[2 * Traits::kMmaM];

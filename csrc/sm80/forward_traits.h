@@ -5,8 +5,8 @@
 #pragma once
 
 #include "common/math.h"
+#include "common/tile_state.h"
 #include "sm80/atoms.h"
-#include "sm80/tile_state.h"
 
 namespace broadhead {
 

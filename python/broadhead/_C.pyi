@@ -25,9 +25,10 @@ def forward(
     q: Tensor,  # (B, Sq, Hq, D) or (T, Hq, D)
     k: Tensor,  # (B, Sk, Hkv, D), (Tk, Hkv, D) or (pages, page_size, Hkv, D)
     v: Tensor,  # as k with Dv
-    out: Tensor,  # as q with Dv
+    out: Tensor,  # as q with Dv; bf16 for 8-bit q
     softmax_lse: Tensor | None,  # fp32 (B, Hq, Sq) or (Hq, T); None: not wanted
-    out_partial: Tensor | None,  # fp32 (num_splits, Hq, rows, Dv), with lse_partial behind it when that is None
+    # fp32 (num_splits, Hq, rows, Dv), with lse_partial behind it when that is None; what is left at its end: scratch
+    out_partial: Tensor | None,
     lse_partial: Tensor | None,  # fp32 (num_splits, Hq, rows)
     cu_seqlens_q: Tensor | None,  # int32 (B + 1,)
     cu_seqlens_k: Tensor | None,  # int32 (B + 1,)
@@ -39,6 +40,10 @@ def forward(
     prefix_lens: Tensor | None,  # int32 (B,)
     sinks: Tensor | None,  # (Hq,) fp32 or the dtype of q
     scheduler_metadata: Tensor | None,  # int32 (1 + 4 * round_up(B, 4),)
+    qv: Tensor | None,  # as q with Dv
+    q_descale: Tensor | None,  # fp32 (B, Hkv)
+    k_descale: Tensor | None,  # fp32 (B, Hkv)
+    v_descale: Tensor | None,  # fp32 (B, Hkv)
     seqlen_q: int,
     seqlen_k: int,
     window_left: int,
@@ -50,10 +55,11 @@ def forward(
     pack_gqa: int,
     metadata_tag: int,
     heads_per_section: int,
+    max_blocks: int,
     stream: int,
     /,
 ) -> None: ...
-def signature(*tensors: Tensor | None) -> bytes | None: ...  # the first four also by alignment
+def signature(*tensors: Tensor | None) -> bytes | None: ...  # the first five also by alignment
 def scheduler_metadata(
     metadata: Tensor,  # int32 (1 + 4 * round_up(batch, 4),)
     seqused_k: Tensor | None,

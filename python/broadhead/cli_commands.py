@@ -117,7 +117,7 @@ def matrix() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("kernel", "phase", "dtype", "head_dim", "compute capability", "here")
+    table = Table("kernel", "phase", "dtype", "head_dim", "head_dim_v", "compute capability", "here")
     entries = broadhead.support_matrix()
     for entry in entries:
         capabilities = " ".join(f"{major}.{minor}" for major, minor in entry.capabilities)
@@ -126,6 +126,7 @@ def matrix() -> None:
             entry.phase,
             entry.dtype,
             f"<= {entry.head_dim}",
+            f"<= {entry.head_dim_v}",
             capabilities,
             "yes" if entry.in_build else "no",
         )

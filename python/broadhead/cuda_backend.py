@@ -22,7 +22,8 @@ class Launch(NamedTuple):
     out_shape: tuple[int, ...]
     out_dtype: torch.dtype
     lse_shape: tuple[int, ...]
-    partial_size: int  # fp32 of the splits' partial outputs and LSE in one buffer; 0: one split
+    # fp32 of the splits' partial outputs and LSE in one buffer, and the counter of kernels that need one at its end.
+    partial_size: int  # 0: one split, no counter
     zero_out: bool  # rows exist that no sequence may own: an output allocated here is cleared first
     seqlen_k: int
     # The last arguments of _C.forward, seqlen_q to stream: fields of AttnParams (csrc/host/params.h).
@@ -42,13 +43,14 @@ def make_launch(args: AttentionArgs, call: CheckedCall, plan: Plan) -> Launch:
     packed = args.cu_seqlens_q is not None
     heads = problem.num_heads_q
     splits = schedule.num_splits
+    partial_size = splits * heads * call.total_q * (problem.head_dim_v + 1) if splits > 1 else 0
     return Launch(
         kernel_id=plan.row.id,
         device=q.device,
         out_shape=(*q.shape[:-1], problem.head_dim_v),
         out_dtype=out_dtype(q.dtype),
         lse_shape=(heads, q.shape[0]) if packed else (q.shape[0], heads, q.shape[1]),
-        partial_size=splits * heads * call.total_q * (problem.head_dim_v + 1) if splits > 1 else 0,
+        partial_size=partial_size + int(plan.row.template.needs_counter),
         zero_out=args.seqused_q is not None,
         seqlen_k=problem.seqlen_k,
         numbers=(
@@ -63,6 +65,7 @@ def make_launch(args: AttentionArgs, call: CheckedCall, plan: Plan) -> Launch:
             int(schedule.pack_gqa),
             plan.metadata_tag,
             schedule.heads_per_section,
+            schedule.max_blocks,
             CURRENT_STREAM,
         ),
         config=plan.metadata_config,
@@ -102,6 +105,10 @@ def launch_forward(
     prefix_lens: Tensor | None,
     sinks: Tensor | None,
     scheduler_metadata: Tensor | None,
+    qv: Tensor | None,
+    q_descale: Tensor | None,
+    k_descale: Tensor | None,
+    v_descale: Tensor | None,
     need_lse: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Allocate what the kernel writes and launch it: ``(out, softmax_lse or None)``; ``launch`` was made for them."""
@@ -115,19 +122,21 @@ def launch_forward(
         with torch.cuda.device(device):
             return launch_forward(
                 function, launch, q, k, v, out, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k,
-                kv_batch_idx, page_table, prefix_lens, sinks, scheduler_metadata, need_lse,
+                kv_batch_idx, page_table, prefix_lens, sinks, scheduler_metadata, qv, q_descale, k_descale, v_descale,
+                need_lse,
             )  # fmt: skip
     if out is None:
-        out = q.new_zeros(out_shape, dtype=dtype) if zero_out else q.new_empty(out_shape)
+        out = q.new_zeros(out_shape, dtype=dtype) if zero_out else q.new_empty(out_shape, dtype=dtype)
     lse = None
     if need_lse:
         lse = q.new_empty(lse_shape, dtype=_FLOAT32)
         if zero_out:
             lse.fill_(float("-inf"))
-    # The lse_partial argument is None: it lies behind the outputs.
+    # The lse_partial argument is None: it lies behind the outputs, and the counter behind both.
     partial = q.new_empty(partial_size, dtype=_FLOAT32) if partial_size else None
     (_forward or _load_forward())(
         kernel_id, q, k, v, out, lse, partial, None, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
-        leftpad_k, kv_batch_idx, page_table, prefix_lens, sinks, scheduler_metadata, *numbers,
+        leftpad_k, kv_batch_idx, page_table, prefix_lens, sinks, scheduler_metadata, qv, q_descale, k_descale,
+        v_descale, *numbers,
     )  # fmt: skip
     return out, lse

@@ -9,13 +9,13 @@ from .device import DeviceDescription
 from .native import BuildDescription, build_description
 from .problem import AttentionProblem, canonical_right
 from .schedule import Schedule, plan_schedule
-from .support import FEATURES, ROWS, KernelRow
+from .support import ROWS, KernelRow
 from .validation import describe_value
 
 #: Query rows (tokens x heads of one KV head) up to which a call is decode: bound by memory, so its keys are split.
 DECODE_MAX_ROWS = 32
 
-#: Requests that no kernel of the table serves, with the words of the refusal.
+#: Requests that all rows refuse as long as none lists them, with the words of the refusal.
 UNSERVED = {
     "qv": "qv (a second query for v) has no CUDA kernel",
     "descale": "q_descale, k_descale and v_descale have no CUDA kernel",
@@ -71,16 +71,31 @@ def _capability_text(capability: tuple[int, int] | None) -> str:
     return "none" if capability is None else f"{capability[0]}.{capability[1]}"
 
 
-def _request_refusal(row: KernelRow, problem: AttentionProblem) -> str:
+def _listed_features() -> frozenset[str]:
+    """Every feature that some row does."""
+    return frozenset(name for row in ROWS for name in row.features)
+
+
+def _needed_features(problem: AttentionProblem) -> tuple[str, ...]:
+    """What a row must list to compute the problem; what no row lists is refused for all of them at once."""
+    listed = _listed_features()
+    needed = [name for name in problem.features if name in listed]
+    if canonical_right(problem.seqlen_q, problem.window_right) < 0 and "causal" in needed:
+        needed.remove("causal")  # one query sees every key: metadata made with and without causal has one kernel
+    return tuple(needed)
+
+
+def _request_refusal(row: KernelRow, problem: AttentionProblem, needed: tuple[str, ...]) -> str:
     """Why the row's kernel does not compute the problem on any device ("" if it does)."""
     if row.direction != problem.direction:
         return f"is a {row.direction} kernel"
     if row.dtype != problem.dtype:
         return f"takes dtype {row.dtype}, not {problem.dtype}"
-    head_dim = max(problem.head_dim, problem.head_dim_v)
-    if row.head_dim < head_dim:
-        return f"takes head_dim up to {row.head_dim}, not {head_dim}"
-    missing = [name for name in problem.features if name in FEATURES and name not in row.features]
+    if row.head_dim < problem.head_dim:
+        return f"takes head_dim up to {row.head_dim}, not {problem.head_dim}"
+    if row.head_dim_v < problem.head_dim_v:
+        return f"takes head_dim_v up to {row.head_dim_v}, not {problem.head_dim_v}"
+    missing = [name for name in needed if name not in row.features]
     return f"lacks {', '.join(missing)}" if missing else ""
 
 
@@ -129,9 +144,8 @@ def _general_refusals(problem: AttentionProblem, device: DeviceDescription) -> l
     reasons = []
     if device.type != "cuda":
         reasons.append(f"the tensors are on a {device.type} device; kernels run on NVIDIA CUDA devices")
-    reasons += [words for name, words in UNSERVED.items() if name in problem.features]
-    if problem.dtype.startswith("float8"):
-        reasons.append(f"dtype {problem.dtype} has no CUDA kernel")
+    listed = _listed_features()
+    reasons += [words for name, words in UNSERVED.items() if name in problem.features and name not in listed]
     return reasons + list(problem.obstacles)
 
 
@@ -144,60 +158,74 @@ def _nothing_computes(problem: AttentionProblem, rows: list[KernelRow]) -> str:
     rows = [row for row in rows if row.dtype == problem.dtype]
     if not rows:
         return f"dtype {problem.dtype} has no CUDA kernel; kernels take {', '.join(dtypes)}"
-    head_dim, largest = max(problem.head_dim, problem.head_dim_v), max(row.head_dim for row in rows)
-    if head_dim > largest:
-        return f"head_dim {head_dim} exceeds {largest}, the largest of any CUDA kernel"
-    return f"no CUDA kernel combines {', '.join(problem.features)} at head_dim {head_dim}"
+    for name, size, largest in (
+        ("head_dim", problem.head_dim, max(row.head_dim for row in rows)),
+        ("head_dim_v", problem.head_dim_v, max(row.head_dim_v for row in rows)),
+    ):
+        if size > largest:
+            return f"{name} {size} exceeds {largest}, the largest of any CUDA kernel"
+    return f"no CUDA kernel combines {', '.join(problem.features)} at {_head_dims(problem)}"
+
+
+def _head_dims(problem: AttentionProblem) -> str:
+    text = f"head_dim {problem.head_dim}"
+    return text if problem.head_dim == problem.head_dim_v else f"{text}, head_dim_v {problem.head_dim_v}"
 
 
 def _decide(problem: AttentionProblem, device: DeviceDescription, build: BuildDescription) -> Plan:
     phase = phase_of(problem)
-    # The tightest bucket of the wanted phase first; the table's order breaks ties.
-    rows = sorted(ROWS, key=lambda row: (row.phase != phase, row.head_dim))
+    # The wanted phase first, then the least padded columns of both products; the table's order breaks ties.
+    rows = sorted(ROWS, key=lambda row: (row.phase != phase, row.head_dim + row.head_dim_v))
+    needed = _needed_features(problem)
     refusals = [Refusal("", reason) for reason in _general_refusals(problem, device)]
     general = bool(refusals)
     chosen: KernelRow | None = None
     computable = False  # a kernel computes the problem, on some device
-    left_out = ""  # the first kernel that would run here if the build had it
+    left_out: dict[str, str] = {}  # why the build has not what would be better: reason -> the best such kernel
     for row in rows:
-        reason = _request_refusal(row, problem)
+        reason = _request_refusal(row, problem, needed)
         if not reason and device.type == "cuda":
             computable = True
             reason = _device_refusal(row, device)
             if not reason:
                 reason = _build_refusal(row, device, build)
-                if reason:
-                    left_out = left_out or f"kernel {row.id} {reason}"
+                if reason and chosen is None:
+                    left_out.setdefault(reason, row.id)
         if reason:
             refusals.append(Refusal(row.id, reason))
         elif chosen is None and not general:
             chosen = row
+    missing = "; ".join(f"kernel {row_id} {reason}" for reason, row_id in left_out.items())
     if chosen is not None:
         schedule = plan_schedule(problem, chosen, device)
-        why = f"{chosen.id}: the first {phase} row for head_dim {max(problem.head_dim, problem.head_dim_v)}"
+        why = f"{chosen.id}: the first {phase} row for {_head_dims(problem)}"
+        if missing:
+            why += f" that this build holds: {missing}"
         tag, config = metadata_identity(problem, chosen, schedule.pack_gqa)
         return Plan(chosen, schedule, tag, config, tuple(refusals), why, False)
     if general:
         why = "; ".join(refusal.reason for refusal in refusals if not refusal.row_id)
-    elif left_out:
-        why = left_out
+    elif missing:
+        why = missing
     elif computable:
-        why = _device_reason(problem, device, rows)
+        why = _device_reason(problem, device, rows, needed)
     else:
         why = _nothing_computes(problem, rows)
     tag, config = metadata_identity(problem, None, False)
-    return Plan(None, None, tag, config, tuple(refusals), why, bool(left_out) and not general)
+    return Plan(None, None, tag, config, tuple(refusals), why, bool(missing) and not general)
 
 
-def _device_reason(problem: AttentionProblem, device: DeviceDescription, rows: list[KernelRow]) -> str:
+def _device_reason(
+    problem: AttentionProblem, device: DeviceDescription, rows: list[KernelRow], needed: tuple[str, ...]
+) -> str:
     """Kernels compute the problem, but none on this device."""
-    able = [row for row in rows if not _request_refusal(row, problem)]
+    able = [row for row in rows if not _request_refusal(row, problem, needed)]
     capabilities = sorted({capability for row in able for capability in row.capabilities})
     if device.capability not in capabilities:
         known = ", ".join(map(_capability_text, capabilities))
         return f"no CUDA kernel for compute capability {_capability_text(device.capability)}; kernels exist for {known}"
-    needed = min(row.smem_limit for row in able if device.capability in row.capabilities)
-    return f"every CUDA kernel needs {needed} bytes of shared memory a block; the device has {device.smem_per_block}"
+    smallest = min(row.smem_limit for row in able if device.capability in row.capabilities)
+    return f"every CUDA kernel needs {smallest} bytes of shared memory a block; the device has {device.smem_per_block}"
 
 
 def metadata_identity(problem: AttentionProblem, row: KernelRow | None, pack_gqa: bool) -> tuple[int, MetadataConfig]:
@@ -275,7 +303,9 @@ def _validate_head_dims(
     ]
     shown = ".".join(map(str, wanted))
     assert rows, f"no kernel for compute capability {shown}"
-    largest = max(row.head_dim for row in rows)
-    for name, size in (("head_dim", head_dim), ("head_dim_v", head_dim_v)):
+    for name, size, largest in (
+        ("head_dim", head_dim, max(row.head_dim for row in rows)),
+        ("head_dim_v", head_dim_v, max(row.head_dim_v for row in rows)),
+    ):
         assert size > 0 and size % alignment == 0, f"{name} must be a positive multiple of {alignment}, got {size}"
         assert size <= largest, f"{name} must be at most {largest} on compute capability {shown}, got {size}"

@@ -239,7 +239,8 @@ class SupportEntry(NamedTuple):
     direction: str
     phase: str
     dtype: str
-    head_dim: int  # largest head_dim and head_dim_v
+    head_dim: int  # the largest
+    head_dim_v: int  # the largest
     capabilities: tuple[tuple[int, int], ...]
     features: tuple[str, ...]
     in_build: bool
@@ -257,6 +258,7 @@ def support_matrix(build: BuildDescription | None = None) -> list[SupportEntry]:
             row.phase,
             row.dtype,
             row.head_dim,
+            row.head_dim_v,
             row.capabilities,
             row.features,
             row.id in held,

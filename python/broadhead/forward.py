@@ -28,9 +28,9 @@ is_grad_enabled = torch.is_grad_enabled
 
 
 def _signature_in_python(*tensors: Any) -> tuple[Any, ...] | None:
-    """As _C.signature, for torch versions without the DLPack exchange API: the first four also by alignment."""
+    """As _C.signature, for torch versions without the DLPack exchange API: the first five also by alignment."""
     return tuple(
-        None if t is None else (*tensor_signature(t), t.data_ptr() & 15 if i < 4 else 0) for i, t in enumerate(tensors)
+        None if t is None else (*tensor_signature(t), t.data_ptr() & 15 if i < 5 else 0) for i, t in enumerate(tensors)
     )
 
 
@@ -103,25 +103,24 @@ def run_forward(
     key: tuple[Any, ...] | None = None
     launch: Launch | None = None
     try:
-        if (
-            q.is_cuda
-            and qv is None
-            and not (
-                is_grad_enabled()
-                and (
-                    q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad)
-                )
+        if q.is_cuda and not (
+            is_grad_enabled()
+            and (
+                q.requires_grad
+                or k.requires_grad
+                or v.requires_grad
+                or (sinks is not None and sinks.requires_grad)
+                or (qv is not None and qv.requires_grad)
             )
         ):
             signature = _signature(
-                q, k, v, out, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table, kv_batch_idx, leftpad_k,
-                sinks, prefix_lens, scheduler_metadata,
+                q, k, v, out, qv, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table, kv_batch_idx, leftpad_k,
+                sinks, prefix_lens, scheduler_metadata, q_descale, k_descale, v_descale,
             )  # fmt: skip
             if signature is not None:
                 key = (
-                    signature, q_descale is None and k_descale is None and v_descale is None, max_seqlen_q,
-                    max_seqlen_k, softmax_scale, causal, window_size, attention_chunk, softcap, num_splits, pack_gqa,
-                    sm_margin, backend,
+                    signature, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size, attention_chunk, softcap,
+                    num_splits, pack_gqa, sm_margin, backend,
                 )  # fmt: skip
                 launch = _launches.get(key)
     except (AttributeError, TypeError):
@@ -130,7 +129,7 @@ def run_forward(
         state.last = launch.dispatch
         return launch_forward(
             function, launch, q, k, v, out, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k, kv_batch_idx,
-            page_table, prefix_lens, sinks, scheduler_metadata, need_lse,
+            page_table, prefix_lens, sinks, scheduler_metadata, qv, q_descale, k_descale, v_descale, need_lse,
         )  # fmt: skip
     args = AttentionArgs(
         q, k, v, qv, out, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k, page_table,
@@ -218,7 +217,7 @@ def _decide_and_run(
     return launch_forward(
         function, launch, args.q, args.k, args.v, args.out, args.cu_seqlens_q, args.cu_seqlens_k, args.seqused_q,
         args.seqused_k, args.leftpad_k, args.kv_batch_idx, args.page_table, args.prefix_lens, args.sinks,
-        args.scheduler_metadata, need_lse,
+        args.scheduler_metadata, args.qv, args.q_descale, args.k_descale, args.v_descale, need_lse,
     )  # fmt: skip
 
 

@@ -177,7 +177,7 @@ def prepare(request: MetadataRequest, device: torch.device) -> Prepared:
             problem.attention_chunk,
             schedule.rows_per_token,
             schedule.heads_in_grid,
-            plan.row.tile.tile_m,
+            schedule.tile_m,
             plan.row.tile.tile_n,
             schedule.num_splits,
             schedule.target_ctas,

@@ -49,7 +49,7 @@ class AttentionProblem(NamedTuple):
     window_left: int  # -1: unbounded
     window_right: int  # -1: unbounded; causal is 0
     attention_chunk: int  # 0: off
-    features: tuple[str, ...]  # sorted: support.FEATURES, and what no kernel does ("qv", "descale", "gradients")
+    features: tuple[str, ...]  # sorted: support.FEATURES and EXTRA_FEATURES, and "gradients"
     num_splits: int  # 0: heuristic
     pack_gqa: bool | None
     has_metadata: bool
@@ -331,7 +331,8 @@ def _check_out(function: str, args: AttentionArgs, head_dim_v: int) -> None:
 def _layout_obstacles(args: AttentionArgs) -> tuple[str, ...]:
     """Strides and addresses that kernels, which move 16 bytes at a time, do not take."""
     obstacles = []
-    for name, tensor in (("q", args.q), ("k", args.k), ("v", args.v), ("out", args.out)):
+    for name in ("q", "k", "v", "out", "qv"):
+        tensor = getattr(args, name)
         if not isinstance(tensor, Tensor):
             continue
         step = ALIGNMENT_BYTES // tensor.element_size()

@@ -36,30 +36,40 @@ class Schedule(NamedTuple):
     heads_per_section: int  # heads whose K/V share the L2 at a time; 0: all
     rows_per_token: int  # query rows of one token in a tile
     heads_in_grid: int
+    tile_m: int  # query rows of a full tile, or of those of a cluster
     m_blocks: int  # of the longest sequence
-    target_ctas: int  # blocks that fill the device once
+    target_ctas: int  # blocks, or clusters, that fill the device once
+    max_blocks: int  # of a persistent kernel: what sm_margin leaves; 0: all
 
 
 def plan_schedule(problem: AttentionProblem, row: KernelRow, device: DeviceDescription) -> Schedule:
     """The schedule of ``problem`` on the kernel of ``row``."""
     group = problem.num_heads_q // problem.num_heads_kv
+    template = row.template
+    tile_m = row.tile.tile_m * template.cluster
+    packable = group > 1 and (group <= row.tile.tile_m or not template.whole_tokens)
     if problem.pack_gqa is None:
         # Packing pays when the rows of one head leave a tile partly empty.
-        pack_gqa = group > 1 and (row.phase == "decode" or problem.seqlen_q < row.tile.tile_m)
+        pack_gqa = packable and (row.phase == "decode" or problem.seqlen_q < tile_m)
     else:
-        pack_gqa = problem.pack_gqa and group > 1
+        pack_gqa = problem.pack_gqa and packable
     rows_per_token = group if pack_gqa else 1
+    if template.whole_tokens:
+        tile_m -= row.tile.tile_m % rows_per_token * template.cluster
     heads_in_grid = problem.num_heads_kv if pack_gqa else problem.num_heads_q
-    m_blocks = max(1, ceil(problem.seqlen_q * rows_per_token / row.tile.tile_m))
-    target_ctas = max(1, device.sm_count - problem.sm_margin) * row.tile.min_blocks
+    m_blocks = max(1, ceil(problem.seqlen_q * rows_per_token / tile_m))
+    blocks = max(template.cluster, (device.sm_count - problem.sm_margin) * row.tile.min_blocks)
+    target_ctas = blocks // template.cluster
     return Schedule(
         num_splits=_choose_splits(problem, row, m_blocks * heads_in_grid * problem.batch, target_ctas),
         pack_gqa=pack_gqa,
         heads_per_section=_heads_per_section(problem, row, group, pack_gqa, device.l2_bytes),
         rows_per_token=rows_per_token,
         heads_in_grid=heads_in_grid,
+        tile_m=tile_m,
         m_blocks=m_blocks,
         target_ctas=target_ctas,
+        max_blocks=blocks if problem.sm_margin else 0,
     )
 
 
@@ -97,7 +107,7 @@ def _heads_per_section(problem: AttentionProblem, row: KernelRow, group: int, pa
     # PERF(H200, head_dim 256 causal: 300 -> 344 TFLOP/s)
     while problem.num_heads_kv * problem.batch % kv_heads:
         kv_heads -= 1
-    if problem.window_right == 0 and row.head_dim <= 64:
+    if problem.window_right == 0 and max(row.head_dim, row.head_dim_v) <= 64:
         return 0  # PERF(H200, head_dim 64 causal: 290 -> 295 TFLOP/s): little to share, and the last section's tail
     if kv_heads >= problem.num_heads_kv * problem.batch:
         return 0

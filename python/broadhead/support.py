@@ -34,6 +34,8 @@ HUGE_SMEM = tuple(c for c, size in SMEM_BY_CAPABILITY.items() if size >= SMEM_22
 BEFORE_SM100 = tuple(c for c in CAPABILITIES if c < (10, 0))
 
 DTYPES = ("bf16", "fp16")
+#: What ends the id of a row of each dtype a kernel can take.
+ID_SUFFIXES = {"bf16": "bf16", "fp16": "fp16", "float8_e4m3fn": "e4m3"}
 
 #: What a call may ask of a kernel beyond dense attention. A row lists what it does.
 FEATURES = (
@@ -52,6 +54,10 @@ FEATURES = (
     "split_kv",
     "lse",
 )
+#: Features that only some kernels do, if any.
+EXTRA_FEATURES = ("qv", "descale")
+#: Features that restrict which keys a query sees.
+MASK_FEATURES = ("causal", "window", "attention_chunk", "prefix_lens")
 
 
 class Tile(NamedTuple):
@@ -73,8 +79,60 @@ class Tile(NamedTuple):
     min_blocks: int
 
 
+class HopperTile(NamedTuple):
+    """The shape of one block's work in the Hopper kernel; the last template arguments of ``sm90::ForwardTraits``.
+
+    tile_m: query rows, 64 for each consumer warpgroup; tile_n: keys a step; stages: buffers of K and of V; overlap: 0:
+    warpgroups take turns on the tensor cores; 1: each also has the scores of a step in flight beside the output of the
+    step before; 2: likewise, with registers for the probabilities of two steps.
+    """
+
+    tile_m: int
+    tile_n: int
+    stages: int
+    overlap: int
+
+    @property
+    def min_blocks(self) -> int:
+        return 1
+
+
+class WideTile(NamedTuple):
+    """The shape of one block's work in the wide Hopper kernel; the last template arguments of ``sm90::WideTraits``.
+
+    tile_m: query rows; tile_n: keys a step; q_register_cols: head-dim columns of Q that are kept in registers.
+    """
+
+    tile_m: int
+    tile_n: int
+    q_register_cols: int
+
+    @property
+    def min_blocks(self) -> int:
+        return 1
+
+
+class Template(NamedTuple):
+    """The C++ template behind a tile class, and how its launches divide their work."""
+
+    header: str  # below csrc
+    traits: str
+    launcher: str
+    takes_head_dim_v: bool  # as a template argument behind head_dim
+    cluster: int  # blocks that share their K and V, each with a tile of its own: neighbours of one head
+    whole_tokens: bool  # with packed GQA a tile holds whole tokens; else the heads of a token may straddle two tiles
+    needs_counter: bool  # takes one int32 of scratch: AttnParams::tile_counter
+
+
+TEMPLATES: dict[type, Template] = {
+    Tile: Template("sm80/forward_launch.cuh", "ForwardTraits", "launch_forward", False, 1, False, False),
+    HopperTile: Template("sm90/forward_launch.cuh", "sm90::ForwardTraits", "sm90::launch_forward", True, 1, True, True),
+    WideTile: Template("sm90/wide_launch.cuh", "sm90::WideTraits", "sm90::launch_wide", True, 2, True, True),
+}
+
+
 class KernelRow(NamedTuple):
-    """One kernel. ``head_dim`` bounds head_dim and head_dim_v; ``smem_limit`` is asserted at compile time."""
+    """One kernel. ``smem_limit`` is asserted at compile time."""
 
     id: str
     family: str  # the library that holds it: "sm80" -> libbroadhead_sm80.so
@@ -82,10 +140,20 @@ class KernelRow(NamedTuple):
     phase: str  # "prefill": many query rows; "decode": at most tile_m packed rows are worth it
     capabilities: tuple[tuple[int, int], ...]
     dtype: str
-    head_dim: int
+    head_dim: int  # the largest it takes
+    head_dim_v: int  # the largest it takes
     smem_limit: int
-    tile: Tile
+    tile: Tile | HopperTile | WideTile
     features: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The id without the dtype: what rows that differ in dtype only share."""
+        return self.id.removesuffix(f"_{ID_SUFFIXES[self.dtype]}")
+
+    @property
+    def template(self) -> Template:
+        return TEMPLATES[type(self.tile)]
 
 
 def _sm80_rows() -> tuple[KernelRow, ...]:
@@ -116,13 +184,40 @@ def _sm80_rows() -> tuple[KernelRow, ...]:
         ("decode_d512", "decode", CAPABILITIES, 512, SMEM_99KB, Tile(16, 64, 1, 8, 4, 128, 16, 512, 2)),
     )
     return tuple(
-        KernelRow(f"sm80_fwd_{name}_{dtype}", "sm80", "forward", phase, caps, dtype, head_dim, limit, tile, FEATURES)
+        KernelRow(
+            f"sm80_fwd_{name}_{ID_SUFFIXES[dtype]}", "sm80", "forward", phase, caps, dtype, head_dim, head_dim, limit,
+            tile, FEATURES,
+        )
         for name, phase, caps, head_dim, limit, tile in shapes
         for dtype in DTYPES
+    )  # fmt: skip
+
+
+def _sm90_rows() -> tuple[KernelRow, ...]:
+    """The Hopper forward kernels (wgmma, TMA, warp specialisation): prefill on compute capability 9.0."""
+    shapes = (
+        # name, head_dim, head_dim_v, tile
+        ("d64", 64, 64, HopperTile(192, 96, 2, 2)),
+        ("d96", 96, 96, HopperTile(192, 96, 2, 1)),
+        ("d128", 128, 128, HopperTile(128, 128, 2, 2)),
+        ("d192_v128", 192, 128, HopperTile(128, 128, 2, 2)),
+        ("d192", 192, 192, HopperTile(128, 112, 2, 1)),
+        ("d64_v256", 64, 256, HopperTile(128, 80, 2, 1)),
+        ("d256", 256, 256, HopperTile(128, 80, 2, 1)),
+        ("d512", 512, 512, WideTile(64, 64, 256)),
     )
+    return tuple(
+        KernelRow(
+            f"sm90_fwd_{name}_{ID_SUFFIXES[dtype]}", "sm90", "forward", "prefill", ((9, 0),), dtype, head_dim,
+            head_dim_v, SMEM_227KB, tile, FEATURES,
+        )
+        for name, head_dim, head_dim_v, tile in shapes
+        for dtype in DTYPES
+    )  # fmt: skip
 
 
-ROWS: tuple[KernelRow, ...] = _sm80_rows()
+#: Of rows that serve a request equally tightly dispatch takes the first.
+ROWS: tuple[KernelRow, ...] = (*_sm90_rows(), *_sm80_rows())
 
 
 def arch_covers(arch: str, capability: tuple[int, int]) -> bool:

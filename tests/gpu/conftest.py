@@ -24,8 +24,9 @@ def run_call(
     def run(call: Call | Built, **overrides) -> tuple[Built, support.KernelRow]:
         built = call if isinstance(call, Built) else build(call, cuda, rng)
         check_call(built, **overrides)
-        head_dim = max(built.call.head_dim, built.call.dim_v)
-        return built, row_ran(phase=expected_phase(built), dtype=built.call.dtype, head_dim=head_dim)
+        call = built.call
+        asked = {"head_dim": call.head_dim, "head_dim_v": call.dim_v}
+        return built, row_ran(phase=expected_phase(built), dtype=call.dtype, **asked)
 
     return run
 
@@ -36,23 +37,37 @@ def capability(cuda: torch.device) -> tuple[int, int]:
 
 
 @pytest.fixture
-def run_row(
-    run_call: Callable, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[[support.KernelRow, Call], None]]:
-    """`run_row(row, call)`: run the call on that very row, by showing dispatch a table of that row alone."""
+def only_row(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[support.KernelRow], None]]:
+    """`only_row(row)`: from now on dispatch sees a table of that row alone, so that it runs or the call is refused."""
 
     def forget() -> None:
         dispatch_module._plans.clear()
         clear_launches()
 
-    def run(row: support.KernelRow, call: Call) -> None:
+    def show(row: support.KernelRow) -> None:
         if capability not in row.capabilities:
             pytest.skip(f"{row.id} runs on {row.capabilities}, this device is {capability}")
         monkeypatch.setattr(dispatch_module, "ROWS", (row,))
         forget()
-        _, ran = run_call(call)
-        assert ran.id == row.id
 
     forget()
-    yield run
+    yield show
     forget()
+
+
+@pytest.fixture
+def run_row(
+    only_row: Callable, row_ran: Callable, cuda: torch.device, rng: random.Random
+) -> Callable[[support.KernelRow, Call | Built], Built]:
+    """`run_row(row, call)`: build, run and check the call on that very row, whatever phase it would choose."""
+
+    def run(row: support.KernelRow, call: Call | Built) -> Built:
+        only_row(row)
+        built = call if isinstance(call, Built) else build(call, cuda, rng)
+        check_call(built)
+        assert row_ran(dtype=built.call.dtype).id == row.id
+        return built
+
+    return run

@@ -1,13 +1,27 @@
-"""Small calls for the GPU tests, the phase each must run in, and CUDA-graph capture."""
+"""Small calls for the GPU tests, those that suit a row, the phase each must run in, and CUDA-graph capture."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
 
+import pytest
 import torch
+from broadhead import support
 from calls import Built, Call
 
+TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+#: Rows of 16-bit inputs. 8-bit inputs need factors, and tests of their own.
+ROWS = tuple(row for row in support.ROWS if row.direction == "forward" and row.dtype in TORCH_DTYPES)
+#: The rows whose kernels are written for one architecture: the portable ones have less to get wrong at their edges.
+ARCH_ROWS = tuple(row for row in ROWS if row.phase == "prefill" and len(row.capabilities) == 1)
+#: The feature that a row must have for each mask of a Call.
+MASK_FEATURES = {
+    "causal": "causal",
+    "window": "window",
+    "attention_chunk": "attention_chunk",
+    "prefix": "prefix_lens",
+}
 #: Packed rows (tokens x query heads of one KV head) up to which decode rows, and from which prefill rows, must run.
 SURELY_DECODE, SURELY_PREFILL = 16, 128
 
@@ -18,6 +32,31 @@ def expected_phase(built: Built) -> str | None:
     seqlen_q = built.kwargs.get("max_seqlen_q") or max(call.seqlens_q, default=0)
     rows = seqlen_q * call.heads_q // call.heads_kv
     return "decode" if rows <= SURELY_DECODE else "prefill" if rows >= SURELY_PREFILL else None
+
+
+def supports(row: support.KernelRow, options: dict) -> bool:
+    """Whether the row's kernel has the masks among a call's options."""
+    return all(MASK_FEATURES[name] in row.features for name in options if name in MASK_FEATURES)
+
+
+def row_call(row: support.KernelRow, function: str, seqlens_q: tuple, seqlens_k: tuple, **options) -> Call:
+    """A call of the row's dtype and largest head dims, without the masks that its kernel lacks."""
+    options = {name: x for name, x in options.items() if supports(row, {name: x})}
+    defaults = {"head_dim": row.head_dim, "head_dim_v": row.head_dim_v, "dtype": TORCH_DTYPES[row.dtype]}
+    call = Call(function, tuple(seqlens_q), tuple(seqlens_k), **{**defaults, **options})
+    if call.k_layout == "overlapping" and call.dim_v != call.head_dim:
+        call = call.with_(k_layout="plain")
+    return call
+
+
+def row_cases(masks: dict[str, dict], rows: tuple = ARCH_ROWS) -> list:
+    """pytest parameters (row, name) of every row with every mask of the table that it has."""
+    pairs = [(row, name) for row in rows for name, options in masks.items() if supports(row, options)]
+    return [pytest.param(row, name, id=f"{row.id}-{name}") for row, name in pairs]
+
+
+def row_id(row: support.KernelRow) -> str:
+    return row.id
 
 
 def decode_call(head_dim: int, **options) -> Call:

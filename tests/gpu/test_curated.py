@@ -11,7 +11,17 @@ import torch
 from broadhead import support
 from calls import Call, build
 from checks import check_against, check_call
-from gpu_calls import capture, decode_call, prefill_call, shortened
+from gpu_calls import (
+    ARCH_ROWS,
+    ROWS,
+    capture,
+    decode_call,
+    prefill_call,
+    row_call,
+    row_cases,
+    row_id,
+    shortened,
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.curated]
 
@@ -35,16 +45,31 @@ DECODE_TWISTS = (
 )
 
 
-@pytest.mark.parametrize("row", support.ROWS, ids=lambda row: row.id)
+@pytest.mark.parametrize("row", ROWS, ids=row_id)
 def test_row(row: support.KernelRow, run_row: Callable) -> None:
-    """Each row computes its head_dim."""
-    index = support.ROWS.index(row)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[row.dtype]
-    if row.phase == "decode":
-        call = decode_call(row.head_dim, dtype=dtype, **DECODE_TWISTS[index % len(DECODE_TWISTS)])
-    else:
-        call = prefill_call(row.head_dim, dtype=dtype, **PREFILL_TWISTS[index % len(PREFILL_TWISTS)])
-    run_row(row, call)
+    """Each row computes its head dims."""
+    index = ROWS.index(row)
+    make, twists = (decode_call, DECODE_TWISTS) if row.phase == "decode" else (prefill_call, PREFILL_TWISTS)
+    call = make(row.head_dim, **twists[index % len(twists)])
+    of_the_row = ("dtype", "head_dim", "head_dim_v")
+    run_row(row, row_call(row, **{name: x for name, x in vars(call).items() if name not in of_the_row}))
+
+
+#: What may go wrong differently in each kernel that is written for one architecture: copies, masks, tiles, splits.
+ARCH_CALLS = {
+    "packed": {"causal": True, "heads_q": 6, "slack_q": 3, "tail": 2},
+    "pages_16": {"page_size": 16, "k_layout": "interleaved", "heads_q": 4},
+    "pages_64": {"page_size": 64, "k_layout": "heads_first", "causal": True, "window": (50, 0), "freed_entries": True},
+    "splits": {"num_splits": 3, "sinks": "fp32", "q_layout": "gapped", "k_layout": "gapped", "out_layout": "gapped"},
+    "masks": {"causal": True, "window": (40, 0), "prefix": (30, 0, 3, 100), "softcap": 20.0},
+}
+
+
+@pytest.mark.parametrize("row, name", row_cases(ARCH_CALLS, tuple(row for row in ARCH_ROWS if row.dtype == "bf16")))
+def test_arch_row(row: support.KernelRow, name: str, run_row: Callable) -> None:
+    """A few small calls of every kernel that is written for one architecture."""
+    m, n = row.tile.tile_m, row.tile.tile_n
+    run_row(row, row_call(row, "varlen", (m + 5, 1, 0, 9), (2 * n + 5, 40, 7, n), **ARCH_CALLS[name]))
 
 
 FEATURES = {

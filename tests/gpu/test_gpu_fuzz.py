@@ -1,22 +1,47 @@
-"""Full GPU set: reject_or_correct, strict: a call raises a BroadheadError or a kernel matches the judge."""
+"""Full GPU set: reject_or_correct, strict: a call raises a BroadheadError or a kernel matches the judge.
+
+BROADHEAD_FUZZ_CALLS sets the calls of each test (`scripts/gpu_check.sh OUT stress`): the default is for every run.
+"""
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable
 
 import broadhead
 import pytest
 import torch
-from calls import build
+from broadhead import support
+from calls import Call, build
 from checks import check_call
+from gpu_calls import ARCH_ROWS, MASK_FEATURES, TORCH_DTYPES, row_id, supports
 from random_calls import LEGAL, random_call, wrong_mutations
 
 pytestmark = [pytest.mark.gpu, pytest.mark.full]
 
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (8, 16, 24, 40, 64, 72, 80, 96, 104, 128, 136, 160, 192, 256, 264, 320, 512)
-CHUNKS, CALLS = 10, 60
+CHUNKS, CALLS = 10, int(os.environ.get("BROADHEAD_FUZZ_CALLS", "60"))
+GROUPS = ((8, 8), (6, 2), (12, 2), (8, 1), (16, 1), (15, 3), (24, 1), (64, 1))
+
+
+def check_case(call: Call, case: str, rng: random.Random, cuda: torch.device) -> bool:
+    """Whether the call ran (and was right); a refusal of a call without oddities is a failure."""
+    built = build(call, cuda, rng)
+    oddity = rng.choice((None, None, None, *LEGAL))
+    oddity = None if call.num_new else oddity
+    if oddity is not None:
+        oddity(built, rng)
+    where = f"{case}, {oddity.__name__ if oddity else None}: {call}"
+    try:
+        check_call(built)
+    except broadhead.UnsupportedError as error:
+        assert oddity is not None, f"a plain call was refused ({error}): {where}"
+        return False
+    except Exception as error:
+        raise AssertionError(where) from error
+    return True
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
@@ -26,22 +51,47 @@ def test_reject_or_correct(chunk: int, seed: int, cuda: torch.device, row_ran: C
         rng = random.Random(seed + i)
         call = random_call(rng, DTYPES, longest=rng.choice((6, 40, 150, 600)), head_dims=HEAD_DIMS)
         torch.manual_seed(seed + i)
-        built = build(call, cuda, rng)
-        oddity = rng.choice((None, None, None, *LEGAL))
-        oddity = None if call.num_new else oddity
-        if oddity is not None:
-            oddity(built, rng)
-        where = f"case {i} (seed {seed + i}, {oddity.__name__ if oddity else None}): {call}"
-        try:
-            check_call(built)
-        except broadhead.UnsupportedError:
-            assert oddity is not None, f"a plain call was refused: {where}"
+        if check_case(call, f"case {i} (seed {seed + i})", rng, cuda):
+            row_ran(dtype=call.dtype)
+        else:
             refused += 1
-            continue
-        except Exception as error:
-            raise AssertionError(where) from error
-        row_ran(dtype=call.dtype)
-    assert refused < CALLS // 2
+    assert refused < max(CALLS // 2, 5)
+
+
+def random_row_call(row: support.KernelRow, rng: random.Random) -> Call:
+    """A random call within the row's head dims and masks, of lengths about a few of its tiles."""
+    tile = rng.choice((row.tile.tile_m, row.tile.tile_n, 2 * row.tile.tile_m))
+    longest = rng.choice((3, tile // 2, tile + 1, 3 * tile + 2, 700))
+    dims = [tuple(rng.choice((limit, rng.randrange(8, limit + 1, 8))) for limit in (row.head_dim, row.head_dim_v))]
+    dims.append((row.head_dim, row.head_dim_v))
+    if row.head_dim == row.head_dim_v:
+        dims.append((dims[0][0], dims[0][0]))
+    head_dim, head_dim_v = rng.choice(dims)
+    call = random_call(rng, (TORCH_DTYPES[row.dtype],), longest, head_dims=(head_dim,))
+    defaults = {name: Call.__dataclass_fields__[name].default for name in MASK_FEATURES}
+    changes = {name: x for name, x in defaults.items() if not supports(row, {name: x})}
+    if rng.random() < 0.4:
+        changes["heads_q"], changes["heads_kv"] = rng.choice(GROUPS)
+    if call.page_size and rng.random() < 0.4:
+        changes["page_size"] = rng.choice((row.tile.tile_n, 2 * row.tile.tile_n, 12, 24, 96, 100))
+    if call.k_layout == "overlapping" and head_dim != head_dim_v:
+        changes["k_layout"] = "plain"
+    return call.with_(head_dim_v=head_dim_v, **changes)
+
+
+@pytest.mark.parametrize("row", ARCH_ROWS, ids=row_id)
+def test_row(row: support.KernelRow, seed: int, cuda: torch.device, only_row: Callable, row_ran: Callable) -> None:
+    """Any call that the row claims to run, on that very row: single queries too, which prefill rows seldom see."""
+    only_row(row)
+    refused = 0
+    for i in range(CALLS):
+        rng = random.Random(seed + i)
+        torch.manual_seed(seed + i)
+        if check_case(random_row_call(row, rng), f"case {i} (seed {seed + i}) on {row.id}", rng, cuda):
+            assert row_ran().id == row.id
+        else:
+            refused += 1
+    assert refused < max(CALLS // 2, 5)
 
 
 def test_mistakes_raise(seed: int, cuda: torch.device) -> None:

@@ -9,9 +9,10 @@ from collections.abc import Callable
 import broadhead
 import pytest
 import torch
-from calls import build
+from broadhead import support
+from calls import Call, build
 from checks import check_against, check_equal
-from gpu_calls import capture, decode_call, prefill_call, shortened
+from gpu_calls import ARCH_ROWS, capture, decode_call, prefill_call, row_call, row_id, shortened
 
 pytestmark = [pytest.mark.gpu, pytest.mark.full]
 
@@ -136,6 +137,22 @@ def test_append_in_a_graph(cuda: torch.device, rng: random.Random) -> None:
     check_against(built, built.out)
 
 
+@pytest.mark.parametrize("row", ARCH_ROWS[::2], ids=row_id)
+def test_prefill_in_a_graph(row: support.KernelRow, only_row: Callable, cuda: torch.device, rng: random.Random) -> None:
+    """A captured prefill replays, for other lengths too: its scratch memory starts afresh each time."""
+    only_row(row)
+    most = (700, 300, 129, 600)
+    call = row_call(row, "kvcache", (130,) * 4, most, heads_q=16, heads_kv=4, page_size=64, causal=True, num_splits=2)
+    built = build(call, cuda, rng)
+    graph = capture(lambda: broadhead.flash_attn_with_kvcache(**built.kwargs))
+    assert broadhead.last_dispatch()[1] == row.id
+    for lengths in (most, (1, 0, 129, 599), (0, 0, 0, 0), (130, 300, 64, 257), most, most):
+        built.kwargs["cache_seqlens"].copy_(torch.tensor(lengths, dtype=torch.int32))
+        built.out.fill_(float("nan"))
+        graph.replay()
+        check_against(shortened(built, list(lengths)), built.out)
+
+
 def test_no_host_sync(cuda: torch.device, rng: random.Random) -> None:
     """Neither the calls nor the metadata read anything back."""
     built = [build(call, cuda, rng) for call in (decode_call(64, metadata=True), prefill_call(64))]
@@ -150,9 +167,18 @@ def test_no_host_sync(cuda: torch.device, rng: random.Random) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_two_streams(cuda: torch.device, rng: random.Random) -> None:
+@pytest.mark.parametrize(
+    "calls",
+    [
+        (decode_call(128, seqlens_k=(2100, 64, 900, 500), num_splits=6), prefill_call(128, num_splits=3)),
+        (prefill_call(128, heads_q=16), prefill_call(128, heads_q=32, causal=False)),
+        (prefill_call(256, heads_q=16), prefill_call(256, heads_q=32)),
+        (prefill_call(512, heads_q=16), prefill_call(512, heads_q=32)),
+    ],
+    ids=("decode_and_prefill", "128", "256", "512"),
+)
+def test_two_streams(calls: tuple[Call, Call], cuda: torch.device, rng: random.Random) -> None:
     """Calls on two streams at once do not share scratch memory."""
-    calls = (decode_call(128, seqlens_k=(2100, 64, 900, 500), num_splits=6), prefill_call(128, num_splits=3))
     both = [build(call, cuda, rng, poison=False) for call in calls]
     expected = [torch.cat(b.split(b.run()[0])).clone() for b in both]
     torch.cuda.synchronize()

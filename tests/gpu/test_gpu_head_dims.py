@@ -8,13 +8,18 @@ import pytest
 import torch
 from broadhead import support
 from calls import Call
-from gpu_calls import decode_call, prefill_call
+from gpu_calls import ROWS, decode_call, prefill_call, row_call, row_cases
 
 pytestmark = [pytest.mark.gpu, pytest.mark.full]
 
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = range(8, 513, 8)
 PAIRS = (
+    (64, 256),
+    (128, 64),
+    (512, 256),
+    (48, 136),
+    (192, 72),
     (64, 512),
     (512, 64),
     (192, 128),
@@ -26,7 +31,6 @@ PAIRS = (
     (40, 48),
     (256, 320),
 )
-BUCKETS = (64, 128, 192, 256, 512)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -61,31 +65,27 @@ def test_head_groups(head_dim: int, heads: tuple[int, int], pack_gqa: bool | Non
 
 
 def edges(size: int) -> tuple[int, ...]:
-    return (0, 1, size - 1, size, size + 1, 2 * size + 1)
+    return (0, 1, size - 1, size, size + 1, 2 * size - 1, 2 * size, 2 * size + 1)
 
 
-@pytest.mark.parametrize("mask", ["full", "causal", "window"])
-@pytest.mark.parametrize("row", support.ROWS, ids=lambda row: row.id)
+EDGE_MASKS = {"full": {}, "causal": {"causal": True}, "window": {"window": (-1, -1)}}
+
+
+@pytest.mark.parametrize("row, mask", row_cases(EDGE_MASKS, ROWS))
 def test_tile_edges(row: support.KernelRow, mask: str, run_row: Callable) -> None:
     """Every pair of query and key lengths around the tile's sides, packed in one call and paged in another."""
     tile_m, tile_n = row.tile.tile_m, row.tile.tile_n
-    masks = {
-        "full": {},
-        "causal": {"causal": True},
-        "window": {"window": (tile_n, tile_n // 2 - 1)},
-    }
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[row.dtype]
-    options = {"head_dim": row.head_dim, "dtype": dtype, **masks[mask]}
+    masks = EDGE_MASKS[mask] if mask != "window" else {"window": (tile_n, tile_n // 2 - 1)}
     if row.phase == "decode":
         # One query head of a KV head keeps the call under the decode limit of rows.
         pairs = [(sq, sk) for sq in (0, 1, 2, 15, 16) for sk in (*edges(tile_n), 5 * tile_n - 1)]
-        options |= {"heads_q": 2, "heads_kv": 2}
+        options = {"heads_q": 2, "heads_kv": 2}
     else:
         pairs = [(sq, sk) for sq in edges(tile_m) for sk in edges(tile_n)]
-        options |= {"heads_q": 2, "heads_kv": 1}
-    lengths_q, lengths_k = (tuple(side) for side in zip(*pairs, strict=True))
-    run_row(row, Call("varlen", lengths_q, lengths_k, **options))
-    run_row(row, Call("varlen", lengths_q, lengths_k, page_size=tile_n // 2, num_splits=2, **options))
+        options = {"heads_q": 2, "heads_kv": 1}
+    lengths = tuple(zip(*pairs, strict=True))
+    run_row(row, row_call(row, "varlen", *lengths, **masks, **options))
+    run_row(row, row_call(row, "varlen", *lengths, **masks, **options, page_size=tile_n // 2, num_splits=2))
 
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256, 512])

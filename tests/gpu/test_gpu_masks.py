@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from broadhead import support
 from calls import Call
-from gpu_calls import decode_call
+from gpu_calls import decode_call, row_call, row_cases
 
 pytestmark = [pytest.mark.gpu, pytest.mark.full]
 
@@ -51,6 +52,18 @@ def test_prefill_mask(head_dim: int, mask: str, extra: str, run_call: Callable) 
     run_call(call)
 
 
+@pytest.mark.parametrize("row, mask", row_cases(MASKS))
+def test_row_mask(row: support.KernelRow, mask: str, run_row: Callable) -> None:
+    """Every row of one architecture: lengths around its own tile, steps wholly inside, at and past the mask's edge."""
+    m, n = row.tile.tile_m, row.tile.tile_n
+    extras = list(EXTRAS.values())
+    extra = extras[(list(MASKS).index(mask) + row.head_dim // 8) % len(extras)]
+    lengths = {"seqlens_q": (m, 1, 0, 2 * m + 65, m + 7), "seqlens_k": (m, 64, 9, 5 * n + 3, 63)}
+    run_row(row, row_call(row, "varlen", **lengths, heads_q=6, heads_kv=2, **MASKS[mask], **extra))
+    options = {"pack_gqa": True, "page_size": n, "k_layout": "interleaved", "freed_entries": True}
+    run_row(row, row_call(row, "varlen", **lengths, heads_q=6, heads_kv=2, **MASKS[mask], **extra, **options))
+
+
 @pytest.mark.parametrize("mask", [m for m in MASKS if "prefix" not in m])
 @pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
 @pytest.mark.parametrize("seqlen_q", [1, 3])
@@ -60,8 +73,10 @@ def test_decode_mask(head_dim: int, mask: str, seqlen_q: int, run_call: Callable
     run_call(decode_call(head_dim, **options, page_size=0, sinks="fp32"))
 
 
-@pytest.mark.parametrize("mask", ["causal", "causal_window_64", "window_both", "chunk_50_causal", "prefix_window"])
-@pytest.mark.parametrize("head_dim", [64, 256, 512])
+@pytest.mark.parametrize(
+    "mask", ["full", "causal", "causal_window_64", "window_both", "chunk_50_causal", "prefix_window"]
+)
+@pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
 @pytest.mark.parametrize("splits", [2, 5])
 def test_split_prefill_mask(head_dim: int, mask: str, splits: int, run_call: Callable) -> None:
     call = Call(
@@ -71,10 +86,12 @@ def test_split_prefill_mask(head_dim: int, mask: str, splits: int, run_call: Cal
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.0, -0.3, 2.0])
-@pytest.mark.parametrize("head_dim", [64, 512])
+@pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
 def test_softmax_scale(head_dim: int, scale: float, run_call: Callable) -> None:
     """1.0 as Gemma 4 has it; large scores: the maximum is subtracted before anything is exponentiated."""
     run_call(Call("varlen", LENGTHS_Q, LENGTHS_K, head_dim=head_dim, softmax_scale=scale, causal=True))
+    run_call(Call("varlen", LENGTHS_Q, LENGTHS_K, head_dim=head_dim, softmax_scale=scale, softcap=5.0, num_splits=2))
+    run_call(Call("func", (150,) * 2, (220,) * 2, head_dim=head_dim, softmax_scale=scale, sinks="fp32"))
     run_call(decode_call(head_dim, softmax_scale=scale, num_splits=4))
 
 

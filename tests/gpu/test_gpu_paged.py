@@ -1,4 +1,4 @@
-"""Full GPU set: page sizes and strides, caches by index and left padding, appending with rotary, 64-bit offsets."""
+"""Full GPU set: page sizes and strides, caches by index and left padding, appending with rotary."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Callable
 import broadhead
 import pytest
 import torch
-from calls import Call, build
-from checks import check_against, check_call
+from calls import build
+from checks import check_against
 from gpu_calls import decode_call, prefill_call
 
 pytestmark = [pytest.mark.gpu, pytest.mark.full]
@@ -88,54 +88,6 @@ def test_append_with_rotary(
     torch.testing.assert_close(out.cpu().double(), expected, atol=3e-2, rtol=3e-2)
     torch.testing.assert_close(given["k_cache"].cpu().double(), exact["k_cache"], atol=2e-2, rtol=1e-2)
     torch.testing.assert_close(given["v_cache"].cpu().double(), exact["v_cache"], atol=0, rtol=0)
-
-
-@pytest.mark.parametrize("prefill", [False, True])
-@pytest.mark.parametrize("head_dim", [128, 512])
-def test_pool_of_more_than_2_to_the_31_elements(
-    head_dim: int, prefill: bool, cuda: torch.device, row_ran: Callable
-) -> None:
-    """The few pages that hold the sequences lie at the end of a pool whose offsets need 64 bits."""
-    page_elements = 16 * 2 * head_dim
-    num_pages = 2**31 // page_elements + 64
-    if torch.cuda.mem_get_info(cuda)[0] < 3 * num_pages * page_elements * 2:
-        pytest.skip("needs three times 4.3 GB of device memory")
-    call = decode_call(head_dim, heads_kv=2, k_layout="plain")
-    if prefill:
-        call = prefill_call(head_dim, page_size=16)
-    built = build(call, cuda)
-    kw = built.kwargs
-    names = ("k", "v") if prefill else ("k_cache", "v_cache")
-    small = kw[names[0]].shape[0]
-    store = torch.empty(2, num_pages, 16, 2, head_dim, dtype=call.dtype, device=cuda)
-    for pool, name in zip(store, names, strict=False):
-        pool[:small].fill_(float("nan"))  # where truncated offsets would land
-        pool[-small:] = kw[name]
-        kw[name] = pool
-    real = (kw["page_table"] >= 0) & (kw["page_table"] < small)
-    kw["page_table"] = torch.where(real, kw["page_table"] + (num_pages - small), kw["page_table"])
-    check_call(built)
-    row_ran(phase="prefill" if prefill else "decode", dtype=call.dtype, head_dim=head_dim)
-
-
-@pytest.mark.parametrize("head_dim", [64, 512])
-def test_dense_strides_of_more_than_2_to_the_31_elements(head_dim: int, cuda: torch.device, row_ran: Callable) -> None:
-    """Batch strides of q, k, v and out past 2^31 elements: slices of one large buffer."""
-    step = 2**31 + 1024
-    if torch.cuda.mem_get_info(cuda)[0] < 3 * step * 2:
-        pytest.skip("needs 12 GB of device memory")
-    built = build(Call("func", (130, 130), (200, 200), heads_q=4, head_dim=head_dim, causal=True), cuda)
-    store = torch.empty(step + 2**22, dtype=torch.bfloat16, device=cuda)
-    offset = 0
-    for name in ("q", "k", "v", "out"):
-        x = built.kwargs[name]
-        view = store.as_strided(x.shape, (step, *x.stride()[1:]), offset)
-        view.copy_(x)
-        built.kwargs[name] = view
-        offset += x[0].numel()
-    built.out = built.kwargs["out"]
-    check_call(built)
-    row_ran(phase="prefill", dtype=torch.bfloat16, head_dim=head_dim)
 
 
 def test_page_table_view_and_expanded_lengths(cuda: torch.device, rng: random.Random, row_ran: Callable) -> None:

@@ -8,9 +8,10 @@ from collections.abc import Callable
 import broadhead
 import pytest
 import torch
+from broadhead import support
 from calls import build, judge
 from checks import check_call, check_equal, check_split
-from gpu_calls import decode_call, prefill_call
+from gpu_calls import ARCH_ROWS, decode_call, prefill_call, row_call, row_id
 
 pytestmark = [pytest.mark.gpu, pytest.mark.full]
 
@@ -21,6 +22,18 @@ def test_splits(num_splits: int, head_dim: int, run_call: Callable) -> None:
     """More splits than keys have tiles: the surplus is empty and adds nothing."""
     run_call(decode_call(head_dim, num_splits=num_splits, seqlens_k=(2100, 64, 0, 500)))
     run_call(decode_call(head_dim, num_splits=num_splits, metadata=True, seqlens_k=(2100, 64, 0, 500), causal=True))
+
+
+@pytest.mark.parametrize("num_splits", range(2, 9))
+@pytest.mark.parametrize("row", ARCH_ROWS, ids=row_id)
+def test_prefill_splits(row: support.KernelRow, num_splits: int, run_row: Callable) -> None:
+    """Prefill kernels split too: sequences of fewer steps than splits, of none, rows that see no key of a share."""
+    m, n = row.tile.tile_m, row.tile.tile_n
+    lengths = {"seqlens_q": (m + 9, 3, 70, 0, 2 * m), "seqlens_k": (9 * n + 5, n, 0, 3 * n, 4 * n + 1)}
+    masks = ({}, {"causal": True}, {"causal": True, "window": (2 * n, 0)}, {"window": (n, 5)})[num_splits % 4]
+    options = {"num_splits": num_splits, "heads_q": 6, "heads_kv": 2, "sinks": "q" if num_splits % 3 else ""}
+    run_row(row, row_call(row, "varlen", **lengths, **masks, **options, pack_gqa=num_splits % 2 == 0))
+    run_row(row, row_call(row, "kvcache", **lengths, **masks, **options, page_size=64, ragged_q=True, metadata=True))
 
 
 @pytest.mark.parametrize(

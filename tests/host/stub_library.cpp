@@ -11,7 +11,7 @@
 namespace {
 
 char text[4096] = "";
-const char* const kIds[] = {"sm80_fwd_d64_bf16", "sm80_fwd_d64_fp16"};
+const char* const kIds[] = {"sm80_fwd_d64_bf16", "sm80_fwd_d64_fp16", "sm80_fwd_d64_e4m3"};
 
 void put(const char* name, long long value) {
   const std::size_t length = std::strlen(text);
@@ -29,6 +29,12 @@ void put(const char* name, const broadhead::TensorStrides& strides) {
                 static_cast<long long>(strides.head));
 }
 
+void put(const char* name, const broadhead::DescaleStrides& strides) {
+  const std::size_t length = std::strlen(text);
+  std::snprintf(text + length, sizeof(text) - length, "%s=%lld,%lld\n", name, static_cast<long long>(strides.batch),
+                static_cast<long long>(strides.head));
+}
+
 void put_float(const char* name, float value) {
   const std::size_t length = std::strlen(text);
   std::snprintf(text + length, sizeof(text) - length, "%s=%.9g\n", name, static_cast<double>(value));
@@ -43,7 +49,7 @@ BROADHEAD_EXPORT const char* stub_text() { return text; }
 std::uint32_t broadhead_abi_version() { return STUB_ABI_VERSION; }
 const char* broadhead_build_archs() { return "80;90"; }
 int broadhead_cuda_version() { return 13010; }
-int broadhead_kernel_count() { return 2; }
+int broadhead_kernel_count() { return 3; }
 const char* broadhead_kernel_id(int index) { return kIds[index]; }
 
 int broadhead_forward(int index, const broadhead::AttnParams* params, void* stream, char* error,
@@ -63,7 +69,10 @@ int broadhead_forward(int index, const broadhead::AttnParams* params, void* stre
   PUT(page_table), PUT(prefix_lens), PUT(sinks), PUT(scheduler_metadata), PUT(page_table_batch_stride);
   PUT(batch), PUT(seqlen_q), PUT(seqlen_k), PUT(total_q), PUT(num_heads_q), PUT(num_heads_kv), PUT(head_dim);
   PUT(head_dim_v), PUT(page_size), PUT(window_left), PUT(window_right), PUT(attention_chunk), PUT(sinks_are_fp32);
-  PUT(num_splits), PUT(pack_gqa), PUT(metadata_tag), PUT(heads_per_section);
+  PUT(num_splits), PUT(pack_gqa), PUT(metadata_tag), PUT(heads_per_section), PUT(max_blocks), PUT(total_k),
+      PUT(num_pages), PUT(num_kv_batches), PUT(tile_counter), PUT(qv);
+  PUT(qv_strides), PUT(q_descale), PUT(k_descale), PUT(v_descale), PUT(q_descale_strides), PUT(k_descale_strides);
+  PUT(v_descale_strides);
   put_float("softmax_scale", p.softmax_scale);
   put_float("softcap", p.softcap);
   return 0;

@@ -47,7 +47,13 @@ class AttributeTensor:
         return self._strides
 
 
-DTYPES = {"torch.bfloat16": (4, 16), "torch.float16": (2, 16), "torch.float32": (2, 32), "torch.int32": (0, 32)}
+DTYPES = {
+    "torch.bfloat16": (4, 16),
+    "torch.float16": (2, 16),
+    "torch.float32": (2, 32),
+    "torch.int32": (0, 32),
+    "torch.float8_e4m3fn": (10, 8),
+}
 CURRENT_STREAM = 0x5EED
 
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from broadhead.bench.cases import DecodeCase, DenseCase
+from broadhead.bench.cases import AREAS, DecodeCase, DenseCase, PagedCase, VarlenCase
+from broadhead.bench.inputs import PagedInputs, VarlenInputs
 
 #: Largest relative L2 error of a bf16 result that is still rounding (of P and of the output: 2e-3 to 5e-3).
-MAX_ERROR = {"forward": 1e-2, "decode": 1e-2, "host": 1e-2, "backward": 2e-2}
+MAX_ERROR = dict.fromkeys(AREAS, 1e-2) | {
+    "backward": 2e-2,
+    "fp8": 6e-2,  # P in e4m3: three bits of mantissa round by 2.6e-2 on average
+}
 
 #: Query rows of each head that are checked.
 CHECKED_ROWS = 48
-#: Sequences of a decode batch that are checked.
+#: Sequences of a paged or packed batch that are checked.
 CHECKED_SEQUENCES = 4
 
 
@@ -22,30 +26,78 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
     return ((value.float() - reference).norm() / reference.norm()).item()
 
 
-def forward_error(case: DenseCase, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> float:
-    """Error of ``out (B, S, H, D)`` on rows spread over the sequence, of all heads and sequences."""
-    seqlen = case.seqlen
-    rows = torch.linspace(0, seqlen - 1, min(CHECKED_ROWS, seqlen), device=q.device).long()
-    squares = torch.zeros(2, dtype=torch.float64, device=q.device)
-    group = case.num_heads_q // case.num_heads_kv
-    for batch in range(case.batch):
-        for head in range(case.num_heads_kv):
-            queries = q[batch, rows, head * group : (head + 1) * group].float()  # (R, G, D)
-            keys, values = k[batch, :, head].float(), v[batch, :, head].float()
-            reference = _attention(queries, keys, values, rows if case.causal else None)
-            got = out[batch, rows, head * group : (head + 1) * group].float()
-            squares[0] += (got - reference).square().sum()
-            squares[1] += reference.square().sum()
-    return (squares[0] / squares[1]).sqrt().item()
+class _Squares:
+    """Sums of squares of errors and of the reference, over the rows that are checked."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(2, dtype=torch.float64, device=device)
+
+    def add(self, queries: Tensor, keys: Tensor, values: Tensor, got: Tensor, visible: Tensor | None) -> None:
+        """Check ``got (R, Hq, Dv)``, of queries ``(R, Hq, D)`` over keys and values ``(S, Hkv, D)``."""
+        group = queries.shape[1] // keys.shape[1]
+        for head in range(keys.shape[1]):
+            of_head = slice(head * group, (head + 1) * group)
+            reference = _attention(queries[:, of_head].float(), keys[:, head].float(), values[:, head].float(), visible)
+            self._sums[0] += (got[:, of_head].float() - reference).square().sum()
+            self._sums[1] += reference.square().sum()
+
+    def relative(self) -> float:
+        return (self._sums[0] / self._sums[1]).sqrt().item()
 
 
-def _attention(queries: Tensor, keys: Tensor, values: Tensor, rows: Tensor | None) -> Tensor:
-    """fp32 attention of queries ``(R, G, D)`` over keys, values ``(S, D)``; causal at positions ``rows`` if given."""
+def _attention(queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None) -> Tensor:
+    """fp32 attention of queries ``(R, G, D)`` over keys and values ``(S, D)``, where ``visible (R, S)`` if given."""
     scores = torch.einsum("rgd,sd->rgs", queries, keys) * queries.shape[-1] ** -0.5
-    if rows is not None:
-        later = torch.arange(keys.shape[0], device=keys.device)[None, :] > rows[:, None]
-        scores.masked_fill_(later[:, None, :], float("-inf"))
+    if visible is not None:
+        scores.masked_fill_(~visible[:, None, :], float("-inf"))
     return torch.einsum("rgs,sd->rgd", scores.softmax(-1), values)
+
+
+def _checked_rows(count: int, device: torch.device) -> Tensor:
+    return torch.linspace(0, count - 1, min(CHECKED_ROWS, count), device=device).long()
+
+
+def _visible(positions: Tensor, seqlen_k: int, window: int | None = None) -> Tensor:
+    """What queries at ``positions`` among the keys see under a causal mask, of the last ``window`` keys if given."""
+    distance = positions[:, None] - torch.arange(seqlen_k, device=positions.device)[None, :]
+    visible = distance >= 0
+    return visible if window is None else visible & (distance < window)
+
+
+def forward_error(case: DenseCase, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> float:
+    """Error of ``out (B, S, H, Dv)`` on rows spread over the sequence, of all heads and sequences."""
+    rows = _checked_rows(case.seqlen, q.device)
+    visible = _visible(rows, case.seqlen, case.window) if case.causal else None
+    squares = _Squares(q.device)
+    for batch in range(case.batch):
+        squares.add(q[batch, rows], k[batch], v[batch], out[batch, rows], visible)
+    return squares.relative()
+
+
+def varlen_error(case: VarlenCase, inputs: VarlenInputs, out: Tensor) -> float:
+    """Error of packed ``out (T, H, D)`` on rows spread over the first, the last, and sequences between."""
+    squares = _Squares(out.device)
+    starts = [sum(case.seqlens[:i]) for i in range(len(case.seqlens))]
+    count = min(CHECKED_SEQUENCES, len(starts))
+    for index in torch.linspace(0, len(starts) - 1, count).long().tolist():
+        tokens = slice(starts[index], starts[index] + case.seqlens[index])
+        rows = _checked_rows(case.seqlens[index], out.device)
+        visible = _visible(rows, case.seqlens[index])
+        squares.add(inputs.q[tokens][rows], inputs.k[tokens], inputs.v[tokens], out[tokens][rows], visible)
+    return squares.relative()
+
+
+def paged_error(case: DecodeCase | PagedCase, inputs: PagedInputs, out: Tensor) -> float:
+    """Error of ``out (B, Sq, H, D)`` on rows spread over the queries, of sequences spread over the batch."""
+    squares = _Squares(out.device)
+    rows = _checked_rows(case.seqlen_q, out.device)
+    visible = _visible(rows + case.context - case.seqlen_q, case.context)
+    for batch in torch.linspace(0, case.batch - 1, min(CHECKED_SEQUENCES, case.batch)).long().tolist():
+        pages = inputs.page_table[batch].long()
+        keys = inputs.k_cache[pages].flatten(0, 1)[: case.context]
+        values = inputs.v_cache[pages].flatten(0, 1)[: case.context]
+        squares.add(inputs.q[batch, rows], keys, values, out[batch, rows], visible)
+    return squares.relative()
 
 
 def backward_error(
@@ -71,21 +123,3 @@ def backward_error(
         dk += ds.T @ queries
     errors = [*dq_errors, relative_error(gradients[1][0, :, head], dk), relative_error(gradients[2][0, :, head], dv)]
     return max(errors) if all(e == e for e in errors) else float("nan")
-
-
-def decode_error(
-    case: DecodeCase, q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, out: Tensor
-) -> float:
-    """Error of ``out (B, 1, H, D)`` on sequences spread over the batch."""
-    group = case.num_heads_q // case.num_heads_kv
-    count = min(CHECKED_SEQUENCES, case.batch)
-    got, expected = [], []
-    for batch in torch.linspace(0, case.batch - 1, count).long().tolist():
-        pages = page_table[batch].long()
-        keys = k_cache[pages].flatten(0, 1)[: case.context]
-        values = v_cache[pages].flatten(0, 1)[: case.context]
-        for head in range(case.num_heads_kv):
-            queries = q[batch, :, head * group : (head + 1) * group].float()
-            expected.append(_attention(queries, keys[:, head].float(), values[:, head].float(), None))
-            got.append(out[batch, :, head * group : (head + 1) * group])
-    return relative_error(torch.stack(got), torch.stack(expected))

@@ -2,33 +2,68 @@
 
 from __future__ import annotations
 
+import math
+import random
 from typing import NamedTuple
+
+PREFIXES = {
+    "forward": "fwd",
+    "backward": "bwd",
+    "window": "win",
+    "fp8": "fp8",
+    "chunked": "chunk",
+    "paged": "paged",
+}
+
+
+def causal_pairs(seqlen_q: int, seqlen_k: int, window: int | None = None) -> int:
+    """Visible pairs under a causal mask aligned to the bottom right, of the last ``window`` keys if given."""
+    first, last = seqlen_k - seqlen_q + 1, seqlen_k  # keys that the first and the last query see without a window
+    if window is None or window >= last:
+        return (first + last) * seqlen_q // 2
+    growing = max(0, window - first)  # queries that see less than a window
+    return (first + first + growing - 1) * growing // 2 + (seqlen_q - growing) * window
 
 
 class DenseCase(NamedTuple):
-    """Self-attention over dense tensors, forward or backward."""
+    """Self-attention over dense tensors: forward, backward, with a window, or of e4m3 inputs."""
 
-    area: str  # "forward" or "backward"
+    area: str  # "forward", "backward", "window" or "fp8"
     batch: int
     seqlen: int
     num_heads_q: int
     num_heads_kv: int
     head_dim: int
     causal: bool
+    value_dim: int | None = None  # head_dim_v where it differs
+    window: int | None = None  # keys that a query sees at most, itself included
 
     @property
     def name(self) -> str:
-        prefix = {"forward": "fwd", "backward": "bwd"}[self.area]
+        dims = f"{self.head_dim}" + (f"/{self.value_dim}" if self.value_dim else "")
+        mask = f"window{self.window}" if self.window else "causal" if self.causal else "full"
         return (
-            f"{prefix} B{self.batch} S{self.seqlen} H{self.num_heads_q} Hkv{self.num_heads_kv} D{self.head_dim} "
-            f"{'causal' if self.causal else 'full'}"
+            f"{PREFIXES[self.area]} B{self.batch} S{self.seqlen} H{self.num_heads_q} Hkv{self.num_heads_kv} D{dims} "
+            f"{mask}"
         )
 
     @property
+    def head_dim_v(self) -> int:
+        return self.value_dim or self.head_dim
+
+    @property
+    def window_size(self) -> tuple[int, int]:
+        """The window as the flash-attn functions take it."""
+        return (-1, -1) if self.window is None else (self.window - 1, 0)
+
+    @property
     def flops(self) -> float:
-        """2 B H Sq Sk (D + Dv), halved when causal, times 2.5 backward."""
-        count = 2.0 * self.batch * self.num_heads_q * self.seqlen**2 * 2 * self.head_dim
-        return count * (0.5 if self.causal else 1.0) * (2.5 if self.area == "backward" else 1.0)
+        """2 B H Sq Sk (D + Dv), halved when causal, times 2.5 backward; of the visible pairs with a window."""
+        pairs = float(self.seqlen**2) * (0.5 if self.causal else 1.0)
+        if self.window is not None:
+            pairs = float(causal_pairs(self.seqlen, self.seqlen, self.window))
+        count = 2.0 * self.batch * self.num_heads_q * pairs * (self.head_dim + self.head_dim_v)
+        return count * (2.5 if self.area == "backward" else 1.0)
 
 
 class DecodeCase(NamedTuple):
@@ -49,6 +84,10 @@ class DecodeCase(NamedTuple):
         )
 
     @property
+    def seqlen_q(self) -> int:
+        return 1
+
+    @property
     def pages_per_sequence(self) -> int:
         return -(-self.context // self.page_size)
 
@@ -56,6 +95,57 @@ class DecodeCase(NamedTuple):
     def kv_bytes(self) -> int:
         """Bytes of K and V that one call reads (two-byte elements)."""
         return 2 * 2 * self.batch * self.context * self.num_heads_kv * self.head_dim
+
+
+class PagedCase(NamedTuple):
+    """Causal prefill over a paged cache: the last ``seqlen_q`` of a sequence's ``context`` tokens are queries."""
+
+    area: str  # "chunked" or "paged"
+    batch: int
+    seqlen_q: int
+    context: int
+    num_heads_q: int
+    num_heads_kv: int
+    head_dim: int
+    page_size: int
+
+    @property
+    def name(self) -> str:
+        tokens = f"S{self.context}" if self.seqlen_q == self.context else f"Sq{self.seqlen_q} Sk{self.context}"
+        return (
+            f"{PREFIXES[self.area]} B{self.batch} {tokens} H{self.num_heads_q} Hkv{self.num_heads_kv} "
+            f"D{self.head_dim} page{self.page_size}"
+        )
+
+    @property
+    def pages_per_sequence(self) -> int:
+        return -(-self.context // self.page_size)
+
+    @property
+    def flops(self) -> float:
+        """4 D for each visible pair of a query and a key."""
+        return 4.0 * self.batch * self.num_heads_q * self.head_dim * causal_pairs(self.seqlen_q, self.context)
+
+
+class VarlenCase(NamedTuple):
+    """Causal self-attention over packed sequences of different lengths."""
+
+    seqlens: tuple[int, ...]
+    num_heads_q: int
+    num_heads_kv: int
+    head_dim: int
+
+    @property
+    def name(self) -> str:
+        return (
+            f"varlen N{len(self.seqlens)} T{sum(self.seqlens)} H{self.num_heads_q} Hkv{self.num_heads_kv} "
+            f"D{self.head_dim} causal"
+        )
+
+    @property
+    def flops(self) -> float:
+        """4 D for each visible pair of a query and a key."""
+        return 4.0 * self.num_heads_q * self.head_dim * sum(causal_pairs(n, n) for n in self.seqlens)
 
 
 class HostCase(NamedTuple):
@@ -66,20 +156,25 @@ class HostCase(NamedTuple):
     decode: DecodeCase | None
 
 
-FORWARD_SHAPES = (
-    (2, 8192, 32, 32, 64),
-    (2, 8192, 16, 16, 128),
-    (2, 8192, 12, 12, 192),
-    (2, 8192, 8, 8, 256),
-    (1, 8192, 16, 2, 256),
-    (2, 8192, 4, 4, 512),
-    (1, 8192, 32, 4, 512),
+Case = DenseCase | DecodeCase | PagedCase | VarlenCase | HostCase
+
+#: Batch, tokens, query heads, KV heads, head_dim, head_dim_v where it differs.
+FORWARD_SHAPES: tuple[tuple[int, int, int, int, int, int | None], ...] = (
+    (2, 8192, 32, 32, 64, None),
+    (2, 8192, 16, 16, 96, None),
+    (2, 8192, 16, 16, 128, None),
+    (2, 8192, 12, 12, 192, None),
+    (2, 8192, 16, 16, 192, 128),
+    (2, 8192, 8, 8, 256, None),
+    (1, 8192, 16, 2, 256, None),
+    (2, 8192, 4, 4, 512, None),
+    (1, 8192, 32, 4, 512, None),
 )
-BACKWARD_SHAPES = (
-    (2, 8192, 32, 32, 64),
-    (2, 8192, 16, 16, 128),
-    (2, 8192, 8, 8, 256),
-    (2, 8192, 4, 4, 512),
+BACKWARD_SHAPES: tuple[tuple[int, int, int, int, int, int | None], ...] = (
+    (2, 8192, 32, 32, 64, None),
+    (2, 8192, 16, 16, 128, None),
+    (2, 8192, 8, 8, 256, None),
+    (2, 8192, 4, 4, 512, None),
 )
 DECODE_SHAPES = (
     (128, 8192, 8, 1, 128),
@@ -92,30 +187,80 @@ DECODE_SHAPES = (
 )
 DECODE_PAGE_SIZES = (64, 128)
 
+#: Query heads, KV heads, head_dim of served models with GQA.
+GQA_HEADS = ((32, 8, 128), (16, 2, 256), (32, 4, 512))
+CHUNKED_CACHED, CHUNKED_NEW, CHUNKED_PAGE_SIZES = 32768, (512, 2048), (16, 64)
+VARLEN_COUNT, VARLEN_SHORTEST, VARLEN_LONGEST = 32, 128, 16384
+PAGED_SHAPES = ((2, 8192, (4, 4, 512)), (1, 8192, (32, 4, 512)), (2, 8192, (16, 8, 128)))
+PAGED_PAGE_SIZES = (16, 64, 128, 1)
+WINDOW, WINDOW_SHAPES = 1024, ((1, 16384, 32, 16, 256), (1, 16384, 32, 8, 128))
+FP8_SHAPES = ((2, 8192, 16, 16, 128), (2, 8192, 8, 8, 256))
+
 #: What a CPU can do in seconds: the torch fallback is a reference, not something to time.
-CPU_DENSE_SHAPES = ((1, 128, 4, 2, 64), (1, 64, 2, 1, 512))
+CPU_DENSE_SHAPES = ((1, 128, 4, 2, 64, None), (1, 64, 2, 1, 512, None))
+CPU_FORWARD_SHAPES = (*CPU_DENSE_SHAPES, (1, 64, 2, 2, 192, 128))
 CPU_DECODE_SHAPES = ((2, 100, 4, 2, 64), (1, 130, 2, 1, 512))
 
-AREAS = ("forward", "backward", "decode", "host")
+AREAS = ("forward", "chunked", "varlen", "paged", "window", "fp8", "backward", "decode", "host")
 
 
-def cases_of(area: str, on_cpu: bool = False) -> list[DenseCase] | list[DecodeCase] | list[HostCase]:
+def ragged_lengths(count: int, shortest: int, longest: int, seed: int = 0) -> tuple[int, ...]:
+    """Lengths whose logarithms are uniform, the same for the same seed on every machine."""
+    draw = random.Random(seed)
+    return tuple(round(math.exp(draw.uniform(math.log(shortest), math.log(longest)))) for _ in range(count))
+
+
+def cases_of(area: str, on_cpu: bool = False) -> list[Case]:
     """The cases of an area, in the order of the published tables.
 
     Args:
         area: one of AREAS.
         on_cpu: the tiny set that the torch fallback can run.
     """
-    if area in ("forward", "backward"):
-        shapes: tuple[tuple[int, int, int, int, int], ...] = CPU_DENSE_SHAPES
-        if not on_cpu:
-            shapes = FORWARD_SHAPES if area == "forward" else BACKWARD_SHAPES
-        return [DenseCase(area, *shape, causal) for shape in shapes for causal in (False, True)]
+    if area == "forward":
+        shapes = CPU_FORWARD_SHAPES if on_cpu else FORWARD_SHAPES
+        return [DenseCase(area, *shape[:5], causal, shape[5]) for shape in shapes for causal in (False, True)]
+    if area == "backward":
+        shapes = CPU_DENSE_SHAPES if on_cpu else BACKWARD_SHAPES
+        return [DenseCase(area, *shape[:5], causal) for shape in shapes for causal in (False, True)]
     if area == "decode":
         if on_cpu:
             return [DecodeCase(*shape, 16) for shape in CPU_DECODE_SHAPES]
         return [DecodeCase(*shape, page) for shape in DECODE_SHAPES for page in DECODE_PAGE_SIZES]
-    return [
-        HostCase("host decode+metadata", None, DecodeCase(4, 1024, 32, 8, 128, 64)),
-        HostCase("host dense", DenseCase("forward", 1, 128, 8, 8, 128, True), None),
-    ]
+    if area == "host":
+        return [
+            HostCase("host decode+metadata", None, DecodeCase(4, 1024, 32, 8, 128, 64)),
+            HostCase("host dense", DenseCase("forward", 1, 128, 8, 8, 128, True), None),
+        ]
+    return _masked_cases(area, on_cpu)
+
+
+def _masked_cases(area: str, on_cpu: bool) -> list[Case]:
+    """Chunked, varlen and paged prefill, windows and FP8."""
+    if area == "chunked":
+        if on_cpu:
+            return [PagedCase(area, 1, 24, 100, 4, 2, 64, 16)]
+        return [
+            PagedCase(area, 1, new, CHUNKED_CACHED + new, *heads, page)
+            for heads in GQA_HEADS
+            for new in CHUNKED_NEW
+            for page in CHUNKED_PAGE_SIZES
+        ]
+    if area == "varlen":
+        if on_cpu:
+            return [VarlenCase(ragged_lengths(4, 8, 64), 4, 2, 64)]
+        lengths = ragged_lengths(VARLEN_COUNT, VARLEN_SHORTEST, VARLEN_LONGEST)
+        return [VarlenCase(lengths, *heads) for heads in GQA_HEADS]
+    if area == "paged":
+        if on_cpu:
+            return [PagedCase(area, 2, 64, 64, 4, 2, 64, page) for page in (16, 1)]
+        return [
+            PagedCase(area, batch, tokens, tokens, *heads, page)
+            for batch, tokens, heads in PAGED_SHAPES
+            for page in PAGED_PAGE_SIZES
+        ]
+    if area == "window":
+        windows = [((1, 128, 4, 2, 64), 32)] if on_cpu else [(shape, WINDOW) for shape in WINDOW_SHAPES]
+        return [DenseCase(area, *shape, True, window=window) for shape, window in windows]
+    shapes = ((1, 64, 4, 2, 64),) if on_cpu else FP8_SHAPES
+    return [DenseCase(area, *shape, causal) for shape in shapes for causal in (False, True)]

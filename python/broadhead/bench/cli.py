@@ -1,4 +1,4 @@
-"""Command line of the benchmarks: options, result file, table, plot."""
+"""Command line of the benchmarks: options, result file, tables, plot."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from broadhead.bench.cases import AREAS
-from broadhead.bench.records import IMPLEMENTATIONS, describe_run, read_records, write_records
+from broadhead.bench.records import IMPLEMENTATIONS, UNITS, describe_run, read_records, write_records
 from broadhead.bench.runner import Options, run_area
+from broadhead.bench.summary import COLUMNS, summarize
 
 #: Exit status: everything measured is right; broadhead was wrong or raised; the options make no sense here.
 OK, BROKEN, BAD_USAGE = 0, 1, 2
@@ -69,6 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     for area in parsed.areas:
         broken += run_area(area, options, run, lambda line: print(line, flush=True), keep).broken
     print_table(records)
+    print_summary(records)
     if parsed.plot and records:
         from broadhead.bench.plot import plot
 
@@ -102,7 +104,7 @@ def _options(parsed: argparse.Namespace) -> Options:
 
 
 def print_table(records: list[dict[str, Any]]) -> None:
-    """One table an area: a row a case, a column an implementation; plain text where rich is missing."""
+    """One table an area: a row a case, a column an implementation."""
     for area in AREAS:
         rows = [r for r in records if r["area"] == area]
         if not rows:
@@ -110,23 +112,40 @@ def print_table(records: list[dict[str, Any]]) -> None:
         impls = [name for name in IMPLEMENTATIONS if any(r["impl"] == name for r in rows)]
         cases = list(dict.fromkeys(r["case"] for r in rows))
         values = {(r["case"], r["impl"]): r["value"] for r in rows}
-        title = f"{area}, {rows[0]['unit']}"
         body = [[case, *(_number(values.get((case, impl))) for impl in impls)] for case in cases]
-        try:
-            from rich.console import Console
-            from rich.table import Table
-        except ImportError:
-            print(title)
-            for line in [["case", *impls], *body]:
-                print("  ".join(f"{cell:<40}" if i == 0 else f"{cell:>10}" for i, cell in enumerate(line)))
-            continue
-        table = Table(title=title, title_justify="left")
-        table.add_column("case", no_wrap=True)
-        for impl in impls:
-            table.add_column(impl, justify="right", no_wrap=True)
-        for line in body:
-            table.add_row(*line)
-        Console(width=max(100, 46 + 13 * len(impls))).print(table)
+        _print(f"{area}, {rows[0]['unit']}", ["case", *impls], body)
+
+
+def print_summary(records: list[dict[str, Any]]) -> None:
+    """One table an area: broadhead beside the best peer or its own baseline, the ratio, and the bar."""
+    rows = summarize(records)
+    for area in AREAS:
+        body = [row.cells() for row in rows if row.area == area]
+        if body:
+            _print(f"{area}, {UNITS[area]}: against the bars", list(COLUMNS), body)
+    missed = [row.case for row in rows if row.met is False]
+    judged = sum(row.met is not None for row in rows)
+    if judged:
+        print(f"{judged - len(missed)} of {judged} bars met" + (f"; not: {', '.join(missed)}" if missed else ""))
+
+
+def _print(title: str, columns: list[str], body: list[list[str]]) -> None:
+    """A table; plain text where rich is missing."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        print(title)
+        for line in [columns, *body]:
+            print("  ".join(f"{cell:<44}" if i == 0 else f"{cell:>12}" for i, cell in enumerate(line)))
+        return
+    table = Table(title=title, title_justify="left")
+    table.add_column(columns[0], no_wrap=True)
+    for column in columns[1:]:
+        table.add_column(column, justify="right", no_wrap=True)
+    for line in body:
+        table.add_row(*line)
+    Console(width=max(100, 50 + 15 * len(columns))).print(table)
 
 
 def _number(value: float | None) -> str:

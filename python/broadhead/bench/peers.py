@@ -1,4 +1,4 @@
-"""Adapters: each implementation prepares a call of a case; broadhead and torch's SDPA backends are here."""
+"""Adapters: each implementation prepares a call of a case; here broadhead, its baselines and torch's SDPA backends."""
 
 from __future__ import annotations
 
@@ -6,29 +6,19 @@ import contextlib
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import broadhead
-from broadhead.bench.cases import DecodeCase, DenseCase
+from broadhead.bench.cases import AREAS, DecodeCase, DenseCase, PagedCase, VarlenCase
+from broadhead.bench.inputs import Fp8Inputs, PagedInputs, VarlenInputs
 
 
 class Skip(Exception):
     """An implementation does not do a case; the text says why."""
-
-
-class DecodeInputs(NamedTuple):
-    """Tensors of a decode case: q ``(B, 1, H, D)``, caches ``(pages, page_size, Hkv, D)``, page_table int32 ``(B, pages
-    per sequence)`` with scattered pages, cache_seqlens int32 ``(B,)``."""
-
-    q: Tensor
-    k_cache: Tensor
-    v_cache: Tensor
-    page_table: Tensor
-    cache_seqlens: Tensor
 
 
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -41,6 +31,8 @@ class Peer:
     """
 
     name = ""
+    #: The areas in which it has anything to say; elsewhere it is not even skipped.
+    areas: tuple[str, ...] = AREAS
 
     def why_unavailable(self, device: torch.device) -> str | None:
         """Why it cannot run here at all, or None."""
@@ -59,10 +51,26 @@ class Peer:
         return contextlib.nullcontext()
 
     def forward(self, case: DenseCase, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
-        """A call that returns ``(B, S, H, D)``; the inputs have that layout."""
+        """A call that returns ``(B, S, H, Dv)``; the inputs have that layout."""
         raise Skip("has no dense forward")
 
-    def decode(self, case: DecodeCase, inputs: DecodeInputs) -> Callable[[], Tensor]:
+    def measured(self, case: DenseCase) -> DenseCase:
+        """The case that ``forward`` computes where it is not the one asked for (baselines only)."""
+        return case
+
+    def fp8(self, case: DenseCase, inputs: Fp8Inputs) -> Callable[[], Tensor]:
+        """A call that returns ``(B, S, H, D)``, of e4m3 inputs."""
+        raise Skip("has no FP8 forward")
+
+    def varlen(self, case: VarlenCase, inputs: VarlenInputs) -> Callable[[], Tensor]:
+        """A call that returns ``(T, H, D)``."""
+        raise Skip("has no forward of packed sequences")
+
+    def paged(self, case: PagedCase, inputs: PagedInputs) -> Callable[[], Tensor]:
+        """A call that returns ``(B, Sq, H, D)``; plans are made here, once."""
+        raise Skip("has no paged prefill")
+
+    def decode(self, case: DecodeCase, inputs: PagedInputs) -> Callable[[], Tensor]:
         """A call that returns ``(B, 1, H, D)``; plans and metadata are made here, once."""
         raise Skip("has no paged decode")
 
@@ -99,9 +107,39 @@ class Broadhead(Peer):
 
     def forward(self, case: DenseCase, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
         backend = "cuda" if q.is_cuda else None
-        return lambda: broadhead.flash_attn_func(q, k, v, causal=case.causal, backend=backend)
+        return lambda: broadhead.flash_attn_func(
+            q, k, v, causal=case.causal, window_size=case.window_size, backend=backend
+        )
 
-    def decode(self, case: DecodeCase, inputs: DecodeInputs) -> Callable[[], Tensor]:
+    def fp8(self, case: DenseCase, inputs: Fp8Inputs) -> Callable[[], Tensor]:
+        q, k, v, q_descale, k_descale, v_descale = inputs
+        backend = "cuda" if q.is_cuda else None
+        return lambda: broadhead.flash_attn_func(
+            q,
+            k,
+            v,
+            causal=case.causal,
+            q_descale=q_descale,
+            k_descale=k_descale,
+            v_descale=v_descale,
+            backend=backend,
+        )
+
+    def varlen(self, case: VarlenCase, inputs: VarlenInputs) -> Callable[[], Tensor]:
+        q, k, v, cu_seqlens, max_seqlen = inputs
+        backend = "cuda" if q.is_cuda else None
+        return lambda: broadhead.flash_attn_varlen_func(
+            q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=True, backend=backend
+        )
+
+    def paged(self, case: PagedCase, inputs: PagedInputs) -> Callable[[], Tensor]:
+        q, k_cache, v_cache, page_table, cache_seqlens = inputs
+        backend = "cuda" if q.is_cuda else None
+        return lambda: broadhead.flash_attn_with_kvcache(
+            q, k_cache, v_cache, cache_seqlens=cache_seqlens, page_table=page_table, causal=True, backend=backend
+        )
+
+    def decode(self, case: DecodeCase, inputs: PagedInputs) -> Callable[[], Tensor]:
         metadata = broadhead.get_scheduler_metadata(
             case.batch,
             1,
@@ -128,6 +166,27 @@ class Broadhead(Peer):
         )
 
 
+class Baseline(Broadhead):
+    """What broadhead itself does without the feature that an area is about, on the same numbers."""
+
+    name = "baseline"
+    areas = ("paged", "window", "fp8")
+
+    def measured(self, case: DenseCase) -> DenseCase:
+        return case._replace(window=None)
+
+    def forward(self, case: DenseCase, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
+        return super().forward(self.measured(case), q, k, v)
+
+    def fp8(self, case: DenseCase, inputs: Fp8Inputs) -> Callable[[], Tensor]:
+        return super().forward(case, *inputs.widened())
+
+    def paged(self, case: PagedCase, inputs: PagedInputs) -> Callable[[], Tensor]:
+        q, (k, v) = inputs.q, inputs.gathered(case.context)
+        backend = "cuda" if q.is_cuda else None
+        return lambda: broadhead.flash_attn_func(q, k, v, causal=True, backend=backend)
+
+
 class TorchSdpa(Peer):
     """One backend of torch.nn.functional.scaled_dot_product_attention."""
 
@@ -147,6 +206,8 @@ class TorchSdpa(Peer):
 
     def forward(self, case: DenseCase, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
         self._notes = {}
+        if case.window is not None:
+            raise Skip("takes no window")
         if case.num_heads_q == case.num_heads_kv:
             return _sdpa_call(q, k, v, case.causal, enable_gqa=False)
         call = _sdpa_call(q, k, v, case.causal, enable_gqa=True)
@@ -173,10 +234,12 @@ def _sdpa_call(q: Tensor, k: Tensor, v: Tensor, causal: bool, enable_gqa: bool) 
 
 def all_peers() -> list[Peer]:
     """Every implementation, in the order of the tables."""
-    from broadhead.bench.peers_flash import Ffpa, FlashAttention3, FlashAttention4, FlashInfer
+    from broadhead.bench.peers_flash import Ffpa, FlashAttention3, FlashAttention4
+    from broadhead.bench.peers_flashinfer import FlashInfer
 
     return [
         Broadhead(),
+        Baseline(),
         TorchSdpa("fa2", SDPBackend.FLASH_ATTENTION),
         FlashAttention3(),
         FlashAttention4(),

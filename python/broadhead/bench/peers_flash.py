@@ -1,4 +1,4 @@
-"""Adapters for the peers that are packages of their own: FlashAttention-3 and -4, FFPA, FlashInfer."""
+"""Adapters for the peers that are packages of their own: FlashAttention-3 and -4, FFPA."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from broadhead.bench.cases import DecodeCase, DenseCase
-from broadhead.bench.peers import DecodeInputs, Peer, Skip
-
-WORKSPACE_BYTES = 256 << 20
+from broadhead.bench.cases import DecodeCase, DenseCase, PagedCase, VarlenCase
+from broadhead.bench.inputs import Fp8Inputs, PagedInputs, VarlenInputs
+from broadhead.bench.peers import Peer, Skip
 
 
 class PackagePeer(Peer):
@@ -43,7 +42,7 @@ class PackagePeer(Peer):
         return {self.name: str(getattr(self._module, "__version__", "unknown"))}
 
 
-def _first(result: Any) -> Tensor:
+def first_output(result: Any) -> Tensor:
     """The output of a call that may also return its LSE."""
     return result[0] if isinstance(result, (tuple, list)) else result
 
@@ -57,9 +56,27 @@ class FlashAttention3(PackagePeer):
 
     def forward(self, case: DenseCase, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
         function = self._module.flash_attn_func
-        return lambda: _first(function(q, k, v, causal=case.causal))
+        return lambda: first_output(function(q, k, v, causal=case.causal, window_size=case.window_size))
 
-    def decode(self, case: DecodeCase, inputs: DecodeInputs) -> Callable[[], Tensor]:
+    def fp8(self, case: DenseCase, inputs: Fp8Inputs) -> Callable[[], Tensor]:
+        function = self._module.flash_attn_func
+        q, k, v, q_descale, k_descale, v_descale = inputs
+        scales = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
+        return lambda: first_output(function(q, k, v, causal=case.causal, **scales))
+
+    def varlen(self, case: VarlenCase, inputs: VarlenInputs) -> Callable[[], Tensor]:
+        function = self._module.flash_attn_varlen_func
+        q, k, v, cu_seqlens, max_seqlen = inputs
+        return lambda: first_output(function(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=True))
+
+    def paged(self, case: PagedCase, inputs: PagedInputs) -> Callable[[], Tensor]:
+        function = self._module.flash_attn_with_kvcache
+        q, k_cache, v_cache, page_table, cache_seqlens = inputs
+        return lambda: first_output(
+            function(q, k_cache, v_cache, cache_seqlens=cache_seqlens, page_table=page_table, causal=True)
+        )
+
+    def decode(self, case: DecodeCase, inputs: PagedInputs) -> Callable[[], Tensor]:
         plan = getattr(self._module, "get_scheduler_metadata", None)
         if plan is None:
             raise Skip("this build has no get_scheduler_metadata")
@@ -77,7 +94,7 @@ class FlashAttention3(PackagePeer):
         )
         function = self._module.flash_attn_with_kvcache
         q, k_cache, v_cache, page_table, cache_seqlens = inputs
-        return lambda: _first(
+        return lambda: first_output(
             function(
                 q,
                 k_cache,
@@ -99,14 +116,29 @@ class FlashAttention4(PackagePeer):
 
     def forward(self, case: DenseCase, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
         function = self._module.flash_attn_func
-        return lambda: _first(function(q, k, v, causal=case.causal))
+        window = (None, None) if case.window is None else case.window_size
+        return lambda: first_output(function(q, k, v, causal=case.causal, window_size=window))
 
-    def decode(self, case: DecodeCase, inputs: DecodeInputs) -> Callable[[], Tensor]:
+    def varlen(self, case: VarlenCase, inputs: VarlenInputs) -> Callable[[], Tensor]:
+        function = self._module.flash_attn_varlen_func
+        q, k, v, cu_seqlens, max_seqlen = inputs
+        lengths = {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
+        return lambda: first_output(
+            function(q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, causal=True, **lengths)
+        )
+
+    def paged(self, case: PagedCase, inputs: PagedInputs) -> Callable[[], Tensor]:
+        return self._over_pages(inputs)
+
+    def decode(self, case: DecodeCase, inputs: PagedInputs) -> Callable[[], Tensor]:
+        return self._over_pages(inputs)
+
+    def _over_pages(self, inputs: PagedInputs) -> Callable[[], Tensor]:
         function = self._module.flash_attn_varlen_func
         if "page_table" not in inspect.signature(function).parameters:
             raise Skip("this build takes no page_table")
         q, k_cache, v_cache, page_table, cache_seqlens = inputs
-        return lambda: _first(
+        return lambda: first_output(
             function(q, k_cache, v_cache, seqused_k=cache_seqlens, page_table=page_table, causal=True)
         )
 
@@ -118,68 +150,42 @@ class Ffpa(PackagePeer):
     module_name = "ffpa_attn"
     distributions = ("ffpa-attn",)
 
+    def __init__(self) -> None:
+        self._notes: dict[str, str] = {}
+
+    def versions(self) -> dict[str, str]:
+        return {**super().versions(), **self._notes}
+
     def forward(self, case: DenseCase, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
-        if case.head_dim <= 256:
-            raise Skip("hands head_dim <= 256 to SDPA")
+        self._notes = {}
+        if case.window is not None:
+            raise Skip("takes no window")
+        return self._dense(case.head_dim, q, k, v, case.causal)
+
+    def varlen(self, case: VarlenCase, inputs: VarlenInputs) -> Callable[[], Tensor]:
+        self._notes = {}
+        _above_256(case.head_dim)
+        function = self._module.ffpa_attn_varlen_func
+        q, k, v, cu_seqlens, max_seqlen = inputs
+        gqa = case.num_heads_q != case.num_heads_kv
+        return lambda: first_output(
+            function(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=True, enable_gqa=gqa)
+        )
+
+    def paged(self, case: PagedCase, inputs: PagedInputs) -> Callable[[], Tensor]:
+        self._notes = {"note": "K and V gathered into dense tensors beforehand: it has no paging"}
+        return self._dense(case.head_dim, inputs.q, *inputs.gathered(case.context), True)
+
+    def _dense(self, head_dim: int, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Callable[[], Tensor]:
+        """Its causal mask is aligned to the bottom right, as broadhead's."""
+        _above_256(head_dim)
         backend = self._module.CuTeDSLBackend()
         function = self._module.ffpa_attn_func
         query, key, value = (t.transpose(1, 2) for t in (q, k, v))
-        gqa = case.num_heads_q != case.num_heads_kv
-        return lambda: function(query, key, value, is_causal=case.causal, enable_gqa=gqa, backend=backend).transpose(
-            1, 2
-        )
+        gqa = q.shape[2] != k.shape[2]
+        return lambda: function(query, key, value, is_causal=causal, enable_gqa=gqa, backend=backend).transpose(1, 2)
 
 
-class FlashInfer(PackagePeer):
-    """FlashInfer: ragged prefill and paged decode, planned beforehand."""
-
-    name = "flashinfer"
-    module_name = "flashinfer"
-    distributions = ("flashinfer-python",)
-
-    def forward(self, case: DenseCase, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
-        if q.requires_grad:
-            raise Skip("has no backward")
-        workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=q.device)
-        wrapper = self._module.BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD")
-        indptr = torch.arange(case.batch + 1, dtype=torch.int32, device=q.device) * case.seqlen
-        wrapper.plan(
-            indptr,
-            indptr,
-            case.num_heads_q,
-            case.num_heads_kv,
-            case.head_dim,
-            causal=case.causal,
-            q_data_type=q.dtype,
-        )
-        query, key, value = (t.flatten(0, 1) for t in (q, k, v))
-        return lambda: _first(wrapper.run(query, key, value)).view_as(q)
-
-    def decode(self, case: DecodeCase, inputs: DecodeInputs) -> Callable[[], Tensor]:
-        q, k_cache, v_cache, page_table, cache_seqlens = inputs
-        device = q.device
-        indptr = torch.arange(case.batch + 1, dtype=torch.int32, device=device) * case.pages_per_sequence
-        indices = page_table.flatten().contiguous()
-        last_page_len = ((cache_seqlens - 1) % case.page_size + 1).to(torch.int32)
-        wrapper = self._module.BatchDecodeWithPagedKVCacheWrapper(
-            torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device),
-            "NHD",
-            use_cuda_graph=True,
-            use_tensor_cores=case.num_heads_q // case.num_heads_kv >= 4,
-            paged_kv_indptr_buffer=torch.empty_like(indptr),
-            paged_kv_indices_buffer=torch.empty_like(indices),
-            paged_kv_last_page_len_buffer=torch.empty_like(last_page_len),
-        )
-        wrapper.plan(
-            indptr,
-            indices,
-            last_page_len,
-            case.num_heads_q,
-            case.num_heads_kv,
-            case.head_dim,
-            case.page_size,
-            q_data_type=q.dtype,
-            kv_data_type=k_cache.dtype,
-        )
-        query = q[:, 0]
-        return lambda: _first(wrapper.run(query, (k_cache, v_cache)))[:, None]
+def _above_256(head_dim: int) -> None:
+    if head_dim <= 256:
+        raise Skip("hands head_dim <= 256 to SDPA")

@@ -1,16 +1,29 @@
-"""Draws result records as grouped bars, one panel an area."""
+"""Draws result records as grouped bars, panels by area."""
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
 from broadhead.bench.records import IMPLEMENTATIONS, UNITS
 
 #: One colour an implementation in every figure (Okabe and Ito's palette, told apart by colour-blind readers).
-COLOURS = dict(
-    zip(IMPLEMENTATIONS, ("#d55e00", "#999999", "#0072b2", "#56b4e9", "#cc79a7", "#009e73", "#e69f00", "#f0e442"))
-)
+COLOURS = {
+    "broadhead": "#d55e00",
+    "baseline": "#000000",
+    "fa2": "#999999",
+    "fa3": "#0072b2",
+    "fa4": "#56b4e9",
+    "ffpa": "#cc79a7",
+    "cudnn": "#009e73",
+    "memeff": "#e69f00",
+    "flashinfer": "#f0e442",
+}
+#: Longest line of a case's label below the axis, in characters.
+LABEL_WIDTH = 12
+#: An area with more cases than this takes several panels, so that the numbers above the bars stay readable.
+CASES_PER_PANEL = 10
 
 
 def plot(records: list[dict[str, Any]], path: Path) -> None:
@@ -30,20 +43,26 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
     areas = [area for area in UNITS if any(r["area"] == area for r in records)]
     if not areas:
         raise ValueError("there are no records to plot")
-    widest = max(len({r["case"] for r in records if r["area"] == area}) for area in areas)
-    figure, panels = pyplot.subplots(
-        len(areas), 1, figsize=(max(7.0, 1.1 * widest + 2), 4.4 * len(areas)), squeeze=False, layout="constrained"
+    panels = []
+    for area in areas:
+        of_area = [r for r in records if r["area"] == area]
+        cases = list(dict.fromkeys(r["case"] for r in of_area))
+        count = -(-len(cases) // CASES_PER_PANEL)
+        size = -(-len(cases) // count)
+        panels += [(area, cases[i : i + size], of_area) for i in range(0, len(cases), size)]
+    widest = max(len(cases) for _, cases, _ in panels)
+    figure, grid = pyplot.subplots(
+        len(panels), 1, figsize=(max(9.0, 1.3 * widest + 2), 4 * len(panels)), squeeze=False, layout="constrained"
     )
-    for area, axes in zip(areas, panels[:, 0]):
-        _draw_area(axes, area, [r for r in records if r["area"] == area])
+    for panel, axes in zip(panels, grid[:, 0]):
+        _draw_panel(axes, *panel)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
 
-def _draw_area(axes: Any, area: str, records: list[dict[str, Any]]) -> None:
+def _draw_panel(axes: Any, area: str, cases: list[str], records: list[dict[str, Any]]) -> None:
     values = {(r["case"], r["impl"]): r["value"] for r in records}
-    cases = list(dict.fromkeys(r["case"] for r in records))
     impls = [name for name in IMPLEMENTATIONS if any(impl == name for _, impl in values)]
     width = 0.84 / len(impls)
     for index, impl in enumerate(impls):
@@ -51,10 +70,15 @@ def _draw_area(axes: Any, area: str, records: list[dict[str, Any]]) -> None:
         places = [i + (index - (len(impls) - 1) / 2) * width for i, _ in present]
         bars = axes.bar(places, [v for _, v in present], width, label=impl, color=COLOURS[impl])
         axes.bar_label(bars, fmt="%.0f", fontsize=6, rotation=90, padding=2)
-    labels = [case.split(" ", 1)[-1].replace(" D", "\nD") for case in cases]
+    labels = [textwrap.fill(case.split(" ", 1)[-1], LABEL_WIDTH, break_on_hyphens=False) for case in cases]
     axes.set_xticks(range(len(cases)), labels, fontsize=7)
     axes.set_ylabel(UNITS[area] + (" (lower is better)" if area == "host" else ""))
     axes.margins(y=0.15)
-    axes.set_title(f"{area}, {records[-1]['device']}, bf16", fontsize=10)
-    axes.legend(ncols=len(impls), fontsize=7, frameon=False)
+    dtype = "e4m3, baseline bf16" if area == "fp8" else "bf16"
+    axes.set_title(f"{area}, {records[-1]['device']}, {dtype}", fontsize=10, loc="left")
+    # Above the bars on the right, where no bar can be behind it.
+    axes.legend(
+        ncols=len(impls), fontsize=7, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2
+    )
+    axes.set_xlim(-0.6, len(cases) - 0.4)
     axes.spines[["top", "right"]].set_visible(False)

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 
 import broadhead
+from broadhead.bench.cases import AREAS
 
-IMPLEMENTATIONS = ("broadhead", "fa2", "fa3", "fa4", "ffpa", "cudnn", "memeff", "flashinfer")
-UNITS = {"forward": "TFLOP/s", "backward": "TFLOP/s", "decode": "GB/s", "host": "us"}
+IMPLEMENTATIONS = ("broadhead", "baseline", "fa2", "fa3", "fa4", "ffpa", "cudnn", "memeff", "flashinfer")
+UNITS = dict.fromkeys(AREAS, "TFLOP/s") | {"decode": "GB/s", "host": "us"}
 
 
 class RunInfo(NamedTuple):
@@ -65,6 +66,7 @@ def make_record(
     case: str,
     impl: str,
     value: float,
+    seconds: float,
     rel_error: float,
     kernel: str | None = None,
     versions: dict[str, str] | None = None,
@@ -73,6 +75,7 @@ def make_record(
 
     Args:
         value: in UNITS[area].
+        seconds: of one call.
         kernel: the table row that ran, for broadhead.
         versions: of the peer, and notes on how it was called.
     """
@@ -83,6 +86,7 @@ def make_record(
         "kernel": kernel,
         "value": float(f"{value:.5g}"),
         "unit": UNITS[area],
+        "seconds": float(f"{seconds:.5g}"),
         "rel_error": float(f"{rel_error:.3g}"),
         "device": run.device,
         "versions": {**run.versions, **(versions or {})},

@@ -1,4 +1,4 @@
-"""Runs the cases of an area: inputs, check against fp32, timing, records."""
+"""Runs the cases of an area: checks each implementation against fp32, times those that are right, makes records."""
 
 from __future__ import annotations
 
@@ -8,17 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from broadhead.bench import accuracy, timing
-from broadhead.bench.cases import DecodeCase, DenseCase, HostCase, cases_of
-from broadhead.bench.peers import DecodeInputs, Peer, Skip, all_peers
+from broadhead.bench import accuracy
+from broadhead.bench.cases import Case, cases_of
+from broadhead.bench.measure import Measurement, Prepared, task_of
+from broadhead.bench.peers import Peer, Skip, all_peers
 from broadhead.bench.records import RunInfo, make_record
 from broadhead.errors import UnsupportedError
-
-MAX_INPUT_SETS = 8
-#: Input sets of a decode case hold at least this many times the L2.
-L2_MULTIPLE = 4
 
 
 class Options(NamedTuple):
@@ -38,12 +34,6 @@ class Outcome:
     broken: int = 0
 
 
-class Measurement(NamedTuple):
-    value: float
-    rel_error: float
-    kernel: str | None
-
-
 def run_area(
     area: str, options: Options, run: RunInfo, log: Callable[[str], None], on_record: Callable[[dict[str, Any]], None]
 ) -> Outcome:
@@ -55,9 +45,9 @@ def run_area(
         on_record: gets each record at once, so that an interrupted run keeps what it has.
     """
     outcome = Outcome()
-    peers = [p for p in all_peers() if not options.implementations or p.name in options.implementations]
+    wanted = [p for p in all_peers() if not options.implementations or p.name in options.implementations]
     available = []
-    for peer in peers:
+    for peer in (p for p in wanted if area in p.areas):
         reason = peer.why_unavailable(options.device)
         if reason is None:
             available.append(peer)
@@ -73,8 +63,17 @@ def run_area(
                     outcome.broken += 1
                 log(f"skip {peer.name}, {case.name}: {_one_line(measured)}")
                 continue
+            prepared = measured.prepared
             record = make_record(
-                run, area, case.name, peer.name, measured.value, measured.rel_error, measured.kernel, peer.versions()
+                run,
+                area,
+                case.name,
+                peer.name,
+                measured.value,
+                measured.seconds,
+                prepared.error,
+                prepared.kernel,
+                prepared.versions,
             )
             outcome.records.append(record)
             on_record(record)
@@ -94,133 +93,28 @@ def _one_line(error: Exception) -> str:
 
 
 def _measure_case(
-    area: str, case: Any, peers: list[Peer], options: Options
+    area: str, case: Case, peers: list[Peer], options: Options
 ) -> Iterator[tuple[Peer, Measurement | Exception]]:
     """Measure one case with each peer on the same inputs."""
     torch.manual_seed(0)
-    if area == "host":
-        measure = _host_measure(case, options)
-    elif area == "decode":
-        measure = _decode_measure(case, options)
-    else:
-        measure = _dense_measure(case, options)
+    task = task_of(case, options.device)
+    limit = accuracy.MAX_ERROR[area]
+    right: list[Prepared] = []
     for peer in peers:
         try:
             with torch.no_grad(), warnings.catch_warnings(), peer.context():
                 warnings.simplefilter("ignore")
-                measurement = measure(peer)
-            limit = accuracy.MAX_ERROR[area]
-            if not measurement.rel_error <= limit:  # also when it is NaN
-                raise ArithmeticError(
-                    f"wrong result: relative error {measurement.rel_error:.3g} > {limit:g}, not timed"
-                )
-            yield peer, measurement
+                prepared = task.prepare(peer)
+            if not prepared.error <= limit:  # also when it is NaN
+                raise ArithmeticError(f"wrong result: relative error {prepared.error:.3g} > {limit:g}, not timed")
+            right.append(prepared)
         except Exception as error:  # a peer may fail in any way; the runner decides what it means
             yield peer, error
-
-
-def _dense_measure(case: DenseCase, options: Options) -> Callable[[Peer], Measurement]:
-    q, k, v, dout = _dense_inputs(case, options.device)
-    flush = timing.L2Flusher(options.device) if options.device.type == "cuda" else None
-
-    def measure(peer: Peer) -> Measurement:
-        if case.area == "forward":
-            call: Callable[[], Any] = peer.forward(case, q, k, v)
-            out = call()
-            kernel = peer.kernel()
-            error = accuracy.forward_error(case, q, k, v, out)
-            del out
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        times = task.time(right, options.budget)
+    for prepared, seconds in zip(right, times):
+        if isinstance(seconds, Exception):
+            yield prepared.peer, seconds
         else:
-            call = peer.backward(case, q, k, v, dout)
-            gradients = call()
-            kernel = peer.kernel()
-            error = accuracy.backward_error(case, q, k, v, dout, gradients)
-            del gradients
-        if not error <= accuracy.MAX_ERROR[case.area]:
-            return Measurement(0.0, error, kernel)
-        if flush is None:
-            seconds = timing.time_cpu(call, options.budget)
-        else:
-            seconds = timing.time_device(call, flush, options.budget)
-        return Measurement(case.flops / seconds / 1e12, error, kernel)
-
-    return measure
-
-
-def _decode_measure(case: DecodeCase, options: Options) -> Callable[[Peer], Measurement]:
-    on_gpu = options.device.type == "cuda"
-    count = 1
-    if on_gpu:
-        needed = -(-L2_MULTIPLE * timing.l2_bytes(options.device) // case.kv_bytes)
-        count = max(2, min(MAX_INPUT_SETS, needed))
-    sets = [_decode_inputs(case, options.device) for _ in range(count)]
-
-    def measure(peer: Peer) -> Measurement:
-        calls = [peer.decode(case, inputs) for inputs in sets]
-        errors = []
-        for call, inputs in zip(calls, sets):
-            errors.append(_decode_error(case, inputs, call()))
-        kernel = peer.kernel()
-        error = max(errors) if all(e == e for e in errors) else float("nan")
-        if not error <= accuracy.MAX_ERROR["decode"]:
-            return Measurement(0.0, error, kernel)
-        if on_gpu:
-            seconds = timing.time_graph(calls, options.device, options.budget)
-        else:
-            seconds = timing.time_cpu(calls[0], options.budget)
-        return Measurement(case.kv_bytes / seconds / 1e9, error, kernel)
-
-    return measure
-
-
-def _host_measure(case: HostCase, options: Options) -> Callable[[Peer], Measurement]:
-    on_gpu = options.device.type == "cuda"
-
-    def synchronize() -> None:
-        if on_gpu:
-            torch.cuda.synchronize(options.device)
-
-    if case.decode is not None:
-        decode_case, inputs = case.decode, _decode_inputs(case.decode, options.device)
-    else:
-        assert case.dense is not None
-        dense_case, (q, k, v, _) = case.dense, _dense_inputs(case.dense, options.device)
-
-    def measure(peer: Peer) -> Measurement:
-        if case.decode is not None:
-            call = peer.decode(decode_case, inputs)
-            error = _decode_error(decode_case, inputs, call())
-        else:
-            call = peer.forward(dense_case, q, k, v)
-            error = accuracy.forward_error(dense_case, q, k, v, call())
-        kernel = peer.kernel()
-        seconds = timing.time_host(call, synchronize, options.budget)
-        return Measurement(seconds * 1e6, error, kernel)
-
-    return measure
-
-
-def _decode_error(case: DecodeCase, inputs: DecodeInputs, out: Tensor) -> float:
-    return accuracy.decode_error(case, inputs.q, inputs.k_cache, inputs.v_cache, inputs.page_table, out)
-
-
-def _dense_inputs(case: DenseCase, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v and dout in bf16, random normal."""
-
-    def normal(heads: int) -> Tensor:
-        return torch.randn(case.batch, case.seqlen, heads, case.head_dim, device=device, dtype=torch.bfloat16)
-
-    return normal(case.num_heads_q), normal(case.num_heads_kv), normal(case.num_heads_kv), normal(case.num_heads_q)
-
-
-def _decode_inputs(case: DecodeCase, device: torch.device) -> DecodeInputs:
-    """Random normal bf16 caches whose pages are scattered."""
-    pages = case.batch * case.pages_per_sequence
-    shape = (pages, case.page_size, case.num_heads_kv, case.head_dim)
-    return DecodeInputs(
-        q=torch.randn(case.batch, 1, case.num_heads_q, case.head_dim, device=device, dtype=torch.bfloat16),
-        k_cache=torch.randn(shape, device=device, dtype=torch.bfloat16),
-        v_cache=torch.randn(shape, device=device, dtype=torch.bfloat16),
-        page_table=torch.randperm(pages, device=device).view(case.batch, -1).to(torch.int32),
-        cache_seqlens=torch.full((case.batch,), case.context, dtype=torch.int32, device=device),
-    )
+            yield prepared.peer, Measurement(task.value(prepared, seconds), seconds, prepared)

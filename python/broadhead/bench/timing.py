@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -33,14 +34,46 @@ class L2Flusher:
         self._buffer.zero_()
 
 
-def time_device(function: Callable[[], Any], flush: L2Flusher, budget: float) -> float:
-    """Median seconds of ``function`` on the device, over at least MIN_REPETITIONS runs, each after a flushed L2.
+def time_interleaved(
+    functions: list[Callable[[], Any]], flush: Callable[[], None], budget: float
+) -> list[float | Exception]:
+    """Median seconds of each function on the device, each run after a flushed L2.
+
+    The functions take turns, in an order shuffled for each round, so that a clock that drifts over seconds, or that the
+    function before has pulled down, favours none of them.
 
     Args:
-        function: enqueues the work on the current stream.
-        flush: of the device.
-        budget: seconds to spend on the timed runs, as far as MIN_REPETITIONS allows.
+        functions: each enqueues its work on the current stream.
+        flush: overwrites the L2.
+        budget: seconds to spend on the timed runs of one function, as far as MIN_REPETITIONS allows.
+
+    Returns:
+        For each function its seconds, or what it raised while warming up.
     """
+    results: list[float | Exception] = [0.0] * len(functions)
+    repetitions = [0] * len(functions)
+    for index, function in enumerate(functions):
+        try:
+            repetitions[index] = _repetitions(function, flush, budget)
+        except Exception as error:  # any implementation may fail in any way; the others are timed all the same
+            results[index] = error
+    events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in functions]
+    for turn in _turns(repetitions):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        flush()
+        begin.record()
+        functions[turn]()
+        end.record()
+        events[turn].append((begin, end))
+    torch.cuda.synchronize()
+    for index, pairs in enumerate(events):
+        if pairs:
+            results[index] = statistics.median(begin.elapsed_time(end) for begin, end in pairs) / 1e3
+    return results
+
+
+def _repetitions(function: Callable[[], Any], flush: Callable[[], None], budget: float) -> int:
+    """Warm up, and say how many runs fit the budget."""
     function()
     torch.cuda.synchronize()
     start, runs = time.perf_counter(), 0
@@ -50,16 +83,19 @@ def time_device(function: Callable[[], Any], flush: L2Flusher, budget: float) ->
         torch.cuda.synchronize()
         runs += 1
     estimate = (time.perf_counter() - start) / runs
-    repetitions = max(MIN_REPETITIONS, min(MAX_REPETITIONS, int(budget / estimate)))
-    begins = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions)]
-    ends = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions)]
-    for begin, end in zip(begins, ends):
-        flush()
-        begin.record()
-        function()
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(b.elapsed_time(e) for b, e in zip(begins, ends)) / 1e3
+    return max(MIN_REPETITIONS, min(MAX_REPETITIONS, int(budget / estimate)))
+
+
+def _turns(repetitions: list[int]) -> list[int]:
+    """Indices in the order of their runs: index i comes ``repetitions[i]`` times, spread evenly, rounds shuffled."""
+    shuffle = random.Random(0)
+    rounds = max(repetitions, default=0)
+    order: list[int] = []
+    for turn in range(rounds):
+        due = [i for i, count in enumerate(repetitions) if (turn + 1) * count // rounds > turn * count // rounds]
+        shuffle.shuffle(due)
+        order += due
+    return order
 
 
 def time_graph(functions: list[Callable[[], Any]], device: torch.device, budget: float, min_calls: int = 8) -> float:

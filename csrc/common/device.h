@@ -1,0 +1,49 @@
+// Small device helpers every kernel family uses: shared addresses, named barriers, exp2, packing of 16-bit pairs.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include <cutlass/numeric_types.h>
+
+#include "common/macros.h"
+
+namespace broadhead {
+
+constexpr float kLog2e = 1.4426950408889634f;
+
+BROADHEAD_DEVICE std::uint32_t smem_address(const void* pointer) {
+  return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Barrier among `threads` threads; id 0 is __syncthreads.
+BROADHEAD_DEVICE void named_barrier_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Arrives without waiting; `threads` counts those that wait and those that only arrive.
+BROADHEAD_DEVICE void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+BROADHEAD_DEVICE float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Two numbers rounded to nearest even, `lo` in the low half.
+template <class Element>
+BROADHEAD_DEVICE std::uint32_t pack_pair(float lo, float hi) {
+  if constexpr (std::is_same_v<Element, cutlass::half_t>) {
+    const __half2 pair = __floats2half2_rn(lo, hi);
+    return reinterpret_cast<const std::uint32_t&>(pair);
+  } else {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(lo, hi);
+    return reinterpret_cast<const std::uint32_t&>(pair);
+  }
+}
+
+}  // namespace broadhead

@@ -1,0 +1,90 @@
+// From a row's running maximum and sum to its normalisation and LSE, and where its results go.
+#pragma once
+
+#include "common/tile_state.h"
+
+namespace broadhead {
+
+template <class Element>
+BROADHEAD_DEVICE float load_sink(const AttnParams& params, int head) {
+  return params.sinks_are_fp32 ? static_cast<const float*>(params.sinks)[head]
+                               : static_cast<float>(static_cast<const Element*>(params.sinks)[head]);
+}
+
+// Where a row of a tile belongs; found once, packed rows cost a division.
+struct RowPlace {
+  bool live;
+  int head;  // of the query
+  int token;
+};
+
+BROADHEAD_DEVICE RowPlace place_row(const OutputRows& output, int row) {
+  const int rows_per_token = output.rows.rows_per_token;
+  if (rows_per_token == 1) return {output.live(row), output.head, output.rows.first_row + row};
+  const int token = output.rows.token(row);
+  return {output.live(row), output.head * rows_per_token + output.rows.first_row + row - token * rows_per_token, token};
+}
+
+// The state of OnlineSoftmax for a row, its sum over all lanes.
+struct RowStats {
+  float max;
+  float sum;
+};
+
+struct RowResult {
+  float inverse;  // O is multiplied by it; 0: no visible key
+  float lse;
+};
+
+// `split` < 0: final output, which the sink joins; else a share, whose sink the combine adds.
+template <class Element>
+BROADHEAD_DEVICE RowResult finish_row(const AttnParams& params, const RowPlace& row, RowStats stats,
+                                      const ScoreScale& scale, int split) {
+  // A row of NaN scores has no maximum either, but its sum is NaN.
+  const bool empty = stats.max == -INFINITY && stats.sum == 0.f;
+  if (params.sinks != nullptr && split < 0 && row.live && !empty) {
+    // The sink's term relative to the running reference; it is far out of range only when it dominates the row.
+    const float sink = load_sink<Element>(params, row.head);
+    const float reference = stats.max * scale.scale;
+    if (sink - reference > 80.f) {  // exp would overflow fp32 against the sum: the row is all sink
+      stats.sum = INFINITY;
+    } else {
+      stats.sum += exp2f((sink - reference) * kLog2e);
+    }
+    if (stats.sum == INFINITY) stats.max = sink / scale.scale;
+  }
+  if (empty) return {0.f, -INFINITY};
+  return {1.f / stats.sum, stats.max * scale.scale + (stats.sum == INFINITY ? 0.f : logf(stats.sum))};
+}
+
+// Index of a row among all rows of a head.
+BROADHEAD_DEVICE std::int64_t total_row(const AttnParams& params, const SeqlenInfo& seqlen, int token) {
+  return seqlen.batch_q * static_cast<std::int64_t>(params.seqlen_q) + seqlen.row_q + token;
+}
+
+BROADHEAD_DEVICE void write_lse(const AttnParams& params, const SeqlenInfo& seqlen, const RowPlace& row, float lse,
+                                int split) {
+  if (!row.live) return;
+  if (split >= 0) {
+    params.lse_partial[(static_cast<std::int64_t>(split) * params.num_heads_q + row.head) * params.total_q +
+                       total_row(params, seqlen, row.token)] = lse;
+  } else if (params.softmax_lse != nullptr) {
+    params.softmax_lse[seqlen.batch_q * params.lse_batch_stride + row.head * params.lse_head_stride + seqlen.row_q +
+                       row.token] = lse;
+  }
+}
+
+BROADHEAD_DEVICE float* partial_row(const AttnParams& params, const SeqlenInfo& seqlen, const RowPlace& row,
+                                    int split) {
+  return params.out_partial + ((static_cast<std::int64_t>(split) * params.num_heads_q + row.head) * params.total_q +
+                               total_row(params, seqlen, row.token)) *
+                                  params.head_dim_v;
+}
+
+template <class Element>
+BROADHEAD_DEVICE Element* output_row(const AttnParams& params, const SeqlenInfo& seqlen, const RowPlace& row) {
+  return static_cast<Element*>(params.out) + seqlen.batch_q * params.out_strides.batch +
+         (seqlen.row_q + row.token) * params.out_strides.row + row.head * params.out_strides.head;
+}
+
+}  // namespace broadhead

@@ -1,0 +1,45 @@
+// What happens to raw scores before the softmax: softcap (or a scale that is not positive) and the mask.
+#pragma once
+
+#include "common/tile_state.h"
+
+namespace broadhead {
+
+// Sets what a query does not see of the warp's keys, 8 * kMmaN from key0 on, to -inf. Lane layout as in OnlineSoftmax.
+// `unmasked`: the keys that every row of the tile sees.
+template <int kMmaM, int kMmaN>
+BROADHEAD_DEVICE void apply_mask(float (&s)[kMmaM][kMmaN][4], const AttentionMask& mask, const KeyInterval& unmasked,
+                                 const RowMap& rows, int warp_row, int key0, int lane) {
+  const int first_key = key0 + (lane % 4) * 2;
+  if (mask.prefix_len == 0 && key0 >= unmasked.begin) {
+    // Only the upper end cuts: the diagonal of a causal mask, or the end of the sequence.
+    if (mask.row_interval(rows.token(warp_row)).end >= key0 + 8 * kMmaN) return;
+    BROADHEAD_UNROLL
+    for (int i = 0; i < 2 * kMmaM; ++i) {
+      const int m = i / 2, c = (i % 2) * 2;
+      const int token = rows.token(warp_row + m * 16 + (i % 2) * 8 + lane / 4);
+      const int live = mask.row_interval(token).end - first_key;
+      BROADHEAD_UNROLL
+      for (int n = 0; n < kMmaN; ++n) {
+        if (n * 8 >= live) s[m][n][c] = -INFINITY;
+        if (n * 8 + 1 >= live) s[m][n][c + 1] = -INFINITY;
+      }
+    }
+    return;
+  }
+  BROADHEAD_UNROLL
+  for (int i = 0; i < 2 * kMmaM; ++i) {
+    const int m = i / 2, c = (i % 2) * 2;
+    const int token = rows.token(warp_row + m * 16 + (i % 2) * 8 + lane / 4);
+    // Relative to the lane's first key: what is compared with them are constants.
+    const KeyInterval row = mask.row_interval(token);
+    const int begin = row.begin - first_key, end = row.end - first_key, prefix = mask.prefix_len - first_key;
+    BROADHEAD_UNROLL
+    for (int n = 0; n < kMmaN; ++n) {
+      if (n * 8 >= prefix && (n * 8 < begin || n * 8 >= end)) s[m][n][c] = -INFINITY;
+      if (n * 8 + 1 >= prefix && (n * 8 + 1 < begin || n * 8 + 1 >= end)) s[m][n][c + 1] = -INFINITY;
+    }
+  }
+}
+
+}  // namespace broadhead

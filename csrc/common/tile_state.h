@@ -1,0 +1,189 @@
+// What one block works on: sequence, rows, mask and where K/V lie. Computed by one thread, kept in shared memory.
+#pragma once
+
+#include "common/attention_mask.h"
+#include "common/device.h"
+#include "common/scheduler_metadata.h"
+#include "common/seqlen_info.h"
+#include "common/tile_scheduler.h"
+
+namespace broadhead {
+
+// Rows of a tile when `rows_per_token` query heads of one KV head are packed: row = token * rows_per_token + head.
+struct RowMap {
+  int first_row;       // of the tile within the sequence and (KV) head
+  int rows_per_token;  // 1: not packed
+  int end_row;         // past the tile's last live row of the sequence
+
+  BROADHEAD_DEVICE int token(int row) const {
+    return rows_per_token == 1 ? first_row + row : (first_row + row) / rows_per_token;
+  }
+};
+
+// Where the rows of one (sequence, head) tile go.
+struct OutputRows {
+  RowMap rows;
+  int head;  // KV head when packed, else query head
+
+  BROADHEAD_DEVICE int query_head(int row) const {
+    return rows.rows_per_token == 1 ? head : head * rows.rows_per_token + (rows.first_row + row) % rows.rows_per_token;
+  }
+  BROADHEAD_DEVICE bool live(int row) const { return rows.first_row + row < rows.end_row; }
+};
+
+// The K/V of one sequence and head. It lives in shared memory: registers are what these kernels are short of. Rows that
+// no query of the tile sees are zero-filled, never read: they may be unwritten cache slots, freed pages or another
+// sequence.
+template <class Element>
+struct KvSource {
+  const Element* k;  // first key (dense, packed) or first page (paged) of the head
+  const Element* v;
+  long long k_row_stride;
+  long long v_row_stride;
+  const std::int32_t* table;  // page-table row of the sequence; null: not paged
+  int leftpad;                // paged: logical row of key 0
+  KeyInterval live;
+  int prefix_len;
+  int head_dim;
+  int head_dim_v;
+
+  BROADHEAD_DEVICE bool is_live(int key) const { return (key >= live.begin && key < live.end) || key < prefix_len; }
+};
+
+// The softmax works on exp2(S * scale_log2 - max): a scale <= 0 would turn the maximum into a minimum, and softcap is
+// not linear, so in both cases S is transformed first (`transform`) and the remaining scale is 1.
+struct ScoreScale {
+  float scale_log2;
+  float scale;       // of the remaining S, natural units
+  float softcap;
+  float inner;       // softcap: scale / softcap; else scale
+  bool transform;
+
+  BROADHEAD_DEVICE void set(float softmax_scale, float softcap_) {
+    softcap = softcap_;
+    transform = softcap > 0.f || !(softmax_scale > 0.f);
+    scale = transform ? 1.f : softmax_scale;
+    scale_log2 = scale * kLog2e;
+    inner = softcap > 0.f ? softmax_scale / softcap : softmax_scale;
+  }
+
+  // tanh(x) = 1 - 2 / (exp(2x) + 1); two special-function instructions, absolute error near 1e-6.
+  BROADHEAD_DEVICE float apply(float s) const {
+    const float x = s * inner;
+    if (softcap <= 0.f) return x;
+    return softcap * (1.f - __fdividef(2.f, exp2_approx(2.f * kLog2e * x) + 1.f));
+  }
+};
+
+template <class Element>
+struct TileState {
+  SeqlenInfo seqlen;
+  OutputRows output;
+  AttentionMask mask;
+  KeyInterval unmasked;  // keys that every row of the tile sees
+  BlockRange range;      // key blocks of this block's share
+  BlockRange whole;      // key blocks that are copied without any check: all keys live, all columns there, not paged
+  int splits;            // shares of this sequence
+  KvSource<Element> source;
+  ScoreScale scale;
+};
+
+// What a kernel's tiles are made of.
+struct TileShape {
+  int rows;        // query rows that a tile holds
+  int keys;        // of a block
+  int head_dim;    // the kernel's buckets
+  int head_dim_v;
+  int cluster;     // neighbouring tiles that visit the same key blocks together
+};
+
+// Keeps the compiler from computing what follows early: the warps that make tile states have few registers. For the
+// same reason the steps below take what they need from `state` again.
+BROADHEAD_DEVICE void compile_barrier() { asm volatile("" ::: "memory"); }
+
+// A tile without live rows or a share that the sequence does not use gets splits = 0; in a cluster the tiles of a pair
+// agree on both, a tile past the sequence's end just has no live row.
+template <class Element>
+BROADHEAD_DEVICE void set_tile_rows(TileState<Element>& state, const AttnParams& params, const WorkTile& tile,
+                                    int split, const TileShape& shape) {
+  const int rows_per_token = params.pack_gqa ? params.num_heads_q / params.num_heads_kv : 1;
+  const SeqlenInfo seqlen = make_seqlen_info(params, tile.batch);
+  const int num_rows = seqlen.seqlen_q * rows_per_token;
+  const int first_row = tile.m_block * shape.rows;
+  state.seqlen = seqlen;
+  state.output = {{first_row, rows_per_token, min_int(first_row + shape.rows, num_rows)}, tile.head};
+  const int splits = sequence_splits(params, tile.batch);
+  const int cluster_row = tile.m_block / shape.cluster * shape.cluster * shape.rows;
+  state.splits = cluster_row < num_rows && split < splits ? splits : 0;
+}
+
+// The mask and the key blocks of all tiles of the cluster.
+template <class Element>
+BROADHEAD_DEVICE void set_tile_keys(TileState<Element>& state, const AttnParams& params, const WorkTile& tile,
+                                    int split, const TileShape& shape) {
+  const int seqlen_q = state.seqlen.seqlen_q;
+  const int seqlen_k = state.seqlen.seqlen_k;
+  const AttentionMask mask{seqlen_q,
+                           seqlen_k,
+                           params.window_left,
+                           params.window_right,
+                           params.attention_chunk,
+                           params.prefix_lens ? min_int(params.prefix_lens[tile.batch], seqlen_k) : 0};
+  state.mask = mask;
+  const int rows_per_token = state.output.rows.rows_per_token;
+  const int cluster_row = tile.m_block / shape.cluster * shape.cluster * shape.rows;
+  const RowMap cluster_rows{cluster_row, rows_per_token, 0};
+  const int q_first = cluster_rows.token(0);
+  const int q_last = min_int(cluster_rows.token(shape.rows * shape.cluster - 1), seqlen_q - 1);
+  state.source.live = mask.tile_interval(q_first, q_last);
+  compile_barrier();
+  state.range = split_range(block_range(mask, q_first, q_last, shape.keys), split, max_int(state.splits, 1));
+  compile_barrier();
+  // Of a tile past the sequence's end too: its rows are never written.
+  const RowMap& rows = state.output.rows;
+  state.unmasked = mask.unmasked_interval(rows.token(0), min_int(rows.token(shape.rows - 1), q_last));
+}
+
+// Where K and V lie.
+template <class Element>
+BROADHEAD_DEVICE void set_tile_source(TileState<Element>& state, const AttnParams& params, const WorkTile& tile,
+                                      const TileShape& shape) {
+  const int kv_head = params.pack_gqa ? tile.head : tile.head / (params.num_heads_q / params.num_heads_kv);
+  const bool paged = params.page_table != nullptr;
+  const std::int64_t row_k = state.seqlen.row_k;
+  const std::int64_t batch_k = state.seqlen.batch_k;
+  KvSource<Element>& source = state.source;
+  source.leftpad = static_cast<int>(row_k);
+  source.table = paged ? params.page_table + batch_k * params.page_table_batch_stride : nullptr;
+  source.k = static_cast<const Element*>(params.k) + kv_head * params.k_strides.head +
+             (paged ? 0 : batch_k * params.k_strides.batch + row_k * params.k_strides.row);
+  compile_barrier();
+  source.v = static_cast<const Element*>(params.v) + kv_head * params.v_strides.head +
+             (paged ? 0 : batch_k * params.v_strides.batch + row_k * params.v_strides.row);
+  compile_barrier();
+  source.k_row_stride = params.k_strides.row;
+  source.v_row_stride = params.v_strides.row;
+  source.prefix_len = state.mask.prefix_len;
+  source.head_dim = params.head_dim;
+  source.head_dim_v = params.head_dim_v;
+  state.scale.set(params.softmax_scale, params.softcap);
+  state.whole = {0, 0};
+  if (!paged && params.head_dim == shape.head_dim && params.head_dim_v == shape.head_dim_v) {
+    const KeyInterval keys = source.live;
+    const int prefix_len = source.prefix_len;
+    const KeyInterval live{prefix_len > 0 && keys.begin <= prefix_len ? 0 : keys.begin, max_int(keys.end, prefix_len)};
+    state.whole = {ceil_div(live.begin, shape.keys), live.end / shape.keys};
+  }
+}
+
+template <class Element>
+BROADHEAD_DEVICE void make_tile_state(TileState<Element>& state, const AttnParams& params, const WorkTile& tile,
+                                      int split, const TileShape& shape) {
+  set_tile_rows(state, params, tile, split, shape);
+  compile_barrier();
+  set_tile_keys(state, params, tile, split, shape);
+  compile_barrier();
+  set_tile_source(state, params, tile, shape);
+}
+
+}  // namespace broadhead

@@ -1,0 +1,138 @@
+// What consumer warpgroups share: scores of a key block, clearing of dead V rows, P as an operand, writing O.
+//
+// A warpgroup owns 64 rows; lane layout of its accumulators as in OnlineSoftmax with one 16-row tile a warp.
+#pragma once
+
+#include "common/online_softmax.h"
+#include "common/row_result.h"
+#include "common/score.h"
+#include "sm90/forward_traits.h"
+#include "sm90/wgmma.h"
+
+namespace broadhead::sm90 {
+
+// Named barrier ids; 0 is __syncthreads.
+constexpr int kTurnBarrier = 1;       // + warpgroup: 128 that wait, 128 that pass the turn on
+constexpr int kWarpgroupBarrier = 5;  // + warpgroup: its 128 threads
+
+// What the main loop asks of a tile for every block, in registers.
+struct BlockKinds {
+  int plain_begin;  // blocks whose scores need neither a transformation nor a mask and whose keys are all live
+  int plain_end;
+  float scale_log2;
+
+  template <class Element>
+  BROADHEAD_DEVICE BlockKinds(const TileState<Element>& state, int keys)
+      : plain_begin(ceil_div(state.unmasked.begin, keys)),
+        plain_end(state.scale.transform ? 0 : state.unmasked.end / keys),
+        scale_log2(state.scale.scale_log2) {}
+
+  BROADHEAD_DEVICE bool plain(int block) const { return block >= plain_begin && block < plain_end; }
+};
+
+// Scale, softcap and mask of a block's raw scores. `warp_row`: the warp's first row in the tile.
+template <int kKeyTiles, class Element>
+BROADHEAD_DEVICE void finish_scores(float (&s)[1][kKeyTiles][4], const TileState<Element>& state, int key0,
+                                    int warp_row) {
+  const ScoreScale& scale = state.scale;
+  if (scale.transform) {
+    BROADHEAD_UNROLL
+    for (int n = 0; n < kKeyTiles; ++n) {
+      BROADHEAD_UNROLL
+      for (int c = 0; c < 4; ++c) s[0][n][c] = scale.apply(s[0][n][c]);
+    }
+  }
+  if (key0 < state.unmasked.begin || key0 + 8 * kKeyTiles > state.unmasked.end) {
+    apply_mask(s, state.mask, state.unmasked, state.output.rows, warp_row, key0, threadIdx.x % 32);
+  }
+}
+
+template <class Element>
+BROADHEAD_DEVICE bool all_live(const KvSource<Element>& source, int key0, int keys) {
+  return (key0 >= source.live.begin && key0 + keys <= source.live.end) || key0 + keys <= source.prefix_len;
+}
+
+// Clears the rows of a V stage that no query of the tile sees: P is 0 there, but 0 * NaN is not. Called by a warpgroup
+// for a block that is not all live; several may do so at once, they write the same zeros.
+template <class Layout, class Element>
+BROADHEAD_DEVICE void clear_dead_rows(const KvSource<Element>& source, char* v, int key0, int keys, int warpgroup) {
+  for (int row = static_cast<int>(threadIdx.x % 128); row < keys; row += 128) {
+    if (source.is_live(key0 + row)) continue;
+    char* target = v + row / 8 * Layout::kSlabBytes + row % 8 * Layout::kRowBytes;
+    for (int i = 0; i < Layout::kBytes / 16; ++i) {
+      constexpr int kUnits = Layout::kRowBytes / 16;
+      *reinterpret_cast<uint4*>(target + i / kUnits * Layout::kAtomBytes + i % kUnits * 16) = uint4{0, 0, 0, 0};
+    }
+  }
+  fence_async_shared();
+  named_barrier_sync(kWarpgroupBarrier + warpgroup, 128);
+}
+
+template <int kTiles>
+BROADHEAD_DEVICE void scale_rows(float (&o)[kTiles][4], float first, float second) {
+  BROADHEAD_UNROLL
+  for (int t = 0; t < kTiles; ++t) {
+    o[t][0] *= first;
+    o[t][1] *= first;
+    o[t][2] *= second;
+    o[t][3] *= second;
+  }
+}
+
+// Writes 8 * kTiles columns from `col0` on of this lane's two rows, times `inverse`. Lanes of a quad first exchange
+// words, so that each stores 16 bytes of a row; shared memory stays free for the next tile.
+template <class Element, int kTiles>
+BROADHEAD_DEVICE void write_output(const KernelArgs& args, const SeqlenInfo& seqlen, const RowPlace (&rows)[2],
+                                   const float (&o)[kTiles][4], const float (&inverse)[2], int col0) {
+  const AttnParams& params = args.params;
+  const int lane = threadIdx.x % 32;
+  const int quad = lane % 4;
+  static_assert(kTiles % 4 == 0);
+  BROADHEAD_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    const bool live = rows[i].live;
+    Element* target = output_row<Element>(params, seqlen, rows[i]) + col0 + quad * 8;
+    BROADHEAD_UNROLL
+    for (int t = 0; t < kTiles; t += 4) {
+      std::uint32_t w[4];
+      BROADHEAD_UNROLL
+      for (int u = 0; u < 4; ++u) {
+        w[u] = pack_pair<Element>(o[t + u][2 * i] * inverse[i], o[t + u][2 * i + 1] * inverse[i]);
+      }
+      // A 4 x 4 transposition over the quad: afterwards lane q holds the four words of tile t + q.
+      const bool odd = quad & 1;
+      const bool upper = quad & 2;
+      const std::uint32_t a = __shfl_xor_sync(0xffffffffu, odd ? w[0] : w[1], 1);
+      const std::uint32_t b = __shfl_xor_sync(0xffffffffu, odd ? w[2] : w[3], 1);
+      const std::uint32_t x0 = odd ? a : w[0], x1 = odd ? w[1] : a;
+      const std::uint32_t y0 = odd ? b : w[2], y1 = odd ? w[3] : b;
+      const std::uint32_t c = __shfl_xor_sync(0xffffffffu, upper ? x0 : y0, 2);
+      const std::uint32_t d = __shfl_xor_sync(0xffffffffu, upper ? x1 : y1, 2);
+      if (live && col0 + t * 8 + quad * 8 < params.head_dim_v) {
+        *reinterpret_cast<uint4*>(target + t * 8) = upper ? uint4{c, d, y0, y1} : uint4{x0, x1, c, d};
+      }
+    }
+  }
+}
+
+// The same into the partial output of a share; a row without visible keys is told by its LSE alone.
+template <int kTiles>
+BROADHEAD_DEVICE void write_partial(const KernelArgs& args, const SeqlenInfo& seqlen, const RowPlace (&rows)[2],
+                                    const float (&o)[kTiles][4], const float (&inverse)[2], int col0, int split) {
+  const int lane = threadIdx.x % 32;
+  BROADHEAD_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    if (!rows[i].live || inverse[i] == 0.f) continue;
+    float* target = partial_row(args.params, seqlen, rows[i], split);
+    BROADHEAD_UNROLL
+    for (int t = 0; t < kTiles; ++t) {
+      const int column = col0 + t * 8 + lane % 4 * 2;
+      if (column < args.params.head_dim_v) {
+        *reinterpret_cast<float2*>(target + column) =
+            make_float2(o[t][2 * i] * inverse[i], o[t][2 * i + 1] * inverse[i]);
+      }
+    }
+  }
+}
+
+}  // namespace broadhead::sm90

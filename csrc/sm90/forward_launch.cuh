@@ -1,0 +1,21 @@
+// Host side of one Hopper forward kernel. Instantiated once a row by cmake/generate.py.
+#pragma once
+
+#include "sm90/forward_kernel.h"
+#include "sm90/launch.h"
+
+namespace broadhead::sm90 {
+
+template <class Traits>
+int launch_forward(const char* kernel_id, const AttnParams& params, cudaStream_t stream, char* error,
+                   std::size_t error_size) {
+  const MapShape shape{.row_bytes = Traits::KLayout::kRowBytes,
+                       .row_bytes_v = Traits::VLayout::kRowBytes,
+                       .k_box_rows = Traits::kTileN,
+                       .k_box_subtiles = Traits::KLayout::kSubtiles,
+                       .v_box_rows = Traits::kTileN,
+                       .v_box_subtiles = Traits::VLayout::kSubtiles};
+  return launch_persistent<Traits>(forward_kernel<Traits>, kernel_id, params, shape, stream, error, error_size);
+}
+
+}  // namespace broadhead::sm90

@@ -1,0 +1,102 @@
+// Compile-time shape of the Hopper kernels, derived from a row of python/broadhead/support.py.
+//
+// K and V tiles lie in shared memory as [keys / 8][subtiles][8][kRowBytes]: a TMA box of any number of 8-row groups
+// fills whole units, whatever the page size. Q lies as [subtiles][rows][kRowBytes].
+#pragma once
+
+#include "common/math.h"
+#include "sm90/tensor_maps.h"
+#include "sm90/work_source.h"
+
+namespace broadhead::sm90 {
+
+// A matrix of kCols columns in shared memory, in units of 8 rows.
+template <class Element, int kCols>
+struct TileLayout {
+  static constexpr int kBytes = kCols * static_cast<int>(sizeof(Element));  // of a row
+  static constexpr int kRowBytes = kBytes % 128 == 0 ? 128 : 64;            // of a row of a subtile
+  static constexpr int kSubtiles = kBytes / kRowBytes;
+  static constexpr int kSubtileCols = kRowBytes / static_cast<int>(sizeof(Element));
+  static constexpr int kAtomBytes = 8 * kRowBytes;
+  static constexpr int kSlabBytes = kSubtiles * kAtomBytes;  // 8 rows
+  static constexpr int kSteps = kBytes / 32;                 // wgmma steps along the columns
+  static constexpr int kStepsPerSubtile = kRowBytes / 32;
+  static_assert(kBytes % kRowBytes == 0);
+
+  // Where step `step` along the columns begins, in units of subtiles that are `subtile_bytes` apart.
+  BROADHEAD_DEVICE static constexpr int step_offset(int step, int subtile_bytes) {
+    return step / kStepsPerSubtile * subtile_bytes + step % kStepsPerSubtile * 32;
+  }
+};
+
+// Barriers and posts that both kernels have. kStages: of the rings of K and V.
+template <class Element>
+struct WorkStorage {
+  TileSlot<Element> tiles[kTileSlots];
+  Barrier tile_full[kTileSlots];   // 1 arrival: the scheduler
+  Barrier tile_empty[kTileSlots];  // each reading warp
+  Barrier next_wanted;             // 1 arrival a tile: its loader is near the end
+};
+
+// Blocks before the end of a tile's loads at which the next tile is taken: late, so that the longest waiting block of
+// the grid gets it, but early enough to hide the 2 us until it is posted.
+constexpr int kBlocksAhead = 4;
+
+template <class Element_, int kHeadDim_, int kHeadDimV_, int kTileM_, int kTileN_, int kStages_, int kOverlap_,
+          int kSmemLimit_>
+struct ForwardTraits {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kHeadDimV = kHeadDimV_;
+  static constexpr int kTileM = kTileM_;
+  static constexpr int kTileN = kTileN_;
+  static constexpr int kStages = kStages_;
+  // S of the next block beside O += P V of this one in a warpgroup; else warpgroups take turns on the tensor cores.
+  static constexpr bool kOverlap = kOverlap_ != 0;
+  // Registers allow two blocks of P beside S: the softmax need not look for the maximum first.
+  static constexpr bool kTwoP = kOverlap_ == 2;
+  static constexpr int kCluster = 1;
+
+  static constexpr int kConsumers = kTileM / 64;  // warpgroups of 64 rows
+  static constexpr int kConsumerWarps = 4 * kConsumers;
+  static constexpr int kThreads = 128 * (kConsumers + 1);
+  // Of a thread. Their sum over the warpgroups must not exceed what the block got at launch: 504 for three warpgroups
+  // (168 each), 512 for four (128 each); setmaxnreg would wait for ever.
+  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
+  static constexpr int kConsumerRegisters = kConsumers == 1 ? 240 : kConsumers == 2 ? 232 : 160;
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 65536 / kThreads / 8 * 8 * (kConsumers + 1));
+  // Turns between warpgroups. With 256 columns of O the tensor cores are kept busy without.
+  static constexpr bool kTurns = kConsumers > 1 && (!kOverlap || kHeadDim <= 128);
+
+  using QLayout = TileLayout<Element, kHeadDim>;
+  using KLayout = TileLayout<Element, kHeadDim>;
+  using VLayout = TileLayout<Element, kHeadDimV>;
+  static constexpr int kKeyTiles = kTileN / 8;
+  static constexpr int kOTiles = kHeadDimV / 8;
+  static constexpr int kLoaderWarps = 3;  // of the producer warpgroup, when they gather; one when TMA does
+  static constexpr int kSchedulerWarp = 3;
+
+  static_assert(kTileM % 64 == 0 && kTileN % 16 == 0 && kHeadDimV % 32 == 0);
+
+  struct SharedStorage : WorkStorage<Element> {
+    alignas(1024) Element q[kTileM * kHeadDim];
+    alignas(1024) Element k[kStages][kTileN * kHeadDim];
+    alignas(1024) Element v[kStages][kTileN * kHeadDimV];
+    Barrier q_full;   // 1 arrival + bytes
+    Barrier q_empty;  // each consumer warp
+    Barrier k_full[kStages];  // 1 arrival + bytes, or every gathering thread
+    Barrier k_empty[kStages];
+    Barrier v_full[kStages];
+    Barrier v_empty[kStages];
+  };
+  static_assert(sizeof(SharedStorage) <= kSmemLimit_, "the tile does not fit the shared memory its row promises");
+};
+
+// The argument of both kernels.
+struct KernelArgs {
+  AttnParams params;
+  WorkPlan plan;
+  TensorMaps maps;
+};
+
+}  // namespace broadhead::sm90

@@ -1,0 +1,172 @@
+// The producer's copies: stages of K and V by TMA boxes or gathered by cp.async, and the tile of Q.
+#pragma once
+
+#include "sm90/forward_traits.h"
+
+namespace broadhead::sm90 {
+
+// Whether any of keys [key, key + rows) is seen by a query of the tile.
+template <class Element>
+BROADHEAD_DEVICE bool any_live(const KvSource<Element>& source, int key, int rows) {
+  return (key < source.live.end && key + rows > source.live.begin) || key < source.prefix_len;
+}
+
+// Lane u's page for box u of the `keys` keys from `key0` on; -1: nothing to load. Entries of boxes that no query sees
+// are never read: they may be garbage.
+template <class Element>
+BROADHEAD_DEVICE int box_page(const KvSource<Element>& source, int key0, int keys, int box_rows, int page_size) {
+  const int offset = static_cast<int>(threadIdx.x % 32) * box_rows;
+  const int key = key0 + offset;
+  return offset < keys && any_live(source, key, box_rows) ? source.table[key / page_size] : -1;
+}
+
+// What a loader needs of a tile, in the coordinates of a map.
+struct KvCoordinates {
+  int row0;  // of key 0
+  int x;     // of the head, and of the sequence unless paged
+};
+
+template <class Element>
+BROADHEAD_DEVICE KvCoordinates kv_coordinates(const KvMap& map, const AttnParams& params,
+                                              const TileState<Element>& state) {
+  const int group = params.num_heads_q / params.num_heads_kv;
+  const int head = params.pack_gqa ? state.output.head : state.output.head / group;
+  if (params.page_table != nullptr) return {0, head * map.head_step};
+  return {static_cast<int>(state.seqlen.row_k), head * map.head_step + state.seqlen.batch_k * map.batch_step};
+}
+
+// One stage: keys [key0, key0 + kRows) and the columns of Layout from subtile `subtile0` on. All lanes of a warp call
+// it; in a cluster each block loads its share of the boxes into all blocks. `pages`: this lane's box_page, of which the
+// stage begins at box `first_box`.
+template <class Layout, int kRows, int kCluster>
+BROADHEAD_DEVICE void load_stage(const KvMap& map, const KvCoordinates& at, bool paged, int page_size, int pages,
+                                 int first_box, int key0, int subtile0, std::uint32_t target, Barrier& full,
+                                 std::uint32_t rank) {
+  const bool leader = threadIdx.x % 32 == 0;
+  const int box_rows = map.box_rows;
+  const int boxes = kRows / box_rows;
+  const auto issue = [&](const CUtensorMap& tensor_map, std::uint32_t address, int column, int row, int subtile,
+                         int x) {
+    if constexpr (kCluster == 1) {
+      tma_load(&tensor_map, address, full, column, row, subtile, 0, x);
+    } else {
+      tma_load_multicast(&tensor_map, address, full, (1 << kCluster) - 1, column, row, subtile, 0, x);
+    }
+  };
+  // 8-row groups from `row` on.
+  const auto issue_groups = [&](std::uint32_t address, int row, int groups, int x) {
+    for (int group = 0; group < groups; ++group) {
+      if (kCluster > 1 && group % kCluster != static_cast<int>(rank)) continue;
+      if (!map.by_column) {
+        issue(map.group, address + group * Layout::kSlabBytes, 0, row + group * 8, subtile0, x);
+      } else {
+        for (int s = 0; s < Layout::kSubtiles; ++s) {
+          issue(map.group, address + group * Layout::kSlabBytes + s * Layout::kAtomBytes,
+                (subtile0 + s) * Layout::kSubtileCols, row + group * 8, 0, x);
+        }
+      }
+    }
+  };
+  if (paged) {
+    const unsigned live = (__ballot_sync(0xffffffffu, pages >= 0) >> first_box) & ((1ull << boxes) - 1);
+    if (leader) barrier_expect(full, __popc(live) * box_rows * (Layout::kSlabBytes / 8));
+    for (int box = 0; box < boxes; ++box) {
+      const int page = __shfl_sync(0xffffffffu, pages, first_box + box);
+      if (page < 0 || !leader) continue;
+      const std::uint32_t address = target + box * box_rows / 8 * Layout::kSlabBytes;
+      const int slot = (key0 + box * box_rows) % page_size;
+      const int x = at.x + page * map.batch_step;
+      if (map.by_column) {
+        issue_groups(address, slot, box_rows / 8, x);
+      } else if (kCluster == 1 || box % kCluster == static_cast<int>(rank)) {
+        issue(map.box, address, 0, slot, subtile0, x);
+      }
+    }
+    return;
+  }
+  if (!leader) return;
+  const int row0 = at.row0 + key0;
+  const int groups = max_int(0, min_int(kRows, map.rows - row0) + 7) / 8;
+  barrier_expect(full, groups * Layout::kSlabBytes);
+  if (groups == kRows / 8 && row0 + kRows <= map.rows && !map.by_column) {
+    for (int box = 0; box < boxes; ++box) {
+      if (kCluster > 1 && box % kCluster != static_cast<int>(rank)) continue;
+      issue(map.box, target + box * box_rows / 8 * Layout::kSlabBytes, 0, row0 + box * box_rows, subtile0, at.x);
+    }
+  } else {
+    issue_groups(target, row0, groups, at.x);
+  }
+}
+
+// Gathering: this warp's 8-row groups of a stage are warp, warp + kWarps, ... Lane l holds the page of row l % 8 of its
+// group l / 8, and of group l / 8 + 4, so that one read of the page table serves K and V.
+template <int kRows, int kWarps>
+struct GatheredRows {
+  static constexpr int kGroups = (kRows / 8 + kWarps - 1) / kWarps;
+  static_assert(kGroups <= 8);
+  int page;  // -1: not live
+  int later_page;
+
+  template <class Element>
+  BROADHEAD_DEVICE static int read_row(const KvSource<Element>& source, int key0, int page_size, int group, int warp) {
+    const int row = (group * kWarps + warp) * 8 + static_cast<int>(threadIdx.x % 8);
+    return row < kRows && source.is_live(key0 + row) ? source.table[(source.leftpad + key0 + row) / page_size] : -1;
+  }
+
+  template <class Element>
+  BROADHEAD_DEVICE void read(const KvSource<Element>& source, int key0, int page_size, int warp) {
+    const int group = static_cast<int>(threadIdx.x % 32) / 8;
+    page = read_row(source, key0, page_size, group, warp);
+    later_page = kGroups > 4 ? read_row(source, key0, page_size, group + 4, warp) : -1;
+  }
+};
+
+// Columns [col0, col0 + columns of Layout) of the stage's rows; `base`, `row_stride`, `page_stride` in elements.
+template <class Layout, class Element, int kRows, int kWarps>
+BROADHEAD_DEVICE void gather_stage(const GatheredRows<kRows, kWarps>& rows, const Element* base, TensorStrides strides,
+                                   int key0, int page_size, int col0, int columns, std::uint32_t target, Barrier& full,
+                                   int warp) {
+  constexpr int kUnits = Layout::kBytes / 16;  // of a row
+  constexpr int kUnitsPerSubtile = Layout::kRowBytes / 16;
+  const int lane = threadIdx.x % 32;
+#pragma unroll 1
+  for (int g = 0; g < GatheredRows<kRows, kWarps>::kGroups; ++g) {
+    const int group = g * kWarps + warp;
+    if (group >= kRows / 8) break;
+    const int own = g < 4 ? rows.page : rows.later_page;
+#pragma unroll 1
+    for (int first = 0; first < 8 * kUnits; first += 32) {
+      const int unit = first + lane;
+      const int row = unit / kUnits;
+      const int part = unit % kUnits;
+      const int page = __shfl_sync(0xffffffffu, own, (g * 8 + row) % 32);
+      if (8 * kUnits % 32 != 0 && unit >= 8 * kUnits) continue;
+      const int slot = (key0 + group * 8 + row) % page_size;
+      const int column = col0 + part * (16 / static_cast<int>(sizeof(Element)));
+      const bool live = page >= 0 && column < columns;
+      const Element* source = live ? base + page * strides.batch + slot * strides.row + column : base;
+      const int swizzled = Layout::kRowBytes == 128 ? (part % kUnitsPerSubtile) ^ (row & 7)
+                                                    : (part % kUnitsPerSubtile) ^ ((row >> 1) & 3);
+      cp_async_16(target + group * Layout::kSlabBytes + part / kUnitsPerSubtile * Layout::kAtomBytes +
+                      row * Layout::kRowBytes + swizzled * 16,
+                  source, live);
+    }
+  }
+  barrier_arrive_cp_async(full);
+}
+
+// The tile's rows of Q, subtile by subtile.
+template <class Layout, int kTileM, class Element>
+BROADHEAD_DEVICE void load_q(const KernelArgs& args, const TileState<Element>& state, std::uint32_t target,
+                             Barrier& full, int subtile0 = 0, int subtiles = Layout::kSubtiles) {
+  const QMap& map = args.maps.q;
+  const int x = state.output.head * map.head_step + state.seqlen.batch_q * map.batch_step;
+  const int token = static_cast<int>(state.seqlen.row_q) + state.output.rows.token(0);
+  barrier_expect(full, subtiles * args.plan.rows_per_tile * Layout::kRowBytes);
+  for (int s = 0; s < subtiles; ++s) {
+    tma_load(&map.map, target + s * kTileM * Layout::kRowBytes, full, (subtile0 + s) * Layout::kSubtileCols, 0, token,
+             0, x);
+  }
+}
+
+}  // namespace broadhead::sm90

@@ -1,0 +1,142 @@
+// Host side that both Hopper kernels share: tensor maps, the division of the work, persistent launch, combine.
+#pragma once
+
+#include <atomic>
+#include <cstdio>
+
+#include "common/combine.h"
+#include "host/cuda_check.h"
+#include "sm90/forward_traits.h"
+
+namespace broadhead::sm90 {
+
+// How a kernel wants its operands cut.
+struct MapShape {
+  int row_bytes;      // of q and k
+  int row_bytes_v;
+  int k_box_rows;     // at most; a page may hold fewer
+  int k_box_subtiles;
+  int v_box_rows;
+  int v_box_subtiles;
+};
+
+// Fills `maps`; a CUresult.
+inline int make_maps(TensorMaps& maps, const AttnParams& params, const WorkPlan& plan, const MapShape& shape,
+                     int element_bytes) {
+  const bool packed_q = params.cu_seqlens_q != nullptr;
+  const bool paged = params.page_table != nullptr;
+  const bool packed_k = params.cu_seqlens_k != nullptr;
+  const int rows_per_token = params.pack_gqa ? params.num_heads_q / params.num_heads_kv : 1;
+  const OperandShape q{params.q,
+                       params.q_strides,
+                       element_bytes,
+                       params.head_dim,
+                       packed_q ? params.total_q : params.seqlen_q,
+                       params.num_heads_q,
+                       packed_q ? 1 : params.batch};
+  if (const int error = make_q_map(maps.q, q, rows_per_token, plan.rows_per_tile / rows_per_token, shape.row_bytes)) {
+    return error;
+  }
+  maps.gather = paged && (params.page_size % 8 != 0 || params.leftpad_k != nullptr);
+  const std::int64_t rows = paged ? params.page_size : packed_k ? params.total_k : params.seqlen_k;
+  const std::int64_t batches = paged ? params.num_pages : packed_k ? 1 : params.num_kv_batches;
+  const int k_box = paged ? std::gcd(params.page_size, shape.k_box_rows) : shape.k_box_rows;
+  const int v_box = paged ? std::gcd(params.page_size, shape.v_box_rows) : shape.v_box_rows;
+  const OperandShape k{params.k, params.k_strides, element_bytes, params.head_dim, rows, params.num_heads_kv, batches};
+  const OperandShape v{params.v, params.v_strides,    element_bytes, params.head_dim_v,
+                       rows,     params.num_heads_kv, batches};
+  if (maps.gather) return 0;
+  int error = make_kv_map(maps.k, k, {shape.row_bytes, shape.k_box_subtiles, k_box});
+  if (error == 0) error = make_kv_map(maps.v, v, {shape.row_bytes_v, shape.v_box_subtiles, v_box});
+  if (error != 0 && paged) {  // strides beyond what a map can say
+    maps.gather = 1;
+    error = 0;
+  }
+  return error;
+}
+
+inline WorkPlan make_plan(const AttnParams& params, int tile_m, int cluster) {
+  const int rows_per_token = params.pack_gqa ? params.num_heads_q / params.num_heads_kv : 1;
+  WorkPlan plan;
+  plan.rows_per_tile = tile_m / rows_per_token * rows_per_token;
+  plan.heads = params.pack_gqa ? params.num_heads_kv : params.num_heads_q;
+  const long long rows = static_cast<long long>(params.seqlen_q) * rows_per_token;
+  const long long per_cluster = static_cast<long long>(plan.rows_per_tile) * cluster;
+  plan.m_blocks = per_cluster > 0 ? static_cast<std::int32_t>((rows + per_cluster - 1) / per_cluster) : 0;
+  plan.ragged = params.cu_seqlens_q != nullptr || params.seqused_q != nullptr || params.scheduler_metadata != nullptr;
+  const long long tiles = static_cast<long long>(plan.m_blocks) * plan.heads * params.batch * params.num_splits;
+  plan.tiles = tiles < 0x7fff0000LL ? static_cast<std::int32_t>(tiles) : -1;
+  return plan;
+}
+
+// `kernel`: of Traits, taking KernelArgs.
+template <class Traits>
+int launch_persistent(void (*kernel)(const KernelArgs), const char* kernel_id, const AttnParams& params,
+                      const MapShape& map_shape, cudaStream_t stream, char* error, std::size_t error_size) {
+  constexpr int kSmemBytes = sizeof(typename Traits::SharedStorage);
+  const auto fail = [&](const char* step, cudaError_t status) {
+    char shape[256];
+    std::snprintf(shape, sizeof(shape),
+                  "batch %d, seqlen_q %d, seqlen_k %d, heads %d/%d, head_dim %d/%d, page_size %d, num_splits %d, "
+                  "shared memory %d bytes",
+                  params.batch, params.seqlen_q, params.seqlen_k, params.num_heads_q, params.num_heads_kv,
+                  params.head_dim, params.head_dim_v, params.page_size, params.num_splits, kSmemBytes);
+    return check_cuda(status, kernel_id, step, shape, error, error_size);
+  };
+  if (params.head_dim > Traits::kHeadDim || params.head_dim_v > Traits::kHeadDimV) {
+    return fail("head_dim", cudaErrorInvalidValue);
+  }
+  int device = 0;
+  if (const cudaError_t status = cudaGetDevice(&device)) return fail("cudaGetDevice", status);
+  // Once a device: the opt-in to more than 48 KB and the number of blocks (whole clusters) that run at a time.
+  static std::atomic<int> blocks_of[64];
+  int blocks = blocks_of[device & 63].load(std::memory_order_acquire);
+  if (blocks == 0) {
+    if (const cudaError_t status =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes)) {
+      return fail("cudaFuncSetAttribute", status);
+    }
+    if (const cudaError_t status = cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, device)) {
+      return fail("cudaDeviceGetAttribute", status);
+    }
+    blocks = blocks / Traits::kCluster * Traits::kCluster;
+    blocks_of[device & 63].store(blocks, std::memory_order_release);
+  }
+  if (params.tile_counter == nullptr) return fail("tile_counter", cudaErrorInvalidValue);
+
+  KernelArgs args{};
+  args.params = params;
+  args.plan = make_plan(params, Traits::kTileM, Traits::kCluster);
+  if (args.plan.rows_per_tile == 0) return fail("pack_gqa", cudaErrorInvalidValue);
+  if (args.plan.tiles == 0) return 0;
+  if (args.plan.tiles < 0) return fail("grid", cudaErrorInvalidValue);
+  if (const int status = make_maps(args.maps, params, args.plan, map_shape, sizeof(typename Traits::Element))) {
+    return fail(
+        status == CUDA_ERROR_NOT_FOUND ? "cuTensorMapEncodeTiled: the driver is too old" : "cuTensorMapEncodeTiled",
+        cudaErrorInvalidValue);
+  }
+  const long long wanted = args.plan.tiles * Traits::kCluster;
+  if (params.max_blocks > 0 && blocks > params.max_blocks) {
+    blocks = max_int(1, params.max_blocks / Traits::kCluster) * Traits::kCluster;
+  }
+  if (wanted < blocks) blocks = static_cast<int>(wanted);
+  if (const cudaError_t status = cudaMemsetAsync(params.tile_counter, 0, sizeof(std::int32_t), stream)) {
+    return fail("cudaMemsetAsync", status);
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(Traits::kThreads);
+  config.dynamicSmemBytes = kSmemBytes;
+  config.stream = stream;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {Traits::kCluster, 1, 1};
+  config.attrs = &attribute;
+  config.numAttrs = Traits::kCluster > 1 ? 1 : 0;
+  if (const cudaError_t status = cudaLaunchKernelEx(&config, kernel, args)) return fail("launch", status);
+  if (params.num_splits == 1) return 0;
+  constexpr bool kIsFp16 = std::is_same_v<typename Traits::Element, cutlass::half_t>;
+  return launch_split_combine(params, !kIsFp16, stream, error, error_size);
+}
+
+}  // namespace broadhead::sm90

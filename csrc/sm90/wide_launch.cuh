@@ -1,0 +1,22 @@
+// Host side of the wide Hopper forward kernel. Instantiated once a row by cmake/generate.py.
+#pragma once
+
+#include "sm90/launch.h"
+#include "sm90/wide_kernel.h"
+
+namespace broadhead::sm90 {
+
+template <class Traits>
+int launch_wide(const char* kernel_id, const AttnParams& params, cudaStream_t stream, char* error,
+                std::size_t error_size) {
+  // Half of a stage's rows a box: each block of the cluster loads one of two.
+  const MapShape shape{.row_bytes = 128,
+                       .row_bytes_v = 128,
+                       .k_box_rows = Traits::kTileN / Traits::kCluster,
+                       .k_box_subtiles = Traits::KLayout::kSubtiles,
+                       .v_box_rows = Traits::kVChunk / Traits::kCluster,
+                       .v_box_subtiles = Traits::VLayout::kSubtiles};
+  return launch_persistent<Traits>(wide_kernel<Traits>, kernel_id, params, shape, stream, error, error_size);
+}
+
+}  // namespace broadhead::sm90

@@ -1,0 +1,145 @@
+// An output warpgroup of the wide kernel: O += P V for 64 rows and half of the columns.
+#pragma once
+
+#include "sm90/consumer.h"
+#include "sm90/wide_scores.h"
+
+namespace broadhead::sm90 {
+
+template <class Traits>
+struct OutputWarpgroup {
+  using Element = typename Traits::Element;
+  using Storage = typename Traits::SharedStorage;
+  using VLayout = typename Traits::VLayout;
+  using PLayout = typename Traits::PLayout;
+
+  const KernelArgs& args;
+  Storage& smem;
+  const int half;  // 0: left columns
+  const int warp;  // in the warpgroup
+  const int warp_row;
+  RingState<Traits::kStages> ring;
+  SlotState p_slot;
+  SlotState inverse_slot;
+  float o[Traits::kParts][Traits::kPartCols / 8][4];
+
+  BROADHEAD_DEVICE OutputWarpgroup(const KernelArgs& args_, Storage& smem_, int half_)
+      : args(args_),
+        smem(smem_),
+        half(half_),
+        warp(__shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) % 128 / 32, 0)),
+        warp_row(warp * 16) {}
+
+  BROADHEAD_DEVICE static bool leader() { return threadIdx.x % 32 == 0; }
+
+  BROADHEAD_DEVICE void fence_output() {
+    BROADHEAD_UNROLL
+    for (int part = 0; part < Traits::kParts; ++part) fence_registers(o[part]);
+  }
+
+  BROADHEAD_DEVICE void add_block(const TileState<Element>& state, const BlockKinds& kinds, int block) {
+    const int lane = threadIdx.x % 32;
+    const std::uint32_t slot = p_slot.stage();
+    barrier_wait(smem.p_full[slot], p_slot.parity());
+    const typename Traits::Rescale& rescale = smem.rescale[slot];
+    if (rescale.needed[warp]) {
+      const float upper = rescale.factor[warp_row + lane / 4], lower = rescale.factor[warp_row + lane / 4 + 8];
+      BROADHEAD_UNROLL
+      for (int part = 0; part < Traits::kParts; ++part) scale_rows(o[part], upper, lower);
+    }
+    const std::uint64_t a = MatrixDescriptor<128>::make(smem_address(smem.p[slot]), 0, PLayout::kAtomBytes);
+    std::uint32_t previous = 0;
+    fence_output();
+    BROADHEAD_UNROLL
+    for (int chunk = 0; chunk < Traits::kVChunks; ++chunk) {
+      barrier_wait(smem.full[ring.stage()], ring.parity());
+      if (args.maps.gather) fence_async_shared();
+      const int key0 = block * Traits::kTileN + chunk * Traits::kVChunk;
+      if (!kinds.plain(block) && !all_live(state.source, key0, Traits::kVChunk)) {
+        clear_dead_rows<VLayout>(state.source, smem.ring[ring.stage()], key0, Traits::kVChunk, half);
+      }
+      const std::uint64_t b =
+          MatrixDescriptor<128>::make(smem_address(smem.ring[ring.stage()]) + half * (VLayout::kSlabBytes / 2),
+                                      VLayout::kAtomBytes, VLayout::kSlabBytes);
+      wgmma_fence();
+      BROADHEAD_UNROLL
+      for (int step = 0; step < Traits::kVChunk / 16; ++step) {
+        BROADHEAD_UNROLL
+        for (int part = 0; part < Traits::kParts; ++part) {
+          constexpr int kPartBytes = Traits::kPartCols / VLayout::kSubtileCols * VLayout::kAtomBytes;
+          wgmma_ss<Element, Traits::kPartCols, Major::MN>(
+              o[part], a + ((chunk * Traits::kVChunk * 2 + step * 32) >> 4),
+              b + ((step * 2 * VLayout::kSlabBytes + part * kPartBytes) >> 4), true);
+        }
+      }
+      wgmma_commit();
+      if (chunk > 0) {
+        wgmma_wait<1>();
+        release_stage(smem.empty[previous], Traits::kReleases / 8);
+      }
+      previous = ring.stage();
+      ring.advance();
+    }
+    wgmma_wait<0>();
+    fence_output();
+    release_stage(smem.empty[previous], Traits::kReleases / 8);
+    if (leader()) barrier_arrive(smem.p_empty[slot]);
+    p_slot.advance();
+  }
+
+  BROADHEAD_DEVICE void run_tile(const TileState<Element>& state) {
+    BROADHEAD_UNROLL
+    for (int part = 0; part < Traits::kParts; ++part) {
+      BROADHEAD_UNROLL
+      for (int t = 0; t < Traits::kPartCols / 8; ++t) {
+        o[part][t][0] = o[part][t][1] = o[part][t][2] = o[part][t][3] = 0.f;
+      }
+    }
+    const BlockRange range = state.range;
+    if (range.begin >= range.end) return;
+    const BlockKinds kinds(state, Traits::kTileN);
+    // The ring's order: Q, K of the first two blocks, V of the first, K of the third, ...
+    skip_stages(ring, Traits::kQRegisterChunks + Traits::kKChunks);
+    for (int block = range.end - 1; block >= range.begin; --block) {
+      if (block > range.begin) skip_stages(ring, Traits::kKChunks);
+      add_block(state, kinds, block);
+    }
+  }
+
+  BROADHEAD_DEVICE void write_tile(const TileState<Element>& state, int split) {
+    const int lane = threadIdx.x % 32;
+    barrier_wait(smem.inverse_full[inverse_slot.stage()], inverse_slot.parity());
+    const float* row_inverse = smem.inverse[inverse_slot.stage()];
+    const float inverse[2] = {row_inverse[warp_row + lane / 4], row_inverse[warp_row + lane / 4 + 8]};
+    __syncwarp();
+    if (leader()) barrier_arrive(smem.inverse_empty[inverse_slot.stage()]);
+    inverse_slot.advance();
+    const int row0 = warp_row + lane / 4;
+    const RowPlace rows[2] = {place_row(state.output, row0), place_row(state.output, row0 + 8)};
+    BROADHEAD_UNROLL
+    for (int part = 0; part < Traits::kParts; ++part) {
+      const int col0 = half * Traits::kOutputCols + part * Traits::kPartCols;
+      if (split < 0) {
+        write_output<Element>(args, state.seqlen, rows, o[part], inverse, col0);
+      } else {
+        write_partial(args, state.seqlen, rows, o[part], inverse, col0, split);
+      }
+    }
+  }
+
+  BROADHEAD_DEVICE void run() {
+    SlotState slot;
+    while (true) {
+      barrier_wait(smem.tile_full[slot.stage()], slot.parity());
+      const TileSlot<Element>& tile = smem.tiles[slot.stage()];
+      if (!tile.valid) break;
+      run_tile(tile.state);
+      write_tile(tile.state, tile.split);
+      __syncwarp();
+      if (leader()) barrier_arrive(smem.tile_empty[slot.stage()]);
+      slot.advance();
+    }
+  }
+};
+
+}  // namespace broadhead::sm90

@@ -1,0 +1,98 @@
+"""Compares broadhead's results with the best peer or its own baseline, and with the bars they should meet."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple
+
+#: Beside whom a result stands, and the ratio it should reach.
+BAR_UP_TO_256 = ("best peer", 0.97)
+BAR_ABOVE_256 = ("ffpa", 1.05)
+BAR_PAGED = ("baseline", 0.93)
+BAR_FP8 = ("baseline", 1.4)
+#: Time over the time that the visible operations would take at the causal rate.
+BAR_WINDOW = 1.15
+
+#: Areas whose bars are stated; of the others only the ratio is shown.
+PEER_AREAS = ("forward", "chunked", "varlen")
+
+COLUMNS = ("case", "broadhead", "ms", "against", "their number", "ratio", "bar", "met")
+
+
+class Row(NamedTuple):
+    """One case: our number, whom it is compared with, the ratio, and the bar if there is one."""
+
+    area: str
+    case: str
+    value: float
+    seconds: float
+    rival: str | None
+    rival_value: float | None
+    ratio: float | None
+    bar: str
+    met: bool | None  # None: no bar, or nobody to compare with
+
+    def cells(self) -> list[str]:
+        """Text for a table, in the order of COLUMNS."""
+        return [
+            self.case,
+            f"{self.value:.4g}",
+            f"{self.seconds * 1e3:.4g}",
+            self.rival or "-",
+            "-" if self.rival_value is None else f"{self.rival_value:.4g}",
+            "-" if self.ratio is None else f"{self.ratio:.3f}",
+            self.bar or "-",
+            "-" if self.met is None else ("yes" if self.met else "NO"),
+        ]
+
+
+def summarize(records: list[dict[str, Any]]) -> list[Row]:
+    """One row for each case that broadhead has a result of; of several results of one kind the last counts."""
+    cases: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for record in records:
+        cases.setdefault((record["area"], record["case"]), {})[record["impl"]] = record
+    return [_row(area, case, results) for (area, case), results in cases.items() if "broadhead" in results]
+
+
+def _row(area: str, case: str, results: dict[str, dict[str, Any]]) -> Row:
+    own = results["broadhead"]["value"]
+    seconds = results["broadhead"].get("seconds", float("nan"))
+    values = {impl: record["value"] for impl, record in results.items() if impl != "broadhead"}
+    rival, least, most = _rival(area, case, values)
+    theirs = values.get(rival) if rival else None
+    if theirs is None:
+        return Row(area, case, own, seconds, None, None, None, _text(least, most), None)
+    ratio = theirs / own if area in ("window", "host") else own / theirs
+    met = None
+    if least is not None:
+        met = ratio >= least
+    elif most is not None:
+        met = ratio <= most
+    return Row(area, case, own, seconds, rival, theirs, ratio, _text(least, most), met)
+
+
+def _rival(area: str, case: str, values: dict[str, float]) -> tuple[str | None, float | None, float | None]:
+    """Whom to compare with, and the least or the most that the ratio may be."""
+    if area == "window":
+        return "baseline", None, BAR_WINDOW
+    if area in ("paged", "fp8"):
+        return (*(BAR_PAGED if area == "paged" else BAR_FP8), None)
+    peers = {impl: value for impl, value in values.items() if impl != "baseline"}
+    best = (min if area == "host" else max)(peers, key=lambda impl: peers[impl], default=None)
+    if area not in PEER_AREAS:
+        return best, None, None
+    if head_dim(case) > 256:
+        return (BAR_ABOVE_256[0] if "ffpa" in peers else best), BAR_ABOVE_256[1], None
+    return best, BAR_UP_TO_256[1], None
+
+
+def _text(least: float | None, most: float | None) -> str:
+    if least is not None:
+        return f">= {least:g}"
+    return "" if most is None else f"<= {most:g}"
+
+
+def head_dim(case: str) -> int:
+    """The head_dim in the name of a case; 0 where it has none."""
+    found = re.search(r" D(\d+)", case)
+    return int(found[1]) if found else 0

@@ -1,0 +1,64 @@
+"""Problems, devices and builds described by hand: what dispatch decides on, without a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from broadhead.device import DeviceDescription
+from broadhead.dispatch import resolve
+from broadhead.native import BuildDescription, FamilyBuild
+from broadhead.problem import AttentionProblem
+from broadhead.schedule import Schedule
+from broadhead.support import ROWS, SMEM_BY_CAPABILITY, KernelRow
+
+ALL_ARCHS = ("80", "86", "89", "90a", "100", "120")
+#: What a problem changes to be causal.
+CAUSAL = {"window_right": 0, "features": ("causal", "gqa", "lse")}
+
+
+def build_of(*archs: str, without: tuple[str, ...] = (), cuda: tuple[int, ...] = (13, 0)) -> BuildDescription:
+    """A build of every row but ``without`` for ``archs``: the Hopper kernels only for 90a."""
+    held = {"sm80": archs, "sm90": tuple(arch for arch in archs if arch == "90a")}
+    return BuildDescription(
+        True,
+        tuple(
+            FamilyBuild(
+                name, archs, cuda, frozenset(row.id for row in ROWS if row.family == name and row.id not in without)
+            )
+            for name, archs in held.items()
+            if archs
+        ),
+        (),
+    )
+
+
+def without_family(name: str) -> BuildDescription:
+    return FULL._replace(families=tuple(family for family in FULL.families if family.name != name))
+
+
+FULL = build_of(*ALL_ARCHS)
+
+
+def problem(**changes: Any) -> AttentionProblem:
+    values: dict[str, Any] = {
+        "direction": "forward", "dtype": "bf16", "batch": 2, "seqlen_q": 1024, "seqlen_k": 1024, "num_heads_q": 8,
+        "num_heads_kv": 2, "head_dim": 128, "head_dim_v": None, "page_size": 0, "window_left": -1, "window_right": -1,
+        "attention_chunk": 0, "features": ("gqa", "lse"), "num_splits": 0, "pack_gqa": None, "has_metadata": False,
+        "sm_margin": 0, "obstacles": (),
+    }  # fmt: skip
+    assert changes.keys() <= values.keys()
+    values.update(changes)
+    if values["head_dim_v"] is None:
+        values["head_dim_v"] = values["head_dim"]
+    return AttentionProblem(**values)
+
+
+def h200(**changes: Any) -> DeviceDescription:
+    known = DeviceDescription("cuda", "NVIDIA H200", (9, 0), SMEM_BY_CAPABILITY[9, 0], 132, 50 << 20, (13, 0))
+    return known._replace(**changes)
+
+
+def schedule(device: DeviceDescription | None = None, **changes: Any) -> tuple[Schedule, KernelRow]:
+    plan = resolve(problem(**changes), device or h200(), FULL)
+    assert plan.schedule is not None and plan.row is not None
+    return plan.schedule, plan.row
