@@ -36,27 +36,27 @@ BROADHEAD_DEVICE void load_tiles(const KernelArgs& args, typename Traits::Shared
       const auto pages_of = [&](int block) {
         return paged && block >= range.begin
                    ? box_page(state.source, block * Traits::kTileN, Traits::kTileN, box_rows, params.page_size)
-                   : -1;
+                   : BoxPage{-1, 0};
       };
-      const auto load_k = [&](int block, int pages) {
+      const auto load_k = [&](int block, BoxPage pages) {
         barrier_wait(smem.k_empty[k_ring.stage()], k_ring.parity() ^ 1);
         load_stage<typename Traits::KLayout, Traits::kTileN, 1>(
-            args.maps.k, k_at, paged, params.page_size, pages, 0, block * Traits::kTileN, 0,
+            args.maps.k, k_at, paged, pages, 0, block * Traits::kTileN, 0,
             smem_address(smem.k[k_ring.stage()]), smem.k_full[k_ring.stage()], 0);
         k_ring.advance();
       };
-      const auto load_v = [&](int block, int pages) {
+      const auto load_v = [&](int block, BoxPage pages) {
         barrier_wait(smem.v_empty[v_ring.stage()], v_ring.parity() ^ 1);
         load_stage<typename Traits::VLayout, Traits::kTileN, 1>(
-            args.maps.v, v_at, paged, params.page_size, pages, 0, block * Traits::kTileN, 0,
+            args.maps.v, v_at, paged, pages, 0, block * Traits::kTileN, 0,
             smem_address(smem.v[v_ring.stage()]), smem.v_full[v_ring.stage()], 0);
         v_ring.advance();
       };
-      int pages = pages_of(range.end - 1);
-      int next_pages = pages_of(range.end - 2);
+      BoxPage pages = pages_of(range.end - 1);
+      BoxPage next_pages = pages_of(range.end - 2);
       load_k(range.end - 1, pages);
       for (int block = range.end - 2; block >= range.begin; --block) {
-        const int later = pages_of(block - 1);  // a block ahead, so that its latency is hidden
+        const BoxPage later = pages_of(block - 1);  // a block ahead, so that its latency is hidden
         if (leader && block == range.begin + kBlocksAhead) barrier_arrive(smem.next_wanted);
         load_k(block, next_pages);
         load_v(block + 1, pages);

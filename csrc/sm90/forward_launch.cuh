@@ -11,9 +11,10 @@ int launch_forward(const char* kernel_id, const AttnParams& params, cudaStream_t
                    std::size_t error_size) {
   const MapShape shape{.row_bytes = Traits::KLayout::kRowBytes,
                        .row_bytes_v = Traits::VLayout::kRowBytes,
-                       .k_box_rows = Traits::kTileN,
+                       .cluster = 1,
+                       .k_rows = Traits::kTileN,
                        .k_box_subtiles = Traits::KLayout::kSubtiles,
-                       .v_box_rows = Traits::kTileN,
+                       .v_rows = Traits::kTileN,
                        .v_box_subtiles = Traits::VLayout::kSubtiles};
   return launch_persistent<Traits>(forward_kernel<Traits>, kernel_id, params, shape, stream, error, error_size);
 }

@@ -11,13 +11,21 @@ BROADHEAD_DEVICE bool any_live(const KvSource<Element>& source, int key, int row
   return (key < source.live.end && key + rows > source.live.begin) || key < source.prefix_len;
 }
 
-// Lane u's page for box u of the `keys` keys from `key0` on; -1: nothing to load. Entries of boxes that no query sees
-// are never read: they may be garbage.
+// Where lane u's box of a block of keys lies. page -1: nothing to load.
+struct BoxPage {
+  int page;
+  int slot;  // of the box's first row in the page
+};
+
+// Lane u's share of the `keys` keys from `key0` on. Entries of boxes that no query sees are never read: they may be
+// garbage.
 template <class Element>
-BROADHEAD_DEVICE int box_page(const KvSource<Element>& source, int key0, int keys, int box_rows, int page_size) {
+BROADHEAD_DEVICE BoxPage box_page(const KvSource<Element>& source, int key0, int keys, int box_rows, int page_size) {
   const int offset = static_cast<int>(threadIdx.x % 32) * box_rows;
   const int key = key0 + offset;
-  return offset < keys && any_live(source, key, box_rows) ? source.table[key / page_size] : -1;
+  if (offset >= keys || !any_live(source, key, box_rows)) return {-1, 0};
+  const int entry = key / page_size;
+  return {source.table[entry], key - entry * page_size};
 }
 
 // What a loader needs of a tile, in the coordinates of a map.
@@ -35,16 +43,34 @@ BROADHEAD_DEVICE KvCoordinates kv_coordinates(const KvMap& map, const AttnParams
   return {static_cast<int>(state.seqlen.row_k), head * map.head_step + state.seqlen.batch_k * map.batch_step};
 }
 
+// 8-row groups from `row` on, one box each: the end of the rows, and columns that no box of several subtiles fits.
+template <class Layout, int kCluster, class Issue>
+BROADHEAD_DEVICE void issue_groups(const KvMap& map, std::uint32_t target, int row, int groups, int subtile0, int x,
+                                   std::uint32_t rank, const Issue& issue) {
+#pragma unroll 1
+  for (int group = 0; group < groups; ++group) {
+    if (kCluster > 1 && group % kCluster != static_cast<int>(rank)) continue;
+    const std::uint32_t address = target + group * Layout::kSlabBytes;
+    if (!map.by_column) {
+      issue(map.group, address, 0, row + group * 8, subtile0, x);
+      continue;
+    }
+#pragma unroll 1
+    for (int s = 0; s < Layout::kSubtiles; ++s) {
+      issue(map.group, address + s * Layout::kAtomBytes, (subtile0 + s) * Layout::kSubtileCols, row + group * 8, 0, x);
+    }
+  }
+}
+
 // One stage: keys [key0, key0 + kRows) and the columns of Layout from subtile `subtile0` on. All lanes of a warp call
-// it; in a cluster each block loads its share of the boxes into all blocks. `pages`: this lane's box_page, of which the
-// stage begins at box `first_box`.
+// it; in a cluster each block loads its share of the boxes into all blocks. `pages`: this lane's, of which the stage
+// begins at box `first_box`.
+// PERF(H200, head_dim 512: one warp issues a stage every 250 ns. Divisions and unneeded boxes took 430): a whole stage
+// that is not paged is one box a block of the cluster, and everything about it a constant.
 template <class Layout, int kRows, int kCluster>
-BROADHEAD_DEVICE void load_stage(const KvMap& map, const KvCoordinates& at, bool paged, int page_size, int pages,
-                                 int first_box, int key0, int subtile0, std::uint32_t target, Barrier& full,
-                                 std::uint32_t rank) {
+BROADHEAD_DEVICE void load_stage(const KvMap& map, const KvCoordinates& at, bool paged, BoxPage pages, int first_box,
+                                 int key0, int subtile0, std::uint32_t target, Barrier& full, std::uint32_t rank) {
   const bool leader = threadIdx.x % 32 == 0;
-  const int box_rows = map.box_rows;
-  const int boxes = kRows / box_rows;
   const auto issue = [&](const CUtensorMap& tensor_map, std::uint32_t address, int column, int row, int subtile,
                          int x) {
     if constexpr (kCluster == 1) {
@@ -53,48 +79,37 @@ BROADHEAD_DEVICE void load_stage(const KvMap& map, const KvCoordinates& at, bool
       tma_load_multicast(&tensor_map, address, full, (1 << kCluster) - 1, column, row, subtile, 0, x);
     }
   };
-  // 8-row groups from `row` on.
-  const auto issue_groups = [&](std::uint32_t address, int row, int groups, int x) {
-    for (int group = 0; group < groups; ++group) {
-      if (kCluster > 1 && group % kCluster != static_cast<int>(rank)) continue;
-      if (!map.by_column) {
-        issue(map.group, address + group * Layout::kSlabBytes, 0, row + group * 8, subtile0, x);
-      } else {
-        for (int s = 0; s < Layout::kSubtiles; ++s) {
-          issue(map.group, address + group * Layout::kSlabBytes + s * Layout::kAtomBytes,
-                (subtile0 + s) * Layout::kSubtileCols, row + group * 8, 0, x);
-        }
-      }
-    }
-  };
-  if (paged) {
-    const unsigned live = (__ballot_sync(0xffffffffu, pages >= 0) >> first_box) & ((1ull << boxes) - 1);
-    if (leader) barrier_expect(full, __popc(live) * box_rows * (Layout::kSlabBytes / 8));
-    for (int box = 0; box < boxes; ++box) {
-      const int page = __shfl_sync(0xffffffffu, pages, first_box + box);
-      if (page < 0 || !leader) continue;
-      const std::uint32_t address = target + box * box_rows / 8 * Layout::kSlabBytes;
-      const int slot = (key0 + box * box_rows) % page_size;
-      const int x = at.x + page * map.batch_step;
-      if (map.by_column) {
-        issue_groups(address, slot, box_rows / 8, x);
-      } else if (kCluster == 1 || box % kCluster == static_cast<int>(rank)) {
-        issue(map.box, address, 0, slot, subtile0, x);
-      }
+  if (!paged) {
+    if (!leader) return;
+    const int row0 = at.row0 + key0;
+    if (row0 + kRows <= map.rows && !map.by_column) {
+      constexpr int kBoxRows = kRows / kCluster;
+      barrier_expect(full, kRows / 8 * Layout::kSlabBytes);
+      issue(map.box, target + rank * (kBoxRows / 8 * Layout::kSlabBytes), 0, row0 + static_cast<int>(rank) * kBoxRows,
+            subtile0, at.x);
+    } else {
+      const int groups = max_int(0, min_int(kRows, map.rows - row0) + 7) / 8;
+      barrier_expect(full, groups * Layout::kSlabBytes);
+      issue_groups<Layout, kCluster>(map, target, row0, groups, subtile0, at.x, rank, issue);
     }
     return;
   }
-  if (!leader) return;
-  const int row0 = at.row0 + key0;
-  const int groups = max_int(0, min_int(kRows, map.rows - row0) + 7) / 8;
-  barrier_expect(full, groups * Layout::kSlabBytes);
-  if (groups == kRows / 8 && row0 + kRows <= map.rows && !map.by_column) {
-    for (int box = 0; box < boxes; ++box) {
-      if (kCluster > 1 && box % kCluster != static_cast<int>(rank)) continue;
-      issue(map.box, target + box * box_rows / 8 * Layout::kSlabBytes, 0, row0 + box * box_rows, subtile0, at.x);
+  const int boxes = map.boxes;
+  const int box_bytes = map.box_rows * (Layout::kSlabBytes / 8);
+  const unsigned live = (__ballot_sync(0xffffffffu, pages.page >= 0) >> first_box) & ((1ull << boxes) - 1);
+  if (leader) barrier_expect(full, __popc(live) * box_bytes);
+#pragma unroll 1
+  for (int box = 0; box < boxes; ++box) {
+    const int page = __shfl_sync(0xffffffffu, pages.page, first_box + box);
+    const int slot = __shfl_sync(0xffffffffu, pages.slot, first_box + box);
+    if (page < 0 || !leader) continue;
+    const std::uint32_t address = target + box * box_bytes;
+    const int x = at.x + page * map.batch_step;
+    if (map.by_column) {
+      issue_groups<Layout, kCluster>(map, address, slot, map.box_rows / 8, subtile0, x, rank, issue);
+    } else if (kCluster == 1 || box % kCluster == static_cast<int>(rank)) {
+      issue(map.box, address, 0, slot, subtile0, x);
     }
-  } else {
-    issue_groups(target, row0, groups, at.x);
   }
 }
 

@@ -14,9 +14,10 @@ namespace broadhead::sm90 {
 struct MapShape {
   int row_bytes;      // of q and k
   int row_bytes_v;
-  int k_box_rows;     // at most; a page may hold fewer
+  int cluster;  // blocks that load a box of each stage
+  int k_rows;   // keys of a stage
   int k_box_subtiles;
-  int v_box_rows;
+  int v_rows;
   int v_box_subtiles;
 };
 
@@ -40,14 +41,16 @@ inline int make_maps(TensorMaps& maps, const AttnParams& params, const WorkPlan&
   maps.gather = paged && (params.page_size % 8 != 0 || params.leftpad_k != nullptr);
   const std::int64_t rows = paged ? params.page_size : packed_k ? params.total_k : params.seqlen_k;
   const std::int64_t batches = paged ? params.num_pages : packed_k ? 1 : params.num_kv_batches;
-  const int k_box = paged ? std::gcd(params.page_size, shape.k_box_rows) : shape.k_box_rows;
-  const int v_box = paged ? std::gcd(params.page_size, shape.v_box_rows) : shape.v_box_rows;
+  const auto box_rows = [&](int stage_rows) {
+    const int rows = stage_rows / shape.cluster;
+    return paged ? std::gcd(params.page_size, rows) : rows;
+  };
   const OperandShape k{params.k, params.k_strides, element_bytes, params.head_dim, rows, params.num_heads_kv, batches};
   const OperandShape v{params.v, params.v_strides,    element_bytes, params.head_dim_v,
                        rows,     params.num_heads_kv, batches};
   if (maps.gather) return 0;
-  int error = make_kv_map(maps.k, k, {shape.row_bytes, shape.k_box_subtiles, k_box});
-  if (error == 0) error = make_kv_map(maps.v, v, {shape.row_bytes_v, shape.v_box_subtiles, v_box});
+  int error = make_kv_map(maps.k, k, {shape.row_bytes, shape.k_box_subtiles, box_rows(shape.k_rows), shape.k_rows});
+  if (error == 0) error = make_kv_map(maps.v, v, {shape.row_bytes_v, shape.v_box_subtiles, box_rows(shape.v_rows), shape.v_rows});
   if (error != 0 && paged) {  // strides beyond what a map can say
     maps.gather = 1;
     error = 0;

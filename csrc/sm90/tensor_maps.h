@@ -25,6 +25,7 @@ struct KvMap {
   std::int32_t batch_step;
   std::int32_t rows;       // bound of the row dimension
   std::int32_t box_rows;   // a multiple of 8; a box lies in one page
+  std::int32_t boxes;      // of a stage
   std::int32_t by_column;  // head_dim is larger than a subtile and no multiple of it
 };
 
@@ -116,6 +117,7 @@ struct KvBox {
   int row_bytes;
   int box_subtiles;
   int box_rows;
+  int stage_rows;
 };
 
 inline int make_kv_map(KvMap& map, const OperandShape& operand, const KvBox& shape) {
@@ -130,6 +132,7 @@ inline int make_kv_map(KvMap& map, const OperandShape& operand, const KvBox& sha
   map.batch_step = static_cast<std::int32_t>(x.batch);
   map.rows = static_cast<std::int32_t>(operand.rows);
   map.box_rows = shape.box_rows;
+  map.boxes = shape.stage_rows / shape.box_rows;
   map.by_column = by_column;
   const int box_subtiles = by_column ? 1 : shape.box_subtiles;
   if (x.size > 0x7fffffffLL) return CUDA_ERROR_INVALID_VALUE;

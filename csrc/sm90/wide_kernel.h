@@ -50,11 +50,11 @@ BROADHEAD_DEVICE void load_wide_tiles(const KernelArgs& args, typename Traits::S
       const auto pages_of = [&](const KvMap& map, int block) {
         return paged && block >= range.begin
                    ? box_page(state.source, block * Traits::kTileN, Traits::kTileN, map.box_rows, params.page_size)
-                   : -1;
+                   : BoxPage{-1, 0};
       };
       // Read a block ahead, so that the latency is hidden.
-      int k_pages = pages_of(args.maps.k, range.end - 1);
-      int v_pages = pages_of(args.maps.v, range.end - 1);
+      BoxPage k_pages = pages_of(args.maps.k, range.end - 1);
+      BoxPage v_pages = pages_of(args.maps.v, range.end - 1);
       fill_ring<Traits>(
           range, leader, smem.next_wanted,
           [&] {
@@ -75,21 +75,21 @@ BROADHEAD_DEVICE void load_wide_tiles(const KernelArgs& args, typename Traits::S
             }
           },
           [&](int block) {
-            const int next = pages_of(args.maps.k, block - 1);
+            const BoxPage next = pages_of(args.maps.k, block - 1);
             for (int chunk = 0; chunk < Traits::kKChunks; ++chunk) {
               const std::uint32_t stage = next_stage();
               load_stage<typename Traits::KLayout, Traits::kTileN, Traits::kCluster>(
-                  args.maps.k, k_at, paged, params.page_size, k_pages, 0, block * Traits::kTileN,
+                  args.maps.k, k_at, paged, k_pages, 0, block * Traits::kTileN,
                   chunk * Traits::KLayout::kSubtiles, smem_address(smem.ring[stage]), smem.full[stage], rank);
             }
             k_pages = next;
           },
           [&](int block) {
-            const int next = pages_of(args.maps.v, block - 1);
+            const BoxPage next = pages_of(args.maps.v, block - 1);
             for (int chunk = 0; chunk < Traits::kVChunks; ++chunk) {
               const std::uint32_t stage = next_stage();
               load_stage<typename Traits::VLayout, Traits::kVChunk, Traits::kCluster>(
-                  args.maps.v, v_at, paged, params.page_size, v_pages, chunk * Traits::kVChunk / args.maps.v.box_rows,
+                  args.maps.v, v_at, paged, v_pages, chunk * args.maps.v.boxes,
                   block * Traits::kTileN + chunk * Traits::kVChunk, 0, smem_address(smem.ring[stage]), smem.full[stage],
                   rank);
             }

@@ -9,12 +9,12 @@ namespace broadhead::sm90 {
 template <class Traits>
 int launch_wide(const char* kernel_id, const AttnParams& params, cudaStream_t stream, char* error,
                 std::size_t error_size) {
-  // Half of a stage's rows a box: each block of the cluster loads one of two.
   const MapShape shape{.row_bytes = 128,
                        .row_bytes_v = 128,
-                       .k_box_rows = Traits::kTileN / Traits::kCluster,
+                       .cluster = Traits::kCluster,
+                       .k_rows = Traits::kTileN,
                        .k_box_subtiles = Traits::KLayout::kSubtiles,
-                       .v_box_rows = Traits::kVChunk / Traits::kCluster,
+                       .v_rows = Traits::kVChunk,
                        .v_box_subtiles = Traits::VLayout::kSubtiles};
   return launch_persistent<Traits>(wide_kernel<Traits>, kernel_id, params, shape, stream, error, error_size);
 }

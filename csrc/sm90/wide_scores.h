@@ -10,12 +10,11 @@
 
 namespace broadhead::sm90 {
 
-// Frees a stage in both blocks of the cluster. `share`: of the stage's kReleases, for one warp.
-BROADHEAD_DEVICE void release_stage(Barrier& barrier, int share) {
-  if (threadIdx.x % 32 == 0) {
-    barrier_arrive_cluster(barrier, 0, share);
-    barrier_arrive_cluster(barrier, 1, share);
-  }
+// Frees, in both blocks of the cluster, a stage that wgmma has read. It is an instruction of the whole warpgroup, so one
+// warp's wait tells of all four; the first warp frees it in the first block, the second in the other. `share`: of the
+// stage's kReleases, for the warpgroup.
+BROADHEAD_DEVICE void release_stage(Barrier& barrier, int warp, int share) {
+  if (threadIdx.x % 32 == 0 && warp < 2) barrier_arrive_cluster(barrier, warp, share);
 }
 
 template <int kStages>
@@ -80,7 +79,11 @@ struct ScoreWarpgroup {
       }
       fence_async_shared();  // read by ordinary loads, next written by TMA
       __syncwarp();
-      release_stage(smem.empty[ring.stage()], Traits::kReleases / 4);
+      // Ordinary loads: each warp frees what it has read.
+      if (leader()) {
+        barrier_arrive_cluster(smem.empty[ring.stage()], 0, Traits::kReleases / 4);
+        barrier_arrive_cluster(smem.empty[ring.stage()], 1, Traits::kReleases / 4);
+      }
       ring.advance();
     }
   }
@@ -111,14 +114,14 @@ struct ScoreWarpgroup {
       wgmma_commit();
       if (chunk > 0) {
         wgmma_wait<1>();
-        release_stage(smem.empty[previous], Traits::kReleases / 4);
+        release_stage(smem.empty[previous], warp, Traits::kReleases);
       }
       previous = ring.stage();
       ring.advance();
     }
     wgmma_wait<0>();
     fence_registers(s[0]);
-    release_stage(smem.empty[previous], Traits::kReleases / 4);
+    release_stage(smem.empty[previous], warp, Traits::kReleases);
   }
 
   // Softmax of S; P and the factors of O into the next slot, which the O warpgroups are not told of yet.

@@ -30,8 +30,13 @@ struct WideTraits {
 
   // A stage holds kTileN keys x kKChunk columns of K, or kVChunk keys of V. Small ones are refilled sooner.
   // PERF(H200, 5 stages of 32 KB -> 11 of 16 KB: see docs/performance-log.md)
+#ifdef DEV32
+  static constexpr int kStageBytes = 32768;
+  static constexpr int kStages = 5;
+#else
   static constexpr int kStageBytes = 16384;
   static constexpr int kStages = 11;
+#endif
   static constexpr int kKChunk = kStageBytes / (kTileN * static_cast<int>(sizeof(Element)));
   static constexpr int kKChunks = kHeadDim / kKChunk;
   static constexpr int kVChunk = kStageBytes / (kHeadDimV * static_cast<int>(sizeof(Element)));
@@ -55,8 +60,8 @@ struct WideTraits {
   static constexpr int kKeyTiles = kTileN / 8;
   using PLayout = TileLayout<Element, kTileN>;
 
-  // Every stage is freed by both blocks of the cluster: by four warps of S, which count twice, or eight of O.
-  static constexpr int kReleases = 8;
+  // What a block's arrivals on a stage's `empty` count for: that of S, or both of O, or the four warps of S that read Q.
+  static constexpr int kReleases = 4;
 
   // Beside P: what O must be multiplied by before this block's P V is added.
   struct Rescale {
