@@ -190,17 +190,21 @@ def support_matrix() -> str:
     for row in support.ROWS:
         grouped[row.name].append(row)
     lines = [
-        "| kernel | direction | phase | head_dim | head_dim_v | dtype | lacks | compute capability | shared memory |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| kernel | direction | phase | head_dim | head_dim_v | dtype | lacks | also takes | compute capability "
+        "| shared memory |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    # Every feature that some kernel does, in the table's order.
-    listed = dict.fromkeys(feature for row in support.ROWS for feature in row.features)
     for name, rows in grouped.items():
         row = rows[0]
-        lacking = [feature for feature in listed if feature not in row.features]
+        lacking = [feature for feature in support.FEATURES if feature not in row.features]
+        own = [
+            f"{feature}: only calls with it" if feature in row.requires else feature
+            for feature in row.features
+            if feature not in support.FEATURES
+        ]
         lines.append(
             f"| `{name}` | {row.direction} | {row.phase} | up to {row.head_dim} | up to {row.head_dim_v} "
-            f"| {', '.join(r.dtype for r in rows)} | {', '.join(lacking) or '-'} "
+            f"| {', '.join(r.dtype for r in rows)} | {', '.join(lacking) or '-'} | {', '.join(own) or '-'} "
             f"| {capability_text(row.capabilities)} | {row.smem_limit // 1024} KB |"
         )
     return "\n".join(lines)

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # oracle, compare, cases: for te
 import broadhead
 from broadhead import dispatch as dispatch_module
 from broadhead import support
+from broadhead.problem import DTYPE_NAMES
 
 SEED_VARIABLE = "BROADHEAD_TEST_SEED"
 
@@ -118,8 +119,7 @@ def row_ran() -> Callable[..., support.KernelRow]:
         if phase is not None:
             assert row.phase == phase, f"{row_id} ran: phase {row.phase}, expected {phase}"
         if dtype is not None:
-            name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
-            assert row.dtype == name, f"{row_id} ran for {dtype}"
+            assert row.dtype == DTYPE_NAMES[dtype], f"{row_id} ran for {dtype}"
         if head_dim is not None:
             check_choice(row, head_dim, head_dim if head_dim_v is None else head_dim_v)
         return row
@@ -140,6 +140,7 @@ def check_choice(row: support.KernelRow, head_dim: int, head_dim_v: int) -> None
         and other.head_dim_v >= head_dim_v
         and capability in other.capabilities
         and set(other.features) >= set(row.features)
+        and set(other.requires) <= set(row.requires)
     ]
     size = (row.head_dim, row.head_dim_v)
     tighter = [

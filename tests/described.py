@@ -58,7 +58,9 @@ def h200(**changes: Any) -> DeviceDescription:
     return known._replace(**changes)
 
 
-def schedule(device: DeviceDescription | None = None, **changes: Any) -> tuple[Schedule, KernelRow]:
-    plan = resolve(problem(**changes), device or h200(), FULL)
+def schedule(
+    device: DeviceDescription | None = None, build: BuildDescription | None = None, **changes: Any
+) -> tuple[Schedule, KernelRow]:
+    plan = resolve(problem(**changes), device or h200(), build or FULL)
     assert plan.schedule is not None and plan.row is not None
     return plan.schedule, plan.row

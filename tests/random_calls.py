@@ -13,8 +13,10 @@ PAGE_SIZES = (1, 2, 3, 4, 5, 8, 16, 32, 48, 64, 128, 256)
 HEADS = ((1, 1), (2, 2), (2, 1), (3, 1), (4, 2), (6, 1), (8, 1), (9, 3), (16, 1), (16, 2), (24, 1))
 
 
-def random_call(rng: random.Random, dtypes: tuple[torch.dtype, ...], longest: int, head_dims: tuple[int, ...]) -> Call:
-    """One call that the contract allows. ``longest`` bounds the sequences."""
+def random_call(
+    rng: random.Random, dtypes: tuple[torch.dtype, ...], longest: int, head_dims: tuple[int, ...], qv: float = 0.0
+) -> Call:
+    """One call that the contract allows. ``longest`` bounds the sequences; qv: the share of 16-bit calls with it."""
     function = rng.choice(("func", "varlen", "varlen", "kvcache", "kvcache"))
     batch = rng.choice((1, 1, 2, 3, 5))
     decode = rng.random() < 0.5
@@ -70,7 +72,9 @@ def random_call(rng: random.Random, dtypes: tuple[torch.dtype, ...], longest: in
     call = Call(function, seqlens_q, seqlens_k, heads_q, heads_kv, head_dim, dtype=rng.choice(dtypes), **options)
     if paged and rng.random() < 0.15 and call.dim_v == call.head_dim and not call.num_new:
         call = call.with_(k_layout="overlapping")
-    return call
+    if call.dtype.itemsize == 1:
+        return call.with_(descale=rng.choice(("", "each", "each", "one", "kv")))
+    return call.with_(qv=rng.random() < qv) if qv else call
 
 
 # --- mutations: legal oddities, and mistakes ---

@@ -169,6 +169,10 @@ text = error(lambda: call(T, **fp8 | dict(out=T(4 << 12, (2, 3, 4, 32), FP8))))
 assert "out must be bf16 tensor" in text and "got float8_e4m3fn (2, 3, 4, 32)" in text, text
 text = error(lambda: call(T, **fp8 | dict(q=T(1 << 12, (2, 3, 4, 64)))))
 assert "q must be float8_e4m3fn tensor" in text, text
+assert call(T, **fp8 | dict(sinks=T(32768, (4,))))["sinks_are_fp32"] == "0"
+assert call(T, **fp8 | dict(sinks=T(32768, (4,), F32)))["sinks_are_fp32"] == "1"
+text = error(lambda: call(T, **fp8 | dict(sinks=T(32768, (4,), FP8))))
+assert "sinks must be one logit for each head of q, fp32 or the dtype of out" in text, text
 """,
     )
 

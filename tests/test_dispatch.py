@@ -15,9 +15,10 @@ from broadhead.device import DeviceDescription, hypothetical
 from broadhead.dispatch import resolve
 from broadhead.native import NO_KERNELS, BuildDescription, parse_build_info, parse_cuda_version
 from broadhead.support import CAPABILITIES, EXTRA_FEATURES, FEATURES, ROWS, SMEM_BY_CAPABILITY
-from described import ALL_ARCHS, CAUSAL, FULL, build_of, h200, problem, schedule
+from described import ALL_ARCHS, CAUSAL, FULL, build_of, h200, problem, schedule, without_family
 
 UNKNOWN = ((7, 5), (11, 0), (13, 0))
+FP8 = {"dtype": "float8_e4m3fn"}
 HEAD_DIMS = (8, 64, 72, 96, 128, 136, 192, 256, 264, 512)
 
 
@@ -74,13 +75,17 @@ def test_a_missing_phase_is_replaced_by_the_other() -> None:
 def test_every_row_is_reached() -> None:
     """No row of the table is dead: some device and problem choose it."""
     head_dims = [*((d, d) for d in HEAD_DIMS), (192, 128), (64, 256)]
-    chosen = {
-        resolve(problem(head_dim=d, head_dim_v=dv, seqlen_q=sq, dtype=dtype, **mask), hypothetical(c), FULL).row.id  # type: ignore[union-attr]
-        for (d, dv), sq, dtype, c, mask in itertools.product(
-            head_dims, (1, 1024), ("bf16", "fp16"), CAPABILITIES, ({}, CAUSAL)
-        )
-    }
-    assert chosen == {row.id for row in ROWS}
+    asked = [
+        problem(head_dim=d, head_dim_v=dv, seqlen_q=sq, dtype=dtype, **mask)
+        for (d, dv), sq, dtype, mask in itertools.product(head_dims, (1, 1024), ("bf16", "fp16"), ({}, CAUSAL))
+    ]
+    plans = [resolve(x, hypothetical(c), FULL) for x, c in itertools.product(asked, CAPABILITIES)]
+    assert all(plan.row is not None for plan in plans)
+    fp8 = {**FP8, "features": ("descale", "lse")}
+    special = [problem(head_dim=d, head_dim_v=dv, **fp8) for d, dv in head_dims if d % 16 == 0 and d <= 256]
+    special += [problem(head_dim=64, head_dim_v=512, dtype=t, features=("lse", "qv")) for t in ("bf16", "fp16")]
+    plans += [resolve(x, h200(), FULL) for x in special]
+    assert {plan.row.id for plan in plans if plan.row is not None} == {row.id for row in ROWS}
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
@@ -99,10 +104,15 @@ def test_unknown_capability_is_no_kernel(capability: tuple[int, int]) -> None:
     [
         ({"head_dim": 520}, "head_dim 520 exceeds 512"),
         ({"head_dim": 64, "head_dim_v": 1024}, "head_dim_v 1024 exceeds 512"),
-        ({"dtype": "fp32"}, "dtype fp32 has no CUDA kernel; kernels take bf16, fp16"),
-        ({"dtype": "float8_e4m3fn"}, "float8"),
-        ({"features": ("lse", "qv")}, "qv"),
-        ({"features": ("descale", "lse")}, "descale"),
+        ({"dtype": "fp32"}, "dtype fp32 has no CUDA kernel; kernels take bf16, float8_e4m3fn, fp16"),
+        ({"dtype": "float8_e5m2"}, "dtype float8_e5m2 has no CUDA kernel"),
+        ({**FP8, "head_dim": 512}, "head_dim 512 exceeds 256, the largest of any CUDA kernel for float8_e4m3fn"),
+        ({**FP8, "head_dim": 72}, "kernels take head_dim in multiples of 16 with dtype float8_e4m3fn"),
+        ({**FP8, "head_dim_v": 24}, "kernels take head_dim_v in multiples of 16"),
+        ({**FP8, "features": ("lse", "qv")}, "there is no CUDA kernel for float8_e4m3fn with qv"),
+        ({"features": ("lse", "qv")}, "head_dim 128 exceeds 64, the largest of any CUDA kernel for bf16 with qv"),
+        ({"head_dim": 64, "head_dim_v": 520, "features": ("lse", "qv")}, "head_dim_v 520 exceeds 512"),
+        ({"features": ("descale", "lse")}, "there is no CUDA kernel for bf16 with descale"),
         ({"features": ("gradients", "lse")}, "no CUDA backward kernel"),
         ({"direction": "backward"}, "no CUDA backward kernel"),
         ({"obstacles": ("the strides of q, (3, 1), are not multiples of 8 elements",)}, "strides of q"),
@@ -253,9 +263,15 @@ def test_pack_gqa(seqlen_q: int, heads_kv: int, pack_gqa: bool | None) -> None:
 
 
 def test_heads_share_the_l2_in_sections() -> None:
-    assert schedule(seqlen_k=1024, seqlen_q=1024)[0].heads_per_section == 0, "everything fits"
-    large, _ = schedule(batch=2, seqlen_q=65536, seqlen_k=65536, num_heads_q=32, num_heads_kv=8, pack_gqa=False)
-    assert large.heads_per_section % 4 == 0 and large.heads_per_section >= 4
+    """The portable kernels; those of Hopper have a rule of their own."""
+    build = without_family("sm90")
+    assert schedule(seqlen_k=1024, seqlen_q=1024, build=build)[0].heads_per_section == 0, "everything fits"
+    large = {"batch": 2, "seqlen_q": 65536, "seqlen_k": 65536, "num_heads_q": 32, "num_heads_kv": 8, "pack_gqa": False}
+    assert schedule(**large, build=build)[0].heads_per_section == 4, "one KV head, four query heads"
+    middle = {**large, "seqlen_q": 8192, "seqlen_k": 8192}
+    assert schedule(**middle, build=build)[0].heads_per_section == 16, "four KV heads at most"
+    assert schedule(**middle, head_dim=64, build=build)[0].heads_per_section == 16
+    assert schedule(**middle, head_dim=64, build=build, **CAUSAL)[0].heads_per_section == 0
     assert schedule(seqlen_q=1, seqlen_k=65536, batch=64)[0].heads_per_section == 0, "decode reads every key once"
 
 
@@ -267,6 +283,7 @@ def test_metadata_tag() -> None:
     for change in (
         {"batch": 3}, {"num_heads_q": 16}, {"num_heads_kv": 1}, {"head_dim": 120}, {"head_dim_v": 120},
         {"dtype": "fp16"}, {"window_left": 64}, {"attention_chunk": 64}, {"pack_gqa": False},
+        {"features": ("gqa", "lse", "qv")},
     ):  # fmt: skip
         assert resolve(base._replace(**change), h200(), FULL).metadata_tag != tag, change
     for change in ({"seqlen_k": 8192}, {"num_splits": 3}, {"seqlen_q": 2}, {"window_right": 0}, {"page_size": 16}):
@@ -348,6 +365,7 @@ def test_support_matrix_is_the_table() -> None:
     assert [e.kernel for e in entries] == [row.id for row in ROWS]
     assert [e.in_build for e in entries] == [False] + [True] * (len(ROWS) - 1)
     assert all(set(e.features) <= {*FEATURES, *EXTRA_FEATURES} for e in entries)
+    assert {e.kernel for e in entries if e.requires == ("qv",)} == {row.id for row in ROWS if "qv" in row.features}
     assert ("sm90_fwd_d192_v128_bf16", 192, 128) in {(e.kernel, e.head_dim, e.head_dim_v) for e in entries}
     assert broadhead.support_matrix(), "for this installation"
 

@@ -6,10 +6,9 @@ from typing import Any
 
 import broadhead
 import pytest
-from broadhead import dispatch
+import torch
 from broadhead.device import hypothetical
 from broadhead.dispatch import resolve
-from broadhead.native import BuildDescription, FamilyBuild
 from broadhead.support import CAPABILITIES, ROWS
 from described import ALL_ARCHS, CAUSAL, FULL, build_of, h200, problem, schedule, without_family
 
@@ -94,31 +93,66 @@ def test_a_missing_hopper_kernel_is_replaced_by_the_next() -> None:
     assert plan.row is not None and plan.row.id == "sm80_fwd_d64_bf16"
 
 
-def test_8_bit_rows_need_no_rule_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row of another dtype and with features of its own is found, and refused, like any other."""
-    base = next(row for row in ROWS if row.id == "sm90_fwd_d128_bf16")
-    fp8 = base._replace(id="sm90_fwd_d128_e4m3", dtype="float8_e4m3fn", features=(*base.features, "descale", "qv"))
-    assert fp8.name == base.name
-    build = BuildDescription(True, (FamilyBuild("sm90", ("90a",), (13, 0), frozenset({fp8.id, base.id})),), ())
-    asked = problem(dtype="float8_e4m3fn", features=("descale", "gqa", "lse"))
-    assert "dtype float8_e4m3fn has no CUDA kernel" not in resolve(asked, h200(), build).reason
-    assert "have no CUDA kernel" in resolve(asked, h200(), build).reason
-    plain = asked._replace(features=("lse",))
-    assert "dtype float8_e4m3fn has no CUDA kernel; kernels take bf16, fp16" in resolve(plain, h200(), build).reason
-    monkeypatch.setattr(dispatch, "_plans", {})
-    monkeypatch.setattr(dispatch, "ROWS", (base, fp8))
-    for features in (("lse",), ("descale", "gqa", "lse"), ("lse", "qv")):
-        for seqlen_q in (1, 1024):
-            plan = resolve(asked._replace(features=features, seqlen_q=seqlen_q), h200(), build)
-            assert plan.row is fp8, plan.reason
-    for feature in ("qv", "descale"):
-        plan = resolve(problem(features=("lse", feature)), h200(), build)
-        assert plan.row is None and f"no CUDA kernel combines lse, {feature}" in plan.reason.replace(
-            f"{feature}, lse", f"lse, {feature}"
-        )
-        assert f"lacks {feature}" in {refusal.reason for refusal in plan.refusals}
-    plan = resolve(asked._replace(head_dim=256), h200(), build)
-    assert plan.row is None and "head_dim 256 exceeds 128" in plan.reason
+FP8 = {"dtype": "float8_e4m3fn"}
+QV = {"head_dim": 64, "head_dim_v": 512, "features": ("gqa", "lse", "qv")}
+
+
+@pytest.mark.parametrize(
+    "head_dim, head_dim_v, row",
+    [
+        (16, 16, "d64"), (64, 64, "d64"), (96, 96, "d128"), (128, 128, "d128"), (64, 128, "d128"),
+        (192, 128, "d192_v128"), (144, 16, "d192_v128"), (192, 144, "d192"), (208, 64, "d256"), (64, 256, "d256"),
+        (256, 256, "d256"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("features", [("lse",), ("causal", "descale", "gqa", "lse", "sinks", "softcap", "window")])
+def test_8_bit_rows(head_dim: int, head_dim_v: int, row: str, features: tuple[str, ...]) -> None:
+    """With factors or without, many queries or one: no decode kernel takes 8-bit inputs yet."""
+    for seqlen_q in (1, 1024):
+        asked = problem(head_dim=head_dim, head_dim_v=head_dim_v, features=features, seqlen_q=seqlen_q, **FP8)
+        plan = resolve(asked, h200(), FULL)
+        assert plan.row is not None and plan.row.id == f"sm90_fwd_{row}_e4m3"
+        assert f"{plan.row.id}: the first prefill row" in plan.reason
+        for capability in set(CAPABILITIES) - {(9, 0)}:
+            other = resolve(asked, hypothetical(capability), FULL)
+            assert other.row is None and not other.left_out
+            assert "no CUDA kernel for float8_e4m3fn" in other.reason and "there are for 9.0" in other.reason
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("head_dim, head_dim_v", [(64, 512), (8, 8), (64, 64), (64, 256), (40, 264)])
+def test_calls_with_qv_have_a_row_of_their_own(head_dim: int, head_dim_v: int, dtype: str) -> None:
+    """Whatever head dims it pads, and in decode too; no call without qv runs there."""
+    row_id = f"sm90_fwd_d64_v512_qv_{dtype}"
+    for seqlen_q in (1, 1024):
+        asked = problem(head_dim=head_dim, head_dim_v=head_dim_v, seqlen_q=seqlen_q, dtype=dtype)
+        plan = resolve(asked._replace(features=QV["features"]), h200(), FULL)
+        assert plan.row is not None and plan.row.id == row_id
+        plain = resolve(asked, h200(), FULL)
+        assert plain.row is not None and plain.row.id != row_id
+        assert {r.row_id: r.reason for r in plain.refusals}[row_id] == "needs qv"
+        other = resolve(asked._replace(features=QV["features"]), hypothetical((8, 0)), FULL)
+        assert other.row is None and f"no CUDA kernel for {dtype} with qv on compute capability 8.0" in other.reason
+    # Where it is missing no other kernel takes its place.
+    plan = resolve(problem(dtype=dtype, **QV), h200(), build_of(*ALL_ARCHS, without=(row_id,)))
+    assert plan.row is None and plan.left_out and f"kernel {row_id} is left out" in plan.reason
+
+
+def test_explain_knows_descale_and_qv() -> None:
+    e4m3 = {"dtype": torch.float8_e4m3fn, "device": (9, 0), "build": FULL}
+    ok, reason = broadhead.is_supported(head_dim=256, descale=True, seqlen_q=4096, **e4m3)
+    assert ok and "sm90_fwd_d256_e4m3" in reason
+    text = broadhead.explain(head_dim=128, descale=True, seqlen_q=4096, **e4m3)
+    assert "features: descale, lse" in text and "kernel sm90_fwd_d128_e4m3" in text
+    assert not broadhead.is_supported(head_dim=128, descale=True, device=(9, 0), build=FULL)[0], "bf16 has no factors"
+    ok, reason = broadhead.is_supported(head_dim=72, **e4m3)
+    assert not ok and "multiples of 16" in reason
+    q, k = torch.zeros(2, 5, 4, 64).to(torch.float8_e4m3fn), torch.zeros(2, 7, 2, 64).to(torch.float8_e4m3fn)
+    assert "kernel sm90_fwd_d64_e4m3" in broadhead.explain(q, k, k, descale=True, device=h200(), build=FULL)
+    text = broadhead.explain(head_dim=64, head_dim_v=512, qv=True, device=(9, 0), build=FULL)
+    assert "kernel sm90_fwd_d64_v512_qv_bf16" in text
+    text = broadhead.explain(head_dim=64, head_dim_v=512, seqlen_q=64, device=(9, 0), build=FULL)
+    assert "kernel sm90_fwd_d512_bf16" in text and "refused: sm90_fwd_d64_v512_qv_bf16: needs qv" in text
 
 
 # --- the plan --------------------------------------------------------------------------------------------------------
@@ -128,17 +162,23 @@ def test_8_bit_rows_need_no_rule_of_their_own(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("group", [1, 2, 3, 6, 7, 48, 64, 65, 128, 129, 192, 193])
 @pytest.mark.parametrize("head_dim", [64, 128, 512])
 @pytest.mark.parametrize("seqlen_q", [1, 50, 127, 128, 1000])
-def test_hopper_tiles_hold_whole_tokens(seqlen_q: int, head_dim: int, group: int, pack_gqa: bool | None) -> None:
+def test_hopper_tiles_hold_whole_tokens_or_a_whole_part_of_one(seqlen_q: int, head_dim: int, group: int, pack_gqa: bool | None) -> None:
     asked = {"seqlen_q": seqlen_q, "head_dim": head_dim, "num_heads_q": 2 * group, "pack_gqa": pack_gqa, **CAUSAL}
     plan, row = schedule(**asked)
     if row.phase == "decode":
         return
     assert row.family == "sm90"
     tile_m, cluster = row.tile.tile_m, row.template.cluster
-    assert plan.pack_gqa == (1 < group <= tile_m and (bool(pack_gqa) or seqlen_q < tile_m * cluster))
-    tokens = tile_m // plan.rows_per_token * cluster  # each block of a cluster has a tile of its own
-    assert tokens >= 1 and plan.tile_m == tokens * plan.rows_per_token <= tile_m * cluster
-    assert plan.m_blocks == max(1, -(-seqlen_q // tokens))
+    cut = group % tile_m == 0
+    packable = 1 < group and (group <= tile_m or cut)
+    assert plan.pack_gqa == (packable and (bool(pack_gqa) or seqlen_q < tile_m * cluster))
+    if plan.rows_per_token <= tile_m:
+        tokens = tile_m // plan.rows_per_token * cluster  # each block of a cluster has a tile of its own
+        assert tokens >= 1 and plan.tile_m == tokens * plan.rows_per_token <= tile_m * cluster
+        assert plan.m_blocks == max(1, -(-seqlen_q // tokens))
+    else:  # a token is a number of whole tiles
+        assert plan.tile_m == tile_m * cluster
+        assert plan.m_blocks == -(-seqlen_q * group // plan.tile_m)
     # The portable kernel cuts a token's heads between two tiles.
     portable = resolve(problem(**asked), h200(), without_family("sm90"))
     assert portable.schedule is not None and portable.row is not None and portable.row.family == "sm80"
@@ -157,3 +197,33 @@ def test_target_ctas_counts_the_clusters_that_run_at_once() -> None:
     assert schedule(head_dim=64, sm_margin=10**6)[0].max_blocks == 1
     assert schedule(h200(sm_count=1), head_dim=512)[0].target_ctas == 1
     assert schedule(hypothetical((8, 0), sm_count=108), head_dim=64)[0].target_ctas == 216
+
+
+LONG = {"batch": 2, "seqlen_q": 8192, "seqlen_k": 8192, "num_heads_q": 32, "num_heads_kv": 8}
+
+
+def section(**changes: Any) -> int:
+    """KV heads at a time."""
+    plan, row = schedule(**{**LONG, **changes})
+    assert row.family == "sm90"
+    return plan.heads_per_section // (1 if plan.pack_gqa else 4)
+
+
+def test_unmasked_hopper_tiles_share_one_head_at_a_time() -> None:
+    """Its K and V pass through the L2 once; masked tiles need others' beside them."""
+    for head_dim in (64, 128, 256, 512):
+        assert section(head_dim=head_dim) == section(head_dim=head_dim, pack_gqa=True) == 1
+        assert section(head_dim=head_dim, seqlen_q=64, seqlen_k=64) == 1, "however short"
+    assert section(batch=1, num_heads_q=4, num_heads_kv=1) == 0, "there is only one"
+
+
+def test_masked_hopper_tiles_share_what_half_the_l2_holds() -> None:
+    # 8192 keys of head_dim 128: 4 MiB of K and V in 16 bits, 25 MiB of the L2, of 16 heads.
+    assert section(**CAUSAL) == 4 and section(**CAUSAL, **FP8) == 8, "a divisor of all heads"
+    assert section(**CAUSAL, head_dim=64) == 8
+    assert section(**CAUSAL, seqlen_k=65536, seqlen_q=65536) == 2, "two at least"
+    assert section(**CAUSAL, seqlen_k=65536, seqlen_q=65536, batch=1, num_heads_q=20, num_heads_kv=5) == 1
+    assert section(**CAUSAL, seqlen_k=512, seqlen_q=512) == 0, "all at most"
+    assert section(window_left=64, features=("gqa", "lse", "window")) == 4
+    assert section(attention_chunk=64, features=("attention_chunk", "gqa", "lse")) == 4
+    assert schedule(h200(l2_bytes=0), **LONG, **CAUSAL)[0].heads_per_section == 0

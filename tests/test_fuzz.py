@@ -8,9 +8,10 @@ import time
 import broadhead
 import pytest
 import torch
-from calls import build, judge
+from calls import build
 from checks import check_call
 from compare import assert_attention, max_error
+from judge import judge
 from random_calls import LEGAL, random_call, wrong_mutations
 
 CPU = torch.device("cpu")
@@ -22,12 +23,13 @@ CHUNKS = 5
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_reject_or_correct(chunk: int, seed: int) -> None:
-    """Valid calls, a third of them with odd strides: the fallback takes every one."""
+    """Valid calls, e4m3 and qv among them, a third with odd strides: the fallback takes every one."""
     torch.set_num_threads(1)
     end, count = time.monotonic() + SECONDS, 0
     while time.monotonic() < end or count < 20:
         rng = random.Random(seed + count)
-        call = random_call(rng, DTYPES, longest=rng.choice((6, 40, 40, 130)), head_dims=HEAD_DIMS)
+        dtypes = (*DTYPES, torch.float8_e4m3fn)
+        call = random_call(rng, dtypes, longest=rng.choice((6, 40, 40, 130)), head_dims=HEAD_DIMS, qv=0.2)
         torch.manual_seed(seed + count)
         built = build(call, CPU, rng)
         oddity = rng.choice((None, None, *LEGAL))

@@ -17,7 +17,8 @@ from broadhead.problem import AttentionArgs, check_forward
 from broadhead.support import ROWS
 from torch import Tensor
 
-BUILD = BuildDescription(True, (FamilyBuild("sm80", ("80", "90a"), (13, 0), frozenset(r.id for r in ROWS)),), ())
+IDS = frozenset(row.id for row in ROWS)
+BUILD = BuildDescription(True, tuple(FamilyBuild(f, ("80", "90a"), (13, 0), IDS) for f in ("sm80", "sm90")), ())
 H200 = DeviceDescription("cuda", "NVIDIA H200", (9, 0), 227 * 1024, 132, 50 << 20, (13, 0))
 BF16 = torch.bfloat16
 
@@ -57,7 +58,7 @@ def request(**changes: Any):
         "batch_size": 2, "max_seqlen_q": 1, "max_seqlen_k": 256, "num_heads_q": 8, "num_heads_kv": 2, "headdim": 64,
         "headdim_v": None, "qkv_dtype": BF16, "page_size": 16, "max_seqlen_k_new": 0, "causal": True,
         "window_size": (-1, -1), "attention_chunk": 0, "num_splits": 0, "pack_gqa": None, "sm_margin": 0,
-        "page_table": None,
+        "page_table": None, "has_qv": None,
     }  # fmt: skip
     assert changes.keys() <= values.keys()
     return describe_request(**{**values, **changes})
@@ -90,6 +91,60 @@ def test_forward_and_metadata_have_one_plan(seqlen_q: int, changes: dict[str, An
     assert forward.row is not None
     for field in ("row", "schedule", "metadata_tag", "metadata_config"):
         assert getattr(forward, field) == getattr(planned, field), field
+
+
+FP8 = torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize(
+    "dtype, head_dims, extras, row",
+    [
+        (FP8, (64, 64), ("descale",), "sm90_fwd_d64_e4m3"),
+        (FP8, (192, 128), (), "sm90_fwd_d192_v128_e4m3"),
+        (FP8, (256, 256), ("descale",), "sm90_fwd_d256_e4m3"),
+        (BF16, (64, 512), ("qv",), "sm90_fwd_d64_v512_qv_bf16"),
+        (BF16, (64, 64), ("qv",), "sm90_fwd_d64_v512_qv_bf16"),
+        (BF16, (64, 512), (), "sm80_fwd_decode_d512_bf16"),
+    ],
+)
+def test_e4m3_and_qv_have_one_plan(
+    dtype: torch.dtype, head_dims: tuple[int, int], extras: tuple[str, ...], row: str
+) -> None:
+    """A plan depends on dtype and qv, not on factors. FlashAttention-3's arguments name no qv: it may go unsaid."""
+    head_dim, head_dim_v = head_dims
+    q = torch.zeros(2, 1, 8, head_dim).to(dtype)
+    k, v = torch.zeros(32, 16, 2, head_dim).to(dtype), torch.zeros(32, 16, 2, head_dim_v).to(dtype)
+    args = paged_call(q=q, k=k, v=v, scheduler_metadata=torch.zeros(17, dtype=torch.int32))
+    if "qv" in extras:
+        args = args._replace(qv=torch.zeros(2, 1, 8, head_dim_v, dtype=dtype))
+    if "descale" in extras:
+        args = args._replace(q_descale=torch.ones(2, 2), v_descale=torch.ones(1, 1).expand(2, 2))
+    forward = resolve(check_forward("mha_fwd", args).problem, H200, BUILD)
+    assert forward.row is not None and forward.row.id == row
+    asked = {"headdim": head_dim, "headdim_v": head_dim_v, "qkv_dtype": dtype}
+    said = resolve(request(**asked, has_qv="qv" in extras).problem, H200, BUILD)
+    for field in ("row", "schedule", "metadata_tag", "metadata_config"):
+        assert getattr(forward, field) == getattr(said, field), field
+    unsaid = resolve(request(**asked).problem, H200, BUILD)
+    assert (unsaid.metadata_tag == forward.metadata_tag) == (("qv" in extras) == (head_dims == (64, 512)))
+
+
+def test_a_wrong_guess_about_qv_is_no_error_and_a_wrong_word_is() -> None:
+    q, qv = torch.randn(2, 1, 8, 64, dtype=BF16), torch.randn(2, 1, 8, 512, dtype=BF16)
+    k, v = torch.randn(32, 16, 2, 64, dtype=BF16), torch.randn(32, 16, 2, 512, dtype=BF16)
+    args = paged_call(q=q, k=k, v=v)
+    run(args, plan_of(headdim_v=512))
+    run(args, plan_of(headdim_v=512), qv=qv)
+    run(args, plan_of(headdim_v=512, has_qv=True), qv=qv)
+    run(paged_call(), plan_of(), qv=q)
+    with pytest.raises(broadhead.InvalidArgumentError, match="was made for has_qv=True"):
+        run(args, plan_of(headdim_v=512, has_qv=True))
+    with pytest.raises(broadhead.InvalidArgumentError, match="was made for has_qv=False"):
+        run(args, plan_of(headdim_v=512, has_qv=False), qv=qv)
+    with pytest.raises(broadhead.InvalidTypeError, match="has_qv must be True or False"):
+        plan_of(has_qv=1)
+    with pytest.raises(broadhead.InvalidArgumentError, match="was made for headdim_v=512"):
+        run(paged_call(), plan_of(headdim_v=512), qv=q)
 
 
 def test_length_rule_of_the_request() -> None:

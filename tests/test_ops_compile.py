@@ -93,6 +93,7 @@ def test_opcheck_append() -> None:
 def test_opcheck_metadata() -> None:
     arguments = (
         int32(9, 3), 2, 1, 64, 4, 2, 64, 64, torch.bfloat16, None, None, 16, 0, True, -1, 0, 0, 0, None, 0, None,
+        None,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.broadhead.get_scheduler_metadata.default, arguments, test_utils=SCHEMA_TESTS)
     out = torch.empty(17, dtype=torch.int32)

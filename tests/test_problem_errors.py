@@ -66,13 +66,25 @@ def test_varlen_and_paged_problems() -> None:
     assert problem.features == ("gqa", "leftpad", "lse", "paged", "seqused", "split_kv")
 
 
-def test_features_that_no_kernel_has() -> None:
+def test_features_that_few_kernels_or_none_have() -> None:
     features = check_forward("f", dense(qv=randn(2, 5, 4, 24), q_descale=torch.ones(2, 2))).problem.features
     assert {"qv", "descale"} <= set(features)
     grad = dense(q=randn(2, 5, 4, 16).requires_grad_(True))
     assert "gradients" in check_forward("f", grad).problem.features
     with torch.no_grad():
         assert "gradients" not in check_forward("f", grad).problem.features
+
+
+def test_sinks_of_8_bit_calls_are_of_the_dtype_of_out() -> None:
+    e4m3 = torch.float8_e4m3fn
+    given = {name: x.to(e4m3) for name, x in (("q", randn(2, 5, 4, 16)), ("k", randn(2, 7, 2, 16)))}
+    given["v"] = randn(2, 7, 2, 24).to(e4m3)
+    for dtype in (torch.float32, torch.bfloat16):
+        out, _ = broadhead.mha_fwd(**given, sinks=randn(4).to(dtype))[:2]
+        assert out.dtype == torch.bfloat16
+    for dtype in (torch.float16, e4m3):
+        with pytest.raises(InvalidTypeError, match=r"sinks must be fp32 or of the dtype of out, torch.bfloat16, got"):
+            check_forward("f", dense(**given, sinks=randn(4).to(dtype)))
 
 
 def test_scale_defaults() -> None:

@@ -49,7 +49,9 @@ def test_ids_are_unique_and_say_what_the_row_is() -> None:
     ids = [row.id for row in support.ROWS]
     assert len(set(ids)) == len(ids)
     for row in support.ROWS:
-        assert row.id.startswith(f"{row.family}_") and row.id == f"{row.name}_{support.ID_SUFFIXES[row.dtype]}", row.id
+        assert row.id.startswith(f"{row.family}_") and row.id.endswith(f"_{support.ID_SUFFIXES[row.dtype]}"), row.id
+        assert row.name == (row.id if row.dtype == "float8_e4m3fn" else row.id[: -len("_bf16")]), row.id
+        assert set(row.requires) <= set(row.features) - set(support.FEATURES), row.id
         assert (f"v{row.head_dim_v}" in row.id) == (row.head_dim_v != row.head_dim), row.id
         assert f"d{row.head_dim}" in row.id and ("decode" in row.id) == (row.phase == "decode"), row.id
         assert set(row.features) <= {*support.FEATURES, *support.EXTRA_FEATURES}, row.id
@@ -97,11 +99,13 @@ def test_generated_sources_equal_the_table(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert sorted(generated_ids(tmp_path)) == sorted(row.id for row in support.ROWS)
     sources = "".join(path.read_text() for path in tmp_path.glob("*/*.cu"))
-    elements = {"bf16": "cutlass::bfloat16_t", "fp16": "cutlass::half_t"}
+    elements = {"bf16": "cutlass::bfloat16_t", "fp16": "cutlass::half_t", "float8_e4m3fn": "cutlass::float_e4m3_t"}
     templates = {
         support.Tile: ("ForwardTraits", "launch_forward", "sm80/forward_launch.cuh"),
         support.HopperTile: ("sm90::ForwardTraits", "sm90::launch_forward", "sm90/forward_launch.cuh"),
         support.WideTile: ("sm90::WideTraits", "sm90::launch_wide", "sm90/wide_launch.cuh"),
+        support.Fp8Tile: ("sm90::Fp8Traits", "sm90::launch_fp8", "sm90/fp8_launch.cuh"),
+        support.AbsorbedTile: ("sm90::AbsorbedTraits", "sm90::launch_wide", "sm90/wide_launch.cuh"),
     }
     for row in support.ROWS:
         traits, launcher, header = templates[type(row.tile)]
@@ -198,7 +202,10 @@ def test_readme_check_finds_a_stale_matrix(tmp_path: Path) -> None:
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale" not in text
     for row in support.ROWS:
         bounds = f"| up to {row.head_dim} | up to {row.head_dim_v} |"
-        assert any(f"`{row.name}`" in line and bounds in line for line in text.splitlines()), row.id
+        (line,) = (line for line in text.splitlines() if f"`{row.name}`" in line)
+        assert bounds in line and row.dtype in line, row.id
+        assert ("| descale |" in line) == ("descale" in row.features), row.id
+        assert ("| qv: only calls with it |" in line) == ("qv" in row.requires), row.id
 
 
 @pytest.mark.skipif(not installed_families(), reason="no kernel library is installed: built without kernels")

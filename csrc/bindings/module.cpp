@@ -133,8 +133,8 @@ void forward(ArgumentReader& reader) {
   if (sinks.present()) {
     params.sinks_are_fp32 = sinks.type() == ElementType::kFloat32;
     reader.require(
-        (params.sinks_are_fp32 || sinks.type() == q.type()) && contiguous(sinks) && sinks.size(0) == q.size(-2),
-        "sinks", "one logit for each head of q, fp32 or the dtype of q", sinks);
+        (params.sinks_are_fp32 || sinks.type() == kernel.out_dtype) && contiguous(sinks) && sinks.size(0) == q.size(-2),
+        "sinks", "one logit for each head of q, fp32 or the dtype of out", sinks);
     params.sinks = sinks.data();
   }
   const TensorView metadata = reader.optional_tensor("scheduler_metadata", ElementType::kInt32, 1);

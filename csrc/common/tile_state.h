@@ -58,6 +58,7 @@ struct ScoreScale {
   float softcap;
   float inner;       // softcap: scale / softcap; else scale
   bool transform;
+  float v_factor;    // 8-bit V: its descale
 
   BROADHEAD_DEVICE void set(float softmax_scale, float softcap_) {
     softcap = softcap_;
@@ -166,7 +167,17 @@ BROADHEAD_DEVICE void set_tile_source(TileState<Element>& state, const AttnParam
   source.prefix_len = state.mask.prefix_len;
   source.head_dim = params.head_dim;
   source.head_dim_v = params.head_dim_v;
-  state.scale.set(params.softmax_scale, params.softcap);
+  if constexpr (sizeof(Element) == 1) {
+    const auto descale = [&](const float* factors, const DescaleStrides& strides) {
+      return factors == nullptr ? 1.f : factors[tile.batch * strides.batch + kv_head * strides.head];
+    };
+    state.scale.set(params.softmax_scale * descale(params.q_descale, params.q_descale_strides) *
+                        descale(params.k_descale, params.k_descale_strides),
+                    params.softcap);
+    state.scale.v_factor = descale(params.v_descale, params.v_descale_strides);
+  } else {
+    state.scale.set(params.softmax_scale, params.softcap);
+  }
   state.whole = {0, 0};
   if (!paged && params.head_dim == shape.head_dim && params.head_dim_v == shape.head_dim_v) {
     const KeyInterval keys = source.live;

@@ -14,7 +14,7 @@ namespace broadhead::sm90 {
 template <class Element, int kCols>
 struct TileLayout {
   static constexpr int kBytes = kCols * static_cast<int>(sizeof(Element));  // of a row
-  static constexpr int kRowBytes = kBytes % 128 == 0 ? 128 : 64;            // of a row of a subtile
+  static constexpr int kRowBytes = kBytes % 128 == 0 ? 128 : kBytes % 64 == 0 ? 64 : 32;  // of a row of a subtile
   static constexpr int kSubtiles = kBytes / kRowBytes;
   static constexpr int kSubtileCols = kRowBytes / static_cast<int>(sizeof(Element));
   static constexpr int kAtomBytes = 8 * kRowBytes;
@@ -51,11 +51,12 @@ struct ForwardTraits {
   static constexpr int kTileM = kTileM_;
   static constexpr int kTileN = kTileN_;
   static constexpr int kStages = kStages_;
-  // S of the next block beside O += P V of this one in a warpgroup; else warpgroups take turns on the tensor cores.
-  static constexpr bool kOverlap = kOverlap_ != 0;
-  // Registers allow two blocks of P beside S: the softmax need not look for the maximum first.
+  // S of the next block is computed beside O += P V of this one. kTwoP: registers allow two blocks of P beside S: the
+  // softmax need not look for the maximum first.
+  static_assert(kOverlap_ == 1 || kOverlap_ == 2);
   static constexpr bool kTwoP = kOverlap_ == 2;
   static constexpr int kCluster = 1;
+  static constexpr bool kVBehindK = false;  // else K of the next block is loaded first
 
   static constexpr int kConsumers = kTileM / 64;  // warpgroups of 64 rows
   static constexpr int kConsumerWarps = 4 * kConsumers;
@@ -66,7 +67,7 @@ struct ForwardTraits {
   static constexpr int kConsumerRegisters = kConsumers == 1 ? 240 : kConsumers == 2 ? 232 : 160;
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 65536 / kThreads / 8 * 8 * (kConsumers + 1));
   // Turns between warpgroups. With 256 columns of O the tensor cores are kept busy without.
-  static constexpr bool kTurns = kConsumers > 1 && (!kOverlap || kHeadDim <= 128);
+  static constexpr bool kTurns = kConsumers > 1 && kHeadDim <= 128;
 
   using QLayout = TileLayout<Element, kHeadDim>;
   using KLayout = TileLayout<Element, kHeadDim>;

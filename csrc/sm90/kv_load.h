@@ -98,8 +98,9 @@ BROADHEAD_DEVICE void load_stage(const KvMap& map, const KvCoordinates& at, bool
   const int box_bytes = map.box_rows * (Layout::kSlabBytes / 8);
   const unsigned live = (__ballot_sync(0xffffffffu, pages.page >= 0) >> first_box) & ((1ull << boxes) - 1);
   if (leader) barrier_expect(full, __popc(live) * box_bytes);
+  const bool shared = kCluster > 1 && !map.by_column;  // the blocks of a cluster load every other box
 #pragma unroll 1
-  for (int box = 0; box < boxes; ++box) {
+  for (int box = shared ? static_cast<int>(rank) : 0; box < boxes; box += shared ? kCluster : 1) {
     const int page = __shfl_sync(0xffffffffu, pages.page, first_box + box);
     const int slot = __shfl_sync(0xffffffffu, pages.slot, first_box + box);
     if (page < 0 || !leader) continue;
@@ -107,32 +108,29 @@ BROADHEAD_DEVICE void load_stage(const KvMap& map, const KvCoordinates& at, bool
     const int x = at.x + page * map.batch_step;
     if (map.by_column) {
       issue_groups<Layout, kCluster>(map, address, slot, map.box_rows / 8, subtile0, x, rank, issue);
-    } else if (kCluster == 1 || box % kCluster == static_cast<int>(rank)) {
+    } else {
       issue(map.box, address, 0, slot, subtile0, x);
     }
   }
 }
 
-// Gathering: this warp's 8-row groups of a stage are warp, warp + kWarps, ... Lane l holds the page of row l % 8 of its
-// group l / 8, and of group l / 8 + 4, so that one read of the page table serves K and V.
+// Gathering: this warp's 8-row groups of a stage are warp, warp + kWarps, ... Lane l holds the pages of row l % 8 of
+// its groups l / 8, l / 8 + 4, ..., so that one read of the page table serves K and V.
 template <int kRows, int kWarps>
 struct GatheredRows {
   static constexpr int kGroups = (kRows / 8 + kWarps - 1) / kWarps;
-  static_assert(kGroups <= 8);
-  int page;  // -1: not live
-  int later_page;
-
-  template <class Element>
-  BROADHEAD_DEVICE static int read_row(const KvSource<Element>& source, int key0, int page_size, int group, int warp) {
-    const int row = (group * kWarps + warp) * 8 + static_cast<int>(threadIdx.x % 8);
-    return row < kRows && source.is_live(key0 + row) ? source.table[(source.leftpad + key0 + row) / page_size] : -1;
-  }
+  static constexpr int kReads = (kGroups + 3) / 4;
+  int pages[kReads];  // -1: not live
 
   template <class Element>
   BROADHEAD_DEVICE void read(const KvSource<Element>& source, int key0, int page_size, int warp) {
-    const int group = static_cast<int>(threadIdx.x % 32) / 8;
-    page = read_row(source, key0, page_size, group, warp);
-    later_page = kGroups > 4 ? read_row(source, key0, page_size, group + 4, warp) : -1;
+    const int lane = threadIdx.x % 32;
+    BROADHEAD_UNROLL
+    for (int i = 0; i < kReads; ++i) {
+      const int row = ((lane / 8 + i * 4) * kWarps + warp) * 8 + lane % 8;
+      const bool live = row < kRows && source.is_live(key0 + row);
+      pages[i] = live ? source.table[(source.leftpad + key0 + row) / page_size] : -1;
+    }
   }
 };
 
@@ -144,44 +142,54 @@ BROADHEAD_DEVICE void gather_stage(const GatheredRows<kRows, kWarps>& rows, cons
   constexpr int kUnits = Layout::kBytes / 16;  // of a row
   constexpr int kUnitsPerSubtile = Layout::kRowBytes / 16;
   const int lane = threadIdx.x % 32;
+  BROADHEAD_UNROLL
+  for (int read = 0; read < GatheredRows<kRows, kWarps>::kReads; ++read) {
 #pragma unroll 1
-  for (int g = 0; g < GatheredRows<kRows, kWarps>::kGroups; ++g) {
-    const int group = g * kWarps + warp;
-    if (group >= kRows / 8) break;
-    const int own = g < 4 ? rows.page : rows.later_page;
+    for (int g = 0; g < 4; ++g) {
+      const int group = (read * 4 + g) * kWarps + warp;
+      if (group >= kRows / 8) break;
 #pragma unroll 1
-    for (int first = 0; first < 8 * kUnits; first += 32) {
-      const int unit = first + lane;
-      const int row = unit / kUnits;
-      const int part = unit % kUnits;
-      const int page = __shfl_sync(0xffffffffu, own, (g * 8 + row) % 32);
-      if (8 * kUnits % 32 != 0 && unit >= 8 * kUnits) continue;
-      const int slot = (key0 + group * 8 + row) % page_size;
-      const int column = col0 + part * (16 / static_cast<int>(sizeof(Element)));
-      const bool live = page >= 0 && column < columns;
-      const Element* source = live ? base + page * strides.batch + slot * strides.row + column : base;
-      const int swizzled = Layout::kRowBytes == 128 ? (part % kUnitsPerSubtile) ^ (row & 7)
-                                                    : (part % kUnitsPerSubtile) ^ ((row >> 1) & 3);
-      cp_async_16(target + group * Layout::kSlabBytes + part / kUnitsPerSubtile * Layout::kAtomBytes +
-                      row * Layout::kRowBytes + swizzled * 16,
-                  source, live);
+      for (int first = 0; first < 8 * kUnits; first += 32) {
+        const int unit = first + lane;
+        const int row = unit / kUnits;
+        const int part = unit % kUnits;
+        const int page = __shfl_sync(0xffffffffu, rows.pages[read], (g * 8 + row) % 32);
+        if (8 * kUnits % 32 != 0 && unit >= 8 * kUnits) continue;
+        const int slot = (key0 + group * 8 + row) % page_size;
+        const int column = col0 + part * (16 / static_cast<int>(sizeof(Element)));
+        const bool live = page >= 0 && column < columns;
+        const Element* source = live ? base + page * strides.batch + slot * strides.row + column : base;
+        const int swizzled = Layout::kRowBytes == 128 ? (part % kUnitsPerSubtile) ^ (row & 7)
+                                                      : (part % kUnitsPerSubtile) ^ ((row >> 1) & 3);
+        cp_async_16(target + group * Layout::kSlabBytes + part / kUnitsPerSubtile * Layout::kAtomBytes +
+                        row * Layout::kRowBytes + swizzled * 16,
+                    source, live);
+      }
     }
   }
   barrier_arrive_cp_async(full);
 }
 
-// The tile's rows of Q, subtile by subtile.
+// The tile's rows of q or qv (`map`), subtile by subtile.
 template <class Layout, int kTileM, class Element>
-BROADHEAD_DEVICE void load_q(const KernelArgs& args, const TileState<Element>& state, std::uint32_t target,
-                             Barrier& full, int subtile0 = 0, int subtiles = Layout::kSubtiles) {
-  const QMap& map = args.maps.q;
+BROADHEAD_DEVICE void load_q_columns(const QMap& map, const KernelArgs& args, const TileState<Element>& state,
+                                     std::uint32_t target, Barrier& full, int subtile0, int subtiles) {
   const int x = state.output.head * map.head_step + state.seqlen.batch_q * map.batch_step;
-  const int token = static_cast<int>(state.seqlen.row_q) + state.output.rows.token(0);
+  const RowMap& rows = state.output.rows;
+  const int token = rows.token(0);
+  const int head = rows.first_row - token * rows.rows_per_token;  // of the token
+  const int row_q = static_cast<int>(state.seqlen.row_q) + token;
   barrier_expect(full, subtiles * args.plan.rows_per_tile * Layout::kRowBytes);
   for (int s = 0; s < subtiles; ++s) {
-    tma_load(&map.map, target + s * kTileM * Layout::kRowBytes, full, (subtile0 + s) * Layout::kSubtileCols, 0, token,
-             0, x);
+    tma_load(&map.map, target + s * kTileM * Layout::kRowBytes, full, (subtile0 + s) * Layout::kSubtileCols, head,
+             row_q, 0, x);
   }
+}
+
+template <class Layout, int kTileM, class Element>
+BROADHEAD_DEVICE void load_q(const KernelArgs& args, const TileState<Element>& state, std::uint32_t target,
+                             Barrier& full) {
+  load_q_columns<Layout, kTileM>(args.maps.q, args, state, target, full, 0, Layout::kSubtiles);
 }
 
 }  // namespace broadhead::sm90

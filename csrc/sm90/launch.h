@@ -35,8 +35,13 @@ inline int make_maps(TensorMaps& maps, const AttnParams& params, const WorkPlan&
                        packed_q ? params.total_q : params.seqlen_q,
                        params.num_heads_q,
                        packed_q ? 1 : params.batch};
-  if (const int error = make_q_map(maps.q, q, rows_per_token, plan.rows_per_tile / rows_per_token, shape.row_bytes)) {
-    return error;
+  if (const int error = make_q_map(maps.q, q, rows_per_token, plan.rows_per_tile, shape.row_bytes)) return error;
+  if (params.qv != nullptr) {
+    OperandShape qv = q;
+    qv.data = params.qv;
+    qv.strides = params.qv_strides;
+    qv.head_dim = params.head_dim_v;
+    if (const int error = make_q_map(maps.qv, qv, rows_per_token, plan.rows_per_tile, shape.row_bytes)) return error;
   }
   maps.gather = paged && (params.page_size % 8 != 0 || params.leftpad_k != nullptr);
   const std::int64_t rows = paged ? params.page_size : packed_k ? params.total_k : params.seqlen_k;
@@ -50,7 +55,8 @@ inline int make_maps(TensorMaps& maps, const AttnParams& params, const WorkPlan&
                        rows,     params.num_heads_kv, batches};
   if (maps.gather) return 0;
   int error = make_kv_map(maps.k, k, {shape.row_bytes, shape.k_box_subtiles, box_rows(shape.k_rows), shape.k_rows});
-  if (error == 0) error = make_kv_map(maps.v, v, {shape.row_bytes_v, shape.v_box_subtiles, box_rows(shape.v_rows), shape.v_rows});
+  if (error == 0)
+    error = make_kv_map(maps.v, v, {shape.row_bytes_v, shape.v_box_subtiles, box_rows(shape.v_rows), shape.v_rows});
   if (error != 0 && paged) {  // strides beyond what a map can say
     maps.gather = 1;
     error = 0;
@@ -61,7 +67,8 @@ inline int make_maps(TensorMaps& maps, const AttnParams& params, const WorkPlan&
 inline WorkPlan make_plan(const AttnParams& params, int tile_m, int cluster) {
   const int rows_per_token = params.pack_gqa ? params.num_heads_q / params.num_heads_kv : 1;
   WorkPlan plan;
-  plan.rows_per_tile = tile_m / rows_per_token * rows_per_token;
+  // Whole tokens, or an equal share of one's rows.
+  plan.rows_per_tile = rows_per_token % tile_m == 0 ? tile_m : tile_m / rows_per_token * rows_per_token;
   plan.heads = params.pack_gqa ? params.num_heads_kv : params.num_heads_q;
   const long long rows = static_cast<long long>(params.seqlen_q) * rows_per_token;
   const long long per_cluster = static_cast<long long>(plan.rows_per_tile) * cluster;

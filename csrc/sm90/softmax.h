@@ -1,10 +1,12 @@
 // Softmax of a warpgroup's key blocks that looks for a new maximum only when it must.
 //
 // exp(S - reference) is computed with the reference of the blocks before. Only when a lane's sum says that something
-// may have grown too large is the block's maximum found, the reference raised to it, and the block computed again:
-// exact, because the last division cancels any reference. On random data this is the first block of a tile and little
-// else. It saves 64 of 300 instructions a row, and two rounds of shuffles on the way from S to P.
-// PERF(H200, head_dim 128 full: 635 -> TFLOP/s, see docs/performance-log.md)
+// may have grown too large is the block's maximum found and, where it exceeds the reference, the reference raised to it
+// and the block computed again: exact, because the last division cancels any reference. On random data this is the
+// first blocks of a tile and little else. It saves 64 of 300 instructions a row, and two rounds of shuffles on the way
+// from S to P. PERF(H200, head_dim 128 full: 651 -> 718 TFLOP/s)
+//
+// 8-bit P is 2^6 at the reference, so that weights down to 2^-15 of it are not lost; e4m3 ends at 448.
 #pragma once
 
 #include <cmath>
@@ -13,19 +15,75 @@
 
 namespace broadhead::sm90 {
 
-struct LazySoftmax : OnlineSoftmax<2> {
-  // A lane's share of a row's sum over one block; P stays below it, within fp16.
-  static constexpr float kLargestSum = 8192.f;
+// Four numbers rounded to e4m3, the first in the lowest byte.
+BROADHEAD_DEVICE std::uint32_t pack_e4m3(float a, float b, float c, float d) {
+  std::uint32_t packed;
+  asm("{\n"
+      ".reg .b16 lo, hi;\n"
+      "cvt.rn.satfinite.e4m3x2.f32 lo, %2, %1;\n"
+      "cvt.rn.satfinite.e4m3x2.f32 hi, %4, %3;\n"
+      "mov.b32 %0, {lo, hi};\n"
+      "}"
+      : "=r"(packed)
+      : "f"(a), "f"(b), "f"(c), "f"(d));
+  return packed;
+}
+
+// A warpgroup's P of kKeyTiles x 8 keys as operand A of P V: neighbouring accumulators of S, packed.
+template <class Element, int kKeyTiles>
+using Probabilities = std::uint32_t[kKeyTiles * static_cast<int>(sizeof(Element)) / 4][4];
+
+// Packs the numbers of row half `i` (0: upper eight rows) of key tiles n and n + 1.
+template <class Element, int kKeyTiles>
+BROADHEAD_DEVICE void pack_tiles(Probabilities<Element, kKeyTiles>& p, int n, int i, const float (&x)[4]) {
+  if constexpr (sizeof(Element) == 1) {
+    p[n / 4][n / 2 % 2 * 2 + i] = pack_e4m3(x[0], x[1], x[2], x[3]);
+  } else {
+    p[n / 2][i] = pack_pair<Element>(x[0], x[1]);
+    p[n / 2][2 + i] = pack_pair<Element>(x[2], x[3]);
+  }
+}
+
+template <bool k8Bit>
+struct BlockSoftmax : OnlineSoftmax<2> {
+  static constexpr float kShift = k8Bit ? 6.f : 0.f;  // log2 of P at the reference
+  // A lane's share of a row's sum over one block; P stays below it, within e4m3 or fp16.
+  static constexpr float kLargestSum = k8Bit ? 448.f : 8192.f;
+  // log2 of what P may exceed the reference by: where every maximum is looked at, and where a sum made us look. A flat
+  // distribution of 8-bit P makes us look at every block and must not raise each time.
+  static constexpr float kEagerSlack = k8Bit ? 2.5f : 8.f;
+  static constexpr float kLazySlack = 0.25f;
+
+  BROADHEAD_DEVICE float offset(int i, float scale_log2) const {
+    return row_max[i] == -INFINITY ? 0.f : row_max[i] * scale_log2 - kShift;
+  }
+
+  // Raises the references to the maxima `found` if one is exceeded by more than `slack`; true when O must be multiplied
+  // by `factor`. The same answer in all lanes of a warp.
+  BROADHEAD_DEVICE bool raise(const float (&found)[2], float scale_log2, float slack, float (&factor)[2]) {
+    bool exceeds = false;
+    BROADHEAD_UNROLL
+    for (int i = 0; i < 2; ++i) exceeds |= (found[i] - row_max[i]) * scale_log2 > slack;
+    if (!__any_sync(0xffffffffu, exceeds)) return false;
+    BROADHEAD_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const float raised = fmaxf(row_max[i], found[i]);
+      factor[i] = row_max[i] == -INFINITY ? 0.f : exp2f((row_max[i] - raised) * scale_log2);
+      row_max[i] = raised;
+      row_sum[i] *= factor[i];
+    }
+    return true;
+  }
 
   // P of the block from S, packed as A operand of wgmma; true when O must be multiplied by `factor` first.
   template <class Element, int kKeyTiles>
-  BROADHEAD_DEVICE bool compute_p(std::uint32_t (&p)[kKeyTiles / 2][4], const float (&s)[1][kKeyTiles][4],
+  BROADHEAD_DEVICE bool compute_p(Probabilities<Element, kKeyTiles>& p, const float (&s)[1][kKeyTiles][4],
                                   float scale_log2, float (&factor)[2], bool first) {
     float sum[2];
     if (!first) {
       // A row without a reference yet has offset -inf, and a sum that is infinite or NaN.
-      const float offset[2] = {row_max[0] * scale_log2, row_max[1] * scale_log2};
-      compute<Element>(p, s, scale_log2, offset, sum);
+      const float offsets[2] = {row_max[0] * scale_log2 - kShift, row_max[1] * scale_log2 - kShift};
+      compute<Element>(p, s, scale_log2, offsets, sum);
       if (!__any_sync(0xffffffffu, !(sum[0] <= kLargestSum) || !(sum[1] <= kLargestSum))) {
         row_sum[0] += sum[0];
         row_sum[1] += sum[1];
@@ -34,35 +92,70 @@ struct LazySoftmax : OnlineSoftmax<2> {
     }
     float found[2];
     block_max(s, found);
-    float offset[2];
-    BROADHEAD_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      const float raised = fmaxf(row_max[i], found[i]);
-      factor[i] = row_max[i] == -INFINITY ? 0.f : exp2f((row_max[i] - raised) * scale_log2);
-      row_max[i] = raised;
-      offset[i] = raised == -INFINITY ? 0.f : raised * scale_log2;
+    const bool unset = row_max[0] == -INFINITY || row_max[1] == -INFINITY;
+    const bool raised = raise(found, scale_log2, first ? -INFINITY : kLazySlack, factor);
+    if (raised || __any_sync(0xffffffffu, unset)) {
+      const float offsets[2] = {offset(0, scale_log2), offset(1, scale_log2)};
+      compute<Element>(p, s, scale_log2, offsets, sum);
     }
-    compute<Element>(p, s, scale_log2, offset, sum);
-    row_sum[0] = row_sum[0] * factor[0] + sum[0];
-    row_sum[1] = row_sum[1] * factor[1] + sum[1];
-    return true;
+    row_sum[0] += sum[0];
+    row_sum[1] += sum[1];
+    return raised;
   }
 
   template <class Element, int kKeyTiles>
-  BROADHEAD_DEVICE static void compute(std::uint32_t (&p)[kKeyTiles / 2][4], const float (&s)[1][kKeyTiles][4],
+  BROADHEAD_DEVICE static void compute(Probabilities<Element, kKeyTiles>& p, const float (&s)[1][kKeyTiles][4],
                                        float scale_log2, const float (&offset)[2], float (&sum)[2]) {
     sum[0] = sum[1] = 0.f;
     BROADHEAD_UNROLL
-    for (int n = 0; n < kKeyTiles; ++n) {
+    for (int n = 0; n < kKeyTiles; n += 2) {
       BROADHEAD_UNROLL
       for (int i = 0; i < 2; ++i) {
-        const float x = exp2_approx(fmaf(s[0][n][2 * i], scale_log2, -offset[i]));
-        const float y = exp2_approx(fmaf(s[0][n][2 * i + 1], scale_log2, -offset[i]));
-        sum[i] += x + y;
-        p[n / 2][n % 2 * 2 + i] = pack_pair<Element>(x, y);
+        float x[4];
+        BROADHEAD_UNROLL
+        for (int c = 0; c < 4; ++c) {
+          const float exponent = fmaf(s[0][n + c / 2][2 * i + c % 2], scale_log2, -offset[i]);
+          x[c] = exp2_approx(exponent);
+        }
+        sum[i] += (x[0] + x[1]) + (x[2] + x[3]);
+        pack_tiles<Element, kKeyTiles>(p, n, i, x);
       }
     }
   }
+
+  // The same, but looks for the maximum first: S need not outlive P.
+  template <class Element, int kKeyTiles>
+  BROADHEAD_DEVICE bool compute_p_eagerly(Probabilities<Element, kKeyTiles>& p, const float (&s)[1][kKeyTiles][4],
+                                          float scale_log2, float (&factor)[2], bool first) {
+    float found[2];
+    block_max(s, found);
+    const bool raised = raise(found, scale_log2, first ? -INFINITY : kEagerSlack, factor);
+    const float offsets[2] = {offset(0, scale_log2), offset(1, scale_log2)};
+    float sum[2];
+    compute<Element>(p, s, scale_log2, offsets, sum);
+    row_sum[0] += sum[0];
+    row_sum[1] += sum[1];
+    return raised;
+  }
+
+  // S <- exp(S - reference) in place, for kernels that pack it later.
+  template <int kKeyTiles>
+  BROADHEAD_DEVICE void exponentiate_in_place(float (&s)[1][kKeyTiles][4], float scale_log2) {
+    BROADHEAD_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const float base = offset(i, scale_log2);
+      float sum = 0.f;
+      BROADHEAD_UNROLL
+      for (int n = 0; n < kKeyTiles; ++n) {
+        s[0][n][2 * i] = exp2_approx(fmaf(s[0][n][2 * i], scale_log2, -base));
+        s[0][n][2 * i + 1] = exp2_approx(fmaf(s[0][n][2 * i + 1], scale_log2, -base));
+        sum += s[0][n][2 * i] + s[0][n][2 * i + 1];
+      }
+      row_sum[i] += sum;
+    }
+  }
 };
+
+using LazySoftmax = BlockSoftmax<false>;
 
 }  // namespace broadhead::sm90

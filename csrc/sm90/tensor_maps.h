@@ -37,6 +37,7 @@ struct QMap {
 
 struct TensorMaps {
   QMap q;
+  QMap qv;  // when there is one
   KvMap k;
   KvMap v;
   std::int32_t gather;  // 1: no map fits K/V (pages without whole 8-row groups): the producer's warps copy
@@ -148,16 +149,17 @@ inline int make_kv_map(KvMap& map, const OperandShape& operand, const KvBox& sha
                 {subtile, 8, box_subtiles, groups, 1}, shape.row_bytes);
 }
 
-// A tile of q: `tokens` tokens of `rows_per_token` heads, one subtile of columns a box.
-inline int make_q_map(QMap& map, const OperandShape& operand, int rows_per_token, int tokens, int row_bytes) {
+// A tile of q: `rows` rows, which are tokens of `rows_per_token` heads or a part of one; one subtile of columns a box.
+inline int make_q_map(QMap& map, const OperandShape& operand, int rows_per_token, int rows, int row_bytes) {
   const int subtile = row_bytes / operand.element_bytes;
   const int heads = operand.heads / rows_per_token;
+  const int box_heads = min_int(rows_per_token, rows);
   const Step x = make_step(operand.strides.head * rows_per_token, operand.strides.batch, heads, operand.batches);
   map.head_step = static_cast<std::int32_t>(x.head);
   map.batch_step = static_cast<std::int32_t>(x.batch);
   if (x.size > 0x7fffffffLL) return CUDA_ERROR_INVALID_VALUE;
   return encode(map.map, operand, {operand.head_dim, rows_per_token, operand.rows, 1, x.size},
-                {operand.strides.head, operand.strides.row, 0, x.unit}, {subtile, rows_per_token, tokens, 1, 1},
+                {operand.strides.head, operand.strides.row, 0, x.unit}, {subtile, box_heads, rows / box_heads, 1, 1},
                 row_bytes);
 }
 

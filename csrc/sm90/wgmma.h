@@ -16,11 +16,11 @@
 
 namespace broadhead::sm90 {
 
-// Rows of 128 bytes (SWIZZLE_128B) or 64 bytes (SWIZZLE_64B).
+// Rows of 128, 64 or 32 bytes: SWIZZLE_128B, SWIZZLE_64B, SWIZZLE_32B.
 template <int kRowBytes>
 struct MatrixDescriptor {
-  static_assert(kRowBytes == 128 || kRowBytes == 64);
-  static constexpr std::uint64_t kLayout = kRowBytes == 128 ? 1 : 2;
+  static_assert(kRowBytes == 128 || kRowBytes == 64 || kRowBytes == 32);
+  static constexpr std::uint64_t kLayout = kRowBytes == 128 ? 1 : kRowBytes == 64 ? 2 : 3;
 
   // `leading`: bytes between repeats along the contiguous dimension (used when the reduction dimension is strided);
   // `stride`: bytes between 8-row units.
@@ -77,6 +77,13 @@ BROADHEAD_DEVICE void wgmma_wait() {
 }
 // wgmma_wait<0> that the compiler does not merge with one in another branch.
 BROADHEAD_DEVICE void wgmma_wait_again() { asm volatile("wgmma.wait_group.sync.aligned 0;  // again" ::: "memory"); }
+
+// Tells the compiler that registers hold nothing of use: those of a product whose first wgmma does not accumulate.
+template <int kTiles>
+BROADHEAD_DEVICE void clear_registers(float (&d)[kTiles][4]) {
+  BROADHEAD_UNROLL
+  for (int i = 0; i < kTiles; ++i) d[i][0] = d[i][1] = d[i][2] = d[i][3] = 0.f;
+}
 
 // Keeps the compiler from moving accesses of registers across this point: wgmma writes them behind its back.
 template <int kTiles>

@@ -12,6 +12,9 @@ struct OutputWarpgroup {
   using Storage = typename Traits::SharedStorage;
   using VLayout = typename Traits::VLayout;
   using PLayout = typename Traits::PLayout;
+  // Stages of a block: all, of each its half of the columns, or its own ones.
+  static constexpr int kChunks = Traits::kWithQv ? Traits::kParts : Traits::kVChunks;
+  static constexpr int kHalfBytes = Traits::kWithQv ? 0 : VLayout::kSlabBytes / 2;
 
   const KernelArgs& args;
   Storage& smem;
@@ -51,25 +54,26 @@ struct OutputWarpgroup {
     std::uint32_t previous = 0;
     fence_output();
     BROADHEAD_UNROLL
-    for (int chunk = 0; chunk < Traits::kVChunks; ++chunk) {
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
       barrier_wait(smem.full[ring.stage()], ring.parity());
       if (args.maps.gather) fence_async_shared();
-      const int key0 = block * Traits::kTileN + chunk * Traits::kVChunk;
-      if (!kinds.plain(block) && !all_live(state.source, key0, Traits::kVChunk)) {
-        clear_dead_rows<VLayout>(state.source, smem.ring[ring.stage()], key0, Traits::kVChunk, half);
+      const int first = Traits::kWithQv ? 0 : chunk * Traits::kVKeys;  // key of the block
+      const int key0 = block * Traits::kTileN + first;
+      if (!kinds.plain(block) && !all_live(state.source, key0, Traits::kVKeys)) {
+        clear_dead_rows<VLayout>(state.source, smem.ring[ring.stage()], key0, Traits::kVKeys, half);
       }
-      const std::uint64_t b =
-          MatrixDescriptor<128>::make(smem_address(smem.ring[ring.stage()]) + half * (VLayout::kSlabBytes / 2),
-                                      VLayout::kAtomBytes, VLayout::kSlabBytes);
+      const std::uint64_t b = MatrixDescriptor<128>::make(smem_address(smem.ring[ring.stage()]) + half * kHalfBytes,
+                                                          VLayout::kAtomBytes, VLayout::kSlabBytes);
       wgmma_fence();
       BROADHEAD_UNROLL
-      for (int step = 0; step < Traits::kVChunk / 16; ++step) {
+      for (int step = 0; step < Traits::kVKeys / 16; ++step) {
         BROADHEAD_UNROLL
         for (int part = 0; part < Traits::kParts; ++part) {
+          if (Traits::kWithQv && part != chunk) continue;
           constexpr int kPartBytes = Traits::kPartCols / VLayout::kSubtileCols * VLayout::kAtomBytes;
           wgmma_ss<Element, Traits::kPartCols, Major::MN>(
-              o[part], a + ((chunk * Traits::kVChunk * 2 + step * 32) >> 4),
-              b + ((step * 2 * VLayout::kSlabBytes + part * kPartBytes) >> 4), true);
+              o[part], a + ((first * 2 + step * 32) >> 4),
+              b + ((step * 2 * VLayout::kSlabBytes + (Traits::kWithQv ? 0 : part * kPartBytes)) >> 4), true);
         }
       }
       wgmma_commit();
@@ -98,11 +102,20 @@ struct OutputWarpgroup {
     const BlockRange range = state.range;
     if (range.begin >= range.end) return;
     const BlockKinds kinds(state, Traits::kTileN);
-    // The ring's order: Q, K of the first two blocks, V of the first, K of the third, ...
-    skip_stages(ring, Traits::kQRegisterChunks + Traits::kKChunks);
-    for (int block = range.end - 1; block >= range.begin; --block) {
-      if (block > range.begin) skip_stages(ring, Traits::kKChunks);
-      add_block(state, kinds, block);
+    if constexpr (Traits::kWithQv) {
+      // The ring's order: Q, V of the first block (left, right), V of the second, ...
+      skip_stages(ring, Traits::kQRegisterChunks + half * kChunks);
+      for (int block = range.end - 1; block >= range.begin; --block) {
+        add_block(state, kinds, block);
+        skip_stages(ring, block > range.begin ? kChunks : (1 - half) * kChunks);
+      }
+    } else {
+      // The ring's order: Q, K of the first two blocks, V of the first, K of the third, ...
+      skip_stages(ring, Traits::kQRegisterChunks + Traits::kKChunks);
+      for (int block = range.end - 1; block >= range.begin; --block) {
+        if (block > range.begin) skip_stages(ring, Traits::kKChunks);
+        add_block(state, kinds, block);
+      }
     }
   }
 

@@ -10,11 +10,30 @@
 
 namespace broadhead::sm90 {
 
-// Frees, in both blocks of the cluster, a stage that wgmma has read. It is an instruction of the whole warpgroup, so one
-// warp's wait tells of all four; the first warp frees it in the first block, the second in the other. `share`: of the
+// Frees, in both blocks of the cluster, a stage that wgmma has read. It is an instruction of the whole warpgroup, so
+// one warp's wait tells of all four. One thread tells both blocks: were they told far apart, a block that fills a stage
+// for itself alone (Q, gathered rows) could come round again before the other has seen the first. `share`: of the
 // stage's kReleases, for the warpgroup.
 BROADHEAD_DEVICE void release_stage(Barrier& barrier, int warp, int share) {
-  if (threadIdx.x % 32 == 0 && warp < 2) barrier_arrive_cluster(barrier, warp, share);
+  if (threadIdx.x % 32 != 0 || warp != 0) return;
+  barrier_arrive_cluster(barrier, 0, share);
+  barrier_arrive_cluster(barrier, 1, share);
+}
+
+// Address of this lane's row of a 16 x 16 block at column step `step` of 64 rows whose first 16 bytes lie at `base`, in
+// subtiles of 64 columns; ldmatrix and stmatrix take four 8 x 8 ones.
+BROADHEAD_DEVICE std::uint32_t matrix_address(std::uint32_t base, int warp_row, int step) {
+  const int lane = threadIdx.x % 32;
+  const int row = warp_row + lane % 16;
+  const int unit = step % 4 * 2 + lane / 16;
+  return base + step / 4 * (64 * 128) + row * 128 + ((unit ^ (row & 7)) * 16);
+}
+
+BROADHEAD_DEVICE void load_matrix(std::uint32_t (&a)[4], std::uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+               : "r"(address)
+               : "memory");
 }
 
 template <int kStages>
@@ -28,7 +47,7 @@ struct ScoreWarpgroup {
   using Storage = typename Traits::SharedStorage;
   using QLayout = typename Traits::QLayout;
   using KLayout = typename Traits::KLayout;
-  using PLayout = typename Traits::PLayout;
+  using ScoreLayout = typename Traits::ScoreLayout;
   static constexpr int kQSubtileBytes = Traits::kTileM * QLayout::kRowBytes;
 
   const KernelArgs& args;
@@ -37,9 +56,10 @@ struct ScoreWarpgroup {
   const int warp_row;
   RingState<Traits::kStages> ring;
   std::uint32_t q_parity = 0;
+  std::uint32_t k_parity = 0;  // kWithQv
   SlotState p_slot;  // blocks so far
   SlotState inverse_slot;
-  std::uint32_t q[Traits::kQRegisterCols / 16][4];
+  std::uint32_t q[Traits::kQRegisterChunks * ScoreLayout::kSteps][4];
   float s[1][Traits::kKeyTiles][4];
   LazySoftmax softmax;
 
@@ -51,17 +71,9 @@ struct ScoreWarpgroup {
 
   BROADHEAD_DEVICE static bool leader() { return threadIdx.x % 32 == 0; }
 
-  BROADHEAD_DEVICE void wait_stage() {
-    barrier_wait(smem.full[ring.stage()], ring.parity());
+  BROADHEAD_DEVICE void wait_full(Barrier& barrier, std::uint32_t parity) {
+    barrier_wait(barrier, parity);
     if (args.maps.gather) fence_async_shared();  // cp.async writes are ordinary ones
-  }
-
-  // Address of this lane's row of a 16 x 16 block at `step` of a tile of 64 rows; ldmatrix and stmatrix take four such.
-  BROADHEAD_DEVICE std::uint32_t block_address(std::uint32_t base, int step) const {
-    const int lane = threadIdx.x % 32;
-    const int row = warp_row + lane % 16;
-    const int unit = step % 4 * 2 + lane / 16;
-    return base + step / 4 * kQSubtileBytes + row * 128 + ((unit ^ (row & 7)) * 16);
   }
 
   BROADHEAD_DEVICE void load_q_registers() {
@@ -70,12 +82,8 @@ struct ScoreWarpgroup {
       barrier_wait(smem.full[ring.stage()], ring.parity());
       const std::uint32_t base = smem_address(smem.ring[ring.stage()]);
       BROADHEAD_UNROLL
-      for (int step = 0; step < KLayout::kSteps; ++step) {
-        std::uint32_t (&a)[4] = q[chunk * KLayout::kSteps + step];
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-                     : "r"(block_address(base, step))
-                     : "memory");
+      for (int step = 0; step < ScoreLayout::kSteps; ++step) {
+        load_matrix(q[chunk * ScoreLayout::kSteps + step], matrix_address(base, warp_row, step));
       }
       fence_async_shared();  // read by ordinary loads, next written by TMA
       __syncwarp();
@@ -88,40 +96,67 @@ struct ScoreWarpgroup {
     }
   }
 
+  // Descriptor of the columns of Q in shared memory from `subtile` on.
+  BROADHEAD_DEVICE std::uint64_t shared_q(int subtile) const {
+    std::uint32_t base = smem_address(smem.q);
+    // Or ptxas keeps those of all steps from one block to the next: 40 registers.
+    if (Traits::kWithQv) asm volatile("" : "+r"(base));
+    return MatrixDescriptor<128>::make(base + subtile * kQSubtileBytes, 0, QLayout::kAtomBytes);
+  }
+
+  // S = q K^T.
+  BROADHEAD_DEVICE void begin_scores() {
+    wait_full(smem.k_full, k_parity);
+    k_parity ^= 1;
+    const std::uint64_t a = shared_q(0);
+    const std::uint64_t b = MatrixDescriptor<128>::make(smem_address(smem.k), 0, KLayout::kSlabBytes);
+    wgmma_fence();
+    BROADHEAD_UNROLL
+    for (int step = 0; step < KLayout::kSteps; ++step) {
+      wgmma_ss<Element, Traits::kTileN, Major::K>(s[0], a + (QLayout::step_offset(step, kQSubtileBytes) >> 4),
+                                                  b + (KLayout::step_offset(step, KLayout::kAtomBytes) >> 4), step > 0);
+    }
+    wgmma_commit();
+  }
+
   BROADHEAD_DEVICE void compute_scores() {
-    using Descriptor = MatrixDescriptor<128>;
     std::uint32_t previous = 0;
     fence_registers(s[0]);
+    if constexpr (Traits::kWithQv) begin_scores();
     BROADHEAD_UNROLL
-    for (int chunk = 0; chunk < Traits::kKChunks; ++chunk) {
-      wait_stage();
-      const std::uint64_t b = Descriptor::make(smem_address(smem.ring[ring.stage()]), 0, KLayout::kSlabBytes);
-      const std::uint64_t a = Descriptor::make(
-          smem_address(smem.q) + (chunk - Traits::kQRegisterChunks) * (KLayout::kSubtiles * kQSubtileBytes), 0,
-          QLayout::kAtomBytes);
+    for (int chunk = 0; chunk < Traits::kScoreChunks; ++chunk) {
+      wait_full(smem.full[ring.stage()], ring.parity());
+      const std::uint64_t b =
+          MatrixDescriptor<128>::make(smem_address(smem.ring[ring.stage()]), 0, ScoreLayout::kSlabBytes);
+      const int shared_chunk = chunk - Traits::kQRegisterChunks;  // negative: in registers
+      const std::uint64_t a =
+          shared_chunk < 0 ? 0 : shared_q(Traits::kQSharedSubtile + shared_chunk * ScoreLayout::kSubtiles);
       wgmma_fence();
       BROADHEAD_UNROLL
-      for (int step = 0; step < KLayout::kSteps; ++step) {
-        const std::uint64_t b_step = b + (KLayout::step_offset(step, KLayout::kAtomBytes) >> 4);
-        if (chunk < Traits::kQRegisterChunks) {
-          wgmma_rs<Element, Traits::kTileN, Major::K>(s[0], q[chunk * KLayout::kSteps + step], b_step,
-                                                      chunk + step > 0);
+      for (int step = 0; step < ScoreLayout::kSteps; ++step) {
+        const std::uint64_t b_step = b + (ScoreLayout::step_offset(step, ScoreLayout::kAtomBytes) >> 4);
+        const bool accumulate = Traits::kWithQv || chunk + step > 0;
+        if (shared_chunk < 0) {
+          wgmma_rs<Element, Traits::kTileN, Major::K>(s[0], q[chunk * ScoreLayout::kSteps + step], b_step, accumulate);
         } else {
           wgmma_ss<Element, Traits::kTileN, Major::K>(s[0], a + (QLayout::step_offset(step, kQSubtileBytes) >> 4),
-                                                      b_step, chunk + step > 0);
+                                                      b_step, accumulate);
         }
       }
       wgmma_commit();
       if (chunk > 0) {
         wgmma_wait<1>();
-        release_stage(smem.empty[previous], warp, Traits::kReleases);
+        release_stage(smem.empty[previous], warp, Traits::kScoreShare);
+      } else if constexpr (Traits::kWithQv) {
+        wgmma_wait<1>();
+        release_stage(smem.k_empty, warp, Traits::kReleases);
       }
       previous = ring.stage();
       ring.advance();
     }
     wgmma_wait<0>();
     fence_registers(s[0]);
-    release_stage(smem.empty[previous], warp, Traits::kReleases);
+    release_stage(smem.empty[previous], warp, Traits::kScoreShare);
   }
 
   // Softmax of S; P and the factors of O into the next slot, which the O warpgroups are not told of yet.
@@ -143,14 +178,16 @@ struct ScoreWarpgroup {
     BROADHEAD_UNROLL
     for (int step = 0; step < Traits::kTileN / 16; ++step) {
       asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%4], {%0, %1, %2, %3};" ::"r"(p[step][0]),
-                   "r"(p[step][1]), "r"(p[step][2]), "r"(p[step][3]), "r"(block_address(base, step))
+                   "r"(p[step][1]), "r"(p[step][2]), "r"(p[step][3]), "r"(matrix_address(base, warp_row, step))
                    : "memory");
     }
-    fence_async_shared();
-    __syncwarp();
   }
 
   BROADHEAD_DEVICE void hand_over_p() {
+    // Ordinary writes, read by wgmma; complete by now, so that the fence costs nothing (13 % of this warpgroup's time
+    // right behind them).
+    fence_async_shared();
+    __syncwarp();
     if (leader()) barrier_arrive(smem.p_full[p_slot.stage()]);
     p_slot.advance();
   }
@@ -169,11 +206,11 @@ struct ScoreWarpgroup {
       compute_scores();
       hand_over_p();
       store_p(state, kinds, block, false);
-      skip_stages(ring, Traits::kVChunks);  // V of the block before
+      if constexpr (!Traits::kWithQv) skip_stages(ring, Traits::kVChunks);  // V of the block before
     }
     hand_over_p();
     if (leader()) barrier_arrive(smem.q_empty);
-    skip_stages(ring, Traits::kVChunks);
+    if constexpr (!Traits::kWithQv) skip_stages(ring, Traits::kVChunks);
   }
 
   BROADHEAD_DEVICE void finish_tile(const TileState<Element>& state, int split) {

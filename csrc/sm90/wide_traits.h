@@ -1,4 +1,4 @@
-// Compile-time shape of the wide Hopper kernel (256 < head_dim <= 512).
+// Compile-time shapes of the wide Hopper kernel: 256 < head_dim <= 512, and absorbed MLA (head_dim_v 512).
 //
 // O of 64 rows x 512 columns does not fit the registers of one warpgroup: two own half of the columns each. A third
 // computes S and P for both. A cluster of two blocks, neighbouring query tiles, shares every K and V stage by
@@ -9,8 +9,9 @@
 
 namespace broadhead::sm90 {
 
-template <class Element_, int kHeadDim_, int kHeadDimV_, int kTileM_, int kTileN_, int kQRegisterCols_, int kSmemLimit_>
-struct WideTraits {
+// What both kinds have in common.
+template <class Element_, int kHeadDim_, int kHeadDimV_, int kTileM_, int kTileN_>
+struct WideShape {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kHeadDimV = kHeadDimV_;
@@ -28,29 +29,13 @@ struct WideTraits {
   static constexpr int kLoaderWarps = 3;
   static constexpr int kSchedulerWarp = 3;
 
-  // A stage holds kTileN keys x kKChunk columns of K, or kVChunk keys of V. Small ones are refilled sooner.
+  // The ring's stages. Small ones are refilled sooner.
   // PERF(H200, 5 stages of 32 KB -> 11 of 16 KB: see docs/performance-log.md)
-#ifdef DEV32
-  static constexpr int kStageBytes = 32768;
-  static constexpr int kStages = 5;
-#else
   static constexpr int kStageBytes = 16384;
-  static constexpr int kStages = 11;
-#endif
-  static constexpr int kKChunk = kStageBytes / (kTileN * static_cast<int>(sizeof(Element)));
-  static constexpr int kKChunks = kHeadDim / kKChunk;
-  static constexpr int kVChunk = kStageBytes / (kHeadDimV * static_cast<int>(sizeof(Element)));
-  static constexpr int kVChunks = kTileN / kVChunk;
-  using KLayout = TileLayout<Element, kKChunk>;
-  using VLayout = TileLayout<Element, kHeadDimV>;
-  static_assert(kKChunks * kKChunk == kHeadDim && kVChunk % 16 == 0 && KLayout::kRowBytes == 128);
-
-  // Q: the first columns stay in registers (they come through stages of the ring), the others in shared memory.
-  static constexpr int kQRegisterCols = kQRegisterCols_;
-  static constexpr int kQRegisterChunks = kQRegisterCols / kKChunk;
-  static constexpr int kQSharedCols = kHeadDim - kQRegisterCols;
-  using QLayout = TileLayout<Element, kHeadDim>;
-  static_assert(kQRegisterCols % kKChunk == 0 && kTileM <= kTileN);
+  // A stage of kTileN keys x this many columns is what S takes at a time.
+  static constexpr int kScoreCols = kStageBytes / (kTileN * static_cast<int>(sizeof(Element)));
+  using ScoreLayout = TileLayout<Element, kScoreCols>;
+  static_assert(ScoreLayout::kRowBytes == 128 && kTileM <= kTileN);
 
   static constexpr int kOutputCols = kHeadDimV / 2;  // of a warpgroup
   // Of one wgmma: ptxas refuses an accumulator of 128 registers in a block of 512 threads.
@@ -60,7 +45,8 @@ struct WideTraits {
   static constexpr int kKeyTiles = kTileN / 8;
   using PLayout = TileLayout<Element, kTileN>;
 
-  // What a block's arrivals on a stage's `empty` count for: that of S, or both of O, or the four warps of S that read Q.
+  // What a block's arrivals on a stage's `empty` count for: that of S (K), both of O (V), S and one of O (V of absorbed
+  // MLA), or the four warps of S that read Q.
   static constexpr int kReleases = 4;
 
   // Beside P: what O must be multiplied by before this block's P V is added.
@@ -69,14 +55,15 @@ struct WideTraits {
     int needed[4];  // of each warp's 16 rows
   };
 
-  struct SharedStorage : WorkStorage<Element> {
+  template <class Base, int kStages, int kQSharedCols>
+  struct Storage : Base {
     alignas(1024) char ring[kStages][kStageBytes];
     alignas(1024) Element q[kTileM * kQSharedCols];
     alignas(1024) Element p[2][kTileM * kTileN];
     Rescale rescale[2];
     float inverse[2][kTileM];
     Mailbox mailbox;
-    Barrier q_full;   // 1 arrival + bytes
+    Barrier q_full;   // 1 arrival for each of q and qv, + bytes
     Barrier q_empty;  // 4 warps of S
     Barrier full[kStages];
     Barrier empty[kStages];
@@ -85,6 +72,71 @@ struct WideTraits {
     Barrier inverse_full[2];   // 4 warps of S
     Barrier inverse_empty[2];  // 8 warps of O
   };
+};
+
+// K and V are cut differently and take turns in the ring: K by columns, V by keys.
+template <class Element_, int kHeadDim_, int kHeadDimV_, int kTileM_, int kTileN_, int kQRegisterCols_, int kSmemLimit_>
+struct WideTraits : WideShape<Element_, kHeadDim_, kHeadDimV_, kTileM_, kTileN_> {
+  using Shape = WideShape<Element_, kHeadDim_, kHeadDimV_, kTileM_, kTileN_>;
+  using Element = Element_;
+  static constexpr bool kWithQv = false;
+  static constexpr int kStages = 11;
+  static constexpr int kKChunk = Shape::kScoreCols;
+  static constexpr int kKChunks = kHeadDim_ / kKChunk;
+  static constexpr int kVKeys = Shape::kStageBytes / (kHeadDimV_ * static_cast<int>(sizeof(Element)));  // of a stage
+  static constexpr int kVChunks = kTileN_ / kVKeys;
+  using KLayout = typename Shape::ScoreLayout;
+  using VLayout = TileLayout<Element, kHeadDimV_>;
+  static_assert(kKChunks * kKChunk == kHeadDim_ && kVKeys % 16 == 0);
+
+  // Stages of a block that S reads.
+  static constexpr int kScoreChunks = kKChunks;
+  static constexpr int kScoreShare = Shape::kReleases;
+
+  // Q: the first columns stay in registers (they come through stages of the ring), the others in shared memory.
+  static constexpr int kQRegisterChunks = kQRegisterCols_ / kKChunk;
+  static constexpr int kQSharedSubtile = 0;  // where they begin
+  using QLayout = TileLayout<Element, kHeadDim_>;
+  static_assert(kQRegisterCols_ % kKChunk == 0);
+
+  using SharedStorage = typename Shape::template Storage<WorkStorage<Element>, kStages, kHeadDim_ - kQRegisterCols_>;
+  static_assert(sizeof(SharedStorage) <= kSmemLimit_, "the tile does not fit the shared memory its row promises");
+};
+
+// Absorbed MLA: S = q K^T + qv V^T. V is cut by columns like K above, and its stages serve twice: S reads them first,
+// then the one O warpgroup whose columns they are. K has few columns and a buffer of its own, free again early.
+template <class Element_, int kHeadDim_, int kHeadDimV_, int kTileM_, int kTileN_, int kQRegisterCols_, int kSmemLimit_>
+struct AbsorbedTraits : WideShape<Element_, kHeadDim_, kHeadDimV_, kTileM_, kTileN_> {
+  using Shape = WideShape<Element_, kHeadDim_, kHeadDimV_, kTileM_, kTileN_>;
+  using Element = Element_;
+  static constexpr bool kWithQv = true;
+  // V of two blocks, S being a block ahead, and what the next one begins with.
+  static constexpr int kStages = 10;
+  static constexpr int kKChunk = kHeadDim_;
+  static constexpr int kKChunks = 1;
+  static constexpr int kVKeys = kTileN_;
+  static constexpr int kVChunks = kHeadDimV_ / Shape::kScoreCols;
+  using KLayout = TileLayout<Element, kHeadDim_>;
+  using VLayout = typename Shape::ScoreLayout;
+  static_assert(KLayout::kRowBytes == 128 && kVChunks * Shape::kScoreCols == kHeadDimV_);
+  static_assert(Shape::kPartCols == Shape::kScoreCols && kVChunks == 2 * Shape::kParts);
+  static_assert(kStages >= 2 * kVChunks, "S of a block is complete before O reads V of the block above");
+
+  static constexpr int kScoreChunks = kVChunks;
+  static constexpr int kScoreShare = Shape::kReleases / 2;
+
+  // Of qv the first columns stay in registers; q and the others of qv in shared memory.
+  static constexpr int kQRegisterChunks = kQRegisterCols_ / Shape::kScoreCols;
+  static constexpr int kQSharedSubtile = KLayout::kSubtiles;
+  using QLayout = TileLayout<Element, kHeadDimV_>;
+  static_assert(kQRegisterCols_ % Shape::kScoreCols == 0);
+
+  struct KStorage : WorkStorage<Element> {
+    Barrier k_full;   // 1 arrival + bytes, or every gathering thread
+    Barrier k_empty;  // S of both blocks
+    alignas(1024) Element k[kTileN_ * kHeadDim_];
+  };
+  using SharedStorage = typename Shape::template Storage<KStorage, kStages, kHeadDim_ + kHeadDimV_ - kQRegisterCols_>;
   static_assert(sizeof(SharedStorage) <= kSmemLimit_, "the tile does not fit the shared memory its row promises");
 };
 

@@ -13,7 +13,7 @@ constexpr int kTileSlots = 2;
 
 // How the launcher divides a call; constant for all of its tiles.
 struct WorkPlan {
-  std::int32_t rows_per_tile;  // query rows a tile holds: whole tokens
+  std::int32_t rows_per_tile;  // query rows a tile holds: whole tokens, or a part of one
   std::int32_t m_blocks;       // tiles of the longest sequence, in clusters
   std::int32_t heads;          // in the grid: KV heads when GQA is packed
   std::int32_t ragged;         // sequences differ in query length or in splits

@@ -38,7 +38,7 @@ def forward(
     kv_batch_idx: Tensor | None,  # int32 (B,)
     page_table: Tensor | None,  # int32 (B, max_pages)
     prefix_lens: Tensor | None,  # int32 (B,)
-    sinks: Tensor | None,  # (Hq,) fp32 or the dtype of q
+    sinks: Tensor | None,  # (Hq,) fp32 or the dtype of out
     scheduler_metadata: Tensor | None,  # int32 (1 + 4 * round_up(B, 4),)
     qv: Tensor | None,  # as q with Dv
     q_descale: Tensor | None,  # fp32 (B, Hkv)

@@ -7,20 +7,16 @@ from typing import NamedTuple
 
 from .device import DeviceDescription
 from .native import BuildDescription, build_description
-from .problem import AttentionProblem, canonical_right
+from .problem import ALIGNMENT_BYTES, AttentionProblem, canonical_right
 from .schedule import Schedule, plan_schedule
-from .support import ROWS, KernelRow
+from .support import ELEMENT_BYTES, EXTRA_FEATURES, FEATURES, ROWS, KernelRow
 from .validation import describe_value
 
 #: Query rows (tokens x heads of one KV head) up to which a call is decode: bound by memory, so its keys are split.
 DECODE_MAX_ROWS = 32
 
-#: Requests that all rows refuse as long as none lists them, with the words of the refusal.
-UNSERVED = {
-    "qv": "qv (a second query for v) has no CUDA kernel",
-    "descale": "q_descale, k_descale and v_descale have no CUDA kernel",
-    "gradients": "an input requires grad and this release has no CUDA backward kernel",
-}
+#: Features of a problem that no row lists, with the words of the refusal.
+UNSERVED = {"gradients": "an input requires grad and this release has no CUDA backward kernel"}
 
 _BUILD_HELP = "install a CUDA wheel of broadhead, or build it with BROADHEAD_CUDA_ARCHS"
 
@@ -46,6 +42,7 @@ class MetadataConfig(NamedTuple):
     window_right: int
     attention_chunk: int
     pack_gqa: bool
+    has_qv: bool
     kernel: str
 
 
@@ -71,15 +68,9 @@ def _capability_text(capability: tuple[int, int] | None) -> str:
     return "none" if capability is None else f"{capability[0]}.{capability[1]}"
 
 
-def _listed_features() -> frozenset[str]:
-    """Every feature that some row does."""
-    return frozenset(name for row in ROWS for name in row.features)
-
-
 def _needed_features(problem: AttentionProblem) -> tuple[str, ...]:
-    """What a row must list to compute the problem; what no row lists is refused for all of them at once."""
-    listed = _listed_features()
-    needed = [name for name in problem.features if name in listed]
+    """What a row must list to compute the problem."""
+    needed = [name for name in problem.features if name in FEATURES or name in EXTRA_FEATURES]
     if canonical_right(problem.seqlen_q, problem.window_right) < 0 and "causal" in needed:
         needed.remove("causal")  # one query sees every key: metadata made with and without causal has one kernel
     return tuple(needed)
@@ -96,7 +87,10 @@ def _request_refusal(row: KernelRow, problem: AttentionProblem, needed: tuple[st
     if row.head_dim_v < problem.head_dim_v:
         return f"takes head_dim_v up to {row.head_dim_v}, not {problem.head_dim_v}"
     missing = [name for name in needed if name not in row.features]
-    return f"lacks {', '.join(missing)}" if missing else ""
+    if missing:
+        return f"lacks {', '.join(missing)}"
+    absent = [name for name in row.requires if name not in needed]
+    return f"needs {', '.join(absent)}" if absent else ""
 
 
 def _device_refusal(row: KernelRow, device: DeviceDescription) -> str:
@@ -144,9 +138,18 @@ def _general_refusals(problem: AttentionProblem, device: DeviceDescription) -> l
     reasons = []
     if device.type != "cuda":
         reasons.append(f"the tensors are on a {device.type} device; kernels run on NVIDIA CUDA devices")
-    listed = _listed_features()
-    reasons += [words for name, words in UNSERVED.items() if name in problem.features and name not in listed]
-    return reasons + list(problem.obstacles)
+    reasons += [words for name, words in UNSERVED.items() if name in problem.features]
+    return reasons + _short_rows(problem) + list(problem.obstacles)
+
+
+def _short_rows(problem: AttentionProblem) -> list[str]:
+    """Head dims whose elements do not fill what kernels move at a time: 8 columns of 16 bits, 16 of 8 bits."""
+    columns = ALIGNMENT_BYTES // ELEMENT_BYTES.get(problem.dtype, ALIGNMENT_BYTES)
+    return [
+        f"kernels take {name} in multiples of {columns} with dtype {problem.dtype}, not {size}"
+        for name, size in (("head_dim", problem.head_dim), ("head_dim_v", problem.head_dim_v))
+        if size % columns
+    ]
 
 
 def _nothing_computes(problem: AttentionProblem, rows: list[KernelRow]) -> str:
@@ -158,13 +161,29 @@ def _nothing_computes(problem: AttentionProblem, rows: list[KernelRow]) -> str:
     rows = [row for row in rows if row.dtype == problem.dtype]
     if not rows:
         return f"dtype {problem.dtype} has no CUDA kernel; kernels take {', '.join(dtypes)}"
+    extras = _extras(problem)
+    kind = _kind(problem)
+    rows = [row for row in rows if all(feature in row.features for feature in extras)]
+    if not rows:
+        return f"there is no {kind}"
     for name, size, largest in (
         ("head_dim", problem.head_dim, max(row.head_dim for row in rows)),
         ("head_dim_v", problem.head_dim_v, max(row.head_dim_v for row in rows)),
     ):
         if size > largest:
-            return f"{name} {size} exceeds {largest}, the largest of any CUDA kernel"
+            return f"{name} {size} exceeds {largest}, the largest of any {kind}"
     return f"no CUDA kernel combines {', '.join(problem.features)} at {_head_dims(problem)}"
+
+
+def _extras(problem: AttentionProblem) -> tuple[str, ...]:
+    """What the problem asks that only some kernels do."""
+    return tuple(feature for feature in problem.features if feature in EXTRA_FEATURES)
+
+
+def _kind(problem: AttentionProblem) -> str:
+    """The kernels that a problem can be for, in words."""
+    extras = _extras(problem)
+    return f"CUDA kernel for {problem.dtype}" + (f" with {' and '.join(extras)}" if extras else "")
 
 
 def _head_dims(problem: AttentionProblem) -> str:
@@ -198,7 +217,7 @@ def _decide(problem: AttentionProblem, device: DeviceDescription, build: BuildDe
     missing = "; ".join(f"kernel {row_id} {reason}" for reason, row_id in left_out.items())
     if chosen is not None:
         schedule = plan_schedule(problem, chosen, device)
-        why = f"{chosen.id}: the first {phase} row for {_head_dims(problem)}"
+        why = f"{chosen.id}: the first {chosen.phase} row for {_head_dims(problem)}"
         if missing:
             why += f" that this build holds: {missing}"
         tag, config = metadata_identity(problem, chosen, schedule.pack_gqa)
@@ -223,7 +242,7 @@ def _device_reason(
     capabilities = sorted({capability for row in able for capability in row.capabilities})
     if device.capability not in capabilities:
         known = ", ".join(map(_capability_text, capabilities))
-        return f"no CUDA kernel for compute capability {_capability_text(device.capability)}; kernels exist for {known}"
+        return f"no {_kind(problem)} on compute capability {_capability_text(device.capability)}; there are for {known}"
     smallest = min(row.smem_limit for row in able if device.capability in row.capabilities)
     return f"every CUDA kernel needs {smallest} bytes of shared memory a block; the device has {device.smem_per_block}"
 
@@ -242,6 +261,7 @@ def metadata_identity(problem: AttentionProblem, row: KernelRow | None, pack_gqa
         window_right=canonical_right(problem.seqlen_q, problem.window_right),
         attention_chunk=problem.attention_chunk,
         pack_gqa=pack_gqa,
+        has_qv="qv" in problem.features,
         kernel=row.id if row else "",
     )
     # The device's tag leaves the lengths out: split counts planned for other lengths are only less balanced.

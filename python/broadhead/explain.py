@@ -107,6 +107,7 @@ def _plan(function: str, device: DeviceDescription, build: BuildDescription | No
             split_kv=num_splits > 1,
             lse=True,
             qv=bool(asked["qv"]),
+            descale=bool(asked["descale"]),
             gradients=bool(asked["requires_grad"]) and direction == "forward",
         ),
         num_splits=num_splits,
@@ -140,6 +141,7 @@ def is_supported(
     sinks: bool = False,
     prefix_lens: bool = False,
     qv: bool = False,
+    descale: bool = False,
     requires_grad: bool = False,
     num_splits: int = 0,
     direction: str = "forward",
@@ -154,7 +156,8 @@ def is_supported(
         device: None for the device of q, else the current CUDA device, else the CPU; a torch.device or its name; a
             compute capability such as ``(8, 9)``; or a DeviceDescription.
         build: the kernels to look at; None for those of this installation.
-        The other arguments: what the call asks for, as in flash_attn_func (sinks, prefix_lens, qv: whether).
+        The other arguments: what the call asks for, as in flash_attn_func (sinks, prefix_lens, qv and
+            descale: whether).
 
     Raises:
         InvalidArgumentError, InvalidTypeError: the description makes no sense; the text names the argument.
@@ -165,8 +168,8 @@ def is_supported(
         function, where, build, q=q, k=k, v=v, head_dim=head_dim, head_dim_v=head_dim_v, dtype=dtype,
         num_heads_q=num_heads_q, num_heads_kv=num_heads_kv, batch_size=batch_size, seqlen_q=seqlen_q,
         seqlen_k=seqlen_k, causal=causal, window_size=window_size, attention_chunk=attention_chunk, softcap=softcap,
-        page_size=page_size, varlen=varlen, sinks=sinks, prefix_lens=prefix_lens, qv=qv, requires_grad=requires_grad,
-        num_splits=num_splits, direction=direction,
+        page_size=page_size, varlen=varlen, sinks=sinks, prefix_lens=prefix_lens, qv=qv, descale=descale,
+        requires_grad=requires_grad, num_splits=num_splits, direction=direction,
     )  # fmt: skip
     return plan.row is not None, plan.reason
 
@@ -193,6 +196,7 @@ def explain(
     sinks: bool = False,
     prefix_lens: bool = False,
     qv: bool = False,
+    descale: bool = False,
     requires_grad: bool = False,
     num_splits: int = 0,
     direction: str = "forward",
@@ -209,8 +213,8 @@ def explain(
         function, where, build, q=q, k=k, v=v, head_dim=head_dim, head_dim_v=head_dim_v, dtype=dtype,
         num_heads_q=num_heads_q, num_heads_kv=num_heads_kv, batch_size=batch_size, seqlen_q=seqlen_q,
         seqlen_k=seqlen_k, causal=causal, window_size=window_size, attention_chunk=attention_chunk, softcap=softcap,
-        page_size=page_size, varlen=varlen, sinks=sinks, prefix_lens=prefix_lens, qv=qv, requires_grad=requires_grad,
-        num_splits=num_splits, direction=direction,
+        page_size=page_size, varlen=varlen, sinks=sinks, prefix_lens=prefix_lens, qv=qv, descale=descale,
+        requires_grad=requires_grad, num_splits=num_splits, direction=direction,
     )  # fmt: skip
     lines = [
         f"asked: {problem.direction}, head_dim {problem.head_dim}, head_dim_v {problem.head_dim_v},"
@@ -243,6 +247,7 @@ class SupportEntry(NamedTuple):
     head_dim_v: int  # the largest
     capabilities: tuple[tuple[int, int], ...]
     features: tuple[str, ...]
+    requires: tuple[str, ...]  # features without which a call does not run there
     in_build: bool
 
 
@@ -261,6 +266,7 @@ def support_matrix(build: BuildDescription | None = None) -> list[SupportEntry]:
             row.head_dim_v,
             row.capabilities,
             row.features,
+            row.requires,
             row.id in held,
         )
         for row in ROWS

@@ -17,7 +17,7 @@ from .dispatch import Plan, refusal_text, resolve
 from .errors import UnsupportedError
 from .fallback_notice import state, warn_fallback
 from .metadata import check_buffer, check_identity
-from .problem import AttentionArgs, AttentionProblem, CheckedCall, check_forward, tensor_signature
+from .problem import AttentionArgs, AttentionProblem, CheckedCall, check_forward, out_dtype, tensor_signature
 
 #: Launches of calls that were validated, by everything that validation and dispatch looked at.
 _launches: dict[tuple[Any, ...], Launch] = {}
@@ -224,10 +224,11 @@ def _decide_and_run(
 def _empty_result(args: AttentionArgs, call: CheckedCall) -> tuple[Tensor, Tensor]:
     """No query: nothing to launch."""
     q, problem = args.q, call.problem
-    out = q.new_zeros((*q.shape[:-1], problem.head_dim_v)) if args.out is None else args.out
+    shape = (*q.shape[:-1], problem.head_dim_v)
+    out = q.new_zeros(shape, dtype=out_dtype(q.dtype)) if args.out is None else args.out
     heads = problem.num_heads_q
-    shape = (heads, q.shape[0]) if args.cu_seqlens_q is not None else (q.shape[0], heads, q.shape[1])
-    return out, q.new_full(shape, float("-inf"), dtype=torch.float32)
+    lse_shape = (heads, q.shape[0]) if args.cu_seqlens_q is not None else (q.shape[0], heads, q.shape[1])
+    return out, q.new_full(lse_shape, float("-inf"), dtype=torch.float32)
 
 
 def _run_reference(args: AttentionArgs, call: CheckedCall) -> tuple[Tensor, Tensor]:

@@ -49,25 +49,26 @@ def flash_attn_func(
 
     Args:
         q: ``(B, Sq, Hq, D)``; k: ``(B, Sk, Hkv, D)``; v: ``(B, Sk, Hkv, Dv)``. Hq is a multiple of Hkv; D and Dv are
-            multiples of 8. bf16 or fp16 on the kernels, also fp32, fp64 and float8 on the torch fallback. Any strides
-            with a contiguous last dimension.
+            multiples of 8. bf16 or fp16 on the kernels, float8_e4m3fn (D and Dv multiples of 16) on those of Hopper;
+            also fp32, fp64 and float8 on the torch fallback. Any strides with a contiguous last dimension.
         softmax_scale: ``D ** -0.5`` by default, ``(D + Dv) ** -0.5`` with qv.
         causal, window_size: query i sits at position ``i + Sk - Sq`` and sees keys from ``left`` before to ``right``
             after it; None, an int, or (left, right), negative or None = unbounded; causal clamps right to 0.
-        qv: ``(B, Sq, Hq, Dv)``, adds ``qv . v`` to the scores. q_descale, k_descale, v_descale: fp32 ``(B, Hkv)``.
+        qv: ``(B, Sq, Hq, Dv)``, adds ``qv . v`` to the scores. q_descale, k_descale, v_descale: fp32 ``(B, Hkv)``,
+            factors of float8 q, k and v; None: 1.
         attention_chunk: queries see keys of their own chunk of this many positions; 0: off.
         softcap: ``softcap * tanh(score / softcap)``; 0: off.
         num_splits: blocks that share the keys of a row: 0 for the heuristic, up to 128. pack_gqa: let query heads share
             a tile; None decides by shape. sm_margin: multiprocessors to leave free. deterministic: accepted.
-        sinks: ``(Hq,)`` fp32 or the dtype of q, a logit that joins the softmax denominator; also s_aux, learnable_sink.
+        sinks: ``(Hq,)`` fp32 or the dtype of out, a logit in the softmax denominator; also s_aux, learnable_sink.
         prefix_lens: int32 ``(B,)``: keys below it are visible to every query; needs causal.
         out: written if given, ``(B, Sq, Hq, Dv)``; excludes gradients.
         backend: None (a kernel if there is one, else the torch fallback, with a warning on a CUDA device), "cuda" or
             "torch".
 
     Returns:
-        out ``(B, Sq, Hq, Dv)`` of the dtype of q; with return_attn_probs ``(out, softmax_lse)``, softmax_lse fp32
-        ``(B, Hq, Sq)``, natural log. A row that sees no key has out 0 and softmax_lse -inf.
+        out ``(B, Sq, Hq, Dv)`` of the dtype of q, bf16 for float8; with return_attn_probs ``(out, softmax_lse)``,
+        softmax_lse fp32 ``(B, Hq, Sq)``, natural log. A row that sees no key has out 0 and softmax_lse -inf.
 
     Raises:
         InvalidArgumentError, InvalidTypeError: an argument is wrong; the text names it.

@@ -74,8 +74,8 @@ def flash_attn_with_kvcache(
         The other arguments: as for flash_attn_func; scheduler_metadata as get_scheduler_metadata returns it.
 
     Returns:
-        out, of the shape of q with Dv and the dtype of q; with return_softmax_lse also softmax_lse, fp32, natural log,
-        ``(B, Hq, Sq)`` or ``(Hq, T)``.
+        out, of the shape of q with Dv and the dtype of q (bf16 for float8); with return_softmax_lse also softmax_lse,
+        fp32, natural log, ``(B, Hq, Sq)`` or ``(Hq, T)``.
 
     Raises:
         InvalidArgumentError, InvalidTypeError: an argument is wrong; the text names it.

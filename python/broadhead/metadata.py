@@ -17,6 +17,8 @@ from .masking import normalize_chunk, normalize_window
 from .problem import DTYPE_NAMES, AttentionProblem, collect_features, tensor_signature
 
 FUNCTION = "get_scheduler_metadata"
+#: Without has_qv a call of these head dims is taken for absorbed MLA: (largest headdim, largest headdim_v without qv).
+ABSORBED_HEAD_DIMS = (64, 256)
 CURRENT_STREAM = -1  # the binding takes torch's current stream
 
 
@@ -35,6 +37,7 @@ class MetadataRequest(NamedTuple):
     problem: AttentionProblem
     seqlen_k_new: int
     explicit_length: bool  # seqlen_k was derived from a page table by the length rule
+    guessed_qv: bool  # the caller did not say whether the call has qv
 
 
 class _Filled(NamedTuple):
@@ -46,6 +49,7 @@ class _Filled(NamedTuple):
     page_size: int
     seqlen_k: int  # 0: not known exactly
     num_splits: int  # as asked for; 0: heuristic
+    guessed_qv: bool
 
 
 _filled: dict[int, _Filled] = {}
@@ -70,6 +74,7 @@ def describe_request(
     pack_gqa: Any,
     sm_margin: Any,
     page_table: Any,
+    has_qv: Any = None,
 ) -> MetadataRequest:
     """Validate the arguments that describe the attention call."""
     batch_size = check.check_int(FUNCTION, "batch_size", batch_size)
@@ -95,6 +100,9 @@ def describe_request(
     window_left, window_right = normalize_window(window_size, causal, FUNCTION)
     attention_chunk = normalize_chunk(check.check_int(FUNCTION, "attention_chunk", attention_chunk))
     num_splits = check.check_int(FUNCTION, "num_splits", num_splits, 0, check.MAX_SPLITS)
+    guessed_qv = check.check_optional_bool(FUNCTION, "has_qv", has_qv) is None
+    if guessed_qv:
+        has_qv = headdim <= ABSORBED_HEAD_DIMS[0] and headdim_v > ABSORBED_HEAD_DIMS[1]
     if page_table is not None:
         if not page_size:
             raise InvalidArgumentError(f"{FUNCTION}: page_size must be given with page_table, got None")
@@ -122,6 +130,7 @@ def describe_request(
             paged=page_size > 0,
             split_kv=num_splits > 1,
             lse=True,
+            qv=has_qv,
         ),
         num_splits=num_splits,
         pack_gqa=check.check_optional_bool(FUNCTION, "pack_gqa", pack_gqa),
@@ -129,7 +138,7 @@ def describe_request(
         sm_margin=check.check_int(FUNCTION, "sm_margin", sm_margin),
         obstacles=(),
     )
-    return MetadataRequest(problem, max_seqlen_k_new, page_table is not None)
+    return MetadataRequest(problem, max_seqlen_k_new, page_table is not None, guessed_qv)
 
 
 def check_buffer(function: str, name: str, buffer: Any, batch: int, device: torch.device) -> None:
@@ -237,6 +246,7 @@ def _remember(metadata: Tensor, request: MetadataRequest, plan: Plan) -> None:
         request.problem.page_size,
         request.problem.seqlen_k if request.explicit_length else 0,
         request.problem.num_splits,
+        request.guessed_qv,
     )
 
 
@@ -255,6 +265,9 @@ def check_identity(
     if owner is None or (metadata is not owner and metadata._base is not owner) or _version(owner) != entry.version:
         return  # freed, or overwritten since
     made_for = entry.config
+    if entry.guessed_qv and made_for.has_qv != config.has_qv:
+        # A wrong guess costs splits (the device finds another tag), not the call.
+        made_for, config = (c._replace(has_qv=False, kernel="") for c in (made_for, config))
     if not (made_for.kernel and config.kernel):
         # One side has no kernel (the torch fallback reads no metadata): compare what the caller chose.
         made_for, config = (c._replace(kernel="", pack_gqa=False) for c in (made_for, config))
@@ -304,6 +317,7 @@ def get_scheduler_metadata(
     page_table: Tensor | None = None,
     num_heads: int | None = None,
     num_heads_k: int | None = None,
+    has_qv: bool | None = None,
 ) -> Tensor:
     """Plan the splits of a decode step on the device, for the attention calls of all layers of a kind.
 
@@ -315,7 +329,8 @@ def get_scheduler_metadata(
         cache_seqlens: int32 ``(batch,)``, the lengths before this call's ``max_seqlen_k_new`` keys are appended.
         cu_seqlens_q: int32 ``(batch + 1,)``; cache_leftpad: int32 ``(batch,)``.
         causal, window_size, attention_chunk: the mask of the forward call. cu_seqlens_k_new, has_softcap: accepted; no
-            plan depends on them.
+            plan depends on them, nor on descales.
+        has_qv: whether the forward call passes qv; None: assumed where headdim <= 64 and headdim_v > 256.
         num_splits: 0 for the heuristic, else the bound of every sequence, up to 128.
         out: int32 buffer of at least ``1 + 4 * round_up(batch, 4)`` elements; nothing is allocated then.
 
@@ -333,7 +348,7 @@ def get_scheduler_metadata(
         return ops.call_get_scheduler_metadata(
             batch_size, max_seqlen_q, max_seqlen_k, heads_q, heads_kv, headdim, cache_seqlens, qkv_dtype, headdim_v,
             cu_seqlens_q, cache_leftpad, page_size, max_seqlen_k_new, causal, window_size, attention_chunk, num_splits,
-            pack_gqa, sm_margin, out, page_table,
+            pack_gqa, sm_margin, out, page_table, has_qv,
         )  # fmt: skip
     key: tuple[Any, ...] | None = None
     prepared: Prepared | None = None
@@ -345,7 +360,7 @@ def get_scheduler_metadata(
                 None if cache_leftpad is None else tensor_signature(cache_leftpad), page_size, max_seqlen_k_new, causal,
                 tuple(window_size) if type(window_size) is list else window_size, attention_chunk, num_splits, pack_gqa,
                 sm_margin, None if out is None else tensor_signature(out),
-                None if page_table is None else tensor_signature(page_table),
+                None if page_table is None else tensor_signature(page_table), has_qv,
             )  # fmt: skip
             prepared = _prepared.get(key)
     except (AttributeError, TypeError):
@@ -356,6 +371,7 @@ def get_scheduler_metadata(
     request = describe_request(
         batch_size, max_seqlen_q, max_seqlen_k, heads_q, heads_kv, headdim, headdim_v, qkv_dtype, page_size,
         max_seqlen_k_new, causal, window_size, attention_chunk, num_splits, pack_gqa, sm_margin, page_table,
+        has_qv,
     )  # fmt: skip
     prepared = prepare(request, lengths.device)
     if key is not None:

@@ -240,7 +240,7 @@ _METADATA = (
     " SymInt num_heads_kv, SymInt headdim, SymInt headdim_v, ScalarType qkv_dtype, Tensor? cu_seqlens_q,"
     " Tensor? cache_leftpad, SymInt? page_size, SymInt max_seqlen_k_new, bool causal, SymInt window_left,"
     " SymInt window_right, SymInt attention_chunk, SymInt num_splits, bool? pack_gqa, SymInt sm_margin,"
-    " Tensor? page_table"
+    " Tensor? page_table, bool? has_qv"
 )
 
 
@@ -248,7 +248,7 @@ def _metadata(out: Tensor | None, inputs: tuple[Any, ...]) -> Tensor:
     (
         cache_seqlens, batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim, headdim_v, qkv_dtype,
         cu_seqlens_q, cache_leftpad, page_size, max_seqlen_k_new, causal, window_left, window_right, attention_chunk,
-        num_splits, pack_gqa, sm_margin, page_table,
+        num_splits, pack_gqa, sm_margin, page_table, has_qv,
     ) = inputs  # fmt: skip
     return metadata.get_scheduler_metadata(
         batch_size,
@@ -272,6 +272,7 @@ def _metadata(out: Tensor | None, inputs: tuple[Any, ...]) -> Tensor:
         sm_margin=sm_margin,
         out=out,
         page_table=page_table,
+        has_qv=has_qv,
     )
 
 
@@ -301,7 +302,7 @@ def call_get_scheduler_metadata(
     batch_size: Any, max_seqlen_q: Any, max_seqlen_k: Any, num_heads_q: Any, num_heads_kv: Any, headdim: Any,
     cache_seqlens: Any, qkv_dtype: Any, headdim_v: Any, cu_seqlens_q: Any, cache_leftpad: Any, page_size: Any,
     max_seqlen_k_new: Any, causal: Any, window_size: Any, attention_chunk: Any, num_splits: Any, pack_gqa: Any,
-    sm_margin: Any, out: Any, page_table: Any,
+    sm_margin: Any, out: Any, page_table: Any, has_qv: Any,
 ) -> Tensor:  # fmt: skip
     """get_scheduler_metadata through the operators; traceable."""
     window_left, window_right = normalize_window(window_size, causal, metadata.FUNCTION)
@@ -309,7 +310,7 @@ def call_get_scheduler_metadata(
         cache_seqlens, batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim,
         headdim if headdim_v is None else headdim_v, qkv_dtype, cu_seqlens_q, cache_leftpad, page_size,
         max_seqlen_k_new, causal, window_left, window_right, attention_chunk, num_splits, pack_gqa, sm_margin,
-        page_table,
+        page_table, has_qv,
     )  # fmt: skip
     if out is None:
         return torch.ops.broadhead.get_scheduler_metadata(*inputs)

@@ -197,7 +197,7 @@ def check_forward(function: str, args: AttentionArgs) -> CheckedCall:
             gradients=needs_gradients(args.q, args.k, args.v, args.qv, args.sinks),
         ),
         num_splits=num_splits,
-        pack_gqa=pack_gqa,
+        pack_gqa=False if _heads_share_rows(args) else pack_gqa,
         has_metadata=args.scheduler_metadata is not None,
         sm_margin=sm_margin,
         obstacles=_layout_obstacles(args),
@@ -291,8 +291,11 @@ def _check_extras(function: str, args: AttentionArgs, batch: int, head_dim_v: in
         check.check_shape(function, "qv", qv, (*q.shape[:-1], head_dim_v), "q.shape[:-1] + (head_dim_v,)")
     if args.sinks is not None:
         sinks = check.check_tensor(function, "sinks", args.sinks, "a tensor of shape (heads_q,)")
-        if sinks.dtype not in (torch.float32, q.dtype):
-            raise InvalidTypeError(f"{function}: sinks must be fp32 or of the dtype of q, {q.dtype}, got {sinks.dtype}")
+        if sinks.dtype not in (torch.float32, out_dtype(q.dtype)):
+            of = "out" if q.dtype in check.FLOAT8_DTYPES else "q"
+            raise InvalidTypeError(
+                f"{function}: sinks must be fp32 or of the dtype of {of}, {out_dtype(q.dtype)}, got {sinks.dtype}"
+            )
         check.check_shape(function, "sinks", sinks, (num_heads_q,), "(heads_q,)")
         check.check_device(function, "sinks", sinks, q.device)
         if sinks.shape[0] > 1 and sinks.stride(0) != 1:
@@ -326,6 +329,11 @@ def _check_out(function: str, args: AttentionArgs, head_dim_v: int) -> None:
             f"{function}: out must be contiguous in its last dimension and hold every element once, got strides"
             f" {out.stride()}"
         )
+
+
+def _heads_share_rows(args: AttentionArgs) -> bool:
+    """Whether q, or qv, is one head expanded to many: tensor maps, which load the heads of a tile, have no stride 0."""
+    return any(x is not None and x.size(-2) > 1 and x.stride(-2) == 0 for x in (args.q, args.qv))
 
 
 def _layout_obstacles(args: AttentionArgs) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from .device import DeviceDescription
 from .masking import mask_width
 from .problem import AttentionProblem
-from .support import KernelRow
+from .support import ELEMENT_BYTES, MASK_FEATURES, KernelRow
 from .validation import MAX_SPLITS
 
 #: A split does at least this many key tiles. In decode a tile's latency outweighs the combine. PERF(H200, batch 1, 1024
@@ -23,8 +23,8 @@ GOOD_ENOUGH_EFFICIENCY = 0.93
 METADATA_WAVES = 4
 #: The share of the L2 that the K and V of heads worked on together may take.
 L2_SHARE = 0.5
-#: More heads at a time than this gain nothing. PERF(H200, 8192 keys, head_dim 64 full: 287 -> 310, 128: 341 -> 356,
-#: 256: 338 -> 350, 256 causal: 337 -> 345 TFLOP/s, all heads at once -> 4)
+#: More heads at a time than this gain a portable kernel nothing. PERF(H200, 8192 keys, head_dim 64 full: 287 -> 310,
+#: 128: 341 -> 356, 256: 338 -> 350, 256 causal: 337 -> 345 TFLOP/s, all heads at once -> 4)
 MAX_SECTION_HEADS = 4
 
 
@@ -47,14 +47,16 @@ def plan_schedule(problem: AttentionProblem, row: KernelRow, device: DeviceDescr
     group = problem.num_heads_q // problem.num_heads_kv
     template = row.template
     tile_m = row.tile.tile_m * template.cluster
-    packable = group > 1 and (group <= row.tile.tile_m or not template.whole_tokens)
+    # Tiles of whole tokens, or tokens of whole tiles: absorbed MLA has 128 heads.
+    cut = template.whole_tokens and group % row.tile.tile_m == 0
+    packable = group > 1 and (group <= row.tile.tile_m or cut or not template.whole_tokens)
     if problem.pack_gqa is None:
         # Packing pays when the rows of one head leave a tile partly empty.
         pack_gqa = packable and (row.phase == "decode" or problem.seqlen_q < tile_m)
     else:
         pack_gqa = problem.pack_gqa and packable
     rows_per_token = group if pack_gqa else 1
-    if template.whole_tokens:
+    if template.whole_tokens and rows_per_token <= row.tile.tile_m:
         tile_m -= row.tile.tile_m % rows_per_token * template.cluster
     heads_in_grid = problem.num_heads_kv if pack_gqa else problem.num_heads_q
     m_blocks = max(1, ceil(problem.seqlen_q * rows_per_token / tile_m))
@@ -101,14 +103,31 @@ def _wave_efficiency(ctas: int, target_ctas: int) -> float:
 def _heads_per_section(problem: AttentionProblem, row: KernelRow, group: int, pack_gqa: bool, l2_bytes: int) -> int:
     if row.phase == "decode" or l2_bytes == 0:
         return 0  # decode reads every key once
-    bytes_per_head = max(1, problem.seqlen_k * (problem.head_dim + problem.head_dim_v) * 2)
-    kv_heads = min(MAX_SECTION_HEADS, max(1, int(L2_SHARE * l2_bytes / bytes_per_head)))
+    bytes_per_head = problem.seqlen_k * (problem.head_dim + problem.head_dim_v) * ELEMENT_BYTES[row.dtype]
+    in_l2 = int(L2_SHARE * l2_bytes / max(1, bytes_per_head))
+    everything = problem.num_heads_kv * problem.batch
+    wanted = _portable_section(problem, row, in_l2) if row.family == "sm80" else _hopper_section(problem, in_l2)
+    kv_heads = min(wanted, everything)
+    if kv_heads in (0, everything):
+        return 0
     # Equal sections: a short last one leaves the device partly idle.
     # PERF(H200, head_dim 256 causal: 300 -> 344 TFLOP/s)
-    while problem.num_heads_kv * problem.batch % kv_heads:
+    while everything % kv_heads:
         kv_heads -= 1
+    return kv_heads * (1 if pack_gqa else group)
+
+
+def _portable_section(problem: AttentionProblem, row: KernelRow, in_l2: int) -> int:
+    """KV heads that blocks launched one a tile work on at a time, of which ``in_l2`` share the L2; 0: all."""
     if problem.window_right == 0 and max(row.head_dim, row.head_dim_v) <= 64:
         return 0  # PERF(H200, head_dim 64 causal: 290 -> 295 TFLOP/s): little to share, and the last section's tail
-    if kv_heads >= problem.num_heads_kv * problem.batch:
-        return 0
-    return kv_heads * (1 if pack_gqa else group)
+    return min(MAX_SECTION_HEADS, max(1, in_l2))
+
+
+def _hopper_section(problem: AttentionProblem, in_l2: int) -> int:
+    """KV heads that persistent blocks work on at a time, of which ``in_l2`` share the L2.
+
+    Without a mask all tiles are equal and one head's keys pass through the L2 once. Masked tiles differ: more heads at
+    a time give the blocks that finish early something to take.
+    """
+    return max(2, in_l2) if any(name in problem.features for name in MASK_FEATURES) else 1

@@ -36,6 +36,8 @@ BEFORE_SM100 = tuple(c for c in CAPABILITIES if c < (10, 0))
 DTYPES = ("bf16", "fp16")
 #: What ends the id of a row of each dtype a kernel can take.
 ID_SUFFIXES = {"bf16": "bf16", "fp16": "fp16", "float8_e4m3fn": "e4m3"}
+#: Bytes of an element of q, k and v.
+ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "float8_e4m3fn": 1}
 
 #: What a call may ask of a kernel beyond dense attention. A row lists what it does.
 FEATURES = (
@@ -54,7 +56,7 @@ FEATURES = (
     "split_kv",
     "lse",
 )
-#: Features that only some kernels do, if any.
+#: Features that only some kernels do: qv: a second query for v; descale: factors of 8-bit q, k and v.
 EXTRA_FEATURES = ("qv", "descale")
 #: Features that restrict which keys a query sees.
 MASK_FEATURES = ("causal", "window", "attention_chunk", "prefix_lens")
@@ -82,9 +84,9 @@ class Tile(NamedTuple):
 class HopperTile(NamedTuple):
     """The shape of one block's work in the Hopper kernel; the last template arguments of ``sm90::ForwardTraits``.
 
-    tile_m: query rows, 64 for each consumer warpgroup; tile_n: keys a step; stages: buffers of K and of V; overlap: 0:
-    warpgroups take turns on the tensor cores; 1: each also has the scores of a step in flight beside the output of the
-    step before; 2: likewise, with registers for the probabilities of two steps.
+    tile_m: query rows, 64 for each consumer warpgroup; tile_n: keys a step; stages: buffers of K and of V; overlap: 1:
+    the scores of a step are in flight beside the output of the step before; 2: likewise, with registers for the
+    probabilities of two steps.
     """
 
     tile_m: int
@@ -112,6 +114,37 @@ class WideTile(NamedTuple):
         return 1
 
 
+class Fp8Tile(NamedTuple):
+    """The shape of one block's work in the Hopper kernel of 8-bit inputs; the last template arguments of
+    ``sm90::Fp8Traits``.
+
+    tile_m: query rows, 64 for each consumer warpgroup; tile_n: keys a step.
+    """
+
+    tile_m: int
+    tile_n: int
+
+    @property
+    def min_blocks(self) -> int:
+        return 1
+
+
+class AbsorbedTile(NamedTuple):
+    """The shape of one block's work in the Hopper kernel of absorbed MLA: q of few columns for k and qv for v, which is
+    the rest of the key; the last template arguments of ``sm90::AbsorbedTraits``.
+
+    tile_m: query rows; tile_n: keys a step; q_register_cols: columns of qv that are kept in registers.
+    """
+
+    tile_m: int
+    tile_n: int
+    q_register_cols: int
+
+    @property
+    def min_blocks(self) -> int:
+        return 1
+
+
 class Template(NamedTuple):
     """The C++ template behind a tile class, and how its launches divide their work."""
 
@@ -128,6 +161,8 @@ TEMPLATES: dict[type, Template] = {
     Tile: Template("sm80/forward_launch.cuh", "ForwardTraits", "launch_forward", False, 1, False, False),
     HopperTile: Template("sm90/forward_launch.cuh", "sm90::ForwardTraits", "sm90::launch_forward", True, 1, True, True),
     WideTile: Template("sm90/wide_launch.cuh", "sm90::WideTraits", "sm90::launch_wide", True, 2, True, True),
+    Fp8Tile: Template("sm90/fp8_launch.cuh", "sm90::Fp8Traits", "sm90::launch_fp8", True, 1, True, True),
+    AbsorbedTile: Template("sm90/wide_launch.cuh", "sm90::AbsorbedTraits", "sm90::launch_wide", True, 2, True, True),
 }
 
 
@@ -143,13 +178,14 @@ class KernelRow(NamedTuple):
     head_dim: int  # the largest it takes
     head_dim_v: int  # the largest it takes
     smem_limit: int
-    tile: Tile | HopperTile | WideTile
+    tile: Tile | HopperTile | WideTile | Fp8Tile | AbsorbedTile
     features: tuple[str, ...]
+    requires: tuple[str, ...] = ()  # features without which a call is not for this kernel
 
     @property
     def name(self) -> str:
-        """The id without the dtype: what rows that differ in dtype only share."""
-        return self.id.removesuffix(f"_{ID_SUFFIXES[self.dtype]}")
+        """The id without the dtype: what rows that differ in dtype only share. An 8-bit row differs in more."""
+        return self.id if ELEMENT_BYTES[self.dtype] == 1 else self.id.removesuffix(f"_{ID_SUFFIXES[self.dtype]}")
 
     @property
     def template(self) -> Template:
@@ -193,12 +229,22 @@ def _sm80_rows() -> tuple[KernelRow, ...]:
     )  # fmt: skip
 
 
+def _sm90_row(
+    name: str, dtype: str, head_dim: int, head_dim_v: int, tile: HopperTile | WideTile | Fp8Tile | AbsorbedTile
+) -> KernelRow:
+    """A Hopper forward kernel (wgmma, TMA, warp specialisation): prefill on compute capability 9.0."""
+    return KernelRow(
+        f"sm90_fwd_{name}_{ID_SUFFIXES[dtype]}", "sm90", "forward", "prefill", ((9, 0),), dtype, head_dim, head_dim_v,
+        SMEM_227KB, tile, FEATURES,
+    )  # fmt: skip
+
+
 def _sm90_rows() -> tuple[KernelRow, ...]:
-    """The Hopper forward kernels (wgmma, TMA, warp specialisation): prefill on compute capability 9.0."""
+    """The Hopper kernels of 16-bit inputs, and those that only some calls are for."""
     shapes = (
         # name, head_dim, head_dim_v, tile
         ("d64", 64, 64, HopperTile(192, 96, 2, 2)),
-        ("d96", 96, 96, HopperTile(192, 96, 2, 1)),
+        ("d96", 96, 96, HopperTile(128, 128, 2, 2)),
         ("d128", 128, 128, HopperTile(128, 128, 2, 2)),
         ("d192_v128", 192, 128, HopperTile(128, 128, 2, 2)),
         ("d192", 192, 192, HopperTile(128, 112, 2, 1)),
@@ -206,14 +252,18 @@ def _sm90_rows() -> tuple[KernelRow, ...]:
         ("d256", 256, 256, HopperTile(128, 80, 2, 1)),
         ("d512", 512, 512, WideTile(64, 64, 256)),
     )
-    return tuple(
-        KernelRow(
-            f"sm90_fwd_{name}_{ID_SUFFIXES[dtype]}", "sm90", "forward", "prefill", ((9, 0),), dtype, head_dim,
-            head_dim_v, SMEM_227KB, tile, FEATURES,
-        )
-        for name, head_dim, head_dim_v, tile in shapes
-        for dtype in DTYPES
-    )  # fmt: skip
+    rows = [_sm90_row(name, dtype, d, dv, tile) for name, d, dv, tile in shapes for dtype in DTYPES]
+    absorbed = [_sm90_row("d64_v512_qv", dtype, 64, 512, AbsorbedTile(64, 64, 256)) for dtype in DTYPES]
+    rows += [row._replace(features=(*FEATURES, "qv"), requires=("qv",)) for row in absorbed]
+    fp8_shapes = (
+        ("d64", 64, 64, Fp8Tile(192, 128)),
+        ("d128", 128, 128, Fp8Tile(128, 192)),
+        ("d192_v128", 192, 128, Fp8Tile(128, 192)),
+        ("d192", 192, 192, Fp8Tile(128, 128)),
+        ("d256", 256, 256, Fp8Tile(128, 128)),
+    )
+    fp8_rows = [_sm90_row(name, "float8_e4m3fn", d, dv, tile) for name, d, dv, tile in fp8_shapes]
+    return (*rows, *(row._replace(features=(*FEATURES, "descale")) for row in fp8_rows))
 
 
 #: Of rows that serve a request equally tightly dispatch takes the first.

@@ -107,7 +107,7 @@ def check_attention_tensor(function: str, name: str, value: object, ranks: Seque
     tensor = check_tensor(function, name, value, f"a tensor {layout}")
     if tensor.dtype not in FLOAT_DTYPES and tensor.dtype not in FLOAT8_DTYPES:
         raise InvalidTypeError(
-            f"{function}: {name} must be bf16 or fp16 (fp32, fp64 or float8 on the torch backend), got dtype"
+            f"{function}: {name} must be bf16, fp16 or float8 (fp32 or fp64 on the torch backend), got dtype"
             f" {tensor.dtype}"
         )
     if tensor.dim() not in ranks:

@@ -10,9 +10,8 @@ import torch
 from broadhead import support
 from calls import Built, Call
 
-TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-#: Rows of 16-bit inputs. 8-bit inputs need factors, and tests of their own.
-ROWS = tuple(row for row in support.ROWS if row.direction == "forward" and row.dtype in TORCH_DTYPES)
+TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float8_e4m3fn": torch.float8_e4m3fn}
+ROWS = tuple(row for row in support.ROWS if row.direction == "forward")
 #: The rows whose kernels are written for one architecture: the portable ones have less to get wrong at their edges.
 ARCH_ROWS = tuple(row for row in ROWS if row.phase == "prefill" and len(row.capabilities) == 1)
 #: The feature that a row must have for each mask of a Call.
@@ -29,6 +28,8 @@ SURELY_DECODE, SURELY_PREFILL = 16, 128
 def expected_phase(built: Built) -> str | None:
     """The phase whose rows must run; None between the two, where the choice is a matter of speed."""
     call = built.call
+    if call.qv or call.dtype.itemsize == 1:
+        return "prefill"  # they have no other rows
     seqlen_q = built.kwargs.get("max_seqlen_q") or max(call.seqlens_q, default=0)
     rows = seqlen_q * call.heads_q // call.heads_kv
     return "decode" if rows <= SURELY_DECODE else "prefill" if rows >= SURELY_PREFILL else None
@@ -40,9 +41,11 @@ def supports(row: support.KernelRow, options: dict) -> bool:
 
 
 def row_call(row: support.KernelRow, function: str, seqlens_q: tuple, seqlens_k: tuple, **options) -> Call:
-    """A call of the row's dtype and largest head dims, without the masks that its kernel lacks."""
+    """A call of the row's dtype and largest head dims, without the masks that its kernel lacks, with what it is for:
+    qv, or another factor for each sequence and KV head of 8-bit inputs."""
     options = {name: x for name, x in options.items() if supports(row, {name: x})}
     defaults = {"head_dim": row.head_dim, "head_dim_v": row.head_dim_v, "dtype": TORCH_DTYPES[row.dtype]}
+    defaults |= {"qv": "qv" in row.requires, "descale": "each" if "descale" in row.features else ""}
     call = Call(function, tuple(seqlens_q), tuple(seqlens_k), **{**defaults, **options})
     if call.k_layout == "overlapping" and call.dim_v != call.head_dim:
         call = call.with_(k_layout="plain")
@@ -53,6 +56,11 @@ def row_cases(masks: dict[str, dict], rows: tuple = ARCH_ROWS) -> list:
     """pytest parameters (row, name) of every row with every mask of the table that it has."""
     pairs = [(row, name) for row in rows for name, options in masks.items() if supports(row, options)]
     return [pytest.param(row, name, id=f"{row.id}-{name}") for row, name in pairs]
+
+
+def column_step(row: support.KernelRow) -> int:
+    """Columns of 16 bytes: what the row's head dims must be multiples of."""
+    return 16 // support.ELEMENT_BYTES[row.dtype]
 
 
 def row_id(row: support.KernelRow) -> str:

@@ -51,7 +51,7 @@ def test_row(row: support.KernelRow, run_row: Callable) -> None:
     index = ROWS.index(row)
     make, twists = (decode_call, DECODE_TWISTS) if row.phase == "decode" else (prefill_call, PREFILL_TWISTS)
     call = make(row.head_dim, **twists[index % len(twists)])
-    of_the_row = ("dtype", "head_dim", "head_dim_v")
+    of_the_row = ("dtype", "head_dim", "head_dim_v", "qv", "descale")
     run_row(row, row_call(row, **{name: x for name, x in vars(call).items() if name not in of_the_row}))
 
 
@@ -65,7 +65,13 @@ ARCH_CALLS = {
 }
 
 
-@pytest.mark.parametrize("row, name", row_cases(ARCH_CALLS, tuple(row for row in ARCH_ROWS if row.dtype == "bf16")))
+BF16_ROWS = tuple(row for row in ARCH_ROWS if row.dtype == "bf16" and not row.requires)
+#: Kernels that only some calls are for; the sanitizers take minutes for each call of theirs too.
+SPECIAL_ROWS = tuple(row for row in ARCH_ROWS if row.requires or "descale" in row.features)
+SPECIAL_CALLS = {name: ARCH_CALLS[name] for name in ("pages_16", "splits")}
+
+
+@pytest.mark.parametrize("row, name", row_cases(ARCH_CALLS, BF16_ROWS) + row_cases(SPECIAL_CALLS, SPECIAL_ROWS))
 def test_arch_row(row: support.KernelRow, name: str, run_row: Callable) -> None:
     """A few small calls of every kernel that is written for one architecture."""
     m, n = row.tile.tile_m, row.tile.tile_n

@@ -15,11 +15,12 @@ import torch
 from broadhead import support
 from calls import Call, build
 from checks import check_call
-from gpu_calls import ARCH_ROWS, MASK_FEATURES, TORCH_DTYPES, row_id, supports
+from gpu_calls import ARCH_ROWS, MASK_FEATURES, TORCH_DTYPES, column_step, row_id, supports
 from random_calls import LEGAL, random_call, wrong_mutations
 
 pytestmark = [pytest.mark.gpu, pytest.mark.full]
 
+#: What every device has kernels for; 8-bit inputs and qv come to their rows in test_row.
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (8, 16, 24, 40, 64, 72, 80, 96, 104, 128, 136, 160, 192, 256, 264, 320, 512)
 CHUNKS, CALLS = 10, int(os.environ.get("BROADHEAD_FUZZ_CALLS", "60"))
@@ -62,7 +63,8 @@ def random_row_call(row: support.KernelRow, rng: random.Random) -> Call:
     """A random call within the row's head dims and masks, of lengths about a few of its tiles."""
     tile = rng.choice((row.tile.tile_m, row.tile.tile_n, 2 * row.tile.tile_m))
     longest = rng.choice((3, tile // 2, tile + 1, 3 * tile + 2, 700))
-    dims = [tuple(rng.choice((limit, rng.randrange(8, limit + 1, 8))) for limit in (row.head_dim, row.head_dim_v))]
+    step = column_step(row)
+    dims = [tuple(rng.choice((d, rng.randrange(step, d + 1, step))) for d in (row.head_dim, row.head_dim_v))]
     dims.append((row.head_dim, row.head_dim_v))
     if row.head_dim == row.head_dim_v:
         dims.append((dims[0][0], dims[0][0]))
@@ -76,7 +78,7 @@ def random_row_call(row: support.KernelRow, rng: random.Random) -> Call:
         changes["page_size"] = rng.choice((row.tile.tile_n, 2 * row.tile.tile_n, 12, 24, 96, 100))
     if call.k_layout == "overlapping" and head_dim != head_dim_v:
         changes["k_layout"] = "plain"
-    return call.with_(head_dim_v=head_dim_v, **changes)
+    return call.with_(head_dim_v=head_dim_v, qv="qv" in row.requires, **changes)
 
 
 @pytest.mark.parametrize("row", ARCH_ROWS, ids=row_id)

@@ -137,7 +137,7 @@ def test_append_in_a_graph(cuda: torch.device, rng: random.Random) -> None:
     check_against(built, built.out)
 
 
-@pytest.mark.parametrize("row", ARCH_ROWS[::2], ids=row_id)
+@pytest.mark.parametrize("row", [row for row in ARCH_ROWS if row.dtype != "fp16"], ids=row_id)
 def test_prefill_in_a_graph(row: support.KernelRow, only_row: Callable, cuda: torch.device, rng: random.Random) -> None:
     """A captured prefill replays, for other lengths too: its scratch memory starts afresh each time."""
     only_row(row)

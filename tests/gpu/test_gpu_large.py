@@ -118,6 +118,9 @@ def attention_in_pieces(q, k, v, call: Call, dtype: torch.dtype) -> tuple[torch.
 def test_8192_keys(row: support.KernelRow, mask: str, only_row: Callable, cuda: torch.device) -> None:
     only_row(row)
     built = build(row_call(row, "varlen", (8192,), (8192,), heads_q=2, heads_kv=1, **MASKS[mask]), cuda)
+    if built.call.descale or built.call.qv:
+        check_call(built)  # the judge knows factors and qv; it takes more memory
+        return
     out, lse = built.run()
     q, k, v, call = built.q[0], built.k[0], built.v[0], built.call
     truth, truth_lse = attention_in_pieces(q, k, v, call, torch.float64)

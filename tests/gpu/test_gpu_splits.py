@@ -9,9 +9,10 @@ import broadhead
 import pytest
 import torch
 from broadhead import support
-from calls import build, judge
+from calls import build
 from checks import check_call, check_equal, check_split
 from gpu_calls import ARCH_ROWS, decode_call, prefill_call, row_call, row_id
+from judge import judge
 
 pytestmark = [pytest.mark.gpu, pytest.mark.full]
 

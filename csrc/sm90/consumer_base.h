@@ -1,0 +1,92 @@
+// What consumer warpgroups of the kernels for head_dim <= 256 share: turns, barriers, S = Q K^T, the loop over tiles.
+#pragma once
+
+#include "sm90/consumer.h"
+
+namespace broadhead::sm90 {
+
+template <class Traits_>
+struct ConsumerBase {
+  using Traits = Traits_;
+  using Element = typename Traits::Element;
+  using Storage = typename Traits::SharedStorage;
+  using QLayout = typename Traits::QLayout;
+  using KLayout = typename Traits::KLayout;
+  static_assert(Traits::kStages == 2, "the position in the ring of V follows from that of K");
+
+  const KernelArgs& args;
+  Storage& smem;
+  const int warpgroup;
+  RingState<2> ring;  // of K; V is used one block later
+  std::uint32_t q_parity = 0;
+  float s[1][Traits::kKeyTiles][4];
+
+  BROADHEAD_DEVICE ConsumerBase(const KernelArgs& args_, Storage& smem_)
+      : args(args_),
+        smem(smem_),
+        // Uniform in a warp, and the compiler should know it.
+        warpgroup(__shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0) - 1) {}
+
+  // The warp's first row in the tile.
+  BROADHEAD_DEVICE static int warp_row() { return (static_cast<int>(threadIdx.x) / 32 - 4) * 16; }
+
+  BROADHEAD_DEVICE static bool leader() { return threadIdx.x % 32 == 0; }
+
+  BROADHEAD_DEVICE void wait_turn() {
+    if constexpr (Traits::kTurns) named_barrier_sync(kTurnBarrier + warpgroup, 256);
+  }
+  BROADHEAD_DEVICE void pass_turn() {
+    if constexpr (Traits::kTurns) named_barrier_arrive(kTurnBarrier + (warpgroup + 1) % Traits::kConsumers, 256);
+  }
+
+  BROADHEAD_DEVICE void wait_full(Barrier& barrier, std::uint32_t parity) {
+    barrier_wait(barrier, parity);
+    if (args.maps.gather) fence_async_shared();  // cp.async writes are ordinary ones
+  }
+
+  BROADHEAD_DEVICE void release(Barrier& barrier) {
+    if (leader()) barrier_arrive(barrier);
+  }
+
+  BROADHEAD_DEVICE void issue_qk(std::uint32_t stage) {
+    using Descriptor = MatrixDescriptor<QLayout::kRowBytes>;
+    const std::uint64_t a =
+        Descriptor::make(smem_address(smem.q) + warpgroup * 8 * QLayout::kAtomBytes, 0, QLayout::kAtomBytes);
+    const std::uint64_t b = Descriptor::make(smem_address(smem.k[stage]), 0, KLayout::kSlabBytes);
+    clear_registers(s[0]);
+    wgmma_fence();
+    BROADHEAD_UNROLL
+    for (int step = 0; step < QLayout::kSteps; ++step) {
+      wgmma_ss<Element, Traits::kTileN, Major::K>(
+          s[0], a + (QLayout::step_offset(step, Traits::kTileM * QLayout::kRowBytes) >> 4),
+          b + (KLayout::step_offset(step, KLayout::kAtomBytes) >> 4), step > 0);
+    }
+    wgmma_commit();
+    fence_registers(s[0]);
+  }
+};
+
+// All tiles of a consumer: run_tile, write_tile.
+template <class Consumer>
+BROADHEAD_DEVICE void consume_tiles(Consumer& consumer) {
+  using Traits = typename Consumer::Traits;
+  auto& smem = consumer.smem;
+  // The first warpgroup has the first turn.
+  if constexpr (Traits::kTurns) {
+    if (consumer.warpgroup == Traits::kConsumers - 1) named_barrier_arrive(kTurnBarrier, 256);
+  }
+  SlotState slot;
+  while (true) {
+    barrier_wait(smem.tile_full[slot.stage()], slot.parity());
+    const auto& tile = smem.tiles[slot.stage()];
+    if (!tile.valid) break;
+    consumer.run_tile(tile.state);
+    consumer.write_tile(tile.state, tile.split);
+    slot.forget();
+    __syncwarp();
+    consumer.release(smem.tile_empty[slot.stage()]);
+    slot.advance();
+  }
+}
+
+}  // namespace broadhead::sm90

@@ -1,0 +1,22 @@
+// Host side of one Hopper forward kernel for e4m3. Instantiated once a row by cmake/generate.py.
+#pragma once
+
+#include "sm90/fp8_kernel.h"
+#include "sm90/launch.h"
+
+namespace broadhead::sm90 {
+
+template <class Traits>
+int launch_fp8(const char* kernel_id, const AttnParams& params, cudaStream_t stream, char* error,
+               std::size_t error_size) {
+  const MapShape shape{.row_bytes = Traits::KLayout::kRowBytes,
+                       .row_bytes_v = Traits::VLayout::kRowBytes,
+                       .cluster = 1,
+                       .k_rows = Traits::kTileN,
+                       .k_box_subtiles = Traits::KLayout::kSubtiles,
+                       .v_rows = Traits::kTileN,
+                       .v_box_subtiles = Traits::VLayout::kSubtiles};
+  return launch_persistent<Traits>(fp8_kernel<Traits>, kernel_id, params, shape, stream, error, error_size);
+}
+
+}  // namespace broadhead::sm90
