@@ -89,15 +89,18 @@ struct Consumer final : ConsumerBase<Traits> {
       softmax.exponentiate_in_place(s, kinds.scale_log2);
       fence_registers(s[0]);
     }
-    // In either branch, or ptxas would move the wait ahead of the exponentials.
-    if (raised) {
-      wgmma_wait_again();
-      fence_registers(o);
-      scale_rows(o, factor[0], factor[1]);
+    // Behind a branch on the sums, or ptxas would move the wait ahead of the exponentials. All four warps wait at the
+    // same instruction, as wgmma demands.
+    // The two forms are one to us; of each ptxas makes good code in one place only (spills, C7512 in the other).
+    const bool computed = is_computed(softmax.row_sum[0] + softmax.row_sum[1]);
+    if constexpr (Traits::kTwoP) {
+      if (computed) wgmma_wait<0>();
     } else {
+      if (!computed) __trap();
       wgmma_wait<0>();
-      fence_registers(o);
     }
+    fence_registers(o);
+    if (raised) scale_rows(o, factor[0], factor[1]);
     fence_registers(p);
     release(smem.v_empty[ring.stage(2)]);
     if constexpr (!Traits::kTwoP) pack_p(next_p);

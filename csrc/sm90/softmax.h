@@ -44,6 +44,9 @@ BROADHEAD_DEVICE void pack_tiles(Probabilities<Element, kKeyTiles>& p, int n, in
   }
 }
 
+// True for whatever arithmetic gives (a NaN of it has one pattern), which the compiler does not know.
+BROADHEAD_DEVICE bool is_computed(float x) { return __any_sync(0xffffffffu, __float_as_uint(x) != 0x7fedcba9u); }
+
 template <bool k8Bit>
 struct BlockSoftmax : OnlineSoftmax<2> {
   static constexpr float kShift = k8Bit ? 6.f : 0.f;  // log2 of P at the reference

@@ -101,9 +101,9 @@ inline int encode(CUtensorMap& map, const OperandShape& operand, const std::int6
     size[i] = static_cast<cuuint64_t>(sizes[i] > 0 ? sizes[i] : 1);
     box_size[i] = static_cast<cuuint32_t>(box[i]);
   }
-  // A dimension of size 1 may have stride 0 here; the encoder wants a multiple of 16.
+  // The encoder wants multiples of 16; that of a dimension of size 1 may be anything.
   for (int i = 0; i < 4; ++i) {
-    stride[i] = static_cast<cuuint64_t>(strides[i] > 0 ? strides[i] * operand.element_bytes : 16);
+    stride[i] = static_cast<cuuint64_t>(size[i + 1] > 1 ? strides[i] * operand.element_bytes : 16);
   }
   const CUtensorMapDataType type =
       operand.element_bytes == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
@@ -128,7 +128,9 @@ inline int make_kv_map(KvMap& map, const OperandShape& operand, const KvBox& sha
   const std::int64_t columns = by_column || operand.head_dim < subtile ? operand.head_dim : subtile;
   const std::int64_t subtiles = by_column ? 1 : (operand.head_dim + subtile - 1) / subtile;
   const int groups = shape.box_rows / 8;
-  const std::int64_t strides[4] = {operand.strides.row, subtile, 8 * operand.strides.row, x.unit};
+  // Of a single row the stride may be anything.
+  const std::int64_t row = operand.rows > 1 ? operand.strides.row : round_up(operand.head_dim, 16);
+  const std::int64_t strides[4] = {row, subtile, 8 * row, x.unit};
   map.head_step = static_cast<std::int32_t>(x.head);
   map.batch_step = static_cast<std::int32_t>(x.batch);
   map.rows = static_cast<std::int32_t>(operand.rows);

@@ -75,9 +75,6 @@ template <int kPending>
 BROADHEAD_DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
-// wgmma_wait<0> that the compiler does not merge with one in another branch.
-BROADHEAD_DEVICE void wgmma_wait_again() { asm volatile("wgmma.wait_group.sync.aligned 0;  // again" ::: "memory"); }
-
 // Tells the compiler that registers hold nothing of use: those of a product whose first wgmma does not accumulate.
 template <int kTiles>
 BROADHEAD_DEVICE void clear_registers(float (&d)[kTiles][4]) {

@@ -197,7 +197,7 @@ def check_forward(function: str, args: AttentionArgs) -> CheckedCall:
             gradients=needs_gradients(args.q, args.k, args.v, args.qv, args.sinks),
         ),
         num_splits=num_splits,
-        pack_gqa=False if _heads_share_rows(args) else pack_gqa,
+        pack_gqa=pack_gqa,
         has_metadata=args.scheduler_metadata is not None,
         sm_margin=sm_margin,
         obstacles=_layout_obstacles(args),
@@ -329,11 +329,6 @@ def _check_out(function: str, args: AttentionArgs, head_dim_v: int) -> None:
             f"{function}: out must be contiguous in its last dimension and hold every element once, got strides"
             f" {out.stride()}"
         )
-
-
-def _heads_share_rows(args: AttentionArgs) -> bool:
-    """Whether q, or qv, is one head expanded to many: tensor maps, which load the heads of a tile, have no stride 0."""
-    return any(x is not None and x.size(-2) > 1 and x.stride(-2) == 0 for x in (args.q, args.qv))
 
 
 def _layout_obstacles(args: AttentionArgs) -> tuple[str, ...]:
