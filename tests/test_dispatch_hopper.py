@@ -162,7 +162,9 @@ def test_explain_knows_descale_and_qv() -> None:
 @pytest.mark.parametrize("group", [1, 2, 3, 6, 7, 48, 64, 65, 128, 129, 192, 193])
 @pytest.mark.parametrize("head_dim", [64, 128, 512])
 @pytest.mark.parametrize("seqlen_q", [1, 50, 127, 128, 1000])
-def test_hopper_tiles_hold_whole_tokens_or_a_whole_part_of_one(seqlen_q: int, head_dim: int, group: int, pack_gqa: bool | None) -> None:
+def test_hopper_tiles_hold_whole_tokens_or_a_whole_part_of_one(
+    seqlen_q: int, head_dim: int, group: int, pack_gqa: bool | None
+) -> None:
     asked = {"seqlen_q": seqlen_q, "head_dim": head_dim, "num_heads_q": 2 * group, "pack_gqa": pack_gqa, **CAUSAL}
     plan, row = schedule(**asked)
     if row.phase == "decode":
@@ -170,7 +172,7 @@ def test_hopper_tiles_hold_whole_tokens_or_a_whole_part_of_one(seqlen_q: int, he
     assert row.family == "sm90"
     tile_m, cluster = row.tile.tile_m, row.template.cluster
     cut = group % tile_m == 0
-    packable = 1 < group and (group <= tile_m or cut)
+    packable = group > 1 and (group <= tile_m or cut)
     assert plan.pack_gqa == (packable and (bool(pack_gqa) or seqlen_q < tile_m * cluster))
     if plan.rows_per_token <= tile_m:
         tokens = tile_m // plan.rows_per_token * cluster  # each block of a cluster has a tile of its own
