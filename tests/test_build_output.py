@@ -13,20 +13,11 @@ from pathlib import Path
 
 import pytest
 from broadhead import support
+from installed import FAMILIES, needs_kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def installed_families() -> dict:
-    try:
-        from broadhead import _C
-    except ImportError:
-        return {}
-    return _C.build_info()["families"]
-
-
-FAMILIES = installed_families()
-needs_kernels = pytest.mark.skipif(not FAMILIES, reason="no kernel library is installed: built without kernels")
 #: Static shared memory of a block, on every device.
 STATIC_LIMIT = 48 * 1024
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from broadhead import support
+from installed import FAMILIES, needs_kernels
 
 #: An instruction of cuobjdump's listing: its address, a predicate, the opcode up to its first dot.
 INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)")
@@ -27,18 +28,6 @@ MULTIPLIES = {"sm80": ("HMMA", "HMMA"), "sm90": ("HGMMA", "QGMMA")}
 COPIES = {"sm80": "LDGSTS", "sm90": "UTMALDG"}
 #: Loads and stores of local memory: spilled registers and arrays that are indexed at run time.
 LOCAL_MEMORY = {"LDL", "STL"}
-
-
-def installed_families() -> dict:
-    try:
-        from broadhead import _C
-    except ImportError:
-        return {}
-    return _C.build_info()["families"]
-
-
-FAMILIES = installed_families()
-needs_kernels = pytest.mark.skipif(not FAMILIES, reason="no kernel library is installed: built without kernels")
 
 
 @cache

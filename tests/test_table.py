@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from broadhead import support
+from installed import FAMILIES, needs_kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 GENERATE = ROOT / "cmake/generate.py"
@@ -35,14 +36,6 @@ def generated_ids(directory: Path) -> list[str]:
         for path in sorted(directory.glob("*/registry.cpp"))
         for name in re.findall(r'^    \{"(\w+)", ', path.read_text(), re.MULTILINE)
     ]
-
-
-def installed_families() -> dict:
-    try:
-        from broadhead import _C
-    except ImportError:
-        return {}
-    return _C.build_info()["families"]
 
 
 def test_ids_are_unique_and_say_what_the_row_is() -> None:
@@ -208,9 +201,9 @@ def test_readme_check_finds_a_stale_matrix(tmp_path: Path) -> None:
         assert ("| qv: only calls with it |" in line) == ("qv" in row.requires), row.id
 
 
-@pytest.mark.skipif(not installed_families(), reason="no kernel library is installed: built without kernels")
+@needs_kernels
 def test_installed_library_equals_the_table() -> None:
-    for name, family in installed_families().items():
+    for name, family in FAMILIES.items():
         archs = family["archs"].split(";")
         expected = {
             row.id

@@ -40,11 +40,13 @@ struct OnlineSoftmax {
     }
   }
 
-  // Takes the block's row maxima; true when O must be multiplied by `factor` (the same answer in all lanes of a warp).
-  BROADHEAD_DEVICE bool raise(const float (&max)[kRows], float scale_log2, float (&factor)[kRows]) {
+  // Takes the block's row maxima and raises the references to them if one exceeds its own by more than `slack`; true
+  // when O must be multiplied by `factor` (the same answer in all lanes of a warp).
+  BROADHEAD_DEVICE bool raise(const float (&max)[kRows], float scale_log2, float (&factor)[kRows],
+                              float slack = kSlackLog2) {
     bool exceeds = false;
     BROADHEAD_UNROLL
-    for (int i = 0; i < kRows; ++i) exceeds |= (max[i] - row_max[i]) * scale_log2 > kSlackLog2;
+    for (int i = 0; i < kRows; ++i) exceeds |= (max[i] - row_max[i]) * scale_log2 > slack;
     if (!__any_sync(0xffffffffu, exceeds)) return false;
     BROADHEAD_UNROLL
     for (int i = 0; i < kRows; ++i) {

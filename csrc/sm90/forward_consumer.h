@@ -85,8 +85,8 @@ struct Consumer final : ConsumerBase<Traits> {
       if (!kinds.plain(block)) finish_scores(s, state, block * Traits::kTileN, warp_row());
       float found[2];
       softmax.block_max(s, found);
-      raised = softmax.raise(found, kinds.scale_log2, Softmax::kEagerSlack, factor);
-      softmax.exponentiate_in_place(s, kinds.scale_log2);
+      raised = softmax.raise(found, kinds.scale_log2, factor);
+      softmax.template exponentiate<0, Traits::kKeyTiles>(s, kinds.scale_log2, exp2_approx);
       fence_registers(s[0]);
     }
     // Behind a branch on the sums, or ptxas would move the wait ahead of the exponentials. All four warps wait at the

@@ -9,14 +9,7 @@ namespace broadhead::sm90 {
 template <class Traits>
 int launch_forward(const char* kernel_id, const AttnParams& params, cudaStream_t stream, char* error,
                    std::size_t error_size) {
-  const MapShape shape{.row_bytes = Traits::KLayout::kRowBytes,
-                       .row_bytes_v = Traits::VLayout::kRowBytes,
-                       .cluster = 1,
-                       .k_rows = Traits::kTileN,
-                       .k_box_subtiles = Traits::KLayout::kSubtiles,
-                       .v_rows = Traits::kTileN,
-                       .v_box_subtiles = Traits::VLayout::kSubtiles};
-  return launch_persistent<Traits>(forward_kernel<Traits>, kernel_id, params, shape, stream, error, error_size);
+  return launch_persistent<Traits>(forward_kernel<Traits>, kernel_id, params, stream, error, error_size);
 }
 
 }  // namespace broadhead::sm90

@@ -14,7 +14,7 @@ namespace broadhead::sm90 {
 template <class Element, int kCols>
 struct TileLayout {
   static constexpr int kBytes = kCols * static_cast<int>(sizeof(Element));  // of a row
-  static constexpr int kRowBytes = kBytes % 128 == 0 ? 128 : kBytes % 64 == 0 ? 64 : 32;  // of a row of a subtile
+  static constexpr int kRowBytes = kBytes % 128 == 0 ? 128 : 64;  // of a row of a subtile
   static constexpr int kSubtiles = kBytes / kRowBytes;
   static constexpr int kSubtileCols = kRowBytes / static_cast<int>(sizeof(Element));
   static constexpr int kAtomBytes = 8 * kRowBytes;
@@ -72,6 +72,7 @@ struct ForwardTraits {
   using QLayout = TileLayout<Element, kHeadDim>;
   using KLayout = TileLayout<Element, kHeadDim>;
   using VLayout = TileLayout<Element, kHeadDimV>;
+  static constexpr int kVKeys = kTileN;  // of a stage of V
   static constexpr int kKeyTiles = kTileN / 8;
   static constexpr int kOTiles = kHeadDimV / 8;
   static constexpr int kLoaderWarps = 3;  // of the producer warpgroup, when they gather; one when TMA does

@@ -41,12 +41,13 @@ struct Fp8Traits {
   using KLayout = TileLayout<Element, kHeadDim>;
   using VLayout = TileLayout<Element, kHeadDimV>;            // as it comes
   using TransposedLayout = TileLayout<Element, kTileN>;      // kHeadDimV rows of kTileN keys
+  static constexpr int kVKeys = kTileN;  // of a stage of V
   static constexpr int kKeyTiles = kTileN / 8;
   static constexpr int kLoaderWarps = 1;
   static constexpr int kTransposeWarps = 2;
   static constexpr int kSchedulerWarp = 3;
 
-  static_assert(kTileM % 64 == 0 && kTileN % 32 == 0 && kHeadDimV % 32 == 0);
+  static_assert(kTileM % 64 == 0 && kTileN % 64 == 0 && kHeadDimV % 32 == 0);
 
   struct SharedStorage : WorkStorage<Element> {
     alignas(1024) Element q[kTileM * kHeadDim];

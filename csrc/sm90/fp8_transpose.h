@@ -56,7 +56,7 @@ struct Transposer {
     // the others, then the reverse, so that the eight rows of a matrix lie in different banks.
     const int column = matrix / 2 * 16 + 2 * row + (row / 4 ^ matrix % 2);
     target_row = column / 8 * Layout::kSlabBytes + column % 8 * Layout::kRowBytes +
-                 (Layout::kRowBytes == 128 ? column % 8 : column % 8 / (128 / Layout::kRowBytes)) * 16;
+                 (Layout::kRowBytes == 128 ? column % 8 : column % 8 / 2) * 16;
     const bool upper = lane / 4 >= 4;
     selector = upper ? 0x7531 : 0x6420;
   }

@@ -21,6 +21,17 @@ struct MapShape {
   int v_box_subtiles;
 };
 
+template <class Traits>
+constexpr MapShape map_shape() {
+  return {.row_bytes = Traits::KLayout::kRowBytes,
+          .row_bytes_v = Traits::VLayout::kRowBytes,
+          .cluster = Traits::kCluster,
+          .k_rows = Traits::kTileN,
+          .k_box_subtiles = Traits::KLayout::kSubtiles,
+          .v_rows = Traits::kVKeys,
+          .v_box_subtiles = Traits::VLayout::kSubtiles};
+}
+
 // Fills `maps`; a CUresult.
 inline int make_maps(TensorMaps& maps, const AttnParams& params, const WorkPlan& plan, const MapShape& shape,
                      int element_bytes) {
@@ -82,7 +93,7 @@ inline WorkPlan make_plan(const AttnParams& params, int tile_m, int cluster) {
 // `kernel`: of Traits, taking KernelArgs.
 template <class Traits>
 int launch_persistent(void (*kernel)(const KernelArgs), const char* kernel_id, const AttnParams& params,
-                      const MapShape& map_shape, cudaStream_t stream, char* error, std::size_t error_size) {
+                      cudaStream_t stream, char* error, std::size_t error_size) {
   constexpr int kSmemBytes = sizeof(typename Traits::SharedStorage);
   const auto fail = [&](const char* step, cudaError_t status) {
     char shape[256];
@@ -120,7 +131,8 @@ int launch_persistent(void (*kernel)(const KernelArgs), const char* kernel_id, c
   if (args.plan.rows_per_tile == 0) return fail("pack_gqa", cudaErrorInvalidValue);
   if (args.plan.tiles == 0) return 0;
   if (args.plan.tiles < 0) return fail("grid", cudaErrorInvalidValue);
-  if (const int status = make_maps(args.maps, params, args.plan, map_shape, sizeof(typename Traits::Element))) {
+  if (const int status =
+          make_maps(args.maps, params, args.plan, map_shape<Traits>(), sizeof(typename Traits::Element))) {
     return fail(
         status == CUDA_ERROR_NOT_FOUND ? "cuTensorMapEncodeTiled: the driver is too old" : "cuTensorMapEncodeTiled",
         cudaErrorInvalidValue);

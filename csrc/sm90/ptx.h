@@ -65,10 +65,6 @@ BROADHEAD_DEVICE void barrier_arrive_cp_async(Barrier& barrier) {
 // Orders this thread's ordinary shared-memory accesses with those of wgmma and TMA.
 BROADHEAD_DEVICE void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-BROADHEAD_DEVICE void prefetch_tensor_map(const void* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
 // Loads one box of a five-dimensional tensor; `barrier` counts its bytes.
 BROADHEAD_DEVICE void tma_load(const void* map, std::uint32_t target, Barrier& barrier, int c0, int c1, int c2, int c3,
                                int c4) {

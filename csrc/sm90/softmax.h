@@ -54,28 +54,11 @@ struct BlockSoftmax : OnlineSoftmax<2> {
   static constexpr float kLargestSum = k8Bit ? 448.f : 8192.f;
   // log2 of what P may exceed the reference by: where every maximum is looked at, and where a sum made us look. A flat
   // distribution of 8-bit P makes us look at every block and must not raise each time.
-  static constexpr float kEagerSlack = k8Bit ? 2.5f : 8.f;
+  static constexpr float kEagerSlack = k8Bit ? 2.5f : kSlackLog2;
   static constexpr float kLazySlack = 0.25f;
 
   BROADHEAD_DEVICE float offset(int i, float scale_log2) const {
     return row_max[i] == -INFINITY ? 0.f : row_max[i] * scale_log2 - kShift;
-  }
-
-  // Raises the references to the maxima `found` if one is exceeded by more than `slack`; true when O must be multiplied
-  // by `factor`. The same answer in all lanes of a warp.
-  BROADHEAD_DEVICE bool raise(const float (&found)[2], float scale_log2, float slack, float (&factor)[2]) {
-    bool exceeds = false;
-    BROADHEAD_UNROLL
-    for (int i = 0; i < 2; ++i) exceeds |= (found[i] - row_max[i]) * scale_log2 > slack;
-    if (!__any_sync(0xffffffffu, exceeds)) return false;
-    BROADHEAD_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      const float raised = fmaxf(row_max[i], found[i]);
-      factor[i] = row_max[i] == -INFINITY ? 0.f : exp2f((row_max[i] - raised) * scale_log2);
-      row_max[i] = raised;
-      row_sum[i] *= factor[i];
-    }
-    return true;
   }
 
   // P of the block from S, packed as A operand of wgmma; true when O must be multiplied by `factor` first.
@@ -96,7 +79,7 @@ struct BlockSoftmax : OnlineSoftmax<2> {
     float found[2];
     block_max(s, found);
     const bool unset = row_max[0] == -INFINITY || row_max[1] == -INFINITY;
-    const bool raised = raise(found, scale_log2, first ? -INFINITY : kLazySlack, factor);
+    const bool raised = raise(found, scale_log2, factor, first ? -INFINITY : kLazySlack);
     if (raised || __any_sync(0xffffffffu, unset)) {
       const float offsets[2] = {offset(0, scale_log2), offset(1, scale_log2)};
       compute<Element>(p, s, scale_log2, offsets, sum);
@@ -132,30 +115,13 @@ struct BlockSoftmax : OnlineSoftmax<2> {
                                           float scale_log2, float (&factor)[2], bool first) {
     float found[2];
     block_max(s, found);
-    const bool raised = raise(found, scale_log2, first ? -INFINITY : kEagerSlack, factor);
+    const bool raised = raise(found, scale_log2, factor, first ? -INFINITY : kEagerSlack);
     const float offsets[2] = {offset(0, scale_log2), offset(1, scale_log2)};
     float sum[2];
     compute<Element>(p, s, scale_log2, offsets, sum);
     row_sum[0] += sum[0];
     row_sum[1] += sum[1];
     return raised;
-  }
-
-  // S <- exp(S - reference) in place, for kernels that pack it later.
-  template <int kKeyTiles>
-  BROADHEAD_DEVICE void exponentiate_in_place(float (&s)[1][kKeyTiles][4], float scale_log2) {
-    BROADHEAD_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      const float base = offset(i, scale_log2);
-      float sum = 0.f;
-      BROADHEAD_UNROLL
-      for (int n = 0; n < kKeyTiles; ++n) {
-        s[0][n][2 * i] = exp2_approx(fmaf(s[0][n][2 * i], scale_log2, -base));
-        s[0][n][2 * i + 1] = exp2_approx(fmaf(s[0][n][2 * i + 1], scale_log2, -base));
-        sum += s[0][n][2 * i] + s[0][n][2 * i + 1];
-      }
-      row_sum[i] += sum;
-    }
   }
 };
 

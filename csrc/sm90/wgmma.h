@@ -16,11 +16,11 @@
 
 namespace broadhead::sm90 {
 
-// Rows of 128, 64 or 32 bytes: SWIZZLE_128B, SWIZZLE_64B, SWIZZLE_32B.
+// Rows of 128 bytes (SWIZZLE_128B) or 64 bytes (SWIZZLE_64B).
 template <int kRowBytes>
 struct MatrixDescriptor {
-  static_assert(kRowBytes == 128 || kRowBytes == 64 || kRowBytes == 32);
-  static constexpr std::uint64_t kLayout = kRowBytes == 128 ? 1 : kRowBytes == 64 ? 2 : 3;
+  static_assert(kRowBytes == 128 || kRowBytes == 64);
+  static constexpr std::uint64_t kLayout = kRowBytes == 128 ? 1 : 2;
 
   // `leading`: bytes between repeats along the contiguous dimension (used when the reduction dimension is strided);
   // `stride`: bytes between 8-row units.

@@ -12,14 +12,7 @@ int launch_wide(const char* kernel_id, const AttnParams& params, cudaStream_t st
   if (Traits::kWithQv && params.qv == nullptr) {
     return check_cuda(cudaErrorInvalidValue, kernel_id, "qv", "none given", error, error_size);
   }
-  const MapShape shape{.row_bytes = 128,
-                       .row_bytes_v = 128,
-                       .cluster = Traits::kCluster,
-                       .k_rows = Traits::kTileN,
-                       .k_box_subtiles = Traits::KLayout::kSubtiles,
-                       .v_rows = Traits::kVKeys,
-                       .v_box_subtiles = Traits::VLayout::kSubtiles};
-  return launch_persistent<Traits>(wide_kernel<Traits>, kernel_id, params, shape, stream, error, error_size);
+  return launch_persistent<Traits>(wide_kernel<Traits>, kernel_id, params, stream, error, error_size);
 }
 
 }  // namespace broadhead::sm90

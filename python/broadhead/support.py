@@ -129,20 +129,12 @@ class Fp8Tile(NamedTuple):
         return 1
 
 
-class AbsorbedTile(NamedTuple):
-    """The shape of one block's work in the Hopper kernel of absorbed MLA: q of few columns for k and qv for v, which is
-    the rest of the key; the last template arguments of ``sm90::AbsorbedTraits``.
+class AbsorbedTile(WideTile):
+    """The same for absorbed MLA, where q of few columns is for k and qv for v, the rest of the key; the last template
+    arguments of ``sm90::AbsorbedTraits``.
 
-    tile_m: query rows; tile_n: keys a step; q_register_cols: columns of qv that are kept in registers.
+    q_register_cols: columns of qv that are kept in registers.
     """
-
-    tile_m: int
-    tile_n: int
-    q_register_cols: int
-
-    @property
-    def min_blocks(self) -> int:
-        return 1
 
 
 class Template(NamedTuple):
