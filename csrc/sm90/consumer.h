@@ -13,7 +13,7 @@ namespace broadhead::sm90 {
 
 // Named barrier ids; 0 is __syncthreads.
 constexpr int kTurnBarrier = 1;       // + warpgroup: 128 that wait, 128 that pass the turn on
-constexpr int kWarpgroupBarrier = 5;  // + warpgroup: its 128 threads
+constexpr int kClearBarrier = 5;  // those that clear a stage of V together; + half in the wide kernel
 
 // What the main loop asks of a tile for every block, in registers.
 struct BlockKinds {
@@ -52,20 +52,38 @@ BROADHEAD_DEVICE bool all_live(const KvSource<Element>& source, int key0, int ke
   return (key0 >= source.live.begin && key0 + keys <= source.live.end) || key0 + keys <= source.prefix_len;
 }
 
-// Clears the rows of a V stage that no query of the tile sees: P is 0 there, but 0 * NaN is not. Called by a warpgroup
-// for a block that is not all live; several may do so at once, they write the same zeros.
-template <class Layout, class Element>
-BROADHEAD_DEVICE void clear_dead_rows(const KvSource<Element>& source, char* v, int key0, int keys, int warpgroup) {
-  for (int row = static_cast<int>(threadIdx.x % 128); row < keys; row += 128) {
-    if (source.is_live(key0 + row)) continue;
-    char* target = v + row / 8 * Layout::kSlabBytes + row % 8 * Layout::kRowBytes;
-    for (int i = 0; i < Layout::kBytes / 16; ++i) {
-      constexpr int kUnits = Layout::kRowBytes / 16;
-      *reinterpret_cast<uint4*>(target + i / kUnits * Layout::kAtomBytes + i % kUnits * 16) = uint4{0, 0, 0, 0};
+// Who clears what of a stage: warp `warp` of `warps`, 16-byte parts [first_part, first_part + parts) of a row.
+struct ClearShare {
+  int warp;
+  int warps;
+  int first_part;
+  int parts;
+};
+
+// Clears rows [begin, end) of a stage, a row a warp: its lanes' 16 bytes lie side by side.
+template <class Layout>
+BROADHEAD_DEVICE void clear_rows(char* stage, int begin, int end, const ClearShare& share) {
+  constexpr int kPartsPerSubtile = Layout::kRowBytes / 16;
+  for (int row = begin + share.warp; row < end; row += share.warps) {
+    char* target = stage + row / 8 * Layout::kSlabBytes + row % 8 * Layout::kRowBytes;
+    for (int i = static_cast<int>(threadIdx.x % 32); i < share.parts; i += 32) {
+      const int part = share.first_part + i;
+      *reinterpret_cast<uint4*>(target + part / kPartsPerSubtile * Layout::kAtomBytes + part % kPartsPerSubtile * 16) =
+          uint4{0, 0, 0, 0};
     }
   }
-  fence_async_shared();
-  named_barrier_sync(kWarpgroupBarrier + warpgroup, 128);
+}
+
+// Clears the rows of a V stage that no query of the tile sees: P is 0 there, but 0 * NaN is not. The callers then fence
+// and meet before any of them lets wgmma read the stage.
+// PERF: it is the first and the last block of nearly every masked tile. A row a thread, its parts one after the other,
+// would have 32 lanes in the same banks.
+template <class Layout, class Element>
+BROADHEAD_DEVICE void clear_dead_rows(const KvSource<Element>& source, char* v, int key0, int keys,
+                                      const ClearShare& share) {
+  const int prefix = max_int(source.prefix_len - key0, 0);
+  clear_rows<Layout>(v, prefix, min_int(source.live.begin - key0, keys), share);
+  clear_rows<Layout>(v, max_int(source.live.end - key0, prefix), keys, share);
 }
 
 template <int kTiles>

@@ -37,14 +37,18 @@ struct Consumer final : ConsumerBase<Traits> {
     fence_registers(o);
   }
 
-  // `back`: blocks whose S was computed since.
-  BROADHEAD_DEVICE void wait_v(const TileState<Element>& state, const BlockKinds& kinds, int block, int back) {
-    const std::uint32_t stage = ring.stage(back);
-    wait_full(smem.v_full[stage], ring.parity(back));
-    if (!kinds.plain(block) && !all_live(state.source, block * Traits::kTileN, Traits::kTileN)) {
-      clear_dead_rows<VLayout>(state.source, reinterpret_cast<char*>(smem.v[stage]), block * Traits::kTileN,
-                               Traits::kTileN, warpgroup);
-    }
+  // V of the block before the one whose K is next.
+  BROADHEAD_DEVICE void wait_v() { wait_full(smem.v_full[ring.stage(1)], ring.parity(1)); }
+
+  // Clears what no query sees of that V, together with the other warpgroups: not in a turn, they may wait for it.
+  BROADHEAD_DEVICE void prepare_v(const TileState<Element>& state, const BlockKinds& kinds, int block) {
+    const int key0 = block * Traits::kTileN;
+    if (kinds.plain(block) || all_live(state.source, key0, Traits::kTileN)) return;
+    wait_v();
+    const ClearShare share{static_cast<int>(threadIdx.x) / 32 - 4, Traits::kConsumerWarps, 0, VLayout::kBytes / 16};
+    clear_dead_rows<VLayout>(state.source, reinterpret_cast<char*>(smem.v[ring.stage(1)]), key0, Traits::kTileN, share);
+    fence_async_shared();
+    named_barrier_sync(kClearBarrier, 32 * Traits::kConsumerWarps);
   }
 
   // P of the block from S. True when O must be multiplied by `factor` before this block's P V is added.
@@ -65,17 +69,21 @@ struct Consumer final : ConsumerBase<Traits> {
     run_blocks(state, range);
   }
 
-  // S of `block` and O += P V of the block before it, whose P is `p`; leaves P of `block` in `next_p`.
-  BROADHEAD_DEVICE void step(P& p, P& next_p, const TileState<Element>& state, const BlockKinds& kinds, int block) {
+  // S of `block` and O += P V of the block before it, whose P is `p`; leaves P of `block` in `next_p`. `last`: of the
+  // tile.
+  BROADHEAD_DEVICE void step(P& p, P& next_p, const TileState<Element>& state, const BlockKinds& kinds, int block,
+                             bool last) {
+    prepare_v(state, kinds, block + 1);
     wait_full(smem.k_full[ring.stage()], ring.parity());
     wait_turn();
     Base::issue_qk(ring.stage());
-    wait_v(state, kinds, block + 1, 1);
+    wait_v();
     issue_pv(p, ring.stage(1));
     pass_turn();
     wgmma_wait<1>();
     fence_registers(s[0]);
     release(smem.k_empty[ring.stage()]);
+    if (last) release(smem.q_empty);
     ring.advance();
     float factor[2];
     bool raised;
@@ -118,7 +126,8 @@ struct Consumer final : ConsumerBase<Traits> {
   }
 
   BROADHEAD_DEVICE void last_pv(P& p, const TileState<Element>& state, const BlockKinds& kinds, int block) {
-    wait_v(state, kinds, block, 1);
+    prepare_v(state, kinds, block);
+    wait_v();
     issue_pv(p, ring.stage(1));
     wgmma_wait<0>();
     fence_registers(o);
@@ -137,19 +146,20 @@ struct Consumer final : ConsumerBase<Traits> {
     wgmma_wait<0>();
     fence_registers(s[0]);
     release(smem.k_empty[ring.stage()]);
+    if (block == range.begin) release(smem.q_empty);
     ring.advance();
     exponentiate(even_p, state, kinds, block, factor, true);
     if constexpr (!Traits::kTwoP) {
-      for (block -= 1; block >= range.begin; --block) step(even_p, even_p, state, kinds, block);
-      release(smem.q_empty);
+      for (block -= 1; block >= range.begin; --block) {
+        step(even_p, even_p, state, kinds, block, block == range.begin);
+      }
       last_pv(even_p, state, kinds, range.begin);
     } else {
       for (block -= 1; block > range.begin; block -= 2) {
-        step(even_p, odd_p, state, kinds, block);
-        step(odd_p, even_p, state, kinds, block - 1);
+        step(even_p, odd_p, state, kinds, block, false);
+        step(odd_p, even_p, state, kinds, block - 1, block - 1 == range.begin);
       }
-      if (block == range.begin) step(even_p, odd_p, state, kinds, block);
-      release(smem.q_empty);
+      if (block == range.begin) step(even_p, odd_p, state, kinds, block, true);
       if (block == range.begin) {
         last_pv(odd_p, state, kinds, range.begin);
       } else {

@@ -1,7 +1,7 @@
 // The Hopper forward kernel for head_dim <= 256: one persistent block an SM, a producer warpgroup and consumers.
 //
-// Producer warpgroup: warp 0 loads Q, K and V by TMA (warps 0 to 2 gather K and V where TMA can not), warp 3 takes
-// tiles. Consumers: 64 query rows each.
+// Producer warpgroup: warp 0 loads Q and K and warp 1 V by TMA (warps 0 to 2 gather K and V where TMA can not), warp 3
+// takes tiles. Consumers: 64 query rows each.
 #pragma once
 
 #include "sm90/forward_consumer.h"
@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) forward_kernel(const __gr
   auto& smem = *reinterpret_cast<typename Traits::SharedStorage*>(smem_bytes);
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
   if (threadIdx.x == 0) {
-    const int loaders = args.maps.gather ? Traits::kLoaderWarps : 1;
+    const int loaders = args.maps.gather ? Traits::kLoaderWarps : 2;
     const int fills = args.maps.gather ? Traits::kLoaderWarps * 32 : 1;
     for (int i = 0; i < kTileSlots; ++i) {
       barrier_init(smem.tile_full[i], 1);
@@ -40,8 +40,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) forward_kernel(const __gr
       post_tiles<Traits>(args, smem);
     } else if (args.maps.gather) {
       gather_tiles<Traits>(args, smem, warp);
-    } else if (warp == 0) {
-      load_tiles<Traits>(args, smem);
+    } else if (warp < 2) {
+      load_tiles<Traits>(args, smem, warp == 0, warp == 1);
     }
   } else {
     take_registers<Traits::kConsumerRegisters>();

@@ -56,7 +56,6 @@ struct ForwardTraits {
   static_assert(kOverlap_ == 1 || kOverlap_ == 2);
   static constexpr bool kTwoP = kOverlap_ == 2;
   static constexpr int kCluster = 1;
-  static constexpr bool kVBehindK = false;  // else K of the next block is loaded first
 
   static constexpr int kConsumers = kTileM / 64;  // warpgroups of 64 rows
   static constexpr int kConsumerWarps = 4 * kConsumers;
@@ -75,7 +74,7 @@ struct ForwardTraits {
   static constexpr int kVKeys = kTileN;  // of a stage of V
   static constexpr int kKeyTiles = kTileN / 8;
   static constexpr int kOTiles = kHeadDimV / 8;
-  static constexpr int kLoaderWarps = 3;  // of the producer warpgroup, when they gather; one when TMA does
+  static constexpr int kLoaderWarps = 3;  // of the producer warpgroup, when they gather; two when TMA does
   static constexpr int kSchedulerWarp = 3;
 
   static_assert(kTileM % 64 == 0 && kTileN % 16 == 0 && kHeadDimV % 32 == 0);

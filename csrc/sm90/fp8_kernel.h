@@ -10,13 +10,50 @@
 
 namespace broadhead::sm90 {
 
+// One warp gathers everything: the others transpose. It has registers for the pages of half a block.
+template <class Traits>
+BROADHEAD_DEVICE void gather_fp8_tiles(const KernelArgs& args, typename Traits::SharedStorage& smem) {
+  using Element = typename Traits::Element;
+  constexpr int kKeys = Traits::kTileN / Traits::kGatherPieces;
+  const AttnParams& params = args.params;
+  const bool leader = threadIdx.x % 32 == 0;
+  RingState<Traits::kStages> ring;
+  std::uint32_t q_parity = 0;
+  for_each_tile(smem, leader, [&](const TileState<Element>& state) {
+    const KvSource<Element>& source = state.source;
+    const BlockRange range = state.range;
+    if (leader) want_next(smem.next_wanted, range, range.end);
+    for (int block = range.end - 1; block >= range.begin; --block) {
+      if (leader) want_next(smem.next_wanted, range, block);
+      const std::uint32_t stage = ring.stage();
+      barrier_wait(smem.k_empty[stage], ring.parity() ^ 1);
+      barrier_wait(smem.v_empty[stage], ring.parity() ^ 1);
+      if (block == range.end - 1) wait_and_load_q<Traits>(args, state, smem, leader, q_parity);
+#pragma unroll 1
+      for (int piece = 0; piece < Traits::kGatherPieces; ++piece) {
+        using KLayout = typename Traits::KLayout;
+        using VLayout = typename Traits::VLayout;
+        GatheredRows<kKeys, 1> rows;
+        rows.read(source, block * Traits::kTileN + piece * kKeys, params.page_size, 0);
+        gather_stage<KLayout>(rows, source.k, params.k_strides, params.page_size, 0, kKeys / 8, 0, params.head_dim,
+                              smem_address(smem.k[stage]) + piece * (kKeys / 8 * KLayout::kSlabBytes),
+                              smem.k_full[stage], 0);
+        gather_stage<VLayout>(rows, source.v, params.v_strides, params.page_size, 0, kKeys / 8, 0, params.head_dim_v,
+                              smem_address(smem.v[stage]) + piece * (kKeys / 8 * VLayout::kSlabBytes),
+                              smem.v_full[stage], 0);
+      }
+      ring.advance();
+    }
+  });
+}
+
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1) fp8_kernel(const __grid_constant__ KernelArgs args) {
   extern __shared__ __align__(1024) char smem_bytes[];
   auto& smem = *reinterpret_cast<typename Traits::SharedStorage*>(smem_bytes);
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
   if (threadIdx.x == 0) {
-    const int fills = args.maps.gather ? 32 : 1;
+    const int fills = args.maps.gather ? 32 * Traits::kGatherPieces : 1;
     for (int i = 0; i < kTileSlots; ++i) {
       barrier_init(smem.tile_full[i], 1);
       barrier_init(smem.tile_empty[i], Traits::kConsumerWarps + 1 + Traits::kTransposeWarps);
@@ -43,9 +80,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) fp8_kernel(const __grid_c
     } else if (warp > 0) {
       transpose_tiles<Traits>(args, smem, warp - 1);
     } else if (args.maps.gather) {
-      gather_tiles<Traits>(args, smem, warp);
+      gather_fp8_tiles<Traits>(args, smem);
     } else {
-      load_tiles<Traits>(args, smem);
+      load_tiles<Traits>(args, smem, true, true);
     }
   } else {
     take_registers<Traits::kConsumerRegisters>();

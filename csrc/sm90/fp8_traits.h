@@ -19,7 +19,6 @@ struct Fp8Traits {
   static constexpr int kTileN = kTileN_;
   static constexpr int kStages = 2;
   static constexpr int kCluster = 1;
-  static constexpr bool kVBehindK = true;  // it is transposed before its use
 
   static constexpr int kConsumers = kTileM / 64;  // warpgroups of 64 rows
   static constexpr int kConsumerWarps = 4 * kConsumers;
@@ -43,7 +42,7 @@ struct Fp8Traits {
   using TransposedLayout = TileLayout<Element, kTileN>;      // kHeadDimV rows of kTileN keys
   static constexpr int kVKeys = kTileN;  // of a stage of V
   static constexpr int kKeyTiles = kTileN / 8;
-  static constexpr int kLoaderWarps = 1;
+  static constexpr int kGatherPieces = 2;  // of a block
   static constexpr int kTransposeWarps = 2;
   static constexpr int kSchedulerWarp = 3;
 

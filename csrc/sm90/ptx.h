@@ -146,6 +146,14 @@ class RingState {
       parity_ ^= 1;
     }
   }
+  // Past `count` positions, at most kStages.
+  BROADHEAD_DEVICE void skip(int count) {
+    stage_ += count;
+    if (stage_ >= kStages) {
+      stage_ -= kStages;
+      parity_ ^= 1;
+    }
+  }
 };
 
 // The same in one register. `back`: that many positions ago.

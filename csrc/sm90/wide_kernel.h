@@ -7,22 +7,6 @@
 
 namespace broadhead::sm90 {
 
-// The ring's order of a tile: Q's first columns, K of the last block, then K of each block before V of the one above.
-// Of absorbed MLA: Q's, then V block by block; K beside it.
-template <class Traits, class LoadQ, class LoadK, class LoadV>
-BROADHEAD_DEVICE void fill_ring(BlockRange range, bool asks, Barrier& next_wanted, const LoadQ& load_q_stage,
-                                const LoadK& load_k, const LoadV& load_v) {
-  load_q_stage();
-  load_k(range.end - 1);
-  if constexpr (Traits::kWithQv) load_v(range.end - 1);
-  for (int block = range.end - 2; block >= range.begin; --block) {
-    if (asks && block == range.begin + kBlocksAhead) barrier_arrive(next_wanted);
-    load_k(block);
-    load_v(Traits::kWithQv ? block : block + 1);
-  }
-  if constexpr (!Traits::kWithQv) load_v(range.begin);
-}
-
 // The tile's Q: `next_stage` gives the stages of its first columns.
 template <class Traits, class NextStage>
 BROADHEAD_DEVICE void load_wide_q(const KernelArgs& args, const TileState<typename Traits::Element>& state,
@@ -52,174 +36,183 @@ BROADHEAD_DEVICE void load_wide_q(const KernelArgs& args, const TileState<typena
   load_q_columns<QLayout, Traits::kTileM>(map, args, state, target, smem.q_full, kFirst, QLayout::kSubtiles - kFirst);
 }
 
-// One warp: everything by TMA. K and V go to both blocks of the cluster, each loads half of a stage.
+// Two warps load by TMA, one Q and K, the other V; K and V go to both blocks of the cluster, each loads half of a
+// stage.
+//
+// The ring's order of a tile: Q's first columns, K of the last block, then K of each block before V of the one above.
+// Of absorbed MLA: Q's, then V block by block; K has a buffer beside it. A warp skips what the other loads.
 template <class Traits>
-BROADHEAD_DEVICE void load_wide_tiles(const KernelArgs& args, typename Traits::SharedStorage& smem) {
+struct WideLoader {
   using Element = typename Traits::Element;
-  const AttnParams& params = args.params;
-  const bool paged = params.page_table != nullptr;
-  const bool leader = threadIdx.x % 32 == 0;
-  const std::uint32_t rank = cluster_rank();
-  SlotState slot;
-  RingState<Traits::kStages> ring;
-  std::uint32_t q_parity = 0;
-  const auto next_stage = [&]() {
-    barrier_wait(smem.empty[ring.stage()], ring.parity() ^ 1);
-    const std::uint32_t stage = ring.stage();
-    ring.advance();
-    return stage;
-  };
-  std::uint32_t k_parity = 0;
-  const auto next_k = [&]() {
-    if constexpr (Traits::kWithQv) {
-      barrier_wait(smem.k_empty, k_parity ^ 1);
-      k_parity ^= 1;
-    }
-  };
-  while (true) {
-    barrier_wait(smem.tile_full[slot.stage()], slot.parity());
-    const TileSlot<Element>& tile = smem.tiles[slot.stage()];
-    if (!tile.valid) break;
-    const TileState<Element>& state = tile.state;
-    const BlockRange range = state.range;
-    if (leader && range.end - range.begin < kBlocksAhead + 2) barrier_arrive(smem.next_wanted);
-    if (range.begin < range.end) {
-      const KvCoordinates k_at = kv_coordinates(args.maps.k, params, state);
-      const KvCoordinates v_at = kv_coordinates(args.maps.v, params, state);
-      const auto pages_of = [&](const KvMap& map, int block) {
-        return paged && block >= range.begin
-                   ? box_page(state.source, block * Traits::kTileN, Traits::kTileN, map.box_rows, params.page_size)
-                   : BoxPage{-1, 0};
-      };
-      // Read a block ahead, so that the latency is hidden.
-      BoxPage k_pages = pages_of(args.maps.k, range.end - 1);
-      BoxPage v_pages = pages_of(args.maps.v, range.end - 1);
-      fill_ring<Traits>(
-          range, leader, smem.next_wanted,
-          [&] {
-            load_wide_q<Traits>(args, state, smem, leader, q_parity, next_stage);
-            q_parity ^= 1;
-          },
-          [&](int block) {
-            if constexpr (Traits::kWithQv) {
-              next_k();
-              load_stage<typename Traits::KLayout, Traits::kTileN, Traits::kCluster>(
-                  args.maps.k, k_at, paged, k_pages, 0, block * Traits::kTileN, 0, smem_address(smem.k), smem.k_full,
-                  rank);
-            } else {
-              const BoxPage next = pages_of(args.maps.k, block - 1);
-              for (int chunk = 0; chunk < Traits::kKChunks; ++chunk) {
-                const std::uint32_t stage = next_stage();
-                load_stage<typename Traits::KLayout, Traits::kTileN, Traits::kCluster>(
-                    args.maps.k, k_at, paged, k_pages, 0, block * Traits::kTileN, chunk * Traits::KLayout::kSubtiles,
-                    smem_address(smem.ring[stage]), smem.full[stage], rank);
-              }
-              k_pages = next;
-            }
-          },
-          [&](int block) {
-            // Cut by columns V has the boxes that K has.
-            BoxPage& pages = Traits::kWithQv ? k_pages : v_pages;
-            const BoxPage next = pages_of(args.maps.v, block - 1);
-            for (int chunk = 0; chunk < Traits::kVChunks; ++chunk) {
-              const int keys = Traits::kWithQv ? 0 : chunk;
-              const int columns = Traits::kWithQv ? chunk : 0;
-              const std::uint32_t stage = next_stage();
-              load_stage<typename Traits::VLayout, Traits::kVKeys, Traits::kCluster>(
-                  args.maps.v, v_at, paged, pages, keys * args.maps.v.boxes,
-                  block * Traits::kTileN + keys * Traits::kVKeys, columns * Traits::VLayout::kSubtiles,
-                  smem_address(smem.ring[stage]), smem.full[stage], rank);
-            }
-            pages = next;
-          });
-    }
-    __syncwarp();
-    if (leader) barrier_arrive(smem.tile_empty[slot.stage()]);
-    slot.advance();
-  }
-}
+  using Storage = typename Traits::SharedStorage;
 
-// Three warps gather K and V, each block for itself.
-template <class Traits>
-BROADHEAD_DEVICE void gather_wide_tiles(const KernelArgs& args, typename Traits::SharedStorage& smem, int warp) {
-  using Element = typename Traits::Element;
-  const AttnParams& params = args.params;
-  const bool leader = threadIdx.x % 32 == 0;
-  SlotState slot;
+  const KernelArgs& args;
+  Storage& smem;
+  const std::uint32_t rank;
   RingState<Traits::kStages> ring;
   std::uint32_t q_parity = 0;
-  const auto next_stage = [&]() {
+  std::uint32_t k_parity = 0;
+
+  BROADHEAD_DEVICE WideLoader(const KernelArgs& args_, Storage& smem_)
+      : args(args_), smem(smem_), rank(cluster_rank()) {}
+
+  BROADHEAD_DEVICE std::uint32_t next_stage() {
     barrier_wait(smem.empty[ring.stage()], ring.parity() ^ 1);
     const std::uint32_t stage = ring.stage();
     ring.advance();
     return stage;
-  };
-  std::uint32_t k_parity = 0;
-  const auto next_k = [&]() {
-    if constexpr (Traits::kWithQv) {
-      barrier_wait(smem.k_empty, k_parity ^ 1);
-      k_parity ^= 1;
-    }
-  };
-  while (true) {
-    barrier_wait(smem.tile_full[slot.stage()], slot.parity());
-    const TileSlot<Element>& tile = smem.tiles[slot.stage()];
-    if (!tile.valid) break;
-    const TileState<Element>& state = tile.state;
-    const KvSource<Element>& source = state.source;
-    const BlockRange range = state.range;
-    if (leader && warp == 0 && range.end - range.begin < kBlocksAhead + 2) barrier_arrive(smem.next_wanted);
-    if (range.begin < range.end) {
-      GatheredRows<Traits::kTileN, Traits::kLoaderWarps> rows;
-      fill_ring<Traits>(
-          range, leader && warp == 0, smem.next_wanted,
-          [&] {
-            load_wide_q<Traits>(args, state, smem, leader && warp == 0, q_parity, next_stage);
-            q_parity ^= 1;
-          },
-          [&](int block) {
-            rows.read(source, block * Traits::kTileN, params.page_size, warp);
-            const int key0 = source.leftpad + block * Traits::kTileN;
-            if constexpr (Traits::kWithQv) {
-              next_k();
-              gather_stage<typename Traits::KLayout>(rows, source.k, params.k_strides, key0, params.page_size, 0,
-                                                     params.head_dim, smem_address(smem.k), smem.k_full, warp);
-            } else {
-              for (int chunk = 0; chunk < Traits::kKChunks; ++chunk) {
-                const std::uint32_t stage = next_stage();
-                gather_stage<typename Traits::KLayout>(rows, source.k, params.k_strides, key0, params.page_size,
-                                                       chunk * Traits::kKChunk, params.head_dim,
-                                                       smem_address(smem.ring[stage]), smem.full[stage], warp);
-              }
-            }
-          },
-          [&](int block) {
-            if constexpr (Traits::kWithQv) {  // the rows of K
-              for (int chunk = 0; chunk < Traits::kVChunks; ++chunk) {
-                const std::uint32_t stage = next_stage();
-                gather_stage<typename Traits::VLayout>(rows, source.v, params.v_strides,
-                                                       source.leftpad + block * Traits::kTileN, params.page_size,
-                                                       chunk * Traits::kScoreCols, params.head_dim_v,
-                                                       smem_address(smem.ring[stage]), smem.full[stage], warp);
-              }
-            } else {
-              for (int chunk = 0; chunk < Traits::kVChunks; ++chunk) {
-                const int key0 = block * Traits::kTileN + chunk * Traits::kVKeys;
-                GatheredRows<Traits::kVKeys, Traits::kLoaderWarps> v_rows;
-                v_rows.read(source, key0, params.page_size, warp);
-                const std::uint32_t stage = next_stage();
-                gather_stage<typename Traits::VLayout>(v_rows, source.v, params.v_strides, source.leftpad + key0,
-                                                       params.page_size, 0, params.head_dim_v,
-                                                       smem_address(smem.ring[stage]), smem.full[stage], warp);
-              }
-            }
-          });
-    }
-    __syncwarp();
-    if (leader) barrier_arrive(smem.tile_empty[slot.stage()]);
-    slot.advance();
   }
-}
+
+  BROADHEAD_DEVICE void wait_k() {
+    barrier_wait(smem.k_empty, k_parity ^ 1);
+    k_parity ^= 1;
+  }
+
+  BROADHEAD_DEVICE void load_q(const TileState<Element>& state, bool loads) {
+    load_wide_q<Traits>(args, state, smem, loads, q_parity, [&] { return next_stage(); });
+    q_parity ^= 1;
+  }
+
+  BROADHEAD_DEVICE BoxPlace places_of(const TileState<Element>& state, const KvMap& map, int block) const {
+    const AttnParams& params = args.params;
+    return params.page_table != nullptr && block >= state.range.begin
+               ? box_place(state.source, block * Traits::kTileN, Traits::kTileN, map.box_rows, params.page_size)
+               : BoxPlace{-1, 0};
+  }
+
+  BROADHEAD_DEVICE void load_k_tile(const TileState<Element>& state, bool leader) {
+    using Layout = typename Traits::KLayout;
+    const KvMap& map = args.maps.k;
+    const bool paged = args.params.page_table != nullptr;
+    const BlockRange range = state.range;
+    const KvCoordinates at = kv_coordinates(map, args.params, state);
+    BoxPlace places = places_of(state, map, range.end - 1);
+    load_q(state, leader);
+    for (int block = range.end - 1; block >= range.begin; --block) {
+      const BoxPlace next = places_of(state, map, block - 1);  // a block ahead, so that its latency is hidden
+      if (leader) want_next(smem.next_wanted, range, block);
+      const int key0 = block * Traits::kTileN;
+      if constexpr (Traits::kWithQv) {
+        wait_k();
+        load_stage<Layout, Traits::kTileN, Traits::kCluster>(map, at, paged, places, 0, key0, 0, smem_address(smem.k),
+                                                             smem.k_full, rank);
+      } else {
+        for (int chunk = 0; chunk < Traits::kKChunks; ++chunk) {
+          const std::uint32_t stage = next_stage();
+          load_stage<Layout, Traits::kTileN, Traits::kCluster>(map, at, paged, places, 0, key0,
+                                                               chunk * Layout::kSubtiles,
+                                                               smem_address(smem.ring[stage]), smem.full[stage], rank);
+        }
+      }
+      if (Traits::kWithQv || block < range.end - 1) ring.skip(Traits::kVChunks);
+      places = next;
+    }
+    if (!Traits::kWithQv) ring.skip(Traits::kVChunks);
+  }
+
+  BROADHEAD_DEVICE void load_v_tile(const TileState<Element>& state) {
+    using Layout = typename Traits::VLayout;
+    const KvMap& map = args.maps.v;
+    const bool paged = args.params.page_table != nullptr;
+    const BlockRange range = state.range;
+    const KvCoordinates at = kv_coordinates(map, args.params, state);
+    BoxPlace places = places_of(state, map, range.end - 1);
+    ring.skip(Traits::kQRegisterChunks);
+    if (!Traits::kWithQv) ring.skip(Traits::kKChunks);
+    for (int block = range.end - 1; block >= range.begin; --block) {
+      const BoxPlace next = places_of(state, map, block - 1);
+      if (!Traits::kWithQv && block > range.begin) ring.skip(Traits::kKChunks);  // K of the block below
+      for (int chunk = 0; chunk < Traits::kVChunks; ++chunk) {
+        // V is cut by keys; of absorbed MLA by columns.
+        const int keys = Traits::kWithQv ? 0 : chunk;
+        const int columns = Traits::kWithQv ? chunk : 0;
+        const std::uint32_t stage = next_stage();
+        load_stage<Layout, Traits::kVKeys, Traits::kCluster>(
+            map, at, paged, places, keys * map.boxes, block * Traits::kTileN + keys * Traits::kVKeys,
+            columns * Layout::kSubtiles, smem_address(smem.ring[stage]), smem.full[stage], rank);
+      }
+      places = next;
+    }
+  }
+
+  BROADHEAD_DEVICE void run(bool loads_k) {
+    const bool leader = threadIdx.x % 32 == 0;
+    for_each_tile(smem, leader, [&](const TileState<Element>& state) {
+      const BlockRange range = state.range;
+      if (leader && loads_k) want_next(smem.next_wanted, range, range.end);
+      if (range.begin >= range.end) return;
+      if (loads_k) {
+        load_k_tile(state, leader);
+      } else {
+        load_v_tile(state);
+      }
+    });
+  }
+
+  using Rows = GatheredRows<Traits::kTileN, Traits::kLoaderWarps>;
+
+  BROADHEAD_DEVICE void gather_k(const TileState<Element>& state, const Rows& rows, int warp) {
+    using Layout = typename Traits::KLayout;
+    const AttnParams& params = args.params;
+    if constexpr (Traits::kWithQv) wait_k();
+    for (int chunk = 0; chunk < Traits::kKChunks; ++chunk) {
+      std::uint32_t target;
+      Barrier* full;
+      if constexpr (Traits::kWithQv) {
+        target = smem_address(smem.k);
+        full = &smem.k_full;
+      } else {
+        const std::uint32_t stage = next_stage();
+        target = smem_address(smem.ring[stage]);
+        full = &smem.full[stage];
+      }
+      gather_stage<Layout>(rows, state.source.k, params.k_strides, params.page_size, 0, Traits::kTileN / 8,
+                           chunk * Traits::kKChunk, params.head_dim, target, *full, warp);
+    }
+  }
+
+  BROADHEAD_DEVICE void gather_v(const TileState<Element>& state, const Rows& rows, int warp) {
+    const AttnParams& params = args.params;
+    for (int chunk = 0; chunk < Traits::kVChunks; ++chunk) {
+      constexpr int kGroups = Traits::kVKeys / 8;
+      const std::uint32_t stage = next_stage();
+      gather_stage<typename Traits::VLayout>(rows, state.source.v, params.v_strides, params.page_size,
+                                             Traits::kWithQv ? 0 : chunk * kGroups, kGroups,
+                                             Traits::kWithQv ? chunk * Traits::kScoreCols : 0, params.head_dim_v,
+                                             smem_address(smem.ring[stage]), smem.full[stage], warp);
+    }
+  }
+
+  // Three warps gather K and V, each block for itself; the first loads Q.
+  BROADHEAD_DEVICE void run_gathering(int warp) {
+    const bool leader = threadIdx.x % 32 == 0;
+    const bool first = leader && warp == 0;
+    for_each_tile(smem, leader, [&](const TileState<Element>& state) {
+      const BlockRange range = state.range;
+      if (first) want_next(smem.next_wanted, range, range.end);
+      if (range.begin >= range.end) return;
+      const auto read = [&](Rows& rows, int block) {
+        if (block >= range.begin) rows.read(state.source, block * Traits::kTileN, args.params.page_size, warp);
+      };
+      Rows rows, above, next;
+      read(rows, range.end - 1);
+      load_q(state, first);
+      for (int block = range.end - 1; block >= range.begin; --block) {
+        read(next, block - 1);  // a block ahead, so that its latency is hidden
+        if (first) want_next(smem.next_wanted, range, block);
+        gather_k(state, rows, warp);
+        if (Traits::kWithQv) {
+          gather_v(state, rows, warp);
+        } else if (block < range.end - 1) {
+          gather_v(state, above, warp);
+        }
+        above = rows;
+        rows = next;
+      }
+      if (!Traits::kWithQv) gather_v(state, above, warp);
+    });
+  }
+};
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1) wide_kernel(const __grid_constant__ KernelArgs args) {
@@ -227,7 +220,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) wide_kernel(const __grid_
   auto& smem = *reinterpret_cast<typename Traits::SharedStorage*>(smem_bytes);
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
   if (threadIdx.x == 0) {
-    const int loaders = args.maps.gather ? Traits::kLoaderWarps : 1;
+    const int loaders = args.maps.gather ? Traits::kLoaderWarps : 2;
     for (int i = 0; i < kTileSlots; ++i) {
       barrier_init(smem.tile_full[i], 1);
       barrier_init(smem.tile_empty[i], 12 + loaders);
@@ -262,9 +255,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) wide_kernel(const __grid_
     if (warp == Traits::kSchedulerWarp) {
       post_tiles<Traits>(args, smem);
     } else if (args.maps.gather) {
-      gather_wide_tiles<Traits>(args, smem, warp);
-    } else if (warp == 0) {
-      load_wide_tiles<Traits>(args, smem);
+      WideLoader<Traits>(args, smem).run_gathering(warp);
+    } else if (warp < 2) {
+      WideLoader<Traits>(args, smem).run(warp == 0);
     }
     __syncwarp();
     cluster_sync();

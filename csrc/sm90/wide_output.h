@@ -60,7 +60,13 @@ struct OutputWarpgroup {
       const int first = Traits::kWithQv ? 0 : chunk * Traits::kVKeys;  // key of the block
       const int key0 = block * Traits::kTileN + first;
       if (!kinds.plain(block) && !all_live(state.source, key0, Traits::kVKeys)) {
-        clear_dead_rows<VLayout>(state.source, smem.ring[ring.stage()], key0, Traits::kVKeys, half);
+        // Each warpgroup its own columns.
+        constexpr int kParts = VLayout::kBytes / 16;
+        const ClearShare share =
+            Traits::kWithQv ? ClearShare{warp, 4, 0, kParts} : ClearShare{warp, 4, half * (kParts / 2), kParts / 2};
+        clear_dead_rows<VLayout>(state.source, smem.ring[ring.stage()], key0, Traits::kVKeys, share);
+        fence_async_shared();
+        named_barrier_sync(kClearBarrier + half, 128);
       }
       const std::uint64_t b = MatrixDescriptor<128>::make(smem_address(smem.ring[ring.stage()]) + half * kHalfBytes,
                                                           VLayout::kAtomBytes, VLayout::kSlabBytes);
@@ -104,16 +110,16 @@ struct OutputWarpgroup {
     const BlockKinds kinds(state, Traits::kTileN);
     if constexpr (Traits::kWithQv) {
       // The ring's order: Q, V of the first block (left, right), V of the second, ...
-      skip_stages(ring, Traits::kQRegisterChunks + half * kChunks);
+      ring.skip(Traits::kQRegisterChunks + half * kChunks);
       for (int block = range.end - 1; block >= range.begin; --block) {
         add_block(state, kinds, block);
-        skip_stages(ring, block > range.begin ? kChunks : (1 - half) * kChunks);
+        ring.skip(block > range.begin ? kChunks : (1 - half) * kChunks);
       }
     } else {
       // The ring's order: Q, K of the first two blocks, V of the first, K of the third, ...
-      skip_stages(ring, Traits::kQRegisterChunks + Traits::kKChunks);
+      ring.skip(Traits::kQRegisterChunks + Traits::kKChunks);
       for (int block = range.end - 1; block >= range.begin; --block) {
-        if (block > range.begin) skip_stages(ring, Traits::kKChunks);
+        if (block > range.begin) ring.skip(Traits::kKChunks);
         add_block(state, kinds, block);
       }
     }

@@ -36,11 +36,6 @@ BROADHEAD_DEVICE void load_matrix(std::uint32_t (&a)[4], std::uint32_t address) 
                : "memory");
 }
 
-template <int kStages>
-BROADHEAD_DEVICE void skip_stages(RingState<kStages>& ring, int count) {
-  for (int i = 0; i < count; ++i) ring.advance();
-}
-
 template <class Traits>
 struct ScoreWarpgroup {
   using Element = typename Traits::Element;
@@ -206,11 +201,11 @@ struct ScoreWarpgroup {
       compute_scores();
       hand_over_p();
       store_p(state, kinds, block, false);
-      if constexpr (!Traits::kWithQv) skip_stages(ring, Traits::kVChunks);  // V of the block before
+      if constexpr (!Traits::kWithQv) ring.skip(Traits::kVChunks);  // V of the block before
     }
     hand_over_p();
     if (leader()) barrier_arrive(smem.q_empty);
-    if constexpr (!Traits::kWithQv) skip_stages(ring, Traits::kVChunks);
+    if constexpr (!Traits::kWithQv) ring.skip(Traits::kVChunks);
   }
 
   BROADHEAD_DEVICE void finish_tile(const TileState<Element>& state, int split) {
