@@ -100,7 +100,8 @@ BROADHEAD_DEVICE void gather_tiles(const KernelArgs& args, typename Traits::Shar
     read(next, range.end - 2);  // a block ahead, so that its latency is hidden
     if (first) want_next(smem.next_wanted, range, range.end - 1);
     load_k(rows);
-    wait_and_load_q<Traits>(args, state, smem, first, q_parity);
+    // The others do not wait: with their K on its way they could miss a whole phase.
+    if (warp == 0) wait_and_load_q<Traits>(args, state, smem, leader, q_parity);
     for (int block = range.end - 2; block >= range.begin; --block) {
       if (first) want_next(smem.next_wanted, range, block);
       const Rows v_rows = rows;

@@ -36,11 +36,11 @@ BROADHEAD_DEVICE void load_wide_q(const KernelArgs& args, const TileState<typena
   load_q_columns<QLayout, Traits::kTileM>(map, args, state, target, smem.q_full, kFirst, QLayout::kSubtiles - kFirst);
 }
 
-// Two warps load by TMA, one Q and K, the other V; K and V go to both blocks of the cluster, each loads half of a
-// stage.
+// Two warps load by TMA, one K and the other V; K and V go to both blocks of the cluster, each loads half of a stage.
 //
-// The ring's order of a tile: Q's first columns, K of the last block, then K of each block before V of the one above.
-// Of absorbed MLA: Q's, then V block by block; K has a buffer beside it. A warp skips what the other loads.
+// Each warp fills a ring, of K or of V, in order. Q's first columns come through the ring of K; those of absorbed MLA
+// through that of V, as K has a buffer beside it. A warp that filled only some stages of a ring would not see all their
+// phases: the other block's O may be more than a fill behind.
 template <class Traits>
 struct WideLoader {
   using Element = typename Traits::Element;
@@ -49,14 +49,16 @@ struct WideLoader {
   const KernelArgs& args;
   Storage& smem;
   const std::uint32_t rank;
-  RingState<Traits::kStages> ring;
+  typename Traits::KRing k_ring;  // not used with qv
+  typename Traits::VRing v_ring;
   std::uint32_t q_parity = 0;
   std::uint32_t k_parity = 0;
 
   BROADHEAD_DEVICE WideLoader(const KernelArgs& args_, Storage& smem_)
       : args(args_), smem(smem_), rank(cluster_rank()) {}
 
-  BROADHEAD_DEVICE std::uint32_t next_stage() {
+  template <class Ring>
+  BROADHEAD_DEVICE std::uint32_t next_stage(Ring& ring) {
     barrier_wait(smem.empty[ring.stage()], ring.parity() ^ 1);
     const std::uint32_t stage = ring.stage();
     ring.advance();
@@ -69,7 +71,13 @@ struct WideLoader {
   }
 
   BROADHEAD_DEVICE void load_q(const TileState<Element>& state, bool loads) {
-    load_wide_q<Traits>(args, state, smem, loads, q_parity, [&] { return next_stage(); });
+    load_wide_q<Traits>(args, state, smem, loads, q_parity, [&] {
+      if constexpr (Traits::kWithQv) {
+        return next_stage(v_ring);
+      } else {
+        return next_stage(k_ring);
+      }
+    });
     q_parity ^= 1;
   }
 
@@ -87,7 +95,7 @@ struct WideLoader {
     const BlockRange range = state.range;
     const KvCoordinates at = kv_coordinates(map, args.params, state);
     BoxPlace places = places_of(state, map, range.end - 1);
-    load_q(state, leader);
+    if constexpr (!Traits::kWithQv) load_q(state, leader);
     for (int block = range.end - 1; block >= range.begin; --block) {
       const BoxPlace next = places_of(state, map, block - 1);  // a block ahead, so that its latency is hidden
       if (leader) want_next(smem.next_wanted, range, block);
@@ -98,35 +106,31 @@ struct WideLoader {
                                                              smem.k_full, rank);
       } else {
         for (int chunk = 0; chunk < Traits::kKChunks; ++chunk) {
-          const std::uint32_t stage = next_stage();
+          const std::uint32_t stage = next_stage(k_ring);
           load_stage<Layout, Traits::kTileN, Traits::kCluster>(map, at, paged, places, 0, key0,
                                                                chunk * Layout::kSubtiles,
                                                                smem_address(smem.ring[stage]), smem.full[stage], rank);
         }
       }
-      if (Traits::kWithQv || block < range.end - 1) ring.skip(Traits::kVChunks);
       places = next;
     }
-    if (!Traits::kWithQv) ring.skip(Traits::kVChunks);
   }
 
-  BROADHEAD_DEVICE void load_v_tile(const TileState<Element>& state) {
+  BROADHEAD_DEVICE void load_v_tile(const TileState<Element>& state, bool leader) {
     using Layout = typename Traits::VLayout;
     const KvMap& map = args.maps.v;
     const bool paged = args.params.page_table != nullptr;
     const BlockRange range = state.range;
     const KvCoordinates at = kv_coordinates(map, args.params, state);
     BoxPlace places = places_of(state, map, range.end - 1);
-    ring.skip(Traits::kQRegisterChunks);
-    if (!Traits::kWithQv) ring.skip(Traits::kKChunks);
+    if constexpr (Traits::kWithQv) load_q(state, leader);
     for (int block = range.end - 1; block >= range.begin; --block) {
       const BoxPlace next = places_of(state, map, block - 1);
-      if (!Traits::kWithQv && block > range.begin) ring.skip(Traits::kKChunks);  // K of the block below
       for (int chunk = 0; chunk < Traits::kVChunks; ++chunk) {
         // V is cut by keys; of absorbed MLA by columns.
         const int keys = Traits::kWithQv ? 0 : chunk;
         const int columns = Traits::kWithQv ? chunk : 0;
-        const std::uint32_t stage = next_stage();
+        const std::uint32_t stage = next_stage(v_ring);
         load_stage<Layout, Traits::kVKeys, Traits::kCluster>(
             map, at, paged, places, keys * map.boxes, block * Traits::kTileN + keys * Traits::kVKeys,
             columns * Layout::kSubtiles, smem_address(smem.ring[stage]), smem.full[stage], rank);
@@ -144,7 +148,7 @@ struct WideLoader {
       if (loads_k) {
         load_k_tile(state, leader);
       } else {
-        load_v_tile(state);
+        load_v_tile(state, leader);
       }
     });
   }
@@ -162,7 +166,7 @@ struct WideLoader {
         target = smem_address(smem.k);
         full = &smem.k_full;
       } else {
-        const std::uint32_t stage = next_stage();
+        const std::uint32_t stage = next_stage(k_ring);
         target = smem_address(smem.ring[stage]);
         full = &smem.full[stage];
       }
@@ -175,7 +179,7 @@ struct WideLoader {
     const AttnParams& params = args.params;
     for (int chunk = 0; chunk < Traits::kVChunks; ++chunk) {
       constexpr int kGroups = Traits::kVKeys / 8;
-      const std::uint32_t stage = next_stage();
+      const std::uint32_t stage = next_stage(v_ring);
       gather_stage<typename Traits::VLayout>(rows, state.source.v, params.v_strides, params.page_size,
                                              Traits::kWithQv ? 0 : chunk * kGroups, kGroups,
                                              Traits::kWithQv ? chunk * Traits::kScoreCols : 0, params.head_dim_v,

@@ -21,7 +21,7 @@ struct OutputWarpgroup {
   const int half;  // 0: left columns
   const int warp;  // in the warpgroup
   const int warp_row;
-  RingState<Traits::kStages> ring;
+  typename Traits::VRing ring;
   SlotState p_slot;
   SlotState inverse_slot;
   float o[Traits::kParts][Traits::kPartCols / 8][4];
@@ -116,12 +116,7 @@ struct OutputWarpgroup {
         ring.skip(block > range.begin ? kChunks : (1 - half) * kChunks);
       }
     } else {
-      // The ring's order: Q, K of the first two blocks, V of the first, K of the third, ...
-      ring.skip(Traits::kQRegisterChunks + Traits::kKChunks);
-      for (int block = range.end - 1; block >= range.begin; --block) {
-        if (block > range.begin) ring.skip(Traits::kKChunks);
-        add_block(state, kinds, block);
-      }
+      for (int block = range.end - 1; block >= range.begin; --block) add_block(state, kinds, block);
     }
   }
 

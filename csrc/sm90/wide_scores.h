@@ -49,7 +49,7 @@ struct ScoreWarpgroup {
   Storage& smem;
   const int warp;      // in the warpgroup
   const int warp_row;
-  RingState<Traits::kStages> ring;
+  typename Traits::KRing ring;
   std::uint32_t q_parity = 0;
   std::uint32_t k_parity = 0;  // kWithQv
   SlotState p_slot;  // blocks so far
@@ -201,11 +201,9 @@ struct ScoreWarpgroup {
       compute_scores();
       hand_over_p();
       store_p(state, kinds, block, false);
-      if constexpr (!Traits::kWithQv) ring.skip(Traits::kVChunks);  // V of the block before
     }
     hand_over_p();
     if (leader()) barrier_arrive(smem.q_empty);
-    if constexpr (!Traits::kWithQv) ring.skip(Traits::kVChunks);
   }
 
   BROADHEAD_DEVICE void finish_tile(const TileState<Element>& state, int split) {

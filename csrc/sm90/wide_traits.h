@@ -9,6 +9,15 @@
 
 namespace broadhead::sm90 {
 
+// Stages [kBegin, kBegin + kCount) of Storage::ring. Who fills or reads stages of a ring takes all of them in turn: a
+// parity tells a fill from the one before, not from the one before that. (O of absorbed MLA takes its half; S, which it
+// follows, has seen the others.)
+template <int kBegin, int kCount>
+class StageRing : public RingState<kCount> {
+ public:
+  BROADHEAD_DEVICE std::uint32_t stage() const { return kBegin + RingState<kCount>::stage(); }
+};
+
 // What both kinds have in common.
 template <class Element_, int kHeadDim_, int kHeadDimV_, int kTileM_, int kTileN_>
 struct WideShape {
@@ -74,12 +83,14 @@ struct WideShape {
   };
 };
 
-// K and V are cut differently and take turns in the ring: K by columns, V by keys.
+// K and V are cut differently: K by columns, V by keys. Each has a ring of its own; Q's first columns come through K's.
 template <class Element_, int kHeadDim_, int kHeadDimV_, int kTileM_, int kTileN_, int kQRegisterCols_, int kSmemLimit_>
 struct WideTraits : WideShape<Element_, kHeadDim_, kHeadDimV_, kTileM_, kTileN_> {
   using Shape = WideShape<Element_, kHeadDim_, kHeadDimV_, kTileM_, kTileN_>;
   using Element = Element_;
   static constexpr bool kWithQv = false;
+  using KRing = StageRing<0, 6>;
+  using VRing = StageRing<6, 5>;
   static constexpr int kStages = 11;
   static constexpr int kKChunk = Shape::kScoreCols;
   static constexpr int kKChunks = kHeadDim_ / kKChunk;
@@ -112,6 +123,8 @@ struct AbsorbedTraits : WideShape<Element_, kHeadDim_, kHeadDimV_, kTileM_, kTil
   static constexpr bool kWithQv = true;
   // V of two blocks, S being a block ahead, and what the next one begins with.
   static constexpr int kStages = 10;
+  using KRing = StageRing<0, kStages>;  // one for qv's first columns and V
+  using VRing = KRing;
   static constexpr int kKChunk = kHeadDim_;
   static constexpr int kKChunks = 1;
   static constexpr int kVKeys = kTileN_;
