@@ -270,9 +270,14 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) wide_kernel(const __grid_
     ScoreWarpgroup<Traits>(args, smem).run();
     __syncwarp();
     cluster_sync();
-  } else {
+  } else if (Traits::kLeftParts == Traits::kRightParts || warp < 12) {
     take_registers<Traits::kOutputRegisters>();
-    OutputWarpgroup<Traits>(args, smem, warp / 4 - 2).run();
+    OutputWarpgroup<Traits, Traits::kLeftParts>(args, smem, warp / 4 - 2).run();
+    __syncwarp();
+    cluster_sync();
+  } else if constexpr (Traits::kLeftParts != Traits::kRightParts) {
+    take_registers<Traits::kOutputRegisters>();
+    OutputWarpgroup<Traits, Traits::kRightParts>(args, smem, 1).run();
     __syncwarp();
     cluster_sync();
   }

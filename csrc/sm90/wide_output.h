@@ -1,4 +1,5 @@
-// An output warpgroup of the wide kernel: O += P V for 64 rows and half of the columns.
+// An output warpgroup of the wide kernel: O += P V for 64 rows and kParts parts of the columns, the left or the right
+// ones.
 #pragma once
 
 #include "sm90/consumer.h"
@@ -6,15 +7,16 @@
 
 namespace broadhead::sm90 {
 
-template <class Traits>
+template <class Traits, int kParts>
 struct OutputWarpgroup {
   using Element = typename Traits::Element;
   using Storage = typename Traits::SharedStorage;
   using VLayout = typename Traits::VLayout;
   using PLayout = typename Traits::PLayout;
-  // Stages of a block: all, of each its half of the columns, or its own ones.
-  static constexpr int kChunks = Traits::kWithQv ? Traits::kParts : Traits::kVChunks;
-  static constexpr int kHalfBytes = Traits::kWithQv ? 0 : VLayout::kSlabBytes / 2;
+  // Stages of a block: all, of each its columns, or its own ones.
+  static constexpr int kChunks = Traits::kWithQv ? kParts : Traits::kVChunks;
+  static constexpr int kPartBytes = Traits::kPartCols / VLayout::kSubtileCols * VLayout::kAtomBytes;
+  static constexpr int kRightBytes = Traits::kWithQv ? 0 : Traits::kLeftParts * kPartBytes;  // where O right begins
 
   const KernelArgs& args;
   Storage& smem;
@@ -24,7 +26,7 @@ struct OutputWarpgroup {
   typename Traits::VRing ring;
   SlotState p_slot;
   SlotState inverse_slot;
-  float o[Traits::kParts][Traits::kPartCols / 8][4];
+  float o[kParts][Traits::kPartCols / 8][4];
 
   BROADHEAD_DEVICE OutputWarpgroup(const KernelArgs& args_, Storage& smem_, int half_)
       : args(args_),
@@ -37,7 +39,7 @@ struct OutputWarpgroup {
 
   BROADHEAD_DEVICE void fence_output() {
     BROADHEAD_UNROLL
-    for (int part = 0; part < Traits::kParts; ++part) fence_registers(o[part]);
+    for (int part = 0; part < kParts; ++part) fence_registers(o[part]);
   }
 
   BROADHEAD_DEVICE void add_block(const TileState<Element>& state, const BlockKinds& kinds, int block) {
@@ -48,7 +50,7 @@ struct OutputWarpgroup {
     if (rescale.needed[warp]) {
       const float upper = rescale.factor[warp_row + lane / 4], lower = rescale.factor[warp_row + lane / 4 + 8];
       BROADHEAD_UNROLL
-      for (int part = 0; part < Traits::kParts; ++part) scale_rows(o[part], upper, lower);
+      for (int part = 0; part < kParts; ++part) scale_rows(o[part], upper, lower);
     }
     const std::uint64_t a = MatrixDescriptor<128>::make(smem_address(smem.p[slot]), 0, PLayout::kAtomBytes);
     std::uint32_t previous = 0;
@@ -61,22 +63,22 @@ struct OutputWarpgroup {
       const int key0 = block * Traits::kTileN + first;
       if (!kinds.plain(block) && !all_live(state.source, key0, Traits::kVKeys)) {
         // Each warpgroup its own columns.
-        constexpr int kParts = VLayout::kBytes / 16;
-        const ClearShare share =
-            Traits::kWithQv ? ClearShare{warp, 4, 0, kParts} : ClearShare{warp, 4, half * (kParts / 2), kParts / 2};
+        constexpr int kUnits = Traits::kPartCols * static_cast<int>(sizeof(Element)) / 16;  // of a part
+        const ClearShare share = Traits::kWithQv
+                                     ? ClearShare{warp, 4, 0, kUnits}
+                                     : ClearShare{warp, 4, half * Traits::kLeftParts * kUnits, kParts * kUnits};
         clear_dead_rows<VLayout>(state.source, smem.ring[ring.stage()], key0, Traits::kVKeys, share);
         fence_async_shared();
         named_barrier_sync(kClearBarrier + half, 128);
       }
-      const std::uint64_t b = MatrixDescriptor<128>::make(smem_address(smem.ring[ring.stage()]) + half * kHalfBytes,
+      const std::uint64_t b = MatrixDescriptor<128>::make(smem_address(smem.ring[ring.stage()]) + half * kRightBytes,
                                                           VLayout::kAtomBytes, VLayout::kSlabBytes);
       wgmma_fence();
       BROADHEAD_UNROLL
       for (int step = 0; step < Traits::kVKeys / 16; ++step) {
         BROADHEAD_UNROLL
-        for (int part = 0; part < Traits::kParts; ++part) {
+        for (int part = 0; part < kParts; ++part) {
           if (Traits::kWithQv && part != chunk) continue;
-          constexpr int kPartBytes = Traits::kPartCols / VLayout::kSubtileCols * VLayout::kAtomBytes;
           wgmma_ss<Element, Traits::kPartCols, Major::MN>(
               o[part], a + ((first * 2 + step * 32) >> 4),
               b + ((step * 2 * VLayout::kSlabBytes + (Traits::kWithQv ? 0 : part * kPartBytes)) >> 4), true);
@@ -99,7 +101,7 @@ struct OutputWarpgroup {
 
   BROADHEAD_DEVICE void run_tile(const TileState<Element>& state) {
     BROADHEAD_UNROLL
-    for (int part = 0; part < Traits::kParts; ++part) {
+    for (int part = 0; part < kParts; ++part) {
       BROADHEAD_UNROLL
       for (int t = 0; t < Traits::kPartCols / 8; ++t) {
         o[part][t][0] = o[part][t][1] = o[part][t][2] = o[part][t][3] = 0.f;
@@ -131,8 +133,8 @@ struct OutputWarpgroup {
     const int row0 = warp_row + lane / 4;
     const RowPlace rows[2] = {place_row(state.output, row0), place_row(state.output, row0 + 8)};
     BROADHEAD_UNROLL
-    for (int part = 0; part < Traits::kParts; ++part) {
-      const int col0 = half * Traits::kOutputCols + part * Traits::kPartCols;
+    for (int part = 0; part < kParts; ++part) {
+      const int col0 = half * (Traits::kLeftParts * Traits::kPartCols) + part * Traits::kPartCols;
       if (split < 0) {
         write_output<Element>(args, state.seqlen, rows, o[part], inverse, col0);
       } else {

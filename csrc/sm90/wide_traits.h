@@ -1,6 +1,6 @@
 // Compile-time shapes of the wide Hopper kernel: 256 < head_dim <= 512, and absorbed MLA (head_dim_v 512).
 //
-// O of 64 rows x 512 columns does not fit the registers of one warpgroup: two own half of the columns each. A third
+// O of 64 rows x 512 columns does not fit the registers of one warpgroup: two own 256 each, or 256 and 128. A third
 // computes S and P for both. A cluster of two blocks, neighbouring query tiles, shares every K and V stage by
 // multicast: alone, a block of 64 rows would need 1.7 times the bandwidth of the L2.
 #pragma once
@@ -46,11 +46,12 @@ struct WideShape {
   using ScoreLayout = TileLayout<Element, kScoreCols>;
   static_assert(ScoreLayout::kRowBytes == 128 && kTileM <= kTileN);
 
-  static constexpr int kOutputCols = kHeadDimV / 2;  // of a warpgroup
-  // Of one wgmma: ptxas refuses an accumulator of 128 registers in a block of 512 threads.
+  // Columns of one wgmma: ptxas refuses an accumulator of 128 registers in a block of 512 threads. O left has two such
+  // parts, O right the rest.
   static constexpr int kPartCols = 128;
-  static constexpr int kParts = kOutputCols / kPartCols;
-  static_assert(kParts * kPartCols == kOutputCols);
+  static constexpr int kLeftParts = 2;
+  static constexpr int kRightParts = kHeadDimV / kPartCols - kLeftParts;
+  static_assert((kLeftParts + kRightParts) * kPartCols == kHeadDimV && kRightParts >= 1 && kRightParts <= kLeftParts);
   static constexpr int kKeyTiles = kTileN / 8;
   using PLayout = TileLayout<Element, kTileN>;
 
@@ -89,12 +90,13 @@ struct WideTraits : WideShape<Element_, kHeadDim_, kHeadDimV_, kTileM_, kTileN_>
   using Shape = WideShape<Element_, kHeadDim_, kHeadDimV_, kTileM_, kTileN_>;
   using Element = Element_;
   static constexpr bool kWithQv = false;
+  static constexpr int kStages = kHeadDim_ > 384 ? 11 : 12;
   using KRing = StageRing<0, 6>;
-  using VRing = StageRing<6, 5>;
-  static constexpr int kStages = 11;
+  using VRing = StageRing<6, kStages - 6>;
   static constexpr int kKChunk = Shape::kScoreCols;
   static constexpr int kKChunks = kHeadDim_ / kKChunk;
-  static constexpr int kVKeys = Shape::kStageBytes / (kHeadDimV_ * static_cast<int>(sizeof(Element)));  // of a stage
+  static constexpr int kVKeys =
+      Shape::kStageBytes / (kHeadDimV_ * static_cast<int>(sizeof(Element))) / 16 * 16;  // of a stage
   static constexpr int kVChunks = kTileN_ / kVKeys;
   using KLayout = typename Shape::ScoreLayout;
   using VLayout = TileLayout<Element, kHeadDimV_>;
@@ -132,7 +134,8 @@ struct AbsorbedTraits : WideShape<Element_, kHeadDim_, kHeadDimV_, kTileM_, kTil
   using KLayout = TileLayout<Element, kHeadDim_>;
   using VLayout = typename Shape::ScoreLayout;
   static_assert(KLayout::kRowBytes == 128 && kVChunks * Shape::kScoreCols == kHeadDimV_);
-  static_assert(Shape::kPartCols == Shape::kScoreCols && kVChunks == 2 * Shape::kParts);
+  static_assert(Shape::kPartCols == Shape::kScoreCols && Shape::kLeftParts == 2 && Shape::kRightParts == 2 &&
+                kVChunks == 4);
   static_assert(kStages >= 2 * kVChunks, "S of a block is complete before O reads V of the block above");
 
   static constexpr int kScoreChunks = kVChunks;

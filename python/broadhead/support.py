@@ -242,6 +242,7 @@ def _sm90_rows() -> tuple[KernelRow, ...]:
         ("d192", 192, 192, HopperTile(128, 112, 2, 1)),
         ("d64_v256", 64, 256, HopperTile(128, 80, 2, 1)),
         ("d256", 256, 256, HopperTile(128, 80, 2, 1)),
+        ("d384", 384, 384, WideTile(64, 64, 256)),
         ("d512", 512, 512, WideTile(64, 64, 256)),
     )
     rows = [_sm90_row(name, dtype, d, dv, tile) for name, d, dv, tile in shapes for dtype in DTYPES]
