@@ -97,12 +97,11 @@ BROADHEAD_DEVICE void scale_rows(float (&o)[kTiles][4], float first, float secon
   }
 }
 
-// Writes 8 * kTiles columns from `col0` on of this lane's two rows, times `inverse`. Lanes of a quad first exchange
-// words, so that each stores 16 bytes of a row; shared memory stays free for the next tile.
+// Writes 8 * kTiles columns from `col0` on of this lane's two finished rows. Lanes of a quad first exchange words, so
+// that each stores 16 bytes of a row; shared memory stays free for the next tile.
 template <class Element, int kTiles>
-BROADHEAD_DEVICE void write_output(const KernelArgs& args, const SeqlenInfo& seqlen, const RowPlace (&rows)[2],
-                                   const float (&o)[kTiles][4], const float (&inverse)[2], int col0) {
-  const AttnParams& params = args.params;
+BROADHEAD_DEVICE void write_output(const AttnParams& params, const SeqlenInfo& seqlen, const RowPlace (&rows)[2],
+                                   const float (&o)[kTiles][4], int col0) {
   const int lane = threadIdx.x % 32;
   const int quad = lane % 4;
   static_assert(kTiles % 4 == 0);
@@ -114,9 +113,7 @@ BROADHEAD_DEVICE void write_output(const KernelArgs& args, const SeqlenInfo& seq
     for (int t = 0; t < kTiles; t += 4) {
       std::uint32_t w[4];
       BROADHEAD_UNROLL
-      for (int u = 0; u < 4; ++u) {
-        w[u] = pack_pair<Element>(o[t + u][2 * i] * inverse[i], o[t + u][2 * i + 1] * inverse[i]);
-      }
+      for (int u = 0; u < 4; ++u) w[u] = pack_pair<Element>(o[t + u][2 * i], o[t + u][2 * i + 1]);
       // A 4 x 4 transposition over the quad: afterwards lane q holds the four words of tile t + q.
       const bool odd = quad & 1;
       const bool upper = quad & 2;
@@ -133,24 +130,46 @@ BROADHEAD_DEVICE void write_output(const KernelArgs& args, const SeqlenInfo& seq
   }
 }
 
-// The same into the partial output of a share; a row without visible keys is told by its LSE alone.
+// The same into the partial output of a share.
 template <int kTiles>
-BROADHEAD_DEVICE void write_partial(const KernelArgs& args, const SeqlenInfo& seqlen, const RowPlace (&rows)[2],
-                                    const float (&o)[kTiles][4], const float (&inverse)[2], int col0, int split) {
+BROADHEAD_DEVICE void write_partial(const AttnParams& params, const SeqlenInfo& seqlen, const RowPlace (&rows)[2],
+                                    const float (&o)[kTiles][4], int col0, int split) {
   const int lane = threadIdx.x % 32;
   BROADHEAD_UNROLL
   for (int i = 0; i < 2; ++i) {
-    if (!rows[i].live || inverse[i] == 0.f) continue;
-    float* target = partial_row(args.params, seqlen, rows[i], split);
+    if (!rows[i].live) continue;
+    float* target = partial_row(params, seqlen, rows[i], split);
     BROADHEAD_UNROLL
     for (int t = 0; t < kTiles; ++t) {
       const int column = col0 + t * 8 + lane % 4 * 2;
-      if (column < args.params.head_dim_v) {
-        *reinterpret_cast<float2*>(target + column) =
-            make_float2(o[t][2 * i] * inverse[i], o[t][2 * i + 1] * inverse[i]);
+      if (column < params.head_dim_v) {
+        *reinterpret_cast<float2*>(target + column) = make_float2(o[t][2 * i], o[t][2 * i + 1]);
       }
     }
   }
+}
+
+// `split` < 0: the final output.
+template <class Element, int kTiles>
+BROADHEAD_DEVICE void write_rows(const AttnParams& params, const SeqlenInfo& seqlen, const RowPlace (&rows)[2],
+                                 const float (&o)[kTiles][4], int col0, int split) {
+  if (split < 0) {
+    write_output<Element>(params, seqlen, rows, o, col0);
+  } else {
+    write_partial(params, seqlen, rows, o, col0, split);
+  }
+}
+
+// Where this lane's two rows go: `row` of the tile and the one eight below.
+BROADHEAD_DEVICE void place_rows(RowPlace (&rows)[2], const OutputRows& output, int row) {
+  rows[0] = place_row(output, row);
+  rows[1] = place_row(output, row + 8);
+}
+
+// Rows of a share without visible keys are told by their LSE alone.
+BROADHEAD_DEVICE void drop_empty(RowPlace (&rows)[2], const float (&inverse)[2], int split) {
+  BROADHEAD_UNROLL
+  for (int i = 0; i < 2; ++i) rows[i].live = rows[i].live && (split < 0 || inverse[i] != 0.f);
 }
 
 }  // namespace broadhead::sm90

@@ -52,28 +52,26 @@ struct Consumer final : ConsumerBase<Traits> {
   }
 
   // P of the block from S. True when O must be multiplied by `factor` before this block's P V is added.
+  template <bool kPlain>
   BROADHEAD_DEVICE bool exponentiate(P& p, const TileState<Element>& state, const BlockKinds& kinds, int block,
                                      float (&factor)[2], bool first) {
-    if (!kinds.plain(block)) finish_scores(s, state, block * Traits::kTileN, warp_row());
+    if (!kPlain && !kinds.plain(block)) finish_scores(s, state, block * Traits::kTileN, warp_row());
     return softmax.template compute_p<Element>(p, s, kinds.scale_log2, factor, first);
   }
 
-  BROADHEAD_DEVICE void run_tile(const TileState<Element>& state) {
-    softmax = Softmax();
-    BROADHEAD_UNROLL
-    for (int t = 0; t < Traits::kOTiles; ++t) o[t][0] = o[t][1] = o[t][2] = o[t][3] = 0.f;
-    const BlockRange range = state.range;
-    if (range.begin >= range.end) return;
+  // Q and K of a tile's first block.
+  BROADHEAD_DEVICE void wait_first() {
     barrier_wait(smem.q_full, q_parity);
     q_parity ^= 1;
-    run_blocks(state, range);
+    wait_full(smem.k_full[ring.stage()], ring.parity());
   }
 
   // S of `block` and O += P V of the block before it, whose P is `p`; leaves P of `block` in `next_p`. `last`: of the
-  // tile.
+  // tile. kPlain: neither of the two needs a mask, and it is not the last; the code of most blocks stays in one piece.
+  template <bool kPlain>
   BROADHEAD_DEVICE void step(P& p, P& next_p, const TileState<Element>& state, const BlockKinds& kinds, int block,
                              bool last) {
-    prepare_v(state, kinds, block + 1);
+    if constexpr (!kPlain) prepare_v(state, kinds, block + 1);
     wait_full(smem.k_full[ring.stage()], ring.parity());
     wait_turn();
     Base::issue_qk(ring.stage());
@@ -83,14 +81,14 @@ struct Consumer final : ConsumerBase<Traits> {
     wgmma_wait<1>();
     fence_registers(s[0]);
     release(smem.k_empty[ring.stage()]);
-    if (last) release(smem.q_empty);
+    if (!kPlain && last) release(smem.q_empty);
     ring.advance();
     float factor[2];
     bool raised;
     if constexpr (Traits::kTwoP) {
-      raised = exponentiate(next_p, state, kinds, block, factor, false);
+      raised = exponentiate<kPlain>(next_p, state, kinds, block, factor, false);
     } else {
-      if (!kinds.plain(block)) finish_scores(s, state, block * Traits::kTileN, warp_row());
+      if (!kPlain && !kinds.plain(block)) finish_scores(s, state, block * Traits::kTileN, warp_row());
       float found[2];
       softmax.block_max(s, found);
       raised = softmax.raise(found, kinds.scale_log2, factor);
@@ -134,32 +132,44 @@ struct Consumer final : ConsumerBase<Traits> {
     release(smem.v_empty[ring.stage(1)]);
   }
 
-  BROADHEAD_DEVICE void run_blocks(const TileState<Element>& state, BlockRange range) {
-    const BlockKinds kinds(state, Traits::kTileN);
-    P even_p, odd_p;  // of every other block: one is read by wgmma while the other is computed
-    float factor[2];
-    int block = range.end - 1;
-    wait_full(smem.k_full[ring.stage()], ring.parity());
-    wait_turn();
-    Base::issue_qk(ring.stage());
-    pass_turn();
-    wgmma_wait<0>();
-    fence_registers(s[0]);
+  // The tile's first block: S is in flight, P comes into even_p.
+  BROADHEAD_DEVICE void first_block(P& even_p, const TileState<Element>& state) {
+    const BlockRange range = state.range;
     release(smem.k_empty[ring.stage()]);
-    if (block == range.begin) release(smem.q_empty);
+    if (range.begin == range.end - 1) release(smem.q_empty);
     ring.advance();
-    exponentiate(even_p, state, kinds, block, factor, true);
+    float factor[2];
+    exponentiate<false>(even_p, state, BlockKinds(state, Traits::kTileN), range.end - 1, factor, true);
+  }
+
+  // The blocks after the first.
+  BROADHEAD_DEVICE void run_blocks(P& even_p, P& odd_p, const TileState<Element>& state) {
+    const BlockRange range = state.range;
+    const BlockKinds kinds(state, Traits::kTileN);
+    int block = range.end - 2;
+    // Blocks of this range that step<true> may do: the one above must be plain, too.
+    const int plain_begin = max_int(range.begin + 1, kinds.plain_begin);
+    const int plain_end = kinds.plain_end - 1;
     if constexpr (!Traits::kTwoP) {
-      for (block -= 1; block >= range.begin; --block) {
-        step(even_p, even_p, state, kinds, block, block == range.begin);
+      while (block >= range.begin) {
+        if (block < plain_end) {
+          for (; block >= plain_begin; --block) step<true>(even_p, even_p, state, kinds, block, false);
+        }
+        step<false>(even_p, even_p, state, kinds, block, block == range.begin);
+        --block;
       }
       last_pv(even_p, state, kinds, range.begin);
     } else {
-      for (block -= 1; block > range.begin; block -= 2) {
-        step(even_p, odd_p, state, kinds, block, false);
-        step(odd_p, even_p, state, kinds, block - 1, block - 1 == range.begin);
+      for (; block > range.begin; block -= 2) {
+        if (block < plain_end && block > plain_begin) {
+          step<true>(even_p, odd_p, state, kinds, block, false);
+          step<true>(odd_p, even_p, state, kinds, block - 1, false);
+        } else {
+          step<false>(even_p, odd_p, state, kinds, block, false);
+          step<false>(odd_p, even_p, state, kinds, block - 1, block - 1 == range.begin);
+        }
       }
-      if (block == range.begin) step(even_p, odd_p, state, kinds, block, true);
+      if (block == range.begin) step<false>(even_p, odd_p, state, kinds, block, true);
       if (block == range.begin) {
         last_pv(odd_p, state, kinds, range.begin);
       } else {
@@ -168,26 +178,67 @@ struct Consumer final : ConsumerBase<Traits> {
     }
   }
 
-  BROADHEAD_DEVICE void write_tile(const TileState<Element>& state, int split) {
-    const SeqlenInfo seqlen = state.seqlen;
-    const ScoreScale& scale = state.scale;
+  // All tiles. The first S of a tile is in flight while the output of the one before is written.
+  BROADHEAD_DEVICE void run() {
+    // The first warpgroup has the first turn.
+    if (Traits::kTurns && warpgroup == Traits::kConsumers - 1) named_barrier_arrive(kTurnBarrier, 256);
+    P even_p, odd_p;  // of every other block: one is read by wgmma while the other is computed
+    SlotState slot;
+    RowPlace rows[2];     // of the tile before
+    bool writes = false;  // there is one
+    while (true) {
+      barrier_wait(smem.tile_full[slot.stage()], slot.parity());
+      const auto& tile = smem.tiles[slot.stage()];
+      const bool valid = tile.valid;
+      const bool has_keys = valid && tile.state.range.begin < tile.state.range.end;
+      if (has_keys) {
+        wait_first();
+        wait_turn();
+        Base::issue_qk(ring.stage());
+        pass_turn();
+        if (writes) write_tile(slot, rows);
+        wgmma_wait<0>();
+        fence_registers(s[0]);
+        softmax = Softmax();
+        first_block(even_p, tile.state);
+      } else {
+        if (writes) write_tile(slot, rows);
+        softmax = Softmax();
+      }
+      if (!valid) break;
+      clear_registers(o);
+      if (has_keys) run_blocks(even_p, odd_p, tile.state);
+      finish_tile(tile.state, tile.split, rows);
+      slot.forget();
+      slot.advance();
+      writes = true;
+    }
+  }
+
+  // Normalises O and writes the LSE. (ptxas lets wgmma be in flight while O is written only when O did not come
+  // straight from wgmma.)
+  BROADHEAD_DEVICE void finish_tile(const TileState<Element>& state, int split, RowPlace (&rows)[2]) {
     const int thread = fresh_thread();
-    const int row0 = (thread / 32 - 4) * 16 + thread % 32 / 4;
-    const RowPlace rows[2] = {place_row(state.output, row0), place_row(state.output, row0 + 8)};
+    place_rows(rows, state.output, (thread / 32 - 4) * 16 + thread % 32 / 4);
     softmax.reduce_sum();
     float inverse[2];
     BROADHEAD_UNROLL
     for (int i = 0; i < 2; ++i) {
       const RowResult result =
-          finish_row<Element>(args.params, rows[i], {softmax.row_max[i], softmax.row_sum[i]}, scale, split);
+          finish_row<Element>(args.params, rows[i], {softmax.row_max[i], softmax.row_sum[i]}, state.scale, split);
       inverse[i] = result.inverse;
-      if (thread % 4 == 0) write_lse(args.params, seqlen, rows[i], result.lse, split);
+      if (thread % 4 == 0) write_lse(args.params, state.seqlen, rows[i], result.lse, split);
     }
-    if (split < 0) {
-      write_output<Element>(args, seqlen, rows, o, inverse, 0);
-    } else {
-      write_partial(args, seqlen, rows, o, inverse, 0, split);
-    }
+    drop_empty(rows, inverse, split);
+    scale_rows(o, inverse[0], inverse[1]);
+  }
+
+  // The output of the tile before `slot`.
+  BROADHEAD_DEVICE void write_tile(const SlotState& slot, const RowPlace (&rows)[2]) {
+    const auto& tile = smem.tiles[slot.stage(1)];
+    write_rows<Element>(args.params, tile.state.seqlen, rows, o, 0, tile.split);
+    __syncwarp();
+    release(smem.tile_empty[slot.stage(1)]);
   }
 };
 

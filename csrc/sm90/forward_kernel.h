@@ -45,8 +45,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) forward_kernel(const __gr
     }
   } else {
     take_registers<Traits::kConsumerRegisters>();
-    Consumer<Traits> consumer(args, smem);
-    consume_tiles(consumer);
+    Consumer<Traits>(args, smem).run();
   }
 }
 

@@ -119,8 +119,8 @@ struct Fp8Consumer final : ConsumerBase<Traits> {
 
   BROADHEAD_DEVICE void write_tile(const TileState<Element>& state, int split) {
     const int thread = fresh_thread();
-    const int row0 = (thread / 32 - 4) * 16 + thread % 32 / 4;
-    const RowPlace rows[2] = {place_row(state.output, row0), place_row(state.output, row0 + 8)};
+    RowPlace rows[2];
+    place_rows(rows, state.output, (thread / 32 - 4) * 16 + thread % 32 / 4);
     softmax.reduce_sum();
     constexpr float kUnit = 1.f / 64.f;  // 2^-Softmax::kShift: P was that much larger
     float inverse[2];
@@ -131,14 +131,11 @@ struct Fp8Consumer final : ConsumerBase<Traits> {
       inverse[i] = result.inverse * (kUnit * state.scale.v_factor);
       if (thread % 4 == 0) write_lse(args.params, state.seqlen, rows[i], result.lse, split);
     }
+    drop_empty(rows, inverse, split);
     BROADHEAD_UNROLL
     for (int part = 0; part < Traits::kParts; ++part) {
-      const int column = part * Traits::kPartCols;
-      if (split < 0) {
-        write_output<OutElement>(args, state.seqlen, rows, o[part], inverse, column);
-      } else {
-        write_partial(args, state.seqlen, rows, o[part], inverse, column, split);
-      }
+      scale_rows(o[part], inverse[0], inverse[1]);
+      write_rows<OutElement>(args.params, state.seqlen, rows, o[part], part * Traits::kPartCols, split);
     }
   }
 };

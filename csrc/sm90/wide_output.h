@@ -130,16 +130,14 @@ struct OutputWarpgroup {
     __syncwarp();
     if (leader()) barrier_arrive(smem.inverse_empty[inverse_slot.stage()]);
     inverse_slot.advance();
-    const int row0 = warp_row + lane / 4;
-    const RowPlace rows[2] = {place_row(state.output, row0), place_row(state.output, row0 + 8)};
+    RowPlace rows[2];
+    place_rows(rows, state.output, warp_row + lane / 4);
+    drop_empty(rows, inverse, split);
     BROADHEAD_UNROLL
     for (int part = 0; part < kParts; ++part) {
       const int col0 = half * (Traits::kLeftParts * Traits::kPartCols) + part * Traits::kPartCols;
-      if (split < 0) {
-        write_output<Element>(args, state.seqlen, rows, o[part], inverse, col0);
-      } else {
-        write_partial(args, state.seqlen, rows, o[part], inverse, col0, split);
-      }
+      scale_rows(o[part], inverse[0], inverse[1]);
+      write_rows<Element>(args.params, state.seqlen, rows, o[part], col0, split);
     }
   }
 
