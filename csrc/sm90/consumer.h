@@ -21,19 +21,19 @@ struct BlockKinds {
   int plain_end;
   float scale_log2;
 
-  template <class Element>
-  BROADHEAD_DEVICE BlockKinds(const TileState<Element>& state, int keys)
-      : plain_begin(ceil_div(state.unmasked.begin, keys)),
-        plain_end(state.scale.transform ? 0 : state.unmasked.end / keys),
-        scale_log2(state.scale.scale_log2) {}
+  // `unmasked`: keys that all rows concerned see.
+  BROADHEAD_DEVICE BlockKinds(const KeyInterval& unmasked, const ScoreScale& scale, int keys)
+      : plain_begin(ceil_div(unmasked.begin, keys)),
+        plain_end(scale.transform ? 0 : unmasked.end / keys),
+        scale_log2(scale.scale_log2) {}
 
   BROADHEAD_DEVICE bool plain(int block) const { return block >= plain_begin && block < plain_end; }
 };
 
 // Scale, softcap and mask of a block's raw scores. `warp_row`: the warp's first row in the tile.
 template <int kKeyTiles, class Element>
-BROADHEAD_DEVICE void finish_scores(float (&s)[1][kKeyTiles][4], const TileState<Element>& state, int key0,
-                                    int warp_row) {
+BROADHEAD_DEVICE void finish_scores(float (&s)[1][kKeyTiles][4], const TileState<Element>& state,
+                                    const KeyInterval& unmasked, int key0, int warp_row) {
   const ScoreScale& scale = state.scale;
   if (scale.transform) {
     BROADHEAD_UNROLL
@@ -42,14 +42,18 @@ BROADHEAD_DEVICE void finish_scores(float (&s)[1][kKeyTiles][4], const TileState
       for (int c = 0; c < 4; ++c) s[0][n][c] = scale.apply(s[0][n][c]);
     }
   }
-  if (key0 < state.unmasked.begin || key0 + 8 * kKeyTiles > state.unmasked.end) {
-    apply_mask(s, state.mask, state.unmasked, state.output.rows, warp_row, key0, threadIdx.x % 32);
+  if (key0 < unmasked.begin || key0 + 8 * kKeyTiles > unmasked.end) {
+    apply_mask(s, state.mask, unmasked, state.output.rows, warp_row, key0, threadIdx.x % 32);
   }
 }
 
+// True for every block that some rows of the tile see whole.
 template <class Element>
 BROADHEAD_DEVICE bool all_live(const KvSource<Element>& source, int key0, int keys) {
-  return (key0 >= source.live.begin && key0 + keys <= source.live.end) || key0 + keys <= source.prefix_len;
+  const int prefix_len = source.prefix_len;
+  const bool joined = source.live.begin <= prefix_len;  // the prefix and the interval are one
+  return key0 + keys <= prefix_len ||
+         (key0 >= (joined ? 0 : source.live.begin) && key0 + keys <= max_int(source.live.end, joined ? prefix_len : 0));
 }
 
 // Who clears what of a stage: warp `warp` of `warps`, 16-byte parts [first_part, first_part + parts) of a row.
@@ -167,9 +171,10 @@ BROADHEAD_DEVICE void place_rows(RowPlace (&rows)[2], const OutputRows& output, 
 }
 
 // Rows of a share without visible keys are told by their LSE alone.
-BROADHEAD_DEVICE void drop_empty(RowPlace (&rows)[2], const float (&inverse)[2], int split) {
-  BROADHEAD_UNROLL
-  for (int i = 0; i < 2; ++i) rows[i].live = rows[i].live && (split < 0 || inverse[i] != 0.f);
+BROADHEAD_DEVICE void drop_empty(RowPlace (&rows)[2], bool first_empty, bool second_empty, int split) {
+  if (split < 0) return;
+  rows[0].live = rows[0].live && !first_empty;
+  rows[1].live = rows[1].live && !second_empty;
 }
 
 }  // namespace broadhead::sm90

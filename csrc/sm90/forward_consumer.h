@@ -16,6 +16,7 @@ struct Consumer final : ConsumerBase<Traits> {
   using Base::args, Base::leader, Base::pass_turn, Base::q_parity, Base::release, Base::ring, Base::s, Base::smem;
   using Base::wait_full, Base::wait_turn, Base::warp_row, Base::warpgroup;
   using Softmax = LazySoftmax;
+  using Slot = TileSlot<Element>;
   using P = Probabilities<Element, Traits::kKeyTiles>;  // A operand of P V
 
   float o[Traits::kOTiles][4];
@@ -41,9 +42,9 @@ struct Consumer final : ConsumerBase<Traits> {
   BROADHEAD_DEVICE void wait_v() { wait_full(smem.v_full[ring.stage(1)], ring.parity(1)); }
 
   // Clears what no query sees of that V, together with the other warpgroups: not in a turn, they may wait for it.
-  BROADHEAD_DEVICE void prepare_v(const TileState<Element>& state, const BlockKinds& kinds, int block) {
+  BROADHEAD_DEVICE void prepare_v(const TileState<Element>& state, int block) {
     const int key0 = block * Traits::kTileN;
-    if (kinds.plain(block) || all_live(state.source, key0, Traits::kTileN)) return;
+    if (all_live(state.source, key0, Traits::kTileN)) return;
     wait_v();
     const ClearShare share{static_cast<int>(threadIdx.x) / 32 - 4, Traits::kConsumerWarps, 0, VLayout::kBytes / 16};
     clear_dead_rows<VLayout>(state.source, reinterpret_cast<char*>(smem.v[ring.stage(1)]), key0, Traits::kTileN, share);
@@ -51,11 +52,17 @@ struct Consumer final : ConsumerBase<Traits> {
     named_barrier_sync(kClearBarrier, 32 * Traits::kConsumerWarps);
   }
 
+  BROADHEAD_DEVICE const RowsKeys& own_keys(const Slot& tile) const { return tile.rows_keys[warpgroup]; }
+
+  BROADHEAD_DEVICE void mask_scores(const Slot& tile, int block) {
+    finish_scores(s, tile.state, own_keys(tile).unmasked, block * Traits::kTileN, warp_row());
+  }
+
   // P of the block from S. True when O must be multiplied by `factor` before this block's P V is added.
   template <bool kPlain>
-  BROADHEAD_DEVICE bool exponentiate(P& p, const TileState<Element>& state, const BlockKinds& kinds, int block,
-                                     float (&factor)[2], bool first) {
-    if (!kPlain && !kinds.plain(block)) finish_scores(s, state, block * Traits::kTileN, warp_row());
+  BROADHEAD_DEVICE bool exponentiate(P& p, const Slot& tile, const BlockKinds& kinds, int block, float (&factor)[2],
+                                     bool first) {
+    if (!kPlain && !kinds.plain(block)) mask_scores(tile, block);
     return softmax.template compute_p<Element>(p, s, kinds.scale_log2, factor, first);
   }
 
@@ -69,9 +76,8 @@ struct Consumer final : ConsumerBase<Traits> {
   // S of `block` and O += P V of the block before it, whose P is `p`; leaves P of `block` in `next_p`. `last`: of the
   // tile. kPlain: neither of the two needs a mask, and it is not the last; the code of most blocks stays in one piece.
   template <bool kPlain>
-  BROADHEAD_DEVICE void step(P& p, P& next_p, const TileState<Element>& state, const BlockKinds& kinds, int block,
-                             bool last) {
-    if constexpr (!kPlain) prepare_v(state, kinds, block + 1);
+  BROADHEAD_DEVICE void step(P& p, P& next_p, const Slot& tile, const BlockKinds& kinds, int block, bool last) {
+    if (!kPlain && !kinds.plain(block + 1)) prepare_v(tile.state, block + 1);
     wait_full(smem.k_full[ring.stage()], ring.parity());
     wait_turn();
     Base::issue_qk(ring.stage());
@@ -86,9 +92,9 @@ struct Consumer final : ConsumerBase<Traits> {
     float factor[2];
     bool raised;
     if constexpr (Traits::kTwoP) {
-      raised = exponentiate<kPlain>(next_p, state, kinds, block, factor, false);
+      raised = exponentiate<kPlain>(next_p, tile, kinds, block, factor, false);
     } else {
-      if (!kPlain && !kinds.plain(block)) finish_scores(s, state, block * Traits::kTileN, warp_row());
+      if (!kPlain && !kinds.plain(block)) mask_scores(tile, block);
       float found[2];
       softmax.block_max(s, found);
       raised = softmax.raise(found, kinds.scale_log2, factor);
@@ -123,8 +129,8 @@ struct Consumer final : ConsumerBase<Traits> {
     }
   }
 
-  BROADHEAD_DEVICE void last_pv(P& p, const TileState<Element>& state, const BlockKinds& kinds, int block) {
-    prepare_v(state, kinds, block);
+  BROADHEAD_DEVICE void last_pv(P& p, const Slot& tile, const BlockKinds& kinds, int block) {
+    if (!kinds.plain(block)) prepare_v(tile.state, block);
     wait_v();
     issue_pv(p, ring.stage(1));
     wgmma_wait<0>();
@@ -132,20 +138,24 @@ struct Consumer final : ConsumerBase<Traits> {
     release(smem.v_empty[ring.stage(1)]);
   }
 
-  // The tile's first block: S is in flight, P comes into even_p.
-  BROADHEAD_DEVICE void first_block(P& even_p, const TileState<Element>& state) {
-    const BlockRange range = state.range;
+  // The first of the warpgroup's blocks, whose S is ready; P comes into even_p.
+  BROADHEAD_DEVICE void first_block(P& even_p, const Slot& tile) {
+    const RowsKeys& keys = own_keys(tile);
+    const BlockRange range = keys.range;
+    if (range.end < tile.state.range.end) skip_v(tile.state, range.end);
     release(smem.k_empty[ring.stage()]);
     if (range.begin == range.end - 1) release(smem.q_empty);
     ring.advance();
     float factor[2];
-    exponentiate<false>(even_p, state, BlockKinds(state, Traits::kTileN), range.end - 1, factor, true);
+    const BlockKinds kinds(keys.unmasked, tile.state.scale, Traits::kTileN);
+    exponentiate<false>(even_p, tile, kinds, range.end - 1, factor, true);
   }
 
   // The blocks after the first.
-  BROADHEAD_DEVICE void run_blocks(P& even_p, P& odd_p, const TileState<Element>& state) {
-    const BlockRange range = state.range;
-    const BlockKinds kinds(state, Traits::kTileN);
+  BROADHEAD_DEVICE void run_blocks(P& even_p, P& odd_p, const Slot& tile) {
+    const RowsKeys& keys = own_keys(tile);
+    const BlockRange range = keys.range;
+    const BlockKinds kinds(keys.unmasked, tile.state.scale, Traits::kTileN);
     int block = range.end - 2;
     // Blocks of this range that step<true> may do: the one above must be plain, too.
     const int plain_begin = max_int(range.begin + 1, kinds.plain_begin);
@@ -153,29 +163,57 @@ struct Consumer final : ConsumerBase<Traits> {
     if constexpr (!Traits::kTwoP) {
       while (block >= range.begin) {
         if (block < plain_end) {
-          for (; block >= plain_begin; --block) step<true>(even_p, even_p, state, kinds, block, false);
+          for (; block >= plain_begin; --block) step<true>(even_p, even_p, tile, kinds, block, false);
         }
-        step<false>(even_p, even_p, state, kinds, block, block == range.begin);
+        step<false>(even_p, even_p, tile, kinds, block, block == range.begin);
         --block;
       }
-      last_pv(even_p, state, kinds, range.begin);
+      last_pv(even_p, tile, kinds, range.begin);
     } else {
       for (; block > range.begin; block -= 2) {
         if (block < plain_end && block > plain_begin) {
-          step<true>(even_p, odd_p, state, kinds, block, false);
-          step<true>(odd_p, even_p, state, kinds, block - 1, false);
+          step<true>(even_p, odd_p, tile, kinds, block, false);
+          step<true>(odd_p, even_p, tile, kinds, block - 1, false);
         } else {
-          step<false>(even_p, odd_p, state, kinds, block, false);
-          step<false>(odd_p, even_p, state, kinds, block - 1, block - 1 == range.begin);
+          step<false>(even_p, odd_p, tile, kinds, block, false);
+          step<false>(odd_p, even_p, tile, kinds, block - 1, block - 1 == range.begin);
         }
       }
-      if (block == range.begin) step<false>(even_p, odd_p, state, kinds, block, true);
+      if (block == range.begin) step<false>(even_p, odd_p, tile, kinds, block, true);
       if (block == range.begin) {
-        last_pv(odd_p, state, kinds, range.begin);
+        last_pv(odd_p, tile, kinds, range.begin);
       } else {
-        last_pv(even_p, state, kinds, range.begin);
+        last_pv(even_p, tile, kinds, range.begin);
       }
     }
+  }
+
+  // Stages whose keys none of the warpgroup's rows sees are freed unread, in turn.
+  BROADHEAD_DEVICE void skip_k() {
+    wait_full(smem.k_full[ring.stage()], ring.parity());
+    wait_turn();
+    pass_turn();
+    release(smem.k_empty[ring.stage()]);
+    ring.advance();
+  }
+
+  BROADHEAD_DEVICE void skip_v(const TileState<Element>& state, int block) {
+    prepare_v(state, block);
+    wait_v();
+    release(smem.v_empty[ring.stage(1)]);
+  }
+
+  // The blocks above `own`. V of the last one, which comes late, is left to first_block.
+  BROADHEAD_DEVICE void skip_above(const Slot& tile, BlockRange range, BlockRange own) {
+    const bool has_keys = own.begin < own.end;
+    for (int block = range.end - 1; block >= (has_keys ? own.end : range.begin); --block) {
+      skip_k();
+      if (!has_keys || block > own.end) skip_v(tile.state, block);
+    }
+    if (has_keys || range.begin >= range.end) return;
+    barrier_wait(smem.q_full, q_parity);
+    q_parity ^= 1;
+    release(smem.q_empty);
   }
 
   // All tiles. The first S of a tile is in flight while the output of the one before is written.
@@ -184,13 +222,16 @@ struct Consumer final : ConsumerBase<Traits> {
     if (Traits::kTurns && warpgroup == Traits::kConsumers - 1) named_barrier_arrive(kTurnBarrier, 256);
     P even_p, odd_p;  // of every other block: one is read by wgmma while the other is computed
     SlotState slot;
-    RowPlace rows[2];     // of the tile before
+    FinishedRows rows;    // of the tile before
     bool writes = false;  // there is one
     while (true) {
       barrier_wait(smem.tile_full[slot.stage()], slot.parity());
-      const auto& tile = smem.tiles[slot.stage()];
+      const Slot& tile = smem.tiles[slot.stage()];
       const bool valid = tile.valid;
-      const bool has_keys = valid && tile.state.range.begin < tile.state.range.end;
+      const BlockRange range = valid ? tile.state.range : BlockRange{0, 0};
+      const BlockRange own = valid ? own_keys(tile).range : BlockRange{0, 0};
+      const bool has_keys = own.begin < own.end;
+      skip_above(tile, range, own);
       if (has_keys) {
         wait_first();
         wait_turn();
@@ -200,43 +241,58 @@ struct Consumer final : ConsumerBase<Traits> {
         wgmma_wait<0>();
         fence_registers(s[0]);
         softmax = Softmax();
-        first_block(even_p, tile.state);
+        first_block(even_p, tile);
       } else {
         if (writes) write_tile(slot, rows);
         softmax = Softmax();
       }
       if (!valid) break;
       clear_registers(o);
-      if (has_keys) run_blocks(even_p, odd_p, tile.state);
-      finish_tile(tile.state, tile.split, rows);
+      if (has_keys) {
+        run_blocks(even_p, odd_p, tile);
+        for (int block = own.begin - 1; block >= range.begin; --block) {
+          skip_k();
+          skip_v(tile.state, block);
+        }
+      }
+      finish_tile(tile, rows);
       slot.forget();
       slot.advance();
       writes = true;
     }
   }
 
-  // Normalises O and writes the LSE. (ptxas lets wgmma be in flight while O is written only when O did not come
-  // straight from wgmma.)
-  BROADHEAD_DEVICE void finish_tile(const TileState<Element>& state, int split, RowPlace (&rows)[2]) {
+  // What is left of a tile when O is normalised.
+  struct FinishedRows {
+    RowPlace places[2];
+    float lse[2];
+  };
+
+  // Normalises O. (ptxas lets wgmma be in flight while O is written only when O did not come straight from wgmma.)
+  BROADHEAD_DEVICE void finish_tile(const Slot& tile, FinishedRows& rows) {
     const int thread = fresh_thread();
-    place_rows(rows, state.output, (thread / 32 - 4) * 16 + thread % 32 / 4);
+    place_rows(rows.places, tile.state.output, (thread / 32 - 4) * 16 + thread % 32 / 4);
     softmax.reduce_sum();
     float inverse[2];
     BROADHEAD_UNROLL
     for (int i = 0; i < 2; ++i) {
-      const RowResult result =
-          finish_row<Element>(args.params, rows[i], {softmax.row_max[i], softmax.row_sum[i]}, state.scale, split);
+      const RowResult result = finish_row<Element>(
+          args.params, rows.places[i], {softmax.row_max[i], softmax.row_sum[i]}, tile.state.scale, tile.split);
       inverse[i] = result.inverse;
-      if (thread % 4 == 0) write_lse(args.params, state.seqlen, rows[i], result.lse, split);
+      rows.lse[i] = result.lse;
     }
-    drop_empty(rows, inverse, split);
     scale_rows(o, inverse[0], inverse[1]);
   }
 
   // The output of the tile before `slot`.
-  BROADHEAD_DEVICE void write_tile(const SlotState& slot, const RowPlace (&rows)[2]) {
-    const auto& tile = smem.tiles[slot.stage(1)];
-    write_rows<Element>(args.params, tile.state.seqlen, rows, o, 0, tile.split);
+  BROADHEAD_DEVICE void write_tile(const SlotState& slot, FinishedRows& rows) {
+    const Slot& tile = smem.tiles[slot.stage(1)];
+    BROADHEAD_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      if (fresh_thread() % 4 == 0) write_lse(args.params, tile.state.seqlen, rows.places[i], rows.lse[i], tile.split);
+    }
+    drop_empty(rows.places, rows.lse[0] == -INFINITY, rows.lse[1] == -INFINITY, tile.split);
+    write_rows<Element>(args.params, tile.state.seqlen, rows.places, o, 0, tile.split);
     __syncwarp();
     release(smem.tile_empty[slot.stage(1)]);
   }

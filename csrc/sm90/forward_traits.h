@@ -58,6 +58,7 @@ struct ForwardTraits {
   static constexpr int kCluster = 1;
 
   static constexpr int kConsumers = kTileM / 64;  // warpgroups of 64 rows
+  static constexpr bool kOwnRows = true;          // which skip the blocks that none of theirs sees
   static constexpr int kConsumerWarps = 4 * kConsumers;
   static constexpr int kThreads = 128 * (kConsumers + 1);
   // Of a thread. Their sum over the warpgroups must not exceed what the block got at launch: 504 for three warpgroups

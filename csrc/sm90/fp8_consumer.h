@@ -52,7 +52,7 @@ struct Fp8Consumer final : ConsumerBase<Traits> {
     fence_registers(s[0]);
     release(smem.k_empty[ring.stage()]);
     ring.advance();
-    if (!kinds.plain(block)) finish_scores(s, state, block * Traits::kTileN, warp_row());
+    if (!kinds.plain(block)) finish_scores(s, state, state.unmasked, block * Traits::kTileN, warp_row());
     float factor[2];
     bool raised;
     if constexpr (Traits::kKeepsScores) {
@@ -96,7 +96,7 @@ struct Fp8Consumer final : ConsumerBase<Traits> {
     }
     const BlockRange range = state.range;
     if (range.begin >= range.end) return;
-    const BlockKinds kinds(state, Traits::kTileN);
+    const BlockKinds kinds(state.unmasked, state.scale, Traits::kTileN);
     barrier_wait(smem.q_full, q_parity);
     q_parity ^= 1;
     wait_full(smem.k_full[ring.stage()], ring.parity());
@@ -131,7 +131,7 @@ struct Fp8Consumer final : ConsumerBase<Traits> {
       inverse[i] = result.inverse * (kUnit * state.scale.v_factor);
       if (thread % 4 == 0) write_lse(args.params, state.seqlen, rows[i], result.lse, split);
     }
-    drop_empty(rows, inverse, split);
+    drop_empty(rows, inverse[0] == 0.f, inverse[1] == 0.f, split);
     BROADHEAD_UNROLL
     for (int part = 0; part < Traits::kParts; ++part) {
       scale_rows(o[part], inverse[0], inverse[1]);

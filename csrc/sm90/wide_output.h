@@ -109,7 +109,7 @@ struct OutputWarpgroup {
     }
     const BlockRange range = state.range;
     if (range.begin >= range.end) return;
-    const BlockKinds kinds(state, Traits::kTileN);
+    const BlockKinds kinds(state.unmasked, state.scale, Traits::kTileN);
     if constexpr (Traits::kWithQv) {
       // The ring's order: Q, V of the first block (left, right), V of the second, ...
       ring.skip(Traits::kQRegisterChunks + half * kChunks);
@@ -132,7 +132,7 @@ struct OutputWarpgroup {
     inverse_slot.advance();
     RowPlace rows[2];
     place_rows(rows, state.output, warp_row + lane / 4);
-    drop_empty(rows, inverse, split);
+    drop_empty(rows, inverse[0] == 0.f, inverse[1] == 0.f, split);
     BROADHEAD_UNROLL
     for (int part = 0; part < kParts; ++part) {
       const int col0 = half * (Traits::kLeftParts * Traits::kPartCols) + part * Traits::kPartCols;
