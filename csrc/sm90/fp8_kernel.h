@@ -28,7 +28,9 @@ BROADHEAD_DEVICE void gather_fp8_tiles(const KernelArgs& args, typename Traits::
       const std::uint32_t stage = ring.stage();
       barrier_wait(smem.k_empty[stage], ring.parity() ^ 1);
       barrier_wait(smem.v_empty[stage], ring.parity() ^ 1);
-      if (block == range.end - 1) wait_and_load_q<Traits>(args, state, smem, leader, q_parity);
+      if (block == range.end - 1) {
+        wait_and_load_q<Traits>(args, q_coordinates(args.maps.q, state), smem, leader, q_parity);
+      }
 #pragma unroll 1
       for (int piece = 0; piece < Traits::kGatherPieces; ++piece) {
         using KLayout = typename Traits::KLayout;

@@ -85,6 +85,16 @@ BROADHEAD_DEVICE void tma_load_multicast(const void* map, std::uint32_t target, 
       : "memory");
 }
 
+// Brings such a box into the L2.
+BROADHEAD_DEVICE void tma_prefetch(const void* map, int c0, int c1, int c2, int c3, int c4) {
+  asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global.tile [%0, {%1, %2, %3, %4, %5}];" ::"l"(map), "r"(c0),
+               "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+               : "memory");
+}
+
+// Brings a tensor map itself nearer; its first use then need not wait for it.
+BROADHEAD_DEVICE void prefetch_map(const void* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
+
 // Copies 16 bytes from global to shared memory.
 BROADHEAD_DEVICE void cp_async_16(std::uint32_t target, const void* source, bool live) {
   const int bytes = live ? 16 : 0;
