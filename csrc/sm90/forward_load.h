@@ -94,18 +94,18 @@ BROADHEAD_DEVICE void gather_tiles(const KernelArgs& args, typename Traits::Shar
     const bool first = leader && warp == 0;
     if (first) want_next(smem.next_wanted, range, range.end);
     if (range.begin >= range.end) return;
+    const QCoordinates q_at = q_coordinates(args.maps.q, state);
+    if (first) prefetch_q<typename Traits::QLayout>(args.maps.q, q_at);
     const auto load_k = [&](const Rows& rows) {
       barrier_wait(smem.k_empty[k_ring.stage()], k_ring.parity() ^ 1);
-      gather_stage<typename Traits::KLayout>(rows, source.k, params.k_strides, params.page_size, 0, kGroups, 0,
-                                             params.head_dim, smem_address(smem.k[k_ring.stage()]),
-                                             smem.k_full[k_ring.stage()], warp);
+      gather_stage<typename Traits::KLayout>(rows, source.k, params.k_strides, 0, kGroups, 0, params.head_dim,
+                                             smem_address(smem.k[k_ring.stage()]), smem.k_full[k_ring.stage()], warp);
       k_ring.advance();
     };
     const auto load_v = [&](const Rows& rows) {
       barrier_wait(smem.v_empty[v_ring.stage()], v_ring.parity() ^ 1);
-      gather_stage<typename Traits::VLayout>(rows, source.v, params.v_strides, params.page_size, 0, kGroups, 0,
-                                             params.head_dim_v, smem_address(smem.v[v_ring.stage()]),
-                                             smem.v_full[v_ring.stage()], warp);
+      gather_stage<typename Traits::VLayout>(rows, source.v, params.v_strides, 0, kGroups, 0, params.head_dim_v,
+                                             smem_address(smem.v[v_ring.stage()]), smem.v_full[v_ring.stage()], warp);
       v_ring.advance();
     };
     const auto read = [&](Rows& rows, int block) {
@@ -117,7 +117,7 @@ BROADHEAD_DEVICE void gather_tiles(const KernelArgs& args, typename Traits::Shar
     if (first) want_next(smem.next_wanted, range, range.end - 1);
     load_k(rows);
     // The others do not wait: with their K on its way they could miss a whole phase.
-    if (warp == 0) wait_and_load_q<Traits>(args, q_coordinates(args.maps.q, state), smem, leader, q_parity);
+    if (warp == 0) wait_and_load_q<Traits>(args, q_at, smem, leader, q_parity);
     for (int block = range.end - 2; block >= range.begin; --block) {
       if (first) want_next(smem.next_wanted, range, block);
       const Rows v_rows = rows;

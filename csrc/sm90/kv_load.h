@@ -158,39 +158,37 @@ class BoxLoader {
   }
 };
 
-// Gathering: a block's 8-row groups are dealt to kWarps warps in turn. Lane l holds the pages of row l % 8 of its
-// warp's groups l / 8, l / 8 + 4, ..., so that one read of the page table serves K and V.
+// Gathering: a block's 8-row groups are dealt to kWarps warps in turn. Lane l holds row l % 8 of its warp's groups
+// l / 8, l / 8 + 4, ..., so that one read of the page table serves K and V.
 template <int kRows, int kWarps>
 struct GatheredRows {
   static constexpr int kGroups = (kRows / 8 + kWarps - 1) / kWarps;  // of a warp
   static constexpr int kReads = (kGroups + 3) / 4;
-  int pages[kReads];  // -1: not live
-  int first_row;      // of the block, in the sequence's pages
-
-  // This lane's row of read `i` in the block.
-  BROADHEAD_DEVICE static int row(int i, int warp) {
-    const int lane = threadIdx.x % 32;
-    return ((lane / 8 + i * 4) * kWarps + warp) * 8 + lane % 8;
-  }
+  int page[kReads];  // -1: not live
+  int slot[kReads];
 
   template <class Element>
   BROADHEAD_DEVICE void read(const KvSource<Element>& source, int key0, int page_size, int warp) {
-    first_row = source.leftpad + key0;
+    const int lane = threadIdx.x % 32;
     BROADHEAD_UNROLL
     for (int i = 0; i < kReads; ++i) {
-      const bool live = row(i, warp) < kRows && source.is_live(key0 + row(i, warp));
-      pages[i] = live ? source.table[(first_row + row(i, warp)) / page_size] : -1;
+      const int row = ((lane / 8 + i * 4) * kWarps + warp) * 8 + lane % 8;  // of the block
+      const unsigned at = source.leftpad + key0 + row;
+      const unsigned entry = at / static_cast<unsigned>(page_size);
+      page[i] = row < kRows && source.is_live(key0 + row) ? source.table[entry] : -1;
+      slot[i] = at - entry * page_size;
     }
   }
 };
 
 // Copies rows of Layout's columns from column `col0` on: the groups [first_group, first_group + groups) of `rows` into
 // a stage. Lane l copies every fourth 16-byte part, from part l % 4 on, of row l / 4 of a group: the row's address
-// comes from its lane once, the parts differ by constants.
+// comes from its lane once, the parts differ by constants. Rows that are not live keep what the stage held, as with
+// TMA; columns past the end become zeros, since those of K are multiplied by zeros of Q.
 template <class Layout, class Element, int kRows, int kWarps>
 BROADHEAD_DEVICE void gather_stage(const GatheredRows<kRows, kWarps>& rows, const Element* base, TensorStrides strides,
-                                   int page_size, int first_group, int groups, int col0, int columns,
-                                   std::uint32_t target, Barrier& full, int warp) {
+                                   int first_group, int groups, int col0, int columns, std::uint32_t target,
+                                   Barrier& full, int warp) {
   constexpr int kParts = Layout::kBytes / 16;
   constexpr int kPartsPerSubtile = Layout::kRowBytes / 16;
   constexpr int kPartCols = 16 / static_cast<int>(sizeof(Element));
@@ -199,32 +197,26 @@ BROADHEAD_DEVICE void gather_stage(const GatheredRows<kRows, kWarps>& rows, cons
   const int row = lane / 4;
   const int swizzle = Layout::kRowBytes == 128 ? row : row / 2 % 4;
   const std::uint32_t lane_target = target + row * Layout::kRowBytes + ((lane % 4 ^ swizzle) * 16);
-  const bool all_columns = columns - col0 >= Layout::kBytes / static_cast<int>(sizeof(Element));
+  const Element* lane_base = base + col0 + lane % 4 * kPartCols;
+  const int parts = (columns - col0 + kPartCols - 1) / kPartCols - lane % 4;  // the lane's are 0, 4, 8, ... of them
   BROADHEAD_UNROLL
   for (int read = 0; read < GatheredRows<kRows, kWarps>::kReads; ++read) {
-    const int page = rows.pages[read];
-    const int slot = (rows.first_row + rows.row(read, warp)) % page_size;
-    const long long own = page < 0 ? -1 : page * strides.batch + slot * strides.row;
-#pragma unroll 1
+    const long long own = rows.page[read] < 0 ? -1 : rows.page[read] * strides.batch + rows.slot[read] * strides.row;
+    long long offset[4];
+    BROADHEAD_UNROLL
+    for (int g = 0; g < 4; ++g) offset[g] = __shfl_sync(0xffffffffu, own, g * 8 + row);
+    BROADHEAD_UNROLL
     for (int g = 0; g < 4; ++g) {
+      if ((read * 4 + g) * kWarps >= kRows / 8) break;
       const int group = (read * 4 + g) * kWarps + warp - first_group;
-      const long long offset = __shfl_sync(0xffffffffu, own, g * 8 + row);
-      if (group < 0 || group >= groups) continue;
-      const Element* source = base + (offset < 0 ? 0 : offset + col0 + lane % 4 * kPartCols);
+      if (group < 0 || group >= groups || offset[g] < 0) continue;
+      const Element* source = lane_base + offset[g];
       const std::uint32_t to = lane_target + group * Layout::kSlabBytes;
-      // The parts of a subtile of eight: the upper four differ from the lower in one bit.
-      const auto copy = [&](int i, bool live) {
-        cp_async_16((to ^ (i * 4 % kPartsPerSubtile * 16)) + i * 4 / kPartsPerSubtile * Layout::kAtomBytes,
-                    source + i * 4 * kPartCols, live);
-      };
-      if (all_columns) {
-        BROADHEAD_UNROLL
-        for (int i = 0; i < kParts / 4; ++i) copy(i, offset >= 0);
-      } else {
-#pragma unroll 1
-        for (int i = 0; i < kParts / 4; ++i) {
-          copy(i, offset >= 0 && col0 + (i * 4 + lane % 4) * kPartCols < columns);
-        }
+      BROADHEAD_UNROLL
+      for (int i = 0; i < kParts; i += 4) {
+        // The parts of a subtile of eight: the upper four differ from the lower in one bit.
+        cp_async_16((to ^ (i % kPartsPerSubtile * 16)) + i / kPartsPerSubtile * Layout::kAtomBytes,
+                    source + i * kPartCols, i < parts);
       }
     }
   }

@@ -186,8 +186,8 @@ struct WideLoader {
         target = smem_address(smem.ring[stage]);
         full = &smem.full[stage];
       }
-      gather_stage<Layout>(rows, state.source.k, params.k_strides, params.page_size, 0, Traits::kTileN / 8,
-                           chunk * Traits::kKChunk, params.head_dim, target, *full, warp);
+      gather_stage<Layout>(rows, state.source.k, params.k_strides, 0, Traits::kTileN / 8, chunk * Traits::kKChunk,
+                           params.head_dim, target, *full, warp);
     }
   }
 
@@ -196,7 +196,7 @@ struct WideLoader {
     for (int chunk = 0; chunk < Traits::kVChunks; ++chunk) {
       constexpr int kGroups = Traits::kVKeys / 8;
       const std::uint32_t stage = next_stage(v_ring);
-      gather_stage<typename Traits::VLayout>(rows, state.source.v, params.v_strides, params.page_size,
+      gather_stage<typename Traits::VLayout>(rows, state.source.v, params.v_strides,
                                              Traits::kWithQv ? 0 : chunk * kGroups, kGroups,
                                              Traits::kWithQv ? chunk * Traits::kScoreCols : 0, params.head_dim_v,
                                              smem_address(smem.ring[stage]), smem.full[stage], warp);
