@@ -5,12 +5,16 @@
 
 namespace broadhead::sm90 {
 
+// `at`: worked out before; behind the wait nothing but the loads is left.
 template <class Traits>
-BROADHEAD_DEVICE void wait_and_load_q(const KernelArgs& args, const TileState<typename Traits::Element>& state,
+BROADHEAD_DEVICE void wait_and_load_q(const KernelArgs& args, const QCoordinates& at,
                                       typename Traits::SharedStorage& smem, bool loads, std::uint32_t& parity) {
   barrier_wait(smem.q_empty, parity ^ 1);
   parity ^= 1;
-  if (loads) load_q<typename Traits::QLayout, Traits::kTileM>(args, state, smem_address(smem.q), smem.q_full);
+  if (loads) {
+    load_q<typename Traits::QLayout, Traits::kTileM>(args.maps.q, at, args.plan.rows_per_tile, smem_address(smem.q),
+                                                     smem.q_full);
+  }
 }
 
 // One warp: of all tiles Q and K (`loads_k`), V (`loads_v`), or everything, by TMA. K of a tile's first block comes
@@ -22,42 +26,54 @@ BROADHEAD_DEVICE void load_tiles(const KernelArgs& args, typename Traits::Shared
   const AttnParams& params = args.params;
   const bool paged = params.page_table != nullptr;
   const bool leader = threadIdx.x % 32 == 0;
+  if (leader && loads_k) {
+    prefetch_map(&args.maps.q.map);
+    prefetch_map(&args.maps.k.box);
+  }
+  if (leader && loads_v) prefetch_map(&args.maps.v.box);
   RingState<Traits::kStages> ring;  // of K and of V
   std::uint32_t q_parity = 0;
   for_each_tile(smem, leader, [&](const TileState<Element>& state) {
     const BlockRange range = state.range;
     if (leader && loads_k) want_next(smem.next_wanted, range, range.end);
     if (range.begin >= range.end) return;
-    const KvCoordinates k_at = kv_coordinates(args.maps.k, params, state);
-    const KvCoordinates v_at = kv_coordinates(args.maps.v, params, state);
+    const QCoordinates q_at = q_coordinates(args.maps.q, state);
+    if (leader && loads_k) prefetch_q<typename Traits::QLayout>(args.maps.q, q_at);
+    BoxLoader<typename Traits::KLayout, Traits::kTileN, Traits::kTileN, 1> k_boxes(
+        args.maps.k, kv_coordinates(args.maps.k, params, state), paged, 0);
+    BoxLoader<typename Traits::VLayout, Traits::kTileN, Traits::kTileN, 1> v_boxes(
+        args.maps.v, kv_coordinates(args.maps.v, params, state), paged, 0);
     const int box_rows = args.maps.k.box_rows;  // V's, too
-    const auto places_of = [&](int block) {
+    const auto place_of = [&](int block) {
       return paged && block >= range.begin
                  ? box_place(state.source, block * Traits::kTileN, Traits::kTileN, box_rows, params.page_size)
                  : BoxPlace{-1, 0};
     };
-    BoxPlace places = places_of(range.end - 1);
+    BoxPlace place = place_of(range.end - 1);
     for (int block = range.end - 1; block >= range.begin; --block) {
-      const BoxPlace next = places_of(block - 1);  // a block ahead, so that its latency is hidden
+      if (loads_k) {
+        k_boxes.take(place, block * Traits::kTileN);
+        k_boxes.prepare(0);
+      }
+      if (loads_v) {
+        v_boxes.take(place, block * Traits::kTileN);
+        v_boxes.prepare(0);
+      }
+      place = place_of(block - 1);  // a block ahead, so that its latency is hidden
       const std::uint32_t stage = ring.stage();
       if (loads_k) {
         if (leader) want_next(smem.next_wanted, range, block);
         barrier_wait(smem.k_empty[stage], ring.parity() ^ 1);
-        load_stage<typename Traits::KLayout, Traits::kTileN, 1>(args.maps.k, k_at, paged, places, 0,
-                                                                block * Traits::kTileN, 0, smem_address(smem.k[stage]),
-                                                                smem.k_full[stage], 0);
+        k_boxes.load(0, smem_address(smem.k[stage]), smem.k_full[stage]);
         if (block == range.end - 1) {
-          wait_and_load_q<Traits>(args, state, smem, leader, q_parity);
+          wait_and_load_q<Traits>(args, q_at, smem, leader, q_parity);
         }
       }
       if (loads_v) {
         barrier_wait(smem.v_empty[stage], ring.parity() ^ 1);
-        load_stage<typename Traits::VLayout, Traits::kTileN, 1>(args.maps.v, v_at, paged, places, 0,
-                                                                block * Traits::kTileN, 0, smem_address(smem.v[stage]),
-                                                                smem.v_full[stage], 0);
+        v_boxes.load(0, smem_address(smem.v[stage]), smem.v_full[stage]);
       }
       ring.advance();
-      places = next;
     }
   });
 }
@@ -78,18 +94,18 @@ BROADHEAD_DEVICE void gather_tiles(const KernelArgs& args, typename Traits::Shar
     const bool first = leader && warp == 0;
     if (first) want_next(smem.next_wanted, range, range.end);
     if (range.begin >= range.end) return;
+    const QCoordinates q_at = q_coordinates(args.maps.q, state);
+    if (first) prefetch_q<typename Traits::QLayout>(args.maps.q, q_at);
     const auto load_k = [&](const Rows& rows) {
       barrier_wait(smem.k_empty[k_ring.stage()], k_ring.parity() ^ 1);
-      gather_stage<typename Traits::KLayout>(rows, source.k, params.k_strides, params.page_size, 0, kGroups, 0,
-                                             params.head_dim, smem_address(smem.k[k_ring.stage()]),
-                                             smem.k_full[k_ring.stage()], warp);
+      gather_stage<typename Traits::KLayout>(rows, source.k, params.k_strides, 0, kGroups, 0, params.head_dim,
+                                             smem_address(smem.k[k_ring.stage()]), smem.k_full[k_ring.stage()], warp);
       k_ring.advance();
     };
     const auto load_v = [&](const Rows& rows) {
       barrier_wait(smem.v_empty[v_ring.stage()], v_ring.parity() ^ 1);
-      gather_stage<typename Traits::VLayout>(rows, source.v, params.v_strides, params.page_size, 0, kGroups, 0,
-                                             params.head_dim_v, smem_address(smem.v[v_ring.stage()]),
-                                             smem.v_full[v_ring.stage()], warp);
+      gather_stage<typename Traits::VLayout>(rows, source.v, params.v_strides, 0, kGroups, 0, params.head_dim_v,
+                                             smem_address(smem.v[v_ring.stage()]), smem.v_full[v_ring.stage()], warp);
       v_ring.advance();
     };
     const auto read = [&](Rows& rows, int block) {
@@ -101,7 +117,7 @@ BROADHEAD_DEVICE void gather_tiles(const KernelArgs& args, typename Traits::Shar
     if (first) want_next(smem.next_wanted, range, range.end - 1);
     load_k(rows);
     // The others do not wait: with their K on its way they could miss a whole phase.
-    if (warp == 0) wait_and_load_q<Traits>(args, state, smem, leader, q_parity);
+    if (warp == 0) wait_and_load_q<Traits>(args, q_at, smem, leader, q_parity);
     for (int block = range.end - 2; block >= range.begin; --block) {
       if (first) want_next(smem.next_wanted, range, block);
       const Rows v_rows = rows;

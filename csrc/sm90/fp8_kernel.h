@@ -23,22 +23,25 @@ BROADHEAD_DEVICE void gather_fp8_tiles(const KernelArgs& args, typename Traits::
     const KvSource<Element>& source = state.source;
     const BlockRange range = state.range;
     if (leader) want_next(smem.next_wanted, range, range.end);
+    if (range.begin >= range.end) return;
+    const QCoordinates q_at = q_coordinates(args.maps.q, state);
+    if (leader) prefetch_q<typename Traits::QLayout>(args.maps.q, q_at);
     for (int block = range.end - 1; block >= range.begin; --block) {
       if (leader) want_next(smem.next_wanted, range, block);
       const std::uint32_t stage = ring.stage();
       barrier_wait(smem.k_empty[stage], ring.parity() ^ 1);
       barrier_wait(smem.v_empty[stage], ring.parity() ^ 1);
-      if (block == range.end - 1) wait_and_load_q<Traits>(args, state, smem, leader, q_parity);
+      if (block == range.end - 1) wait_and_load_q<Traits>(args, q_at, smem, leader, q_parity);
 #pragma unroll 1
       for (int piece = 0; piece < Traits::kGatherPieces; ++piece) {
         using KLayout = typename Traits::KLayout;
         using VLayout = typename Traits::VLayout;
         GatheredRows<kKeys, 1> rows;
         rows.read(source, block * Traits::kTileN + piece * kKeys, params.page_size, 0);
-        gather_stage<KLayout>(rows, source.k, params.k_strides, params.page_size, 0, kKeys / 8, 0, params.head_dim,
+        gather_stage<KLayout>(rows, source.k, params.k_strides, 0, kKeys / 8, 0, params.head_dim,
                               smem_address(smem.k[stage]) + piece * (kKeys / 8 * KLayout::kSlabBytes),
                               smem.k_full[stage], 0);
-        gather_stage<VLayout>(rows, source.v, params.v_strides, params.page_size, 0, kKeys / 8, 0, params.head_dim_v,
+        gather_stage<VLayout>(rows, source.v, params.v_strides, 0, kKeys / 8, 0, params.head_dim_v,
                               smem_address(smem.v[stage]) + piece * (kKeys / 8 * VLayout::kSlabBytes),
                               smem.v_full[stage], 0);
       }

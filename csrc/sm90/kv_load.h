@@ -49,7 +49,7 @@ BROADHEAD_DEVICE KvCoordinates kv_coordinates(const KvMap& map, const AttnParams
   return {static_cast<int>(state.seqlen.row_k), head * map.head_step + state.seqlen.batch_k * map.batch_step};
 }
 
-// Where lane u's box of a block of keys lies. page -1: nothing to load.
+// What lane u reads from the page table for its box of a block. page -1: nobody needs the box.
 struct BoxPlace {
   int page;
   int slot;  // of its first row in the page
@@ -62,126 +62,133 @@ BROADHEAD_DEVICE BoxPlace box_place(const KvSource<Element>& source, int key0, i
   const int offset = static_cast<int>(threadIdx.x % 32) * box_rows;
   const int key = key0 + offset;
   if (offset >= keys || !any_live(source, key, box_rows)) return {-1, 0};
-  const int entry = key / page_size;
+  const int entry = static_cast<unsigned>(key) / static_cast<unsigned>(page_size);
   return {source.table[entry], key - entry * page_size};
 }
 
-// 8-row groups from `row` on, one box each: the end of the rows, and columns that no box of several subtiles fits.
-template <class Layout, int kCluster, class Issue>
-BROADHEAD_DEVICE void issue_groups(const KvMap& map, std::uint32_t target, int row, int groups, int subtile0, int x,
-                                   std::uint32_t rank, const Issue& issue) {
-#pragma unroll 1
-  for (int group = 0; group < groups; ++group) {
-    if (kCluster > 1 && group % kCluster != static_cast<int>(rank)) continue;
-    const std::uint32_t address = target + group * Layout::kSlabBytes;
-    if (!map.by_column) {
-      issue(map.group, address, 0, row + group * 8, subtile0, x);
-      continue;
-    }
-#pragma unroll 1
-    for (int s = 0; s < Layout::kSubtiles; ++s) {
-      issue(map.group, address + s * Layout::kAtomBytes, (subtile0 + s) * Layout::kSubtileCols, row + group * 8, 0, x);
-    }
-  }
-}
+// Keys as boxes of a map, for a warp all of whose lanes call everything: lane u has box u of a block of kBlockKeys keys
+// and issues it itself. A block is filled in stages of kStageKeys keys and the columns of Layout; in a cluster each of
+// its blocks loads every other box into all of them.
+// PERF(H200, head_dim 512, page 64: 418 TFLOP/s, not paged 640, when one lane took the boxes from the others by
+// shuffles behind the wait for each stage): nothing is left to work out behind a wait, where every instruction counts.
+// The compiler loops over the lanes that have a box, 8 instructions each.
+template <class Layout, int kBlockKeys, int kStageKeys, int kCluster>
+class BoxLoader {
+  static_assert(kBlockKeys <= 32 * 8, "a lane has one box");
 
-// One stage: keys [key0, key0 + kRows) and the columns of Layout from subtile `subtile0` on. All lanes of a warp call
-// it; in a cluster each block loads its share of the boxes into all blocks. `places`: this lane's, of which the stage
-// begins at box `first_box`. Taken from the lanes a few at a time: shuffles one by one cost 200 ns a box.
-// PERF(H200, head_dim 512: one warp issues a stage every 250 ns. Divisions and unneeded boxes took 430): a whole stage
-// that is not paged is one box a block of the cluster, and everything about it a constant.
-template <class Layout, int kRows, int kCluster>
-BROADHEAD_DEVICE void load_stage(const KvMap& map, const KvCoordinates& at, bool paged, BoxPlace places, int first_box,
-                                 int key0, int subtile0, std::uint32_t target, Barrier& full, std::uint32_t rank) {
-  const bool leader = threadIdx.x % 32 == 0;
-  const auto issue = [&](const CUtensorMap& tensor_map, std::uint32_t address, int column, int row, int subtile,
-                         int x) {
+  const KvMap& map_;
+  const KvCoordinates at_;
+  const bool paged_;
+  // Of the lane's box:
+  const int stage_;             // of the block
+  const std::uint32_t offset_;  // in the stage
+  const bool own_;              // not another block's of the cluster
+  int x_;
+  int row_;
+  int groups_;   // of 8 rows; 0: nobody needs it, or it lies past the end of the rows
+  bool crosses_;  // the end of the rows
+  // Of the stage that comes next:
+  std::uint32_t bytes_;  // from all blocks of the cluster
+  int pieces_;           // in which the lane issues its box: 0: not at all; 1; 2: group by group
+
+  BROADHEAD_DEVICE static int lane() { return threadIdx.x % 32; }
+
+  BROADHEAD_DEVICE static void issue(const CUtensorMap& map, std::uint32_t target, Barrier& full, int column, int row,
+                                     int subtile, int x) {
     if constexpr (kCluster == 1) {
-      tma_load(&tensor_map, address, full, column, row, subtile, 0, x);
+      tma_load(&map, target, full, column, row, subtile, 0, x);
     } else {
-      tma_load_multicast(&tensor_map, address, full, (1 << kCluster) - 1, column, row, subtile, 0, x);
+      tma_load_multicast(&map, target, full, (1 << kCluster) - 1, column, row, subtile, 0, x);
     }
-  };
-  if (!paged) {
-    if (!leader) return;
-    const int row0 = at.row0 + key0;
-    if (row0 + kRows <= map.rows && !map.by_column) {
-      constexpr int kBoxRows = kRows / kCluster;
-      barrier_expect(full, kRows / 8 * Layout::kSlabBytes);
-      issue(map.box, target + rank * (kBoxRows / 8 * Layout::kSlabBytes), 0, row0 + static_cast<int>(rank) * kBoxRows,
-            subtile0, at.x);
-    } else {
-      const int groups = max_int(0, min_int(kRows, map.rows - row0) + 7) / 8;
-      barrier_expect(full, groups * Layout::kSlabBytes);
-      issue_groups<Layout, kCluster>(map, target, row0, groups, subtile0, at.x, rank, issue);
-    }
-    return;
   }
-  const int boxes = map.boxes;
-  const int box_bytes = map.box_rows * (Layout::kSlabBytes / 8);
-  const int own_x = places.page < 0 ? -1 : at.x + places.page * map.batch_step;
-  const unsigned live = (__ballot_sync(0xffffffffu, own_x >= 0) >> first_box) & ((1ull << boxes) - 1);
-  if (leader) barrier_expect(full, __popc(live) * box_bytes);
-  const bool shared = kCluster > 1 && !map.by_column;  // the blocks of a cluster load every other box
-  const int begin = shared ? static_cast<int>(rank) : 0;
-  const int step = shared ? kCluster : 1;
-  constexpr int kBatch = 4;
+
+  // A box that crosses the end of the rows, or columns that no box of several subtiles fits.
+  BROADHEAD_DEVICE void issue_groups(std::uint32_t target, Barrier& full, int subtile0) const {
+    const bool by_column = map_.by_column;
 #pragma unroll 1
-  for (int first = begin; first < boxes; first += kBatch * step) {
-    int x[kBatch], slot[kBatch];
-    BROADHEAD_UNROLL
-    for (int i = 0; i < kBatch; ++i) {
-      x[i] = __shfl_sync(0xffffffffu, own_x, (first_box + first + i * step) % 32);
-      slot[i] = __shfl_sync(0xffffffffu, places.slot, (first_box + first + i * step) % 32);
-    }
-    if (!leader) continue;
-    BROADHEAD_UNROLL
-    for (int i = 0; i < kBatch; ++i) {
-      const int box = first + i * step;
-      if (box >= boxes || x[i] < 0) continue;
-      const std::uint32_t address = target + box * box_bytes;
-      if (map.by_column) {
-        issue_groups<Layout, kCluster>(map, address, slot[i], map.box_rows / 8, subtile0, x[i], rank, issue);
-      } else {
-        issue(map.box, address, 0, slot[i], subtile0, x[i]);
+    for (int group = 0; group < groups_; ++group) {
+      const std::uint32_t address = target + group * Layout::kSlabBytes;
+#pragma unroll 1
+      for (int s = 0; s < (by_column ? Layout::kSubtiles : 1); ++s) {
+        issue(map_.group, address + s * Layout::kAtomBytes, full, by_column ? (subtile0 + s) * Layout::kSubtileCols : 0,
+              row_ + group * 8, by_column ? 0 : subtile0, x_);
       }
     }
   }
-}
 
-// Gathering: a block's 8-row groups are dealt to kWarps warps in turn. Lane l holds the pages of row l % 8 of its
-// warp's groups l / 8, l / 8 + 4, ..., so that one read of the page table serves K and V.
+ public:
+  BROADHEAD_DEVICE BoxLoader(const KvMap& map, const KvCoordinates& at, bool paged, std::uint32_t rank)
+      : map_(map),
+        at_(at),
+        paged_(paged),
+        stage_(kStageKeys == kBlockKeys ? 0 : lane() / map.boxes),
+        offset_((lane() - stage_ * map.boxes) * map.box_rows * (Layout::kSlabBytes / 8)),
+        own_(lane() % kCluster == static_cast<int>(rank)) {}
+
+  // Goes to the block from `key0` on. `place`: read a block ahead.
+  BROADHEAD_DEVICE void take(BoxPlace place, int key0) {
+    const int rows = map_.box_rows;
+    if (paged_) {
+      x_ = at_.x + place.page * map_.batch_step;
+      row_ = place.slot;
+      groups_ = place.page < 0 ? 0 : rows / 8;
+      crosses_ = false;
+    } else {
+      const int offset = lane() * rows;
+      x_ = at_.x;
+      row_ = at_.row0 + key0 + offset;
+      const int left = map_.rows - row_;
+      groups_ = offset < kBlockKeys ? (min_int(rows, max_int(0, left)) + 7) / 8 : 0;
+      crosses_ = left < rows;
+    }
+  }
+
+  // To be called before the wait for a stage of the block, once for those that differ only in columns.
+  BROADHEAD_DEVICE void prepare(int stage) {
+    const int groups = stage_ == stage ? groups_ : 0;
+    bytes_ = __reduce_add_sync(0xffffffffu, groups) * Layout::kSlabBytes;
+    pieces_ = !own_ || groups == 0 ? 0 : crosses_ || map_.by_column ? 2 : 1;
+  }
+
+  // Behind the wait: the stage's columns from subtile `subtile0` on.
+  BROADHEAD_DEVICE void load(int subtile0, std::uint32_t target, Barrier& full) const {
+    if (lane() == 0) barrier_expect(full, bytes_);
+    if (pieces_ == 1) issue(map_.box, target + offset_, full, 0, row_, subtile0, x_);
+    if (pieces_ == 2) issue_groups(target + offset_, full, subtile0);
+  }
+};
+
+// Gathering: a block's 8-row groups are dealt to kWarps warps in turn. Lane l holds row l % 8 of its warp's groups
+// l / 8, l / 8 + 4, ..., so that one read of the page table serves K and V.
 template <int kRows, int kWarps>
 struct GatheredRows {
   static constexpr int kGroups = (kRows / 8 + kWarps - 1) / kWarps;  // of a warp
   static constexpr int kReads = (kGroups + 3) / 4;
-  int pages[kReads];  // -1: not live
-  int first_row;      // of the block, in the sequence's pages
-
-  // This lane's row of read `i` in the block.
-  BROADHEAD_DEVICE static int row(int i, int warp) {
-    const int lane = threadIdx.x % 32;
-    return ((lane / 8 + i * 4) * kWarps + warp) * 8 + lane % 8;
-  }
+  int page[kReads];  // -1: not live
+  int slot[kReads];
 
   template <class Element>
   BROADHEAD_DEVICE void read(const KvSource<Element>& source, int key0, int page_size, int warp) {
-    first_row = source.leftpad + key0;
+    const int lane = threadIdx.x % 32;
     BROADHEAD_UNROLL
     for (int i = 0; i < kReads; ++i) {
-      const bool live = row(i, warp) < kRows && source.is_live(key0 + row(i, warp));
-      pages[i] = live ? source.table[(first_row + row(i, warp)) / page_size] : -1;
+      const int row = ((lane / 8 + i * 4) * kWarps + warp) * 8 + lane % 8;  // of the block
+      const unsigned at = source.leftpad + key0 + row;
+      const unsigned entry = at / static_cast<unsigned>(page_size);
+      page[i] = row < kRows && source.is_live(key0 + row) ? source.table[entry] : -1;
+      slot[i] = at - entry * page_size;
     }
   }
 };
 
 // Copies rows of Layout's columns from column `col0` on: the groups [first_group, first_group + groups) of `rows` into
 // a stage. Lane l copies every fourth 16-byte part, from part l % 4 on, of row l / 4 of a group: the row's address
-// comes from its lane once, the parts differ by constants.
+// comes from its lane once, the parts differ by constants. Rows that are not live keep what the stage held, as with
+// TMA; columns past the end become zeros, since those of K are multiplied by zeros of Q.
 template <class Layout, class Element, int kRows, int kWarps>
 BROADHEAD_DEVICE void gather_stage(const GatheredRows<kRows, kWarps>& rows, const Element* base, TensorStrides strides,
-                                   int page_size, int first_group, int groups, int col0, int columns,
-                                   std::uint32_t target, Barrier& full, int warp) {
+                                   int first_group, int groups, int col0, int columns, std::uint32_t target,
+                                   Barrier& full, int warp) {
   constexpr int kParts = Layout::kBytes / 16;
   constexpr int kPartsPerSubtile = Layout::kRowBytes / 16;
   constexpr int kPartCols = 16 / static_cast<int>(sizeof(Element));
@@ -190,58 +197,63 @@ BROADHEAD_DEVICE void gather_stage(const GatheredRows<kRows, kWarps>& rows, cons
   const int row = lane / 4;
   const int swizzle = Layout::kRowBytes == 128 ? row : row / 2 % 4;
   const std::uint32_t lane_target = target + row * Layout::kRowBytes + ((lane % 4 ^ swizzle) * 16);
-  const bool all_columns = columns - col0 >= Layout::kBytes / static_cast<int>(sizeof(Element));
+  const Element* lane_base = base + col0 + lane % 4 * kPartCols;
+  const int parts = (columns - col0 + kPartCols - 1) / kPartCols - lane % 4;  // the lane's are 0, 4, 8, ... of them
   BROADHEAD_UNROLL
   for (int read = 0; read < GatheredRows<kRows, kWarps>::kReads; ++read) {
-    const int page = rows.pages[read];
-    const int slot = (rows.first_row + rows.row(read, warp)) % page_size;
-    const long long own = page < 0 ? -1 : page * strides.batch + slot * strides.row;
-#pragma unroll 1
+    const long long own = rows.page[read] < 0 ? -1 : rows.page[read] * strides.batch + rows.slot[read] * strides.row;
+    long long offset[4];
+    BROADHEAD_UNROLL
+    for (int g = 0; g < 4; ++g) offset[g] = __shfl_sync(0xffffffffu, own, g * 8 + row);
+    BROADHEAD_UNROLL
     for (int g = 0; g < 4; ++g) {
+      if ((read * 4 + g) * kWarps >= kRows / 8) break;
       const int group = (read * 4 + g) * kWarps + warp - first_group;
-      const long long offset = __shfl_sync(0xffffffffu, own, g * 8 + row);
-      if (group < 0 || group >= groups) continue;
-      const Element* source = base + (offset < 0 ? 0 : offset + col0 + lane % 4 * kPartCols);
+      if (group < 0 || group >= groups || offset[g] < 0) continue;
+      const Element* source = lane_base + offset[g];
       const std::uint32_t to = lane_target + group * Layout::kSlabBytes;
-      // The parts of a subtile of eight: the upper four differ from the lower in one bit.
-      const auto copy = [&](int i, bool live) {
-        cp_async_16((to ^ (i * 4 % kPartsPerSubtile * 16)) + i * 4 / kPartsPerSubtile * Layout::kAtomBytes,
-                    source + i * 4 * kPartCols, live);
-      };
-      if (all_columns) {
-        BROADHEAD_UNROLL
-        for (int i = 0; i < kParts / 4; ++i) copy(i, offset >= 0);
-      } else {
-#pragma unroll 1
-        for (int i = 0; i < kParts / 4; ++i) {
-          copy(i, offset >= 0 && col0 + (i * 4 + lane % 4) * kPartCols < columns);
-        }
+      BROADHEAD_UNROLL
+      for (int i = 0; i < kParts; i += 4) {
+        // The parts of a subtile of eight: the upper four differ from the lower in one bit.
+        cp_async_16((to ^ (i % kPartsPerSubtile * 16)) + i / kPartsPerSubtile * Layout::kAtomBytes,
+                    source + i * kPartCols, i < parts);
       }
     }
   }
   barrier_arrive_cp_async(full);
 }
 
-// The tile's rows of q or qv (`map`), subtile by subtile.
-template <class Layout, int kTileM, class Element>
-BROADHEAD_DEVICE void load_q_columns(const QMap& map, const KernelArgs& args, const TileState<Element>& state,
-                                     std::uint32_t target, Barrier& full, int subtile0, int subtiles) {
-  const int x = state.output.head * map.head_step + state.seqlen.batch_q * map.batch_step;
+// Where a tile's rows of q or qv lie in its map.
+struct QCoordinates {
+  int head;  // of the token
+  int row;
+  int x;
+};
+
+template <class Element>
+BROADHEAD_DEVICE QCoordinates q_coordinates(const QMap& map, const TileState<Element>& state) {
   const RowMap& rows = state.output.rows;
   const int token = rows.token(0);
-  const int head = rows.first_row - token * rows.rows_per_token;  // of the token
-  const int row_q = static_cast<int>(state.seqlen.row_q) + token;
-  barrier_expect(full, subtiles * args.plan.rows_per_tile * Layout::kRowBytes);
-  for (int s = 0; s < subtiles; ++s) {
-    tma_load(&map.map, target + s * kTileM * Layout::kRowBytes, full, (subtile0 + s) * Layout::kSubtileCols, head,
-             row_q, 0, x);
-  }
+  return {rows.first_row - token * rows.rows_per_token, static_cast<int>(state.seqlen.row_q) + token,
+          state.output.head * map.head_step + state.seqlen.batch_q * map.batch_step};
 }
 
-template <class Layout, int kTileM, class Element>
-BROADHEAD_DEVICE void load_q(const KernelArgs& args, const TileState<Element>& state, std::uint32_t target,
-                             Barrier& full) {
-  load_q_columns<Layout, kTileM>(args.maps.q, args, state, target, full, 0, Layout::kSubtiles);
+// Brings the tile into the L2: it comes from DRAM, and is asked for before its buffer is free. By one lane.
+template <class Layout>
+BROADHEAD_DEVICE void prefetch_q(const QMap& map, const QCoordinates& at) {
+  for (int s = 0; s < Layout::kSubtiles; ++s)
+    tma_prefetch(&map.map, s * Layout::kSubtileCols, at.head, at.row, 0, at.x);
+}
+
+// The tile's subtiles of columns [subtile0, subtile0 + subtiles), of `rows` rows.
+template <class Layout, int kTileM>
+BROADHEAD_DEVICE void load_q(const QMap& map, const QCoordinates& at, int rows, std::uint32_t target, Barrier& full,
+                             int subtile0 = 0, int subtiles = Layout::kSubtiles) {
+  barrier_expect(full, subtiles * rows * Layout::kRowBytes);
+  for (int s = 0; s < subtiles; ++s) {
+    tma_load(&map.map, target + s * kTileM * Layout::kRowBytes, full, (subtile0 + s) * Layout::kSubtileCols, at.head,
+             at.row, 0, at.x);
+  }
 }
 
 }  // namespace broadhead::sm90

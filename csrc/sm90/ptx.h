@@ -85,11 +85,26 @@ BROADHEAD_DEVICE void tma_load_multicast(const void* map, std::uint32_t target, 
       : "memory");
 }
 
-// Copies 16 bytes from global to shared memory.
-BROADHEAD_DEVICE void cp_async_16(std::uint32_t target, const void* source, bool live) {
-  const int bytes = live ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(bytes)
+// Brings such a box into the L2.
+BROADHEAD_DEVICE void tma_prefetch(const void* map, int c0, int c1, int c2, int c3, int c4) {
+  asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global.tile [%0, {%1, %2, %3, %4, %5}];" ::"l"(map), "r"(c0),
+               "r"(c1), "r"(c2), "r"(c3), "r"(c4)
                : "memory");
+}
+
+// Brings a tensor map itself nearer; its first use then need not wait for it.
+BROADHEAD_DEVICE void prefetch_map(const void* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
+
+// Copies 16 bytes from global to shared memory; zeros, and `source` is not read, unless `live`.
+BROADHEAD_DEVICE void cp_async_16(std::uint32_t target, const void* source, bool live) {
+  asm volatile(
+      "{\n"
+      ".reg .pred ignored;\n"
+      "setp.eq.s32 ignored, %2, 0;\n"
+      "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, ignored;\n"
+      "}\n" ::"r"(target),
+      "l"(source), "r"(static_cast<int>(live))
+      : "memory");
 }
 
 // Writes a word into the shared memory of block `rank`; the barrier there counts its 4 bytes.

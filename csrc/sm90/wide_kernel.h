@@ -13,14 +13,21 @@ BROADHEAD_DEVICE void load_wide_q(const KernelArgs& args, const TileState<typena
                                   typename Traits::SharedStorage& smem, bool loads, std::uint32_t q_parity,
                                   const NextStage& next_stage) {
   using QLayout = typename Traits::QLayout;
+  using QkLayout = typename Traits::KLayout;  // of q's columns beside qv's
   constexpr int kSubtiles = Traits::ScoreLayout::kSubtiles;
   constexpr int kFirst = Traits::kQRegisterChunks * kSubtiles;
   const QMap& map = Traits::kWithQv ? args.maps.qv : args.maps.q;
+  const QCoordinates at = q_coordinates(map, state);
+  const int rows = args.plan.rows_per_tile;
+  if (loads) {
+    prefetch_q<QLayout>(map, at);
+    if constexpr (Traits::kWithQv) prefetch_q<QkLayout>(args.maps.q, q_coordinates(args.maps.q, state));
+  }
   for (int chunk = 0; chunk < Traits::kQRegisterChunks; ++chunk) {
     const std::uint32_t stage = next_stage();
     if (loads) {
-      load_q_columns<QLayout, Traits::kTileM>(map, args, state, smem_address(smem.ring[stage]), smem.full[stage],
-                                              chunk * kSubtiles, kSubtiles);
+      load_q<QLayout, Traits::kTileM>(map, at, rows, smem_address(smem.ring[stage]), smem.full[stage],
+                                      chunk * kSubtiles, kSubtiles);
     } else if (args.maps.gather) {
       barrier_arrive(smem.full[stage]);  // every thread's arrival is expected
     }
@@ -29,11 +36,10 @@ BROADHEAD_DEVICE void load_wide_q(const KernelArgs& args, const TileState<typena
   if (!loads) return;
   std::uint32_t target = smem_address(smem.q);
   if constexpr (Traits::kWithQv) {
-    using QkLayout = typename Traits::KLayout;  // of q's columns
-    load_q<QkLayout, Traits::kTileM>(args, state, target, smem.q_full);
+    load_q<QkLayout, Traits::kTileM>(args.maps.q, q_coordinates(args.maps.q, state), rows, target, smem.q_full);
   }
   target += Traits::kQSharedSubtile * Traits::kTileM * QLayout::kRowBytes;
-  load_q_columns<QLayout, Traits::kTileM>(map, args, state, target, smem.q_full, kFirst, QLayout::kSubtiles - kFirst);
+  load_q<QLayout, Traits::kTileM>(map, at, rows, target, smem.q_full, kFirst, QLayout::kSubtiles - kFirst);
 }
 
 // Two warps load by TMA, one K and the other V; K and V go to both blocks of the cluster, each loads half of a stage.
@@ -59,9 +65,10 @@ struct WideLoader {
 
   template <class Ring>
   BROADHEAD_DEVICE std::uint32_t next_stage(Ring& ring) {
-    barrier_wait(smem.empty[ring.stage()], ring.parity() ^ 1);
     const std::uint32_t stage = ring.stage();
-    ring.advance();
+    const std::uint32_t parity = ring.parity();
+    ring.advance();  // ahead of the wait: behind it every instruction counts
+    barrier_wait(smem.empty[stage], parity ^ 1);
     return stage;
   }
 
@@ -81,66 +88,75 @@ struct WideLoader {
     q_parity ^= 1;
   }
 
-  BROADHEAD_DEVICE BoxPlace places_of(const TileState<Element>& state, const KvMap& map, int block) const {
+  BROADHEAD_DEVICE BoxPlace place_of(const TileState<Element>& state, const KvMap& map, int block) const {
     const AttnParams& params = args.params;
     return params.page_table != nullptr && block >= state.range.begin
                ? box_place(state.source, block * Traits::kTileN, Traits::kTileN, map.box_rows, params.page_size)
                : BoxPlace{-1, 0};
   }
 
+  template <class Layout, int kStageKeys>
+  BROADHEAD_DEVICE auto boxes_of(const TileState<Element>& state, const KvMap& map) const {
+    const AttnParams& params = args.params;
+    return BoxLoader<Layout, Traits::kTileN, kStageKeys, Traits::kCluster>(map, kv_coordinates(map, params, state),
+                                                                           params.page_table != nullptr, rank);
+  }
+
   BROADHEAD_DEVICE void load_k_tile(const TileState<Element>& state, bool leader) {
     using Layout = typename Traits::KLayout;
     const KvMap& map = args.maps.k;
-    const bool paged = args.params.page_table != nullptr;
     const BlockRange range = state.range;
-    const KvCoordinates at = kv_coordinates(map, args.params, state);
-    BoxPlace places = places_of(state, map, range.end - 1);
+    BoxPlace place = place_of(state, map, range.end - 1);
     if constexpr (!Traits::kWithQv) load_q(state, leader);
+    auto boxes = boxes_of<Layout, Traits::kTileN>(state, map);
     for (int block = range.end - 1; block >= range.begin; --block) {
-      const BoxPlace next = places_of(state, map, block - 1);  // a block ahead, so that its latency is hidden
+      boxes.take(place, block * Traits::kTileN);
+      boxes.prepare(0);
+      place = place_of(state, map, block - 1);  // a block ahead, so that its latency is hidden
       if (leader) want_next(smem.next_wanted, range, block);
-      const int key0 = block * Traits::kTileN;
       if constexpr (Traits::kWithQv) {
         wait_k();
-        load_stage<Layout, Traits::kTileN, Traits::kCluster>(map, at, paged, places, 0, key0, 0, smem_address(smem.k),
-                                                             smem.k_full, rank);
+        boxes.load(0, smem_address(smem.k), smem.k_full);
       } else {
+#pragma unroll 1
         for (int chunk = 0; chunk < Traits::kKChunks; ++chunk) {
           const std::uint32_t stage = next_stage(k_ring);
-          load_stage<Layout, Traits::kTileN, Traits::kCluster>(map, at, paged, places, 0, key0,
-                                                               chunk * Layout::kSubtiles,
-                                                               smem_address(smem.ring[stage]), smem.full[stage], rank);
+          boxes.load(chunk * Layout::kSubtiles, smem_address(smem.ring[stage]), smem.full[stage]);
         }
       }
-      places = next;
     }
   }
 
   BROADHEAD_DEVICE void load_v_tile(const TileState<Element>& state, bool leader) {
     using Layout = typename Traits::VLayout;
     const KvMap& map = args.maps.v;
-    const bool paged = args.params.page_table != nullptr;
     const BlockRange range = state.range;
-    const KvCoordinates at = kv_coordinates(map, args.params, state);
-    BoxPlace places = places_of(state, map, range.end - 1);
+    BoxPlace place = place_of(state, map, range.end - 1);
     if constexpr (Traits::kWithQv) load_q(state, leader);
+    auto boxes = boxes_of<Layout, Traits::kVKeys>(state, map);
     for (int block = range.end - 1; block >= range.begin; --block) {
-      const BoxPlace next = places_of(state, map, block - 1);
+      boxes.take(place, block * Traits::kTileN);
+      place = place_of(state, map, block - 1);
+#pragma unroll 1
       for (int chunk = 0; chunk < Traits::kVChunks; ++chunk) {
         // V is cut by keys; of absorbed MLA by columns.
-        const int keys = Traits::kWithQv ? 0 : chunk;
-        const int columns = Traits::kWithQv ? chunk : 0;
+        if (!Traits::kWithQv || chunk == 0) boxes.prepare(Traits::kWithQv ? 0 : chunk);
         const std::uint32_t stage = next_stage(v_ring);
-        load_stage<Layout, Traits::kVKeys, Traits::kCluster>(
-            map, at, paged, places, keys * map.boxes, block * Traits::kTileN + keys * Traits::kVKeys,
-            columns * Layout::kSubtiles, smem_address(smem.ring[stage]), smem.full[stage], rank);
+        boxes.load(Traits::kWithQv ? chunk * Layout::kSubtiles : 0, smem_address(smem.ring[stage]), smem.full[stage]);
       }
-      places = next;
     }
   }
 
   BROADHEAD_DEVICE void run(bool loads_k) {
     const bool leader = threadIdx.x % 32 == 0;
+    if (leader && loads_k) {
+      prefetch_map(&args.maps.q.map);
+      prefetch_map(&args.maps.k.box);
+    }
+    if (leader && !loads_k) {
+      prefetch_map(&args.maps.v.box);
+      if constexpr (Traits::kWithQv) prefetch_map(&args.maps.qv.map);
+    }
     for_each_tile(smem, leader, [&](const TileState<Element>& state) {
       const BlockRange range = state.range;
       if (leader && loads_k) want_next(smem.next_wanted, range, range.end);
@@ -170,8 +186,8 @@ struct WideLoader {
         target = smem_address(smem.ring[stage]);
         full = &smem.full[stage];
       }
-      gather_stage<Layout>(rows, state.source.k, params.k_strides, params.page_size, 0, Traits::kTileN / 8,
-                           chunk * Traits::kKChunk, params.head_dim, target, *full, warp);
+      gather_stage<Layout>(rows, state.source.k, params.k_strides, 0, Traits::kTileN / 8, chunk * Traits::kKChunk,
+                           params.head_dim, target, *full, warp);
     }
   }
 
@@ -180,7 +196,7 @@ struct WideLoader {
     for (int chunk = 0; chunk < Traits::kVChunks; ++chunk) {
       constexpr int kGroups = Traits::kVKeys / 8;
       const std::uint32_t stage = next_stage(v_ring);
-      gather_stage<typename Traits::VLayout>(rows, state.source.v, params.v_strides, params.page_size,
+      gather_stage<typename Traits::VLayout>(rows, state.source.v, params.v_strides,
                                              Traits::kWithQv ? 0 : chunk * kGroups, kGroups,
                                              Traits::kWithQv ? chunk * Traits::kScoreCols : 0, params.head_dim_v,
                                              smem_address(smem.ring[stage]), smem.full[stage], warp);
