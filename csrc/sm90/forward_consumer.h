@@ -52,7 +52,10 @@ struct Consumer final : ConsumerBase<Traits> {
     named_barrier_sync(kClearBarrier, 32 * Traits::kConsumerWarps);
   }
 
-  BROADHEAD_DEVICE const RowsKeys& own_keys(const Slot& tile) const { return tile.rows_keys[warpgroup]; }
+  // The two forms are one to us; of each ptxas makes good code in one place only (spills in the other).
+  BROADHEAD_DEVICE const RowsKeys& own_keys(const Slot& tile) const {
+    return tile.rows_keys[Traits::kTurns ? warpgroup : fresh_thread() / 128 - 1];
+  }
 
   BROADHEAD_DEVICE void mask_scores(const Slot& tile, int block) {
     finish_scores(s, tile.state, own_keys(tile).unmasked, block * Traits::kTileN, warp_row());
@@ -216,83 +219,91 @@ struct Consumer final : ConsumerBase<Traits> {
     release(smem.q_empty);
   }
 
-  // All tiles. The first S of a tile is in flight while the output of the one before is written.
+  // Begins the tile of `slot`, up to P of the warpgroup's first block, and writes the output of the one before (`lse`),
+  // if any, while the first S is in flight. False: there is no tile.
+  BROADHEAD_DEVICE bool start_tile(P& even_p, const SlotState& slot, const float (&lse)[2]) {
+    barrier_wait(smem.tile_full[slot.stage()], slot.parity());
+    const Slot& tile = smem.tiles[slot.stage()];
+    bool has_keys = false;
+    if (tile.valid) {
+      const BlockRange own = own_keys(tile).range;
+      has_keys = own.begin < own.end;
+      skip_above(tile, tile.state.range, own);
+    }
+    if (has_keys) {
+      wait_first();
+      wait_turn();
+      Base::issue_qk(ring.stage());
+      pass_turn();
+      if (slot.advanced()) write_tile(slot, lse);
+      wgmma_wait<0>();
+      fence_registers(s[0]);
+      softmax = Softmax();
+      first_block(even_p, smem.tiles[slot.stage()]);
+    } else {
+      if (slot.advanced()) write_tile(slot, lse);
+      softmax = Softmax();
+    }
+    return smem.tiles[slot.stage()].valid;
+  }
+
   BROADHEAD_DEVICE void run() {
     // The first warpgroup has the first turn.
     if (Traits::kTurns && warpgroup == Traits::kConsumers - 1) named_barrier_arrive(kTurnBarrier, 256);
     P even_p, odd_p;  // of every other block: one is read by wgmma while the other is computed
     SlotState slot;
-    FinishedRows rows;    // of the tile before
-    bool writes = false;  // there is one
-    while (true) {
-      barrier_wait(smem.tile_full[slot.stage()], slot.parity());
+    float lse[2];  // of the tile before
+    while (start_tile(even_p, slot, lse)) {
+      slot.forget();
       const Slot& tile = smem.tiles[slot.stage()];
-      const bool valid = tile.valid;
-      const BlockRange range = valid ? tile.state.range : BlockRange{0, 0};
-      const BlockRange own = valid ? own_keys(tile).range : BlockRange{0, 0};
-      const bool has_keys = own.begin < own.end;
-      skip_above(tile, range, own);
-      if (has_keys) {
-        wait_first();
-        wait_turn();
-        Base::issue_qk(ring.stage());
-        pass_turn();
-        if (writes) write_tile(slot, rows);
-        wgmma_wait<0>();
-        fence_registers(s[0]);
-        softmax = Softmax();
-        first_block(even_p, tile);
-      } else {
-        if (writes) write_tile(slot, rows);
-        softmax = Softmax();
-      }
-      if (!valid) break;
       clear_registers(o);
-      if (has_keys) {
+      const BlockRange own = own_keys(tile).range;
+      if (own.begin < own.end) {
         run_blocks(even_p, odd_p, tile);
-        for (int block = own.begin - 1; block >= range.begin; --block) {
+        for (int block = own_keys(tile).range.begin - 1; block >= tile.state.range.begin; --block) {
           skip_k();
           skip_v(tile.state, block);
         }
       }
-      finish_tile(tile, rows);
+      finish_tile(tile, lse);
       slot.forget();
+      ring.forget();
       slot.advance();
-      writes = true;
     }
   }
 
-  // What is left of a tile when O is normalised.
-  struct FinishedRows {
-    RowPlace places[2];
-    float lse[2];
-  };
+  BROADHEAD_DEVICE void find_rows(RowPlace (&rows)[2], const Slot& tile) const {
+    const int thread = fresh_thread();
+    place_rows(rows, tile.state.output, (thread / 32 - 4) * 16 + thread % 32 / 4);
+  }
 
   // Normalises O. (ptxas lets wgmma be in flight while O is written only when O did not come straight from wgmma.)
-  BROADHEAD_DEVICE void finish_tile(const Slot& tile, FinishedRows& rows) {
-    const int thread = fresh_thread();
-    place_rows(rows.places, tile.state.output, (thread / 32 - 4) * 16 + thread % 32 / 4);
+  BROADHEAD_DEVICE void finish_tile(const Slot& tile, float (&lse)[2]) {
+    RowPlace rows[2];
+    find_rows(rows, tile);
     softmax.reduce_sum();
     float inverse[2];
     BROADHEAD_UNROLL
     for (int i = 0; i < 2; ++i) {
-      const RowResult result = finish_row<Element>(
-          args.params, rows.places[i], {softmax.row_max[i], softmax.row_sum[i]}, tile.state.scale, tile.split);
+      const RowResult result = finish_row<Element>(args.params, rows[i], {softmax.row_max[i], softmax.row_sum[i]},
+                                                   tile.state.scale, tile.split);
       inverse[i] = result.inverse;
-      rows.lse[i] = result.lse;
+      lse[i] = result.lse;
     }
     scale_rows(o, inverse[0], inverse[1]);
   }
 
   // The output of the tile before `slot`.
-  BROADHEAD_DEVICE void write_tile(const SlotState& slot, FinishedRows& rows) {
+  BROADHEAD_DEVICE void write_tile(const SlotState& slot, const float (&lse)[2]) {
     const Slot& tile = smem.tiles[slot.stage(1)];
+    RowPlace rows[2];
+    find_rows(rows, tile);
     BROADHEAD_UNROLL
     for (int i = 0; i < 2; ++i) {
-      if (fresh_thread() % 4 == 0) write_lse(args.params, tile.state.seqlen, rows.places[i], rows.lse[i], tile.split);
+      if (fresh_thread() % 4 == 0) write_lse(args.params, tile.state.seqlen, rows[i], lse[i], tile.split);
     }
-    drop_empty(rows.places, rows.lse[0] == -INFINITY, rows.lse[1] == -INFINITY, tile.split);
-    write_rows<Element>(args.params, tile.state.seqlen, rows.places, o, 0, tile.split);
+    drop_empty(rows, lse[0] == -INFINITY, lse[1] == -INFINITY, tile.split);
+    write_rows<Element>(args.params, tile.state.seqlen, rows, o, 0, tile.split);
     __syncwarp();
     release(smem.tile_empty[slot.stage(1)]);
   }

@@ -180,6 +180,7 @@ class RingState<2> {
   BROADHEAD_DEVICE std::uint32_t stage(int back = 0) const { return (count_ - back) & 1; }
   BROADHEAD_DEVICE std::uint32_t parity(int back = 0) const { return (count_ - back) >> 1 & 1; }
   BROADHEAD_DEVICE void advance() { ++count_; }
+  BROADHEAD_DEVICE bool advanced() const { return count_ != 0; }  // 2^32 tiles are more than a launch has
   // The compiler forgets what it derived from the position, which would occupy registers over a whole tile.
   BROADHEAD_DEVICE void forget() { asm volatile("" : "+r"(count_)); }
 };
