@@ -39,22 +39,27 @@ struct Consumer final : ConsumerBase<Traits> {
   }
 
   // V of the block before the one whose K is next.
-  BROADHEAD_DEVICE void wait_v() { wait_full(smem.v_full[ring.stage(1)], ring.parity(1)); }
+  BROADHEAD_DEVICE void wait_v(int back = 1) { wait_full(smem.v_full[ring.stage(back)], ring.parity(back)); }
 
   // Clears what no query sees of that V, together with the other warpgroups: not in a turn, they may wait for it.
-  BROADHEAD_DEVICE void prepare_v(const TileState<Element>& state, int block) {
+  BROADHEAD_DEVICE void prepare_v(const TileState<Element>& state, int block, int back = 1) {
     const int key0 = block * Traits::kTileN;
     if (all_live(state.source, key0, Traits::kTileN)) return;
-    wait_v();
+    wait_v(back);
     const ClearShare share{static_cast<int>(threadIdx.x) / 32 - 4, Traits::kConsumerWarps, 0, VLayout::kBytes / 16};
-    clear_dead_rows<VLayout>(state.source, reinterpret_cast<char*>(smem.v[ring.stage(1)]), key0, Traits::kTileN, share);
+    clear_dead_rows<VLayout>(state.source, reinterpret_cast<char*>(smem.v[ring.stage(back)]), key0, Traits::kTileN,
+                             share);
     fence_async_shared();
     named_barrier_sync(kClearBarrier, 32 * Traits::kConsumerWarps);
   }
 
-  // The two forms are one to us; of each ptxas makes good code in one place only (spills in the other).
-  BROADHEAD_DEVICE const RowsKeys& own_keys(const Slot& tile) const {
-    return tile.rows_keys[Traits::kTurns ? warpgroup : fresh_thread() / 128 - 1];
+  BROADHEAD_DEVICE RowsKeys own_keys(const Slot& tile) const {
+    if constexpr (Traits::kOwnRows) {
+      // Not kept in a register.
+      return tile.rows_keys[__shfl_sync(0xffffffffu, fresh_thread() / 128, 0) - 1];
+    } else {
+      return {tile.state.range, tile.state.unmasked};
+    }
   }
 
   BROADHEAD_DEVICE void mask_scores(const Slot& tile, int block) {
@@ -143,9 +148,9 @@ struct Consumer final : ConsumerBase<Traits> {
 
   // The first of the warpgroup's blocks, whose S is ready; P comes into even_p.
   BROADHEAD_DEVICE void first_block(P& even_p, const Slot& tile) {
-    const RowsKeys& keys = own_keys(tile);
+    const RowsKeys keys = own_keys(tile);
     const BlockRange range = keys.range;
-    if (range.end < tile.state.range.end) skip_v(tile.state, range.end);
+    if (Traits::kOwnRows && range.end < tile.state.range.end) skip_v(tile.state, range.end);
     release(smem.k_empty[ring.stage()]);
     if (range.begin == range.end - 1) release(smem.q_empty);
     ring.advance();
@@ -156,7 +161,7 @@ struct Consumer final : ConsumerBase<Traits> {
 
   // The blocks after the first.
   BROADHEAD_DEVICE void run_blocks(P& even_p, P& odd_p, const Slot& tile) {
-    const RowsKeys& keys = own_keys(tile);
+    const RowsKeys keys = own_keys(tile);
     const BlockRange range = keys.range;
     const BlockKinds kinds(keys.unmasked, tile.state.scale, Traits::kTileN);
     int block = range.end - 2;
@@ -191,7 +196,11 @@ struct Consumer final : ConsumerBase<Traits> {
     }
   }
 
-  // Stages whose keys none of the warpgroup's rows sees are freed unread, in turn.
+  // Blocks that none of the warpgroup's rows sees are freed unread, in turn.
+  //
+  // Warpgroups meet where V is cleared, and their turns are in order: who skips blocks at the end of the keys, which
+  // are those before a warpgroup that does not (ends rise with the rows), must not meet the others for V of a block
+  // before its turn of the next block is over, and all others must before that turn begins.
   BROADHEAD_DEVICE void skip_k() {
     wait_full(smem.k_full[ring.stage()], ring.parity());
     wait_turn();
@@ -200,20 +209,33 @@ struct Consumer final : ConsumerBase<Traits> {
     ring.advance();
   }
 
-  BROADHEAD_DEVICE void skip_v(const TileState<Element>& state, int block) {
-    prepare_v(state, block);
-    wait_v();
-    release(smem.v_empty[ring.stage(1)]);
+  BROADHEAD_DEVICE void skip_v(const TileState<Element>& state, int block, int back = 1) {
+    prepare_v(state, block, back);
+    wait_v(back);
+    release(smem.v_empty[ring.stage(back)]);
   }
 
-  // The blocks above `own`. V of the last one, which comes late, is left to first_block.
+  // Blocks [own.end, range.end). V of the last one is left to first_block.
   BROADHEAD_DEVICE void skip_above(const Slot& tile, BlockRange range, BlockRange own) {
-    const bool has_keys = own.begin < own.end;
-    for (int block = range.end - 1; block >= (has_keys ? own.end : range.begin); --block) {
+    for (int block = range.end - 1; block >= own.end; --block) {
       skip_k();
-      if (!has_keys || block > own.end) skip_v(tile.state, block);
+      if (block < range.end - 1) skip_v(tile.state, block + 1, 2);
     }
-    if (has_keys || range.begin >= range.end) return;
+  }
+
+  BROADHEAD_DEVICE void skip_below(const Slot& tile, BlockRange range, BlockRange own) {
+    for (int block = own.begin - 1; block >= range.begin; --block) {
+      skip_k();
+      skip_v(tile.state, block);
+    }
+  }
+
+  // A tile of which the warpgroup has no block.
+  BROADHEAD_DEVICE void skip_tile(const Slot& tile, BlockRange range, BlockRange own) {
+    skip_above(tile, range, own);
+    if (own.end < range.end) skip_v(tile.state, own.end);
+    skip_below(tile, range, own);
+    if (range.begin >= range.end) return;
     barrier_wait(smem.q_full, q_parity);
     q_parity ^= 1;
     release(smem.q_empty);
@@ -228,7 +250,13 @@ struct Consumer final : ConsumerBase<Traits> {
     if (tile.valid) {
       const BlockRange own = own_keys(tile).range;
       has_keys = own.begin < own.end;
-      skip_above(tile, tile.state.range, own);
+      if constexpr (Traits::kOwnRows) {
+        if (has_keys) {
+          skip_above(tile, tile.state.range, own);
+        } else {
+          skip_tile(tile, tile.state.range, own);
+        }
+      }
     }
     if (has_keys) {
       wait_first();
@@ -260,10 +288,7 @@ struct Consumer final : ConsumerBase<Traits> {
       const BlockRange own = own_keys(tile).range;
       if (own.begin < own.end) {
         run_blocks(even_p, odd_p, tile);
-        for (int block = own_keys(tile).range.begin - 1; block >= tile.state.range.begin; --block) {
-          skip_k();
-          skip_v(tile.state, block);
-        }
+        if constexpr (Traits::kOwnRows) skip_below(tile, tile.state.range, own_keys(tile).range);
       }
       finish_tile(tile, lse);
       slot.forget();

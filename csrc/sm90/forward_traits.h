@@ -55,10 +55,11 @@ struct ForwardTraits {
   // softmax need not look for the maximum first.
   static_assert(kOverlap_ == 1 || kOverlap_ == 2);
   static constexpr bool kTwoP = kOverlap_ == 2;
+  // Warpgroups skip the blocks that none of their rows sees. (Beside two blocks of P it would spill.)
+  static constexpr bool kOwnRows = !kTwoP;
   static constexpr int kCluster = 1;
 
   static constexpr int kConsumers = kTileM / 64;  // warpgroups of 64 rows
-  static constexpr bool kOwnRows = true;          // which skip the blocks that none of theirs sees
   static constexpr int kConsumerWarps = 4 * kConsumers;
   static constexpr int kThreads = 128 * (kConsumers + 1);
   // Of a thread. Their sum over the warpgroups must not exceed what the block got at launch: 504 for three warpgroups

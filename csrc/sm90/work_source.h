@@ -22,7 +22,7 @@ struct WorkPlan {
 
 // What 64 rows of a tile see: a part of the tile's blocks. The other blocks' S would be masked altogether.
 struct RowsKeys {
-  BlockRange range;      // empty: at the end of the tile's
+  BlockRange range;      // empty: where the rows' keys lie, at the tile's begin or end
   KeyInterval unmasked;  // keys that all of the rows see
 };
 
@@ -44,7 +44,8 @@ BROADHEAD_DEVICE RowsKeys rows_keys(const TileState<Element>& state, int first_r
   const int q_last = rows.token(last_row);
   const BlockRange own = block_range(state.mask, q_first, q_last, keys);
   BlockRange range{max_int(own.begin, tile.begin), min_int(own.end, tile.end)};
-  if (range.begin >= range.end) range = {tile.end, tile.end};
+  if (range.begin >= range.end)
+    range = own.end <= tile.begin ? BlockRange{tile.begin, tile.begin} : BlockRange{tile.end, tile.end};
   return {range, state.mask.unmasked_interval(q_first, q_last)};
 }
 
