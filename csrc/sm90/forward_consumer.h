@@ -39,31 +39,21 @@ struct Consumer final : ConsumerBase<Traits> {
   }
 
   // V of the block before the one whose K is next.
-  BROADHEAD_DEVICE void wait_v(int back = 1) { wait_full(smem.v_full[ring.stage(back)], ring.parity(back)); }
+  BROADHEAD_DEVICE void wait_v() { wait_full(smem.v_full[ring.stage(1)], ring.parity(1)); }
 
   // Clears what no query sees of that V, together with the other warpgroups: not in a turn, they may wait for it.
-  BROADHEAD_DEVICE void prepare_v(const TileState<Element>& state, int block, int back = 1) {
+  BROADHEAD_DEVICE void prepare_v(const TileState<Element>& state, int block) {
     const int key0 = block * Traits::kTileN;
     if (all_live(state.source, key0, Traits::kTileN)) return;
-    wait_v(back);
+    wait_v();
     const ClearShare share{static_cast<int>(threadIdx.x) / 32 - 4, Traits::kConsumerWarps, 0, VLayout::kBytes / 16};
-    clear_dead_rows<VLayout>(state.source, reinterpret_cast<char*>(smem.v[ring.stage(back)]), key0, Traits::kTileN,
-                             share);
+    clear_dead_rows<VLayout>(state.source, reinterpret_cast<char*>(smem.v[ring.stage(1)]), key0, Traits::kTileN, share);
     fence_async_shared();
     named_barrier_sync(kClearBarrier, 32 * Traits::kConsumerWarps);
   }
 
-  BROADHEAD_DEVICE RowsKeys own_keys(const Slot& tile) const {
-    if constexpr (Traits::kOwnRows) {
-      // Not kept in a register.
-      return tile.rows_keys[__shfl_sync(0xffffffffu, fresh_thread() / 128, 0) - 1];
-    } else {
-      return {tile.state.range, tile.state.unmasked};
-    }
-  }
-
   BROADHEAD_DEVICE void mask_scores(const Slot& tile, int block) {
-    finish_scores(s, tile.state, own_keys(tile).unmasked, block * Traits::kTileN, warp_row());
+    finish_scores(s, tile.state, tile.state.unmasked, block * Traits::kTileN, warp_row());
   }
 
   // P of the block from S. True when O must be multiplied by `factor` before this block's P V is added.
@@ -146,24 +136,21 @@ struct Consumer final : ConsumerBase<Traits> {
     release(smem.v_empty[ring.stage(1)]);
   }
 
-  // The first of the warpgroup's blocks, whose S is ready; P comes into even_p.
+  // The first block, whose S is ready; P comes into even_p.
   BROADHEAD_DEVICE void first_block(P& even_p, const Slot& tile) {
-    const RowsKeys keys = own_keys(tile);
-    const BlockRange range = keys.range;
-    if (Traits::kOwnRows && range.end < tile.state.range.end) skip_v(tile.state, range.end);
+    const BlockRange range = tile.state.range;
     release(smem.k_empty[ring.stage()]);
     if (range.begin == range.end - 1) release(smem.q_empty);
     ring.advance();
     float factor[2];
-    const BlockKinds kinds(keys.unmasked, tile.state.scale, Traits::kTileN);
+    const BlockKinds kinds(tile.state.unmasked, tile.state.scale, Traits::kTileN);
     exponentiate<false>(even_p, tile, kinds, range.end - 1, factor, true);
   }
 
   // The blocks after the first.
   BROADHEAD_DEVICE void run_blocks(P& even_p, P& odd_p, const Slot& tile) {
-    const RowsKeys keys = own_keys(tile);
-    const BlockRange range = keys.range;
-    const BlockKinds kinds(keys.unmasked, tile.state.scale, Traits::kTileN);
+    const BlockRange range = tile.state.range;
+    const BlockKinds kinds(tile.state.unmasked, tile.state.scale, Traits::kTileN);
     int block = range.end - 2;
     // Blocks of this range that step<true> may do: the one above must be plain, too.
     const int plain_begin = max_int(range.begin + 1, kinds.plain_begin);
@@ -196,68 +183,12 @@ struct Consumer final : ConsumerBase<Traits> {
     }
   }
 
-  // Blocks that none of the warpgroup's rows sees are freed unread, in turn.
-  //
-  // Warpgroups meet where V is cleared, and their turns are in order: who skips blocks at the end of the keys, which
-  // are those before a warpgroup that does not (ends rise with the rows), must not meet the others for V of a block
-  // before its turn of the next block is over, and all others must before that turn begins.
-  BROADHEAD_DEVICE void skip_k() {
-    wait_full(smem.k_full[ring.stage()], ring.parity());
-    wait_turn();
-    pass_turn();
-    release(smem.k_empty[ring.stage()]);
-    ring.advance();
-  }
-
-  BROADHEAD_DEVICE void skip_v(const TileState<Element>& state, int block, int back = 1) {
-    prepare_v(state, block, back);
-    wait_v(back);
-    release(smem.v_empty[ring.stage(back)]);
-  }
-
-  // Blocks [own.end, range.end). V of the last one is left to first_block.
-  BROADHEAD_DEVICE void skip_above(const Slot& tile, BlockRange range, BlockRange own) {
-    for (int block = range.end - 1; block >= own.end; --block) {
-      skip_k();
-      if (block < range.end - 1) skip_v(tile.state, block + 1, 2);
-    }
-  }
-
-  BROADHEAD_DEVICE void skip_below(const Slot& tile, BlockRange range, BlockRange own) {
-    for (int block = own.begin - 1; block >= range.begin; --block) {
-      skip_k();
-      skip_v(tile.state, block);
-    }
-  }
-
-  // A tile of which the warpgroup has no block.
-  BROADHEAD_DEVICE void skip_tile(const Slot& tile, BlockRange range, BlockRange own) {
-    skip_above(tile, range, own);
-    if (own.end < range.end) skip_v(tile.state, own.end);
-    skip_below(tile, range, own);
-    if (range.begin >= range.end) return;
-    barrier_wait(smem.q_full, q_parity);
-    q_parity ^= 1;
-    release(smem.q_empty);
-  }
-
-  // Begins the tile of `slot`, up to P of the warpgroup's first block, and writes the output of the one before (`lse`),
+  // Begins the tile of `slot`, up to P of the first block, and writes the output of the one before (`lse`),
   // if any, while the first S is in flight. False: there is no tile.
   BROADHEAD_DEVICE bool start_tile(P& even_p, const SlotState& slot, const float (&lse)[2]) {
     barrier_wait(smem.tile_full[slot.stage()], slot.parity());
     const Slot& tile = smem.tiles[slot.stage()];
-    bool has_keys = false;
-    if (tile.valid) {
-      const BlockRange own = own_keys(tile).range;
-      has_keys = own.begin < own.end;
-      if constexpr (Traits::kOwnRows) {
-        if (has_keys) {
-          skip_above(tile, tile.state.range, own);
-        } else {
-          skip_tile(tile, tile.state.range, own);
-        }
-      }
-    }
+    const bool has_keys = tile.valid && tile.state.range.begin < tile.state.range.end;
     if (has_keys) {
       wait_first();
       wait_turn();
@@ -285,11 +216,7 @@ struct Consumer final : ConsumerBase<Traits> {
       slot.forget();
       const Slot& tile = smem.tiles[slot.stage()];
       clear_registers(o);
-      const BlockRange own = own_keys(tile).range;
-      if (own.begin < own.end) {
-        run_blocks(even_p, odd_p, tile);
-        if constexpr (Traits::kOwnRows) skip_below(tile, tile.state.range, own_keys(tile).range);
-      }
+      if (tile.state.range.begin < tile.state.range.end) run_blocks(even_p, odd_p, tile);
       finish_tile(tile, lse);
       slot.forget();
       ring.forget();

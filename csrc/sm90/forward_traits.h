@@ -55,8 +55,6 @@ struct ForwardTraits {
   // softmax need not look for the maximum first.
   static_assert(kOverlap_ == 1 || kOverlap_ == 2);
   static constexpr bool kTwoP = kOverlap_ == 2;
-  // Warpgroups skip the blocks that none of their rows sees. (Beside two blocks of P it would spill.)
-  static constexpr bool kOwnRows = !kTwoP;
   static constexpr int kCluster = 1;
 
   static constexpr int kConsumers = kTileM / 64;  // warpgroups of 64 rows

@@ -18,7 +18,6 @@ struct Fp8Traits {
   static constexpr int kTileM = kTileM_;
   static constexpr int kTileN = kTileN_;
   static constexpr int kStages = 2;
-  static constexpr bool kOwnRows = false;
   static constexpr int kCluster = 1;
 
   static constexpr int kConsumers = kTileM / 64;  // warpgroups of 64 rows

@@ -26,7 +26,6 @@ struct WideShape {
   static constexpr int kHeadDimV = kHeadDimV_;
   static constexpr int kTileM = kTileM_;
   static constexpr int kTileN = kTileN_;
-  static constexpr bool kOwnRows = false;
   static constexpr int kCluster = 2;
   static_assert(kTileM == 64 && kTileN == 64);
 

@@ -20,34 +20,12 @@ struct WorkPlan {
   std::int32_t tiles;          // of the grid when not ragged, all splits
 };
 
-// What 64 rows of a tile see: a part of the tile's blocks. The other blocks' S would be masked altogether.
-struct RowsKeys {
-  BlockRange range;      // empty: where the rows' keys lie, at the tile's begin or end
-  KeyInterval unmasked;  // keys that all of the rows see
-};
-
 template <class Element>
 struct TileSlot {
   TileState<Element> state;
-  RowsKeys rows_keys[3];  // of each warpgroup, in kernels whose warpgroups have rows of their own
-  std::int32_t split;     // -1: the tile's result is final
-  std::int32_t valid;     // 0: no more work
+  std::int32_t split;  // -1: the tile's result is final
+  std::int32_t valid;  // 0: no more work
 };
-
-template <class Element>
-BROADHEAD_DEVICE RowsKeys rows_keys(const TileState<Element>& state, int first_row, int keys) {
-  const RowMap& rows = state.output.rows;
-  const int last_row = min_int(first_row + 63, rows.end_row - rows.first_row - 1);
-  const BlockRange tile = state.range;
-  if (last_row < first_row) return {{tile.end, tile.end}, {0, 0}};
-  const int q_first = rows.token(first_row);
-  const int q_last = rows.token(last_row);
-  const BlockRange own = block_range(state.mask, q_first, q_last, keys);
-  BlockRange range{max_int(own.begin, tile.begin), min_int(own.end, tile.end)};
-  if (range.begin >= range.end)
-    range = own.end <= tile.begin ? BlockRange{tile.begin, tile.begin} : BlockRange{tile.end, tile.end};
-  return {range, state.mask.unmasked_interval(q_first, q_last)};
-}
 
 using SlotState = RingState<kTileSlots>;
 
@@ -148,16 +126,10 @@ BROADHEAD_DEVICE void post_tiles(const Args& args, SharedStorage& smem) {
         splits = posted.state.splits;
         if (splits == 1) posted.split = -1;
       }
+      // A tile without rows, or a share that its sequence does not use, is not posted.
+      if (!work.valid || splits > 0) barrier_arrive(smem.tile_full[slot.stage()]);
     }
     splits = __shfl_sync(0xffffffffu, splits, 0);
-    if constexpr (Traits::kOwnRows) {
-      if (splits > 0 && lane < Traits::kConsumers) {
-        posted.rows_keys[lane] = rows_keys(posted.state, lane * 64, Traits::kTileN);
-      }
-      __syncwarp();
-    }
-    // A tile without rows, or a share that its sequence does not use, is not posted.
-    if (lane == 0 && (!work.valid || splits > 0)) barrier_arrive(smem.tile_full[slot.stage()]);
     if (!work.valid) return;
     if (splits > 0) {
       slot.advance();
