@@ -5,6 +5,7 @@
 
 #include "sm90/consumer_base.h"
 #include "sm90/softmax.h"
+#include "sm90/staged_output.h"
 
 namespace broadhead::sm90 {
 
@@ -254,9 +255,19 @@ struct Consumer final : ConsumerBase<Traits> {
     for (int i = 0; i < 2; ++i) {
       if (fresh_thread() % 4 == 0) write_lse(args.params, tile.state.seqlen, rows[i], lse[i], tile.split);
     }
-    drop_empty(rows, lse[0] == -INFINITY, lse[1] == -INFINITY, tile.split);
-    write_rows<Element>(args.params, tile.state.seqlen, rows, o, 0, tile.split);
+    if (tile.split < 0) {
+      // The stage that V of the next block comes into; all warpgroups are past the block it held.
+      barrier_wait(smem.v_empty[ring.stage()], ring.parity() ^ 1);
+      const std::uint32_t buffer = smem_address(smem.v[ring.stage()]) +
+                                   (fresh_thread() / 32 - 4) * StagedRows<Element, Traits::kOutputPassCols>::kBytes;
+      write_output_staged<Element, Traits::kOutputPassCols>(args.params, tile.state.seqlen, rows, o, buffer);
+      fence_async_shared();
+    } else {
+      drop_empty(rows, lse[0] == -INFINITY, lse[1] == -INFINITY, tile.split);
+      write_partial(args.params, tile.state.seqlen, rows, o, 0, tile.split);
+    }
     __syncwarp();
+    release(smem.output_written);
     release(smem.tile_empty[slot.stage(1)]);
   }
 };
