@@ -21,7 +21,7 @@ BROADHEAD_DEVICE void wait_and_load_q(const KernelArgs& args, const QCoordinates
 // unseen. `slot`: this tile's.
 template <class Traits>
 BROADHEAD_DEVICE void wait_output(typename Traits::SharedStorage& smem, std::uint32_t slot) {
-  if constexpr (Traits::kStagesOutput) barrier_wait(smem.output_written, slot ^ 1);
+  if constexpr (Traits::kStagesOutput) barrier_wait(smem.output_read, slot ^ 1);
 }
 
 // One warp: of all tiles Q and K (`loads_k`), V (`loads_v`), or everything, by TMA. K of a tile's first block comes

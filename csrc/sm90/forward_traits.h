@@ -94,7 +94,7 @@ struct ForwardTraits {
     Barrier k_empty[kStages];
     Barrier v_full[kStages];
     Barrier v_empty[kStages];
-    Barrier output_written;  // each consumer warp, once a tile
+    Barrier output_read;  // each consumer warp, once a tile
   };
   static_assert(sizeof(SharedStorage) <= kSmemLimit_, "the tile does not fit the shared memory its row promises");
 };
