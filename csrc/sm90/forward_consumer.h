@@ -5,7 +5,6 @@
 
 #include "sm90/consumer_base.h"
 #include "sm90/softmax.h"
-#include "sm90/staged_output.h"
 
 namespace broadhead::sm90 {
 
@@ -249,31 +248,14 @@ struct Consumer final : ConsumerBase<Traits> {
   // The output of the tile before `slot`.
   BROADHEAD_DEVICE void write_tile(const SlotState& slot, const float (&lse)[2]) {
     const Slot& tile = smem.tiles[slot.stage(1)];
-    const TileState<Element>& state = tile.state;
     RowPlace rows[2];
-    if (tile.split < 0) {
-      // The stage that V of the next block comes into; all warpgroups are past the block it held.
-      barrier_wait(smem.v_empty[ring.stage()], ring.parity() ^ 1);
-      StagedOutput<Element, Traits::kOutputPassCols, Traits::kOTiles> output;
-      output.exchange(o, smem_address(smem.v[ring.stage()]) +
-                             (fresh_thread() / 32 - 4) * StagedRows<Element, Traits::kOutputPassCols>::kBytes);
-      // Ahead of the stores to global memory, which it would wait for.
-      fence_async_shared();
-      __syncwarp();
-      release(smem.output_read);
-      find_rows(rows, tile);
-      output.store(args.params, state.seqlen, rows);
-    } else {
-      release(smem.output_read);
-      find_rows(rows, tile);
-      RowPlace told[2] = {rows[0], rows[1]};
-      drop_empty(told, lse[0] == -INFINITY, lse[1] == -INFINITY, tile.split);
-      write_partial(args.params, state.seqlen, told, o, 0, tile.split);
-    }
+    find_rows(rows, tile);
     BROADHEAD_UNROLL
     for (int i = 0; i < 2; ++i) {
-      if (fresh_thread() % 4 == 0) write_lse(args.params, state.seqlen, rows[i], lse[i], tile.split);
+      if (fresh_thread() % 4 == 0) write_lse(args.params, tile.state.seqlen, rows[i], lse[i], tile.split);
     }
+    drop_empty(rows, lse[0] == -INFINITY, lse[1] == -INFINITY, tile.split);
+    write_rows<Element>(args.params, tile.state.seqlen, rows, o, 0, tile.split);
     __syncwarp();
     release(smem.tile_empty[slot.stage(1)]);
   }

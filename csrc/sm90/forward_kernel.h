@@ -24,7 +24,6 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) forward_kernel(const __gr
     barrier_init(smem.next_wanted, 1);
     barrier_init(smem.q_full, 1);
     barrier_init(smem.q_empty, Traits::kConsumerWarps);
-    barrier_init(smem.output_read, Traits::kConsumerWarps);
     for (int i = 0; i < Traits::kStages; ++i) {
       barrier_init(smem.k_full[i], fills);
       barrier_init(smem.k_empty[i], Traits::kConsumerWarps);

@@ -17,13 +17,6 @@ BROADHEAD_DEVICE void wait_and_load_q(const KernelArgs& args, const QCoordinates
   }
 }
 
-// Waits until the stage of V that the output of the tile before uses is free: once a tile, or a phase could pass
-// unseen. `slot`: this tile's.
-template <class Traits>
-BROADHEAD_DEVICE void wait_output(typename Traits::SharedStorage& smem, std::uint32_t slot) {
-  if constexpr (Traits::kStagesOutput) barrier_wait(smem.output_read, slot ^ 1);
-}
-
 // One warp: of all tiles Q and K (`loads_k`), V (`loads_v`), or everything, by TMA. K of a tile's first block comes
 // ahead of its Q, which waits for the last S of the tile before.
 template <class Traits>
@@ -40,10 +33,9 @@ BROADHEAD_DEVICE void load_tiles(const KernelArgs& args, typename Traits::Shared
   if (leader && loads_v) prefetch_map(&args.maps.v.box);
   RingState<Traits::kStages> ring;  // of K and of V
   std::uint32_t q_parity = 0;
-  for_each_tile(smem, leader, [&](const TileState<Element>& state, std::uint32_t slot) {
+  for_each_tile(smem, leader, [&](const TileState<Element>& state) {
     const BlockRange range = state.range;
     if (leader && loads_k) want_next(smem.next_wanted, range, range.end);
-    if (loads_v) wait_output<Traits>(smem, slot);
     if (range.begin >= range.end) return;
     const QCoordinates q_at = q_coordinates(args.maps.q, state);
     if (leader && loads_k) prefetch_q<typename Traits::QLayout>(args.maps.q, q_at);
@@ -96,12 +88,12 @@ BROADHEAD_DEVICE void gather_tiles(const KernelArgs& args, typename Traits::Shar
   const bool leader = threadIdx.x % 32 == 0;
   RingState<Traits::kStages> k_ring, v_ring;
   std::uint32_t q_parity = 0;
-  for_each_tile(smem, leader, [&](const TileState<Element>& state, std::uint32_t slot) {
+  for_each_tile(smem, leader, [&](const TileState<Element>& state) {
     const KvSource<Element>& source = state.source;
     const BlockRange range = state.range;
     const bool first = leader && warp == 0;
     if (first) want_next(smem.next_wanted, range, range.end);
-    if (range.begin >= range.end) return wait_output<Traits>(smem, slot);
+    if (range.begin >= range.end) return;
     const QCoordinates q_at = q_coordinates(args.maps.q, state);
     if (first) prefetch_q<typename Traits::QLayout>(args.maps.q, q_at);
     const auto load_k = [&](const Rows& rows) {
@@ -126,7 +118,6 @@ BROADHEAD_DEVICE void gather_tiles(const KernelArgs& args, typename Traits::Shar
     load_k(rows);
     // The others do not wait: with their K on its way they could miss a whole phase.
     if (warp == 0) wait_and_load_q<Traits>(args, q_at, smem, leader, q_parity);
-    wait_output<Traits>(smem, slot);
     for (int block = range.end - 2; block >= range.begin; --block) {
       if (first) want_next(smem.next_wanted, range, block);
       const Rows v_rows = rows;

@@ -77,11 +77,6 @@ struct ForwardTraits {
   static constexpr int kLoaderWarps = 3;  // of the producer warpgroup, when they gather; two when TMA does
   static constexpr int kSchedulerWarp = 3;
 
-  // O leaves through a stage of V, so many columns at a time.
-  static constexpr bool kStagesOutput = true;
-  static constexpr int kOutputPassCols = kTileN * kHeadDimV >= kTileM * kHeadDimV ? kHeadDimV : kHeadDimV / 2;
-  static_assert(kTileM * kOutputPassCols <= kTileN * kHeadDimV);
-
   static_assert(kTileM % 64 == 0 && kTileN % 16 == 0 && kHeadDimV % 32 == 0);
 
   struct SharedStorage : WorkStorage<Element> {
@@ -94,7 +89,6 @@ struct ForwardTraits {
     Barrier k_empty[kStages];
     Barrier v_full[kStages];
     Barrier v_empty[kStages];
-    Barrier output_read;  // each consumer warp, once a tile
   };
   static_assert(sizeof(SharedStorage) <= kSmemLimit_, "the tile does not fit the shared memory its row promises");
 };

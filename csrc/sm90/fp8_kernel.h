@@ -19,7 +19,7 @@ BROADHEAD_DEVICE void gather_fp8_tiles(const KernelArgs& args, typename Traits::
   const bool leader = threadIdx.x % 32 == 0;
   RingState<Traits::kStages> ring;
   std::uint32_t q_parity = 0;
-  for_each_tile(smem, leader, [&](const TileState<Element>& state, std::uint32_t) {
+  for_each_tile(smem, leader, [&](const TileState<Element>& state) {
     const KvSource<Element>& source = state.source;
     const BlockRange range = state.range;
     if (leader) want_next(smem.next_wanted, range, range.end);

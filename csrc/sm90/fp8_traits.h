@@ -19,7 +19,6 @@ struct Fp8Traits {
   static constexpr int kTileN = kTileN_;
   static constexpr int kStages = 2;
   static constexpr int kCluster = 1;
-  static constexpr bool kStagesOutput = false;
 
   static constexpr int kConsumers = kTileM / 64;  // warpgroups of 64 rows
   static constexpr int kConsumerWarps = 4 * kConsumers;

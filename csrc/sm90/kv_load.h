@@ -5,8 +5,8 @@
 
 namespace broadhead::sm90 {
 
-// A producer's tiles in order; `body` gets each one's state and slot. `arrives`: of the lanes of a warp, the one that
-// frees a tile's slot.
+// A producer's tiles in order; `body` gets each one's state. `arrives`: of the lanes of a warp, the one that frees a
+// tile's slot.
 template <class Storage, class Body>
 BROADHEAD_DEVICE void for_each_tile(Storage& smem, bool arrives, const Body& body) {
   SlotState slot;
@@ -14,7 +14,7 @@ BROADHEAD_DEVICE void for_each_tile(Storage& smem, bool arrives, const Body& bod
     barrier_wait(smem.tile_full[slot.stage()], slot.parity());
     const auto& tile = smem.tiles[slot.stage()];
     if (!tile.valid) break;
-    body(tile.state, slot.stage());
+    body(tile.state);
     __syncwarp();
     if (arrives) barrier_arrive(smem.tile_empty[slot.stage()]);
     slot.advance();

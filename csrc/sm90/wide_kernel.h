@@ -157,7 +157,7 @@ struct WideLoader {
       prefetch_map(&args.maps.v.box);
       if constexpr (Traits::kWithQv) prefetch_map(&args.maps.qv.map);
     }
-    for_each_tile(smem, leader, [&](const TileState<Element>& state, std::uint32_t) {
+    for_each_tile(smem, leader, [&](const TileState<Element>& state) {
       const BlockRange range = state.range;
       if (leader && loads_k) want_next(smem.next_wanted, range, range.end);
       if (range.begin >= range.end) return;
@@ -207,7 +207,7 @@ struct WideLoader {
   BROADHEAD_DEVICE void run_gathering(int warp) {
     const bool leader = threadIdx.x % 32 == 0;
     const bool first = leader && warp == 0;
-    for_each_tile(smem, leader, [&](const TileState<Element>& state, std::uint32_t) {
+    for_each_tile(smem, leader, [&](const TileState<Element>& state) {
       const BlockRange range = state.range;
       if (first) want_next(smem.next_wanted, range, range.end);
       if (range.begin >= range.end) return;
