@@ -200,7 +200,7 @@ def support_matrix() -> str:
         own = [
             f"{feature}: only calls with it" if feature in row.requires else feature
             for feature in row.features
-            if feature not in support.FEATURES
+            if feature not in support.FEATURES or feature in row.requires
         ]
         lines.append(
             f"| `{name}` | {row.direction} | {row.phase} | up to {row.head_dim} | up to {row.head_dim_v} "

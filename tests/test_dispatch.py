@@ -84,6 +84,8 @@ def test_every_row_is_reached() -> None:
     fp8 = {**FP8, "features": ("descale", "lse")}
     special = [problem(head_dim=d, head_dim_v=dv, **fp8) for d, dv in head_dims if d % 16 == 0 and d <= 256]
     special += [problem(head_dim=64, head_dim_v=512, dtype=t, features=("lse", "qv")) for t in ("bf16", "fp16")]
+    window = {"window_left": 100, "features": ("lse", "window")}
+    special += [problem(head_dim=256, dtype=t, **window) for t in ("bf16", "fp16")]
     plans += [resolve(x, h200(), FULL) for x in special]
     assert {plan.row.id for plan in plans if plan.row is not None} == {row.id for row in ROWS}
 

@@ -95,6 +95,20 @@ def test_a_missing_hopper_kernel_is_replaced_by_the_next() -> None:
     assert plan.row is not None and plan.row.id == "sm80_fwd_d64_bf16"
 
 
+@pytest.mark.parametrize("head_dim, row", [(256, "d256_window"), (200, "d256_window"), (192, "d192"), (512, "d512")])
+@pytest.mark.parametrize("window", [{"window_left": 1024}, {"window_right": 7}])
+def test_windows_at_head_dim_256_have_a_row_of_their_own(head_dim: int, row: str, window: dict) -> None:
+    asked = problem(head_dim=head_dim, features=("lse", "window"), **window)
+    plan = resolve(asked, h200(), FULL)
+    assert plan.row is not None and plan.row.id == f"sm90_fwd_{row}_bf16"
+    for features in (("lse",), ("attention_chunk", "lse")):
+        plan = resolve(problem(head_dim=256, features=features), h200(), FULL)
+        assert plan.row is not None and plan.row.id == "sm90_fwd_d256_bf16"
+        assert (
+            "needs window" in {refusal.row_id: refusal.reason for refusal in plan.refusals}["sm90_fwd_d256_window_bf16"]
+        )
+
+
 FP8 = {"dtype": "float8_e4m3fn"}
 QV = {"head_dim": 64, "head_dim_v": 512, "features": ("gqa", "lse", "qv")}
 

@@ -44,12 +44,25 @@ def test_ids_are_unique_and_say_what_the_row_is() -> None:
     for row in support.ROWS:
         assert row.id.startswith(f"{row.family}_") and row.id.endswith(f"_{support.ID_SUFFIXES[row.dtype]}"), row.id
         assert row.name == (row.id if row.dtype == "float8_e4m3fn" else row.id[: -len("_bf16")]), row.id
-        assert set(row.requires) <= set(row.features) - set(support.FEATURES), row.id
+        assert set(row.requires) <= set(row.features) & {*support.EXTRA_FEATURES, *support.MASK_FEATURES}, row.id
         assert (f"v{row.head_dim_v}" in row.id) == (row.head_dim_v != row.head_dim), row.id
         assert f"d{row.head_dim}" in row.id and ("decode" in row.id) == (row.phase == "decode"), row.id
         assert set(row.features) <= {*support.FEATURES, *support.EXTRA_FEATURES}, row.id
         assert row.tile.min_blocks >= 1 and row.template.cluster >= 1, row.id
         assert row.template.header.startswith(f"{row.family}/"), row.id
+
+
+def test_a_row_for_some_masks_stands_before_one_for_all() -> None:
+    """Else calls without the mask had no kernel, or those with it never saw theirs."""
+    for i, row in enumerate(support.ROWS):
+        if set(row.requires) & set(support.MASK_FEATURES):
+            size = (row.family, row.phase, row.dtype, row.head_dim, row.head_dim_v)
+            others = [
+                j
+                for j, other in enumerate(support.ROWS)
+                if (other.family, other.phase, other.dtype, other.head_dim, other.head_dim_v) == size and j != i
+            ]
+            assert others and min(others) > i and any(not support.ROWS[j].requires for j in others), row.id
 
 
 @pytest.mark.parametrize("row", support.ROWS, ids=lambda row: row.id)
@@ -198,7 +211,8 @@ def test_readme_check_finds_a_stale_matrix(tmp_path: Path) -> None:
         (line,) = (line for line in text.splitlines() if f"`{row.name}`" in line)
         assert bounds in line and row.dtype in line, row.id
         assert ("| descale |" in line) == ("descale" in row.features), row.id
-        assert ("| qv: only calls with it |" in line) == ("qv" in row.requires), row.id
+        for feature in ("qv", "window"):
+            assert (f"| {feature}: only calls with it |" in line) == (feature in row.requires), row.id
 
 
 @needs_kernels

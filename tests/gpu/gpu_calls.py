@@ -40,6 +40,13 @@ def supports(row: support.KernelRow, options: dict) -> bool:
     return all(MASK_FEATURES[name] in row.features for name in options if name in MASK_FEATURES)
 
 
+def within(row: support.KernelRow, call: Call) -> Call:
+    """The call with the masks that the row is for: at least a window wider than any sequence."""
+    if "window" in row.requires and call.normalized_window[0] < 0 and call.normalized_window[1] <= 0:
+        return call.with_(window=(1 << 20, -1))
+    return call
+
+
 def row_call(row: support.KernelRow, function: str, seqlens_q: tuple, seqlens_k: tuple, **options) -> Call:
     """A call of the row's dtype and largest head dims, without the masks that its kernel lacks, with what it is for:
     qv, or another factor for each sequence and KV head of 8-bit inputs."""
@@ -49,7 +56,7 @@ def row_call(row: support.KernelRow, function: str, seqlens_q: tuple, seqlens_k:
     call = Call(function, tuple(seqlens_q), tuple(seqlens_k), **{**defaults, **options})
     if call.k_layout == "overlapping" and call.dim_v != call.head_dim:
         call = call.with_(k_layout="plain")
-    return call
+    return within(row, call)
 
 
 def row_cases(masks: dict[str, dict], rows: tuple = ARCH_ROWS) -> list:

@@ -15,7 +15,7 @@ import torch
 from broadhead import support
 from calls import Call, build
 from checks import check_call
-from gpu_calls import ARCH_ROWS, MASK_FEATURES, TORCH_DTYPES, column_step, row_id, supports
+from gpu_calls import ARCH_ROWS, MASK_FEATURES, TORCH_DTYPES, column_step, row_id, supports, within
 from random_calls import LEGAL, random_call, wrong_mutations
 
 pytestmark = [pytest.mark.gpu, pytest.mark.full]
@@ -78,7 +78,7 @@ def random_row_call(row: support.KernelRow, rng: random.Random) -> Call:
         changes["page_size"] = rng.choice((row.tile.tile_n, 2 * row.tile.tile_n, 12, 24, 96, 100))
     if call.k_layout == "overlapping" and head_dim != head_dim_v:
         changes["k_layout"] = "plain"
-    return call.with_(head_dim_v=head_dim_v, qv="qv" in row.requires, **changes)
+    return within(row, call.with_(head_dim_v=head_dim_v, qv="qv" in row.requires, **changes))
 
 
 @pytest.mark.parametrize("row", ARCH_ROWS, ids=row_id)

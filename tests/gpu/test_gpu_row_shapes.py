@@ -110,7 +110,7 @@ def test_more_tiles_than_multiprocessors(
 @pytest.mark.parametrize("row, mask", row_cases({"full": {}, "causal": {"causal": True}}))
 def test_large_values(row: support.KernelRow, mask: str, run_row: Callable, cuda: torch.device) -> None:
     """Scores of hundreds and values near the end of fp16: nothing overflows between two steps."""
-    if row.dtype != "fp16" or row.requires:
+    if row.dtype != "fp16" or "qv" in row.requires:
         pytest.skip("bf16 has the range of fp32, e4m3 ends at 448, and values of thousands are no keys of a qv")
     m, n = row.tile.tile_m, row.tile.tile_n
     call = row_call(row, "varlen", (2 * m + 1, 9, 70), (3 * n + 1, 2 * n, 70), heads_q=4, causal=mask == "causal")
