@@ -22,6 +22,7 @@ struct Fp8Consumer final : ConsumerBase<Traits> {
 
   Probabilities<Element, Traits::kKeyTiles> p;  // A operand of P V
   float o[Traits::kParts][kPartTiles][4];
+  float factor[2];  // of O, before P V of the block is added
   Softmax softmax;
 
   using Base::Base;
@@ -47,28 +48,18 @@ struct Fp8Consumer final : ConsumerBase<Traits> {
   }
 
   // P of the block whose S is in flight; waits for its V.
-  BROADHEAD_DEVICE void take_scores(const TileState<Element>& state, const BlockKinds& kinds, int block, bool first) {
+  BROADHEAD_DEVICE void take_scores(const TileState<Element>& state, const BlockKinds& kinds, int block) {
     wgmma_wait<0>();
     fence_registers(s[0]);
     release(smem.k_empty[ring.stage()]);
     ring.advance();
     if (!kinds.plain(block)) finish_scores(s, state, state.unmasked, block * Traits::kTileN, warp_row());
-    float factor[2];
-    bool raised;
-    if constexpr (Traits::kKeepsScores) {
-      raised = softmax.template compute_p<Element>(p, s, kinds.scale_log2, factor, first);
-    } else {
-      raised = softmax.template compute_p_eagerly<Element>(p, s, kinds.scale_log2, factor, first);
-    }
-    if (raised) {
-      BROADHEAD_UNROLL
-      for (int part = 0; part < Traits::kParts; ++part) scale_rows(o[part], factor[0], factor[1]);
-    }
+    softmax.template compute_p_exactly<Element>(p, s, kinds.scale_log2, factor);
     fence_registers(p);  // or the compiler would move the exponentials into this warpgroup's turn
     barrier_wait(smem.transposed_full[ring.stage(1)], ring.parity(1));
   }
 
-  // O += P V, part by part. Several parts use the registers of S; ptxas finds those of one by itself.
+  // O = factor * O + P V, part by part. Several parts use the registers of S; ptxas finds those of one by itself.
   BROADHEAD_DEVICE void add_block() {
     const std::uint32_t stage = ring.stage(1);
     BROADHEAD_UNROLL
@@ -81,7 +72,7 @@ struct Fp8Consumer final : ConsumerBase<Traits> {
       BROADHEAD_UNROLL
       for (int t = 0; t < kPartTiles; ++t) {
         BROADHEAD_UNROLL
-        for (int c = 0; c < 4; ++c) o[part][t][c] += product[t][c];
+        for (int c = 0; c < 4; ++c) o[part][t][c] = fmaf(o[part][t][c], factor[c / 2], product[t][c]);
       }
     }
     release(smem.transposed_empty[stage]);
@@ -104,7 +95,7 @@ struct Fp8Consumer final : ConsumerBase<Traits> {
     Base::issue_qk(ring.stage());
     pass_turn();
     for (int block = range.end - 1;; --block) {
-      take_scores(state, kinds, block, block == range.end - 1);
+      take_scores(state, kinds, block);
       const bool last = block == range.begin;
       if (!last) wait_full(smem.k_full[ring.stage()], ring.parity());
       wait_turn();
@@ -122,7 +113,7 @@ struct Fp8Consumer final : ConsumerBase<Traits> {
     RowPlace rows[2];
     place_rows(rows, state.output, (thread / 32 - 4) * 16 + thread % 32 / 4);
     softmax.reduce_sum();
-    constexpr float kUnit = 1.f / 64.f;  // 2^-Softmax::kShift: P was that much larger
+    constexpr float kUnit = 1.f / 256.f;  // 2^-Softmax::kShift: P was that much larger
     float inverse[2];
     BROADHEAD_UNROLL
     for (int i = 0; i < 2; ++i) {

@@ -32,8 +32,6 @@ struct Fp8Traits {
   // short after 128 keys, 1.4 % after 1024, and stands still before 128k.
   static constexpr int kParts = ceil_div(kHeadDimV, 128);
   static constexpr int kPartCols = kHeadDimV / kParts;
-  // Registers let S outlive P, for the rare case that P must be computed again; else maxima are found first.
-  static constexpr bool kKeepsScores = kHeadDimV <= 192 && kTileN <= 128 && kConsumers <= 2;
   static constexpr bool kTurns = kConsumers > 1;
 
   using QLayout = TileLayout<Element, kHeadDim>;

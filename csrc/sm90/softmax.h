@@ -6,7 +6,9 @@
 // first blocks of a tile and little else. It saves 64 of 300 instructions a row, and two rounds of shuffles on the way
 // from S to P. PERF(H200, head_dim 128 full: 651 -> 718 TFLOP/s)
 //
-// 8-bit P is 2^6 at the reference, so that weights down to 2^-15 of it are not lost; e4m3 ends at 448.
+// 8-bit P has three bits: there the reference is the exact maximum so far, so that the weight of a key that dominates
+// its row is a power of two and not rounded. It is 2^8 there, so that weights down to 2^-17 of it are not lost; e4m3
+// ends at 448.
 #pragma once
 
 #include <cmath>
@@ -49,12 +51,10 @@ BROADHEAD_DEVICE bool is_computed(float x) { return __any_sync(0xffffffffu, __fl
 
 template <bool k8Bit>
 struct BlockSoftmax : OnlineSoftmax<2> {
-  static constexpr float kShift = k8Bit ? 6.f : 0.f;  // log2 of P at the reference
-  // A lane's share of a row's sum over one block; P stays below it, within e4m3 or fp16.
-  static constexpr float kLargestSum = k8Bit ? 448.f : 8192.f;
-  // log2 of what P may exceed the reference by: where every maximum is looked at, and where a sum made us look. A flat
-  // distribution of 8-bit P makes us look at every block and must not raise each time.
-  static constexpr float kEagerSlack = k8Bit ? 2.5f : kSlackLog2;
+  static constexpr float kShift = k8Bit ? 8.f : 0.f;  // log2 of P at the reference
+  // A lane's share of a row's sum over one block; P stays below it, within fp16.
+  static constexpr float kLargestSum = 8192.f;
+  // log2 of what P may exceed the reference by where a sum made us look.
   static constexpr float kLazySlack = 0.25f;
 
   BROADHEAD_DEVICE float offset(int i, float scale_log2) const {
@@ -109,19 +109,22 @@ struct BlockSoftmax : OnlineSoftmax<2> {
     }
   }
 
-  // The same, but looks for the maximum first: S need not outlive P.
+  // P of the block against the largest score so far. O must be multiplied by `factor` before this block's P V is added.
   template <class Element, int kKeyTiles>
-  BROADHEAD_DEVICE bool compute_p_eagerly(Probabilities<Element, kKeyTiles>& p, const float (&s)[1][kKeyTiles][4],
-                                          float scale_log2, float (&factor)[2], bool first) {
-    float found[2];
+  BROADHEAD_DEVICE void compute_p_exactly(Probabilities<Element, kKeyTiles>& p, const float (&s)[1][kKeyTiles][4],
+                                          float scale_log2, float (&factor)[2]) {
+    float found[2], sum[2];
     block_max(s, found);
-    const bool raised = raise(found, scale_log2, factor, first ? -INFINITY : kEagerSlack);
+    BROADHEAD_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const float raised = fmaxf(row_max[i], found[i]);
+      factor[i] = row_max[i] == -INFINITY ? 0.f : exp2_approx((row_max[i] - raised) * scale_log2);
+      row_max[i] = raised;
+    }
     const float offsets[2] = {offset(0, scale_log2), offset(1, scale_log2)};
-    float sum[2];
     compute<Element>(p, s, scale_log2, offsets, sum);
-    row_sum[0] += sum[0];
-    row_sum[1] += sum[1];
-    return raised;
+    row_sum[0] = row_sum[0] * factor[0] + sum[0];
+    row_sum[1] = row_sum[1] * factor[1] + sum[1];
   }
 };
 
