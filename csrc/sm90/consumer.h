@@ -21,19 +21,19 @@ struct BlockKinds {
   int plain_end;
   float scale_log2;
 
-  // `unmasked`: keys that all rows concerned see.
-  BROADHEAD_DEVICE BlockKinds(const KeyInterval& unmasked, const ScoreScale& scale, int keys)
-      : plain_begin(ceil_div(unmasked.begin, keys)),
-        plain_end(scale.transform ? 0 : unmasked.end / keys),
-        scale_log2(scale.scale_log2) {}
+  template <class Element>
+  BROADHEAD_DEVICE BlockKinds(const TileState<Element>& state, int keys)
+      : plain_begin(ceil_div(state.unmasked.begin, keys)),
+        plain_end(state.scale.transform ? 0 : state.unmasked.end / keys),
+        scale_log2(state.scale.scale_log2) {}
 
   BROADHEAD_DEVICE bool plain(int block) const { return block >= plain_begin && block < plain_end; }
 };
 
 // Scale, softcap and mask of a block's raw scores. `warp_row`: the warp's first row in the tile.
 template <int kKeyTiles, class Element>
-BROADHEAD_DEVICE void finish_scores(float (&s)[1][kKeyTiles][4], const TileState<Element>& state,
-                                    const KeyInterval& unmasked, int key0, int warp_row) {
+BROADHEAD_DEVICE void finish_scores(float (&s)[1][kKeyTiles][4], const TileState<Element>& state, int key0,
+                                    int warp_row) {
   const ScoreScale& scale = state.scale;
   if (scale.transform) {
     BROADHEAD_UNROLL
@@ -42,8 +42,8 @@ BROADHEAD_DEVICE void finish_scores(float (&s)[1][kKeyTiles][4], const TileState
       for (int c = 0; c < 4; ++c) s[0][n][c] = scale.apply(s[0][n][c]);
     }
   }
-  if (key0 < unmasked.begin || key0 + 8 * kKeyTiles > unmasked.end) {
-    apply_mask(s, state.mask, unmasked, state.output.rows, warp_row, key0, threadIdx.x % 32);
+  if (key0 < state.unmasked.begin || key0 + 8 * kKeyTiles > state.unmasked.end) {
+    apply_mask(s, state.mask, state.unmasked, state.output.rows, warp_row, key0, threadIdx.x % 32);
   }
 }
 

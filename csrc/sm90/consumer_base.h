@@ -32,6 +32,10 @@ struct ConsumerBase {
 
   BROADHEAD_DEVICE static bool leader() { return threadIdx.x % 32 == 0; }
 
+  // To the first warpgroup.
+  BROADHEAD_DEVICE void give_first_turn() {
+    if (Traits::kTurns && warpgroup == Traits::kConsumers - 1) named_barrier_arrive(kTurnBarrier, 256);
+  }
   BROADHEAD_DEVICE void wait_turn() {
     if constexpr (Traits::kTurns) named_barrier_sync(kTurnBarrier + warpgroup, 256);
   }
@@ -71,10 +75,7 @@ template <class Consumer>
 BROADHEAD_DEVICE void consume_tiles(Consumer& consumer) {
   using Traits = typename Consumer::Traits;
   auto& smem = consumer.smem;
-  // The first warpgroup has the first turn.
-  if constexpr (Traits::kTurns) {
-    if (consumer.warpgroup == Traits::kConsumers - 1) named_barrier_arrive(kTurnBarrier, 256);
-  }
+  consumer.give_first_turn();
   SlotState slot;
   while (true) {
     barrier_wait(smem.tile_full[slot.stage()], slot.parity());

@@ -53,7 +53,7 @@ struct Consumer final : ConsumerBase<Traits> {
   }
 
   BROADHEAD_DEVICE void mask_scores(const Slot& tile, int block) {
-    finish_scores(s, tile.state, tile.state.unmasked, block * Traits::kTileN, warp_row());
+    finish_scores(s, tile.state, block * Traits::kTileN, warp_row());
   }
 
   // P of the block from S. True when O must be multiplied by `factor` before this block's P V is added.
@@ -143,14 +143,14 @@ struct Consumer final : ConsumerBase<Traits> {
     if (range.begin == range.end - 1) release(smem.q_empty);
     ring.advance();
     float factor[2];
-    const BlockKinds kinds(tile.state.unmasked, tile.state.scale, Traits::kTileN);
+    const BlockKinds kinds(tile.state, Traits::kTileN);
     exponentiate<false>(even_p, tile, kinds, range.end - 1, factor, true);
   }
 
   // The blocks after the first.
   BROADHEAD_DEVICE void run_blocks(P& even_p, P& odd_p, const Slot& tile) {
     const BlockRange range = tile.state.range;
-    const BlockKinds kinds(tile.state.unmasked, tile.state.scale, Traits::kTileN);
+    const BlockKinds kinds(tile.state, Traits::kTileN);
     int block = range.end - 2;
     // Blocks of this range that step<true> may do: the one above must be plain, too.
     const int plain_begin = max_int(range.begin + 1, kinds.plain_begin);
@@ -207,8 +207,7 @@ struct Consumer final : ConsumerBase<Traits> {
   }
 
   BROADHEAD_DEVICE void run() {
-    // The first warpgroup has the first turn.
-    if (Traits::kTurns && warpgroup == Traits::kConsumers - 1) named_barrier_arrive(kTurnBarrier, 256);
+    Base::give_first_turn();
     P even_p, odd_p;  // of every other block: one is read by wgmma while the other is computed
     SlotState slot;
     float lse[2];  // of the tile before

@@ -109,7 +109,7 @@ struct OutputWarpgroup {
     }
     const BlockRange range = state.range;
     if (range.begin >= range.end) return;
-    const BlockKinds kinds(state.unmasked, state.scale, Traits::kTileN);
+    const BlockKinds kinds(state, Traits::kTileN);
     if constexpr (Traits::kWithQv) {
       // The ring's order: Q, V of the first block (left, right), V of the second, ...
       ring.skip(Traits::kQRegisterChunks + half * kChunks);

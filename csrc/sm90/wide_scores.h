@@ -156,7 +156,7 @@ struct ScoreWarpgroup {
 
   // Softmax of S; P and the factors of O into the next slot, which the O warpgroups are not told of yet.
   BROADHEAD_DEVICE void store_p(const TileState<Element>& state, const BlockKinds& kinds, int block, bool first) {
-    if (!kinds.plain(block)) finish_scores(s, state, state.unmasked, block * Traits::kTileN, warp_row);
+    if (!kinds.plain(block)) finish_scores(s, state, block * Traits::kTileN, warp_row);
     std::uint32_t p[Traits::kKeyTiles / 2][4];
     float factor[2];
     const bool raised = softmax.compute_p<Element>(p, s, kinds.scale_log2, factor, first);
@@ -191,7 +191,7 @@ struct ScoreWarpgroup {
     softmax = LazySoftmax();
     const BlockRange range = state.range;
     if (range.begin >= range.end) return;
-    const BlockKinds kinds(state.unmasked, state.scale, Traits::kTileN);
+    const BlockKinds kinds(state, Traits::kTileN);
     load_q_registers();
     barrier_wait(smem.q_full, q_parity);
     q_parity ^= 1;
