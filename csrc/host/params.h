@@ -10,7 +10,9 @@
 namespace broadhead {
 
 // Raised whenever a field below is added, removed or changes meaning; libraries of another version are refused.
-constexpr std::uint32_t kAbiVersion = 2;
+constexpr std::uint32_t kAbiVersion = 3;
+
+enum QDtype : std::int32_t { kBf16 = 0, kFp16 = 1, kE4m3 = 2 };
 
 struct TensorStrides {
   std::int64_t batch;  // sequence (dense), page (paged K/V); unused when the sequences are packed (varlen)
@@ -34,7 +36,8 @@ struct AttnParams {
   const void* v;          // as k with Dv
   void* out;              // [B, Sq, Hq, Dv] or [T, Hq, Dv], dtype of q
   float* softmax_lse;     // [B, Hq, Sq] or [Hq, T], natural log; nullable: not wanted
-  float* out_partial;     // [num_splits, Hq, R, Dv] contiguous fp32; nullable when num_splits == 1
+  float* out_partial;     // [num_splits, Hq, R, Dv] contiguous fp32; nullable when num_splits == 1. Decode kernels:
+                          // workspace_bytes of scratch that they lay out themselves (decode/workspace.h)
   float* lse_partial;     // [num_splits, Hq, R] contiguous fp32, natural log; nullable when num_splits == 1
   TensorStrides q_strides;
   TensorStrides k_strides;
@@ -85,11 +88,15 @@ struct AttnParams {
   float softcap;  // 0: off
   std::int32_t sinks_are_fp32;
 
-  std::int32_t num_splits;  // >= 1; the grid's bound. With metadata a sequence uses min(metadata, num_splits)
+  std::int32_t num_splits;  // >= 1; the grid's bound. With metadata a sequence uses min(metadata, num_splits);
+                            // decode kernels: the most parts of a tile, 0: any
   std::int32_t pack_gqa;  // 1: the query heads of one KV head share a tile
   std::int32_t metadata_tag;  // what scheduler_metadata must carry for its split counts to be used
   std::int32_t heads_per_section;  // heads whose K/V share the L2 at a time; 0: all
   std::int32_t max_blocks;  // of a persistent kernel: what sm_margin leaves; 0: all
+  std::int32_t cell_blocks;  // decode kernels: tiles are cut at multiples of so many 64 keys; 0: evenly over the device
+  std::int32_t q_dtype;  // QDtype; read by kernels of 8-bit K and V, which take any. out: bf16, for fp16 q fp16
+  std::int64_t workspace_bytes;  // behind out_partial
 };
 
 // One get_scheduler_metadata call.

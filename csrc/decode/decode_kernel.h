@@ -1,0 +1,179 @@
+// The portable decode kernel: few query rows against many keys, bound by memory.
+//
+// Persistent blocks take equal shares of the line of work (line.h). A warp copies ahead over the borders of tiles, so
+// that the stream of K and V never stops; blocks write finished tiles, or parts that the combine merges.
+#pragma once
+
+#include "common/score.h"
+#include "decode/dependent_launch.h"
+#include "decode/load.h"
+#include "decode/tile.h"
+
+namespace broadhead::decode {
+
+// Adds up S over the warps of a key group, which hold a share of the columns each. The order of the sum is that of the
+// column groups, so all of them get equal scores.
+template <class Traits>
+BROADHEAD_DEVICE void add_scores(float (&s)[Traits::kMmaM][Traits::kMmaN][4], typename Traits::SharedStorage& smem,
+                                 int buffer, int group, int warp, int lane) {
+  float4* own = reinterpret_cast<float4*>(smem.scores[buffer][warp]);
+  if constexpr (Traits::kScoreBuffers == 1) named_barrier_sync(1 + group, 32 * Traits::kColGroups);
+  BROADHEAD_UNROLL
+  for (int m = 0; m < Traits::kMmaM; ++m) {
+    BROADHEAD_UNROLL
+    for (int n = 0; n < Traits::kMmaN; ++n) {
+      own[(m * Traits::kMmaN + n) * 32 + lane] = make_float4(s[m][n][0], s[m][n][1], s[m][n][2], s[m][n][3]);
+    }
+  }
+  named_barrier_sync(1 + group, 32 * Traits::kColGroups);
+  BROADHEAD_UNROLL
+  for (int m = 0; m < Traits::kMmaM; ++m) {
+    BROADHEAD_UNROLL
+    for (int n = 0; n < Traits::kMmaN; ++n) {
+      float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+      BROADHEAD_UNROLL
+      for (int c = 0; c < Traits::kColGroups; ++c) {
+        const float4 x = reinterpret_cast<const float4*>(
+            smem.scores[buffer][c * Traits::kKeyGroups + group])[(m * Traits::kMmaN + n) * 32 + lane];
+        sum.x += x.x;
+        sum.y += x.y;
+        sum.z += x.z;
+        sum.w += x.w;
+      }
+      s[m][n][0] = sum.x;
+      s[m][n][1] = sum.y;
+      s[m][n][2] = sum.z;
+      s[m][n][3] = sum.w;
+    }
+  }
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
+    decode_kernel(const __grid_constant__ AttnParams params, const __grid_constant__ Workspace workspace) {
+  extern __shared__ __align__(1024) char smem_bytes[];
+  auto& smem = *reinterpret_cast<typename Traits::SharedStorage*>(smem_bytes);
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  const int group = warp % Traits::kKeyGroups;
+
+  launch_dependents();  // the combine may take its place; it waits for the end of this grid
+  wait_for_predecessor();
+  if (threadIdx.x == Traits::kThreads - 1) smem.parts = {-1, 0, 0, 0};
+  make_plan<Traits>(params, smem);
+  QueueState queue;
+  Loader<Traits> loader(params, smem);
+  constexpr int kBlocksAhead = Traits::kStages / 2;
+  const std::uint32_t ring = kept(smem_address(smem.ring[warp]));
+  int read = 0;  // offset of the stage whose turn it is
+  // `others`: as many slices as usual are on their way besides the next; else all are waited for.
+  const auto next_stage = [&](bool others) {
+    if (__builtin_expect(others, 1)) {
+      cp_async_wait<Traits::kStages - 2>();
+    } else {
+      cp_async_wait<0>();
+    }
+    __syncwarp();  // the stage is complete for all lanes, and all have read the one before, which is filled next
+    const std::uint32_t stage = ring + read;
+    read = read == (Traits::kStages - 1) * Traits::kStageBytes ? 0 : read + Traits::kStageBytes;
+    return stage;
+  };
+
+  int buffer = 0;  // of smem.scores
+  while (true) {
+    fill_queue<Traits::kTileM, Traits::kKeys>(params, smem.queue[warp], queue, [&](const LineItem& item) {
+      if (queue.found > queue.taken) prefetch_q<Traits>(params, item);  // the first is read at once
+    });
+    if (queue.found == queue.taken) break;
+    const LineItem& item = smem.queue[warp].items[queue.taken % kQueueItems];
+    // Q is read in front of the copies of K and V, behind which it would have to queue.
+    QTile<Traits> q_tile;
+    float q_scale;
+    if constexpr (QTile<Traits>::kInRegisters) {
+      q_tile.read(params, item);
+    } else {
+      __syncthreads();  // nobody reads the tile before any more
+      q_scale = q_tile.find_scale(params, item, smem);
+      q_tile.copy(params, item, q_scale, smem);
+    }
+#pragma unroll 1
+    while (loader.ahead() < kBlocksAhead && loader.issue_k(queue.found)) loader.issue_v();
+    if constexpr (QTile<Traits>::kInRegisters) {
+      __syncthreads();  // nobody reads the tile before any more
+      q_scale = q_tile.find_scale(params, item, smem);
+      q_tile.store(params, q_scale, smem);
+    }
+    if (threadIdx.x == Traits::kThreads - 1) {
+      set_tile<Traits>(params, item, q_scale, smem.tile);
+      if (item.goes_on && item.part == 0) {
+        smem.parts = {item.batch, item.head, item.m_block, smem.parts.passes};
+      } else if (item.goes_on) {
+        smem.parts.passes = 1;
+      }
+    }
+    __syncthreads();
+    const std::uint32_t q = kept(q_lane_address<Traits>(smem, warp / Traits::kKeyGroups * Traits::kCols, lane));
+    QFragments<Traits> q_registers;
+    if constexpr (Traits::kQInRegisters) {
+      BROADHEAD_UNROLL
+      for (int step = 0; step < Traits::kSteps; ++step) load_q_fragment<Traits>(q_registers[step], q, step);
+    }
+    const float scale_log2 = smem.tile.scale.scale_log2;
+    const bool transform = smem.tile.scale.transform;
+    const KeyInterval unmasked = smem.tile.unmasked;
+    OnlineSoftmax<2 * Traits::kMmaM> softmax;
+    float o[Traits::kMmaM][Traits::kOTiles][4] = {};
+
+    const BlockRange range = item.range;
+    for (int block = range.begin + group; block < range.end; block += Traits::kKeyGroups) {
+      float s[Traits::kMmaM][Traits::kMmaN][4];
+      const bool full = loader.ahead() == kBlocksAhead;
+      const std::uint32_t k = next_stage(full);
+      const bool issued = loader.issue_k(queue.found);
+      qk_gemm<Traits>(s, q_registers, q, k, lane);
+      if constexpr (Traits::kColGroups > 1) {
+        add_scores<Traits>(s, smem, buffer, group, warp, lane);
+        if constexpr (Traits::kScoreBuffers == 2) buffer ^= 1;  // the other warps may still read this one; the barrier of the next block is behind that
+      }
+      if (__builtin_expect(transform, 0)) {
+        const ScoreScale scale = smem.tile.scale;
+        BROADHEAD_UNROLL
+        for (int m = 0; m < Traits::kMmaM; ++m) {
+          BROADHEAD_UNROLL
+          for (int n = 0; n < Traits::kMmaN; ++n) {
+            BROADHEAD_UNROLL
+            for (int c = 0; c < 4; ++c) s[m][n][c] = scale.apply(s[m][n][c]);
+          }
+        }
+      }
+      const int key0 = block * Traits::kKeys;
+      if (__builtin_expect(key0 < unmasked.begin || key0 + Traits::kKeys > unmasked.end, 0)) {
+        apply_mask(s, smem.tile.mask, unmasked, smem.tile.output.rows, 0, key0, lane);
+      }
+      float block_max[2 * Traits::kMmaM], factor[2 * Traits::kMmaM];
+      softmax.block_max(s, block_max);
+      if (__builtin_expect(softmax.raise(block_max, scale_log2, factor), 0)) {
+        BROADHEAD_UNROLL
+        for (int m = 0; m < Traits::kMmaM; ++m) {
+          BROADHEAD_UNROLL
+          for (int t = 0; t < Traits::kOTiles; ++t) {
+            o[m][t][0] *= factor[2 * m];
+            o[m][t][1] *= factor[2 * m];
+            o[m][t][2] *= factor[2 * m + 1];
+            o[m][t][3] *= factor[2 * m + 1];
+          }
+        }
+      }
+      softmax.template exponentiate<0, Traits::kMmaN>(s, scale_log2, [](float x) { return exp2_approx(x); });
+      const std::uint32_t v = next_stage(full && issued);
+      if (issued) loader.issue_v();
+      pv_gemm<Traits>(o, s, v, lane);
+      loader.block_done();
+    }
+    write_item<Traits>(params, workspace, item, smem, o, softmax);
+    ++queue.taken;
+  }
+  if (threadIdx.x == Traits::kThreads - 1 && workspace.blocks != nullptr) workspace.blocks[blockIdx.x] = smem.parts;
+}
+
+}  // namespace broadhead::decode

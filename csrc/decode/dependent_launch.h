@@ -1,0 +1,25 @@
+// Programmatic dependent launch: a kernel may take its place while the one before it on the stream still runs.
+#pragma once
+
+#include "common/macros.h"
+
+namespace broadhead::decode {
+
+// Compute capability 9.0 and later have it; before, kernels of a stream run one after the other.
+constexpr int kDependentLaunchMajor = 9;
+
+// Once all blocks have called it (or ended), the next kernel of the stream may start if it was launched that way.
+BROADHEAD_DEVICE void launch_dependents() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Waits until the kernel before has ended and its writes are visible.
+BROADHEAD_DEVICE void wait_for_predecessor() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+}  // namespace broadhead::decode

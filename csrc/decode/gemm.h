@@ -1,0 +1,168 @@
+// The two products of a warp's key block: S = Q K^T over its columns, O += P V; 8-bit K and V are widened on the way.
+#pragma once
+
+#include "common/device.h"
+#include "decode/traits.h"
+#include "sm80/atoms.h"
+
+namespace broadhead::decode {
+
+// Two e4m3 (the low or the high half of `bytes`) -> two fp16, exactly.
+template <int kHalf>
+BROADHEAD_DEVICE std::uint32_t widen(std::uint32_t bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  std::uint32_t pair;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"(static_cast<std::uint16_t>(bytes >> (16 * kHalf))));
+  return pair;
+#else
+  // Sign, exponent and mantissa move to their places; the exponent's bias is 7 instead of 15 (OCP 8-bit Floating Point
+  // Specification), so times 2^8. NaN becomes 480.
+  const std::uint32_t spread = __byte_perm(bytes, 0, kHalf == 0 ? 0x1404 : 0x3424);
+  const std::uint32_t bits = (spread & 0x80008000u) | ((spread & 0x7f007f00u) >> 1);
+  const __half2 pair = __hmul2(reinterpret_cast<const __half2&>(bits), __float2half2_rn(256.f));
+  return reinterpret_cast<const std::uint32_t&>(pair);
+#endif
+}
+
+// Shared address of 16-byte unit `unit` of row `row` of Q: subtiles of 64 columns, swizzled like a slice.
+template <class Traits>
+BROADHEAD_DEVICE std::uint32_t q_offset(int row, int unit) {
+  return unit / 8 * (Traits::kTileM * 128) + row * 128 + ((unit % 8) ^ (row & 7)) * 16;
+}
+
+// A fragments of Q: rows of the tile, columns of step `step` of the warp's. `q`: of row lane % 16 and the warp's first
+// unit or the one behind it.
+template <class Traits>
+BROADHEAD_DEVICE void load_q_fragment(std::uint32_t (&a)[Traits::kMmaM][4], std::uint32_t q, int step) {
+  BROADHEAD_UNROLL
+  for (int m = 0; m < Traits::kMmaM; ++m) {
+    ldmatrix_x4(a[m], (q ^ (step % 4 * 32)) + step / 4 * (Traits::kTileM * 128) + m * (16 * 128));
+  }
+}
+
+// The lane's address of Q for load_q_fragment.
+template <class Traits>
+BROADHEAD_DEVICE std::uint32_t q_lane_address(const typename Traits::SharedStorage& smem, int first_col, int lane) {
+  return smem_address(smem.q) + q_offset<Traits>(lane & 15, first_col / 8 + (lane >> 4));
+}
+
+template <class Traits>
+using QFragments = std::uint32_t[Traits::kQInRegisters ? Traits::kSteps : 1][Traits::kMmaM][4];
+
+// S = Q K^T over the warp's columns of a slice of K.
+template <class Traits>
+BROADHEAD_DEVICE void qk_gemm(float (&s)[Traits::kMmaM][Traits::kMmaN][4], const QFragments<Traits>& q_registers,
+                              std::uint32_t q, std::uint32_t k, int lane) {
+  using Element = typename Traits::Element;
+  BROADHEAD_UNROLL
+  for (int m = 0; m < Traits::kMmaM; ++m) {
+    BROADHEAD_UNROLL
+    for (int n = 0; n < Traits::kMmaN; ++n) s[m][n][0] = s[m][n][1] = s[m][n][2] = s[m][n][3] = 0.f;
+  }
+  // One load brings 16 keys x two units of 16 bytes: one step of 16-bit K, two of 8-bit K.
+  constexpr int kStepsPerLoad = Traits::k8Bit ? 2 : 1;
+  k += slice_offset<Traits>((lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1);
+  BROADHEAD_UNROLL
+  for (int load = 0; load < Traits::kSteps / kStepsPerLoad; ++load) {
+    std::uint32_t a[kStepsPerLoad][Traits::kMmaM][4];
+    if constexpr (!Traits::kQInRegisters) {
+      BROADHEAD_UNROLL
+      for (int i = 0; i < kStepsPerLoad; ++i) {
+        load_q_fragment<Traits>(a[i], q, load * kStepsPerLoad + i);
+      }
+    }
+    BROADHEAD_UNROLL
+    for (int pair = 0; pair < Traits::kMmaN / 2; ++pair) {
+      std::uint32_t b[4];
+      ldmatrix_x4(b, slice_step<Traits>(k, pair * 16, 2 * load));
+      BROADHEAD_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        BROADHEAD_UNROLL
+        for (int i = 0; i < kStepsPerLoad; ++i) {
+          std::uint32_t b0, b1;
+          if constexpr (Traits::k8Bit) {
+            // Columns 4 t to 4 t + 3 of a step of 16: Q's are permuted alike (QTile).
+            b0 = widen<0>(b[2 * half + i]);
+            b1 = widen<1>(b[2 * half + i]);
+          } else {
+            b0 = b[2 * half];
+            b1 = b[2 * half + 1];
+          }
+          BROADHEAD_UNROLL
+          for (int m = 0; m < Traits::kMmaM; ++m) {
+            if constexpr (Traits::kQInRegisters) {
+              mma<Element>(s[m][2 * pair + half], q_registers[load * kStepsPerLoad + i][m], b0, b1);
+            } else {
+              mma<Element>(s[m][2 * pair + half], a[i][m], b0, b1);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// Two 8-key tiles of S (C layout) -> the A fragments of 16 keys of P.
+template <class Traits>
+BROADHEAD_DEVICE void pack_p(std::uint32_t (&p)[Traits::kMmaM][4], const float (&s)[Traits::kMmaM][Traits::kMmaN][4],
+                             int step) {
+  using Element = typename Traits::Element;
+  BROADHEAD_UNROLL
+  for (int m = 0; m < Traits::kMmaM; ++m) {
+    BROADHEAD_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const auto& tile = s[m][2 * step + half];
+      p[m][2 * half] = pack_pair<Element>(tile[0], tile[1]);
+      p[m][2 * half + 1] = pack_pair<Element>(tile[2], tile[3]);
+    }
+  }
+}
+
+// O += P V over the warp's columns of a slice of V.
+template <class Traits>
+BROADHEAD_DEVICE void pv_gemm(float (&o)[Traits::kMmaM][Traits::kOTiles][4],
+                              const float (&s)[Traits::kMmaM][Traits::kMmaN][4], std::uint32_t v, int lane) {
+  using Element = typename Traits::Element;
+  constexpr int kTilesPerLoad = Traits::k8Bit ? 4 : 2;
+  v += slice_offset<Traits>(lane & 15, lane >> 4);
+  BROADHEAD_UNROLL
+  for (int step = 0; step < Traits::kKeys / 16; ++step) {
+    std::uint32_t p[Traits::kMmaM][4];
+    pack_p<Traits>(p, s, step);
+    BROADHEAD_UNROLL
+    for (int load = 0; load < Traits::kOTiles / kTilesPerLoad; ++load) {
+      std::uint32_t b[4];
+      ldmatrix_x4_trans(b, slice_step<Traits>(v, step * 16, 2 * load));
+      BROADHEAD_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int tile = load * kTilesPerLoad + half * (kTilesPerLoad / 2);
+        if constexpr (Traits::k8Bit) {
+          // A unit of 16 columns: the even ones are one tile, the odd ones the next.
+          std::uint32_t even[2], odd[2];
+          BROADHEAD_UNROLL
+          for (int i = 0; i < 2; ++i) {
+            const std::uint32_t sorted = __byte_perm(b[2 * half + i], 0, 0x3120);
+            even[i] = widen<0>(sorted);
+            odd[i] = widen<1>(sorted);
+          }
+          BROADHEAD_UNROLL
+          for (int m = 0; m < Traits::kMmaM; ++m) {
+            mma<Element>(o[m][tile], p[m], even[0], even[1]);
+            mma<Element>(o[m][tile + 1], p[m], odd[0], odd[1]);
+          }
+        } else {
+          BROADHEAD_UNROLL
+          for (int m = 0; m < Traits::kMmaM; ++m) mma<Element>(o[m][tile], p[m], b[2 * half], b[2 * half + 1]);
+        }
+      }
+    }
+  }
+}
+
+// The column, of those of the warp, of accumulator element `c` (0 or 1) of tile `tile`.
+template <class Traits>
+BROADHEAD_DEVICE int o_column(int tile, int c, int lane) {
+  return Traits::k8Bit ? tile / 2 * 16 + (lane % 4) * 4 + c * 2 + tile % 2 : tile * 8 + (lane % 4) * 2 + c;
+}
+
+}  // namespace broadhead::decode

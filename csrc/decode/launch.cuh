@@ -1,0 +1,146 @@
+// Host side of one decode kernel: grid, workspace, launch, combine. Instantiated once a row by cmake/generate.py.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdio>
+
+#include "decode/combine_kernel.h"
+#include "decode/decode_kernel.h"
+#include "host/cuda_check.h"
+#include "host/params.h"
+
+namespace broadhead::decode {
+
+// What a launch needs to know of a device, found on first use.
+struct DeviceLimits {
+  int blocks = 0;  // that run at once
+  bool dependent_launch = false;
+};
+
+template <class Traits>
+cudaError_t find_limits(int device, DeviceLimits& limits) {
+  constexpr int kSmemBytes = sizeof(typename Traits::SharedStorage);
+  int multiprocessors = 0, major = 0, resident = 0;
+  if (const cudaError_t status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device)) {
+    return status;
+  }
+  if (const cudaError_t status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) {
+    return status;
+  }
+  if (const cudaError_t status =
+          cudaFuncSetAttribute(decode_kernel<Traits>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes)) {
+    return status;
+  }
+  if (const cudaError_t status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, decode_kernel<Traits>,
+                                                                               Traits::kThreads, kSmemBytes)) {
+    return status;
+  }
+  limits = {multiprocessors * std::max(1, std::min(resident, Traits::kMinBlocks)), major >= kDependentLaunchMajor};
+  return cudaSuccess;
+}
+
+template <class Kernel>
+cudaError_t launch(Kernel kernel, dim3 grid, int threads, int smem_bytes, bool dependent, cudaStream_t stream,
+                   const AttnParams& params, const Workspace& workspace) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = smem_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = dependent ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, params, workspace);
+}
+
+// Carves the workspace: false when it is too small.
+inline bool place_workspace(const AttnParams& params, long long slots, int blocks, Workspace& workspace) {
+  const long long floats = slots * workspace.slot_rows * (params.head_dim_v + 1ll);
+  const long long bytes = blocks * static_cast<long long>(sizeof(BlockParts)) + floats * 4;
+  char* base = reinterpret_cast<char*>(params.out_partial);
+  workspace.blocks = blocks > 0 ? reinterpret_cast<BlockParts*>(base) : nullptr;
+  workspace.num_blocks = blocks;
+  workspace.out = reinterpret_cast<float*>(base + blocks * sizeof(BlockParts));
+  workspace.lse = workspace.out + slots * workspace.slot_rows * params.head_dim_v;
+  return base != nullptr && params.workspace_bytes >= bytes;
+}
+
+template <class Traits>
+int launch_decode(const char* kernel_id, const AttnParams& params, cudaStream_t stream, char* error,
+                  std::size_t error_size) {
+  constexpr int kSmemBytes = sizeof(typename Traits::SharedStorage);
+  const auto fail = [&](const char* step, cudaError_t status) {
+    char shape[256];
+    std::snprintf(shape, sizeof(shape),
+                  "batch %d, seqlen_q %d, seqlen_k %d, heads %d/%d, head_dim %d/%d, page_size %d, num_splits %d, "
+                  "cell_blocks %d, workspace %lld bytes, shared memory %d bytes",
+                  params.batch, params.seqlen_q, params.seqlen_k, params.num_heads_q, params.num_heads_kv,
+                  params.head_dim, params.head_dim_v, params.page_size, params.num_splits, params.cell_blocks,
+                  static_cast<long long>(params.workspace_bytes), kSmemBytes);
+    return check_cuda(status, kernel_id, step, shape, error, error_size);
+  };
+
+  constexpr int kMaxDevices = 64;
+  static DeviceLimits known[kMaxDevices];
+  static std::atomic<unsigned long long> prepared{0};
+  int device = 0;
+  if (const cudaError_t status = cudaGetDevice(&device)) return fail("cudaGetDevice", status);
+  const unsigned long long bit = 1ull << (device % kMaxDevices);
+  if (!(prepared.load(std::memory_order_acquire) & bit)) {
+    if (const cudaError_t status = find_limits<Traits>(device, known[device % kMaxDevices])) {
+      return fail("preparing the kernel", status);
+    }
+    prepared.fetch_or(bit, std::memory_order_release);
+  }
+  const DeviceLimits limits = known[device % kMaxDevices];
+
+  if (params.head_dim > Traits::kHeadDim || params.head_dim_v > Traits::kHeadDim) {
+    return fail("head_dim", cudaErrorInvalidValue);
+  }
+  const long long rows = static_cast<long long>(params.seqlen_q) * rows_per_token(params);
+  const long long m_blocks = (rows + Traits::kTileM - 1) / Traits::kTileM;
+  const long long tiles = m_blocks * heads_in_grid(params) * params.batch;
+  if (tiles == 0) return 0;
+  if (rows > 0x7fffff00LL || tiles > 0x7fffffffLL) return fail("grid", cudaErrorInvalidValue);
+  const int blocks = params.max_blocks > 0 ? std::min(params.max_blocks, limits.blocks) : limits.blocks;
+
+  AttnParams line = params;
+  Workspace workspace{};
+  workspace.slot_rows = static_cast<int>(std::min<long long>(Traits::kTileM, rows));
+  workspace.m_blocks = static_cast<int>(m_blocks);
+  long long merged = 0;  // tiles that the combine looks at
+  if (params.cell_blocks > 0) {
+    // The binding counts in tokens' blocks of 64; this kernel's are kKeys.
+    line.cell_blocks = params.cell_blocks * (64 / Traits::kKeys);
+    workspace.cells = static_cast<int>((params.seqlen_k + params.cell_blocks * 64ll - 1) / (params.cell_blocks * 64ll));
+    merged = workspace.cells > 1 ? tiles : 0;
+    if (merged > 0 && !place_workspace(line, tiles * workspace.cells, 0, workspace)) {
+      return fail("workspace", cudaErrorInvalidValue);
+    }
+  } else if (params.num_splits == 1) {
+    line.cell_blocks = 1 << 30;  // a tile is one cell
+    workspace.cells = 1;
+  } else {
+    merged = blocks;
+    if (!place_workspace(line, 2ll * blocks, blocks, workspace)) return fail("workspace", cudaErrorInvalidValue);
+  }
+  if (const cudaError_t status = launch(decode_kernel<Traits>, dim3(blocks), Traits::kThreads, kSmemBytes,
+                                        limits.dependent_launch, stream, line, workspace)) {
+    return fail("launch", status);
+  }
+  if (merged == 0) return 0;
+  const dim3 grid(static_cast<unsigned>(merged), workspace.slot_rows,
+                  (params.head_dim_v + kCombineCols - 1) / kCombineCols);
+  constexpr bool kKvIsBf16 = std::is_same_v<typename Traits::KvElement, cutlass::bfloat16_t>;
+  const bool out_is_bf16 = Traits::k8Bit ? params.q_dtype != kFp16 : kKvIsBf16;
+  const auto combine = out_is_bf16 ? combine_kernel<cutlass::bfloat16_t, Traits::kTileM, Traits::kKeys>
+                                   : combine_kernel<cutlass::half_t, Traits::kTileM, Traits::kKeys>;
+  const cudaError_t status =
+      launch(combine, grid, 32 * kCombineWarps, 0, limits.dependent_launch, stream, line, workspace);
+  return status == cudaSuccess ? 0 : fail("combine", status);
+}
+
+}  // namespace broadhead::decode

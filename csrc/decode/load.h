@@ -1,0 +1,201 @@
+// A warp's copies of K and V: runs over the items of its block ahead of the products, slice after slice.
+#pragma once
+
+#include "decode/traits.h"
+#include "sm80/atoms.h"
+
+namespace broadhead::decode {
+
+// A page of a power of two is found by a shift.
+struct PageSize {
+  int size;   // 0: not paged
+  int shift;  // -1: no power of two
+
+  BROADHEAD_DEVICE explicit PageSize(int page_size) : size(page_size), shift(-1) {
+    if ((page_size & (page_size - 1)) == 0) shift = 31 - __clz(page_size);
+  }
+  BROADHEAD_DEVICE int page(int row) const { return shift >= 0 ? row >> shift : row / size; }
+};
+
+template <class Traits>
+class Loader {
+ public:
+  using KvElement = typename Traits::KvElement;
+
+  BROADHEAD_DEVICE Loader(const AttnParams& params, typename Traits::SharedStorage& smem)
+      : params_(params),
+        smem_(smem),
+        page_size_(params.page_size),
+        target_(kept(smem_address(smem.ring[warp()]) + slice_offset<Traits>(first_row(), unit()))),
+        end_of_ring_(target_ + Traits::kStages * Traits::kStageBytes),
+        k_cols_(params.head_dim - first_col()),
+        v_cols_(params.head_dim_v - first_col()) {}
+
+  // Copies the slice of K of the next key block, as one cp.async group of every lane; false when no block is known. Items
+  // up to `found` are. A slice of V, of the same block, must follow.
+  BROADHEAD_DEVICE bool issue_k(int found) {
+    if (__builtin_expect(block_ >= block_end_, 0) && !find_block(found)) return false;
+    resolve_block();
+    copy(k_row_, params_.k_strides.row, k_cols_);
+    advance();
+    ++ahead_;
+    return true;
+  }
+
+  BROADHEAD_DEVICE void issue_v() {
+    copy(v_row_, params_.v_strides.row, v_cols_);
+    advance();
+  }
+
+  // Key blocks that were copied, or are being, and have not been multiplied.
+  BROADHEAD_DEVICE int ahead() const { return ahead_; }
+  BROADHEAD_DEVICE void block_done() { --ahead_; }
+
+ private:
+  // Eight lanes copy 128 bytes of a row (four all 64), so a lane has kSubtiles copies in a row.
+  static constexpr int kLanesPerRow = Traits::kSubtileBytes / 16;
+  static constexpr int kRowsPerCopy = 32 / kLanesPerRow;
+  static constexpr int kSubtiles = Traits::kSliceBytes / Traits::kSubtileBytes;
+  static constexpr int kUnitElements = 16 / static_cast<int>(sizeof(KvElement));
+  static constexpr int kSubtileElements = kLanesPerRow * kUnitElements;
+
+  BROADHEAD_DEVICE static int lane() { return threadIdx.x % 32; }
+  BROADHEAD_DEVICE static int warp() { return threadIdx.x / 32; }
+  BROADHEAD_DEVICE static int key_group() { return warp() % Traits::kKeyGroups; }
+  BROADHEAD_DEVICE static int unit() { return lane() % kLanesPerRow; }
+  BROADHEAD_DEVICE static int first_row() { return lane() / kLanesPerRow; }
+  BROADHEAD_DEVICE static int first_col() { return warp() / Traits::kKeyGroups * Traits::kCols + unit() * kUnitElements; }
+  BROADHEAD_DEVICE const KvSource<KvElement>& source() const { return smem_.source[warp()]; }
+
+  BROADHEAD_DEVICE void advance() {
+    cp_async_commit();
+    target_ += Traits::kStageBytes;
+    if (target_ == end_of_ring_) target_ -= Traits::kStages * Traits::kStageBytes;
+  }
+
+  // The next known item of which this warp has a key block.
+  BROADHEAD_DEVICE bool find_block(int found) {
+    LineItem item;
+    do {
+      if (item_ == found) return false;
+      item = smem_.queue[warp()].items[item_ % kQueueItems];
+      ++item_;
+      block_ = item.range.begin + key_group();
+      block_end_ = item.range.end;
+    } while (block_ >= block_end_);
+    __syncwarp();  // all lanes have read the source of the item before
+    if (lane() == 0) set_source(item);
+    __syncwarp();
+    const KvSource<KvElement>& from = source();
+    // Key blocks without a dead key; none where the rows of a block may lie in several pages.
+    const bool even = from.table == nullptr ||
+                      (page_size_.size % Traits::kKeys == 0 && from.leftpad % Traits::kKeys == 0);
+    even_begin_ = even ? ceil_div(from.live.begin, Traits::kKeys) : 0;
+    even_end_ = even ? from.live.end / Traits::kKeys : 0;
+    page_ = load_page();
+    return true;
+  }
+
+  BROADHEAD_DEVICE void set_source(const LineItem& item) {
+    KvSource<KvElement>& source = smem_.source[warp()];
+    const SeqlenInfo seqlen = make_seqlen_info(params_, item.batch);
+    const AttentionMask mask = make_mask(params_, seqlen, item.batch);
+    const RowMap rows{item.m_block * Traits::kTileM, rows_per_token(params_), 0};
+    source.live = mask.tile_interval(rows.token(0), min_int(rows.token(Traits::kTileM - 1), seqlen.seqlen_q - 1));
+    source.prefix_len = mask.prefix_len;
+    source.leftpad = static_cast<int>(seqlen.row_k);
+    const bool paged = params_.page_table != nullptr;
+    const std::int64_t batch_k = seqlen.batch_k;
+    source.table = paged ? params_.page_table + batch_k * params_.page_table_batch_stride : nullptr;
+    const int head = params_.pack_gqa ? item.head : item.head / (params_.num_heads_q / params_.num_heads_kv);
+    source.k = static_cast<const KvElement*>(params_.k) + head * params_.k_strides.head +
+               (paged ? 0 : batch_k * params_.k_strides.batch + seqlen.row_k * params_.k_strides.row);
+    source.v = static_cast<const KvElement*>(params_.v) + head * params_.v_strides.head +
+               (paged ? 0 : batch_k * params_.v_strides.batch + seqlen.row_k * params_.v_strides.row);
+  }
+
+  BROADHEAD_DEVICE bool is_even() const { return block_ >= even_begin_ && block_ < even_end_; }
+
+  // The table entry of `block_`: its own, or lane t speaks for key t % kKeys. Entries of keys that no row sees are
+  // never read: they may be garbage.
+  BROADHEAD_DEVICE int load_page() const {
+    if (page_size_.size == 0 || block_ >= block_end_) return 0;
+    const KvSource<KvElement>& from = source();
+    int key = block_ * Traits::kKeys;
+    if (!is_even()) {
+      key += lane() % Traits::kKeys;
+      if (!from.is_live(key)) return 0;
+    }
+    return __ldg(from.table + page_size_.page(from.leftpad + key));
+  }
+
+
+  // Where the keys of the block lie; then on to the next block, whose table entry is asked for.
+  BROADHEAD_DEVICE void resolve_block() {
+    const KvSource<KvElement>& from = source();
+    const bool even = is_even();
+    const int key = block_ * Traits::kKeys + (even ? 0 : lane() % Traits::kKeys);
+    even_ = even;
+    if (__builtin_expect(!even, 0)) alive_ = __ballot_sync(0xffffffffu, from.is_live(key));
+    int slot = key;
+    if (page_size_.size != 0) {
+      slot += from.leftpad;
+      slot -= page_size_.page(slot) * page_size_.size;
+    }
+    k_row_ = from.k + page_ * (page_size_.size != 0 ? params_.k_strides.batch : 0) + slot * params_.k_strides.row;
+    v_row_ = from.v + page_ * (page_size_.size != 0 ? params_.v_strides.batch : 0) + slot * params_.v_strides.row;
+    block_ += Traits::kKeyGroups;
+    page_ = load_page();
+  }
+
+  // `row`: of the block's first key, or of the lane's.
+  BROADHEAD_DEVICE void copy(const KvElement* row, long long row_stride, int cols) const {
+    if (__builtin_expect(even_, 1)) {
+      row += first_col() + first_row() * row_stride;
+      BROADHEAD_UNROLL
+      for (int i = 0; i < Traits::kKeys; i += kRowsPerCopy) {
+        copy_row(row, i, true, cols);
+        row += kRowsPerCopy * row_stride;
+      }
+    } else {
+#pragma unroll 2
+      for (int i = 0; i < Traits::kKeys; i += kRowsPerCopy) {
+        const bool live = ((alive_ >> (i + first_row())) & 1) != 0;
+        const long long address = __shfl_sync(0xffffffffu, reinterpret_cast<long long>(row), i + first_row());
+        copy_row(reinterpret_cast<const KvElement*>(address) + first_col(), i, live, cols);
+      }
+    }
+  }
+
+  BROADHEAD_DEVICE void copy_row(const KvElement* row, int i, bool row_live, int cols) const {
+    const std::uint32_t target = slice_step<Traits>(target_, i, 0);
+    BROADHEAD_UNROLL
+    for (int s = 0; s < kSubtiles; ++s) {
+      cp_async_16(target + s * (Traits::kKeys * Traits::kSubtileBytes), row + s * kSubtileElements,
+                  row_live && s * kSubtileElements < cols);
+    }
+  }
+
+  const AttnParams& params_;
+  typename Traits::SharedStorage& smem_;
+  PageSize page_size_;
+  std::uint32_t target_;       // of the lane's first copy in the stage to fill
+  std::uint32_t end_of_ring_;  // of the stage behind the last
+  int k_cols_;  // columns of K that the call has from the lane's first on
+  int v_cols_;
+  int block_ = 0;      // the next key block of this warp
+  int block_end_ = 0;  // of the item
+  int even_begin_ = 0;  // key blocks whose keys are all alive, at equal distances
+  int even_end_ = 0;
+  int page_ = 0;  // table entry of `block_`
+  int ahead_ = 0;
+  int item_ = 0;  // the next of the queue
+  // Of the block whose slices are being issued. Even: all keys are alive and at equal distances, the rows are those of
+  // the first; else they are those of the lane's key, and dead keys become zero.
+  bool even_ = true;
+  unsigned alive_ = 0;
+  const KvElement* k_row_ = nullptr;
+  const KvElement* v_row_ = nullptr;
+};
+
+}  // namespace broadhead::decode

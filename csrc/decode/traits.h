@@ -1,0 +1,115 @@
+// Compile-time shape of one decode kernel, derived from a row of python/broadhead/support.py.
+//
+// kWarps warps: kKeyGroups groups share the key blocks of a tile, kColGroups warps of a group share the columns of
+// head_dim. A warp keeps a ring of its own in shared memory: it copies, waits for and multiplies its own slices (kKeys
+// keys x kCols columns of K or V) and meets the other warps only for the scores (kColGroups > 1) and at a tile's end.
+#pragma once
+
+#include "common/math.h"
+#include "common/tile_state.h"
+#include "decode/queue.h"
+#include "decode/workspace.h"
+
+namespace broadhead::decode {
+
+// What the products and the output of an item need; one for all warps.
+struct DecodeTile {
+  SeqlenInfo seqlen;
+  OutputRows output;
+  AttentionMask mask;
+  KeyInterval unmasked;  // keys that every row sees
+  ScoreScale scale;
+};
+
+template <class KvElement_, int kHeadDim_, int kTileM_, int kKeys_, int kWarps_, int kKeyGroups_,
+          int kStages_, int kMinBlocks_, int kSmemLimit_>
+struct DecodeTraits {
+  using KvElement = KvElement_;  // of K and V in memory
+  static constexpr bool k8Bit = sizeof(KvElement) == 1;
+  // Of the products. e4m3 becomes fp16 in one instruction; Q, which may be bf16, is scaled into its range.
+  using Element = std::conditional_t<k8Bit, cutlass::half_t, KvElement>;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kTileM = kTileM_;
+  static constexpr int kKeys = kKeys_;  // of a key block
+  static constexpr int kWarps = kWarps_;
+  static constexpr int kKeyGroups = kKeyGroups_;
+  static constexpr int kStages = kStages_;
+  static constexpr int kMinBlocks = kMinBlocks_;
+  static constexpr int kSmemLimit = kSmemLimit_;
+
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kColGroups = kWarps / kKeyGroups;
+  static constexpr int kCols = kHeadDim / kColGroups;
+
+  // A ring's stage: kKeys rows of kSliceBytes, in subtiles of at most 128 bytes a row (see slice_offset).
+  static constexpr int kSliceBytes = kCols * static_cast<int>(sizeof(KvElement));
+  static constexpr int kSubtileBytes = kSliceBytes < 128 ? kSliceBytes : 128;
+  static constexpr int kStageBytes = kKeys * kSliceBytes;
+
+  static constexpr int kMmaM = kTileM / 16;
+  static constexpr int kMmaN = kKeys / 8;
+  static constexpr int kSteps = kCols / 16;  // of S = Q K^T
+  static constexpr int kOTiles = kCols / 8;
+  // Fragments of Q stay in registers when O leaves room for them.
+  static constexpr bool kQInRegisters = kMmaM == 1;
+
+  // Columns of O that the warps exchange at a time at a tile's end; a row is 8 words longer, so that the float2 stores of
+  // four rows fall into different banks.
+  static constexpr int kMergeCols = kTileM == 16 && kColGroups == 1 && kWarps == 4 ? 32 : 16;
+  static constexpr int kMergePitch = kMergeCols + 8;
+  // With two buffers the warps of a key group meet once a key block, with one (32 keys: for want of room) twice.
+  static constexpr int kScoreBuffers = kColGroups > 1 && kKeys == 16 ? 2 : 1;
+  static constexpr int kScoreFloats = kColGroups > 1 ? kMmaM * kMmaN * 4 * 32 : 1;  // a warp's share of S
+
+  static_assert(kWarps % kKeyGroups == 0 && (kCols == 64 || kCols == 128));
+  static_assert(kTileM % 16 == 0 && (kKeys == 16 || kKeys == 32 || kKeys == 64));
+  static_assert(kStages % 2 == 1 && kStages >= 3, "K and V take turns, a whole number of blocks is ahead");
+
+  struct SharedStorage {
+    alignas(128) char ring[kWarps][kStages][kStageBytes];
+    union {
+      alignas(128) Element q[kTileM * kHeadDim];
+      float merge[kWarps][kTileM][kMergePitch];
+    };
+    alignas(16) float scores[kScoreBuffers][kWarps][kScoreFloats];
+    float2 stats[kKeyGroups][kTileM];   // a row's maximum and sum over the keys of a group
+    float factor[kKeyGroups][kTileM];   // what a group's O is multiplied by
+    void* target[kTileM];               // where a row's columns go; null: dead
+    KvSource<KvElement> source[kWarps];  // what a warp copies from
+    ItemQueue queue[kWarps];
+    DecodeTile tile;
+    BlockParts parts;
+    unsigned q_largest[kWarps];  // 8-bit K and V: of a warp's share of Q
+    long long scratch[kWarps];
+    int longest[kWarps];
+  };
+  static_assert(sizeof(SharedStorage) <= kSmemLimit, "the tile does not fit the shared memory its row promises");
+};
+
+// A value that the compiler keeps in a register instead of working it out again where it is used.
+BROADHEAD_DEVICE std::uint32_t kept(std::uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// Byte offset of 16-byte unit `unit` of row `row` in a stage; swizzled so that eight rows of one unit, which an ldmatrix
+// reads, and the units of a row, which cp.async writes, fall into different banks.
+template <class Traits>
+BROADHEAD_DEVICE int slice_offset(int row, int unit) {
+  constexpr int kUnits = Traits::kSubtileBytes / 16;
+  const int swizzle = kUnits == 8 ? row & 7 : (row >> 1) & 3;
+  return unit / kUnits * (Traits::kKeys * Traits::kSubtileBytes) + row * Traits::kSubtileBytes +
+         ((unit % kUnits) ^ swizzle) * 16;
+}
+
+// slice_offset(row + kRows, unit + kUnits) from `offset`, that of (row, unit): an XOR and an immediate. kRows is a
+// multiple of the powers of two above row, kUnits is even and unit is 0 or 1 (or kUnits is 0).
+template <class Traits>
+BROADHEAD_DEVICE std::uint32_t slice_step(std::uint32_t offset, int rows, int units) {
+  constexpr int kUnits = Traits::kSubtileBytes / 16;
+  const int swizzle = (units % kUnits) ^ (kUnits == 8 ? rows & 7 : (rows >> 1) & 3);
+  return (offset ^ (swizzle * 16)) + units / kUnits * (Traits::kKeys * Traits::kSubtileBytes) +
+         rows * Traits::kSubtileBytes;
+}
+
+}  // namespace broadhead::decode
