@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
 import broadhead
 import pytest
 import torch
-from broadhead.bench import accuracy, cases, cli, inputs, peers, records, summary, timing
+from broadhead.bench import accuracy, cases, cli, inputs, peers, peers_broadhead, records, summary, timing
 
 FIELDS = {
     *("area", "case", "impl", "kernel", "value", "unit", "seconds", "rel_error"),
@@ -38,7 +39,15 @@ def test_case_names() -> None:
         "fp8": 4,
         "backward": 8,
         "decode": 14,
-        "host": 2,
+        "decode-pages": 9,
+        "decode-mixed": 8,
+        "decode-mtp": 20,
+        "decode-fp8": 7,
+        "decode-invariant": 8,
+        "cascade": 12,
+        "append": 6,
+        "latency": 6,
+        "host": 4,
     }
     for area, of_area in names.items():
         assert len(set(of_area)) == len(of_area), area
@@ -49,9 +58,6 @@ def test_counts() -> None:
     assert full.flops == 2 * 2 * 16 * 8192 * 8192 * 256
     assert full._replace(causal=True).flops == full.flops / 2
     assert full._replace(area="backward").flops == full.flops * 2.5
-    decode = cases.DecodeCase(16, 8192, 32, 8, 128, 64)
-    assert decode.kv_bytes == 16 * 8192 * 8 * 128 * 2 * 2
-    assert decode.pages_per_sequence == 128
     wide = full._replace(head_dim=192, value_dim=128)
     assert wide.flops == 2 * 2 * 16 * 8192 * 8192 * (192 + 128)
 
@@ -83,13 +89,31 @@ def test_turns_are_even() -> None:
     assert all(low <= place < low + 7 for place, low in zip(places, (0, 7, 14)))
 
 
+def lacks(area: str) -> bool:
+    """Whether this version of broadhead cannot do what an area is about."""
+    if area == "decode-invariant":
+        return "tokens_per_split" not in inspect.signature(broadhead.flash_attn_with_kvcache).parameters
+    if area == "cascade":
+        return not hasattr(broadhead, "flash_attn_with_shared_prefix")
+    if area == "decode-fp8":
+        q, cache = torch.zeros(1, 1, 1, 16, dtype=torch.bfloat16), torch.zeros(1, 1, 1, 16).to(torch.float8_e4m3fn)
+        try:
+            broadhead.flash_attn_with_kvcache(q, cache, cache, cache_seqlens=1)
+        except broadhead.InvalidTypeError:
+            return True
+    return False
+
+
 @pytest.mark.parametrize("area", cases.AREAS)
 def test_quick_on_cpu(area: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "results.json"
     arguments = [area, "--quick", "--device", "cpu", "--budget", "0.01", "--out", str(out)]
     assert cli.main(arguments) == cli.OK
     written = json.loads(out.read_text())
-    assert {r["case"] for r in written} == {case.name for case in cases.cases_of(area, on_cpu=True)}
+    names = {case.name for case in cases.cases_of(area, on_cpu=True)}
+    measured = {impl: {r["case"] for r in written if r["impl"] == impl} for impl in ("broadhead", "baseline")}
+    assert measured["broadhead"] == (set() if lacks(area) else names)
+    assert measured["baseline"] == (names if area in peers_broadhead.Baseline.areas else set())
     for record in written:
         assert set(record) == FIELDS
         assert record["impl"] in ("broadhead", "baseline")
@@ -100,12 +124,12 @@ def test_quick_on_cpu(area: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert record["rel_error"] < accuracy.MAX_ERROR[area]
         assert record["versions"]["torch"] == torch.__version__
         assert str(tmp_path) not in record["command"]
-    baselines = {r["case"] for r in written if r["impl"] == "baseline"}
-    assert baselines == ({r["case"] for r in written} if area in ("paged", "window", "fp8") else set())
     printed = capsys.readouterr().out
-    assert "skip fa3: " in printed
-    assert written[0]["case"] in printed
-    assert ("bars met" in printed) == bool(baselines)  # no peer runs here, so only baselines can be compared with
+    assert ("skip fa3: " in printed) == (area != "decode-invariant")
+    log, _, tables = printed.partition(f"\n{area}, {records.UNITS[area]}\n")
+    assert all(name in log and name in tables for name in names)
+    # No peer runs here, so only baselines can be compared with.
+    assert ("bars met" in printed) == (area in ("paged", "window", "fp8"))
 
 
 def test_out_appends_and_plot_draws(tmp_path: Path) -> None:
@@ -282,10 +306,26 @@ def _results(area: str, case: str, **values: float) -> list[dict[str, object]]:
 def test_summary_states_the_bars(
     area: str, case: str, values: dict[str, float], rival: str | None, ratio: float | None, met: bool | None
 ) -> None:
-    (row,) = summary.summarize(_results(area, case, **values))
+    results = _results(area, case, **values)
+    (row,) = summary.summarize(results)
     assert (row.rival, row.met) == (rival, met)
     assert row.ratio == (None if ratio is None else pytest.approx(ratio))
-    assert len(row.cells()) == len(summary.COLUMNS)
+    columns, (line,) = summary.table(results, area)
+    assert len(line) == len(columns)
+    assert line[columns.index("ratio")] == ("-" if ratio is None else f"{ratio:.3f} {rival}")
+    assert ("met" in columns) == bool(row.bar)
+    assert row.bar == "" or line[columns.index("met")] == {True: "yes", False: "NO", None: "-"}[met]
+
+
+def test_tables_show_what_broadhead_lacks() -> None:
+    results = _results("decode", "dec one D64", fa3=10.0) + _results("decode", "dec two D64", broadhead=1234.5, fa3=11)
+    columns, lines = summary.table(results, "decode")
+    assert columns == ["case", "broadhead", "fa3", "our us", "ratio"]
+    assert lines == [
+        ["dec one D64", "-", "10", "-", "-"],
+        ["dec two D64", "1234", "11", "1000", "112.227 fa3"],
+    ]
+    assert summary.table(results, "host")[1] == []
 
 
 def test_every_implementation_has_an_adapter() -> None:

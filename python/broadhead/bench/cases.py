@@ -6,6 +6,8 @@ import math
 import random
 from typing import NamedTuple
 
+from broadhead.bench.cases_decode import DECODE_AREAS, CascadeCase, DecodeCase, decode_cases
+
 PREFIXES = {
     "forward": "fwd",
     "backward": "bwd",
@@ -66,37 +68,6 @@ class DenseCase(NamedTuple):
         return count * (2.5 if self.area == "backward" else 1.0)
 
 
-class DecodeCase(NamedTuple):
-    """One query token a sequence over a paged cache in which every sequence holds ``context`` tokens."""
-
-    batch: int
-    context: int
-    num_heads_q: int
-    num_heads_kv: int
-    head_dim: int
-    page_size: int
-
-    @property
-    def name(self) -> str:
-        return (
-            f"dec B{self.batch} ctx{self.context} H{self.num_heads_q} Hkv{self.num_heads_kv} D{self.head_dim} "
-            f"page{self.page_size}"
-        )
-
-    @property
-    def seqlen_q(self) -> int:
-        return 1
-
-    @property
-    def pages_per_sequence(self) -> int:
-        return -(-self.context // self.page_size)
-
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of K and V that one call reads (two-byte elements)."""
-        return 2 * 2 * self.batch * self.context * self.num_heads_kv * self.head_dim
-
-
 class PagedCase(NamedTuple):
     """Causal prefill over a paged cache: the last ``seqlen_q`` of a sequence's ``context`` tokens are queries."""
 
@@ -116,6 +87,11 @@ class PagedCase(NamedTuple):
             f"{PREFIXES[self.area]} B{self.batch} {tokens} H{self.num_heads_q} Hkv{self.num_heads_kv} "
             f"D{self.head_dim} page{self.page_size}"
         )
+
+    @property
+    def seqlens(self) -> tuple[int, ...]:
+        """Tokens of each sequence."""
+        return (self.context,) * self.batch
 
     @property
     def pages_per_sequence(self) -> int:
@@ -152,11 +128,11 @@ class HostCase(NamedTuple):
     """An eager call whose host time is measured; the shape is small so that the device is never the bottleneck."""
 
     name: str
-    dense: DenseCase | None
-    decode: DecodeCase | None
+    kind: str  # "decode", "append", "plan" or "dense"
+    inner: DecodeCase | DenseCase
 
 
-Case = DenseCase | DecodeCase | PagedCase | VarlenCase | HostCase
+Case = DenseCase | DecodeCase | CascadeCase | PagedCase | VarlenCase | HostCase
 
 #: Batch, tokens, query heads, KV heads, head_dim, head_dim_v where it differs.
 FORWARD_SHAPES: tuple[tuple[int, int, int, int, int, int | None], ...] = (
@@ -176,16 +152,6 @@ BACKWARD_SHAPES: tuple[tuple[int, int, int, int, int, int | None], ...] = (
     (2, 8192, 8, 8, 256, None),
     (2, 8192, 4, 4, 512, None),
 )
-DECODE_SHAPES = (
-    (128, 8192, 8, 1, 128),
-    (16, 8192, 32, 8, 128),
-    (1, 65536, 32, 8, 128),
-    (64, 8192, 16, 2, 256),
-    (1, 65536, 16, 2, 256),
-    (16, 8192, 32, 4, 512),
-    (1, 65536, 32, 4, 512),
-)
-DECODE_PAGE_SIZES = (64, 128)
 
 #: Query heads, KV heads, head_dim of served models with GQA.
 GQA_HEADS = ((32, 8, 128), (16, 2, 256), (32, 4, 512))
@@ -199,9 +165,10 @@ FP8_SHAPES = ((2, 8192, 16, 16, 128), (2, 8192, 8, 8, 256))
 #: What a CPU can do in seconds: the torch fallback is a reference, not something to time.
 CPU_DENSE_SHAPES = ((1, 128, 4, 2, 64, None), (1, 64, 2, 1, 512, None))
 CPU_FORWARD_SHAPES = (*CPU_DENSE_SHAPES, (1, 64, 2, 2, 192, 128))
-CPU_DECODE_SHAPES = ((2, 100, 4, 2, 64), (1, 130, 2, 1, 512))
 
-AREAS = ("forward", "chunked", "varlen", "paged", "window", "fp8", "backward", "decode", "host")
+AREAS = ("forward", "chunked", "varlen", "paged", "window", "fp8", "backward", *DECODE_AREAS, "host")
+#: Names that stand for several areas on the command line.
+GROUPS = {"decode-all": (*DECODE_AREAS, "host")}
 
 
 def ragged_lengths(count: int, shortest: int, longest: int, seed: int = 0) -> tuple[int, ...]:
@@ -223,14 +190,15 @@ def cases_of(area: str, on_cpu: bool = False) -> list[Case]:
     if area == "backward":
         shapes = CPU_DENSE_SHAPES if on_cpu else BACKWARD_SHAPES
         return [DenseCase(area, *shape[:5], causal) for shape in shapes for causal in (False, True)]
-    if area == "decode":
-        if on_cpu:
-            return [DecodeCase(*shape, 16) for shape in CPU_DECODE_SHAPES]
-        return [DecodeCase(*shape, page) for shape in DECODE_SHAPES for page in DECODE_PAGE_SIZES]
+    if area in DECODE_AREAS:
+        return list(decode_cases(area, on_cpu))
     if area == "host":
+        step = DecodeCase(4, 1024, 32, 8, 128, 64)
         return [
-            HostCase("host decode+metadata", None, DecodeCase(4, 1024, 32, 8, 128, 64)),
-            HostCase("host dense", DenseCase("forward", 1, 128, 8, 8, 128, True), None),
+            HostCase("host decode+metadata", "decode", step),
+            HostCase("host append+rotary", "append", step._replace(area="append")),
+            HostCase("host metadata", "plan", step),
+            HostCase("host dense", "dense", DenseCase("forward", 1, 128, 8, 8, 128, True)),
         ]
     return _masked_cases(area, on_cpu)
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from broadhead.bench.cases import DecodeCase, DenseCase, PagedCase, VarlenCase
+from broadhead.bench.cases import DenseCase, PagedCase, VarlenCase
 
 #: The largest number of e4m3.
 E4M3_MAX = 448.0
@@ -16,7 +16,7 @@ E4M3_MAX = 448.0
 
 class PagedInputs(NamedTuple):
     """Tensors of a paged case: q ``(B, Sq, H, D)``, caches ``(pages, page_size, Hkv, D)``, page_table int32 ``(B, pages
-    per sequence)`` with scattered pages, cache_seqlens int32 ``(B,)``."""
+    of the longest sequence)`` with scattered pages, cache_seqlens int32 ``(B,)``."""
 
     q: Tensor
     k_cache: Tensor
@@ -31,6 +31,13 @@ class PagedInputs(NamedTuple):
             self.k_cache[pages].flatten(1, 2)[:, :context].contiguous(),
             self.v_cache[pages].flatten(1, 2)[:, :context].contiguous(),
         )
+
+    def used_pages(self) -> tuple[Tensor, Tensor]:
+        """Pages of each sequence ``(B,)``, and their indices one after the other, both int32."""
+        page_size = self.k_cache.shape[1]
+        counts = (self.cache_seqlens + page_size - 1) // page_size
+        columns = torch.arange(self.page_table.shape[1], device=counts.device)
+        return counts, self.page_table[columns < counts[:, None]]
 
 
 class VarlenInputs(NamedTuple):
@@ -63,7 +70,7 @@ class Fp8Inputs(NamedTuple):
         return widen(self.q, self.q_descale), widen(self.k, self.k_descale), widen(self.v, self.v_descale)
 
 
-def _normal(*shape: int, device: torch.device) -> Tensor:
+def normal(*shape: int, device: torch.device) -> Tensor:
     return torch.randn(shape, device=device, dtype=torch.bfloat16)
 
 
@@ -71,21 +78,21 @@ def dense_inputs(case: DenseCase, device: torch.device) -> tuple[Tensor, Tensor,
     """q, k, v and dout in bf16."""
     tokens = (case.batch, case.seqlen)
     return (
-        _normal(*tokens, case.num_heads_q, case.head_dim, device=device),
-        _normal(*tokens, case.num_heads_kv, case.head_dim, device=device),
-        _normal(*tokens, case.num_heads_kv, case.head_dim_v, device=device),
-        _normal(*tokens, case.num_heads_q, case.head_dim_v, device=device),
+        normal(*tokens, case.num_heads_q, case.head_dim, device=device),
+        normal(*tokens, case.num_heads_kv, case.head_dim, device=device),
+        normal(*tokens, case.num_heads_kv, case.head_dim_v, device=device),
+        normal(*tokens, case.num_heads_q, case.head_dim_v, device=device),
     )
 
 
-def paged_inputs(case: DecodeCase | PagedCase, device: torch.device) -> PagedInputs:
+def paged_inputs(case: PagedCase, device: torch.device) -> PagedInputs:
     """bf16 caches whose pages are scattered."""
     pages = case.batch * case.pages_per_sequence
     shape = (pages, case.page_size, case.num_heads_kv, case.head_dim)
     return PagedInputs(
-        q=_normal(case.batch, case.seqlen_q, case.num_heads_q, case.head_dim, device=device),
-        k_cache=_normal(*shape, device=device),
-        v_cache=_normal(*shape, device=device),
+        q=normal(case.batch, case.seqlen_q, case.num_heads_q, case.head_dim, device=device),
+        k_cache=normal(*shape, device=device),
+        v_cache=normal(*shape, device=device),
         page_table=torch.randperm(pages, device=device).view(case.batch, -1).to(torch.int32),
         cache_seqlens=torch.full((case.batch,), case.context, dtype=torch.int32, device=device),
     )
@@ -96,9 +103,9 @@ def varlen_inputs(case: VarlenCase, device: torch.device) -> VarlenInputs:
     total = sum(case.seqlens)
     offsets = list(itertools.accumulate(case.seqlens, initial=0))
     return VarlenInputs(
-        q=_normal(total, case.num_heads_q, case.head_dim, device=device),
-        k=_normal(total, case.num_heads_kv, case.head_dim, device=device),
-        v=_normal(total, case.num_heads_kv, case.head_dim, device=device),
+        q=normal(total, case.num_heads_q, case.head_dim, device=device),
+        k=normal(total, case.num_heads_kv, case.head_dim, device=device),
+        v=normal(total, case.num_heads_kv, case.head_dim, device=device),
         cu_seqlens=torch.tensor(offsets, dtype=torch.int32, device=device),
         max_seqlen=max(case.seqlens),
     )

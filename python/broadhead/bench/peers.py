@@ -1,4 +1,4 @@
-"""Adapters: each implementation prepares a call of a case; here broadhead, its baselines and torch's SDPA backends."""
+"""Adapters: each implementation prepares a call of a case; here what they share, and torch's SDPA backends."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import broadhead
-from broadhead.bench.cases import AREAS, DecodeCase, DenseCase, PagedCase, VarlenCase
+from broadhead.bench.cases import AREAS, CascadeCase, DecodeCase, DenseCase, PagedCase, VarlenCase
 from broadhead.bench.inputs import Fp8Inputs, PagedInputs, VarlenInputs
+from broadhead.bench.inputs_decode import AppendInputs, CascadeInputs, Fp8PagedInputs
 
 
 class Skip(Exception):
@@ -32,7 +32,7 @@ class Peer:
 
     name = ""
     #: The areas in which it has anything to say; elsewhere it is not even skipped.
-    areas: tuple[str, ...] = AREAS
+    areas: tuple[str, ...] = tuple(area for area in AREAS if area != "decode-invariant")
 
     def why_unavailable(self, device: torch.device) -> str | None:
         """Why it cannot run here at all, or None."""
@@ -71,8 +71,28 @@ class Peer:
         raise Skip("has no paged prefill")
 
     def decode(self, case: DecodeCase, inputs: PagedInputs) -> Callable[[], Tensor]:
-        """A call that returns ``(B, 1, H, D)``; plans and metadata are made here, once."""
+        """A call that returns ``(B, Sq, H, D)``; plans and metadata are made here, once."""
         raise Skip("has no paged decode")
+
+    def measured_decode(self, case: DecodeCase) -> DecodeCase:
+        """The case that ``decode_fp8`` computes where it is not the one asked for (baselines only)."""
+        return case
+
+    def plan(self, case: DecodeCase, inputs: PagedInputs) -> Callable[[], Any]:
+        """A call that makes the metadata or the plan of a decode step."""
+        raise Skip("makes no metadata or plan")
+
+    def decode_fp8(self, case: DecodeCase, inputs: Fp8PagedInputs) -> Callable[[], Tensor]:
+        """A call that returns ``(B, 1, H, D)``, of bf16 queries, or of e4m3 ones, over an e4m3 cache."""
+        raise Skip("has no decode over an e4m3 cache")
+
+    def append(self, case: DecodeCase, inputs: AppendInputs) -> Callable[[], Tensor]:
+        """A call that rotates q and the new k, writes k and v to the cache, and returns ``(B, 1, H, D)``."""
+        raise Skip("has no call that appends, rotates and attends")
+
+    def cascade(self, case: CascadeCase, inputs: CascadeInputs) -> Callable[[], Tensor]:
+        """A call that returns ``(B, 1, H, D)``, of sequences that share a prefix."""
+        raise Skip("has no decode over a shared prefix")
 
     def backward(self, case: DenseCase, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> Callable[[], Gradients]:
         """A call that returns ``(dq, dk, dv)``; the forward pass has run before."""
@@ -89,106 +109,10 @@ class Peer:
         return gradients
 
 
-class Broadhead(Peer):
-    """broadhead through its public API; on a GPU a fallback is an error."""
-
-    name = "broadhead"
-    _on_gpu = False
-
-    def kernel(self) -> str | None:
-        backend, row, reason = broadhead.last_dispatch()
-        if self._on_gpu and row is None:
-            raise RuntimeError(f"ran the {backend} fallback instead of a kernel: {reason}")
-        return row
-
-    def why_unavailable(self, device: torch.device) -> str | None:
-        self._on_gpu = device.type == "cuda"
-        return None
-
-    def forward(self, case: DenseCase, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
-        backend = "cuda" if q.is_cuda else None
-        return lambda: broadhead.flash_attn_func(
-            q, k, v, causal=case.causal, window_size=case.window_size, backend=backend
-        )
-
-    def fp8(self, case: DenseCase, inputs: Fp8Inputs) -> Callable[[], Tensor]:
-        q, k, v, q_descale, k_descale, v_descale = inputs
-        backend = "cuda" if q.is_cuda else None
-        return lambda: broadhead.flash_attn_func(
-            q,
-            k,
-            v,
-            causal=case.causal,
-            q_descale=q_descale,
-            k_descale=k_descale,
-            v_descale=v_descale,
-            backend=backend,
-        )
-
-    def varlen(self, case: VarlenCase, inputs: VarlenInputs) -> Callable[[], Tensor]:
-        q, k, v, cu_seqlens, max_seqlen = inputs
-        backend = "cuda" if q.is_cuda else None
-        return lambda: broadhead.flash_attn_varlen_func(
-            q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=True, backend=backend
-        )
-
-    def paged(self, case: PagedCase, inputs: PagedInputs) -> Callable[[], Tensor]:
-        q, k_cache, v_cache, page_table, cache_seqlens = inputs
-        backend = "cuda" if q.is_cuda else None
-        return lambda: broadhead.flash_attn_with_kvcache(
-            q, k_cache, v_cache, cache_seqlens=cache_seqlens, page_table=page_table, causal=True, backend=backend
-        )
-
-    def decode(self, case: DecodeCase, inputs: PagedInputs) -> Callable[[], Tensor]:
-        metadata = broadhead.get_scheduler_metadata(
-            case.batch,
-            1,
-            case.pages_per_sequence * case.page_size,
-            case.num_heads_q,
-            case.num_heads_kv,
-            case.head_dim,
-            inputs.cache_seqlens,
-            qkv_dtype=inputs.q.dtype,
-            page_size=case.page_size,
-            causal=True,
-        )
-        q, k_cache, v_cache, page_table, cache_seqlens = inputs
-        backend = "cuda" if q.is_cuda else None
-        return lambda: broadhead.flash_attn_with_kvcache(
-            q,
-            k_cache,
-            v_cache,
-            cache_seqlens=cache_seqlens,
-            page_table=page_table,
-            causal=True,
-            scheduler_metadata=metadata,
-            backend=backend,
-        )
-
-
-class Baseline(Broadhead):
-    """What broadhead itself does without the feature that an area is about, on the same numbers."""
-
-    name = "baseline"
-    areas = ("paged", "window", "fp8")
-
-    def measured(self, case: DenseCase) -> DenseCase:
-        return case._replace(window=None)
-
-    def forward(self, case: DenseCase, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
-        return super().forward(self.measured(case), q, k, v)
-
-    def fp8(self, case: DenseCase, inputs: Fp8Inputs) -> Callable[[], Tensor]:
-        return super().forward(case, *inputs.widened())
-
-    def paged(self, case: PagedCase, inputs: PagedInputs) -> Callable[[], Tensor]:
-        q, (k, v) = inputs.q, inputs.gathered(case.context)
-        backend = "cuda" if q.is_cuda else None
-        return lambda: broadhead.flash_attn_func(q, k, v, causal=True, backend=backend)
-
-
 class TorchSdpa(Peer):
     """One backend of torch.nn.functional.scaled_dot_product_attention."""
+
+    areas = ("forward", "window", "backward", "host")
 
     def __init__(self, name: str, backend: SDPBackend) -> None:
         self.name = name
@@ -234,6 +158,7 @@ def _sdpa_call(q: Tensor, k: Tensor, v: Tensor, causal: bool, enable_gqa: bool) 
 
 def all_peers() -> list[Peer]:
     """Every implementation, in the order of the tables."""
+    from broadhead.bench.peers_broadhead import Baseline, Broadhead
     from broadhead.bench.peers_flash import Ffpa, FlashAttention3, FlashAttention4
     from broadhead.bench.peers_flashinfer import FlashInfer
 

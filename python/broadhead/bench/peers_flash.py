@@ -13,7 +13,9 @@ from torch import Tensor
 
 from broadhead.bench.cases import DecodeCase, DenseCase, PagedCase, VarlenCase
 from broadhead.bench.inputs import Fp8Inputs, PagedInputs, VarlenInputs
+from broadhead.bench.inputs_decode import AppendInputs, Fp8PagedInputs
 from broadhead.bench.peers import Peer, Skip
+from broadhead.bench.peers_broadhead import arguments_of_plan
 
 
 class PackagePeer(Peer):
@@ -70,41 +72,50 @@ class FlashAttention3(PackagePeer):
         return lambda: first_output(function(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=True))
 
     def paged(self, case: PagedCase, inputs: PagedInputs) -> Callable[[], Tensor]:
-        function = self._module.flash_attn_with_kvcache
-        q, k_cache, v_cache, page_table, cache_seqlens = inputs
-        return lambda: first_output(
-            function(q, k_cache, v_cache, cache_seqlens=cache_seqlens, page_table=page_table, causal=True)
-        )
+        return self._over_pages(inputs)
 
     def decode(self, case: DecodeCase, inputs: PagedInputs) -> Callable[[], Tensor]:
-        plan = getattr(self._module, "get_scheduler_metadata", None)
-        if plan is None:
-            raise Skip("this build has no get_scheduler_metadata")
-        metadata = plan(
-            case.batch,
-            1,
-            case.pages_per_sequence * case.page_size,
-            case.num_heads_q,
-            case.num_heads_kv,
-            case.head_dim,
-            inputs.cache_seqlens,
-            qkv_dtype=inputs.q.dtype,
-            page_size=case.page_size,
-            causal=True,
+        return self._over_pages(inputs, scheduler_metadata=self.plan(case, inputs)())
+
+    def plan(self, case: DecodeCase, inputs: PagedInputs) -> Callable[[], Any]:
+        return self._plan(case, inputs.cache_seqlens, inputs.q.dtype)
+
+    def decode_fp8(self, case: DecodeCase, inputs: Fp8PagedInputs) -> Callable[[], Tensor]:
+        """Its queries must be e4m3 as well."""
+        return self._over_pages(
+            inputs.paged._replace(q=inputs.q),
+            q_descale=inputs.q_descale,
+            k_descale=inputs.k_descale,
+            v_descale=inputs.v_descale,
+            scheduler_metadata=self._plan(case, inputs.paged.cache_seqlens, inputs.q.dtype)(),
         )
+
+    def append(self, case: DecodeCase, inputs: AppendInputs) -> Callable[[], Tensor]:
+        return self._over_pages(
+            inputs.paged._replace(cache_seqlens=inputs.cache_seqlens),
+            k=inputs.k,
+            v=inputs.v,
+            rotary_cos=inputs.cos,
+            rotary_sin=inputs.sin,
+            rotary_interleaved=False,
+            scheduler_metadata=self._plan(case, inputs.cache_seqlens, inputs.k.dtype, inputs.k.shape[1])(),
+        )
+
+    def _plan(
+        self, case: DecodeCase, cache_seqlens: Tensor, dtype: torch.dtype, seqlen_k_new: int = 0
+    ) -> Callable[[], Any]:
+        function = getattr(self._module, "get_scheduler_metadata", None)
+        if function is None:
+            raise Skip("this build has no get_scheduler_metadata")
+        positional = arguments_of_plan(case, cache_seqlens)
+        options = {"page_size": case.page_size, "max_seqlen_k_new": seqlen_k_new, "causal": True}
+        return lambda: function(*positional, qkv_dtype=dtype, **options)
+
+    def _over_pages(self, inputs: PagedInputs, **options: Any) -> Callable[[], Tensor]:
         function = self._module.flash_attn_with_kvcache
         q, k_cache, v_cache, page_table, cache_seqlens = inputs
-        return lambda: first_output(
-            function(
-                q,
-                k_cache,
-                v_cache,
-                cache_seqlens=cache_seqlens,
-                page_table=page_table,
-                causal=True,
-                scheduler_metadata=metadata,
-            )
-        )
+        options |= {"cache_seqlens": cache_seqlens, "page_table": page_table, "causal": True}
+        return lambda: first_output(function(q, k_cache, v_cache, **options))
 
 
 class FlashAttention4(PackagePeer):
@@ -147,6 +158,7 @@ class Ffpa(PackagePeer):
     """FFPA, for head_dim above 256."""
 
     name = "ffpa"
+    areas = ("forward", "chunked", "varlen", "paged", "window", "backward")
     module_name = "ffpa_attn"
     distributions = ("ffpa-attn",)
 

@@ -20,6 +20,8 @@ COLOURS = {
     "memeff": "#e69f00",
     "flashinfer": "#f0e442",
 }
+#: Of the areas where not all is bf16.
+DTYPES = {"fp8": "e4m3, baseline bf16", "decode-fp8": "K and V e4m3, baseline bf16"}
 #: Longest line of a case's label below the axis, in characters.
 LABEL_WIDTH = 12
 #: An area with more cases than this takes several panels, so that the numbers above the bars stay readable.
@@ -69,12 +71,12 @@ def _draw_panel(axes: Any, area: str, cases: list[str], records: list[dict[str, 
         present = [(i, values[case, impl]) for i, case in enumerate(cases) if (case, impl) in values]
         places = [i + (index - (len(impls) - 1) / 2) * width for i, _ in present]
         bars = axes.bar(places, [v for _, v in present], width, label=impl, color=COLOURS[impl])
-        axes.bar_label(bars, fmt="%.0f", fontsize=6, rotation=90, padding=2)
+        axes.bar_label(bars, fmt="%.3g" if UNITS[area] == "us" else "%.0f", fontsize=6, rotation=90, padding=2)
     labels = [textwrap.fill(case.split(" ", 1)[-1], LABEL_WIDTH, break_on_hyphens=False) for case in cases]
     axes.set_xticks(range(len(cases)), labels, fontsize=7)
-    axes.set_ylabel(UNITS[area] + (" (lower is better)" if area == "host" else ""))
+    axes.set_ylabel(UNITS[area] + (" (lower is better)" if UNITS[area] == "us" else ""))
     axes.margins(y=0.15)
-    dtype = "e4m3, baseline bf16" if area == "fp8" else "bf16"
+    dtype = DTYPES.get(area, "bf16")
     axes.set_title(f"{area}, {records[-1]['device']}, {dtype}", fontsize=10, loc="left")
     # Above the bars on the right, where no bar can be behind it.
     axes.legend(

@@ -17,7 +17,11 @@ import broadhead
 from broadhead.bench.cases import AREAS
 
 IMPLEMENTATIONS = ("broadhead", "baseline", "fa2", "fa3", "fa4", "ffpa", "cudnn", "memeff", "flashinfer")
-UNITS = dict.fromkeys(AREAS, "TFLOP/s") | {"decode": "GB/s", "host": "us"}
+UNITS = (
+    dict.fromkeys(AREAS, "TFLOP/s")
+    | {area: "GB/s" for area in AREAS if area.startswith("decode")}
+    | dict.fromkeys(("cascade", "append", "latency", "host"), "us")
+)
 
 
 class RunInfo(NamedTuple):

@@ -11,10 +11,15 @@ import torch
 
 from broadhead.bench import accuracy
 from broadhead.bench.cases import Case, cases_of
-from broadhead.bench.measure import Measurement, Prepared, task_of
+from broadhead.bench.cases_decode import DECODE_AREAS
+from broadhead.bench.measure import task_of
 from broadhead.bench.peers import Peer, Skip, all_peers
 from broadhead.bench.records import RunInfo, make_record
+from broadhead.bench.task import Measurement, Prepared
 from broadhead.errors import UnsupportedError
+
+#: Seconds a measurement. A decode step repeats to within a percent in a CUDA graph, and there are many cases.
+BUDGET, DECODE_BUDGET = 0.5, 0.2
 
 
 class Options(NamedTuple):
@@ -23,7 +28,11 @@ class Options(NamedTuple):
     device: torch.device
     implementations: tuple[str, ...] = ()  # empty: all
     case_filter: str = ""
-    budget: float = 0.5
+    budget: float | None = None  # None: what suits the area
+
+    def budget_of(self, area: str) -> float:
+        """Seconds a measurement."""
+        return self.budget or (DECODE_BUDGET if area in DECODE_AREAS else BUDGET)
 
 
 @dataclass
@@ -112,7 +121,7 @@ def _measure_case(
             yield peer, error
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        times = task.time(right, options.budget)
+        times = task.time(right, options.budget_of(area))
     for prepared, seconds in zip(right, times):
         if isinstance(seconds, Exception):
             yield prepared.peer, seconds

@@ -15,7 +15,8 @@ import torch
 MIN_REPETITIONS = 20
 MAX_REPETITIONS = 400
 WARM_UP_SECONDS = 0.05
-HOST_CALLS_PER_BATCH = 50  # far below the 1024 launches that a CUDA queue holds, so no call waits for a slot
+#: A call may launch 20 kernels: far below the 1024 launches that a CUDA queue holds, so no call waits for a slot.
+HOST_CALLS_PER_BATCH = 25
 
 
 def l2_bytes(device: torch.device) -> int:

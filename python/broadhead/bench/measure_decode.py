@@ -1,0 +1,162 @@
+"""How a case of decode is prepared, checked and timed: in a CUDA graph over many input sets; and the host's cases."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Generic, TypeVar
+
+import torch
+
+from broadhead.bench import accuracy, timing
+from broadhead.bench.cases import CascadeCase, DecodeCase, DenseCase, HostCase
+from broadhead.bench.inputs import PagedInputs, dense_inputs
+from broadhead.bench.inputs_decode import (
+    AppendInputs,
+    CascadeInputs,
+    Fp8PagedInputs,
+    append_sets,
+    cascade_sets,
+    decode_sets,
+    fp8_decode_sets,
+)
+from broadhead.bench.peers import Peer
+from broadhead.bench.task import Call, Prepared, Task, one_by_one
+
+#: Input sets whose results are compared with fp32.
+CHECKED_SETS = 3
+
+Inputs = TypeVar("Inputs")
+
+
+class GraphTask(Task, Generic[Inputs]):
+    """Calls in a CUDA graph, over input sets that together do not fit the L2."""
+
+    def __init__(
+        self, area: str, device: torch.device, sets: Sequence[Inputs], references: Sequence[accuracy.PagedReference]
+    ) -> None:
+        super().__init__(area, device)
+        self.sets = sets
+        self.references = references  # of the first sets
+
+    def call_of(self, peer: Peer, inputs: Inputs) -> Call:
+        """The call of one implementation on one set."""
+        raise NotImplementedError
+
+    def work_of(self, peer: Peer) -> float:
+        """Bytes of K and V that one call reads."""
+        raise NotImplementedError
+
+    def prepare(self, peer: Peer) -> Prepared:
+        calls = [self.call_of(peer, inputs) for inputs in self.sets]
+        results = [call() for call in calls]
+        error = accuracy.worst([r.error(result) for r, result in zip(self.references, results, strict=False)])
+        return Prepared(peer, calls, error, self.work_of(peer), peer.kernel(), peer.versions())
+
+    def time(self, prepared: list[Prepared], budget: float) -> list[float | Exception]:
+        if not self.on_gpu:
+            return super().time(prepared, budget)
+        return one_by_one(prepared, lambda item: timing.time_graph(item.calls, self.device, budget))
+
+
+class DecodeTask(GraphTask[PagedInputs]):
+    """A step over a paged cache."""
+
+    def __init__(self, case: DecodeCase, device: torch.device) -> None:
+        self.case = case
+        sets = decode_sets(case, device)
+        references = [accuracy.PagedReference(case, inputs) for inputs in sets[:CHECKED_SETS]]
+        super().__init__(case.area, device, sets, references)
+
+    def call_of(self, peer: Peer, inputs: PagedInputs) -> Call:
+        return peer.decode(self.case, inputs)
+
+    def work_of(self, peer: Peer) -> float:
+        return self.case.kv_bytes
+
+
+class Fp8DecodeTask(GraphTask[Fp8PagedInputs]):
+    """A step over an e4m3 cache."""
+
+    def __init__(self, case: DecodeCase, device: torch.device) -> None:
+        self.case = case
+        sets = fp8_decode_sets(case, device)
+        references = [accuracy.PagedReference(case, inputs.wide) for inputs in sets[:CHECKED_SETS]]
+        super().__init__(case.area, device, sets, references)
+
+    def call_of(self, peer: Peer, inputs: Fp8PagedInputs) -> Call:
+        return peer.decode_fp8(self.case, inputs)
+
+    def work_of(self, peer: Peer) -> float:
+        return peer.measured_decode(self.case).kv_bytes
+
+
+class CascadeTask(GraphTask[CascadeInputs]):
+    """A step over a shared prefix."""
+
+    def __init__(self, case: CascadeCase, device: torch.device) -> None:
+        self.case = case
+        sets = cascade_sets(case, device)
+        references = [accuracy.PagedReference(case.plain, inputs.plain) for inputs in sets[:CHECKED_SETS]]
+        super().__init__(case.area, device, sets, references)
+
+    def call_of(self, peer: Peer, inputs: CascadeInputs) -> Call:
+        return peer.cascade(self.case, inputs)
+
+    def work_of(self, peer: Peer) -> float:
+        return self.case.kv_bytes
+
+
+class AppendTask(GraphTask[AppendInputs]):
+    """A step that rotates its token and puts it into the cache first."""
+
+    def __init__(self, case: DecodeCase, device: torch.device) -> None:
+        self.case = case
+        sets = append_sets(case, device)
+        references = [accuracy.PagedReference(case, inputs.appended()) for inputs in sets[:CHECKED_SETS]]
+        super().__init__(case.area, device, sets, references)
+
+    def prepare(self, peer: Peer) -> Prepared:
+        for inputs in self.sets:
+            inputs.poison()
+        return super().prepare(peer)
+
+    def call_of(self, peer: Peer, inputs: AppendInputs) -> Call:
+        return peer.append(self.case, inputs)
+
+    def work_of(self, peer: Peer) -> float:
+        return self.case.kv_bytes
+
+
+class HostTask(Task):
+    """Host time of one eager call."""
+
+    def __init__(self, case: HostCase, device: torch.device) -> None:
+        super().__init__("host", device)
+        self.kind = case.kind
+        inner = case.inner
+        if isinstance(inner, DenseCase):
+            self.dense_case, self.dense = inner, dense_inputs(inner, device)[:3]
+            return
+        self.case = inner
+        self.appending = append_sets(inner, device)[0]
+        self.paged = self.appending.appended()
+        self.reference = accuracy.PagedReference(inner, self.paged)
+
+    def prepare(self, peer: Peer) -> Prepared:
+        if self.kind == "dense":
+            call = peer.forward(self.dense_case, *self.dense)
+            return self.checked(
+                peer, call, lambda out: accuracy.forward_error(self.dense_case, *self.dense, out), work=0.0
+            )
+        if self.kind == "append":
+            self.appending.poison()
+            return self.checked(peer, peer.append(self.case, self.appending), self.reference.error, work=0.0)
+        step = self.checked(peer, peer.decode(self.case, self.paged), self.reference.error, work=0.0)
+        return step._replace(calls=[peer.plan(self.case, self.paged)]) if self.kind == "plan" else step
+
+    def time(self, prepared: list[Prepared], budget: float) -> list[float | Exception]:
+        def synchronize() -> None:
+            if self.on_gpu:
+                torch.cuda.synchronize(self.device)
+
+        return one_by_one(prepared, lambda item: timing.time_host(item.calls[0], synchronize, budget))

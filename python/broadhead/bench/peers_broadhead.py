@@ -1,0 +1,162 @@
+"""Adapters for broadhead itself, through its public API, and for what it does without the feature of an area."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import broadhead
+from broadhead.bench.cases import AREAS, CascadeCase, DecodeCase, DenseCase, PagedCase, VarlenCase
+from broadhead.bench.inputs import Fp8Inputs, PagedInputs, VarlenInputs
+from broadhead.bench.inputs_decode import AppendInputs, CascadeInputs, Fp8PagedInputs
+from broadhead.bench.peers import Peer, Skip
+
+
+class Broadhead(Peer):
+    """broadhead; on a GPU a fallback is an error."""
+
+    name = "broadhead"
+    areas: tuple[str, ...] = AREAS
+    _backend: str | None = None
+
+    def kernel(self) -> str | None:
+        backend, row, reason = broadhead.last_dispatch()
+        if self._backend == "cuda" and row is None:
+            raise RuntimeError(f"ran the {backend} fallback instead of a kernel: {reason}")
+        return row
+
+    def why_unavailable(self, device: torch.device) -> str | None:
+        self._backend = "cuda" if device.type == "cuda" else None
+        return None
+
+    def forward(self, case: DenseCase, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
+        options: dict[str, Any] = {"causal": case.causal, "window_size": case.window_size, "backend": self._backend}
+        return lambda: broadhead.flash_attn_func(q, k, v, **options)
+
+    def fp8(self, case: DenseCase, inputs: Fp8Inputs) -> Callable[[], Tensor]:
+        q, k, v, q_descale, k_descale, v_descale = inputs
+        options: dict[str, Any] = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
+        return lambda: broadhead.flash_attn_func(q, k, v, causal=case.causal, backend=self._backend, **options)
+
+    def varlen(self, case: VarlenCase, inputs: VarlenInputs) -> Callable[[], Tensor]:
+        q, k, v, cu_seqlens, max_seqlen = inputs
+        return lambda: broadhead.flash_attn_varlen_func(
+            q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=True, backend=self._backend
+        )
+
+    def paged(self, case: PagedCase, inputs: PagedInputs) -> Callable[[], Tensor]:
+        return self._over_pages(inputs)
+
+    def decode(self, case: DecodeCase, inputs: PagedInputs) -> Callable[[], Tensor]:
+        return self._over_pages(inputs, scheduler_metadata=self.plan(case, inputs)(), **_split_options(case))
+
+    def plan(self, case: DecodeCase, inputs: PagedInputs) -> Callable[[], Tensor]:
+        return self._plan(case, inputs.cache_seqlens, **_split_options(case))
+
+    def decode_fp8(self, case: DecodeCase, inputs: Fp8PagedInputs) -> Callable[[], Tensor]:
+        """Without metadata: that of another dtype might be refused, and kernels that take such caches need none."""
+        call = self._over_pages(inputs.paged, k_descale=inputs.k_descale, v_descale=inputs.v_descale)
+        try:
+            call()
+        except broadhead.InvalidTypeError as error:
+            raise Skip(f"takes no e4m3 cache with {inputs.paged.q.dtype} queries: {error}") from error
+        return call
+
+    def append(self, case: DecodeCase, inputs: AppendInputs) -> Callable[[], Tensor]:
+        return self._over_pages(
+            inputs.paged._replace(cache_seqlens=inputs.cache_seqlens),
+            k=inputs.k,
+            v=inputs.v,
+            rotary_cos=inputs.cos,
+            rotary_sin=inputs.sin,
+            rotary_interleaved=False,
+            scheduler_metadata=self._plan(case, inputs.cache_seqlens, max_seqlen_k_new=inputs.k.shape[1])(),
+        )
+
+    def cascade(self, case: CascadeCase, inputs: CascadeInputs) -> Callable[[], Tensor]:
+        function = getattr(broadhead, "flash_attn_with_shared_prefix", None)
+        if function is None:
+            raise Skip("this version has no flash_attn_with_shared_prefix")
+        options: dict[str, Any] = {}
+        if "backend" in inspect.signature(function).parameters:
+            options["backend"] = self._backend
+        plain = inputs.plain
+        return lambda: function(
+            plain.q,
+            plain.k_cache,
+            plain.v_cache,
+            prefix_page_table=inputs.prefix_page_table,
+            prefix_len=case.prefix,
+            page_table=inputs.page_table,
+            cache_seqlens=inputs.cache_seqlens,
+            **options,
+        )
+
+    def _plan(self, case: DecodeCase, cache_seqlens: Tensor, **options: Any) -> Callable[[], Tensor]:
+        positional = arguments_of_plan(case, cache_seqlens)
+        options |= {"qkv_dtype": torch.bfloat16, "page_size": case.page_size, "causal": True}
+        return lambda: broadhead.get_scheduler_metadata(*positional, **options)
+
+    def _over_pages(self, inputs: PagedInputs, **options: Any) -> Callable[[], Tensor]:
+        q, k_cache, v_cache, page_table, cache_seqlens = inputs
+        options |= {"cache_seqlens": cache_seqlens, "page_table": page_table, "causal": True, "backend": self._backend}
+        return lambda: broadhead.flash_attn_with_kvcache(q, k_cache, v_cache, **options)
+
+
+class Baseline(Broadhead):
+    """What broadhead itself does without the feature that an area is about, on the same numbers."""
+
+    name = "baseline"
+    areas = ("paged", "window", "fp8", "decode-fp8", "decode-invariant", "cascade", "append")
+
+    def measured(self, case: DenseCase) -> DenseCase:
+        return case._replace(window=None)
+
+    def measured_decode(self, case: DecodeCase) -> DecodeCase:
+        return case._replace(cache="bf16", tokens_per_split=0)
+
+    def forward(self, case: DenseCase, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
+        return super().forward(self.measured(case), q, k, v)
+
+    def fp8(self, case: DenseCase, inputs: Fp8Inputs) -> Callable[[], Tensor]:
+        return super().forward(case, *inputs.widened())
+
+    def paged(self, case: PagedCase, inputs: PagedInputs) -> Callable[[], Tensor]:
+        k, v = inputs.gathered(case.context)
+        return lambda: broadhead.flash_attn_func(inputs.q, k, v, causal=True, backend=self._backend)
+
+    def decode(self, case: DecodeCase, inputs: PagedInputs) -> Callable[[], Tensor]:
+        return super().decode(self.measured_decode(case), inputs)
+
+    def decode_fp8(self, case: DecodeCase, inputs: Fp8PagedInputs) -> Callable[[], Tensor]:
+        return self.decode(case, inputs.wide)
+
+    def append(self, case: DecodeCase, inputs: AppendInputs) -> Callable[[], Tensor]:
+        return self.decode(case, inputs.appended())
+
+    def cascade(self, case: CascadeCase, inputs: CascadeInputs) -> Callable[[], Tensor]:
+        return self.decode(case.plain, inputs.plain)
+
+
+def arguments_of_plan(case: DecodeCase, cache_seqlens: Tensor) -> tuple[Any, ...]:
+    """The positional arguments of get_scheduler_metadata, which FlashAttention-3 has as well."""
+    seqlen_k = case.pages_per_sequence * case.page_size
+    return case.batch, case.seqlen_q, seqlen_k, case.num_heads_q, case.num_heads_kv, case.head_dim, cache_seqlens
+
+
+def _split_options(case: DecodeCase) -> dict[str, Any]:
+    """The argument that fixes where sequences are cut, if the case asks for it.
+
+    Raises:
+        Skip: this version of broadhead has no such argument.
+    """
+    if not case.tokens_per_split:
+        return {}
+    for function in (broadhead.flash_attn_with_kvcache, broadhead.get_scheduler_metadata):
+        if "tokens_per_split" not in inspect.signature(function).parameters:
+            raise Skip(f"{function.__name__} of this version has no tokens_per_split")
+    return {"tokens_per_split": case.tokens_per_split}
