@@ -249,6 +249,19 @@ def test_gradients_are_those_of_sdpa(compiled: bool, with_lse: bool) -> None:
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
+def test_compiled_gradients_know_factors() -> None:
+    """Descales scale the gradients too, whichever way the call came."""
+    q, k, v, factors = randn(2, 5, 4, 16), randn(2, 7, 2, 16), randn(2, 7, 2, 16), torch.rand(3, 2, 2) + 0.5
+    descales = dict(zip(("q_descale", "k_descale", "v_descale"), factors, strict=True))
+    gradients = []
+    for backend in (None, "aot_eager"):
+        leaves = [t.clone().requires_grad_(True) for t in (q, k, v)]
+        function = torch.compile(broadhead.flash_attn_func, fullgraph=True, backend=backend) if backend else None
+        out = (function or broadhead.flash_attn_func)(*leaves, **descales)
+        gradients.append(torch.autograd.grad(out.square().sum(), leaves))
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
 def test_mha_bwd_matches_autograd_and_keeps_rows_nobody_owns() -> None:
     cu, used = int32(0, 4, 9), int32(3, 5)
     q, k, v, dout = randn(11, 4, 16), randn(11, 2, 16), randn(11, 2, 16), randn(11, 4, 16)

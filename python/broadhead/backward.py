@@ -59,6 +59,9 @@ def run_backward(
             leftpad_k=args.leftpad_k,
             kv_batch_idx=args.kv_batch_idx,
             page_table=args.page_table,
+            q_descale=args.q_descale,
+            k_descale=args.k_descale,
+            v_descale=args.v_descale,
         )
         pairs = [(result, grad) for result, grad in ((out, dout), (lse, dlse)) if grad is not None]
         found = torch.autograd.grad(
