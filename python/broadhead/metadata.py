@@ -13,12 +13,9 @@ from . import validation as check
 from .device import describe
 from .dispatch import MetadataConfig, Plan, resolve
 from .errors import InvalidArgumentError, InvalidTypeError
-from .masking import normalize_chunk, normalize_window
-from .problem import DTYPE_NAMES, AttentionProblem, collect_features, tensor_signature
+from .metadata_request import FUNCTION, MetadataRequest, describe_request
+from .problem import tensor_signature
 
-FUNCTION = "get_scheduler_metadata"
-#: Without has_qv a call of these head dims is taken for absorbed MLA: (largest headdim, largest headdim_v without qv).
-ABSORBED_HEAD_DIMS = (64, 256)
 CURRENT_STREAM = -1  # the binding takes torch's current stream
 
 
@@ -29,15 +26,6 @@ def metadata_size(batch: int) -> int:
 
 def round_up_4(batch: int) -> int:
     return (batch + 3) // 4 * 4
-
-
-class MetadataRequest(NamedTuple):
-    """One validated get_scheduler_metadata call without its tensors."""
-
-    problem: AttentionProblem
-    seqlen_k_new: int
-    explicit_length: bool  # seqlen_k was derived from a page table by the length rule
-    guessed_qv: bool  # the caller did not say whether the call has qv
 
 
 class _Filled(NamedTuple):
@@ -54,91 +42,6 @@ class _Filled(NamedTuple):
 
 _filled: dict[int, _Filled] = {}
 _MAX_FILLED = 1024
-
-
-def describe_request(
-    batch_size: Any,
-    max_seqlen_q: Any,
-    max_seqlen_k: Any,
-    num_heads_q: Any,
-    num_heads_kv: Any,
-    headdim: Any,
-    headdim_v: Any,
-    qkv_dtype: Any,
-    page_size: Any,
-    max_seqlen_k_new: Any,
-    causal: Any,
-    window_size: Any,
-    attention_chunk: Any,
-    num_splits: Any,
-    pack_gqa: Any,
-    sm_margin: Any,
-    page_table: Any,
-    has_qv: Any = None,
-) -> MetadataRequest:
-    """Validate the arguments that describe the attention call."""
-    batch_size = check.check_int(FUNCTION, "batch_size", batch_size)
-    max_seqlen_q = check.check_int(FUNCTION, "max_seqlen_q", max_seqlen_q)
-    max_seqlen_k = check.check_int(FUNCTION, "max_seqlen_k", max_seqlen_k)
-    num_heads_q = check.check_int(FUNCTION, "num_heads_q", num_heads_q, 1, check.MAX_NUM_HEADS)
-    num_heads_kv = check.check_int(FUNCTION, "num_heads_kv", num_heads_kv, 1, check.MAX_NUM_HEADS)
-    if num_heads_q % num_heads_kv:
-        raise InvalidArgumentError(
-            f"{FUNCTION}: num_heads_q must be a multiple of num_heads_kv, got {num_heads_q} and {num_heads_kv}"
-        )
-    headdim = check.check_int(FUNCTION, "headdim", headdim, 1)
-    headdim_v = headdim if headdim_v is None else check.check_int(FUNCTION, "headdim_v", headdim_v, 1)
-    for name, size in (("headdim", headdim), ("headdim_v", headdim_v)):
-        if size % 8:
-            raise InvalidArgumentError(f"{FUNCTION}: {name} must be a multiple of 8, got {size}")
-    if qkv_dtype not in DTYPE_NAMES:
-        accepted = ", ".join(str(dtype) for dtype in DTYPE_NAMES)
-        raise InvalidTypeError(f"{FUNCTION}: qkv_dtype must be one of {accepted}, got {qkv_dtype!r}")
-    page_size = 0 if page_size is None else check.check_int(FUNCTION, "page_size", page_size, 1)
-    max_seqlen_k_new = check.check_int(FUNCTION, "max_seqlen_k_new", max_seqlen_k_new)
-    causal = check.check_bool(FUNCTION, "causal", causal)
-    window_left, window_right = normalize_window(window_size, causal, FUNCTION)
-    attention_chunk = normalize_chunk(check.check_int(FUNCTION, "attention_chunk", attention_chunk))
-    num_splits = check.check_int(FUNCTION, "num_splits", num_splits, 0, check.MAX_SPLITS)
-    guessed_qv = check.check_optional_bool(FUNCTION, "has_qv", has_qv) is None
-    if guessed_qv:
-        has_qv = headdim <= ABSORBED_HEAD_DIMS[0] and headdim_v > ABSORBED_HEAD_DIMS[1]
-    if page_table is not None:
-        if not page_size:
-            raise InvalidArgumentError(f"{FUNCTION}: page_size must be given with page_table, got None")
-        # The length rule: what the forward call derives from the same table.
-        max_seqlen_k = min(page_table.shape[1] * page_size, check.INT32_MAX)
-    problem = AttentionProblem(
-        direction="forward",
-        dtype=DTYPE_NAMES[qkv_dtype],
-        batch=batch_size,
-        seqlen_q=max_seqlen_q,
-        seqlen_k=max_seqlen_k,
-        num_heads_q=num_heads_q,
-        num_heads_kv=num_heads_kv,
-        head_dim=headdim,
-        head_dim_v=headdim_v,
-        page_size=page_size,
-        window_left=window_left,
-        window_right=window_right,
-        attention_chunk=attention_chunk,
-        features=collect_features(
-            causal=window_right == 0,
-            window=window_left >= 0 or window_right > 0,
-            attention_chunk=attention_chunk > 0,
-            gqa=num_heads_q != num_heads_kv,
-            paged=page_size > 0,
-            split_kv=num_splits > 1,
-            lse=True,
-            qv=has_qv,
-        ),
-        num_splits=num_splits,
-        pack_gqa=check.check_optional_bool(FUNCTION, "pack_gqa", pack_gqa),
-        has_metadata=True,
-        sm_margin=check.check_int(FUNCTION, "sm_margin", sm_margin),
-        obstacles=(),
-    )
-    return MetadataRequest(problem, max_seqlen_k_new, page_table is not None, guessed_qv)
 
 
 def check_buffer(function: str, name: str, buffer: Any, batch: int, device: torch.device) -> None:
