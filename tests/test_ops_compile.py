@@ -35,7 +35,7 @@ def op_arguments(q: Tensor, k: Tensor, v: Tensor, **changes: Any) -> tuple[Any, 
     values: dict[str, Any] = dict.fromkeys(inspect.signature(ops._arguments).parameters)
     values.update(
         q=q, k=k, v=v, causal=False, window_left=-1, window_right=-1, attention_chunk=0, softcap=0.0, num_splits=0,
-        sm_margin=0, function="mha_fwd",
+        sm_margin=0, tokens_per_split=0, function="mha_fwd",
     )  # fmt: skip
     assert changes.keys() <= values.keys()
     return tuple({**values, **changes}.values())
@@ -86,14 +86,14 @@ def test_opcheck_backward_and_out() -> None:
 
 def test_opcheck_append() -> None:
     caches, new = (randn(2, 9, 2, 16), randn(2, 9, 2, 16)), (randn(2, 3, 2, 16), randn(2, 3, 2, 16))
-    arguments = (*caches, *new, int32(2, 5), None, None, None, None, None, None, True)
+    arguments = (*caches, *new, int32(2, 5), None, None, None, None, None, None, True, None, None)
     torch.library.opcheck(torch.ops.broadhead.append_kv.default, arguments, test_utils=SCHEMA_TESTS)
 
 
 def test_opcheck_metadata() -> None:
     arguments = (
         int32(9, 3), 2, 1, 64, 4, 2, 64, 64, torch.bfloat16, None, None, 16, 0, True, -1, 0, 0, 0, None, 0, None,
-        None,
+        None, torch.float8_e4m3fn, 128,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.broadhead.get_scheduler_metadata.default, arguments, test_utils=SCHEMA_TESTS)
     out = torch.empty(17, dtype=torch.int32)

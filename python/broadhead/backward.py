@@ -11,7 +11,7 @@ from . import reference
 from . import validation as check
 from .errors import InvalidArgumentError
 from .forward import select
-from .problem import AttentionArgs, CheckedCall, check_forward, out_dtype
+from .problem import AttentionArgs, CheckedCall, check_forward, out_dtype, refuse_mixed_gradient
 
 
 class Gradients(NamedTuple):
@@ -31,6 +31,7 @@ def run_backward(
     backend = check.check_backend(function, args.backend)
     with torch.no_grad():
         call = check_forward(function, args._replace(out=None)) if checked is None else checked
+        refuse_mixed_gradient(function, args.q.dtype, args.k.dtype)
         _check_output_gradients(function, dout, dlse, args, call)
     problem = call.problem._replace(direction="backward")
     select(function, problem, args.q.device, backend)

@@ -38,6 +38,7 @@ class _Filled(NamedTuple):
     seqlen_k: int  # 0: not known exactly
     num_splits: int  # as asked for; 0: heuristic
     guessed_qv: bool
+    guessed_kv: bool
 
 
 _filled: dict[int, _Filled] = {}
@@ -150,6 +151,7 @@ def _remember(metadata: Tensor, request: MetadataRequest, plan: Plan) -> None:
         request.problem.seqlen_k if request.explicit_length else 0,
         request.problem.num_splits,
         request.guessed_qv,
+        request.guessed_kv,
     )
 
 
@@ -168,6 +170,10 @@ def check_identity(
     if owner is None or (metadata is not owner and metadata._base is not owner) or _version(owner) != entry.version:
         return  # freed, or overwritten since
     made_for = entry.config
+    mixed = config.qkv_dtype != config.kv_dtype
+    if entry.guessed_kv and mixed and made_for.qkv_dtype in (config.qkv_dtype, config.kv_dtype):
+        # Some clients name the dtype of the cache, some that of q. It costs what a wrong guess of qv does.
+        made_for = made_for._replace(qkv_dtype=config.qkv_dtype, kv_dtype=config.kv_dtype, kernel="")
     if entry.guessed_qv and made_for.has_qv != config.has_qv:
         # A wrong guess costs splits (the device finds another tag), not the call.
         made_for, config = (c._replace(has_qv=False, kernel="") for c in (made_for, config))
@@ -221,6 +227,8 @@ def get_scheduler_metadata(
     num_heads: int | None = None,
     num_heads_k: int | None = None,
     has_qv: bool | None = None,
+    kv_dtype: torch.dtype | None = None,
+    tokens_per_split: int = 0,
 ) -> Tensor:
     """Plan the splits of a decode step on the device, for the attention calls of all layers of a kind.
 
@@ -234,7 +242,9 @@ def get_scheduler_metadata(
         causal, window_size, attention_chunk: the mask of the forward call. cu_seqlens_k_new, has_softcap: accepted; no
             plan depends on them, nor on descales.
         has_qv: whether the forward call passes qv; None: assumed where headdim <= 64 and headdim_v > 256.
+        qkv_dtype, kv_dtype: the dtypes of q, and of k and v. Without kv_dtype qkv_dtype may be either.
         num_splits: 0 for the heuristic, else the bound of every sequence, up to 128.
+        tokens_per_split: that of the forward call; see flash_attn_with_kvcache.
         out: int32 buffer of at least ``1 + 4 * round_up(batch, 4)`` elements; nothing is allocated then.
 
     Returns:
@@ -251,7 +261,7 @@ def get_scheduler_metadata(
         return ops.call_get_scheduler_metadata(
             batch_size, max_seqlen_q, max_seqlen_k, heads_q, heads_kv, headdim, cache_seqlens, qkv_dtype, headdim_v,
             cu_seqlens_q, cache_leftpad, page_size, max_seqlen_k_new, causal, window_size, attention_chunk, num_splits,
-            pack_gqa, sm_margin, out, page_table, has_qv,
+            pack_gqa, sm_margin, out, page_table, has_qv, kv_dtype, tokens_per_split,
         )  # fmt: skip
     key: tuple[Any, ...] | None = None
     prepared: Prepared | None = None
@@ -263,7 +273,7 @@ def get_scheduler_metadata(
                 None if cache_leftpad is None else tensor_signature(cache_leftpad), page_size, max_seqlen_k_new, causal,
                 tuple(window_size) if type(window_size) is list else window_size, attention_chunk, num_splits, pack_gqa,
                 sm_margin, None if out is None else tensor_signature(out),
-                None if page_table is None else tensor_signature(page_table), has_qv,
+                None if page_table is None else tensor_signature(page_table), has_qv, kv_dtype, tokens_per_split,
             )  # fmt: skip
             prepared = _prepared.get(key)
     except (AttributeError, TypeError):
@@ -274,7 +284,7 @@ def get_scheduler_metadata(
     request = describe_request(
         batch_size, max_seqlen_q, max_seqlen_k, heads_q, heads_kv, headdim, headdim_v, qkv_dtype, page_size,
         max_seqlen_k_new, causal, window_size, attention_chunk, num_splits, pack_gqa, sm_margin, page_table,
-        has_qv,
+        has_qv, kv_dtype, tokens_per_split,
     )  # fmt: skip
     prepared = prepare(request, lengths.device)
     if key is not None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from . import validation as check
 from .errors import InvalidArgumentError, InvalidTypeError
 from .masking import normalize_chunk, normalize_window
-from .problem import DTYPE_NAMES, AttentionProblem, collect_features
+from .problem import DTYPE_NAMES, AttentionProblem, collect_features, name_kv_dtype
 
 FUNCTION = "get_scheduler_metadata"
 #: Without has_qv a call of these head dims is taken for absorbed MLA: (largest headdim, largest headdim_v without qv).
@@ -21,6 +21,7 @@ class MetadataRequest(NamedTuple):
     seqlen_k_new: int
     explicit_length: bool  # seqlen_k was derived from a page table by the length rule
     guessed_qv: bool  # the caller did not say whether the call has qv
+    guessed_kv: bool  # the caller did not say the dtype of k and v: qkv_dtype may be theirs or that of q
 
 
 def describe_request(
@@ -42,6 +43,8 @@ def describe_request(
     sm_margin: Any,
     page_table: Any,
     has_qv: Any = None,
+    kv_dtype: Any = None,
+    tokens_per_split: Any = 0,
 ) -> MetadataRequest:
     """Validate the arguments that describe the attention call."""
     batch_size = check.check_int(FUNCTION, "batch_size", batch_size)
@@ -61,12 +64,21 @@ def describe_request(
     if qkv_dtype not in DTYPE_NAMES:
         accepted = ", ".join(str(dtype) for dtype in DTYPE_NAMES)
         raise InvalidTypeError(f"{FUNCTION}: qkv_dtype must be one of {accepted}, got {qkv_dtype!r}")
+    guessed_kv = kv_dtype is None
+    if guessed_kv:
+        kv_dtype = qkv_dtype
+    elif kv_dtype not in DTYPE_NAMES or not check.keys_fit_queries(kv_dtype, qkv_dtype):
+        raise InvalidTypeError(
+            f"{FUNCTION}: kv_dtype must be None, qkv_dtype ({qkv_dtype}), or, with bf16 or fp16 qkv_dtype,"
+            f" torch.float8_e4m3fn, got {kv_dtype!r}"
+        )
     page_size = 0 if page_size is None else check.check_int(FUNCTION, "page_size", page_size, 1)
     max_seqlen_k_new = check.check_int(FUNCTION, "max_seqlen_k_new", max_seqlen_k_new)
     causal = check.check_bool(FUNCTION, "causal", causal)
     window_left, window_right = normalize_window(window_size, causal, FUNCTION)
     attention_chunk = normalize_chunk(check.check_int(FUNCTION, "attention_chunk", attention_chunk))
     num_splits = check.check_int(FUNCTION, "num_splits", num_splits, 0, check.MAX_SPLITS)
+    tokens_per_split = check.check_tokens_per_split(FUNCTION, tokens_per_split, num_splits)
     guessed_qv = check.check_optional_bool(FUNCTION, "has_qv", has_qv) is None
     if guessed_qv:
         has_qv = headdim <= ABSORBED_HEAD_DIMS[0] and headdim_v > ABSORBED_HEAD_DIMS[1]
@@ -104,5 +116,7 @@ def describe_request(
         has_metadata=True,
         sm_margin=check.check_int(FUNCTION, "sm_margin", sm_margin),
         obstacles=(),
+        kv_dtype=name_kv_dtype(qkv_dtype, kv_dtype),
+        tokens_per_split=tokens_per_split,
     )
-    return MetadataRequest(problem, max_seqlen_k_new, page_table is not None, guessed_qv)
+    return MetadataRequest(problem, max_seqlen_k_new, page_table is not None, guessed_qv, guessed_kv)
