@@ -184,16 +184,15 @@ def capability_text(capabilities) -> str:
 
 
 def support_matrix() -> str:
-    """The README's matrix: a line for each tile shape of the table."""
+    """The README's matrix: a line for each tile shape of the table, and a column for K and V of another dtype."""
     support = load_table()
     grouped = defaultdict(list)
     for row in support.ROWS:
         grouped[row.name].append(row)
-    lines = [
-        "| kernel | direction | phase | head_dim | head_dim_v | dtype | lacks | also takes | compute capability "
-        "| shared memory |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    columns = ["kernel", "direction", "phase", "head_dim", "head_dim_v", "dtype"]
+    columns += ["K/V dtype"] if any(row.kv_dtype for row in support.ROWS) else []
+    columns += ["lacks", "also takes", "compute capability", "shared memory"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name, rows in grouped.items():
         row = rows[0]
         lacking = [feature for feature in support.FEATURES if feature not in row.features]
@@ -202,9 +201,10 @@ def support_matrix() -> str:
             for feature in row.features
             if feature not in support.FEATURES or feature in row.requires
         ]
+        kv_dtype = f" {row.kv_dtype or 'as q'} |" if "K/V dtype" in columns else ""
         lines.append(
             f"| `{name}` | {row.direction} | {row.phase} | up to {row.head_dim} | up to {row.head_dim_v} "
-            f"| {', '.join(r.dtype for r in rows)} | {', '.join(lacking) or '-'} | {', '.join(own) or '-'} "
+            f"| {', '.join(r.dtype for r in rows)} |{kv_dtype} {', '.join(lacking) or '-'} | {', '.join(own) or '-'} "
             f"| {capability_text(row.capabilities)} | {row.smem_limit // 1024} KB |"
         )
     return "\n".join(lines)

@@ -135,7 +135,8 @@ def check_choice(row: support.KernelRow, head_dim: int, head_dim_v: int) -> None
     able = [
         other
         for other in dispatch_module.ROWS
-        if (other.direction, other.phase, other.dtype) == (row.direction, row.phase, row.dtype)
+        if (other.direction, other.phase) == (row.direction, row.phase)
+        and (other.dtype, other.kv_dtype) == (row.dtype, row.kv_dtype)
         and other.head_dim >= head_dim
         and other.head_dim_v >= head_dim_v
         and capability in other.capabilities

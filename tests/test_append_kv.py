@@ -6,6 +6,7 @@ import dataclasses
 import random
 from typing import Any
 
+import broadhead
 import pytest
 import torch
 from broadhead import append_kv
@@ -178,6 +179,116 @@ def test_fp8_cache(seed: int) -> None:
             page, slot = call.places[b][length + i] or (0, 0)
             token = call.k_new[call.first_new[b] + i].to(torch.float8_e4m3fn)
             assert torch.equal(call.k_cache[page, slot].view(torch.uint8), token.view(torch.uint8))
+
+
+def quantised(new: Tensor, descale: Tensor | None, sequence: Tensor) -> Tensor:
+    """Tokens ``(T, H, D)`` as an e4m3 cache holds them: divided, saturated, rounded once."""
+    factor = torch.ones(4, HEADS) if descale is None else descale
+    exact = new.double() / factor[sequence][:, :, None].double()
+    return exact.clamp(-448, 448).float().to(torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("factors", ["none", "each", "one"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("cache", CACHES)
+def test_fp8_cache_of_16_bit_keys(cache: str, dtype: torch.dtype, factors: str, seed: int) -> None:
+    """Divided by the factors of the sequence and head, saturated, NaN kept; every other slot keeps its bytes."""
+    call = build(seed, cache, "none", True, torch.float8_e4m3fn)
+    call.k_new, call.v_new = (100 * call.k_new).to(dtype), (300 * call.v_new).to(dtype)
+    call.v_new[:1, 0, :4] = torch.tensor([float("inf"), -float("inf"), float("nan"), 6e4])
+    descales: dict[str, Tensor | None] = {"k_descale": None, "v_descale": None}
+    if factors != "none":
+        # Powers of two: the division is exact, and so is what the cache must hold.
+        descales = {name: 2.0 ** torch.randint(-3, 3, (4, HEADS)) for name in descales}
+        if factors == "one":
+            descales = {name: x[:1, :1].expand(4, HEADS) for name, x in descales.items()}
+    before = call.k_cache.view(torch.uint8).clone(), call.v_cache.view(torch.uint8).clone()
+    append_kv.append(call.k_cache, call.v_cache, call.k_new, call.v_new, **call.options, **descales)
+    live = sum(call.num_new)
+    sequence = torch.arange(4).repeat_interleave(torch.tensor(call.num_new))
+    mine = slice(None, None, call.block_step)
+    for x, old, new, name in (
+        (call.k_cache, before[0], call.k_new, "k_descale"), (call.v_cache, before[1], call.v_new, "v_descale")
+    ):  # fmt: skip
+        expected = quantised(new[:live], descales[name], sequence)
+        for b, length in enumerate(call.seqlens):
+            for i in range(call.num_new[b]):
+                place = call.places[b][length + i]
+                old[place] = expected[call.first_new[b] + i].view(torch.uint8)
+        assert torch.equal(x.view(torch.uint8)[mine], old[mine])
+
+
+def test_fp8_cache_of_rotated_keys(seed: int) -> None:
+    """Rotation, division and rounding: one rounding at the end, so at most half a step of e4m3 from the truth."""
+    for rotary in ("interleaved", "partial"):
+        call = build(seed, "paged", rotary, True, torch.float8_e4m3fn)
+        call.k_new, call.v_new = call.k_new.bfloat16(), call.v_new.bfloat16()
+        descale = torch.rand(4, HEADS) * 0.01 + 0.005
+        expected, _, written = expected_caches(call)
+        for b, length in enumerate(call.seqlens):
+            for i in range(call.num_new[b]):
+                place = call.places[b][length + i]
+                assert place is not None
+                expected[place] /= descale[b, :, None].double()
+        append_kv.append(call.k_cache, call.v_cache, call.k_new, call.v_new, **call.options, k_descale=descale)
+        expected = expected.clamp(-448, 448)
+        step = torch.exp2(expected.abs().clamp(min=2.0**-6).log2().floor() - 3)
+        error = (call.k_cache.double() - expected).abs()
+        assert (error <= step / 2 * (1 + 1e-4))[written].all()
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_public_functions_append_to_an_fp8_cache(dtype: torch.dtype, compiled: bool, seed: int) -> None:
+    """flash_attn_with_kvcache and mha_fwd append what append_kv.append does, then attend over it."""
+    torch._dynamo.reset()
+    e4m3, lengths = torch.float8_e4m3fn, torch.tensor([5, 0], dtype=torch.int32)
+    q, k, v = (torch.randn(2, 3, h, 32, dtype=dtype) for h in (4, 2, 2))
+    factors = {"k_descale": torch.rand(2, 2) * 0.01 + 0.01, "v_descale": torch.rand(1, 1).expand(2, 2) * 0.01 + 0.01}
+    caches = [(torch.randn(2, 12, 2, 32) * 100).to(e4m3) for _ in range(2)]
+    expected = [cache.clone() for cache in caches]
+    append_kv.append(*expected, k, v, cache_seqlens=lengths, **factors)
+    attended = broadhead.flash_attn_with_kvcache(q, *expected, cache_seqlens=lengths + 3, causal=True, **factors)
+
+    def kvcache(
+        q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, n: Tensor, **factors: Tensor
+    ) -> Tensor:
+        return broadhead.flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=n, causal=True, **factors)
+
+    def full(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, n: Tensor, **factors: Tensor) -> Tensor:
+        return broadhead.mha_fwd(q, k_cache, v_cache, k, v, seqused_k=n, causal=True, **factors)[0]
+
+    for function in (kvcache, full):
+        if compiled:
+            function = torch.compile(function, fullgraph=True, backend="aot_eager")
+        given = [cache.clone() for cache in caches]
+        out = function(q, *given, k, v, lengths, **factors)
+        assert out.dtype == dtype
+        torch.testing.assert_close(out, attended, rtol=0, atol=0)
+        for cache, wanted in zip(given, expected):
+            assert torch.equal(cache.view(torch.uint8), wanted.view(torch.uint8))
+
+
+def test_appends_to_an_fp8_cache_are_checked_first() -> None:
+    e4m3, lengths = torch.float8_e4m3fn, torch.tensor([5, 0], dtype=torch.int32)
+    q, new, cache = torch.randn(2, 1, 4, 32).bfloat16(), torch.randn(2, 1, 2, 32).bfloat16(), torch.zeros(2, 9, 2, 32)
+    cache = cache.to(e4m3)
+    good = {"q": q, "k": cache, "v": cache, "k_new": new, "v_new": new, "seqused_k": lengths}
+    for changes, words in (
+        ({"k_new": new.to(e4m3), "v_new": new.to(e4m3)}, "k must have the dtype of q"),
+        ({"v": cache.bfloat16()}, "v_cache must have the dtype of k_cache"),
+        (
+            {"q": q.float(), "k_new": new.float(), "v_new": new.float()},
+            "k_cache must have the dtype of q, .*float32, or",
+        ),
+        ({"k_descale": torch.ones(2)}, "k_descale must have shape"),
+        ({"v_descale": torch.ones(2, 2).half()}, "v_descale must be fp32"),
+    ):
+        with pytest.raises(broadhead.BroadheadError, match=f"mha_fwd: {words}"):
+            broadhead.mha_fwd(**{**good, **changes})  # type: ignore[arg-type]
+    with pytest.raises(broadhead.InvalidArgumentError, match="flash_attn_with_kvcache: q_descale must be None"):
+        broadhead.flash_attn_with_kvcache(q, cache, cache, new, new, cache_seqlens=lengths, q_descale=torch.ones(2, 2))
+    assert (cache.view(torch.uint8) == 0).all(), "a refused call wrote into the cache"
 
 
 @pytest.mark.parametrize("cache", ["contiguous", "paged"])

@@ -32,9 +32,9 @@ METADATA = (
 )
 SIGNATURES = {
     "flash_attn_func": (FUNC, "sinks prefix_lens out backend"),
-    "flash_attn_varlen_func": (VARLEN, "page_table scheduler_metadata sinks prefix_lens out backend"),
-    "flash_attn_with_kvcache": (KVCACHE, "sinks out"),
-    "get_scheduler_metadata": (METADATA, "out page_table num_heads num_heads_k"),
+    "flash_attn_varlen_func": (VARLEN, "page_table scheduler_metadata sinks prefix_lens out backend tokens_per_split"),
+    "flash_attn_with_kvcache": (KVCACHE, "sinks out tokens_per_split"),
+    "get_scheduler_metadata": (METADATA, "out page_table num_heads num_heads_k kv_dtype tokens_per_split"),
     "flash_attn_combine": ("out_partial lse_partial out out_dtype", ""),
     "merge_attn_states": ("out_a lse_a out_b lse_b out", ""),
 }

@@ -37,7 +37,7 @@ def test_smallest_bucket_of_the_phase(head_dim: int, seqlen_q: int, phase: str, 
         r
         for r in ROWS
         if r.phase == phase
-        and r.dtype == dtype
+        and (r.dtype, r.kv_dtype) == (dtype, "")
         and capability in r.capabilities
         and min(r.head_dim, r.head_dim_v) >= head_dim
     ]
@@ -82,7 +82,11 @@ def test_every_row_is_reached() -> None:
     plans = [resolve(x, hypothetical(c), FULL) for x, c in itertools.product(asked, CAPABILITIES)]
     assert all(plan.row is not None for plan in plans)
     fp8 = {**FP8, "features": ("descale", "lse")}
-    special = [problem(head_dim=d, head_dim_v=dv, **fp8) for d, dv in head_dims if d % 16 == 0 and d <= 256]
+    even = [(d, dv, sq) for (d, dv), sq in itertools.product(head_dims, (1, 1024)) if d % 16 == dv % 16 == 0]
+    special = [problem(head_dim=d, head_dim_v=dv, seqlen_q=sq, **fp8) for d, dv, sq in even]
+    for dtype in ("bf16", "fp16"):
+        mixed = {**fp8, "dtype": dtype, "kv_dtype": "float8_e4m3fn"}
+        special += [problem(head_dim=d, head_dim_v=dv, seqlen_q=sq, **mixed) for d, dv, sq in even]
     special += [problem(head_dim=64, head_dim_v=512, dtype=t, features=("lse", "qv")) for t in ("bf16", "fp16")]
     window = {"window_left": 100, "features": ("lse", "window")}
     special += [problem(head_dim=256, dtype=t, **window) for t in ("bf16", "fp16")]
@@ -106,7 +110,7 @@ def test_unknown_capability_is_no_kernel(capability: tuple[int, int]) -> None:
     [
         ({"head_dim": 520}, "head_dim 520 exceeds 512"),
         ({"head_dim": 64, "head_dim_v": 1024}, "head_dim_v 1024 exceeds 512"),
-        ({"dtype": "fp32"}, "dtype fp32 has no CUDA kernel; kernels take bf16, float8_e4m3fn, fp16"),
+        ({"dtype": "fp32"}, "dtype fp32 has no CUDA kernel; kernels take bf16, "),
         ({"dtype": "float8_e5m2"}, "dtype float8_e5m2 has no CUDA kernel"),
         ({**FP8, "head_dim": 512}, "head_dim 512 exceeds 256, the largest of any CUDA kernel for float8_e4m3fn"),
         ({**FP8, "head_dim": 72}, "kernels take head_dim in multiples of 16 with dtype float8_e4m3fn"),
@@ -285,7 +289,7 @@ def test_metadata_tag() -> None:
     for change in (
         {"batch": 3}, {"num_heads_q": 16}, {"num_heads_kv": 1}, {"head_dim": 120}, {"head_dim_v": 120},
         {"dtype": "fp16"}, {"window_left": 64}, {"attention_chunk": 64}, {"pack_gqa": False},
-        {"features": ("gqa", "lse", "qv")},
+        {"features": ("gqa", "lse", "qv")}, {"kv_dtype": "float8_e4m3fn"}, {"tokens_per_split": 64},
     ):  # fmt: skip
         assert resolve(base._replace(**change), h200(), FULL).metadata_tag != tag, change
     for change in ({"seqlen_k": 8192}, {"num_splits": 3}, {"seqlen_q": 2}, {"window_right": 0}, {"page_size": 16}):

@@ -35,7 +35,7 @@ def op_arguments(q: Tensor, k: Tensor, v: Tensor, **changes: Any) -> tuple[Any, 
     values: dict[str, Any] = dict.fromkeys(inspect.signature(ops._arguments).parameters)
     values.update(
         q=q, k=k, v=v, causal=False, window_left=-1, window_right=-1, attention_chunk=0, softcap=0.0, num_splits=0,
-        sm_margin=0, function="mha_fwd",
+        sm_margin=0, tokens_per_split=0, function="mha_fwd",
     )  # fmt: skip
     assert changes.keys() <= values.keys()
     return tuple({**values, **changes}.values())
@@ -86,14 +86,14 @@ def test_opcheck_backward_and_out() -> None:
 
 def test_opcheck_append() -> None:
     caches, new = (randn(2, 9, 2, 16), randn(2, 9, 2, 16)), (randn(2, 3, 2, 16), randn(2, 3, 2, 16))
-    arguments = (*caches, *new, int32(2, 5), None, None, None, None, None, None, True)
+    arguments = (*caches, *new, int32(2, 5), None, None, None, None, None, None, True, None, None)
     torch.library.opcheck(torch.ops.broadhead.append_kv.default, arguments, test_utils=SCHEMA_TESTS)
 
 
 def test_opcheck_metadata() -> None:
     arguments = (
         int32(9, 3), 2, 1, 64, 4, 2, 64, 64, torch.bfloat16, None, None, 16, 0, True, -1, 0, 0, 0, None, 0, None,
-        None,
+        None, torch.float8_e4m3fn, 128,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.broadhead.get_scheduler_metadata.default, arguments, test_utils=SCHEMA_TESTS)
     out = torch.empty(17, dtype=torch.int32)
@@ -246,6 +246,19 @@ def test_gradients_are_those_of_sdpa(compiled: bool, with_lse: bool) -> None:
         if compiled and function is loss:
             function = torch.compile(function, fullgraph=True, backend="aot_eager")
         gradients.append(torch.autograd.grad(function(*leaves), leaves))
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_compiled_gradients_know_factors() -> None:
+    """Descales scale the gradients too, whichever way the call came."""
+    q, k, v, factors = randn(2, 5, 4, 16), randn(2, 7, 2, 16), randn(2, 7, 2, 16), torch.rand(3, 2, 2) + 0.5
+    descales = dict(zip(("q_descale", "k_descale", "v_descale"), factors, strict=True))
+    gradients = []
+    for backend in (None, "aot_eager"):
+        leaves = [t.clone().requires_grad_(True) for t in (q, k, v)]
+        function = torch.compile(broadhead.flash_attn_func, fullgraph=True, backend=backend) if backend else None
+        out = (function or broadhead.flash_attn_func)(*leaves, **descales)
+        gradients.append(torch.autograd.grad(out.square().sum(), leaves))
     torch.testing.assert_close(gradients[0], gradients[1])
 
 

@@ -162,7 +162,7 @@ BAD_DENSE: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "q rank": ({"q": randn(5, 4, 16)}, InvalidArgumentError, r"q must be \(batch, seqlen_q.*\(5, 4, 16\)"),
     "q dtype": ({"q": torch.ones(2, 5, 4, 16, dtype=INT64)}, InvalidTypeError, r"q must be bf16.*int64"),
     "k dtype": ({"k": randn(2, 7, 2, 16).half()}, InvalidTypeError, r"k must have the dtype of q.*float16"),
-    "v dtype": ({"v": randn(2, 7, 2, 24).double()}, InvalidTypeError, r"v must have the dtype of q.*float64"),
+    "v dtype": ({"v": randn(2, 7, 2, 24).double()}, InvalidTypeError, r"v must have the dtype of k.*float64"),
     "k device": ({"k": torch.empty(2, 7, 2, 16, device="meta")}, InvalidArgumentError, r"k must be on.*meta"),
     "k rank": ({"k": randn(7, 2, 16)}, InvalidArgumentError, r"k must be \(batch, seqlen_k"),
     "k batch": (

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from broadhead import support
@@ -42,8 +43,11 @@ def test_ids_are_unique_and_say_what_the_row_is() -> None:
     ids = [row.id for row in support.ROWS]
     assert len(set(ids)) == len(ids)
     for row in support.ROWS:
-        assert row.id.startswith(f"{row.family}_") and row.id.endswith(f"_{support.ID_SUFFIXES[row.dtype]}"), row.id
-        assert row.name == (row.id if row.dtype == "float8_e4m3fn" else row.id[: -len("_bf16")]), row.id
+        suffix = support.ID_SUFFIXES[row.dtype] + ("_kve4m3" if row.kv_dtype else "")
+        assert row.id.startswith(f"{row.family}_") and row.id.endswith(f"_{suffix}"), row.id
+        assert row.name == (row.id if row.dtype == "float8_e4m3fn" else row.id.replace(f"_{row.dtype}", "")), row.id
+        assert row.kv_dtype in ("", "float8_e4m3fn") and row.kv_dtype != row.dtype, row.id
+        assert not row.kv_dtype or "descale" in row.features, row.id
         assert set(row.requires) <= set(row.features) & {*support.EXTRA_FEATURES, *support.MASK_FEATURES}, row.id
         assert (f"v{row.head_dim_v}" in row.id) == (row.head_dim_v != row.head_dim), row.id
         assert f"d{row.head_dim}" in row.id and ("decode" in row.id) == (row.phase == "decode"), row.id
@@ -56,11 +60,12 @@ def test_a_row_for_some_masks_stands_before_one_for_all() -> None:
     """Else calls without the mask had no kernel, or those with it never saw theirs."""
     for i, row in enumerate(support.ROWS):
         if set(row.requires) & set(support.MASK_FEATURES):
-            size = (row.family, row.phase, row.dtype, row.head_dim, row.head_dim_v)
+            size = (row.family, row.phase, row.dtype, row.kv_dtype, row.head_dim, row.head_dim_v)
             others = [
                 j
                 for j, other in enumerate(support.ROWS)
-                if (other.family, other.phase, other.dtype, other.head_dim, other.head_dim_v) == size and j != i
+                if j != i
+                and size == (other.family, other.phase, other.dtype, other.kv_dtype, other.head_dim, other.head_dim_v)
             ]
             assert others and min(others) > i and any(not support.ROWS[j].requires for j in others), row.id
 
@@ -78,7 +83,7 @@ def test_every_device_has_every_head_dim_up_to_512() -> None:
                 assert any(
                     row.head_dim == row.head_dim_v == 512
                     for row in support.ROWS
-                    if (row.dtype, row.phase) == (dtype, phase)
+                    if (row.dtype, row.kv_dtype, row.phase) == (dtype, "", phase)
                     and capability in row.capabilities
                     and set(row.features) >= set(support.FEATURES)
                 ), (capability, dtype, phase)
@@ -117,7 +122,8 @@ def test_generated_sources_equal_the_table(tmp_path: Path) -> None:
         traits, launcher, header = templates[type(row.tile)]
         head_dims = (row.head_dim,) if row.family == "sm80" else (row.head_dim, row.head_dim_v)
         values = ", ".join(map(str, (*head_dims, *row.tile, row.smem_limit)))
-        assert f"Traits_{row.id} = {traits}<{elements[row.dtype]}, {values}>;" in sources
+        inputs = ", ".join(elements[dtype] for dtype in (row.dtype, row.kv_dtype) if dtype)
+        assert f"Traits_{row.id} = {traits}<{inputs}, {values}>;" in sources
         assert f'return {launcher}<Traits_{row.id}>("{row.id}"' in sources
         unit = (tmp_path / row.family / f"{row.name}.cu").read_text()
         assert row.id in unit and re.findall(r'#include "(.+)"', unit) == [header]
@@ -209,10 +215,33 @@ def test_readme_check_finds_a_stale_matrix(tmp_path: Path) -> None:
     for row in support.ROWS:
         bounds = f"| up to {row.head_dim} | up to {row.head_dim_v} |"
         (line,) = (line for line in text.splitlines() if f"`{row.name}`" in line)
-        assert bounds in line and row.dtype in line, row.id
+        assert bounds in line and row.dtype in line and row.kv_dtype in line, row.id
         assert ("| descale |" in line) == ("descale" in row.features), row.id
         for feature in ("qv", "window"):
             assert (f"| {feature}: only calls with it |" in line) == (feature in row.requires), row.id
+
+
+def test_rows_of_another_dtype_of_keys_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ids, the names that rows of both 16-bit dtypes share, and a column of the matrix where there are such rows."""
+    plain = [row for row in support.ROWS if not row.kv_dtype]
+    twins = [row for row in plain if row.name == "sm80_fwd_d64"]
+    ids = [f"{row.name}_{support.id_suffix(row.dtype, 'float8_e4m3fn')}" for row in twins]
+    assert ids == ["sm80_fwd_d64_bf16_kve4m3", "sm80_fwd_d64_fp16_kve4m3"]
+    features = (*support.FEATURES, "descale")
+    mixed = [row._replace(id=i, kv_dtype="float8_e4m3fn", features=features) for row, i in zip(twins, ids)]
+    assert {row.name for row in mixed} == {"sm80_fwd_d64_kve4m3"}
+    assert {row.kv_element_bytes for row in mixed} == {1} and {row.kv_element_bytes for row in twins} == {2}
+    generate = load_generate()
+    for rows, expected in ((plain, False), (plain + mixed, True)):
+        monkeypatch.setattr(
+            generate, "load_table", lambda rows=rows: SimpleNamespace(ROWS=rows, FEATURES=support.FEATURES)
+        )
+        lines = generate.support_matrix().splitlines()
+        assert ("| dtype | K/V dtype | lacks |" in lines[0]) == expected
+        assert {line.count("|") for line in lines} == {12 if expected else 11}
+    (line,) = (line for line in lines if "`sm80_fwd_d64_kve4m3`" in line)
+    assert "| bf16, fp16 | float8_e4m3fn | - | descale |" in line
+    assert "| bf16, fp16 | as q | - | - |" in next(line for line in lines if "`sm80_fwd_d64`" in line)
 
 
 @needs_kernels

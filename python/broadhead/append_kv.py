@@ -82,14 +82,17 @@ def append(
     rotary_sin: Tensor | None = None,
     rotary_seqlens: Tensor | None = None,
     rotary_interleaved: bool = True,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
 ) -> None:
     """Writes new key i of sequence b to cache row ``cache_seqlens[b] + i``, rotated if cos and sin are given; in place.
 
     k_cache, v_cache: ``(B_cache, S, Hkv, D | Dv)``, or ``(pages, page_size, Hkv, D | Dv)`` with ``page_table`` (int32
     ``(B, max_pages)``); any strides. k_new, v_new: ``(B, S_new, Hkv, D | Dv)``, or ``(T_new, Hkv, D | Dv)`` with
-    ``cu_seqlens_k_new`` (int32 ``(B + 1,)``); cast to the cache's dtype. cache_seqlens: int32 ``(B,)``, the lengths
-    before the append. cache_batch_idx: the row of the cache, or of the page table, of each sequence. Left padding needs
-    no argument: ``cache_seqlens`` counts cache rows, padding included, for the destination and for the rotary
+    ``cu_seqlens_k_new`` (int32 ``(B + 1,)``); cast to the cache's dtype, once. An 8-bit cache of wider k_new and v_new
+    holds them divided by k_descale, v_descale (fp32 ``(B, Hkv)``; None: 1), saturated. cache_seqlens: int32 ``(B,)``,
+    the lengths before the append. cache_batch_idx: the row of the cache, or of the page table, of each sequence. Left
+    padding needs no argument: ``cache_seqlens`` counts cache rows, padding included, for destination and rotary
     position alike. rotary_seqlens: the rotary position of each sequence's first new key, instead of cache_seqlens.
 
     Padding rows past ``cu_seqlens_k_new[-1]``, and rows that would land past the cache or on a page that does not
@@ -108,16 +111,31 @@ def append(
     if k_new.shape[0] == 0 or no_place:
         return
 
+    quantised = k_cache.dtype.itemsize == 1 and k_new.dtype.itemsize > 1
+    if quantised:
+        k_new = k_new.float()  # rounded once, behind rotation and division
     row = cache_seqlens[sequence] + token
     if rotary_cos is not None and rotary_sin is not None:
         position = row if rotary_seqlens is None else rotary_seqlens[sequence] + token
         k_new = apply_rotary(k_new, rotary_cos, rotary_sin, position, interleaved=rotary_interleaved)
+
+    if quantised:
+        k_new = _quantised(k_new, k_descale, sequence, k_cache.dtype)
+        v_new = _quantised(v_new.float(), v_descale, sequence, v_cache.dtype)
 
     owner = sequence if cache_batch_idx is None else cache_batch_idx[sequence]
     block, slot, inside = _destination(k_cache, owner, row, page_table)
     live = inside if live is None else inside & live
     _store(k_cache, k_new, block, slot, live)
     _store(v_cache, v_new, block, slot, live)
+
+
+def _quantised(x: Tensor, descale: Tensor | None, sequence: Tensor, dtype: torch.dtype) -> Tensor:
+    """Tokens ``(T, Hkv, D)`` in an 8-bit dtype, divided by the factors ``(B, Hkv)`` of their sequences, saturated."""
+    if descale is not None:
+        x = x / descale[sequence].unsqueeze(-1)
+    largest = torch.finfo(dtype).max
+    return x.clamp(-largest, largest).to(dtype)
 
 
 def _locate_tokens(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor]:

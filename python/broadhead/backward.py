@@ -11,7 +11,7 @@ from . import reference
 from . import validation as check
 from .errors import InvalidArgumentError
 from .forward import select
-from .problem import AttentionArgs, CheckedCall, check_forward, out_dtype
+from .problem import AttentionArgs, CheckedCall, check_forward, out_dtype, refuse_mixed_gradient
 
 
 class Gradients(NamedTuple):
@@ -31,6 +31,7 @@ def run_backward(
     backend = check.check_backend(function, args.backend)
     with torch.no_grad():
         call = check_forward(function, args._replace(out=None)) if checked is None else checked
+        refuse_mixed_gradient(function, args.q.dtype, args.k.dtype)
         _check_output_gradients(function, dout, dlse, args, call)
     problem = call.problem._replace(direction="backward")
     select(function, problem, args.q.device, backend)
@@ -59,6 +60,9 @@ def run_backward(
             leftpad_k=args.leftpad_k,
             kv_batch_idx=args.kv_batch_idx,
             page_table=args.page_table,
+            q_descale=args.q_descale,
+            k_descale=args.k_descale,
+            v_descale=args.v_descale,
         )
         pairs = [(result, grad) for result, grad in ((out, dout), (lse, dlse)) if grad is not None]
         found = torch.autograd.grad(

@@ -27,6 +27,8 @@ _DTYPES = {
     "float32": torch.float32,
     "fp64": torch.float64,
     "float64": torch.float64,
+    "e4m3": torch.float8_e4m3fn,
+    "float8_e4m3fn": torch.float8_e4m3fn,
 }
 
 
@@ -66,7 +68,10 @@ def bench(context: typer.Context) -> None:
 def explain(
     head_dim: Annotated[int, typer.Option(help="Head dimension of q and k.")] = 128,
     head_dim_v: Annotated[int | None, typer.Option(help="Head dimension of v; default: head_dim.")] = None,
-    dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32 or fp64.")] = "bf16",
+    dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32, fp64 or e4m3.")] = "bf16",
+    kv_dtype: Annotated[
+        str | None, typer.Option(help="That of k and v: e4m3 under bf16 or fp16; default: dtype.")
+    ] = None,
     num_heads_q: Annotated[int, typer.Option(help="Query heads.")] = 8,
     num_heads_kv: Annotated[int | None, typer.Option(help="Key and value heads; default: num_heads_q.")] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences.")] = 1,
@@ -89,7 +94,8 @@ def explain(
         text = broadhead.explain(
             head_dim=head_dim,
             head_dim_v=head_dim_v,
-            dtype=_parse_dtype(dtype),
+            dtype=_parse_dtype("--dtype", dtype),
+            kv_dtype=None if kv_dtype is None else _parse_dtype("--kv-dtype", kv_dtype),
             num_heads_q=num_heads_q,
             num_heads_kv=num_heads_kv,
             batch_size=batch_size,
@@ -124,7 +130,7 @@ def matrix() -> None:
         table.add_row(
             entry.kernel,
             entry.phase,
-            entry.dtype,
+            entry.dtype if entry.kv_dtype == entry.dtype else f"{entry.dtype} over {entry.kv_dtype}",
             f"<= {entry.head_dim}",
             f"<= {entry.head_dim_v}",
             capabilities,
@@ -134,9 +140,9 @@ def matrix() -> None:
     typer.echo(f"{sum(entry.in_build for entry in entries)} of {len(entries)} kernels are in this installation")
 
 
-def _parse_dtype(name: str) -> torch.dtype:
+def _parse_dtype(option: str, name: str) -> torch.dtype:
     if name not in _DTYPES:
-        raise ValueError(f"--dtype must be one of {', '.join(_DTYPES)}, got {name!r}")
+        raise ValueError(f"{option} must be one of {', '.join(_DTYPES)}, got {name!r}")
     return _DTYPES[name]
 
 

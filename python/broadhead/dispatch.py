@@ -38,9 +38,11 @@ class MetadataConfig(NamedTuple):
     headdim: int
     headdim_v: int
     qkv_dtype: str
+    kv_dtype: str
     window_left: int
     window_right: int
     attention_chunk: int
+    tokens_per_split: int
     pack_gqa: bool
     has_qv: bool
     kernel: str
@@ -64,6 +66,11 @@ def phase_of(problem: AttentionProblem) -> str:
     return "decode" if problem.seqlen_q * group <= DECODE_MAX_ROWS else "prefill"
 
 
+def dtypes_text(dtype: str, kv_dtype: str) -> str:
+    """The dtypes of a row or a problem in words: that of k and v only where it is another."""
+    return f"{dtype} over {kv_dtype} k and v" if kv_dtype else dtype
+
+
 def _capability_text(capability: tuple[int, int] | None) -> str:
     return "none" if capability is None else f"{capability[0]}.{capability[1]}"
 
@@ -80,8 +87,9 @@ def _request_refusal(row: KernelRow, problem: AttentionProblem, needed: tuple[st
     """Why the row's kernel does not compute the problem on any device ("" if it does)."""
     if row.direction != problem.direction:
         return f"is a {row.direction} kernel"
-    if row.dtype != problem.dtype:
-        return f"takes dtype {row.dtype}, not {problem.dtype}"
+    if (row.dtype, row.kv_dtype) != (problem.dtype, problem.kv_dtype):
+        asked = dtypes_text(problem.dtype, problem.kv_dtype)
+        return f"takes dtype {dtypes_text(row.dtype, row.kv_dtype)}, not {asked}"
     if row.head_dim < problem.head_dim:
         return f"takes head_dim up to {row.head_dim}, not {problem.head_dim}"
     if row.head_dim_v < problem.head_dim_v:
@@ -144,9 +152,10 @@ def _general_refusals(problem: AttentionProblem, device: DeviceDescription) -> l
 
 def _short_rows(problem: AttentionProblem) -> list[str]:
     """Head dims whose elements do not fill what kernels move at a time: 8 columns of 16 bits, 16 of 8 bits."""
-    columns = ALIGNMENT_BYTES // ELEMENT_BYTES.get(problem.dtype, ALIGNMENT_BYTES)
+    dtypes = dtypes_text(problem.dtype, problem.kv_dtype)
+    columns = ALIGNMENT_BYTES // ELEMENT_BYTES.get(problem.kv_dtype or problem.dtype, ALIGNMENT_BYTES)
     return [
-        f"kernels take {name} in multiples of {columns} with dtype {problem.dtype}, not {size}"
+        f"kernels take {name} in multiples of {columns} with dtype {dtypes}, not {size}"
         for name, size in (("head_dim", problem.head_dim), ("head_dim_v", problem.head_dim_v))
         if size % columns
     ]
@@ -157,10 +166,11 @@ def _nothing_computes(problem: AttentionProblem, rows: list[KernelRow]) -> str:
     rows = [row for row in rows if row.direction == problem.direction]
     if not rows:
         return f"this release has no CUDA {problem.direction} kernel"
-    dtypes = sorted({row.dtype for row in rows})
-    rows = [row for row in rows if row.dtype == problem.dtype]
+    dtypes = sorted({dtypes_text(row.dtype, row.kv_dtype) for row in rows})
+    rows = [row for row in rows if (row.dtype, row.kv_dtype) == (problem.dtype, problem.kv_dtype)]
     if not rows:
-        return f"dtype {problem.dtype} has no CUDA kernel; kernels take {', '.join(dtypes)}"
+        asked = dtypes_text(problem.dtype, problem.kv_dtype)
+        return f"dtype {asked} has no CUDA kernel; kernels take {', '.join(dtypes)}"
     extras = _extras(problem)
     kind = _kind(problem)
     rows = [row for row in rows if all(feature in row.features for feature in extras)]
@@ -183,7 +193,8 @@ def _extras(problem: AttentionProblem) -> tuple[str, ...]:
 def _kind(problem: AttentionProblem) -> str:
     """The kernels that a problem can be for, in words."""
     extras = _extras(problem)
-    return f"CUDA kernel for {problem.dtype}" + (f" with {' and '.join(extras)}" if extras else "")
+    dtypes = dtypes_text(problem.dtype, problem.kv_dtype)
+    return f"CUDA kernel for {dtypes}" + (f" with {' and '.join(extras)}" if extras else "")
 
 
 def _head_dims(problem: AttentionProblem) -> str:
@@ -257,9 +268,11 @@ def metadata_identity(problem: AttentionProblem, row: KernelRow | None, pack_gqa
         headdim=problem.head_dim,
         headdim_v=problem.head_dim_v,
         qkv_dtype=problem.dtype,
+        kv_dtype=problem.kv_dtype or problem.dtype,
         window_left=problem.window_left,
         window_right=canonical_right(problem.seqlen_q, problem.window_right),
         attention_chunk=problem.attention_chunk,
+        tokens_per_split=problem.tokens_per_split,
         pack_gqa=pack_gqa,
         has_qv="qv" in problem.features,
         kernel=row.id if row else "",
@@ -293,8 +306,12 @@ def resolve(problem: AttentionProblem, device: DeviceDescription, build: BuildDe
 def refusal_text(function: str, problem: AttentionProblem, device: DeviceDescription, plan: Plan) -> str:
     """The text of an UnsupportedError: what was asked, why it can not run, what to do."""
     asked = f"head_dim={problem.head_dim}, head_dim_v={problem.head_dim_v}, dtype={problem.dtype}"
+    if problem.kv_dtype:
+        asked += f", kv_dtype={problem.kv_dtype}"
     if problem.page_size:
         asked += f", page_size={problem.page_size}"
+    if problem.tokens_per_split:
+        asked += f", tokens_per_split={problem.tokens_per_split}"
     asked += f", features: {', '.join(problem.features)}"
     if plan.left_out:
         head = "this build leaves the CUDA kernel out"

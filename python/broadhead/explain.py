@@ -9,11 +9,11 @@ from torch import Tensor
 
 from . import validation as check
 from .device import DeviceDescription, default_device, describe, hypothetical
-from .dispatch import Plan, resolve
+from .dispatch import Plan, dtypes_text, resolve
 from .errors import InvalidArgumentError, InvalidTypeError
 from .masking import normalize_chunk, normalize_window
 from .native import BuildDescription, build_description
-from .problem import DTYPE_NAMES, AttentionProblem, collect_features
+from .problem import DTYPE_NAMES, AttentionProblem, collect_features, name_kv_dtype
 from .support import ROWS
 
 
@@ -46,6 +46,7 @@ def _plan(function: str, device: DeviceDescription, build: BuildDescription | No
         packed = q.dim() == 3
         asked.update(
             dtype=q.dtype,
+            kv_dtype=k.dtype,
             head_dim=q.shape[-1],
             head_dim_v=v.shape[-1],
             num_heads_q=q.shape[-2],
@@ -64,6 +65,12 @@ def _plan(function: str, device: DeviceDescription, build: BuildDescription | No
     head_dim_v = head_dim if head_dim_v is None else check.check_int(function, "head_dim_v", head_dim_v, 1)
     if asked["dtype"] not in DTYPE_NAMES:
         raise InvalidTypeError(f"{function}: dtype must be a floating-point torch.dtype, got {asked['dtype']!r}")
+    kv_dtype = asked["dtype"] if asked["kv_dtype"] is None else asked["kv_dtype"]
+    if kv_dtype not in DTYPE_NAMES or not check.keys_fit_queries(kv_dtype, asked["dtype"]):
+        raise InvalidTypeError(
+            f"{function}: kv_dtype must be dtype ({asked['dtype']}), or, with bf16 or fp16 dtype, torch.float8_e4m3fn,"
+            f" got {kv_dtype!r}"
+        )
     num_heads_q = check.check_int(function, "num_heads_q", asked["num_heads_q"], 1, check.MAX_NUM_HEADS)
     num_heads_kv = asked["num_heads_kv"]
     num_heads_kv = num_heads_q if num_heads_kv is None else check.check_int(function, "num_heads_kv", num_heads_kv, 1)
@@ -115,6 +122,8 @@ def _plan(function: str, device: DeviceDescription, build: BuildDescription | No
         has_metadata=False,
         sm_margin=0,
         obstacles=odd,
+        kv_dtype=name_kv_dtype(asked["dtype"], kv_dtype),
+        tokens_per_split=check.check_tokens_per_split(function, asked["tokens_per_split"], num_splits),
     )
     return problem, resolve(problem, device, build)
 
@@ -127,6 +136,7 @@ def is_supported(
     head_dim: int | None = None,
     head_dim_v: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    kv_dtype: torch.dtype | None = None,
     num_heads_q: int = 1,
     num_heads_kv: int | None = None,
     batch_size: int = 1,
@@ -144,6 +154,7 @@ def is_supported(
     descale: bool = False,
     requires_grad: bool = False,
     num_splits: int = 0,
+    tokens_per_split: int = 0,
     direction: str = "forward",
     device: Any = None,
     build: BuildDescription | None = None,
@@ -151,8 +162,8 @@ def is_supported(
     """Whether a CUDA kernel runs a call, and why: ``(supported, reason)``.
 
     Args:
-        q, k, v: the tensors of the call; or describe them by head_dim, head_dim_v, dtype, num_heads_q, num_heads_kv,
-            batch_size, seqlen_q and seqlen_k.
+        q, k, v: the tensors of the call; or describe them by head_dim, head_dim_v, dtype, kv_dtype (of k and v; None:
+            dtype), num_heads_q, num_heads_kv, batch_size, seqlen_q and seqlen_k.
         device: None for the device of q, else the current CUDA device, else the CPU; a torch.device or its name; a
             compute capability such as ``(8, 9)``; or a DeviceDescription.
         build: the kernels to look at; None for those of this installation.
@@ -166,10 +177,11 @@ def is_supported(
     where = _device(function, q.device if device is None and isinstance(q, Tensor) else device)
     _, plan = _plan(
         function, where, build, q=q, k=k, v=v, head_dim=head_dim, head_dim_v=head_dim_v, dtype=dtype,
-        num_heads_q=num_heads_q, num_heads_kv=num_heads_kv, batch_size=batch_size, seqlen_q=seqlen_q,
-        seqlen_k=seqlen_k, causal=causal, window_size=window_size, attention_chunk=attention_chunk, softcap=softcap,
-        page_size=page_size, varlen=varlen, sinks=sinks, prefix_lens=prefix_lens, qv=qv, descale=descale,
-        requires_grad=requires_grad, num_splits=num_splits, direction=direction,
+        kv_dtype=kv_dtype, num_heads_q=num_heads_q, num_heads_kv=num_heads_kv, batch_size=batch_size,
+        seqlen_q=seqlen_q, seqlen_k=seqlen_k, causal=causal, window_size=window_size, attention_chunk=attention_chunk,
+        softcap=softcap, page_size=page_size, varlen=varlen, sinks=sinks, prefix_lens=prefix_lens, qv=qv,
+        descale=descale, requires_grad=requires_grad, num_splits=num_splits, tokens_per_split=tokens_per_split,
+        direction=direction,
     )  # fmt: skip
     return plan.row is not None, plan.reason
 
@@ -182,6 +194,7 @@ def explain(
     head_dim: int | None = None,
     head_dim_v: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    kv_dtype: torch.dtype | None = None,
     num_heads_q: int = 1,
     num_heads_kv: int | None = None,
     batch_size: int = 1,
@@ -199,6 +212,7 @@ def explain(
     descale: bool = False,
     requires_grad: bool = False,
     num_splits: int = 0,
+    tokens_per_split: int = 0,
     direction: str = "forward",
     device: Any = None,
     build: BuildDescription | None = None,
@@ -211,22 +225,28 @@ def explain(
     where = _device(function, q.device if device is None and isinstance(q, Tensor) else device)
     problem, plan = _plan(
         function, where, build, q=q, k=k, v=v, head_dim=head_dim, head_dim_v=head_dim_v, dtype=dtype,
-        num_heads_q=num_heads_q, num_heads_kv=num_heads_kv, batch_size=batch_size, seqlen_q=seqlen_q,
-        seqlen_k=seqlen_k, causal=causal, window_size=window_size, attention_chunk=attention_chunk, softcap=softcap,
-        page_size=page_size, varlen=varlen, sinks=sinks, prefix_lens=prefix_lens, qv=qv, descale=descale,
-        requires_grad=requires_grad, num_splits=num_splits, direction=direction,
+        kv_dtype=kv_dtype, num_heads_q=num_heads_q, num_heads_kv=num_heads_kv, batch_size=batch_size,
+        seqlen_q=seqlen_q, seqlen_k=seqlen_k, causal=causal, window_size=window_size, attention_chunk=attention_chunk,
+        softcap=softcap, page_size=page_size, varlen=varlen, sinks=sinks, prefix_lens=prefix_lens, qv=qv,
+        descale=descale, requires_grad=requires_grad, num_splits=num_splits, tokens_per_split=tokens_per_split,
+        direction=direction,
     )  # fmt: skip
+    dtypes = dtypes_text(problem.dtype, problem.kv_dtype)
     lines = [
         f"asked: {problem.direction}, head_dim {problem.head_dim}, head_dim_v {problem.head_dim_v},"
-        f" dtype {problem.dtype}, {problem.num_heads_q} query and {problem.num_heads_kv} key heads,"
-        f" features: {', '.join(problem.features)}",
+        f" dtype {dtypes}, {problem.num_heads_q} query and {problem.num_heads_kv} key heads,"
+        f" features: {', '.join(problem.features)}"
+        + (f", tokens_per_split {problem.tokens_per_split}" if problem.tokens_per_split else ""),
         f"device: {where.label()}",
     ]
     if plan.row is not None and plan.schedule is not None:
         schedule = plan.schedule
         lines.append(f"runs on: cuda, kernel {plan.reason}")
+        splits = f"{schedule.num_splits} splits"
+        if schedule.tokens_per_split:
+            splits = f"a split of every {schedule.tokens_per_split} keys"
         lines.append(
-            f"plan: {schedule.num_splits} splits, GQA {'packed' if schedule.pack_gqa else 'not packed'},"
+            f"plan: {splits}, GQA {'packed' if schedule.pack_gqa else 'not packed'},"
             f" {schedule.m_blocks} query tiles x {schedule.heads_in_grid} heads x {problem.batch} sequences"
         )
     else:
@@ -242,7 +262,8 @@ class SupportEntry(NamedTuple):
     family: str
     direction: str
     phase: str
-    dtype: str
+    dtype: str  # of q
+    kv_dtype: str  # of k and v
     head_dim: int  # the largest
     head_dim_v: int  # the largest
     capabilities: tuple[tuple[int, int], ...]
@@ -262,6 +283,7 @@ def support_matrix(build: BuildDescription | None = None) -> list[SupportEntry]:
             row.direction,
             row.phase,
             row.dtype,
+            row.kv_dtype or row.dtype,
             row.head_dim,
             row.head_dim_v,
             row.capabilities,

@@ -81,6 +81,7 @@ def run_forward(
     sinks: Any = None,
     prefix_lens: Any = None,
     backend: Any = None,
+    tokens_per_split: Any = 0,
     need_lse: bool = True,
 ) -> tuple[Tensor, Any]:
     """``(out, softmax_lse)`` of a call under canonical names; ``function`` names the public function in errors.
@@ -94,6 +95,7 @@ def run_forward(
             function, q, k, v, qv, out, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k,
             page_table, kv_batch_idx, leftpad_k, q_descale, k_descale, v_descale, softmax_scale, causal, window_size,
             attention_chunk, softcap, scheduler_metadata, num_splits, pack_gqa, sm_margin, sinks, prefix_lens, backend,
+            tokens_per_split,
         )  # fmt: skip
     if page_table is not None and cu_seqlens_k is not None:
         seqused_k, cu_seqlens_k = _lengths_of_paged(function, q, cu_seqlens_k, seqused_k), None
@@ -120,7 +122,7 @@ def run_forward(
             if signature is not None:
                 key = (
                     signature, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size, attention_chunk, softcap,
-                    num_splits, pack_gqa, sm_margin, backend,
+                    num_splits, pack_gqa, sm_margin, backend, tokens_per_split,
                 )  # fmt: skip
                 launch = _launches.get(key)
     except (AttributeError, TypeError):
@@ -134,7 +136,7 @@ def run_forward(
     args = AttentionArgs(
         q, k, v, qv, out, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k, page_table,
         kv_batch_idx, leftpad_k, q_descale, k_descale, v_descale, softmax_scale, causal, window_size, attention_chunk,
-        softcap, scheduler_metadata, num_splits, pack_gqa, sm_margin, sinks, prefix_lens, backend,
+        softcap, scheduler_metadata, num_splits, pack_gqa, sm_margin, sinks, prefix_lens, backend, tokens_per_split,
     )  # fmt: skip
     return _decide_and_run(function, args, key, need_lse)
 

@@ -50,12 +50,13 @@ def flash_attn_func(
     Args:
         q: ``(B, Sq, Hq, D)``; k: ``(B, Sk, Hkv, D)``; v: ``(B, Sk, Hkv, Dv)``. Hq is a multiple of Hkv; D and Dv are
             multiples of 8. bf16 or fp16 on the kernels, float8_e4m3fn (D and Dv multiples of 16) on those of Hopper;
-            also fp32, fp64 and float8 on the torch fallback. Any strides with a contiguous last dimension.
+            also fp32, fp64 and float8 on the torch fallback. k and v alone may be float8_e4m3fn under bf16 or fp16 q:
+            without gradients. Any strides with a contiguous last dimension.
         softmax_scale: ``D ** -0.5`` by default, ``(D + Dv) ** -0.5`` with qv.
         causal, window_size: query i sits at position ``i + Sk - Sq`` and sees keys from ``left`` before to ``right``
             after it; None, an int, or (left, right), negative or None = unbounded; causal clamps right to 0.
         qv: ``(B, Sq, Hq, Dv)``, adds ``qv . v`` to the scores. q_descale, k_descale, v_descale: fp32 ``(B, Hkv)``,
-            factors of float8 q, k and v; None: 1.
+            factors of float8 q, k and v; None: 1. q_descale must be None where k and v alone are float8.
         attention_chunk: queries see keys of their own chunk of this many positions; 0: off.
         softcap: ``softcap * tanh(score / softcap)``; 0: off.
         num_splits: blocks that share the keys of a row: 0 for the heuristic, up to 128. pack_gqa: let query heads share
@@ -82,7 +83,7 @@ def flash_attn_func(
     result = run_forward(
         "flash_attn_func", q, k, v, qv, out, None, None, None, None, None, None, None, None, None, q_descale, k_descale,
         v_descale, softmax_scale, causal, window_size, attention_chunk, softcap, None, num_splits, pack_gqa, sm_margin,
-        sinks, prefix_lens, backend, need_lse,
+        sinks, prefix_lens, backend, 0, need_lse,
     )  # fmt: skip
     return result if need_lse else result[0]
 
@@ -123,6 +124,7 @@ def flash_attn_varlen_func(
     learnable_sink: Tensor | None = None,
     q_v: Tensor | None = None,
     return_softmax_lse: bool = False,
+    tokens_per_split: int = 0,
 ) -> Any:
     """Exact attention of packed sequences, over packed keys or a paged cache. Differentiable as flash_attn_func.
 
@@ -135,6 +137,8 @@ def flash_attn_varlen_func(
             length is ``page_table.size(1) * page_size`` and max_seqlen_k is ignored.
         seqused_q, seqused_k: int32 ``(B,)``, live rows of each sequence; out keeps what it holds in the other rows.
         scheduler_metadata: as get_scheduler_metadata returns it. out: ``(T, Hq, Dv)``.
+        tokens_per_split: batch-invariant mode, as for flash_attn_with_kvcache. It cuts nothing at num_splits=1, the
+            default here.
         The other arguments: as for flash_attn_func.
 
     Returns:
@@ -164,7 +168,8 @@ def flash_attn_varlen_func(
     result = run_forward(
         function, q, k, v, qv, out, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k,
         page_table, None, None, q_descale, k_descale, v_descale, softmax_scale, causal, window_size, attention_chunk,
-        softcap, scheduler_metadata, num_splits, pack_gqa, sm_margin, sinks, prefix_lens, backend, need_lse,
+        softcap, scheduler_metadata, num_splits, pack_gqa, sm_margin, sinks, prefix_lens, backend, tokens_per_split,
+        need_lse,
     )  # fmt: skip
     return result if need_lse else result[0]
 
@@ -213,6 +218,7 @@ def mha_fwd(
     block_table: Tensor | None = None,
     s_aux: Tensor | None = None,
     learnable_sink: Tensor | None = None,
+    tokens_per_split: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Attention with every argument there is, in the order of FlashAttention-3's operator: ``(out, softmax_lse)``.
 
@@ -224,6 +230,7 @@ def mha_fwd(
             the cache k, v at row ``seqused_k``, as k, v of flash_attn_with_kvcache.
         kv_batch_idx: int32 ``(B,)``, row of the cache or page table; leftpad_k: int32 ``(B,)``.
         window_size_left, window_size_right, or window_size as in flash_attn_func. num_splits: 0 is the heuristic.
+        tokens_per_split: batch-invariant mode, as for flash_attn_with_kvcache.
         The other arguments: as for flash_attn_func and flash_attn_varlen_func.
 
     Returns:
@@ -246,10 +253,11 @@ def mha_fwd(
     if k_new is not None or v_new is not None or rotary_cos is not None or rotary_sin is not None:
         q, seqused_k = append_new_keys(
             function, q, k, v, k_new, v_new, rotary_cos, rotary_sin, seqused_k, kv_batch_idx, page_table, cu_seqlens_q,
-            cu_seqlens_k_new, rotary_seqlens, rotary_interleaved, causal, window_size, sinks, qv,
+            cu_seqlens_k_new, rotary_seqlens, rotary_interleaved, causal, window_size, sinks, qv, k_descale, v_descale,
         )  # fmt: skip
     return run_forward(
         function, q, k, v, qv, out, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k,
         page_table, kv_batch_idx, leftpad_k, q_descale, k_descale, v_descale, softmax_scale, causal, window_size,
         attention_chunk, softcap, scheduler_metadata, num_splits, pack_gqa, sm_margin, sinks, prefix_lens, backend,
+        tokens_per_split,
     )  # fmt: skip

@@ -57,20 +57,30 @@ def flash_attn_with_kvcache(
     learnable_sink: Tensor | None = None,
     q_v: Tensor | None = None,
     return_attn_probs: bool = False,
+    tokens_per_split: int = 0,
 ) -> Any:
     """Attention of new queries over a KV cache.
 
     Args:
         q: ``(B, Sq, Hq, D)``, or ``(T, Hq, D)`` with cu_seqlens_q (int32 ``(B + 1,)``) and max_seqlen_q.
         k_cache, v_cache: ``(B, S, Hkv, D | Dv)``, or ``(num_pages, page_size, Hkv, D | Dv)`` with page_table, int32
-            ``(B, max_pages)``; any page_size >= 1, any strides with a contiguous last dimension.
+            ``(B, max_pages)``; any page_size >= 1, any strides with a contiguous last dimension. Of the dtype of q, or
+            float8_e4m3fn under bf16 or fp16 q, with factors k_descale, v_descale, fp32 ``(B, Hkv)``.
         k, v: ``(B, S_new, Hkv, D | Dv)``, or ``(T_new, Hkv, D | Dv)`` with cu_seqlens_k_new (int32 ``(B + 1,)``):
-            written to the cache from row ``cache_seqlens`` on, before attention. cu_seqlens_k_new without k and v is
-            ignored.
+            written to the cache from row ``cache_seqlens`` on, before attention. Of the dtype of q: a cache of
+            float8_e4m3fn under bf16 or fp16 q takes them divided by k_descale, v_descale, what exceeds +-448 as +-448.
+            cu_seqlens_k_new without k and v is ignored.
         rotary_cos, rotary_sin: ``(positions, rotary_dim / 2)``: rotate q and k; only with k and v.
         cache_seqlens: an int for all sequences or int32 ``(B,)``: cached keys before the append; None: the whole cache.
         cache_batch_idx: int32 ``(B,)``: row of the cache or page table of each sequence. cache_leftpad: int32 ``(B,)``:
             the keys of a sequence are cache rows ``[cache_leftpad, cache_seqlens)``.
+        tokens_per_split: batch-invariant mode: the keys of every sequence are cut at multiples of this many, itself a
+            multiple of 64; 0: off. On one kind of device the kernels then give a sequence bitwise the same result
+            whatever else is in the batch, in all calls of the same max_seqlen_q, heads, head dims, dtypes, page size
+            and tokens_per_split. It costs balance: splits no longer follow from what fills the device, so that a few
+            sequences, or short ones, may leave it partly idle, and small pieces of long sequences are much to merge.
+            Calls of more query rows than decode kernels take are not cut. num_splits must be 0, or 1 for no cut
+            either. The torch fallback ignores it.
         The other arguments: as for flash_attn_func; scheduler_metadata as get_scheduler_metadata returns it.
 
     Returns:
@@ -99,20 +109,20 @@ def flash_attn_with_kvcache(
                     q, k_cache, v_cache, qv, out, cu_seqlens_q, None, None, cache_seqlens, max_seqlen_q, None,
                     page_table, cache_batch_idx, cache_leftpad, q_descale, k_descale, v_descale, softmax_scale, causal,
                     window_size, attention_chunk, softcap, scheduler_metadata, num_splits, pack_gqa, sm_margin, sinks,
-                    prefix_lens, backend,
+                    prefix_lens, backend, tokens_per_split,
                 ),
             )  # fmt: skip
         q, cache_seqlens = append_new_keys(
             "flash_attn_with_kvcache", q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens,
             cache_batch_idx, page_table, cu_seqlens_q, cu_seqlens_k_new, rotary_seqlens, rotary_interleaved, causal,
-            window_size, sinks, qv,
+            window_size, sinks, qv, k_descale, v_descale,
         )  # fmt: skip
     need_lse = return_softmax_lse or return_attn_probs
     result = run_forward(
         "flash_attn_with_kvcache", q, k_cache, v_cache, qv, out, cu_seqlens_q, None, None, cache_seqlens, max_seqlen_q,
         None, page_table, cache_batch_idx, cache_leftpad, q_descale, k_descale, v_descale, softmax_scale, causal,
         window_size, attention_chunk, softcap, scheduler_metadata, num_splits, pack_gqa, sm_margin, sinks, prefix_lens,
-        backend, need_lse,
+        backend, tokens_per_split, need_lse,
     )  # fmt: skip
     return result if need_lse else result[0]
 
@@ -152,6 +162,8 @@ def append_new_keys(
     window_size: Any,
     sinks: Any = None,
     qv: Any = None,
+    k_descale: Any = None,
+    v_descale: Any = None,
 ) -> tuple[Any, Any]:
     """Write k and v into the cache and rotate q; ``(q, lengths after the append)``. Validates what it reads."""
     if k is None or v is None:
@@ -167,7 +179,7 @@ def append_new_keys(
     if not compiling:
         _check_append(
             function, q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, page_table,
-            cu_seqlens_q, cu_seqlens_k_new, rotary_seqlens, rotary_interleaved,
+            cu_seqlens_q, cu_seqlens_k_new, rotary_seqlens, rotary_interleaved, k_descale, v_descale,
         )  # fmt: skip
     if needs_gradients(q, k, v, k_cache, v_cache, sinks, qv):
         raise UnsupportedError(
@@ -189,7 +201,7 @@ def append_new_keys(
     if compiling:
         torch.ops.broadhead.append_kv(
             k_cache, v_cache, k, v, cache_seqlens, page_table, cache_batch_idx, cu_seqlens_k_new, rotary_cos,
-            rotary_sin, rotary_seqlens, rotary_interleaved,
+            rotary_sin, rotary_seqlens, rotary_interleaved, k_descale, v_descale,
         )  # fmt: skip
     else:
         append_kv.append(
@@ -205,6 +217,8 @@ def append_new_keys(
             rotary_sin=rotary_sin,
             rotary_seqlens=rotary_seqlens,
             rotary_interleaved=rotary_interleaved,
+            k_descale=k_descale,
+            v_descale=v_descale,
         )
     new = k.shape[1] if cu_seqlens_k_new is None else cu_seqlens_k_new[1:] - cu_seqlens_k_new[:-1]
     return q, cache_seqlens + new
@@ -226,6 +240,8 @@ def _check_append(
     cu_seqlens_k_new: Any,
     rotary_seqlens: Any,
     rotary_interleaved: Any,
+    k_descale: Any,
+    v_descale: Any,
 ) -> None:
     """Everything that the append reads, before it writes anything."""
     q = check.check_tensor(function, "q", q, "a tensor (batch, seqlen_q, heads, head_dim)")
@@ -247,12 +263,16 @@ def _check_append(
         check.check_attention_tensor(function, new_name, new, (3,) if packed else (4,), layout_new)
         for each, tensor in ((name, cache), (new_name, new)):
             check.check_device(function, each, tensor, device)
-            check.check_same_dtype(function, each, tensor, q.dtype)
+        check.check_same_dtype(function, new_name, new, q.dtype)
         if cache.shape[-2:] != new.shape[-2:]:
             raise InvalidArgumentError(
                 f"{function}: {new_name} must have the heads and head_dim of {name}, {tuple(cache.shape[-2:])}, got"
                 f" {tuple(new.shape[-2:])}"
             )
+    check.check_key_dtypes(function, "k_cache", k_cache, "v_cache", v_cache, q.dtype)
+    for name, value in (("k_descale", k_descale), ("v_descale", v_descale)):
+        if value is not None:
+            check.check_descale(function, name, value, batch, k_cache.shape[-2], device)
     if k.shape[:-1] != v.shape[:-1]:
         raise InvalidArgumentError(
             f"{function}: v must agree with k but for the last dimension, got k {tuple(k.shape)} and v {tuple(v.shape)}"

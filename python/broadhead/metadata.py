@@ -13,12 +13,9 @@ from . import validation as check
 from .device import describe
 from .dispatch import MetadataConfig, Plan, resolve
 from .errors import InvalidArgumentError, InvalidTypeError
-from .masking import normalize_chunk, normalize_window
-from .problem import DTYPE_NAMES, AttentionProblem, collect_features, tensor_signature
+from .metadata_request import FUNCTION, MetadataRequest, describe_request
+from .problem import tensor_signature
 
-FUNCTION = "get_scheduler_metadata"
-#: Without has_qv a call of these head dims is taken for absorbed MLA: (largest headdim, largest headdim_v without qv).
-ABSORBED_HEAD_DIMS = (64, 256)
 CURRENT_STREAM = -1  # the binding takes torch's current stream
 
 
@@ -31,15 +28,6 @@ def round_up_4(batch: int) -> int:
     return (batch + 3) // 4 * 4
 
 
-class MetadataRequest(NamedTuple):
-    """One validated get_scheduler_metadata call without its tensors."""
-
-    problem: AttentionProblem
-    seqlen_k_new: int
-    explicit_length: bool  # seqlen_k was derived from a page table by the length rule
-    guessed_qv: bool  # the caller did not say whether the call has qv
-
-
 class _Filled(NamedTuple):
     """A buffer that this process filled with metadata."""
 
@@ -50,95 +38,11 @@ class _Filled(NamedTuple):
     seqlen_k: int  # 0: not known exactly
     num_splits: int  # as asked for; 0: heuristic
     guessed_qv: bool
+    guessed_kv: bool
 
 
 _filled: dict[int, _Filled] = {}
 _MAX_FILLED = 1024
-
-
-def describe_request(
-    batch_size: Any,
-    max_seqlen_q: Any,
-    max_seqlen_k: Any,
-    num_heads_q: Any,
-    num_heads_kv: Any,
-    headdim: Any,
-    headdim_v: Any,
-    qkv_dtype: Any,
-    page_size: Any,
-    max_seqlen_k_new: Any,
-    causal: Any,
-    window_size: Any,
-    attention_chunk: Any,
-    num_splits: Any,
-    pack_gqa: Any,
-    sm_margin: Any,
-    page_table: Any,
-    has_qv: Any = None,
-) -> MetadataRequest:
-    """Validate the arguments that describe the attention call."""
-    batch_size = check.check_int(FUNCTION, "batch_size", batch_size)
-    max_seqlen_q = check.check_int(FUNCTION, "max_seqlen_q", max_seqlen_q)
-    max_seqlen_k = check.check_int(FUNCTION, "max_seqlen_k", max_seqlen_k)
-    num_heads_q = check.check_int(FUNCTION, "num_heads_q", num_heads_q, 1, check.MAX_NUM_HEADS)
-    num_heads_kv = check.check_int(FUNCTION, "num_heads_kv", num_heads_kv, 1, check.MAX_NUM_HEADS)
-    if num_heads_q % num_heads_kv:
-        raise InvalidArgumentError(
-            f"{FUNCTION}: num_heads_q must be a multiple of num_heads_kv, got {num_heads_q} and {num_heads_kv}"
-        )
-    headdim = check.check_int(FUNCTION, "headdim", headdim, 1)
-    headdim_v = headdim if headdim_v is None else check.check_int(FUNCTION, "headdim_v", headdim_v, 1)
-    for name, size in (("headdim", headdim), ("headdim_v", headdim_v)):
-        if size % 8:
-            raise InvalidArgumentError(f"{FUNCTION}: {name} must be a multiple of 8, got {size}")
-    if qkv_dtype not in DTYPE_NAMES:
-        accepted = ", ".join(str(dtype) for dtype in DTYPE_NAMES)
-        raise InvalidTypeError(f"{FUNCTION}: qkv_dtype must be one of {accepted}, got {qkv_dtype!r}")
-    page_size = 0 if page_size is None else check.check_int(FUNCTION, "page_size", page_size, 1)
-    max_seqlen_k_new = check.check_int(FUNCTION, "max_seqlen_k_new", max_seqlen_k_new)
-    causal = check.check_bool(FUNCTION, "causal", causal)
-    window_left, window_right = normalize_window(window_size, causal, FUNCTION)
-    attention_chunk = normalize_chunk(check.check_int(FUNCTION, "attention_chunk", attention_chunk))
-    num_splits = check.check_int(FUNCTION, "num_splits", num_splits, 0, check.MAX_SPLITS)
-    guessed_qv = check.check_optional_bool(FUNCTION, "has_qv", has_qv) is None
-    if guessed_qv:
-        has_qv = headdim <= ABSORBED_HEAD_DIMS[0] and headdim_v > ABSORBED_HEAD_DIMS[1]
-    if page_table is not None:
-        if not page_size:
-            raise InvalidArgumentError(f"{FUNCTION}: page_size must be given with page_table, got None")
-        # The length rule: what the forward call derives from the same table.
-        max_seqlen_k = min(page_table.shape[1] * page_size, check.INT32_MAX)
-    problem = AttentionProblem(
-        direction="forward",
-        dtype=DTYPE_NAMES[qkv_dtype],
-        batch=batch_size,
-        seqlen_q=max_seqlen_q,
-        seqlen_k=max_seqlen_k,
-        num_heads_q=num_heads_q,
-        num_heads_kv=num_heads_kv,
-        head_dim=headdim,
-        head_dim_v=headdim_v,
-        page_size=page_size,
-        window_left=window_left,
-        window_right=window_right,
-        attention_chunk=attention_chunk,
-        features=collect_features(
-            causal=window_right == 0,
-            window=window_left >= 0 or window_right > 0,
-            attention_chunk=attention_chunk > 0,
-            gqa=num_heads_q != num_heads_kv,
-            paged=page_size > 0,
-            split_kv=num_splits > 1,
-            lse=True,
-            qv=has_qv,
-        ),
-        num_splits=num_splits,
-        pack_gqa=check.check_optional_bool(FUNCTION, "pack_gqa", pack_gqa),
-        has_metadata=True,
-        sm_margin=check.check_int(FUNCTION, "sm_margin", sm_margin),
-        obstacles=(),
-    )
-    return MetadataRequest(problem, max_seqlen_k_new, page_table is not None, guessed_qv)
 
 
 def check_buffer(function: str, name: str, buffer: Any, batch: int, device: torch.device) -> None:
@@ -247,6 +151,7 @@ def _remember(metadata: Tensor, request: MetadataRequest, plan: Plan) -> None:
         request.problem.seqlen_k if request.explicit_length else 0,
         request.problem.num_splits,
         request.guessed_qv,
+        request.guessed_kv,
     )
 
 
@@ -265,6 +170,10 @@ def check_identity(
     if owner is None or (metadata is not owner and metadata._base is not owner) or _version(owner) != entry.version:
         return  # freed, or overwritten since
     made_for = entry.config
+    mixed = config.qkv_dtype != config.kv_dtype
+    if entry.guessed_kv and mixed and made_for.qkv_dtype in (config.qkv_dtype, config.kv_dtype):
+        # Some clients name the dtype of the cache, some that of q. It costs what a wrong guess of qv does.
+        made_for = made_for._replace(qkv_dtype=config.qkv_dtype, kv_dtype=config.kv_dtype, kernel="")
     if entry.guessed_qv and made_for.has_qv != config.has_qv:
         # A wrong guess costs splits (the device finds another tag), not the call.
         made_for, config = (c._replace(has_qv=False, kernel="") for c in (made_for, config))
@@ -318,6 +227,8 @@ def get_scheduler_metadata(
     num_heads: int | None = None,
     num_heads_k: int | None = None,
     has_qv: bool | None = None,
+    kv_dtype: torch.dtype | None = None,
+    tokens_per_split: int = 0,
 ) -> Tensor:
     """Plan the splits of a decode step on the device, for the attention calls of all layers of a kind.
 
@@ -331,7 +242,9 @@ def get_scheduler_metadata(
         causal, window_size, attention_chunk: the mask of the forward call. cu_seqlens_k_new, has_softcap: accepted; no
             plan depends on them, nor on descales.
         has_qv: whether the forward call passes qv; None: assumed where headdim <= 64 and headdim_v > 256.
+        qkv_dtype, kv_dtype: the dtypes of q, and of k and v. Without kv_dtype qkv_dtype may be either.
         num_splits: 0 for the heuristic, else the bound of every sequence, up to 128.
+        tokens_per_split: that of the forward call; see flash_attn_with_kvcache.
         out: int32 buffer of at least ``1 + 4 * round_up(batch, 4)`` elements; nothing is allocated then.
 
     Returns:
@@ -348,7 +261,7 @@ def get_scheduler_metadata(
         return ops.call_get_scheduler_metadata(
             batch_size, max_seqlen_q, max_seqlen_k, heads_q, heads_kv, headdim, cache_seqlens, qkv_dtype, headdim_v,
             cu_seqlens_q, cache_leftpad, page_size, max_seqlen_k_new, causal, window_size, attention_chunk, num_splits,
-            pack_gqa, sm_margin, out, page_table, has_qv,
+            pack_gqa, sm_margin, out, page_table, has_qv, kv_dtype, tokens_per_split,
         )  # fmt: skip
     key: tuple[Any, ...] | None = None
     prepared: Prepared | None = None
@@ -360,7 +273,7 @@ def get_scheduler_metadata(
                 None if cache_leftpad is None else tensor_signature(cache_leftpad), page_size, max_seqlen_k_new, causal,
                 tuple(window_size) if type(window_size) is list else window_size, attention_chunk, num_splits, pack_gqa,
                 sm_margin, None if out is None else tensor_signature(out),
-                None if page_table is None else tensor_signature(page_table), has_qv,
+                None if page_table is None else tensor_signature(page_table), has_qv, kv_dtype, tokens_per_split,
             )  # fmt: skip
             prepared = _prepared.get(key)
     except (AttributeError, TypeError):
@@ -371,7 +284,7 @@ def get_scheduler_metadata(
     request = describe_request(
         batch_size, max_seqlen_q, max_seqlen_k, heads_q, heads_kv, headdim, headdim_v, qkv_dtype, page_size,
         max_seqlen_k_new, causal, window_size, attention_chunk, num_splits, pack_gqa, sm_margin, page_table,
-        has_qv,
+        has_qv, kv_dtype, tokens_per_split,
     )  # fmt: skip
     prepared = prepare(request, lengths.device)
     if key is not None:

@@ -12,7 +12,7 @@ from .backward import run_backward
 from .errors import UnsupportedError
 from .forward import run_forward
 from .masking import normalize_window
-from .problem import AttentionArgs, needs_gradients, out_dtype
+from .problem import AttentionArgs, needs_gradients, out_dtype, refuse_mixed_gradient
 
 # The arguments that mha_fwd, mha_fwd_out and mha_bwd share, in one order.
 _INPUTS = (
@@ -21,7 +21,7 @@ _INPUTS = (
     " Tensor? kv_batch_idx, Tensor? leftpad_k, Tensor? q_descale, Tensor? k_descale, Tensor? v_descale,"
     " float? softmax_scale, bool causal, SymInt window_left, SymInt window_right, SymInt attention_chunk,"
     " float softcap, Tensor? scheduler_metadata, SymInt num_splits, bool? pack_gqa, SymInt sm_margin,"
-    " Tensor? prefix_lens,"
+    " Tensor? prefix_lens, SymInt tokens_per_split,"
     " str? backend, str function"
 )
 _NUM_DIFFERENTIABLE = 5  # q, k, v, qv, sinks come first
@@ -57,6 +57,7 @@ def _arguments(
     pack_gqa: bool | None,
     sm_margin: int,
     prefix_lens: Tensor | None,
+    tokens_per_split: int,
     backend: str | None,
     function: str,
 ) -> tuple[str, AttentionArgs]:
@@ -65,6 +66,7 @@ def _arguments(
         q, k, v, qv, None, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k, page_table,
         kv_batch_idx, leftpad_k, q_descale, k_descale, v_descale, softmax_scale, causal, (window_left, window_right),
         attention_chunk, softcap, scheduler_metadata, num_splits, pack_gqa, sm_margin, sinks, prefix_lens, backend,
+        tokens_per_split,
     )  # fmt: skip
 
 
@@ -168,6 +170,7 @@ def call_forward(function: str, *values: Any) -> tuple[Tensor, Tensor]:
     window_left, window_right = normalize_window(args.window_size, args.causal, function)
     backend = args.backend
     if needs_gradients(args.q, args.k, args.v, args.qv, args.sinks):
+        refuse_mixed_gradient(function, args.q.dtype, args.k.dtype)
         if args.out is not None:
             raise UnsupportedError(f"{function}: out= has no gradient; leave out away, or call under torch.no_grad()")
         if backend == "cuda":
@@ -181,7 +184,7 @@ def call_forward(function: str, *values: Any) -> tuple[Tensor, Tensor]:
         args.max_seqlen_q, args.max_seqlen_k, args.page_table, args.kv_batch_idx, args.leftpad_k, args.q_descale,
         args.k_descale, args.v_descale, args.softmax_scale, args.causal, window_left, window_right,
         args.attention_chunk, args.softcap, args.scheduler_metadata, args.num_splits, args.pack_gqa, args.sm_margin,
-        args.prefix_lens, backend, function,
+        args.prefix_lens, args.tokens_per_split, backend, function,
     )  # fmt: skip
     if args.out is None:
         return torch.ops.broadhead.mha_fwd(*inputs)
@@ -193,7 +196,7 @@ def call_forward(function: str, *values: Any) -> tuple[Tensor, Tensor]:
 _APPEND = (
     "(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k_new, Tensor v_new, Tensor cache_seqlens, Tensor? page_table,"
     " Tensor? cache_batch_idx, Tensor? cu_seqlens_k_new, Tensor? rotary_cos, Tensor? rotary_sin,"
-    " Tensor? rotary_seqlens, bool rotary_interleaved) -> ()"
+    " Tensor? rotary_seqlens, bool rotary_interleaved, Tensor? k_descale, Tensor? v_descale) -> ()"
 )
 
 
@@ -211,6 +214,8 @@ def append(
     rotary_sin: Tensor | None,
     rotary_seqlens: Tensor | None,
     rotary_interleaved: bool,
+    k_descale: Tensor | None,
+    v_descale: Tensor | None,
 ) -> None:
     append_kv.append(
         k_cache,
@@ -225,6 +230,8 @@ def append(
         rotary_sin=rotary_sin,
         rotary_seqlens=rotary_seqlens,
         rotary_interleaved=rotary_interleaved,
+        k_descale=k_descale,
+        v_descale=v_descale,
     )
 
 
@@ -240,7 +247,7 @@ _METADATA = (
     " SymInt num_heads_kv, SymInt headdim, SymInt headdim_v, ScalarType qkv_dtype, Tensor? cu_seqlens_q,"
     " Tensor? cache_leftpad, SymInt? page_size, SymInt max_seqlen_k_new, bool causal, SymInt window_left,"
     " SymInt window_right, SymInt attention_chunk, SymInt num_splits, bool? pack_gqa, SymInt sm_margin,"
-    " Tensor? page_table, bool? has_qv"
+    " Tensor? page_table, bool? has_qv, ScalarType? kv_dtype, SymInt tokens_per_split"
 )
 
 
@@ -248,7 +255,7 @@ def _metadata(out: Tensor | None, inputs: tuple[Any, ...]) -> Tensor:
     (
         cache_seqlens, batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim, headdim_v, qkv_dtype,
         cu_seqlens_q, cache_leftpad, page_size, max_seqlen_k_new, causal, window_left, window_right, attention_chunk,
-        num_splits, pack_gqa, sm_margin, page_table, has_qv,
+        num_splits, pack_gqa, sm_margin, page_table, has_qv, kv_dtype, tokens_per_split,
     ) = inputs  # fmt: skip
     return metadata.get_scheduler_metadata(
         batch_size,
@@ -273,6 +280,8 @@ def _metadata(out: Tensor | None, inputs: tuple[Any, ...]) -> Tensor:
         out=out,
         page_table=page_table,
         has_qv=has_qv,
+        kv_dtype=kv_dtype,
+        tokens_per_split=tokens_per_split,
     )
 
 
@@ -302,7 +311,7 @@ def call_get_scheduler_metadata(
     batch_size: Any, max_seqlen_q: Any, max_seqlen_k: Any, num_heads_q: Any, num_heads_kv: Any, headdim: Any,
     cache_seqlens: Any, qkv_dtype: Any, headdim_v: Any, cu_seqlens_q: Any, cache_leftpad: Any, page_size: Any,
     max_seqlen_k_new: Any, causal: Any, window_size: Any, attention_chunk: Any, num_splits: Any, pack_gqa: Any,
-    sm_margin: Any, out: Any, page_table: Any, has_qv: Any,
+    sm_margin: Any, out: Any, page_table: Any, has_qv: Any, kv_dtype: Any, tokens_per_split: Any,
 ) -> Tensor:  # fmt: skip
     """get_scheduler_metadata through the operators; traceable."""
     window_left, window_right = normalize_window(window_size, causal, metadata.FUNCTION)
@@ -310,7 +319,7 @@ def call_get_scheduler_metadata(
         cache_seqlens, batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim,
         headdim if headdim_v is None else headdim_v, qkv_dtype, cu_seqlens_q, cache_leftpad, page_size,
         max_seqlen_k_new, causal, window_left, window_right, attention_chunk, num_splits, pack_gqa, sm_margin,
-        page_table, has_qv,
+        page_table, has_qv, kv_dtype, tokens_per_split,
     )  # fmt: skip
     if out is None:
         return torch.ops.broadhead.get_scheduler_metadata(*inputs)

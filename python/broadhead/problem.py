@@ -55,6 +55,8 @@ class AttentionProblem(NamedTuple):
     has_metadata: bool
     sm_margin: int
     obstacles: tuple[str, ...]  # strides or addresses that no kernel takes
+    kv_dtype: str = ""  # of k and v where it is not that of q, never equal to dtype
+    tokens_per_split: int = 0  # every sequence's keys are cut at multiples of it, whatever the batch; 0: off
 
 
 class AttentionArgs(NamedTuple):
@@ -89,6 +91,7 @@ class AttentionArgs(NamedTuple):
     sinks: Any = None
     prefix_lens: Any = None
     backend: Any = None
+    tokens_per_split: Any = 0
 
 
 class CheckedCall(NamedTuple):
@@ -158,6 +161,7 @@ def check_forward(function: str, args: AttentionArgs) -> CheckedCall:
     if args.prefix_lens is not None and window_right != 0:
         raise InvalidArgumentError(f"{function}: prefix_lens requires causal=True, got causal=False")
     num_splits = check.check_int(function, "num_splits", args.num_splits, 0, check.MAX_SPLITS)
+    tokens_per_split = check.check_tokens_per_split(function, args.tokens_per_split, num_splits)
     pack_gqa = check.check_optional_bool(function, "pack_gqa", args.pack_gqa)
     sm_margin = check.check_int(function, "sm_margin", args.sm_margin)
     _check_extras(function, args, batch, head_dim_v)
@@ -201,7 +205,11 @@ def check_forward(function: str, args: AttentionArgs) -> CheckedCall:
         has_metadata=args.scheduler_metadata is not None,
         sm_margin=sm_margin,
         obstacles=_layout_obstacles(args),
+        kv_dtype=name_kv_dtype(args.q.dtype, args.k.dtype),
+        tokens_per_split=tokens_per_split,
     )
+    if "gradients" in problem.features:
+        refuse_mixed_gradient(function, args.q.dtype, args.k.dtype)
     if args.out is not None and "gradients" in problem.features:
         raise UnsupportedError(
             f"{function}: out= has no gradient; leave out away, or call under torch.no_grad() (an input requires grad)"
@@ -243,7 +251,7 @@ def _check_keys(function: str, args: AttentionArgs, batch: int) -> tuple[int, in
     v = check.check_attention_tensor(function, shown_v, args.v, ranks, layout)
     for name, tensor in ((shown_k, k), (shown_v, v)):
         check.check_device(function, name, tensor, q.device)
-        check.check_same_dtype(function, name, tensor, q.dtype)
+    check.check_key_dtypes(function, shown_k, k, shown_v, v, q.dtype)
     if k.shape[:-1] != v.shape[:-1]:
         raise InvalidArgumentError(
             f"{function}: v must agree with k but for the last dimension, got k {tuple(k.shape)} and v {tuple(v.shape)}"
@@ -303,11 +311,27 @@ def _check_extras(function: str, args: AttentionArgs, batch: int, head_dim_v: in
     for name in ("q_descale", "k_descale", "v_descale"):
         value = getattr(args, name)
         if value is not None:
-            scale = check.check_tensor(function, name, value, "an fp32 tensor of shape (batch, heads_kv)")
-            if scale.dtype != torch.float32:
-                raise InvalidTypeError(f"{function}: {name} must be fp32, got {scale.dtype}")
-            check.check_shape(function, name, scale, (batch, num_heads_kv), "(batch, heads_kv)")
-            check.check_device(function, name, scale, q.device)
+            check.check_descale(function, name, value, batch, num_heads_kv, q.device)
+    if args.q_descale is not None and args.k.dtype != q.dtype:
+        raise InvalidArgumentError(
+            f"{function}: q_descale must be None with {q.dtype} q over {args.k.dtype} k and v, got"
+            f" {check.describe_value(args.q_descale)}; it is a factor of float8 q: leave it out, or pass q as"
+            f" {args.k.dtype}"
+        )
+
+
+def name_kv_dtype(q_dtype: torch.dtype, kv_dtype: torch.dtype) -> str:
+    """AttentionProblem.kv_dtype: the name of the dtype of k and v, empty where it is that of q."""
+    return "" if kv_dtype == q_dtype else DTYPE_NAMES[kv_dtype]
+
+
+def refuse_mixed_gradient(function: str, q_dtype: torch.dtype, kv_dtype: torch.dtype) -> None:
+    """Raise where a gradient is asked for through k and v of another dtype than q: a quantised cache has none."""
+    if kv_dtype != q_dtype:
+        raise UnsupportedError(
+            f"{function}: attention of {q_dtype} q over {kv_dtype} k and v has no gradient, and one is asked for; call"
+            f" it under torch.no_grad(), or pass k and v as {q_dtype}"
+        )
 
 
 def out_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from .device import DeviceDescription
 from .masking import mask_width
 from .problem import AttentionProblem
-from .support import ELEMENT_BYTES, MASK_FEATURES, KernelRow
+from .support import MASK_FEATURES, KernelRow
 from .validation import MAX_SPLITS
 
 #: A split does at least this many key tiles. In decode a tile's latency outweighs the combine. PERF(H200, batch 1, 1024
@@ -31,7 +31,7 @@ MAX_SECTION_HEADS = 4
 class Schedule(NamedTuple):
     """How one launch divides its work; what get_scheduler_metadata and the forward call must agree on."""
 
-    num_splits: int  # >= 1; with metadata the bound of each sequence
+    num_splits: int  # >= 1; with metadata the bound of each sequence; with tokens_per_split 1
     pack_gqa: bool  # the query heads of one KV head share a tile
     heads_per_section: int  # heads whose K/V share the L2 at a time; 0: all
     rows_per_token: int  # query rows of one token in a tile
@@ -40,6 +40,7 @@ class Schedule(NamedTuple):
     m_blocks: int  # of the longest sequence
     target_ctas: int  # blocks, or clusters, that fill the device once
     max_blocks: int  # of a persistent kernel: what sm_margin leaves; 0: all
+    tokens_per_split: int  # the keys of every sequence are cut at multiples of it, instead of num_splits; 0: off
 
 
 def plan_schedule(problem: AttentionProblem, row: KernelRow, device: DeviceDescription) -> Schedule:
@@ -72,10 +73,14 @@ def plan_schedule(problem: AttentionProblem, row: KernelRow, device: DeviceDescr
         m_blocks=m_blocks,
         target_ctas=target_ctas,
         max_blocks=blocks if problem.sm_margin else 0,
+        # Prefill has blocks enough without cuts.
+        tokens_per_split=problem.tokens_per_split if row.phase == "decode" and problem.num_splits != 1 else 0,
     )
 
 
 def _choose_splits(problem: AttentionProblem, row: KernelRow, ctas: int, target_ctas: int) -> int:
+    if problem.tokens_per_split:
+        return 1  # what follows looks at the batch
     width = problem.seqlen_k
     if "prefix_lens" not in problem.features:
         width = mask_width(problem.seqlen_q, width, problem.window_left, problem.window_right, problem.attention_chunk)
@@ -103,7 +108,7 @@ def _wave_efficiency(ctas: int, target_ctas: int) -> float:
 def _heads_per_section(problem: AttentionProblem, row: KernelRow, group: int, pack_gqa: bool, l2_bytes: int) -> int:
     if row.phase == "decode" or l2_bytes == 0:
         return 0  # decode reads every key once
-    bytes_per_head = problem.seqlen_k * (problem.head_dim + problem.head_dim_v) * ELEMENT_BYTES[row.dtype]
+    bytes_per_head = problem.seqlen_k * (problem.head_dim + problem.head_dim_v) * row.kv_element_bytes
     in_l2 = int(L2_SHARE * l2_bytes / max(1, bytes_per_head))
     everything = problem.num_heads_kv * problem.batch
     wanted = _portable_section(problem, row, in_l2) if row.family == "sm80" else _hopper_section(problem, in_l2)

@@ -36,7 +36,7 @@ BEFORE_SM100 = tuple(c for c in CAPABILITIES if c < (10, 0))
 DTYPES = ("bf16", "fp16")
 #: What ends the id of a row of each dtype a kernel can take.
 ID_SUFFIXES = {"bf16": "bf16", "fp16": "fp16", "float8_e4m3fn": "e4m3"}
-#: Bytes of an element of q, k and v.
+#: Bytes of an element of q, or of k and v.
 ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "float8_e4m3fn": 1}
 
 #: What a call may ask of a kernel beyond dense attention. A row lists what it does.
@@ -60,6 +60,11 @@ FEATURES = (
 EXTRA_FEATURES = ("qv", "descale")
 #: Features that restrict which keys a query sees.
 MASK_FEATURES = ("causal", "window", "attention_chunk", "prefix_lens")
+
+
+def id_suffix(dtype: str, kv_dtype: str = "") -> str:
+    """What ends a row's id: its dtype, and that of K and V where it is another, as in ``bf16_kve4m3``."""
+    return ID_SUFFIXES[dtype] + (f"_kv{ID_SUFFIXES[kv_dtype]}" if kv_dtype else "")
 
 
 class Tile(NamedTuple):
@@ -166,18 +171,30 @@ class KernelRow(NamedTuple):
     direction: str  # "forward"
     phase: str  # "prefill": many query rows; "decode": at most tile_m packed rows are worth it
     capabilities: tuple[tuple[int, int], ...]
-    dtype: str
+    dtype: str  # of q
     head_dim: int  # the largest it takes
     head_dim_v: int  # the largest it takes
     smem_limit: int
     tile: Tile | HopperTile | WideTile | Fp8Tile | AbsorbedTile
     features: tuple[str, ...]
     requires: tuple[str, ...] = ()  # features without which a call is not for this kernel
+    kv_dtype: str = ""  # of k and v where it is not dtype
 
     @property
     def name(self) -> str:
-        """The id without the dtype: what rows that differ in dtype only share. An 8-bit row differs in more."""
-        return self.id if ELEMENT_BYTES[self.dtype] == 1 else self.id.removesuffix(f"_{ID_SUFFIXES[self.dtype]}")
+        """The id without the dtype: what rows that differ in dtype only share.
+
+        Rows of 8-bit q differ in more, and so do those of another dtype of K and V: ``d64_bf16_kve4m3`` and
+        ``d64_fp16_kve4m3`` share ``d64_kve4m3``.
+        """
+        if ELEMENT_BYTES[self.dtype] == 1:
+            return self.id
+        suffix = id_suffix(self.dtype, self.kv_dtype)
+        return self.id.removesuffix(f"_{suffix}") + suffix.removeprefix(ID_SUFFIXES[self.dtype])
+
+    @property
+    def kv_element_bytes(self) -> int:
+        return ELEMENT_BYTES[self.kv_dtype or self.dtype]
 
     @property
     def template(self) -> Template:

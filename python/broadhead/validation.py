@@ -14,9 +14,14 @@ from .errors import InvalidArgumentError, InvalidTypeError
 INT32_MAX = 2**31 - 1
 MAX_SPLITS = 128
 MAX_NUM_HEADS = 65535  # grid dimensions of a launch
+#: Cuts of a sequence lie between whole tiles of keys.
+TOKENS_PER_SPLIT_STEP = 64
+MAX_TOKENS_PER_SPLIT = 1 << 30  # longer than any sequence
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+#: Queries of these dtypes also attend over keys and values of float8_e4m3fn.
+QUERY_DTYPES_OF_E4M3_KEYS = (torch.bfloat16, torch.float16)
 BACKENDS = (None, "cuda", "torch")
 
 
@@ -129,6 +134,49 @@ def check_attention_tensor(function: str, name: str, value: object, ranks: Seque
 def check_same_dtype(function: str, name: str, value: Tensor, dtype: torch.dtype) -> None:
     if value.dtype != dtype:
         raise InvalidTypeError(f"{function}: {name} must have the dtype of q, {dtype}, got {value.dtype}")
+
+
+def keys_fit_queries(kv_dtype: torch.dtype, q_dtype: torch.dtype) -> bool:
+    """Whether queries of ``q_dtype`` attend over keys and values of ``kv_dtype``."""
+    return kv_dtype == q_dtype or (kv_dtype == torch.float8_e4m3fn and q_dtype in QUERY_DTYPES_OF_E4M3_KEYS)
+
+
+def check_key_dtypes(function: str, name_k: str, k: Tensor, name_v: str, v: Tensor, q_dtype: torch.dtype) -> None:
+    """k of the dtype of q, or of float8_e4m3fn under 16-bit q; v of the dtype of k."""
+    if not keys_fit_queries(k.dtype, q_dtype):
+        raise InvalidTypeError(
+            f"{function}: {name_k} must have the dtype of q, {q_dtype}, or, with bf16 or fp16 q, torch.float8_e4m3fn,"
+            f" got {k.dtype}"
+        )
+    if v.dtype != k.dtype:
+        raise InvalidTypeError(f"{function}: {name_v} must have the dtype of {name_k}, {k.dtype}, got {v.dtype}")
+
+
+def check_descale(
+    function: str, name: str, value: object, batch: int, num_heads_kv: int, device: torch.device
+) -> Tensor:
+    """fp32 factors of 8-bit values, one for each sequence and KV head; any strides, 0 among them."""
+    factors = check_tensor(function, name, value, "an fp32 tensor of shape (batch, heads_kv)")
+    if factors.dtype != torch.float32:
+        raise InvalidTypeError(f"{function}: {name} must be fp32, got {factors.dtype}")
+    check_shape(function, name, factors, (batch, num_heads_kv), "(batch, heads_kv)")
+    check_device(function, name, factors, device)
+    return factors
+
+
+def check_tokens_per_split(function: str, tokens_per_split: object, num_splits: int) -> int:
+    """0 (off) or a multiple of TOKENS_PER_SPLIT_STEP, which leaves no say to ``num_splits``."""
+    tokens = check_int(function, "tokens_per_split", tokens_per_split, 0, MAX_TOKENS_PER_SPLIT)
+    if tokens % TOKENS_PER_SPLIT_STEP:
+        raise InvalidArgumentError(
+            f"{function}: tokens_per_split must be 0 (off) or a multiple of {TOKENS_PER_SPLIT_STEP}, got {tokens}"
+        )
+    if tokens and num_splits > 1:
+        raise InvalidArgumentError(
+            f"{function}: tokens_per_split={tokens} fixes where every sequence is cut, and num_splits={num_splits} asks"
+            " for a number of splits: pass one of them (with tokens_per_split, num_splits is 0, or 1 for no cut)"
+        )
+    return tokens
 
 
 def check_shape(function: str, name: str, value: Tensor, shape: Sequence[int], spelled: str) -> None:

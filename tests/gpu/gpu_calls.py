@@ -67,7 +67,7 @@ def row_cases(masks: dict[str, dict], rows: tuple = ARCH_ROWS) -> list:
 
 def column_step(row: support.KernelRow) -> int:
     """Columns of 16 bytes: what the row's head dims must be multiples of."""
-    return 16 // support.ELEMENT_BYTES[row.dtype]
+    return 16 // row.kv_element_bytes
 
 
 def row_id(row: support.KernelRow) -> str:
