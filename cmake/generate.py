@@ -99,7 +99,7 @@ def instantiation(unit: Unit) -> str:
         values = ", ".join(str(value) for value in (*head_dims, *row.tile, row.smem_limit))
         parts += [
             "",
-            f"using Traits_{row.id} = {row.template.traits}<{ELEMENTS[row.dtype]}, {values}>;",
+            f"using Traits_{row.id} = {row.template.traits}<{element_of(row)}, {values}>;",
             f"static_assert(sizeof(Traits_{row.id}::SharedStorage) <= {row.smem_limit});",
             f"extern const int shared_memory_{row.id} = sizeof(Traits_{row.id}::SharedStorage);",
             f"{launcher_of(row)} {{",
@@ -107,6 +107,11 @@ def instantiation(unit: Unit) -> str:
             "}",
         ]
     return "\n".join([*parts, "", "}  // namespace broadhead", ""])
+
+
+def element_of(row) -> str:
+    """The C++ type that the traits of a row are made for."""
+    return ELEMENTS[(row.kv_dtype or row.dtype) if row.template.of_kv_dtype else row.dtype]
 
 
 def registry(units: list[Unit], archs: list[str]) -> str:

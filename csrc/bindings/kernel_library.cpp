@@ -143,8 +143,13 @@ const Kernel& find_kernel(const char* id) {
   if (!library->error.empty()) throw BindingError(name + ": " + library->error);
   for (std::size_t index = 0; index < library->kernels.size(); ++index) {
     if (library->kernels[index] == name) {
-      const ElementType dtype = dtype_of(name);
-      const Kernel kernel{library, static_cast<int>(index), dtype, out_dtype_of(dtype)};
+      // "..._bf16_kve4m3": q is bf16, k and v are e4m3.
+      constexpr char kKv[] = "_kv";
+      const std::size_t kv = name.rfind(kKv);
+      const ElementType dtype = dtype_of(name.substr(0, kv));
+      const ElementType kv_dtype = kv == std::string::npos ? dtype : dtype_of("_" + name.substr(kv + sizeof(kKv) - 1));
+      const bool is_decode = name.find("_decode_") != std::string::npos;
+      const Kernel kernel{library, static_cast<int>(index), dtype, kv_dtype, out_dtype_of(dtype), is_decode};
       return kernels->emplace(name, kernel).first->second;
     }
   }

@@ -26,8 +26,10 @@ struct KernelLibrary {
 struct Kernel {
   const KernelLibrary* library;
   int index;
-  ElementType dtype;      // of q, k and v
+  ElementType dtype;      // of q
+  ElementType kv_dtype;   // of k and v
   ElementType out_dtype;  // that of q, bf16 for 8-bit q
+  bool is_decode;         // lays its workspace out itself
 };
 
 // Where libraries are looked for: BROADHEAD_KERNEL_LIB_DIR when set, else the directory of the module.

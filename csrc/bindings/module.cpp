@@ -69,8 +69,8 @@ void forward(ArgumentReader& reader) {
   const Kernel& kernel = find_kernel(reader.text());
   const py::handle like = reader.peek();
   const TensorView q = reader.tensor("q", kernel.dtype);
-  const TensorView k = reader.tensor("k", kernel.dtype);
-  const TensorView v = reader.tensor("v", kernel.dtype);
+  const TensorView k = reader.tensor("k", kernel.kv_dtype);
+  const TensorView v = reader.tensor("v", kernel.kv_dtype);
   const TensorView out = reader.tensor("out", kernel.out_dtype, q.ndim());
   for (const auto& [tensor, name] :
        {std::pair(&q, "q"), std::pair(&k, "k"), std::pair(&v, "v"), std::pair(&out, "out")}) {
@@ -178,9 +178,17 @@ void forward(ArgumentReader& reader) {
   params.metadata_tag = reader.integer("metadata_tag");
   params.heads_per_section = reader.integer("heads_per_section");
   params.max_blocks = reader.integer("max_blocks");
+  params.cell_blocks = reader.integer("cell_blocks");
+  params.q_dtype = kernel.dtype == ElementType::kFloat8E4M3 ? kE4m3
+                   : kernel.dtype == ElementType::kFloat16  ? kFp16
+                                                            : kBf16;
+  if (out_partial.present()) {
+    reader.require(contiguous(out_partial), "out_partial", "contiguous", out_partial);
+    params.workspace_bytes = out_partial.numel() * static_cast<std::int64_t>(sizeof(float));
+  }
 
   std::int64_t needed = 0;  // of out_partial
-  if (params.num_splits > 1) {
+  if (params.num_splits > 1 && !kernel.is_decode) {
     // One allocation may serve both: without lse_partial it follows the outputs in out_partial.
     const std::int64_t lse_count = params.num_splits * params.num_heads_q * params.total_q;
     const std::int64_t out_count = lse_count * params.head_dim_v;
@@ -197,7 +205,7 @@ void forward(ArgumentReader& reader) {
     }
   }
   // A buffer that is larger than the splits need ends with the scratch of kernels that count their tiles.
-  if (out_partial.present() && contiguous(out_partial) && out_partial.numel() > needed) {
+  if (out_partial.present() && out_partial.numel() > needed) {
     params.tile_counter = reinterpret_cast<std::int32_t*>(out_partial.as<float>() + out_partial.numel() - 1);
   }
 
@@ -365,7 +373,7 @@ PyMethodDef method(const char* doc) {
 
 // The module keeps pointers to these. Signatures: python/broadhead/_C.pyi.
 PyMethodDef methods[] = {
-    method<kForward, &forward, 35>("Launches one forward kernel by its row id."),
+    method<kForward, &forward, 36>("Launches one forward kernel by its row id."),
     method<kSchedulerMetadata, &scheduler_metadata, 21>("Fills scheduler metadata on the device."),
     method<kCombine, &combine, 5>("Merges partial results into one."),
     {"signature", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&signature)), METH_FASTCALL,

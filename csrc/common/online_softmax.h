@@ -65,13 +65,14 @@ struct OnlineSoftmax {
     for (int i = 0; i < kRows; ++i) {
       const int m = i / 2, c = (i % 2) * 2;
       const float offset = row_max[i] == -INFINITY ? 0.f : row_max[i] * scale_log2;
-      float sum = 0.f;
       BROADHEAD_UNROLL
       for (int n = kFirst; n < kFirst + kCount; ++n) {
         s[m][n][c] = exp2(fmaf(s[m][n][c], scale_log2, -offset));
         s[m][n][c + 1] = exp2(fmaf(s[m][n][c + 1], scale_log2, -offset));
-        sum += s[m][n][c] + s[m][n][c + 1];
       }
+      float sum = s[m][kFirst][c] + s[m][kFirst][c + 1];
+      BROADHEAD_UNROLL
+      for (int n = kFirst + 1; n < kFirst + kCount; ++n) sum += s[m][n][c] + s[m][n][c + 1];
       row_sum[i] += sum;
     }
   }

@@ -18,7 +18,9 @@ struct PartSlots {
   int step;
   int parts;
 
-  BROADHEAD_DEVICE long long at(int part) const { return part == 0 ? first : rest + static_cast<long long>(part - 1) * step; }
+  BROADHEAD_DEVICE long long at(int part) const {
+    return part == 0 ? first : rest + static_cast<long long>(part - 1) * step;
+  }
 };
 
 // Parts of the tile that block `block` of the decode grid began, and that goes on: up to the first block behind it that

@@ -65,6 +65,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   Loader<Traits> loader(params, smem);
   constexpr int kBlocksAhead = Traits::kStages / 2;
   const std::uint32_t ring = kept(smem_address(smem.ring[warp]));
+  const std::uint32_t k_lane = kept(k_lane_offset<Traits>(lane));
+  const std::uint32_t v_lane = kept(v_lane_offset<Traits>(lane));
   int read = 0;  // offset of the stage whose turn it is
   // `others`: as many slices as usual are on their way besides the next; else all are waited for.
   const auto next_stage = [&](bool others) {
@@ -130,10 +132,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
       const bool full = loader.ahead() == kBlocksAhead;
       const std::uint32_t k = next_stage(full);
       const bool issued = loader.issue_k(queue.found);
-      qk_gemm<Traits>(s, q_registers, q, k, lane);
+      qk_gemm<Traits>(s, q_registers, q, k + k_lane);
       if constexpr (Traits::kColGroups > 1) {
         add_scores<Traits>(s, smem, buffer, group, warp, lane);
-        if constexpr (Traits::kScoreBuffers == 2) buffer ^= 1;  // the other warps may still read this one; the barrier of the next block is behind that
+        if constexpr (Traits::kScoreBuffers == 2)
+          buffer ^= 1;  // the other warps may still read this one; the barrier of the next block is behind that
       }
       if (__builtin_expect(transform, 0)) {
         const ScoreScale scale = smem.tile.scale;
@@ -167,7 +170,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
       softmax.template exponentiate<0, Traits::kMmaN>(s, scale_log2, [](float x) { return exp2_approx(x); });
       const std::uint32_t v = next_stage(full && issued);
       if (issued) loader.issue_v();
-      pv_gemm<Traits>(o, s, v, lane);
+      pv_gemm<Traits>(o, s, v + v_lane);
       loader.block_done();
     }
     write_item<Traits>(params, workspace, item, smem, o, softmax);

@@ -49,10 +49,20 @@ BROADHEAD_DEVICE std::uint32_t q_lane_address(const typename Traits::SharedStora
 template <class Traits>
 using QFragments = std::uint32_t[Traits::kQInRegisters ? Traits::kSteps : 1][Traits::kMmaM][4];
 
-// S = Q K^T over the warp's columns of a slice of K.
+// What a lane adds to the address of a slice: for the B fragments of K, two units of 16 keys, and of V (transposed).
+template <class Traits>
+BROADHEAD_DEVICE std::uint32_t k_lane_offset(int lane) {
+  return slice_offset<Traits>((lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1);
+}
+template <class Traits>
+BROADHEAD_DEVICE std::uint32_t v_lane_offset(int lane) {
+  return slice_offset<Traits>(lane & 15, lane >> 4);
+}
+
+// S = Q K^T over the warp's columns of a slice of K; `k` is the lane's address.
 template <class Traits>
 BROADHEAD_DEVICE void qk_gemm(float (&s)[Traits::kMmaM][Traits::kMmaN][4], const QFragments<Traits>& q_registers,
-                              std::uint32_t q, std::uint32_t k, int lane) {
+                              std::uint32_t q, std::uint32_t k) {
   using Element = typename Traits::Element;
   BROADHEAD_UNROLL
   for (int m = 0; m < Traits::kMmaM; ++m) {
@@ -61,7 +71,6 @@ BROADHEAD_DEVICE void qk_gemm(float (&s)[Traits::kMmaM][Traits::kMmaN][4], const
   }
   // One load brings 16 keys x two units of 16 bytes: one step of 16-bit K, two of 8-bit K.
   constexpr int kStepsPerLoad = Traits::k8Bit ? 2 : 1;
-  k += slice_offset<Traits>((lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1);
   BROADHEAD_UNROLL
   for (int load = 0; load < Traits::kSteps / kStepsPerLoad; ++load) {
     std::uint32_t a[kStepsPerLoad][Traits::kMmaM][4];
@@ -118,13 +127,12 @@ BROADHEAD_DEVICE void pack_p(std::uint32_t (&p)[Traits::kMmaM][4], const float (
   }
 }
 
-// O += P V over the warp's columns of a slice of V.
+// O += P V over the warp's columns of a slice of V; `v` is the lane's address.
 template <class Traits>
 BROADHEAD_DEVICE void pv_gemm(float (&o)[Traits::kMmaM][Traits::kOTiles][4],
-                              const float (&s)[Traits::kMmaM][Traits::kMmaN][4], std::uint32_t v, int lane) {
+                              const float (&s)[Traits::kMmaM][Traits::kMmaN][4], std::uint32_t v) {
   using Element = typename Traits::Element;
   constexpr int kTilesPerLoad = Traits::k8Bit ? 4 : 2;
-  v += slice_offset<Traits>(lane & 15, lane >> 4);
   BROADHEAD_UNROLL
   for (int step = 0; step < Traits::kKeys / 16; ++step) {
     std::uint32_t p[Traits::kMmaM][4];

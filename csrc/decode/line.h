@@ -1,5 +1,6 @@
-// The line of work: the key blocks of all (sequence, head, query tile), one after the other, cut among the blocks of the
-// grid. Every block plans for itself from the lengths on the device, so no buffer that a host prepared can be wrong.
+// The line of work: the key blocks of all (sequence, head, query tile), one after the other, cut among the blocks of
+// the grid. Every block plans for itself from the lengths on the device, so no buffer that a host prepared can be
+// wrong.
 //
 // A tile takes kTileCost positions and one for each key block. Balanced: all blocks own intervals of equal length, and
 // what a block owns of a tile is a part of it. In cells (params.cell_blocks > 0) every tile is cut at multiples of
@@ -24,12 +25,9 @@ BROADHEAD_HOST_DEVICE int heads_in_grid(const AttnParams& params) {
 }
 
 BROADHEAD_HOST_DEVICE AttentionMask make_mask(const AttnParams& params, const SeqlenInfo& seqlen, int batch) {
-  return {seqlen.seqlen_q,
-          seqlen.seqlen_k,
-          params.window_left,
-          params.window_right,
-          params.attention_chunk,
-          params.prefix_lens ? min_int(params.prefix_lens[batch], seqlen.seqlen_k) : 0};
+  return {seqlen.seqlen_q,        seqlen.seqlen_k,
+          params.window_left,     params.window_right,
+          params.attention_chunk, params.prefix_lens ? min_int(params.prefix_lens[batch], seqlen.seqlen_k) : 0};
 }
 
 // The tiles of one sequence; every tile visits the same key blocks.

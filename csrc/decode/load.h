@@ -27,12 +27,12 @@ class Loader {
         smem_(smem),
         page_size_(params.page_size),
         target_(kept(smem_address(smem.ring[warp()]) + slice_offset<Traits>(first_row(), unit()))),
-        end_of_ring_(target_ + Traits::kStages * Traits::kStageBytes),
-        k_cols_(params.head_dim - first_col()),
-        v_cols_(params.head_dim_v - first_col()) {}
+        end_of_ring_(kept(target_ + Traits::kStages * Traits::kStageBytes)),
+        k_cols_(kept(params.head_dim - first_col())),
+        v_cols_(kept(params.head_dim_v - first_col())) {}
 
-  // Copies the slice of K of the next key block, as one cp.async group of every lane; false when no block is known. Items
-  // up to `found` are. A slice of V, of the same block, must follow.
+  // Copies the slice of K of the next key block, as one cp.async group of every lane; false when no block is known.
+  // Items up to `found` are. A slice of V, of the same block, must follow.
   BROADHEAD_DEVICE bool issue_k(int found) {
     if (__builtin_expect(block_ >= block_end_, 0) && !find_block(found)) return false;
     resolve_block();
@@ -64,7 +64,9 @@ class Loader {
   BROADHEAD_DEVICE static int key_group() { return warp() % Traits::kKeyGroups; }
   BROADHEAD_DEVICE static int unit() { return lane() % kLanesPerRow; }
   BROADHEAD_DEVICE static int first_row() { return lane() / kLanesPerRow; }
-  BROADHEAD_DEVICE static int first_col() { return warp() / Traits::kKeyGroups * Traits::kCols + unit() * kUnitElements; }
+  BROADHEAD_DEVICE static int first_col() {
+    return warp() / Traits::kKeyGroups * Traits::kCols + unit() * kUnitElements;
+  }
   BROADHEAD_DEVICE const KvSource<KvElement>& source() const { return smem_.source[warp()]; }
 
   BROADHEAD_DEVICE void advance() {
@@ -84,34 +86,34 @@ class Loader {
       block_end_ = item.range.end;
     } while (block_ >= block_end_);
     __syncwarp();  // all lanes have read the source of the item before
-    if (lane() == 0) set_source(item);
+    if (lane() == 0) set_source(params_, item);
     __syncwarp();
     const KvSource<KvElement>& from = source();
     // Key blocks without a dead key; none where the rows of a block may lie in several pages.
-    const bool even = from.table == nullptr ||
-                      (page_size_.size % Traits::kKeys == 0 && from.leftpad % Traits::kKeys == 0);
+    const bool even =
+        from.table == nullptr || (page_size_.size % Traits::kKeys == 0 && from.leftpad % Traits::kKeys == 0);
     even_begin_ = even ? ceil_div(from.live.begin, Traits::kKeys) : 0;
     even_end_ = even ? from.live.end / Traits::kKeys : 0;
     page_ = load_page();
     return true;
   }
 
-  BROADHEAD_DEVICE void set_source(const LineItem& item) {
+  BROADHEAD_DEVICE void set_source(const AttnParams& params, const LineItem& item) {
     KvSource<KvElement>& source = smem_.source[warp()];
-    const SeqlenInfo seqlen = make_seqlen_info(params_, item.batch);
-    const AttentionMask mask = make_mask(params_, seqlen, item.batch);
-    const RowMap rows{item.m_block * Traits::kTileM, rows_per_token(params_), 0};
+    const SeqlenInfo seqlen = make_seqlen_info(params, item.batch);
+    const AttentionMask mask = make_mask(params, seqlen, item.batch);
+    const RowMap rows{item.m_block * Traits::kTileM, rows_per_token(params), 0};
     source.live = mask.tile_interval(rows.token(0), min_int(rows.token(Traits::kTileM - 1), seqlen.seqlen_q - 1));
     source.prefix_len = mask.prefix_len;
     source.leftpad = static_cast<int>(seqlen.row_k);
-    const bool paged = params_.page_table != nullptr;
+    const bool paged = params.page_table != nullptr;
     const std::int64_t batch_k = seqlen.batch_k;
-    source.table = paged ? params_.page_table + batch_k * params_.page_table_batch_stride : nullptr;
-    const int head = params_.pack_gqa ? item.head : item.head / (params_.num_heads_q / params_.num_heads_kv);
-    source.k = static_cast<const KvElement*>(params_.k) + head * params_.k_strides.head +
-               (paged ? 0 : batch_k * params_.k_strides.batch + seqlen.row_k * params_.k_strides.row);
-    source.v = static_cast<const KvElement*>(params_.v) + head * params_.v_strides.head +
-               (paged ? 0 : batch_k * params_.v_strides.batch + seqlen.row_k * params_.v_strides.row);
+    source.table = paged ? params.page_table + batch_k * params.page_table_batch_stride : nullptr;
+    const int head = params.pack_gqa ? item.head : item.head / (params.num_heads_q / params.num_heads_kv);
+    source.k = static_cast<const KvElement*>(params.k) + head * params.k_strides.head +
+               (paged ? 0 : batch_k * params.k_strides.batch + seqlen.row_k * params.k_strides.row);
+    source.v = static_cast<const KvElement*>(params.v) + head * params.v_strides.head +
+               (paged ? 0 : batch_k * params.v_strides.batch + seqlen.row_k * params.v_strides.row);
   }
 
   BROADHEAD_DEVICE bool is_even() const { return block_ >= even_begin_ && block_ < even_end_; }
@@ -129,7 +131,6 @@ class Loader {
     return __ldg(from.table + page_size_.page(from.leftpad + key));
   }
 
-
   // Where the keys of the block lie; then on to the next block, whose table entry is asked for.
   BROADHEAD_DEVICE void resolve_block() {
     const KvSource<KvElement>& from = source();
@@ -142,10 +143,15 @@ class Loader {
       slot += from.leftpad;
       slot -= page_size_.page(slot) * page_size_.size;
     }
-    k_row_ = from.k + page_ * (page_size_.size != 0 ? params_.k_strides.batch : 0) + slot * params_.k_strides.row;
-    v_row_ = from.v + page_ * (page_size_.size != 0 ? params_.v_strides.batch : 0) + slot * params_.v_strides.row;
+    k_row_ = from.k + place(params_.k_strides, slot);
+    v_row_ = from.v + place(params_.v_strides, slot);
     block_ += Traits::kKeyGroups;
     page_ = load_page();
+  }
+
+  // A key of the block's page (page 0 when not paged); neither number is negative for a key that is alive.
+  BROADHEAD_DEVICE long long place(const TensorStrides& strides, int slot) const {
+    return static_cast<unsigned>(page_) * strides.batch + static_cast<unsigned>(slot) * strides.row;
   }
 
   // `row`: of the block's first key, or of the lane's.

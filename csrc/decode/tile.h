@@ -26,8 +26,8 @@ BROADHEAD_DEVICE void set_tile(const AttnParams& params, const LineItem& item, f
   };
   float scale = params.softmax_scale;
   if constexpr (Traits::k8Bit) {
-    scale *= descale(params.q_descale, params.q_descale_strides) *
-             descale(params.k_descale, params.k_descale_strides) / q_scale;
+    scale *= descale(params.q_descale, params.q_descale_strides) * descale(params.k_descale, params.k_descale_strides) /
+             q_scale;
     tile.scale.v_factor = descale(params.v_descale, params.v_descale_strides);
   }
   tile.scale.set(scale, params.softcap);
@@ -66,7 +66,7 @@ struct QTile {
   static constexpr int kUnits = Traits::kHeadDim / 8;  // in a row
   static constexpr int kEach = ceil_div(Traits::kTileM * kUnits, Traits::kThreads);
   // Q is read while nothing else needs registers; a large tile is copied a piece at a time.
-  static constexpr bool kInRegisters = Traits::kTileM == 16;
+  static constexpr bool kInRegisters = kEach <= 4 && Traits::kTileM == 16;
   uint4 values[kInRegisters ? kEach : 1];
 
   BROADHEAD_DEVICE void read(const AttnParams& params, const LineItem& item) {
@@ -156,8 +156,8 @@ struct QTile {
     asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(base + q_offset<Traits>(row, first) + half), "r"(value.x),
                  "r"(value.z)
                  : "memory");
-    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(base + q_offset<Traits>(row, first + 1) + half),
-                 "r"(value.y), "r"(value.w)
+    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(base + q_offset<Traits>(row, first + 1) + half), "r"(value.y),
+                 "r"(value.w)
                  : "memory");
   }
 };
@@ -270,8 +270,7 @@ BROADHEAD_DEVICE void write_item(const AttnParams& params, const Workspace& work
       float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
       BROADHEAD_UNROLL
       for (int g = 0; g < Traits::kKeyGroups; ++g) {
-        const float4 x =
-            *reinterpret_cast<const float4*>(&smem.merge[col_group * Traits::kKeyGroups + g][row][quad]);
+        const float4 x = *reinterpret_cast<const float4*>(&smem.merge[col_group * Traits::kKeyGroups + g][row][quad]);
         sum.x += x.x;
         sum.y += x.y;
         sum.z += x.z;

@@ -21,8 +21,8 @@ struct DecodeTile {
   ScoreScale scale;
 };
 
-template <class KvElement_, int kHeadDim_, int kTileM_, int kKeys_, int kWarps_, int kKeyGroups_,
-          int kStages_, int kMinBlocks_, int kSmemLimit_>
+template <class KvElement_, int kHeadDim_, int kTileM_, int kKeys_, int kWarps_, int kKeyGroups_, int kStages_,
+          int kMinBlocks_, int kSmemLimit_>
 struct DecodeTraits {
   using KvElement = KvElement_;  // of K and V in memory
   static constexpr bool k8Bit = sizeof(KvElement) == 1;
@@ -53,8 +53,8 @@ struct DecodeTraits {
   // Fragments of Q stay in registers when O leaves room for them.
   static constexpr bool kQInRegisters = kMmaM == 1;
 
-  // Columns of O that the warps exchange at a time at a tile's end; a row is 8 words longer, so that the float2 stores of
-  // four rows fall into different banks.
+  // Columns of O that the warps exchange at a time at a tile's end; a row is 8 words longer, so that the float2 stores
+  // of four rows fall into different banks.
   static constexpr int kMergeCols = kTileM == 16 && kColGroups == 1 && kWarps == 4 ? 32 : 16;
   static constexpr int kMergePitch = kMergeCols + 8;
   // With two buffers the warps of a key group meet once a key block, with one (32 keys: for want of room) twice.
@@ -92,8 +92,16 @@ BROADHEAD_DEVICE std::uint32_t kept(std::uint32_t x) {
   return x;
 }
 
-// Byte offset of 16-byte unit `unit` of row `row` in a stage; swizzled so that eight rows of one unit, which an ldmatrix
-// reads, and the units of a row, which cp.async writes, fall into different banks.
+// The same arguments, through a pointer that the compiler knows nothing of: what rare code reads this way is not loaded
+// ahead of it, in every pass of the loop around it.
+BROADHEAD_DEVICE const AttnParams& rarely(const AttnParams& params) {
+  const AttnParams* pointer = &params;
+  asm volatile("" : "+l"(pointer));
+  return *pointer;
+}
+
+// Byte offset of 16-byte unit `unit` of row `row` in a stage; swizzled so that eight rows of one unit, which an
+// ldmatrix reads, and the units of a row, which cp.async writes, fall into different banks.
 template <class Traits>
 BROADHEAD_DEVICE int slice_offset(int row, int unit) {
   constexpr int kUnits = Traits::kSubtileBytes / 16;

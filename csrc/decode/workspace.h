@@ -6,8 +6,8 @@
 
 namespace broadhead::decode {
 
-// Balanced: block g has two slots, 2 g for a tile that began before its interval and 2 g + 1 for the first part of a tile
-// that goes on behind it. In cells: a slot for each cell of each tile, tiles in dense order.
+// Balanced: block g has two slots, 2 g for a tile that began before its interval and 2 g + 1 for the first part of a
+// tile that goes on behind it. In cells: a slot for each cell of each tile, tiles in dense order.
 struct BlockParts {
   int batch;  // of the split tile whose first part block g computes; -1: there is none
   int head;

@@ -37,8 +37,8 @@ struct AttnParams {
   void* out;              // [B, Sq, Hq, Dv] or [T, Hq, Dv], dtype of q
   float* softmax_lse;     // [B, Hq, Sq] or [Hq, T], natural log; nullable: not wanted
   float* out_partial;     // [num_splits, Hq, R, Dv] contiguous fp32; nullable when num_splits == 1. Decode kernels:
-                          // workspace_bytes of scratch that they lay out themselves (decode/workspace.h)
-  float* lse_partial;     // [num_splits, Hq, R] contiguous fp32, natural log; nullable when num_splits == 1
+                       // workspace_bytes of scratch that they lay out themselves (decode/workspace.h)
+  float* lse_partial;  // [num_splits, Hq, R] contiguous fp32, natural log; nullable when num_splits == 1
   TensorStrides q_strides;
   TensorStrides k_strides;
   TensorStrides v_strides;
@@ -57,13 +57,13 @@ struct AttnParams {
 
   const std::int32_t* cu_seqlens_q;  // [B + 1], nullable: dense q
   const std::int32_t* cu_seqlens_k;  // [B + 1], nullable: dense or paged k
-  const std::int32_t* seqused_q;     // [B], nullable
-  const std::int32_t* seqused_k;     // [B], nullable
-  const std::int32_t* leftpad_k;     // [B], nullable: keys [leftpad, seqused) of the cache are the sequence
+  const std::int32_t* seqused_q;  // [B], nullable
+  const std::int32_t* seqused_k;  // [B], nullable
+  const std::int32_t* leftpad_k;  // [B], nullable: keys [leftpad, seqused) of the cache are the sequence
   const std::int32_t* kv_batch_idx;  // [B], nullable: row of the cache (or of the page table) for sequence b
-  const std::int32_t* page_table;    // [B or more, max_pages], nullable
-  const std::int32_t* prefix_lens;   // [B], nullable
-  const void* sinks;                 // [Hq] fp32, or dtype of q when sinks_are_fp32 == 0; nullable
+  const std::int32_t* page_table;  // [B or more, max_pages], nullable
+  const std::int32_t* prefix_lens;  // [B], nullable
+  const void* sinks;  // [Hq] fp32, or dtype of q when sinks_are_fp32 == 0; nullable
   const std::int32_t* scheduler_metadata;  // nullable; layout in common/scheduler_metadata.h
   std::int64_t page_table_batch_stride;
   std::int32_t* tile_counter;  // [1] scratch, cleared by the launcher; nullable for kernels that launch a block a tile

@@ -56,6 +56,7 @@ def forward(
     metadata_tag: int,
     heads_per_section: int,
     max_blocks: int,
+    cell_blocks: int,
     stream: int,
     /,
 ) -> None: ...

@@ -11,7 +11,9 @@ from . import native
 from .dispatch import MetadataConfig, Plan
 from .errors import KernelError
 from .metadata import CURRENT_STREAM, check_identity
-from .problem import AttentionArgs, CheckedCall, out_dtype
+from .problem import AttentionArgs, AttentionProblem, CheckedCall, out_dtype
+from .schedule import Schedule
+from .support import KernelRow
 
 
 class Launch(NamedTuple):
@@ -22,7 +24,8 @@ class Launch(NamedTuple):
     out_shape: tuple[int, ...]
     out_dtype: torch.dtype
     lse_shape: tuple[int, ...]
-    # fp32 of the splits' partial outputs and LSE in one buffer, and the counter of kernels that need one at its end.
+    # fp32 of the splits' partial outputs and LSE in one buffer, and the counter of kernels that need one at its end; or
+    # the workspace of a decode kernel.
     partial_size: int  # 0: one split, no counter
     zero_out: bool  # rows exist that no sequence may own: an output allocated here is cleared first
     seqlen_k: int
@@ -35,6 +38,23 @@ class Launch(NamedTuple):
     dispatch: tuple[str, str | None, str]
 
 
+#: Tokens that AttnParams::cell_blocks counts in.
+CELL_TOKENS = 64
+#: What csrc/decode/workspace.h keeps of a block besides its partial results, in fp32.
+BLOCK_PARTS_SIZE = 4
+
+
+def _decode_workspace(problem: AttentionProblem, row: KernelRow, schedule: Schedule) -> int:
+    """fp32 elements of the workspace of a decode kernel: csrc/decode/workspace.h."""
+    slot = min(row.tile.tile_m, problem.seqlen_q * schedule.rows_per_token) * (problem.head_dim_v + 1)
+    if schedule.tokens_per_split:
+        cells = -(-problem.seqlen_k // schedule.tokens_per_split)
+        return problem.batch * schedule.heads_in_grid * schedule.m_blocks * cells * slot if cells > 1 else 0
+    if schedule.num_splits == 1:
+        return 0
+    return schedule.target_ctas * (BLOCK_PARTS_SIZE + 2 * slot)
+
+
 def make_launch(args: AttentionArgs, call: CheckedCall, plan: Plan) -> Launch:
     """The Launch of a validated call for which ``plan`` has a row."""
     assert plan.row is not None and plan.schedule is not None
@@ -43,7 +63,10 @@ def make_launch(args: AttentionArgs, call: CheckedCall, plan: Plan) -> Launch:
     packed = args.cu_seqlens_q is not None
     heads = problem.num_heads_q
     splits = schedule.num_splits
-    partial_size = splits * heads * call.total_q * (problem.head_dim_v + 1) if splits > 1 else 0
+    if plan.row.phase == "decode":
+        partial_size = _decode_workspace(problem, plan.row, schedule)
+    else:
+        partial_size = splits * heads * call.total_q * (problem.head_dim_v + 1) if splits > 1 else 0
     return Launch(
         kernel_id=plan.row.id,
         device=q.device,
@@ -66,6 +89,7 @@ def make_launch(args: AttentionArgs, call: CheckedCall, plan: Plan) -> Launch:
             plan.metadata_tag,
             schedule.heads_per_section,
             schedule.max_blocks,
+            schedule.tokens_per_split // CELL_TOKENS,
             CURRENT_STREAM,
         ),
         config=plan.metadata_config,

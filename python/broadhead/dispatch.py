@@ -66,6 +66,15 @@ def phase_of(problem: AttentionProblem) -> str:
     return "decode" if problem.seqlen_q * group <= DECODE_MAX_ROWS else "prefill"
 
 
+def _tile_fit(row: KernelRow, problem: AttentionProblem) -> tuple[int, int]:
+    """Orders rows that are alike but for their tiles: the wanted phase comes first, then the least padded columns of
+    both products, then this, then the table's order. Decode: the fewest tiles, then the smallest."""
+    if row.phase != "decode":
+        return 0, 0
+    query_rows = problem.seqlen_q * (problem.num_heads_q // problem.num_heads_kv)
+    return -(-query_rows // row.tile.tile_m), row.tile.tile_m
+
+
 def dtypes_text(dtype: str, kv_dtype: str) -> str:
     """The dtypes of a row or a problem in words: that of k and v only where it is another."""
     return f"{dtype} over {kv_dtype} k and v" if kv_dtype else dtype
@@ -204,8 +213,7 @@ def _head_dims(problem: AttentionProblem) -> str:
 
 def _decide(problem: AttentionProblem, device: DeviceDescription, build: BuildDescription) -> Plan:
     phase = phase_of(problem)
-    # The wanted phase first, then the least padded columns of both products; the table's order breaks ties.
-    rows = sorted(ROWS, key=lambda row: (row.phase != phase, row.head_dim + row.head_dim_v))
+    rows = sorted(ROWS, key=lambda row: (row.phase != phase, row.head_dim + row.head_dim_v, _tile_fit(row, problem)))
     needed = _needed_features(problem)
     refusals = [Refusal("", reason) for reason in _general_refusals(problem, device)]
     general = bool(refusals)

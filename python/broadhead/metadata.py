@@ -92,7 +92,7 @@ def prepare(request: MetadataRequest, device: torch.device) -> Prepared:
             schedule.heads_in_grid,
             schedule.tile_m,
             plan.row.tile.tile_n,
-            schedule.num_splits,
+            max(1, schedule.num_splits),  # decode kernels plan for themselves: the device need not try
             schedule.target_ctas,
             plan.metadata_tag,
             CURRENT_STREAM,

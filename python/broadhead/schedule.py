@@ -11,10 +11,8 @@ from .problem import AttentionProblem
 from .support import MASK_FEATURES, KernelRow
 from .validation import MAX_SPLITS
 
-#: A split does at least this many key tiles. In decode a tile's latency outweighs the combine. PERF(H200, batch 1, 1024
-#: keys, head_dim 128: 2 splits of 4 tiles 19.8 us -> 8 splits of one 11.5 us).
-#: In prefill each split writes whole tiles of O.
-MIN_TILES_PER_SPLIT = {"decode": 1, "prefill": 4}
+#: A split does at least this many key tiles: each writes whole tiles of O.
+MIN_TILES_PER_SPLIT = 4
 #: A prefill grid that fills this share of the device is not split.
 FULL_GRID = 0.8
 #: The fewest splits whose wave efficiency reaches this share of the best are taken.
@@ -31,7 +29,9 @@ MAX_SECTION_HEADS = 4
 class Schedule(NamedTuple):
     """How one launch divides its work; what get_scheduler_metadata and the forward call must agree on."""
 
-    num_splits: int  # >= 1; with metadata the bound of each sequence; with tokens_per_split 1
+    # Prefill: >= 1; with metadata the bound of each sequence. Decode, whose kernels plan for themselves: the most parts of
+    # a tile, 0: any. With tokens_per_split 1.
+    num_splits: int
     pack_gqa: bool  # the query heads of one KV head share a tile
     heads_per_section: int  # heads whose K/V share the L2 at a time; 0: all
     rows_per_token: int  # query rows of one token in a tile
@@ -81,16 +81,18 @@ def plan_schedule(problem: AttentionProblem, row: KernelRow, device: DeviceDescr
 def _choose_splits(problem: AttentionProblem, row: KernelRow, ctas: int, target_ctas: int) -> int:
     if problem.tokens_per_split:
         return 1  # what follows looks at the batch
+    if row.phase == "decode":
+        return problem.num_splits
     width = problem.seqlen_k
     if "prefix_lens" not in problem.features:
         width = mask_width(problem.seqlen_q, width, problem.window_left, problem.window_right, problem.attention_chunk)
     key_tiles = max(1, ceil(width / row.tile.tile_n))
     if problem.num_splits > 0:
         return min(problem.num_splits, key_tiles)
-    limit = max(1, min(MAX_SPLITS, key_tiles // MIN_TILES_PER_SPLIT[row.phase]))
+    limit = max(1, min(MAX_SPLITS, key_tiles // MIN_TILES_PER_SPLIT))
     if limit == 1 or ctas == 0:
         return 1
-    if row.phase == "prefill" and ctas >= FULL_GRID * target_ctas:
+    if ctas >= FULL_GRID * target_ctas:
         return 1
     if problem.has_metadata:
         return min(limit, max(1, ceil(METADATA_WAVES * target_ctas / ctas)))

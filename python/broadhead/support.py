@@ -86,6 +86,25 @@ class Tile(NamedTuple):
     min_blocks: int
 
 
+class DecodeTile(NamedTuple):
+    """The shape of one block's work in the decode kernels; template arguments of ``decode::DecodeTraits`` in this order.
+
+    tile_m: query rows; keys: of a warp's key block; warps; key_groups: groups of warps that share the key blocks, the
+    warps of a group share the columns; stages: buffers in each warp's K/V ring; min_blocks: as for ``Tile``.
+    """
+
+    tile_m: int
+    keys: int
+    warps: int
+    key_groups: int
+    stages: int
+    min_blocks: int
+
+    @property
+    def tile_n(self) -> int:
+        return self.keys
+
+
 class HopperTile(NamedTuple):
     """The shape of one block's work in the Hopper kernel; the last template arguments of ``sm90::ForwardTraits``.
 
@@ -152,10 +171,14 @@ class Template(NamedTuple):
     cluster: int  # blocks that share their K and V, each with a tile of its own: neighbours of one head
     whole_tokens: bool  # with packed GQA a tile holds whole tokens; else the heads of a token may straddle two tiles
     needs_counter: bool  # takes one int32 of scratch: AttnParams::tile_counter
+    of_kv_dtype: bool = False  # the traits name the dtype of K and V; q of any dtype that goes with it is read as it is
 
 
 TEMPLATES: dict[type, Template] = {
     Tile: Template("sm80/forward_launch.cuh", "ForwardTraits", "launch_forward", False, 1, False, False),
+    DecodeTile: Template(
+        "decode/launch.cuh", "decode::DecodeTraits", "decode::launch_decode", False, 1, False, False, True
+    ),
     HopperTile: Template("sm90/forward_launch.cuh", "sm90::ForwardTraits", "sm90::launch_forward", True, 1, True, True),
     WideTile: Template("sm90/wide_launch.cuh", "sm90::WideTraits", "sm90::launch_wide", True, 2, True, True),
     Fp8Tile: Template("sm90/fp8_launch.cuh", "sm90::Fp8Traits", "sm90::launch_fp8", True, 1, True, True),
@@ -175,7 +198,7 @@ class KernelRow(NamedTuple):
     head_dim: int  # the largest it takes
     head_dim_v: int  # the largest it takes
     smem_limit: int
-    tile: Tile | HopperTile | WideTile | Fp8Tile | AbsorbedTile
+    tile: Tile | DecodeTile | HopperTile | WideTile | Fp8Tile | AbsorbedTile
     features: tuple[str, ...]
     requires: tuple[str, ...] = ()  # features without which a call is not for this kernel
     kv_dtype: str = ""  # of k and v where it is not dtype
@@ -188,7 +211,9 @@ class KernelRow(NamedTuple):
         ``d64_fp16_kve4m3`` share ``d64_kve4m3``.
         """
         if ELEMENT_BYTES[self.dtype] == 1:
-            return self.id
+            # A decode kernel of 8-bit K and V takes q of any dtype.
+            same = self.template.of_kv_dtype
+            return self.id.removesuffix("_e4m3") + "_kve4m3" if same else self.id
         suffix = id_suffix(self.dtype, self.kv_dtype)
         return self.id.removesuffix(f"_{suffix}") + suffix.removeprefix(ID_SUFFIXES[self.dtype])
 
@@ -202,7 +227,7 @@ class KernelRow(NamedTuple):
 
 
 def _sm80_rows() -> tuple[KernelRow, ...]:
-    """The portable forward kernels (mma.sync, cp.async): of rows that serve a request, the best one first.
+    """The portable prefill kernels (mma.sync, cp.async): of rows that serve a request, the best one first.
 
     A row runs wherever its shared memory fits, so the small tiles of 8.6, 8.9 and 12.0 can be tested on any device.
     """
@@ -222,11 +247,6 @@ def _sm80_rows() -> tuple[KernelRow, ...]:
         ("d512", "prefill", HUGE_SMEM, 512, SMEM_227KB, Tile(64, 128, 2, 4, 2, 256, 64, 512, 1)),
         ("d512_smem163", "prefill", LARGE_SMEM, 512, SMEM_163KB, Tile(64, 64, 2, 4, 5, 128, 16, 512, 1)),
         ("d512_smem99", "prefill", CAPABILITIES, 512, SMEM_99KB, Tile(64, 32, 2, 4, 3, 128, 16, 256, 1)),
-        ("decode_d64", "decode", CAPABILITIES, 64, SMEM_99KB, Tile(16, 128, 1, 4, 4, 64, 128, 64, 2)),
-        ("decode_d128", "decode", HUGE_SMEM, 128, SMEM_227KB, Tile(16, 128, 1, 4, 3, 128, 128, 128, 2)),
-        ("decode_d128_smem99", "decode", CAPABILITIES, 128, SMEM_99KB, Tile(16, 64, 1, 4, 4, 128, 64, 128, 2)),
-        ("decode_d256", "decode", CAPABILITIES, 256, SMEM_99KB, Tile(16, 64, 1, 4, 4, 128, 32, 256, 2)),
-        ("decode_d512", "decode", CAPABILITIES, 512, SMEM_99KB, Tile(16, 64, 1, 8, 4, 128, 16, 512, 2)),
     )
     return tuple(
         KernelRow(
@@ -235,6 +255,51 @@ def _sm80_rows() -> tuple[KernelRow, ...]:
         )
         for name, phase, caps, head_dim, limit, tile in shapes
         for dtype in DTYPES
+    )  # fmt: skip
+
+
+def _decode_rows() -> tuple[KernelRow, ...]:
+    """The portable decode kernels (mma.sync, cp.async): tiles of 16 and 32 packed query rows.
+
+    Blocks of eight warps take a multiprocessor of 227 KB for themselves; those of four fit 99 KB, and two fit 227 KB.
+    """
+    shapes = (
+        # name, capabilities, head_dim, smem_limit, tile
+        ("d64", CAPABILITIES, 64, SMEM_99KB, DecodeTile(16, 32, 4, 4, 5, 2)),
+        ("d128", CAPABILITIES, 128, SMEM_99KB, DecodeTile(16, 16, 4, 4, 5, 2)),
+        ("d256", HUGE_SMEM, 256, SMEM_227KB, DecodeTile(16, 32, 8, 4, 3, 1)),
+        ("d256_smem99", CAPABILITIES, 256, SMEM_99KB, DecodeTile(16, 16, 4, 2, 5, 2)),
+        ("d512", HUGE_SMEM, 512, SMEM_227KB, DecodeTile(16, 32, 8, 2, 3, 1)),
+        ("d512_smem99", CAPABILITIES, 512, SMEM_99KB, DecodeTile(16, 16, 4, 1, 3, 2)),
+        ("d64_m32", CAPABILITIES, 64, SMEM_99KB, DecodeTile(32, 32, 4, 4, 5, 2)),
+        ("d128_m32", CAPABILITIES, 128, SMEM_99KB, DecodeTile(32, 16, 4, 4, 5, 2)),
+        ("d256_m32", HUGE_SMEM, 256, SMEM_227KB, DecodeTile(32, 16, 8, 4, 5, 1)),
+        ("d256_m32_smem99", CAPABILITIES, 256, SMEM_99KB, DecodeTile(32, 16, 4, 2, 3, 2)),
+        ("d512_m32", HUGE_SMEM, 512, SMEM_227KB, DecodeTile(32, 16, 8, 2, 3, 1)),
+        ("d512_m32_smem99", CAPABILITIES, 512, SMEM_99KB, DecodeTile(32, 16, 4, 1, 3, 2)),
+    )
+    shapes_8bit = (
+        ("d64", CAPABILITIES, 64, SMEM_99KB, DecodeTile(16, 32, 4, 4, 9, 2)),
+        ("d128", CAPABILITIES, 128, SMEM_99KB, DecodeTile(16, 32, 4, 4, 5, 2)),
+        ("d256", HUGE_SMEM, 256, SMEM_227KB, DecodeTile(16, 32, 8, 4, 5, 1)),
+        ("d256_smem99", CAPABILITIES, 256, SMEM_99KB, DecodeTile(16, 16, 4, 2, 9, 2)),
+        ("d512", HUGE_SMEM, 512, SMEM_227KB, DecodeTile(16, 32, 8, 2, 5, 1)),
+        ("d512_smem99", CAPABILITIES, 512, SMEM_99KB, DecodeTile(16, 16, 4, 1, 7, 2)),
+        ("d64_m32", CAPABILITIES, 64, SMEM_99KB, DecodeTile(32, 32, 4, 4, 7, 2)),
+        ("d128_m32", CAPABILITIES, 128, SMEM_99KB, DecodeTile(32, 32, 4, 4, 5, 2)),
+        ("d256_m32", CAPABILITIES, 256, SMEM_99KB, DecodeTile(32, 16, 4, 2, 7, 2)),
+        ("d512_m32", CAPABILITIES, 512, SMEM_99KB, DecodeTile(32, 16, 4, 1, 5, 2)),
+    )
+    e4m3 = "float8_e4m3fn"
+    dtypes = [(dtype, "", shapes, FEATURES) for dtype in DTYPES]
+    dtypes += [(q, kv, shapes_8bit, (*FEATURES, "descale")) for q, kv in (("bf16", e4m3), ("fp16", e4m3), (e4m3, ""))]
+    return tuple(
+        KernelRow(
+            f"sm80_fwd_decode_{name}_{id_suffix(dtype, kv_dtype)}", "sm80", "forward", "decode", caps, dtype, head_dim,
+            head_dim, limit, tile, features, kv_dtype=kv_dtype,
+        )
+        for dtype, kv_dtype, family_shapes, features in dtypes
+        for name, caps, head_dim, limit, tile in family_shapes
     )  # fmt: skip
 
 
@@ -281,7 +346,7 @@ def _sm90_rows() -> tuple[KernelRow, ...]:
 
 
 #: Of rows that serve a request equally tightly dispatch takes the first.
-ROWS: tuple[KernelRow, ...] = (*_sm90_rows(), *_sm80_rows())
+ROWS: tuple[KernelRow, ...] = (*_sm90_rows(), *_sm80_rows(), *_decode_rows())
 
 
 def arch_covers(arch: str, capability: tuple[int, int]) -> bool:
