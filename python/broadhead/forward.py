@@ -45,6 +45,11 @@ def _find_signature(*tensors: Any) -> Any:
 _signature: Any = _find_signature
 
 
+def signature_of(*tensors: Any) -> Any:
+    """What validation reads of tensors, as a part of a key: the first five also by alignment. None: it can not be."""
+    return _signature(*tensors)
+
+
 def clear_launches() -> None:
     """Forget every decision; for tests that change the device or the build."""
     _launches.clear()
@@ -169,13 +174,16 @@ def select(function: str, problem: AttentionProblem, device: torch.device, backe
     return None
 
 
-def check_only(function: str, args: AttentionArgs) -> None:
-    """Raise what the call would raise, before anything is written: for calls that change a cache first."""
+def check_only(function: str, args: AttentionArgs) -> bool:
+    """Raise what the call would raise, before anything is written: for calls that change a cache first.
+
+    Returns whether a kernel will run the call.
+    """
     backend = check.check_backend(function, args.backend)
     problem = check_forward(function, args).problem
     if args.scheduler_metadata is not None:
         check_buffer(function, "scheduler_metadata", args.scheduler_metadata, problem.batch, args.q.device)
-    select(function, problem, args.q.device, backend)
+    return select(function, problem, args.q.device, backend) is not None
 
 
 def _cuda_refusal(function: str, problem: AttentionProblem, device: DeviceDescription, plan: Plan) -> str:
