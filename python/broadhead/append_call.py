@@ -15,7 +15,7 @@ from .append_launch import Append, kernel_obstacle, launch_append, run_append
 from .device import describe
 from .errors import InvalidArgumentError, InvalidTypeError, UnsupportedError
 from .fallback_notice import warn_fallback
-from .forward import check_only, signature_of
+from .forward import KnownCall, check_only, signature_of
 from .masking import normalize_window
 from .problem import AttentionArgs, needs_gradients
 
@@ -32,8 +32,15 @@ class NewKeys(NamedTuple):
     rotary_interleaved: Any
 
 
-#: Calls that were validated and that the kernels take, by everything that validation looked at: causal or local.
-_known: dict[tuple[Any, ...], bool] = {}
+class KnownAppend(NamedTuple):
+    """What repeats of a call that was validated and that the kernels take."""
+
+    causal_or_local: bool
+    attention: KnownCall
+
+
+#: By everything that validation looked at.
+_known: dict[tuple[Any, ...], KnownAppend] = {}
 _MAX_KNOWN = 8192
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
@@ -51,28 +58,29 @@ def clear_known() -> None:
     _known.clear()
 
 
-def append_new_keys(function: str, args: AttentionArgs, new: NewKeys) -> tuple[Any, Any]:
-    """Write the new keys into the cache ``args.k``, ``args.v`` and rotate q: ``(q, lengths after the append)``.
+def append_new_keys(function: str, args: AttentionArgs, new: NewKeys) -> tuple[Any, Any, KnownCall | None]:
+    """Write the new keys into the cache ``args.k``, ``args.v`` and rotate q.
 
-    Nothing is written unless the attention of ``args`` that follows is accepted too.
+    Nothing is written unless the attention of ``args`` that follows is accepted too. Returns q, the lengths after the
+    append, and what run_forward takes to find its launch without looking at the tensors again.
     """
     if is_compiling() or (isinstance(args.q, Tensor) and type(args.q) not in _PLAIN_TENSORS):
-        return _append_by_operator(function, args, new)
+        return *_append_by_operator(function, args, new), None
     if type(args.window_size) is list:
         args = args._replace(window_size=tuple(args.window_size))
     key: tuple[Any, ...] | None = None
-    causal_or_local: bool | None = None
+    known: KnownAppend | None = None
     try:
         if args.q.is_cuda and not needs_gradients(args.q, args.k, args.v, new.k, new.v, args.sinks, args.qv):
             signature = signature_of(*_tensors_of(args), *new[:6])
             if signature is not None:
                 key = (signature, _flags_of(args), new.rotary_interleaved)
-                causal_or_local = _known.get(key)
+                known = _known.get(key)
     except (AttributeError, TypeError):
         key = None  # not tensors, or unhashable values: validation names them
-    if causal_or_local is not None:
-        q, lengths = launch_append(_describe(args, new, causal_or_local))
-        return args.q if q is None else q, lengths
+    if known is not None:
+        q, lengths = launch_append(_describe(args, new, known.causal_or_local))
+        return args.q if q is None else q, lengths, known.attention
 
     attention_on_kernel = _validate(function, args, new)
     call = _describe(args, new, _causal_or_local(function, args))
@@ -82,9 +90,9 @@ def append_new_keys(function: str, args: AttentionArgs, new: NewKeys) -> tuple[A
     if attention_on_kernel and obstacle is None and key is not None:
         if len(_known) >= _MAX_KNOWN:
             _known.clear()
-        _known[key] = call.causal_or_local
+        known = _known[key] = KnownAppend(call.causal_or_local, KnownCall())
     q, lengths = run_append(call, args.backend)
-    return args.q if q is None else q, lengths
+    return args.q if q is None else q, lengths, None if known is None else known.attention
 
 
 def _append_by_operator(function: str, args: AttentionArgs, new: NewKeys) -> tuple[Any, Any]:

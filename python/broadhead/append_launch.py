@@ -85,8 +85,8 @@ def launch_append(call: Append) -> tuple[Tensor | None, Tensor]:
     if k_cache.get_device() != torch.cuda.current_device():
         with torch.cuda.device(k_cache.device):
             return launch_append(call)
-    lengths = cache_seqlens.new_empty(cache_seqlens.shape)
-    q_out = None if q is None else q.new_empty(q.shape)
+    lengths = torch.empty_like(cache_seqlens)
+    q_out = None if q is None else torch.empty_like(q)
     module = native.extension()
     assert module is not None
     module.append_kv(

@@ -244,8 +244,9 @@ def mha_fwd(
         qv = check.pick_synonym(function, "qv", qv, "q_v", q_v)  # type: ignore[assignment]
     if window_size is None:
         window_size = (window_size_left, window_size_right)
+    known = None
     if k_new is not None or v_new is not None or rotary_cos is not None or rotary_sin is not None:
-        q, seqused_k = append_new_keys(
+        q, seqused_k, known = append_new_keys(
             function,
             AttentionArgs(
                 q, k, v, qv, out, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k,
@@ -259,4 +260,5 @@ def mha_fwd(
         function, q, k, v, qv, out, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k,
         page_table, kv_batch_idx, leftpad_k, q_descale, k_descale, v_descale, softmax_scale, causal, window_size,
         attention_chunk, softcap, scheduler_metadata, num_splits, pack_gqa, sm_margin, sinks, prefix_lens, backend,
+        known=known,
     )  # fmt: skip
