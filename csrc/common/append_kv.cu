@@ -1,9 +1,9 @@
-// The append kernel: rotary embedding of q and the new keys, their conversion, and their way into the cache, in one
-// launch.
+// The append kernel: rotates q and new keys, converts these and writes them to the cache, all in one launch.
 #include <cuda_runtime.h>
 
 #include <cstdint>
 #include <cstdio>
+#include <initializer_list>
 
 #include "common/append_kv.h"
 #include "common/vector.h"
