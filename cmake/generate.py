@@ -24,7 +24,9 @@ ELEMENTS = {"bf16": "cutlass::bfloat16_t", "fp16": "cutlass::half_t", "float8_e4
 #: The only architectures of families with architecture-specific instructions. Others are portable: 90a is built as 90.
 SPECIFIC_ARCHS = {"sm90": ("90a",)}
 #: Sources that every library holds besides its rows.
-COMMON_SOURCES = ("csrc/common/combine.cu", "csrc/common/scheduler_metadata.cu")
+COMMON_SOURCES = tuple(
+    f"csrc/common/{name}.cu" for name in ("append_kv", "combine", "merge_states", "scheduler_metadata")
+)
 
 
 def load_table() -> ModuleType:

@@ -289,6 +289,52 @@ def test_appends_to_an_fp8_cache_are_checked_first() -> None:
     with pytest.raises(broadhead.InvalidArgumentError, match="flash_attn_with_kvcache: q_descale must be None"):
         broadhead.flash_attn_with_kvcache(q, cache, cache, new, new, cache_seqlens=lengths, q_descale=torch.ones(2, 2))
     assert (cache.view(torch.uint8) == 0).all(), "a refused call wrote into the cache"
+def e4m3(x: Tensor) -> Tensor:
+    """Rounded to float8_e4m3fn by arithmetic alone: three bits of mantissa, steps of 2^-9 at least, 448 at most."""
+    x = x.double().clamp(-448, 448)
+    exponent = torch.frexp(x).exponent.clamp(min=-5)
+    step = torch.ldexp(torch.ones_like(x), exponent - 4)
+    return torch.round(x / step) * step
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rotary", ["none", "partial", "interleaved"])
+@pytest.mark.parametrize("ragged", [False, True], ids=["dense", "ragged"])
+def test_wider_keys_in_an_fp8_cache(ragged: bool, rotary: str, dtype: torch.dtype, seed: int) -> None:
+    """k and v are divided by their sequence's and head's factor, saturate, and are rounded once, rotary or not."""
+    call = build(seed, "paged", rotary, ragged, torch.float8_e4m3fn)
+    call.k_new, call.v_new = (call.k_new * 30).to(dtype), (call.v_new * 30).to(dtype)
+    factors = {"k_descale": torch.rand(4, HEADS) + 0.05, "v_descale": torch.rand(1, 1).expand(4, HEADS) + 0.05}
+    append_kv.append(call.k_cache, call.v_cache, call.k_new, call.v_new, **call.options, **factors)
+    for b, length in enumerate(call.seqlens):
+        for i in range(call.num_new[b]):
+            place = call.places[b][length + i]
+            k, v = (x.flatten(0, -3)[call.first_new[b] + i].float() for x in (call.k_new, call.v_new))
+            if rotary != "none":
+                cos, sin = (call.options[name][length + i] for name in ("rotary_cos", "rotary_sin"))
+                k = rotate_fp32(k, cos, sin, call.options["rotary_interleaved"])
+            assert torch.equal(call.k_cache[place].double(), e4m3(k / factors["k_descale"][b, :, None]))
+            assert torch.equal(call.v_cache[place].double(), e4m3(v / factors["v_descale"][b, :, None]))
+
+
+def rotate_fp32(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """rotate, each operation rounded to fp32."""
+    source, half = x.clone(), len(cos)
+    for pair in range(half):
+        a, b = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + half)
+        x[:, a] = source[:, a] * cos[pair] - source[:, b] * sin[pair]
+        x[:, b] = source[:, b] * cos[pair] + source[:, a] * sin[pair]
+    return x
+
+
+def test_fp8_keys_are_copied_whatever_the_factors(seed: int) -> None:
+    call = build(seed, "contiguous", "none", False, torch.float8_e4m3fn)
+    k_new, v_new = call.k_new.to(torch.float8_e4m3fn), call.v_new.to(torch.float8_e4m3fn)
+    factors = torch.full((4, HEADS), 0.25)
+    append_kv.append(call.k_cache, call.v_cache, k_new, v_new, **call.options, k_descale=factors, v_descale=factors)
+    for b, length in enumerate(call.seqlens):
+        stored = call.k_cache[b, length : length + call.num_new[b]]
+        assert torch.equal(stored.view(torch.uint8), k_new[b].view(torch.uint8))
 
 
 @pytest.mark.parametrize("cache", ["contiguous", "paged"])

@@ -90,6 +90,26 @@ def test_opcheck_append() -> None:
     torch.library.opcheck(torch.ops.broadhead.append_kv.default, arguments, test_utils=SCHEMA_TESTS)
 
 
+def test_opcheck_append_with_rotary_and_queries() -> None:
+    caches, new = (randn(2, 9, 2, 16), randn(2, 9, 2, 16)), (randn(2, 3, 2, 16), randn(2, 3, 2, 16))
+    angles = (randn(20, 4), randn(20, 4))
+    for q, cu_seqlens_q in ((randn(2, 3, 4, 16), None), (randn(7, 4, 16), int32(0, 2, 6))):
+        for causal_or_local in (False, True):
+            arguments = (
+                *caches, *new, int32(2, 5), None, None, None, *angles, None, True, q, cu_seqlens_q, causal_or_local
+            )  # fmt: skip
+            torch.library.opcheck(torch.ops.broadhead.append_kv.default, arguments, test_utils=SCHEMA_TESTS)
+            turned, lengths = torch.ops.broadhead.append_kv(*arguments)
+            assert turned.shape == q.shape and lengths.tolist() == [5, 8]
+
+
+def test_opcheck_merge() -> None:
+    arguments = (randn(2, 5, 4, 16), randn(2, 4, 5), randn(2, 5, 4, 16), randn(2, 4, 5))
+    torch.library.opcheck(torch.ops.broadhead.merge_states.default, arguments, test_utils=SCHEMA_TESTS)
+    out = torch.empty(2, 5, 4, 16)
+    torch.library.opcheck(torch.ops.broadhead.merge_states_out.default, (*arguments, out), test_utils=SCHEMA_TESTS)
+
+
 def test_opcheck_metadata() -> None:
     arguments = (
         int32(9, 3), 2, 1, 64, 4, 2, 64, 64, torch.bfloat16, None, None, 16, 0, True, -1, 0, 0, 0, None, 0, None,
@@ -195,16 +215,58 @@ def test_compile_kvcache_with_append(lengths: int | None, backend: str) -> None:
     check_compiled(function, *tensors, int32(9, 2), backend=backend)
 
 
-def test_compile_kvcache_append_with_rotary() -> None:
+def graph_of(function: Callable[..., Any], *arguments: Any) -> tuple[Any, set[str]]:
+    """What ``function`` returns when compiled with fullgraph=True, and the operators of its graph."""
+    seen: set[str] = set()
+
+    def backend(module: torch.fx.GraphModule, inputs: Any) -> Any:
+        seen.update(str(node.target) for node in module.graph.nodes if node.op == "call_function")
+        return module.forward
+
+    return torch.compile(function, fullgraph=True, backend=backend)(*arguments), seen
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("ragged", [False, True], ids=["dense", "ragged"])
+def test_compile_kvcache_append_with_rotary(ragged: bool, causal: bool) -> None:
     def function(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor, cos: Tensor, sin: Tensor, n: Tensor) -> Any:
+        packed = {"cu_seqlens_q": cu, "cu_seqlens_k_new": cu, "max_seqlen_q": 3} if ragged else {}
         return broadhead.flash_attn_with_kvcache(
-            q, k_cache, v_cache, k, k, rotary_cos=cos, rotary_sin=sin, cache_seqlens=n, causal=True
+            q, k_cache, v_cache, k, k, rotary_cos=cos, rotary_sin=sin, cache_seqlens=n, causal=causal, **packed
         )
 
-    caches, new = (randn(2, 12, 2, 16), randn(2, 12, 2, 16)), randn(2, 3, 2, 16)
-    check_compiled(
-        function, randn(2, 3, 4, 16), *caches, new, randn(20, 4), randn(20, 4), int32(5, 0), backend="aot_eager"
-    )
+    cu = int32(0, 3, 4)
+    caches = (randn(2, 12, 2, 16), randn(2, 12, 2, 16))
+    q, new = (randn(4, 4, 16), randn(4, 2, 16)) if ragged else (randn(2, 3, 4, 16), randn(2, 3, 2, 16))
+    arguments = (q, *caches, new, randn(20, 4), randn(20, 4), int32(5, 0))
+    check_compiled(function, *arguments, backend="aot_eager")
+    torch.compiler.reset()
+    _, operators = graph_of(function, *arguments)
+    # Rotary embedding and the new lengths are the operator's: nothing is left to torch.
+    assert operators == {"broadhead.append_kv", "broadhead.mha_fwd", "<built-in function getitem>"}, operators
+
+
+@pytest.mark.parametrize("given", ["new", "other", "out_a", "out_b"])
+def test_compile_merge(given: str) -> None:
+    def function(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, other: Tensor) -> Any:
+        out = {"new": None, "other": other, "out_a": out_a, "out_b": out_b}[given]
+        return broadhead.merge_attn_states(out_a, lse_a, out_b, lse_b, out=out)[1] + 1, out_a, out_b, other
+
+    states = (randn(5, 4, 16), randn(4, 5), randn(5, 4, 16), randn(4, 5), randn(5, 4, 16))
+    check_compiled(function, *states, backend="aot_eager")
+    torch.compiler.reset()
+    assert f"broadhead.merge_states{'' if given == 'new' else '_out'}" in graph_of(function, *states)[1]
+
+
+def test_compile_merge_with_gradients() -> None:
+    tensors = [randn(5, 4, 16), randn(4, 5), randn(5, 4, 16), randn(4, 5)]
+    gradients = []
+    for function in (broadhead.merge_attn_states, torch.compile(broadhead.merge_attn_states, backend="aot_eager")):
+        leaves = [t.clone().requires_grad_(True) for t in tensors]
+        out, lse = function(*leaves)
+        gradients.append(torch.autograd.grad(out.square().sum() + lse.sin().sum(), leaves))
+    torch.testing.assert_close(gradients[0], gradients[1])
+    assert all(g.abs().sum() > 0 for g in gradients[0])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

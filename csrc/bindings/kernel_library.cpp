@@ -56,7 +56,9 @@ void open(KernelLibrary& library) {
       !resolve(handle, "broadhead_kernel_id", kernel_id, library) ||
       !resolve(handle, "broadhead_forward", library.forward, library) ||
       !resolve(handle, "broadhead_scheduler_metadata", library.scheduler_metadata, library) ||
-      !resolve(handle, "broadhead_combine", library.combine, library)) {
+      !resolve(handle, "broadhead_combine", library.combine, library) ||
+      !resolve(handle, "broadhead_append_kv", library.append_kv, library) ||
+      !resolve(handle, "broadhead_merge_states", library.merge_states, library)) {
     return;
   }
   library.archs = build_archs();

@@ -21,6 +21,8 @@ struct KernelLibrary {
   decltype(&broadhead_forward) forward = nullptr;
   decltype(&broadhead_scheduler_metadata) scheduler_metadata = nullptr;
   decltype(&broadhead_combine) combine = nullptr;
+  decltype(&broadhead_append_kv) append_kv = nullptr;
+  decltype(&broadhead_merge_states) merge_states = nullptr;
 };
 
 struct Kernel {
@@ -42,8 +44,8 @@ std::vector<const KernelLibrary*> all_libraries();
 // kernel.
 const Kernel& find_kernel(const char* id);
 
-// A library for what every family holds (metadata, combine), the portable family's when it is there: it is compiled for
-// every architecture of a build. Throws BindingError when none loads.
+// A library for what every family holds (the sources of common/), the portable family's when it is there: it is
+// compiled for every architecture of a build. Throws BindingError when none loads.
 const KernelLibrary& common_library();
 
 }  // namespace broadhead

@@ -5,8 +5,9 @@
 
 #include <algorithm>
 
-#include "bindings/argument_reader.h"
+#include "bindings/functions.h"
 #include "bindings/kernel_library.h"
+#include "bindings/packing.h"
 #include "bindings/tensor_view.h"
 #include "host/params.h"
 
@@ -14,54 +15,6 @@ namespace py = pybind11;
 
 namespace broadhead {
 namespace {
-
-constexpr std::size_t kErrorSize = 1024;
-
-template <class Params>
-Params make_params() {
-  Params params{};
-  params.struct_size = sizeof(Params);
-  params.abi_version = kAbiVersion;
-  return params;
-}
-
-// [B, S, H, D], [T, H, D] (batch stride unused) or [pages, page_size, H, D].
-TensorStrides strides_of(const TensorView& tensor) {
-  return {tensor.ndim() == 4 ? tensor.stride(0) : 0, tensor.stride(-3), tensor.stride(-2)};
-}
-
-bool last_dim_contiguous(const TensorView& tensor) { return tensor.size(-1) <= 1 || tensor.stride(-1) == 1; }
-
-bool contiguous(const TensorView& tensor) {
-  std::int64_t stride = 1;
-  for (int dim = tensor.ndim() - 1; dim >= 0; --dim) {
-    if (tensor.size(dim) != 1 && tensor.stride(dim) != stride) return false;
-    stride *= tensor.size(dim);
-  }
-  return true;
-}
-
-// An int32 vector with one entry a sequence (plus `extra`), or None.
-const std::int32_t* read_lengths(ArgumentReader& reader, const char* name, std::int64_t* batch, int extra = 0) {
-  const TensorView lengths = reader.optional_tensor(name, ElementType::kInt32, 1);
-  if (!lengths.present()) return nullptr;
-  reader.require(contiguous(lengths), name, "contiguous", lengths);
-  if (*batch < 0) *batch = lengths.size(0) - extra;
-  if (lengths.size(0) < *batch + extra) {
-    reader.fail(name, "must hold at least " + std::to_string(*batch + extra) + " entries, got " + lengths.describe());
-  }
-  return lengths.as<const std::int32_t>();
-}
-
-// Factors for 8-bit q, k or v, one for each sequence and KV head, or None.
-const float* read_descale(ArgumentReader& reader, const char* name, const AttnParams& params, DescaleStrides* strides) {
-  const TensorView descale = reader.optional_tensor(name, ElementType::kFloat32, 2);
-  if (!descale.present()) return nullptr;
-  reader.require(descale.size(0) == params.batch && descale.size(1) == params.num_heads_kv, name, "[batch, heads of k]",
-                 descale);
-  *strides = {descale.stride(0), descale.stride(1)};
-  return descale.as<const float>();
-}
 
 std::int64_t metadata_size(std::int64_t batch) { return 1 + 4 * ((batch + 3) / 4 * 4); }
 
@@ -159,9 +112,9 @@ void forward(ArgumentReader& reader) {
     params.qv = qv.data();
     params.qv_strides = strides_of(qv);
   }
-  params.q_descale = read_descale(reader, "q_descale", params, &params.q_descale_strides);
-  params.k_descale = read_descale(reader, "k_descale", params, &params.k_descale_strides);
-  params.v_descale = read_descale(reader, "v_descale", params, &params.v_descale_strides);
+  params.q_descale = read_descale(reader, "q_descale", batch, params.num_heads_kv, &params.q_descale_strides);
+  params.k_descale = read_descale(reader, "k_descale", batch, params.num_heads_kv, &params.k_descale_strides);
+  params.v_descale = read_descale(reader, "v_descale", batch, params.num_heads_kv, &params.v_descale_strides);
 
   params.seqlen_q = reader.integer("seqlen_q");
   params.seqlen_k = reader.integer("seqlen_k");
@@ -179,9 +132,9 @@ void forward(ArgumentReader& reader) {
   params.heads_per_section = reader.integer("heads_per_section");
   params.max_blocks = reader.integer("max_blocks");
   params.cell_blocks = reader.integer("cell_blocks");
-  params.q_dtype = kernel.dtype == ElementType::kFloat8E4M3 ? kE4m3
-                   : kernel.dtype == ElementType::kFloat16  ? kFp16
-                                                            : kBf16;
+  params.q_dtype = kernel.dtype == ElementType::kFloat8E4M3 ? DataType::kFloat8E4M3
+                   : kernel.dtype == ElementType::kFloat16  ? DataType::kFloat16
+                                                            : DataType::kBFloat16;
   if (out_partial.present()) {
     reader.require(contiguous(out_partial), "out_partial", "contiguous", out_partial);
     params.workspace_bytes = out_partial.numel() * static_cast<std::int64_t>(sizeof(float));
@@ -364,6 +317,8 @@ PyObject* signature(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 constexpr char kForward[] = "forward";
 constexpr char kSchedulerMetadata[] = "scheduler_metadata";
 constexpr char kCombine[] = "combine";
+constexpr char kAppendKv[] = "append_kv";
+constexpr char kMergeStates[] = "merge_states";
 
 template <const char* name, void (*body)(ArgumentReader&), Py_ssize_t expected>
 PyMethodDef method(const char* doc) {
@@ -376,6 +331,8 @@ PyMethodDef methods[] = {
     method<kForward, &forward, 36>("Launches one forward kernel by its row id."),
     method<kSchedulerMetadata, &scheduler_metadata, 21>("Fills scheduler metadata on the device."),
     method<kCombine, &combine, 5>("Merges partial results into one."),
+    method<kAppendKv, &append_kv, 20>("Appends new keys and values to a cache, with rotary embedding."),
+    method<kMergeStates, &merge_states, 7>("Merges two attention results."),
     {"signature", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&signature)), METH_FASTCALL,
      "What validation reads of tensors, as bytes."},
     {nullptr, nullptr, 0, nullptr},

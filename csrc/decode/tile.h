@@ -55,7 +55,7 @@ BROADHEAD_DEVICE void prefetch_q(const AttnParams& params, const LineItem& item)
     const std::int64_t offset = q_row_offset<Traits>(params, item, index / kLines);
     const int col = index % kLines * kLineElements;
     if (offset < 0 || col >= params.head_dim) continue;
-    const int size = Traits::k8Bit && params.q_dtype == kE4m3 ? 1 : 2;
+    const int size = Traits::k8Bit && params.q_dtype == DataType::kFloat8E4M3 ? 1 : 2;
     asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(params.q) + (offset + col) * size));
   }
 }
@@ -78,7 +78,7 @@ struct QTile {
   BROADHEAD_DEVICE float find_scale(const AttnParams& params, const LineItem& item,
                                     typename Traits::SharedStorage& smem) const {
     if constexpr (!Traits::k8Bit) return 1.f;
-    if (params.q_dtype != kBf16) return 1.f;
+    if (params.q_dtype != DataType::kBFloat16) return 1.f;
     unsigned largest = 0;  // bits of a bf16, without its sign
 #pragma unroll kInRegisters ? kEach : 1
     for (int i = 0; i < kEach; ++i) {
@@ -119,7 +119,7 @@ struct QTile {
     if (row >= Traits::kTileM || col >= params.head_dim) return make_uint4(0, 0, 0, 0);
     const std::int64_t offset = q_row_offset<Traits>(params, item, row);
     if (offset < 0) return make_uint4(0, 0, 0, 0);
-    if (Traits::k8Bit && params.q_dtype == kE4m3) {
+    if (Traits::k8Bit && params.q_dtype == DataType::kFloat8E4M3) {
       const uint2 bytes = *reinterpret_cast<const uint2*>(static_cast<const char*>(params.q) + offset + col);
       return make_uint4(bytes.x, bytes.y, 0, 0);
     }
@@ -143,9 +143,9 @@ struct QTile {
                    : "memory");
       return;
     }
-    if (params.q_dtype == kE4m3) {
+    if (params.q_dtype == DataType::kFloat8E4M3) {
       value = make_uint4(widen<0>(value.x), widen<1>(value.x), widen<0>(value.y), widen<1>(value.y));
-    } else if (params.q_dtype == kBf16) {
+    } else if (params.q_dtype == DataType::kBFloat16) {
       value = make_uint4(scaled_half(value.x, scale), scaled_half(value.y, scale), scaled_half(value.z, scale),
                          scaled_half(value.w, scale));
     }
@@ -166,7 +166,7 @@ struct QTile {
 template <class Traits>
 BROADHEAD_DEVICE std::uint32_t pack_out(const AttnParams& params, float lo, float hi) {
   if constexpr (Traits::k8Bit) {
-    if (params.q_dtype != kFp16) return pack_pair<cutlass::bfloat16_t>(lo, hi);
+    if (params.q_dtype != DataType::kFloat16) return pack_pair<cutlass::bfloat16_t>(lo, hi);
   }
   return pack_pair<typename Traits::Element>(lo, hi);
 }
@@ -194,7 +194,7 @@ BROADHEAD_DEVICE void finish_tile_row(const AttnParams& params, const Workspace&
   const auto finish = [&](auto element) {
     return finish_row<decltype(element)>(params, place, {largest, sum}, scale, is_part ? 0 : -1);
   };
-  const bool out_is_bf16 = Traits::k8Bit && params.q_dtype != kFp16;
+  const bool out_is_bf16 = Traits::k8Bit && params.q_dtype != DataType::kFloat16;
   const RowResult result = out_is_bf16 ? finish(cutlass::bfloat16_t{}) : finish(typename Traits::Element{});
   const float out_factor = Traits::k8Bit ? result.inverse * scale.v_factor : result.inverse;
   BROADHEAD_UNROLL

@@ -21,8 +21,12 @@ extern const ForwardKernel kForwardKernels[];  // ends with a null id
 extern const int kForwardKernelCount;
 extern const char* const kBuildArchs;  // as compiled: "80;90"
 
+// csrc/common/append_kv.cu
+int launch_append_kv(const AppendKvParams& params, cudaStream_t stream, char* error, std::size_t error_size);
 // csrc/common/combine.cu
 int launch_combine(const CombineParams& params, cudaStream_t stream, char* error, std::size_t error_size);
+// csrc/common/merge_states.cu
+int launch_merge_states(const MergeStatesParams& params, cudaStream_t stream, char* error, std::size_t error_size);
 // csrc/common/scheduler_metadata.cu
 int launch_scheduler_metadata(const SchedulerMetadataParams& params, cudaStream_t stream, char* error,
                               std::size_t error_size);

@@ -64,3 +64,14 @@ int broadhead_combine(const broadhead::CombineParams* params, void* stream, char
   if (!broadhead::is_readable(params, "broadhead_combine", error, error_size)) return 1;
   return broadhead::launch_combine(*params, static_cast<cudaStream_t>(stream), error, error_size);
 }
+
+int broadhead_append_kv(const broadhead::AppendKvParams* params, void* stream, char* error, std::size_t error_size) {
+  if (!broadhead::is_readable(params, "broadhead_append_kv", error, error_size)) return 1;
+  return broadhead::launch_append_kv(*params, static_cast<cudaStream_t>(stream), error, error_size);
+}
+
+int broadhead_merge_states(const broadhead::MergeStatesParams* params, void* stream, char* error,
+                           std::size_t error_size) {
+  if (!broadhead::is_readable(params, "broadhead_merge_states", error, error_size)) return 1;
+  return broadhead::launch_merge_states(*params, static_cast<cudaStream_t>(stream), error, error_size);
+}

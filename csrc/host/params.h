@@ -12,7 +12,8 @@ namespace broadhead {
 // Raised whenever a field below is added, removed or changes meaning; libraries of another version are refused.
 constexpr std::uint32_t kAbiVersion = 3;
 
-enum QDtype : std::int32_t { kBf16 = 0, kFp16 = 1, kE4m3 = 2 };
+// Element types where an argument block has a choice.
+enum class DataType : std::int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat8E4M3 = 3 };
 
 struct TensorStrides {
   std::int64_t batch;  // sequence (dense), page (paged K/V); unused when the sequences are packed (varlen)
@@ -95,7 +96,7 @@ struct AttnParams {
   std::int32_t heads_per_section;  // heads whose K/V share the L2 at a time; 0: all
   std::int32_t max_blocks;  // of a persistent kernel: what sm_margin leaves; 0: all
   std::int32_t cell_blocks;  // decode kernels: tiles are cut at multiples of so many 64 keys; 0: evenly over the device
-  std::int32_t q_dtype;  // QDtype; read by kernels of 8-bit K and V, which take any. out: bf16, for fp16 q fp16
+  DataType q_dtype;  // read by kernels of 8-bit K and V, which take any. out: bf16, for fp16 q fp16
   std::int64_t workspace_bytes;  // behind out_partial
 };
 
@@ -144,6 +145,87 @@ struct CombineParams {
   std::int32_t out_dtype;  // 0 fp32, 1 bf16, 2 fp16
 };
 
+// One append of new keys and values to a cache, with the rotary embedding of q and the new keys. Strides of dimensions
+// of one element are 0.
+struct AppendKvParams {
+  std::uint32_t struct_size;
+  std::uint32_t abi_version;
+  void* k_cache;  // [rows, S, Hkv, D] or [pages, page_size, Hkv, D], cache_dtype
+  void* v_cache;  // as k_cache with Dv
+  const void* k_new;  // [B, S_new, Hkv, D] or [T_new, Hkv, D], dtype
+  const void* v_new;  // as k_new with Dv
+  const void* q;  // [B, Sq, Hq, D] or [T, Hq, D], dtype; nullable: only new keys are rotated
+  void* q_out;  // as q; nullable with q
+  const void* rotary_cos;  // [positions, rotary_dim / 2], fp32 or dtype; nullable: nothing is rotated
+  const void* rotary_sin;  // likewise
+  TensorStrides k_cache_strides;
+  TensorStrides v_cache_strides;
+  TensorStrides k_new_strides;
+  TensorStrides v_new_strides;
+  TensorStrides q_strides;
+  TensorStrides q_out_strides;
+  std::int64_t cos_stride;  // of a position
+  std::int64_t sin_stride;
+  // New keys are divided by them on their way from 16 bits to 8; nullable: 1.
+  const float* k_descale;
+  const float* v_descale;
+  DescaleStrides k_descale_strides;
+  DescaleStrides v_descale_strides;
+
+  const std::int32_t* cache_seqlens;  // [B], before the append
+  std::int32_t* seqlens_out;  // [B], after it
+  const std::int32_t* rotary_seqlens;  // [B], nullable: position of the first new token is cache_seqlens
+  const std::int32_t* cu_seqlens_q;  // [B + 1], nullable: dense q
+  const std::int32_t* cu_seqlens_k_new;  // [B + 1], nullable: dense k_new
+  const std::int32_t* page_table;  // [rows, max_pages], nullable
+  const std::int32_t* cache_batch_idx;  // [B], nullable: row of the cache (or of the page table) for sequence b
+  std::int64_t page_table_batch_stride;
+
+  std::int64_t num_blocks;  // k_cache.size(0): pages, or rows of the cache
+  std::int64_t num_owners;  // rows of the page table, or of the cache
+  std::int32_t block_size;  // k_cache.size(1): page_size, or S
+  std::int32_t max_pages;  // 0: not paged
+  std::int32_t batch;
+  std::int32_t seqlen_q;  // of dense q
+  std::int32_t seqlen_new;  // of dense k_new
+  std::int32_t total_q;  // tokens of q: B * Sq or T
+  std::int32_t total_new;  // tokens of k_new: B * S_new or T_new
+  std::int32_t num_heads_q;
+  std::int32_t num_heads_kv;
+  std::int32_t head_dim;
+  std::int32_t head_dim_v;
+  std::int32_t rotary_dim;  // 0: nothing is rotated
+  std::int32_t num_positions;
+  std::int32_t rotary_interleaved;
+  std::int32_t causal_or_local;  // q token i is at the position of new token i; else all are at that of the first
+  std::int32_t angles_are_fp32;  // else dtype
+  DataType dtype;
+  DataType cache_dtype;
+};
+
+// merge_attn_states: two attention results of the same queries over disjoint keys become one.
+struct MergeStatesParams {
+  std::uint32_t struct_size;
+  std::uint32_t abi_version;
+  const void* out_a;  // [B, S, H, Dv] or [T, H, Dv], dtype
+  const void* out_b;  // likewise
+  void* out;  // likewise; may be out_a or out_b
+  const float* lse_a;  // [B, H, S] or [H, T], natural log; -inf: the part saw no key, its output counts for nothing
+  const float* lse_b;  // likewise
+  float* softmax_lse;  // likewise
+  TensorStrides out_a_strides;
+  TensorStrides out_b_strides;
+  TensorStrides out_strides;
+  TensorStrides lse_a_strides;
+  TensorStrides lse_b_strides;
+  TensorStrides lse_strides;
+  std::int32_t batch;  // 1 when packed
+  std::int32_t seqlen;  // T when packed
+  std::int32_t heads;
+  std::int32_t head_dim_v;
+  DataType dtype;
+};
+
 }  // namespace broadhead
 
 #if defined(_WIN32)
@@ -165,3 +247,7 @@ BROADHEAD_EXPORT int broadhead_scheduler_metadata(const broadhead::SchedulerMeta
                                                   char* error, std::size_t error_size);
 BROADHEAD_EXPORT int broadhead_combine(const broadhead::CombineParams* params, void* stream, char* error,
                                        std::size_t error_size);
+BROADHEAD_EXPORT int broadhead_append_kv(const broadhead::AppendKvParams* params, void* stream, char* error,
+                                         std::size_t error_size);
+BROADHEAD_EXPORT int broadhead_merge_states(const broadhead::MergeStatesParams* params, void* stream, char* error,
+                                            std::size_t error_size);

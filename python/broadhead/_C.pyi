@@ -93,3 +93,36 @@ def combine(
     stream: int,
     /,
 ) -> None: ...
+def append_kv(
+    k_cache: Tensor,  # (rows, S, Hkv, D) or (pages, page_size, Hkv, D); written
+    v_cache: Tensor,  # as k_cache with Dv; written
+    k_new: Tensor,  # (B, S_new, Hkv, D) or (T_new, Hkv, D); the caches' dtype, or bf16 or fp16 for e4m3 caches
+    v_new: Tensor,  # as k_new with Dv
+    cache_seqlens: Tensor,  # int32 (B,), before the append
+    seqlens_out: Tensor,  # int32 (B,), written: after it
+    q: Tensor | None,  # (B, Sq, Hq, D) or (T, Hq, D), dtype of k_new; with rotary_cos alone
+    q_out: Tensor | None,  # as q, written: rotated; rows that no sequence owns are left alone
+    rotary_cos: Tensor | None,  # (positions, rotary_dim / 2), fp32 or the dtype of k_new
+    rotary_sin: Tensor | None,  # likewise
+    rotary_seqlens: Tensor | None,  # int32 (B,)
+    cu_seqlens_q: Tensor | None,  # int32 (B + 1,), exactly with packed q
+    cu_seqlens_k_new: Tensor | None,  # int32 (B + 1,), exactly with packed k_new
+    page_table: Tensor | None,  # int32 (B or more, max_pages)
+    cache_batch_idx: Tensor | None,  # int32 (B,)
+    k_descale: Tensor | None,  # fp32 (B, Hkv)
+    v_descale: Tensor | None,  # fp32 (B, Hkv)
+    rotary_interleaved: int,
+    causal_or_local: int,  # q token i is at the position of new token i; else all are at that of the first
+    stream: int,
+    /,
+) -> None: ...
+def merge_states(
+    out_a: Tensor,  # fp32, bf16 or fp16 (B, S, H, Dv) or (T, H, Dv)
+    lse_a: Tensor,  # fp32 (B, H, S) or (H, T)
+    out_b: Tensor,  # as out_a
+    lse_b: Tensor,  # as lse_a
+    out: Tensor,  # as out_a, written; may be out_a or out_b
+    softmax_lse: Tensor,  # as lse_a, written
+    stream: int,
+    /,
+) -> None: ...

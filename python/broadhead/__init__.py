@@ -7,7 +7,7 @@ from importlib.metadata import version as _installed_version
 
 from . import ops, reference, support
 from .backward import mha_bwd
-from .combine import flash_attn_combine, merge_attn_states
+from .combine import flash_attn_combine
 from .dispatch import _validate_head_dims
 from .errors import (
     BroadheadError,
@@ -22,6 +22,7 @@ from .fallback_notice import last_dispatch
 from .interface import flash_attn_func, flash_attn_varlen_func, maybe_contiguous, mha_fwd
 from .interface_packed import flash_attn_kvpacked_func, flash_attn_qkvpacked_func, flash_attn_varlen_qkvpacked_func
 from .kvcache import flash_attn_with_kvcache
+from .merge_states import merge_attn_states
 from .metadata import get_scheduler_metadata
 
 try:

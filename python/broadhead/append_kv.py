@@ -1,7 +1,7 @@
 """Rotary embedding of queries and in-place append of new keys and values to a KV cache, on torch ops.
 
 Runs before attention, on any device, without a host sync and without data-dependent shapes, so that it can be captured
-in a CUDA graph and traced by torch.compile.
+in a CUDA graph and traced by torch.compile. The kernel csrc/common/append_kv.cu agrees with it bit for bit.
 """
 
 from __future__ import annotations
@@ -12,14 +12,18 @@ from torch import Tensor
 __all__ = ["append", "apply_rotary", "apply_rotary_q"]
 
 
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, interleaved: bool) -> Tensor:
+def apply_rotary(
+    x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, interleaved: bool, dtype: torch.dtype | None = None
+) -> Tensor:
     """Rotates the first ``2 * cos.size(1)`` columns of ``x`` by the angles of its tokens' positions.
 
     x: ``(..., H, D)``; cos, sin: ``(max_positions, rotary_dim / 2)``; positions: integer, ``x.shape[:-2]`` (or what
     broadcasts to it). interleaved: the pairs are columns ``(0, 1), (2, 3), ...`` instead of the two halves of the
-    rotary columns. Returns a new tensor of x's shape and dtype; the angles are applied in fp32 (fp64 for fp64).
+    rotary columns. Returns a new tensor of x's shape and of ``dtype`` (x's); the angles are applied in fp32 (fp64 for
+    fp64).
     """
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    compute = _compute_dtype(x)
+    dtype = x.dtype if dtype is None else dtype
     half = cos.shape[-1]
     # A padding token may carry any position: it is never stored, but the look-up must stay inside the table.
     index = positions.clamp(0, max(cos.shape[0] - 1, 0))
@@ -36,7 +40,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, inte
         turned = torch.stack((new_first, new_second), dim=-1).flatten(-2)
     else:
         turned = torch.cat((new_first, new_second), dim=-1)
-    return torch.cat((turned.to(x.dtype), rest), dim=-1) if rest.shape[-1] else turned.to(x.dtype)
+    return torch.cat((turned.to(dtype), rest.to(dtype)), dim=-1) if rest.shape[-1] else turned.to(dtype)
 
 
 def apply_rotary_q(
@@ -89,10 +93,10 @@ def append(
 
     k_cache, v_cache: ``(B_cache, S, Hkv, D | Dv)``, or ``(pages, page_size, Hkv, D | Dv)`` with ``page_table`` (int32
     ``(B, max_pages)``); any strides. k_new, v_new: ``(B, S_new, Hkv, D | Dv)``, or ``(T_new, Hkv, D | Dv)`` with
-    ``cu_seqlens_k_new`` (int32 ``(B + 1,)``); cast to the cache's dtype, once. An 8-bit cache of wider k_new and v_new
-    holds them divided by k_descale, v_descale (fp32 ``(B, Hkv)``; None: 1), saturated. cache_seqlens: int32 ``(B,)``,
-    the lengths before the append. cache_batch_idx: the row of the cache, or of the page table, of each sequence. Left
-    padding needs no argument: ``cache_seqlens`` counts cache rows, padding included, for destination and rotary
+    ``cu_seqlens_k_new`` (int32 ``(B + 1,)``); cast to the cache's dtype. Wider ones become float8 after division by
+    k_descale, v_descale (fp32 ``(B, Hkv)``; None: 1), and saturate. cache_seqlens: int32 ``(B,)``, the lengths before
+    the append. cache_batch_idx: the row of the cache, or of the page table, of each sequence. Left padding needs
+    no argument: ``cache_seqlens`` counts cache rows, padding included, for the destination and for the rotary
     position alike. rotary_seqlens: the rotary position of each sequence's first new key, instead of cache_seqlens.
 
     Padding rows past ``cu_seqlens_k_new[-1]``, and rows that would land past the cache or on a page that does not
@@ -111,17 +115,14 @@ def append(
     if k_new.shape[0] == 0 or no_place:
         return
 
-    quantised = k_cache.dtype.itemsize == 1 and k_new.dtype.itemsize > 1
-    if quantised:
-        k_new = k_new.float()  # rounded once, behind rotation and division
     row = cache_seqlens[sequence] + token
     if rotary_cos is not None and rotary_sin is not None:
         position = row if rotary_seqlens is None else rotary_seqlens[sequence] + token
-        k_new = apply_rotary(k_new, rotary_cos, rotary_sin, position, interleaved=rotary_interleaved)
-
-    if quantised:
-        k_new = _quantised(k_new, k_descale, sequence, k_cache.dtype)
-        v_new = _quantised(v_new.float(), v_descale, sequence, v_cache.dtype)
+        # On the way to float8 there is one rounding, at the end.
+        dtype = _compute_dtype(k_new) if _narrows(k_new, k_cache) else k_new.dtype
+        k_new = apply_rotary(k_new, rotary_cos, rotary_sin, position, interleaved=rotary_interleaved, dtype=dtype)
+    k_new = _to_cache_dtype(k_new, k_cache, k_descale, sequence)
+    v_new = _to_cache_dtype(v_new, v_cache, v_descale, sequence)
 
     owner = sequence if cache_batch_idx is None else cache_batch_idx[sequence]
     block, slot, inside = _destination(k_cache, owner, row, page_table)
@@ -130,12 +131,24 @@ def append(
     _store(v_cache, v_new, block, slot, live)
 
 
-def _quantised(x: Tensor, descale: Tensor | None, sequence: Tensor, dtype: torch.dtype) -> Tensor:
-    """Tokens ``(T, Hkv, D)`` in an 8-bit dtype, divided by the factors ``(B, Hkv)`` of their sequences, saturated."""
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _narrows(new: Tensor, cache: Tensor) -> bool:
+    """Whether storing ``new`` in ``cache`` turns wider numbers into float8."""
+    return cache.dtype.itemsize == 1 < new.dtype.itemsize
+
+
+def _to_cache_dtype(new: Tensor, cache: Tensor, descale: Tensor | None, sequence: Tensor) -> Tensor:
+    """New rows ``(T, Hkv, D)`` as the cache stores them."""
+    if not _narrows(new, cache):
+        return new.to(cache.dtype)
+    wide = new.to(_compute_dtype(new))
     if descale is not None:
-        x = x / descale[sequence].unsqueeze(-1)
-    largest = torch.finfo(dtype).max
-    return x.clamp(-largest, largest).to(dtype)
+        wide = wide / descale[sequence].to(wide.dtype).unsqueeze(-1)
+    largest = torch.finfo(cache.dtype).max
+    return wide.clamp(-largest, largest).to(cache.dtype)
 
 
 def _locate_tokens(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor]:

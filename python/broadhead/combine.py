@@ -1,4 +1,4 @@
-"""Merges attention results over disjoint keys by their log-sum-exp: flash_attn_combine and merge_attn_states."""
+"""flash_attn_combine: merges the results of splits of the keys by their log-sum-exp."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .validation import FLOAT_DTYPES
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+def merge_parts(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     """``outs`` (n, ..., Dv) weighted by ``lses`` (n, ...): the merged output and LSE. Empty parts count for nothing."""
     lse = torch.logsumexp(lses, dim=0)
     empty = lse == float("-inf")
@@ -24,14 +24,14 @@ def _merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     return (weights.unsqueeze(-1) * parts).sum(dim=0), lse
 
 
-def _check_floating(function: str, name: str, value: object) -> Tensor:
+def check_floating(function: str, name: str, value: object) -> Tensor:
     tensor = check.check_tensor(function, name, value, "a floating-point tensor")
     if tensor.dtype not in FLOAT_DTYPES:
         raise InvalidTypeError(f"{function}: {name} must be bf16, fp16, fp32 or fp64, got {tensor.dtype}")
     return tensor
 
 
-def _check_out(function: str, out: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def check_out(function: str, out: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     tensor = check.check_tensor(function, "out", out, f"a {dtype} tensor of shape {shape}")
     if tensor.dtype != dtype:
         raise InvalidTypeError(f"{function}: out must have dtype {dtype}, got {tensor.dtype}")
@@ -67,8 +67,8 @@ def flash_attn_combine(
         InvalidArgumentError, InvalidTypeError: an argument is wrong; the text names it.
     """
     function = "flash_attn_combine"
-    out_partial = _check_floating(function, "out_partial", out_partial)
-    lse_partial = _check_floating(function, "lse_partial", lse_partial)
+    out_partial = check_floating(function, "out_partial", out_partial)
+    lse_partial = check_floating(function, "lse_partial", lse_partial)
     if out_partial.dim() not in (4, 5) or out_partial.shape[0] < 1:
         raise InvalidArgumentError(
             f"{function}: out_partial must be (splits, batch, seqlen, heads, head_dim_v) or (splits, total, heads,"
@@ -83,7 +83,7 @@ def flash_attn_combine(
     shape = tuple(out_partial.shape[1:])
     if out is not None:
         dtype = out.dtype if out_dtype is None and isinstance(out, Tensor) else (out_dtype or out_partial.dtype)
-        out = _check_out(function, out, shape, dtype, out_partial.device)
+        out = check_out(function, out, shape, dtype, out_partial.device)
     else:
         dtype = out_dtype or out_partial.dtype
     if dtype not in FLOAT_DTYPES:
@@ -119,50 +119,5 @@ def flash_attn_combine(
                 CURRENT_STREAM,
             )
         return result, lse
-    merged, lse = _merge(out_partial, lse_partial)
+    merged, lse = merge_parts(out_partial, lse_partial)
     return merged.to(dtype) if out is None else out.copy_(merged), lse
-
-
-def merge_attn_states(
-    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Merge two attention results of the same queries over disjoint keys: ``(out, softmax_lse)``. Differentiable.
-
-    Args:
-        out_a, out_b: ``(B, S, H, Dv)`` or ``(T, H, Dv)``, of one dtype.
-        lse_a, lse_b: fp32 ``(B, H, S)`` or ``(H, T)``, natural log; -inf where a part saw no key.
-        out: written if given, of the shape and dtype of out_a.
-
-    Returns:
-        out, and softmax_lse of the shape of lse_a.
-
-    Raises:
-        InvalidArgumentError, InvalidTypeError: an argument is wrong; the text names it.
-    """
-    function = "merge_attn_states"
-    out_a = _check_floating(function, "out_a", out_a)
-    out_b = _check_floating(function, "out_b", out_b)
-    if out_a.dim() not in (3, 4):
-        raise InvalidArgumentError(
-            f"{function}: out_a must be (batch, seqlen, heads, head_dim_v) or (total, heads, head_dim_v), got"
-            f" {tuple(out_a.shape)}"
-        )
-    check.check_shape(function, "out_b", out_b, out_a.shape, "that of out_a")
-    if out_b.dtype != out_a.dtype:
-        raise InvalidTypeError(f"{function}: out_b must have the dtype of out_a, {out_a.dtype}, got {out_b.dtype}")
-    expected = (*out_a.shape[:-3], out_a.shape[-2], out_a.shape[-3])
-    for name, value in (("lse_a", lse_a), ("lse_b", lse_b)):
-        lse = _check_floating(function, name, value)
-        check.check_shape(function, name, lse, expected, "(batch, heads, seqlen) or (heads, total)")
-    for name, value in (("lse_a", lse_a), ("out_b", out_b), ("lse_b", lse_b)):
-        if value.device != out_a.device:
-            raise InvalidArgumentError(
-                f"{function}: {name} must be on the device of out_a, {out_a.device}, got {value.device}"
-            )
-    if out is not None:
-        out = _check_out(function, out, tuple(out_a.shape), out_a.dtype, out_a.device)
-    compute = torch.float64 if out_a.dtype == torch.float64 else torch.float32
-    lses = torch.stack((lse_a, lse_b)).to(compute)
-    merged, lse = _merge(torch.stack((out_a, out_b)).to(compute), lses.transpose(-1, -2))
-    lse = lse.transpose(-1, -2).to(lse_a.dtype).contiguous()
-    return merged.to(out_a.dtype) if out is None else out.copy_(merged), lse

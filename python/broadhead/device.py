@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from .native import parse_cuda_version
+from .native import build_description, parse_cuda_version
 from .support import SMEM_BY_CAPABILITY
 
 
@@ -85,3 +85,16 @@ def describe(device: torch.device) -> DeviceDescription:
 def default_device() -> DeviceDescription:
     """The current CUDA device where there is one, else the CPU."""
     return _describe_cuda(torch.cuda.current_device()) if torch.cuda.is_available() else CPU
+
+
+def common_kernel_obstacle(device: torch.device) -> str | None:
+    """Why the kernels that every library holds (csrc/common) can not run on tensors there; None: they can."""
+    if device.type != "cuda":
+        return f"the tensors are on {device.type}"
+    family = build_description().common_family()
+    if family is None:
+        return "this installation holds no kernels"
+    description = describe(device)
+    if description.capability is None or not family.covers(description.capability):
+        return f'the kernels were built for "{";".join(family.archs)}", not for {description.label()}'
+    return None

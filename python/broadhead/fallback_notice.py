@@ -11,8 +11,13 @@ from .errors import FallbackWarning
 Dispatch = tuple[str, str | None, str]
 
 
+_NOTHING: Dispatch = ("none", None, "nothing ran in this thread")
+
+
 class _State(threading.local):
-    last: Dispatch = ("none", None, "nothing ran in this thread")
+    last = _NOTHING  # attention
+    append = _NOTHING  # appending new keys to a cache
+    merge = _NOTHING  # merge_attn_states
 
 
 state = _State()

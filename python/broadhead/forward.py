@@ -45,6 +45,20 @@ def _find_signature(*tensors: Any) -> Any:
 _signature: Any = _find_signature
 
 
+class KnownCall:
+    """A call that its caller finds by a key of its own: run_forward leaves its Launch here for the next time."""
+
+    __slots__ = ("launch",)
+
+    def __init__(self) -> None:
+        self.launch: Launch | None = None
+
+
+def signature_of(*tensors: Any) -> Any:
+    """What validation reads of tensors, as a part of a key: the first five also by alignment. None: it can not be."""
+    return _signature(*tensors)
+
+
 def clear_launches() -> None:
     """Forget every decision; for tests that change the device or the build."""
     _launches.clear()
@@ -83,10 +97,12 @@ def run_forward(
     backend: Any = None,
     tokens_per_split: Any = 0,
     need_lse: bool = True,
+    known: KnownCall | None = None,
 ) -> tuple[Tensor, Any]:
     """``(out, softmax_lse)`` of a call under canonical names; ``function`` names the public function in errors.
 
-    Without ``need_lse`` softmax_lse may be None: a kernel then neither allocates nor writes it.
+    Without ``need_lse`` softmax_lse may be None: a kernel then neither allocates nor writes it. ``known`` belongs to
+    calls that agree in everything that a Launch depends on.
     """
     if is_compiling() or (type(q) not in _PLAIN_TENSORS and isinstance(q, Tensor)):
         from . import ops
@@ -103,16 +119,20 @@ def run_forward(
         window_size = tuple(window_size)
 
     key: tuple[Any, ...] | None = None
-    launch: Launch | None = None
+    launch = None if known is None else known.launch
     try:
-        if q.is_cuda and not (
-            is_grad_enabled()
-            and (
-                q.requires_grad
-                or k.requires_grad
-                or v.requires_grad
-                or (sinks is not None and sinks.requires_grad)
-                or (qv is not None and qv.requires_grad)
+        if (
+            launch is None
+            and q.is_cuda
+            and not (
+                is_grad_enabled()
+                and (
+                    q.requires_grad
+                    or k.requires_grad
+                    or v.requires_grad
+                    or (sinks is not None and sinks.requires_grad)
+                    or (qv is not None and qv.requires_grad)
+                )
             )
         ):
             signature = _signature(
@@ -128,6 +148,8 @@ def run_forward(
     except (AttributeError, TypeError):
         key = None  # not tensors, or unhashable values: validation names them
     if launch is not None:
+        if known is not None:
+            known.launch = launch
         state.last = launch.dispatch
         return launch_forward(
             function, launch, q, k, v, out, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k, kv_batch_idx,
@@ -171,13 +193,16 @@ def select(function: str, problem: AttentionProblem, device: torch.device, backe
     return None
 
 
-def check_only(function: str, args: AttentionArgs) -> None:
-    """Raise what the call would raise, before anything is written: for calls that change a cache first."""
+def check_only(function: str, args: AttentionArgs) -> bool:
+    """Raise what the call would raise, before anything is written: for calls that change a cache first.
+
+    Returns whether a kernel will run the call.
+    """
     backend = check.check_backend(function, args.backend)
     problem = check_forward(function, args).problem
     if args.scheduler_metadata is not None:
         check_buffer(function, "scheduler_metadata", args.scheduler_metadata, problem.batch, args.q.device)
-    select(function, problem, args.q.device, backend)
+    return select(function, problem, args.q.device, backend) is not None
 
 
 def _cuda_refusal(function: str, problem: AttentionProblem, device: DeviceDescription, plan: Plan) -> str:

@@ -7,9 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from . import validation as check
+from .append_call import NewKeys, append_new_keys
 from .errors import InvalidArgumentError
 from .forward import run_forward
-from .kvcache import append_new_keys
+from .problem import AttentionArgs
 
 
 def maybe_contiguous(x: Tensor | None) -> Tensor | None:
@@ -250,14 +251,21 @@ def mha_fwd(
         qv = check.pick_synonym(function, "qv", qv, "q_v", q_v)  # type: ignore[assignment]
     if window_size is None:
         window_size = (window_size_left, window_size_right)
+    known = None
     if k_new is not None or v_new is not None or rotary_cos is not None or rotary_sin is not None:
-        q, seqused_k = append_new_keys(
-            function, q, k, v, k_new, v_new, rotary_cos, rotary_sin, seqused_k, kv_batch_idx, page_table, cu_seqlens_q,
-            cu_seqlens_k_new, rotary_seqlens, rotary_interleaved, causal, window_size, sinks, qv, k_descale, v_descale,
+        q, seqused_k, known = append_new_keys(
+            function,
+            AttentionArgs(
+                q, k, v, qv, out, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k,
+                page_table, kv_batch_idx, leftpad_k, q_descale, k_descale, v_descale, softmax_scale, causal,
+                window_size, attention_chunk, softcap, scheduler_metadata, num_splits, pack_gqa, sm_margin, sinks,
+                prefix_lens, backend, tokens_per_split,
+            ),
+            NewKeys(k_new, v_new, cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved),
         )  # fmt: skip
     return run_forward(
         function, q, k, v, qv, out, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k,
         page_table, kv_batch_idx, leftpad_k, q_descale, k_descale, v_descale, softmax_scale, causal, window_size,
         attention_chunk, softcap, scheduler_metadata, num_splits, pack_gqa, sm_margin, sinks, prefix_lens, backend,
-        tokens_per_split,
+        tokens_per_split, known=known,
     )  # fmt: skip

@@ -31,6 +31,10 @@ class BuildDescription(NamedTuple):
     def family(self, name: str) -> FamilyBuild | None:
         return next((family for family in self.families if family.name == name), None)
 
+    def common_family(self) -> FamilyBuild | None:
+        """The library that serves what every family holds, as csrc/bindings/kernel_library.cpp chooses it."""
+        return self.family("sm80") or next(iter(self.families), None)
+
     def load_error(self, name: str) -> str:
         return dict(self.errors).get(name, "")
 

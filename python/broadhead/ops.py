@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import append_kv, metadata
+from . import metadata
+from .append_launch import Append, run_append
 from .backward import run_backward
 from .errors import UnsupportedError
 from .forward import run_forward
 from .masking import normalize_window
+from .merge_states import run_merge
 from .problem import AttentionArgs, needs_gradients, out_dtype, refuse_mixed_gradient
 
 # The arguments that mha_fwd, mha_fwd_out and mha_bwd share, in one order.
@@ -196,7 +198,8 @@ def call_forward(function: str, *values: Any) -> tuple[Tensor, Tensor]:
 _APPEND = (
     "(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k_new, Tensor v_new, Tensor cache_seqlens, Tensor? page_table,"
     " Tensor? cache_batch_idx, Tensor? cu_seqlens_k_new, Tensor? rotary_cos, Tensor? rotary_sin,"
-    " Tensor? rotary_seqlens, bool rotary_interleaved, Tensor? k_descale, Tensor? v_descale) -> ()"
+    " Tensor? rotary_seqlens, bool rotary_interleaved, Tensor? q=None, Tensor? cu_seqlens_q=None,"
+    " bool causal_or_local=False, Tensor? k_descale=None, Tensor? v_descale=None) -> (Tensor, Tensor)"
 )
 
 
@@ -214,30 +217,71 @@ def append(
     rotary_sin: Tensor | None,
     rotary_seqlens: Tensor | None,
     rotary_interleaved: bool,
-    k_descale: Tensor | None,
-    v_descale: Tensor | None,
-) -> None:
-    append_kv.append(
-        k_cache,
-        v_cache,
-        k_new,
-        v_new,
-        cache_seqlens=cache_seqlens,
-        page_table=page_table,
-        cache_batch_idx=cache_batch_idx,
-        cu_seqlens_k_new=cu_seqlens_k_new,
-        rotary_cos=rotary_cos,
-        rotary_sin=rotary_sin,
-        rotary_seqlens=rotary_seqlens,
-        rotary_interleaved=rotary_interleaved,
-        k_descale=k_descale,
-        v_descale=v_descale,
-    )
+    q: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    causal_or_local: bool = False,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``(q rotated, empty without q; lengths after the append)``."""
+    turned, lengths = run_append(
+        Append(
+            k_cache, v_cache, k_new, v_new, cache_seqlens, None if rotary_cos is None else q, rotary_cos, rotary_sin,
+            rotary_seqlens, cu_seqlens_q, cu_seqlens_k_new, page_table, cache_batch_idx, k_descale, v_descale,
+            rotary_interleaved, causal_or_local,
+        )
+    )  # fmt: skip
+    return k_new.new_empty(0) if turned is None else _canonical(turned), lengths
 
 
 @append.register_fake
-def _(*inputs: Any) -> None:
-    return None
+def _(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    cache_seqlens: Tensor,
+    page_table: Tensor | None,
+    cache_batch_idx: Tensor | None,
+    cu_seqlens_k_new: Tensor | None,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    rotary_seqlens: Tensor | None,
+    rotary_interleaved: bool,
+    q: Tensor | None = None,
+    *others: Any,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    turned = k_new.new_empty(0) if q is None or rotary_cos is None else q.new_empty(q.shape)
+    return turned, cache_seqlens.new_empty(cache_seqlens.shape)
+
+
+# --- merge_attn_states -----------------------------------------------------------------------------------------------
+
+_STATES = "Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b"
+
+
+@torch.library.custom_op("broadhead::merge_states", mutates_args=(), schema=f"({_STATES}) -> (Tensor, Tensor)")
+def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    out, lse = run_merge(out_a, lse_a, out_b, lse_b, None)
+    return _canonical(out), _canonical(lse)
+
+
+@merge_states.register_fake
+def _(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    return out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
+
+
+@torch.library.custom_op(
+    "broadhead::merge_states_out", mutates_args=("out",), schema=f"({_STATES}, Tensor(a!) out) -> Tensor"
+)
+def merge_states_out(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor) -> Tensor:
+    return _canonical(run_merge(out_a, lse_a, out_b, lse_b, out)[1])
+
+
+@merge_states_out.register_fake
+def _(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor) -> Tensor:
+    return lse_a.new_empty(lse_a.shape)
 
 
 # --- get_scheduler_metadata ------------------------------------------------------------------------------------------

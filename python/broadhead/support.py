@@ -286,7 +286,7 @@ def _decode_rows() -> tuple[KernelRow, ...]:
         ("d512", HUGE_SMEM, 512, SMEM_227KB, DecodeTile(16, 32, 8, 2, 5, 1)),
         ("d512_smem99", CAPABILITIES, 512, SMEM_99KB, DecodeTile(16, 16, 4, 1, 7, 2)),
         ("d64_m32", CAPABILITIES, 64, SMEM_99KB, DecodeTile(32, 32, 4, 4, 7, 2)),
-        ("d128_m32", CAPABILITIES, 128, SMEM_99KB, DecodeTile(32, 32, 4, 4, 5, 2)),
+        ("d128_m32", CAPABILITIES, 128, SMEM_99KB, DecodeTile(32, 16, 4, 4, 9, 2)),
         ("d256_m32", CAPABILITIES, 256, SMEM_99KB, DecodeTile(32, 16, 4, 2, 7, 2)),
         ("d512_m32", CAPABILITIES, 512, SMEM_99KB, DecodeTile(32, 16, 4, 1, 5, 2)),
     )

@@ -9,6 +9,7 @@ import pytest
 import torch
 from broadhead import dispatch as dispatch_module
 from broadhead import support
+from broadhead.append_call import clear_known
 from broadhead.forward import clear_launches
 from calls import Built, Call, build
 from checks import check_call
@@ -45,6 +46,7 @@ def only_row(
     def forget() -> None:
         dispatch_module._plans.clear()
         clear_launches()
+        clear_known()
 
     def show(row: support.KernelRow) -> None:
         if capability not in row.capabilities:

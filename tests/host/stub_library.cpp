@@ -101,3 +101,37 @@ int broadhead_combine(const broadhead::CombineParams* params, void* stream, char
   PUT(rows), PUT(heads), PUT(head_dim_v), PUT(num_splits), PUT(out_dtype);
   return 0;
 }
+
+int broadhead_append_kv(const broadhead::AppendKvParams* params, void* stream, char* error, std::size_t error_size) {
+  const broadhead::AppendKvParams& p = *params;
+  text[0] = '\0';
+  if (p.seqlen_new == 99) {
+    std::snprintf(error, error_size, "append_kv: launch: the stub was asked to fail");
+    return 1;
+  }
+  put("stream", stream);
+  put("struct_size_fits", p.struct_size == sizeof(broadhead::AppendKvParams));
+  PUT(k_cache), PUT(v_cache), PUT(k_new), PUT(v_new), PUT(q), PUT(q_out), PUT(rotary_cos), PUT(rotary_sin);
+  PUT(k_cache_strides), PUT(v_cache_strides), PUT(k_new_strides), PUT(v_new_strides), PUT(q_strides);
+  PUT(q_out_strides), PUT(cos_stride), PUT(sin_stride), PUT(k_descale), PUT(v_descale), PUT(k_descale_strides);
+  PUT(v_descale_strides), PUT(cache_seqlens), PUT(seqlens_out), PUT(rotary_seqlens), PUT(cu_seqlens_q);
+  PUT(cu_seqlens_k_new), PUT(page_table), PUT(cache_batch_idx), PUT(page_table_batch_stride), PUT(num_blocks);
+  PUT(num_owners), PUT(block_size), PUT(max_pages), PUT(batch), PUT(seqlen_q), PUT(seqlen_new), PUT(total_q);
+  PUT(total_new), PUT(num_heads_q), PUT(num_heads_kv), PUT(head_dim), PUT(head_dim_v), PUT(rotary_dim);
+  PUT(num_positions), PUT(rotary_interleaved), PUT(causal_or_local), PUT(angles_are_fp32);
+  put("dtype", static_cast<long long>(p.dtype));
+  put("cache_dtype", static_cast<long long>(p.cache_dtype));
+  return 0;
+}
+
+int broadhead_merge_states(const broadhead::MergeStatesParams* params, void* stream, char*, std::size_t) {
+  const broadhead::MergeStatesParams& p = *params;
+  text[0] = '\0';
+  put("stream", stream);
+  put("struct_size_fits", p.struct_size == sizeof(broadhead::MergeStatesParams));
+  PUT(out_a), PUT(out_b), PUT(out), PUT(lse_a), PUT(lse_b), PUT(softmax_lse), PUT(out_a_strides);
+  PUT(out_b_strides), PUT(out_strides), PUT(lse_a_strides), PUT(lse_b_strides), PUT(lse_strides), PUT(batch);
+  PUT(seqlen), PUT(heads), PUT(head_dim_v);
+  put("dtype", static_cast<long long>(p.dtype));
+  return 0;
+}

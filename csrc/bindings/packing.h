@@ -1,0 +1,80 @@
+// How tensors become fields of an argument block: what the functions of the module share.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "bindings/argument_reader.h"
+#include "host/params.h"
+
+namespace broadhead {
+
+constexpr std::size_t kErrorSize = 1024;
+
+template <class Params>
+Params make_params() {
+  Params params{};
+  params.struct_size = sizeof(Params);
+  params.abi_version = kAbiVersion;
+  return params;
+}
+
+// [B, S, H, D], [T, H, D] (batch stride unused) or [pages, page_size, H, D].
+inline TensorStrides strides_of(const TensorView& tensor) {
+  return {tensor.ndim() == 4 ? tensor.stride(0) : 0, tensor.stride(-3), tensor.stride(-2)};
+}
+
+// As strides_of, 0 along dimensions of one element: their stride means nothing, and would look misaligned.
+inline TensorStrides used_strides(const TensorView& tensor) {
+  const auto used = [&](int dim) { return tensor.size(dim) == 1 ? 0 : tensor.stride(dim); };
+  return {tensor.ndim() == 4 ? used(0) : 0, used(-3), used(-2)};
+}
+
+inline bool last_dim_contiguous(const TensorView& tensor) { return tensor.size(-1) <= 1 || tensor.stride(-1) == 1; }
+
+inline bool contiguous(const TensorView& tensor) {
+  std::int64_t stride = 1;
+  for (int dim = tensor.ndim() - 1; dim >= 0; --dim) {
+    if (tensor.size(dim) != 1 && tensor.stride(dim) != stride) return false;
+    stride *= tensor.size(dim);
+  }
+  return true;
+}
+
+inline bool same_shape(const TensorView& a, const TensorView& b) {
+  bool same = a.ndim() == b.ndim();
+  for (int dim = 0; same && dim < a.ndim(); ++dim) same = a.size(dim) == b.size(dim);
+  return same;
+}
+
+// Of an element type that DataType has.
+inline DataType data_type(ElementType type) {
+  return type == ElementType::kBFloat16     ? DataType::kBFloat16
+         : type == ElementType::kFloat16    ? DataType::kFloat16
+         : type == ElementType::kFloat8E4M3 ? DataType::kFloat8E4M3
+                                            : DataType::kFloat32;
+}
+
+// An int32 vector with one entry a sequence (plus `extra`), or None.
+inline const std::int32_t* read_lengths(ArgumentReader& reader, const char* name, std::int64_t* batch, int extra = 0) {
+  const TensorView lengths = reader.optional_tensor(name, ElementType::kInt32, 1);
+  if (!lengths.present()) return nullptr;
+  reader.require(contiguous(lengths), name, "contiguous", lengths);
+  if (*batch < 0) *batch = lengths.size(0) - extra;
+  if (lengths.size(0) < *batch + extra) {
+    reader.fail(name, "must hold at least " + std::to_string(*batch + extra) + " entries, got " + lengths.describe());
+  }
+  return lengths.as<const std::int32_t>();
+}
+
+// Factors for 8-bit q, k or v, one for each sequence and KV head, or None.
+inline const float* read_descale(ArgumentReader& reader, const char* name, std::int64_t batch, std::int64_t heads,
+                                 DescaleStrides* strides) {
+  const TensorView descale = reader.optional_tensor(name, ElementType::kFloat32, 2);
+  if (!descale.present()) return nullptr;
+  reader.require(descale.size(0) == batch && descale.size(1) == heads, name, "[batch, heads of k]", descale);
+  *strides = {descale.stride(0), descale.stride(1)};
+  return descale.as<const float>();
+}
+
+}  // namespace broadhead

@@ -1,0 +1,277 @@
+"""One append of new keys as the public functions ask for it: validated once, then run by kernel or torch ops."""
+
+from __future__ import annotations
+
+import os
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from . import validation as check
+from .append_launch import Append, kernel_obstacle, launch_append, run_append
+from .device import describe
+from .errors import InvalidArgumentError, InvalidTypeError, UnsupportedError
+from .fallback_notice import warn_fallback
+from .forward import KnownCall, check_only, signature_of
+from .masking import normalize_window
+from .problem import AttentionArgs, needs_gradients
+
+
+class NewKeys(NamedTuple):
+    """The arguments of an append that attention itself does not take, under the names of flash_attn_with_kvcache."""
+
+    k: Any
+    v: Any
+    cu_seqlens_k_new: Any
+    rotary_cos: Any
+    rotary_sin: Any
+    rotary_seqlens: Any
+    rotary_interleaved: Any
+
+
+class KnownAppend(NamedTuple):
+    """What repeats of a call that was validated and that the kernels take."""
+
+    causal_or_local: bool
+    attention: KnownCall
+
+
+#: By everything that validation looked at.
+_known: dict[tuple[Any, ...], KnownAppend] = {}
+_MAX_KNOWN = 8192
+_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
+
+# The first five are those that attention takes aligned alone.
+_TENSOR_FIELDS = (
+    "q", "k", "v", "out", "qv", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "page_table", "kv_batch_idx",
+    "leftpad_k", "q_descale", "k_descale", "v_descale", "scheduler_metadata", "sinks", "prefix_lens",
+)  # fmt: skip
+_tensors_of = itemgetter(*(AttentionArgs._fields.index(name) for name in _TENSOR_FIELDS))
+_flags_of = itemgetter(*(i for i, name in enumerate(AttentionArgs._fields) if name not in _TENSOR_FIELDS))
+
+
+def clear_known() -> None:
+    """Forget every decision; for tests that change the device or the build."""
+    _known.clear()
+
+
+def append_new_keys(function: str, args: AttentionArgs, new: NewKeys) -> tuple[Any, Any, KnownCall | None]:
+    """Write the new keys into the cache ``args.k``, ``args.v`` and rotate q.
+
+    Nothing is written unless the attention of ``args`` that follows is accepted too. Returns q, the lengths after the
+    append, and what run_forward takes to find its launch without looking at the tensors again.
+    """
+    if is_compiling() or (isinstance(args.q, Tensor) and type(args.q) not in _PLAIN_TENSORS):
+        return *_append_by_operator(function, args, new), None
+    if type(args.window_size) is list:
+        args = args._replace(window_size=tuple(args.window_size))
+    key: tuple[Any, ...] | None = None
+    known: KnownAppend | None = None
+    try:
+        if args.q.is_cuda and not needs_gradients(args.q, args.k, args.v, new.k, new.v, args.sinks, args.qv):
+            signature = signature_of(*_tensors_of(args), *new[:6])
+            if signature is not None:
+                key = (signature, _flags_of(args), new.rotary_interleaved)
+                known = _known.get(key)
+    except (AttributeError, TypeError):
+        key = None  # not tensors, or unhashable values: validation names them
+    if known is not None:
+        q, lengths = launch_append(_describe(args, new, known.causal_or_local))
+        return args.q if q is None else q, lengths, known.attention
+
+    attention_on_kernel = _validate(function, args, new)
+    call = _describe(args, new, _causal_or_local(function, args))
+    obstacle = kernel_obstacle(call)
+    if attention_on_kernel and obstacle is not None:
+        _refuse_or_warn(function, obstacle, args)
+    if attention_on_kernel and obstacle is None and key is not None:
+        if len(_known) >= _MAX_KNOWN:
+            _known.clear()
+        known = _known[key] = KnownAppend(call.causal_or_local, KnownCall())
+    q, lengths = run_append(call, args.backend)
+    return args.q if q is None else q, lengths, None if known is None else known.attention
+
+
+def _append_by_operator(function: str, args: AttentionArgs, new: NewKeys) -> tuple[Any, Any]:
+    """append_new_keys through the operator; traceable, so it validates only what a schema needs."""
+    if is_compiling():
+        _check_given(function, args, new)
+        _check_no_gradient(function, args, new)
+    else:
+        _validate(function, args, new)
+    call = _describe(args, new, _causal_or_local(function, args))
+    q, lengths = torch.ops.broadhead.append_kv(
+        call.k_cache, call.v_cache, call.k_new, call.v_new, call.cache_seqlens, call.page_table, call.cache_batch_idx,
+        call.cu_seqlens_k_new, call.rotary_cos, call.rotary_sin, call.rotary_seqlens, call.rotary_interleaved, call.q,
+        call.cu_seqlens_q, call.causal_or_local, call.k_descale, call.v_descale,
+    )  # fmt: skip
+    return args.q if call.q is None else q, lengths
+
+
+def _describe(args: AttentionArgs, new: NewKeys, causal_or_local: bool) -> Append:
+    return Append(
+        args.k, args.v, new.k, new.v, args.seqused_k, None if new.rotary_cos is None else args.q, new.rotary_cos,
+        new.rotary_sin, new.rotary_seqlens, args.cu_seqlens_q, new.cu_seqlens_k_new, args.page_table,
+        args.kv_batch_idx, args.k_descale, args.v_descale, new.rotary_interleaved, causal_or_local,
+    )  # fmt: skip
+
+
+def _causal_or_local(function: str, args: AttentionArgs) -> bool:
+    left, right = normalize_window(args.window_size, args.causal, function)
+    return left >= 0 or right >= 0
+
+
+def _refuse_or_warn(function: str, obstacle: str, args: AttentionArgs) -> None:
+    """Attention runs on a kernel, the append before it would not: as for attention, that is no secret."""
+    strict = os.environ.get("BROADHEAD_STRICT", "0") not in ("", "0")
+    if args.backend == "cuda" or strict:
+        prefix = "" if args.backend == "cuda" else "BROADHEAD_STRICT=1: "
+        raise UnsupportedError(f"{prefix}{function}: the append kernel does not take this call: {obstacle}")
+    warn_fallback(function, describe(args.q.device).label(), f"the append of k and v: {obstacle}")
+
+
+def _validate(function: str, args: AttentionArgs, new: NewKeys) -> bool:
+    """Check everything that the append and the attention behind it read; whether a kernel will run the attention."""
+    attention = args if args.page_table is None else args._replace(cu_seqlens_k=None)
+    attention_on_kernel = check_only(function, attention)
+    _check_given(function, args, new)
+    _check_append(
+        function, args.q, args.k, args.v, new.k, new.v, new.rotary_cos, new.rotary_sin, args.seqused_k,
+        args.kv_batch_idx, args.page_table, args.cu_seqlens_q, new.cu_seqlens_k_new, new.rotary_seqlens,
+        new.rotary_interleaved,
+    )  # fmt: skip
+    _check_no_gradient(function, args, new)
+    return attention_on_kernel
+
+
+def _check_given(function: str, args: AttentionArgs, new: NewKeys) -> None:
+    if new.k is None or new.v is None:
+        name = "k and v" if new.k is None and new.v is None else ("k" if new.k is None else "v")
+        raise InvalidArgumentError(
+            f"{function}: {name} must be given when new keys are appended or rotary_cos/rotary_sin are given, got None"
+        )
+    if (new.rotary_cos is None) != (new.rotary_sin is None):
+        raise InvalidArgumentError(f"{function}: rotary_cos and rotary_sin must be given together, got one of them")
+    if args.seqused_k is None:
+        raise InvalidArgumentError(f"{function}: cache_seqlens must be given with k and v, got None")
+
+
+def _check_no_gradient(function: str, args: AttentionArgs, new: NewKeys) -> None:
+    if needs_gradients(args.q, new.k, new.v, args.k, args.v, args.sinks, args.qv):
+        raise UnsupportedError(
+            f"{function}: appending k and v to a cache has no gradient, and an input requires grad; call it under"
+            " torch.no_grad()"
+        )
+
+
+def _check_append(
+    function: str,
+    q: Any,
+    k_cache: Any,
+    v_cache: Any,
+    k: Any,
+    v: Any,
+    rotary_cos: Any,
+    rotary_sin: Any,
+    cache_seqlens: Any,
+    cache_batch_idx: Any,
+    page_table: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k_new: Any,
+    rotary_seqlens: Any,
+    rotary_interleaved: Any,
+) -> None:
+    """Everything that the append reads, before it writes anything."""
+    q = check.check_tensor(function, "q", q, "a tensor (batch, seqlen_q, heads, head_dim)")
+    device = q.device
+    if cu_seqlens_q is not None:
+        check.check_int32(function, "cu_seqlens_q", cu_seqlens_q, (None,), device, "(batch + 1,)")
+        check.check_attention_tensor(function, "q", q, (3,), "(total_q, heads, head_dim) with cu_seqlens_q")
+        batch = cu_seqlens_q.shape[0] - 1
+    else:
+        check.check_attention_tensor(function, "q", q, (4,), "(batch, seqlen_q, heads, head_dim)")
+        batch = q.shape[0]
+    layout = "(batch, seqlen, heads_kv, head_dim), or (num_pages, page_size, heads_kv, head_dim) with page_table"
+    packed = cu_seqlens_k_new is not None
+    layout_new = "(batch, new, heads_kv, head_dim)"
+    if packed:
+        layout_new = "(total_new, heads_kv, head_dim) with cu_seqlens_k_new"
+    for name, cache, new_name, new in (("k_cache", k_cache, "k", k), ("v_cache", v_cache, "v", v)):
+        check.check_attention_tensor(function, name, cache, (4,), layout)
+        check.check_attention_tensor(function, new_name, new, (3,) if packed else (4,), layout_new)
+        for each, tensor in ((name, cache), (new_name, new)):
+            check.check_device(function, each, tensor, device)
+        if new.dtype != cache.dtype and not (cache.dtype == torch.float8_e4m3fn and new.dtype in check.FLOAT_DTYPES):
+            narrower = ", or bf16 or fp16, which become float8" if cache.dtype == torch.float8_e4m3fn else ""
+            raise InvalidTypeError(
+                f"{function}: {new_name} must have the dtype of {name}, {cache.dtype}{narrower}, got {new.dtype}"
+            )
+        if cache.shape[-2:] != new.shape[-2:]:
+            raise InvalidArgumentError(
+                f"{function}: {new_name} must have the heads and head_dim of {name}, {tuple(cache.shape[-2:])}, got"
+                f" {tuple(new.shape[-2:])}"
+            )
+    if k.dtype != v.dtype:
+        raise InvalidTypeError(f"{function}: v must have the dtype of k, {k.dtype}, got {v.dtype}")
+    if k.shape[:-1] != v.shape[:-1]:
+        raise InvalidArgumentError(
+            f"{function}: v must agree with k but for the last dimension, got k {tuple(k.shape)} and v {tuple(v.shape)}"
+        )
+    if k_cache.shape[:-1] != v_cache.shape[:-1]:
+        raise InvalidArgumentError(
+            f"{function}: v_cache must agree with k_cache but for the last dimension, got k_cache"
+            f" {tuple(k_cache.shape)} and v_cache {tuple(v_cache.shape)}"
+        )
+    if packed:
+        check.check_int32(function, "cu_seqlens_k_new", cu_seqlens_k_new, (batch + 1,), device, "(batch + 1,)")
+        check.check_cu_seqlens_on_cpu(function, "cu_seqlens_k_new", cu_seqlens_k_new, k.shape[0])
+    elif k.shape[0] != batch:
+        raise InvalidArgumentError(f"{function}: k must have the batch of q, {batch}, got {k.shape[0]}")
+    for name, value in (("cache_seqlens", cache_seqlens), ("cache_batch_idx", cache_batch_idx)):
+        if value is not None:
+            check.check_int32(function, name, value, (batch,), device, "(batch,)")
+            check.check_lengths_on_cpu(function, name, value)
+    if rotary_seqlens is not None:
+        check.check_int32(function, "rotary_seqlens", rotary_seqlens, (batch,), device, "(batch,)")
+    if page_table is not None:
+        rows = batch if cache_batch_idx is None else None
+        check.check_int32(function, "page_table", page_table, (rows, None), device, "(batch, max_pages)")
+        if k_cache.shape[1] < 1:
+            raise InvalidArgumentError(f"{function}: page_size (k_cache.shape[1]) must be >= 1, got 0")
+    elif cache_batch_idx is None and k_cache.shape[0] != batch:
+        raise InvalidArgumentError(
+            f"{function}: k_cache must have the batch of q, {batch}, got {k_cache.shape[0]}; a larger cache needs"
+            " cache_batch_idx"
+        )
+    check.check_bool(function, "rotary_interleaved", rotary_interleaved)
+    if rotary_cos is not None:
+        _check_rotary(function, q, k, rotary_cos, rotary_sin)
+
+
+def _check_rotary(function: str, q: Tensor, k: Tensor, rotary_cos: Any, rotary_sin: Any) -> None:
+    for name, tensor in (("q", q), ("k", k)):
+        if tensor.dtype in check.FLOAT8_DTYPES:
+            raise UnsupportedError(
+                f"{function}: rotary_cos and rotary_sin need q and k before they were rounded to 8 bits, got {name} of"
+                f" {tensor.dtype}; rotate before the conversion, or pass bf16 or fp16"
+            )
+    check.check_same_dtype(function, "k", k, q.dtype)
+    spelled = "a floating-point tensor of shape (positions, rotary_dim / 2)"
+    for name, value in (("rotary_cos", rotary_cos), ("rotary_sin", rotary_sin)):
+        table = check.check_tensor(function, name, value, spelled)
+        if not table.is_floating_point():
+            raise InvalidTypeError(f"{function}: {name} must be {spelled}, got dtype {table.dtype}")
+        if table.dim() != 2 or table.shape[0] < 1 or 2 * table.shape[1] > q.shape[-1]:
+            raise InvalidArgumentError(
+                f"{function}: {name} must be {spelled} with rotary_dim <= head_dim {q.shape[-1]}, got"
+                f" {tuple(table.shape)}"
+            )
+        check.check_device(function, name, table, q.device)
+    if rotary_cos.shape != rotary_sin.shape:
+        raise InvalidArgumentError(
+            f"{function}: rotary_sin must have the shape of rotary_cos, {tuple(rotary_cos.shape)}, got"
+            f" {tuple(rotary_sin.shape)}"
+        )

@@ -1,0 +1,143 @@
+"""merge_attn_states: merges two attention results of the same queries over disjoint keys, by kernel or torch ops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from . import native
+from .combine import check_floating, check_out, merge_parts
+from .device import common_kernel_obstacle
+from .errors import InvalidArgumentError, InvalidTypeError
+from .fallback_notice import Dispatch, state
+from .forward import signature_of
+from .metadata import CURRENT_STREAM
+from .problem import needs_gradients
+from .validation import INT32_MAX, check_shape
+
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
+
+BY_KERNEL: Dispatch = ("cuda", "merge_states", "one launch of the merge kernel")
+
+#: Calls that were validated and that the kernel takes, by everything that validation looked at.
+_known: set[Any] = set()
+_MAX_KNOWN = 8192
+
+
+def merge_attn_states(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Merge two attention results of the same queries over disjoint keys: ``(out, softmax_lse)``. Differentiable.
+
+    Args:
+        out_a, out_b: ``(B, S, H, Dv)`` or ``(T, H, Dv)``, of one dtype.
+        lse_a, lse_b: fp32 ``(B, H, S)`` or ``(H, T)``, natural log; -inf where a part saw no key.
+        out: written if given, of the shape and dtype of out_a; may be out_a or out_b itself.
+
+    Returns:
+        out, and softmax_lse of the shape of lse_a.
+
+    Raises:
+        InvalidArgumentError, InvalidTypeError: an argument is wrong; the text names it.
+    """
+    if is_compiling() or (isinstance(out_a, Tensor) and type(out_a) not in _PLAIN_TENSORS):
+        _check(out_a, lse_a, out_b, lse_b, out)
+        if needs_gradients(out_a, lse_a, out_b, lse_b):
+            return _run_torch(out_a, lse_a, out_b, lse_b, out)
+        if out is None:
+            return torch.ops.broadhead.merge_states(out_a, lse_a, out_b, lse_b)
+        return out, torch.ops.broadhead.merge_states_out(out_a, lse_a, out_b, lse_b, out)
+    key = None
+    try:
+        if out_a.is_cuda and not needs_gradients(out_a, lse_a, out_b, lse_b):
+            key = signature_of(out_a, out_b, out, lse_a, lse_b)
+            if key in _known:
+                return _launch(out_a, lse_a, out_b, lse_b, out)
+    except AttributeError:
+        key = None  # not tensors: validation names them
+    _check(out_a, lse_a, out_b, lse_b, out)
+    if needs_gradients(out_a, lse_a, out_b, lse_b):
+        state.merge = ("torch", None, "an input requires grad")
+        return _run_torch(out_a, lse_a, out_b, lse_b, out)
+    if key is not None and kernel_obstacle(out_a, lse_a, out_b, lse_b, out) is None:
+        if len(_known) >= _MAX_KNOWN:
+            _known.clear()
+        _known.add(key)
+    return run_merge(out_a, lse_a, out_b, lse_b, out)
+
+
+def run_merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A checked merge that needs no gradient."""
+    obstacle = kernel_obstacle(out_a, lse_a, out_b, lse_b, out)
+    if obstacle is None:
+        return _launch(out_a, lse_a, out_b, lse_b, out)
+    state.merge = ("torch", None, obstacle)
+    return _run_torch(out_a, lse_a, out_b, lse_b, out)
+
+
+def kernel_obstacle(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor | None) -> str | None:
+    """Why the kernel can not run a checked merge; None: it can."""
+    obstacle = common_kernel_obstacle(out_a.device)
+    if obstacle is not None:
+        return obstacle
+    if out_a.dtype not in _KERNEL_DTYPES or lse_a.dtype != torch.float32 or lse_b.dtype != torch.float32:
+        return f"no kernel merges {out_a.dtype} with lse of {lse_a.dtype} and {lse_b.dtype}"
+    for name, tensor in (("out_a", out_a), ("out_b", out_b), ("out", out)):
+        if tensor is not None and tensor.stride(-1) != 1:
+            return f"{name} has strides {tensor.stride()}; the kernel takes a contiguous last dimension"
+    if out is not None and any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride())):
+        return f"out holds elements more than once, it has strides {out.stride()}"
+    if lse_a.numel() > INT32_MAX or out_a.shape[-1] == 0:
+        return f"no kernel merges results of shape {tuple(out_a.shape)}"
+    return None
+
+
+def _launch(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
+    if out_a.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(out_a.device):
+            return _launch(out_a, lse_a, out_b, lse_b, out)
+    if out is None:
+        out = out_a.new_empty(out_a.shape)
+    lse = lse_a.new_empty(lse_a.shape)
+    module = native.extension()
+    assert module is not None
+    module.merge_states(out_a, lse_a, out_b, lse_b, out, lse, CURRENT_STREAM)
+    state.merge = BY_KERNEL
+    return out, lse
+
+
+def _run_torch(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
+    compute = torch.float64 if out_a.dtype == torch.float64 else torch.float32
+    lses = torch.stack((lse_a, lse_b)).to(compute)
+    merged, lse = merge_parts(torch.stack((out_a, out_b)).to(compute), lses.transpose(-1, -2))
+    lse = lse.transpose(-1, -2).to(lse_a.dtype).contiguous()
+    return merged.to(out_a.dtype) if out is None else out.copy_(merged), lse
+
+
+def _check(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, out: Any) -> None:
+    function = "merge_attn_states"
+    out_a = check_floating(function, "out_a", out_a)
+    out_b = check_floating(function, "out_b", out_b)
+    if out_a.dim() not in (3, 4):
+        raise InvalidArgumentError(
+            f"{function}: out_a must be (batch, seqlen, heads, head_dim_v) or (total, heads, head_dim_v), got"
+            f" {tuple(out_a.shape)}"
+        )
+    check_shape(function, "out_b", out_b, out_a.shape, "that of out_a")
+    if out_b.dtype != out_a.dtype:
+        raise InvalidTypeError(f"{function}: out_b must have the dtype of out_a, {out_a.dtype}, got {out_b.dtype}")
+    expected = (*out_a.shape[:-3], out_a.shape[-2], out_a.shape[-3])
+    for name, value in (("lse_a", lse_a), ("lse_b", lse_b)):
+        lse = check_floating(function, name, value)
+        check_shape(function, name, lse, expected, "(batch, heads, seqlen) or (heads, total)")
+    for name, value in (("lse_a", lse_a), ("out_b", out_b), ("lse_b", lse_b)):
+        if value.device != out_a.device:
+            raise InvalidArgumentError(
+                f"{function}: {name} must be on the device of out_a, {out_a.device}, got {value.device}"
+            )
+    if out is not None:
+        check_out(function, out, tuple(out_a.shape), out_a.dtype, out_a.device)

@@ -1,0 +1,334 @@
+"""The host side of an append: what is validated and when, who runs it, and the order in which the binding gets it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import broadhead
+import pytest
+import torch
+from broadhead import append_call, append_launch, device, fallback_notice, forward, native
+from broadhead.append_call import NewKeys, append_new_keys
+from broadhead.append_launch import Append
+from broadhead.errors import FallbackWarning, InvalidArgumentError, InvalidTypeError, UnsupportedError
+from broadhead.native import BuildDescription, FamilyBuild
+from broadhead.problem import AttentionArgs
+from test_cuda_backend_host import Recorder
+from torch import Tensor
+
+FP8 = torch.float8_e4m3fn
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(*shape).to(dtype)
+
+
+def int32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def described(**changes: Any) -> Append:
+    """Two sequences of one new key; caches of 9 rows."""
+    call = Append(
+        k_cache=randn(2, 9, 2, 16), v_cache=randn(2, 9, 2, 24), k_new=randn(2, 1, 2, 16), v_new=randn(2, 1, 2, 24),
+        cache_seqlens=int32(3, 4), q=randn(2, 1, 4, 16), rotary_cos=torch.randn(20, 4), rotary_sin=torch.randn(20, 4),
+        rotary_seqlens=None, cu_seqlens_q=None, cu_seqlens_k_new=None, page_table=None, cache_batch_idx=None,
+        k_descale=None, v_descale=None, rotary_interleaved=True, causal_or_local=False,
+    )  # fmt: skip
+    return call._replace(**changes)
+
+
+# --- who runs it -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_kernel(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    """CPU tensors pass for those of a device, and the compiled module keeps what it is given."""
+    module = Recorder()
+    monkeypatch.setattr(append_launch, "common_kernel_obstacle", lambda device: None)
+    monkeypatch.setattr(native, "extension", lambda: module)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # get_device() of a CPU tensor
+    return module
+
+
+def test_arguments_of_the_binding(on_kernel: Recorder) -> None:
+    call = described(
+        rotary_seqlens=int32(1, 2), page_table=int32(1, 0).view(2, 1), cache_batch_idx=int32(1, 0),
+        k_descale=torch.ones(2, 2), v_descale=torch.ones(2, 2), cu_seqlens_q=int32(0, 1, 2),
+        cu_seqlens_k_new=int32(0, 1, 2), causal_or_local=True, rotary_interleaved=False,
+    )  # fmt: skip
+    q, lengths = append_launch.run_append(call)
+    (got,) = on_kernel.calls
+    for name, value in call._asdict().items():
+        assert got.pop(name) is value or name in ("causal_or_local", "rotary_interleaved"), name
+    assert got.pop("q_out") is q and got.pop("seqlens_out") is lengths and got == {"stream": -1}
+    assert q is not call.q and q.shape == call.q.shape and q.is_contiguous()
+    assert lengths.dtype == torch.int32 and lengths.shape == (2,)
+    assert fallback_notice.state.append == append_launch.BY_KERNEL
+
+
+def test_flags_of_the_binding(on_kernel: Recorder) -> None:
+    append_launch.run_append(described(causal_or_local=True, rotary_interleaved=False))
+    append_launch.run_append(described(causal_or_local=False, rotary_interleaved=True))
+    flags = [(got["causal_or_local"], got["rotary_interleaved"]) for got in on_kernel.calls]
+    assert flags == [(1, 0), (0, 1)] and all(type(x) is int for pair in flags for x in pair)
+
+
+def test_without_rotary_no_query_is_given(on_kernel: Recorder) -> None:
+    call = described(q=None, rotary_cos=None, rotary_sin=None, cu_seqlens_q=int32(0, 1, 2))
+    assert append_launch.run_append(call)[0] is None
+    (got,) = on_kernel.calls
+    assert all(got[name] is None for name in ("q", "q_out", "rotary_cos", "cu_seqlens_q"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, None),
+        ({"k_cache": randn(2, 9, 2, 16, dtype=torch.float16)}, "no kernel stores torch.bfloat16 keys in a cache of"),
+        ({"k_cache": randn(2, 9, 2, 16, dtype=FP8)}, None),
+        ({"k_cache": randn(2, 9, 2, 16, dtype=FP8), "k_new": randn(2, 1, 2, 16, dtype=torch.float32)}, "no kernel"),
+        ({"rotary_cos": randn(20, 4), "rotary_sin": randn(20, 4)}, None),
+        ({"rotary_cos": randn(20, 4)}, "rotary_sin is torch.float32"),
+        ({"rotary_cos": torch.randn(20, 4).double()}, "rotary_cos is torch.float64"),
+        ({"rotary_sin": torch.randn(4, 20).T}, "rotary_sin has strides (1, 20)"),
+    ],
+)
+def test_obstacles(on_kernel: Recorder, changes: dict[str, Any], words: str | None) -> None:
+    obstacle = append_launch.kernel_obstacle(described(**changes))
+    assert obstacle is None if words is None else words in str(obstacle)
+
+
+def test_obstacles_of_devices_and_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda", 0)
+    assert device.common_kernel_obstacle(torch.device("cpu")) == "the tensors are on cpu"
+    monkeypatch.setattr(device, "describe", lambda _: device.hypothetical((9, 0)))
+    families = {
+        "": "this installation holds no kernels",
+        "sm90:90a": None,
+        "sm80:80 sm90:90a": 'the kernels were built for "80", not for hypothetical GPU (compute capability 9.0',
+        "sm80:80;90 sm90:90a": None,
+    }
+    for text, words in families.items():
+        built = tuple(
+            FamilyBuild(name, tuple(archs.split(";")), (13, 0), frozenset())
+            for name, archs in (pair.split(":") for pair in text.split())
+        )
+        monkeypatch.setattr(device, "build_description", lambda built=built: BuildDescription(True, built, ()))
+        obstacle = device.common_kernel_obstacle(cuda)
+        assert obstacle is None if words is None else str(obstacle).startswith(words), text
+
+
+def test_backend_torch_is_torch(on_kernel: Recorder) -> None:
+    call = described()
+    before = call.k_cache.clone()
+    q, lengths = append_launch.run_append(call, "torch")
+    assert not on_kernel.calls and fallback_notice.state.append[0] == "torch"
+    assert lengths.tolist() == [4, 5] and not torch.equal(q, call.q) and not torch.equal(call.k_cache, before)
+
+
+# --- what is validated, and when -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class DeviceTensor:
+    """What the look-up reads of a CUDA tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.bfloat16
+    address: int = 4096
+    is_cuda: bool = True
+    requires_grad: bool = False
+
+    def stride(self) -> tuple[int, ...]:
+        return self.shape
+
+    def get_device(self) -> int:
+        return 0
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+@pytest.fixture
+def validated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Counts validations; the kernel takes every call."""
+    calls: list[str] = []
+
+    def validate(function: str, args: AttentionArgs, new: NewKeys) -> bool:
+        calls.append(function)
+        return True
+
+    monkeypatch.setattr(append_call, "_known", {})
+    monkeypatch.setattr(forward, "_signature", forward._signature_in_python)
+    monkeypatch.setattr(append_call, "_validate", validate)
+    monkeypatch.setattr(append_call, "kernel_obstacle", lambda call: None)
+    monkeypatch.setattr(append_call, "run_append", lambda call, backend: ("first", call.causal_or_local))
+    monkeypatch.setattr(append_call, "launch_append", lambda call: ("known", call.causal_or_local))
+    return calls
+
+
+def on_device(**changes: Any) -> tuple[AttentionArgs, NewKeys]:
+    args = AttentionArgs(
+        DeviceTensor((2, 1, 4, 16)), DeviceTensor((2, 9, 2, 16)), DeviceTensor((2, 9, 2, 16)),
+        seqused_k=DeviceTensor((2,), torch.int32), causal=True, num_splits=3,
+    )  # fmt: skip
+    new = NewKeys(DeviceTensor((2, 1, 2, 16)), DeviceTensor((2, 1, 2, 16)), None, None, None, None, True)
+    mine = {name: value for name, value in changes.items() if name in NewKeys._fields and name not in ("k", "v")}
+    return args._replace(**{n: x for n, x in changes.items() if n not in mine}), new._replace(**mine)
+
+
+def test_a_known_call_is_not_validated_again(validated: list[str]) -> None:
+    slots = []
+    for expected in ("first", "known", "known"):
+        q, causal_or_local, slot = append_new_keys("f", *on_device())
+        assert (q, causal_or_local) == (expected, True)
+        slots.append(slot)
+    assert slots[0] is not None and slots[0] is slots[1] is slots[2]
+    assert append_new_keys("f", *on_device(causal=False))[:2] == ("first", False)
+    assert append_new_keys("f", *on_device(causal=False))[:2] == ("known", False)
+    assert append_new_keys("f", *on_device(causal=False))[2] is not slots[0]
+    assert len(validated) == 2
+
+
+def test_attention_of_a_known_append_is_known(validated: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launch of the attention is looked up once, then it is found with the append."""
+    looked_up: list[int] = []
+
+    class Launches(dict):
+        def get(self, key: Any) -> Any:
+            looked_up.append(1)
+            return SimpleNamespace(dispatch=("cuda", "row", ""))
+
+    monkeypatch.setattr(forward, "_launches", Launches())
+    monkeypatch.setattr(forward, "launch_forward", lambda function, launch, *tensors: launch)
+    launches = []
+    for _ in range(3):
+        args, new = on_device()
+        known = append_new_keys("f", args, new)[2]
+        launches.append(forward.run_forward("f", *args, known=known))
+    assert len(looked_up) == 1 and launches[0] is launches[1] is launches[2]
+    forward.run_forward("f", *args)
+    assert len(looked_up) == 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"q": DeviceTensor((2, 1, 4, 16), address=4104)},
+        {"k": DeviceTensor((2, 9, 2, 16), FP8)},
+        {"seqused_k": DeviceTensor((3,), torch.int32)},
+        {"page_table": DeviceTensor((2, 3), torch.int32)},
+        {"sinks": DeviceTensor((4,))},
+        {"k_descale": DeviceTensor((2, 2), torch.float32)},
+        {"num_splits": 4},
+        {"window_size": [7, 0]},
+        {"backend": "cuda"},
+        {"softcap": 1.5},
+        {"out": DeviceTensor((2, 1, 4, 16))},
+        {"rotary_cos": DeviceTensor((9, 4), torch.float32)},
+        {"rotary_interleaved": False},
+        {"cu_seqlens_k_new": DeviceTensor((3,), torch.int32)},
+    ],
+)
+def test_another_call_is_validated(validated: list[str], changes: dict[str, Any]) -> None:
+    append_new_keys("f", *on_device())
+    for _ in range(2):
+        append_new_keys("f", *on_device(**changes))
+    assert len(validated) == 2
+
+
+def test_calls_that_need_gradients_are_always_validated(validated: list[str]) -> None:
+    learning = DeviceTensor((2, 9, 2, 16), requires_grad=True)
+    for _ in range(2):
+        assert append_new_keys("f", *on_device(v=learning))[2] is None
+    assert len(validated) == 2
+    with torch.no_grad():
+        for _ in range(3):
+            append_new_keys("f", *on_device(v=learning))
+    assert len(validated) == 3
+
+
+def test_torch_attention_is_not_remembered(validated: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """BROADHEAD_STRICT may be set between two calls: the second must be refused before it writes."""
+    monkeypatch.setattr(append_call, "_validate", lambda *arguments: validated.append("torch") or False)
+    for _ in range(2):
+        append_new_keys("f", *on_device())
+    assert validated == ["torch"] * 2
+
+
+@pytest.fixture
+def obstructed(validated: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention runs on a kernel, the append before it can not."""
+    monkeypatch.setattr(append_call, "kernel_obstacle", lambda call: "rotary_cos is torch.float64")
+    monkeypatch.setattr(append_call, "describe", lambda device: device_description)
+    monkeypatch.setattr(DeviceTensor, "device", torch.device("cuda", 0), raising=False)
+    monkeypatch.setattr(fallback_notice, "_warned", set())
+
+
+device_description = device.hypothetical((9, 0))
+
+
+def test_an_append_on_torch_ops_is_no_secret(obstructed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.warns(FallbackWarning, match="f: .*the append of k and v: rotary_cos is torch.float64"):
+        append_new_keys("f", *on_device())
+    with pytest.raises(UnsupportedError, match=r"^f: the append kernel does not take this call: rotary_cos is"):
+        append_new_keys("f", *on_device(backend="cuda"))
+    monkeypatch.setenv("BROADHEAD_STRICT", "1")
+    with pytest.raises(UnsupportedError, match="BROADHEAD_STRICT=1: f: the append kernel"):
+        append_new_keys("f", *on_device())
+
+
+# --- refusals through the public functions ---------------------------------------------------------------------------
+
+
+def refuse(error: type[Exception], words: str, call: Callable[..., Any], cache: Tensor, **options: Any) -> None:
+    before = cache.clone()
+    with pytest.raises(error, match=words):
+        call(**options)
+    assert torch.equal(cache.view(torch.uint8), before.view(torch.uint8)), "a refused call wrote into the cache"
+
+
+def test_mha_fwd_refuses_before_it_writes() -> None:
+    q, cache, new = torch.randn(2, 1, 4, 16), torch.randn(2, 9, 2, 16), torch.randn(2, 1, 2, 16)
+    good = {"q": q, "k": cache, "v": cache, "k_new": new, "v_new": new, "seqused_k": int32(3, 4)}
+    for changes, words in (({"softmax_scale": float("nan")}, "softmax_scale"), ({"out": randn(2, 1, 4, 8)}, "out")):
+        refuse(broadhead.BroadheadError, f"mha_fwd: .*{words}", broadhead.mha_fwd, cache, **good, **changes)
+
+
+def test_append_refuses_mixed_dtypes() -> None:
+    q, cache = torch.randn(2, 1, 4, 16), torch.randn(2, 9, 2, 16)
+    new, angles = torch.randn(2, 1, 2, 16), torch.randn(20, 4)
+    function = broadhead.flash_attn_with_kvcache
+    good = {"q": q, "k_cache": cache, "v_cache": cache.clone(), "k": new, "v": new, "cache_seqlens": int32(3, 4)}
+    fp8 = {"k_cache": cache.to(FP8), "v_cache": cache.to(FP8), "q": q.to(FP8)}
+    rotary = {"rotary_cos": angles, "rotary_sin": angles}
+    for changes, error, words in (
+        ({"k": new.half(), "v": new.half()}, InvalidTypeError, "k must have the dtype of k_cache, torch.float32, got"),
+        ({"v": new.half()}, InvalidTypeError, "v must have the dtype of v_cache"),
+        ({**fp8, "v": new.to(FP8)}, InvalidTypeError, "v must have the dtype of k, torch.float32"),
+        ({**fp8, "k": new.int(), "v": new.int()}, InvalidTypeError, "k must be bf16, fp16"),
+        ({**fp8, **rotary}, UnsupportedError, "rotary_cos and rotary_sin need q and k before .* got q of"),
+        ({**fp8, **rotary, "k": new.to(FP8), "v": new.to(FP8)}, UnsupportedError, "before they were rounded"),
+        ({"k": torch.randn(2, 1, 3, 16)}, InvalidArgumentError, "k must have the heads"),
+    ):
+        call = {**good, **changes}
+        refuse(error, f"flash_attn_with_kvcache: .*{words}", function, call["k_cache"], **call)
+
+
+def test_wider_keys_reach_an_fp8_cache() -> None:
+    """With q of the cache's dtype, as attention takes it; the factors are those of attention."""
+    q, cache, new = torch.randn(2, 1, 4, 16).to(FP8), torch.zeros(2, 9, 2, 16).to(FP8), torch.randn(2, 1, 2, 16)
+    k_cache, v_cache = cache.clone(), cache.clone()
+    factors = {"k_descale": torch.full((2, 2), 0.5), "v_descale": torch.full((2, 2), 0.25)}
+    broadhead.flash_attn_with_kvcache(
+        q, k_cache, v_cache, new.bfloat16(), new.bfloat16(), cache_seqlens=int32(3, 8), causal=True, **factors
+    )
+    assert fallback_notice.state.append == ("torch", None, "the tensors are on cpu")
+    for b, row in ((0, 3), (1, 8)):
+        for stored, factor in ((k_cache, 0.5), (v_cache, 0.25)):
+            expected = (new[b, 0].bfloat16().float() / factor).to(FP8)
+            assert torch.equal(stored[b, row].view(torch.uint8), expected.view(torch.uint8))
