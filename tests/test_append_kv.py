@@ -289,6 +289,8 @@ def test_appends_to_an_fp8_cache_are_checked_first() -> None:
     with pytest.raises(broadhead.InvalidArgumentError, match="flash_attn_with_kvcache: q_descale must be None"):
         broadhead.flash_attn_with_kvcache(q, cache, cache, new, new, cache_seqlens=lengths, q_descale=torch.ones(2, 2))
     assert (cache.view(torch.uint8) == 0).all(), "a refused call wrote into the cache"
+
+
 def e4m3(x: Tensor) -> Tensor:
     """Rounded to float8_e4m3fn by arithmetic alone: three bits of mantissa, steps of 2^-9 at least, 448 at most."""
     x = x.double().clamp(-448, 448)

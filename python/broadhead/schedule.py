@@ -29,8 +29,8 @@ MAX_SECTION_HEADS = 4
 class Schedule(NamedTuple):
     """How one launch divides its work; what get_scheduler_metadata and the forward call must agree on."""
 
-    # Prefill: >= 1; with metadata the bound of each sequence. Decode, whose kernels plan for themselves: the most parts of
-    # a tile, 0: any. With tokens_per_split 1.
+    # Prefill: >= 1; with metadata the bound of each sequence. Decode, whose kernels plan for themselves: the most parts
+    # of a tile, 0: any. With tokens_per_split 1.
     num_splits: int
     pack_gqa: bool  # the query heads of one KV head share a tile
     heads_per_section: int  # heads whose K/V share the L2 at a time; 0: all

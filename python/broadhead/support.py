@@ -87,7 +87,7 @@ class Tile(NamedTuple):
 
 
 class DecodeTile(NamedTuple):
-    """The shape of one block's work in the decode kernels; template arguments of ``decode::DecodeTraits`` in this order.
+    """The shape of one block's work in the decode kernels; arguments of ``decode::DecodeTraits`` in this order.
 
     tile_m: query rows; keys: of a warp's key block; warps; key_groups: groups of warps that share the key blocks, the
     warps of a group share the columns; stages: buffers in each warp's K/V ring; min_blocks: as for ``Tile``.
@@ -291,16 +291,18 @@ def _decode_rows() -> tuple[KernelRow, ...]:
         ("d512_m32", CAPABILITIES, 512, SMEM_99KB, DecodeTile(32, 16, 4, 1, 5, 2)),
     )
     e4m3 = "float8_e4m3fn"
-    dtypes = [(dtype, "", shapes, FEATURES) for dtype in DTYPES]
-    dtypes += [(q, kv, shapes_8bit, (*FEATURES, "descale")) for q, kv in (("bf16", e4m3), ("fp16", e4m3), (e4m3, ""))]
-    return tuple(
-        KernelRow(
-            f"sm80_fwd_decode_{name}_{id_suffix(dtype, kv_dtype)}", "sm80", "forward", "decode", caps, dtype, head_dim,
-            head_dim, limit, tile, features, kv_dtype=kv_dtype,
-        )
-        for dtype, kv_dtype, family_shapes, features in dtypes
-        for name, caps, head_dim, limit, tile in family_shapes
-    )  # fmt: skip
+    dtypes = (("bf16", ""), ("fp16", ""), ("bf16", e4m3), ("fp16", e4m3), (e4m3, ""))
+    rows = []
+    for dtype, kv_dtype in dtypes:
+        is_8bit = e4m3 in (dtype, kv_dtype)
+        rows += [
+            KernelRow(
+                f"sm80_fwd_decode_{name}_{id_suffix(dtype, kv_dtype)}", "sm80", "forward", "decode", caps, dtype,
+                head_dim, head_dim, limit, tile, (*FEATURES, "descale") if is_8bit else FEATURES, kv_dtype=kv_dtype,
+            )
+            for name, caps, head_dim, limit, tile in (shapes_8bit if is_8bit else shapes)
+        ]  # fmt: skip
+    return tuple(rows)
 
 
 def _sm90_row(
