@@ -4,8 +4,9 @@
 # usage: scripts/gpu_check.sh OUT [STAGE...]
 #   OUT     a folder for logs and results
 #   STAGE   fast full memcheck racecheck synccheck stress demo gemma4 bench; default: all but stress.
-#           `bench` takes BENCH_ARGS and BENCH_AREAS; `stress` STRESS_CALLS, the random calls of each of its tests; the
-#           sanitizer's stages SANITIZER_SELECT, a `-k` expression over the curated set ("sm90").
+#           `bench` takes BENCH_ARGS and BENCH_AREAS; `stress` STRESS_CALLS, the random calls of each of its tests, and
+#           STRESS_REPLAYS, the replays of each graph; the sanitizer's stages SANITIZER_SELECT, a `-k` expression over
+#           the curated set ("sm90").
 # Environment: BROADHEAD_KERNEL_DIR (kernel libraries built before) or BROADHEAD_CUDA_ARCHS, as for pip install.
 # The current Python must have torch, pybind11, scikit-build-core, pytest with pytest-xdist; demo and bench their extras.
 set -euo pipefail
@@ -45,7 +46,8 @@ for stage in "${stages[@]}"; do
         -p no:cacheprovider --timeout 0 >"$log" 2>&1
       ;;
     stress)
-      BROADHEAD_FUZZ_CALLS="${STRESS_CALLS:-500}" python3 -m pytest "$root/tests/gpu/test_gpu_fuzz.py" \
+      BROADHEAD_FUZZ_CALLS="${STRESS_CALLS:-500}" BROADHEAD_REPLAYS="${STRESS_REPLAYS:-20000}" \
+        python3 -m pytest "$root/tests/gpu/test_gpu_fuzz.py" "$root/tests/gpu/test_gpu_replays.py" \
         -c "$root/pyproject.toml" -n 14 -q -p no:cacheprovider --timeout 0 >"$log" 2>&1
       ;;
     demo) python3 -m broadhead demo >"$log" 2>&1 ;;

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Mapping
 from typing import Any
 
 import broadhead
@@ -31,6 +32,7 @@ class Call:
     head_dim: int = 64
     head_dim_v: int = 0  # 0: head_dim
     dtype: torch.dtype = torch.bfloat16
+    kv_dtype: torch.dtype | None = None  # of a cache that is not of the dtype of q
     causal: bool = False
     window: Any = (-1, -1)
     attention_chunk: int = 0
@@ -44,7 +46,8 @@ class Call:
     q_layout: str = "plain"  # "plain", "packed" (slice of q|k|v heads), "heads_first" (transposed), "gapped" (columns)
     # "plain", "rows" (K|V in a row), "interleaved" (vLLM), "heads_first", "gapped" (columns), "overlapping" (HF)
     k_layout: str = "plain"
-    out_layout: str = "plain"  # "plain", "heads_first", "gapped" (columns and a head)
+    # "plain", "heads_first", "gapped" (columns and a head), "guarded" (gapped, and rows before and behind)
+    out_layout: str = "plain"
     freed_entries: bool = False  # garbage in the page table also for pages whose keys no query sees
     ragged_q: bool = False  # kvcache with cu_seqlens_q
     slack_q: int = 0  # varlen: dead rows after each sequence (seqused_q)
@@ -54,6 +57,8 @@ class Call:
     batch_idx: bool = False
     num_new: tuple[int, ...] = ()  # kvcache: how many of seqlens_k the call appends
     num_splits: int | None = None
+    tokens_per_split: int = 0
+    sm_margin: int = 0
     metadata: bool = False
     pack_gqa: bool | None = None
     max_seqlen_slack: int = 0  # how much larger than needed the max_seqlen arguments are
@@ -83,9 +88,14 @@ class Call:
         return torch.bfloat16 if self.dtype.itemsize == 1 else self.dtype
 
     @property
-    def gap(self) -> int:
-        """Columns behind a head of a gapped layout: at least 16 bytes, so that kernels take it."""
-        return max(8, 16 // self.dtype.itemsize)
+    def k_dtype(self) -> torch.dtype:
+        """The dtype of k and v."""
+        return self.kv_dtype or self.dtype
+
+    @property
+    def packed_rows(self) -> int:
+        """Tokens times query heads of a KV head, of the sequence with the most tokens."""
+        return max(self.seqlens_q, default=0) * (self.heads_q // self.heads_kv)
 
     def with_(self, **changes: Any) -> Call:
         return dataclasses.replace(self, **changes)
@@ -136,6 +146,7 @@ class Built:
             "num_splits": call.num_splits or 0,
             "pack_gqa": call.pack_gqa,
             "has_qv": call.qv,
+            **_launch_options(call),
             **overrides,
         }
         return broadhead.get_scheduler_metadata(
@@ -168,12 +179,24 @@ class Built:
         return [flat[:, rows] for rows in self.rows]
 
 
-def build(call: Call, device: torch.device, rng: random.Random | None = None, poison: bool = True) -> Built:
-    """Draw the sequences of ``call`` and lay them out. ``rng`` shuffles pages; torch's generator draws the values."""
+def build(
+    call: Call,
+    device: torch.device,
+    rng: random.Random | None = None,
+    poison: bool = True,
+    given: Mapping[int, tuple[Tensor, Tensor, Tensor]] | None = None,
+) -> Built:
+    """Draw the sequences of ``call`` and lay them out. ``rng`` shuffles pages; torch's generator draws the values.
+
+    ``given``: q, k and v of sequences, by index, that are not drawn.
+    """
     rng = rng or random.Random(torch.initial_seed())
-    q = [_draw(call, device, n, call.heads_q, call.head_dim) for n in call.seqlens_q]
-    k = [_draw(call, device, n, call.heads_kv, call.head_dim) for n in call.seqlens_k]
-    v = [_draw(call, device, n, call.heads_kv, call.dim_v) for n in call.seqlens_k]
+    q = [draw(call.dtype, device, n, call.heads_q, call.head_dim) for n in call.seqlens_q]
+    k = [draw(call.k_dtype, device, n, call.heads_kv, call.head_dim) for n in call.seqlens_k]
+    v = [draw(call.k_dtype, device, n, call.heads_kv, call.dim_v) for n in call.seqlens_k]
+    for b, sequence in (given or {}).items():
+        assert tuple(map(len, sequence)) == (call.seqlens_q[b], call.seqlens_k[b], call.seqlens_k[b])
+        q[b], k[b], v[b] = sequence
     sinks = None
     if call.sinks:
         sinks = torch.randn(call.heads_q, device=device) * 2
@@ -187,6 +210,7 @@ def build(call: Call, device: torch.device, rng: random.Random | None = None, po
         "softmax_scale": call.softmax_scale,
         "sinks": sinks,
         "pack_gqa": call.pack_gqa,
+        **_launch_options(call),
     }
     if call.num_splits is not None:
         kwargs["num_splits"] = call.num_splits
@@ -195,7 +219,7 @@ def build(call: Call, device: torch.device, rng: random.Random | None = None, po
 
     built = Built(call, q, k, v, sinks, kwargs, torch.empty(0), [], descales=_draw_descales(call, device))
     if call.qv:
-        built.qv = [_draw(call, device, n, call.heads_q, call.dim_v) for n in call.seqlens_q]
+        built.qv = [draw(call.dtype, device, n, call.heads_q, call.dim_v) for n in call.seqlens_q]
     kwargs |= built.descales
     place_queries(built, device)
     place_keys(built, device, rng)
@@ -204,18 +228,23 @@ def build(call: Call, device: torch.device, rng: random.Random | None = None, po
     return built
 
 
-def _draw(call: Call, device: torch.device, *shape: int) -> Tensor:
-    """Normal values of the dtype of the call."""
-    dtype = torch.float32 if call.dtype.itemsize == 1 else call.dtype
-    return torch.randn(shape, dtype=dtype, device=device).to(call.dtype)
+def draw(dtype: torch.dtype, device: torch.device, *shape: int) -> Tensor:
+    """Normal values."""
+    return torch.randn(shape, dtype=torch.float32 if dtype.itemsize == 1 else dtype, device=device).to(dtype)
+
+
+def _launch_options(call: Call) -> dict[str, int]:
+    """What changes how a call is run and not what it gives, unless it is left at its default."""
+    names = ("tokens_per_split", "sm_margin")
+    return {name: getattr(call, name) for name in names if getattr(call, name)}
 
 
 def _draw_descales(call: Call, device: torch.device) -> dict[str, Tensor]:
-    """Factors in [0.5, 1.5) by argument."""
+    """Factors in [0.5, 1.5) by argument: of q only where it is 8-bit."""
     if not call.descale:
         return {}
     shape = (call.batch, call.heads_kv)
-    names = ("k", "v") if call.descale == "kv" else ("q", "k", "v")
+    names = ("k", "v") if call.descale == "kv" or call.dtype.itemsize > 1 else ("q", "k", "v")
     drawn = {f"{name}_descale": torch.rand(shape, device=device) + 0.5 for name in names}
     if call.descale == "one" and call.batch:
         drawn = {name: x[:1, :1].expand(shape) for name, x in drawn.items()}

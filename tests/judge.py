@@ -15,10 +15,11 @@ E4M3_P_SCALE = 256.0
 def judge(built: Built, dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], list[Tensor]]:
     """Per sequence ``(sq, Hq, Dv)`` and ``(Hq, sq)`` by textbook attention in ``dtype``, heads batched.
 
-    In fp64 it is the truth: 8-bit inputs are what their numbers times their factors are. In the dtype of the call it is
-    the naive implementation whose error sets the tolerance. For e4m3, which has no arithmetic, that is an emulation of
-    what any kernel on 8-bit tensor cores does: S in fp32, P against the row maximum times E4M3_P_SCALE rounded to e4m3,
-    P V in fp32, the row sum of the P that was not rounded, one division at the end, and the output stored in bf16.
+    In fp64 it is the truth: 8-bit inputs are what their numbers times their factors are. In the dtype of the call's q
+    it is the naive implementation whose error sets the tolerance, on an 8-bit cache dequantised to 16 bits if q has 16.
+    For e4m3, which has no arithmetic, that is an emulation of what any kernel on 8-bit tensor cores does: S in fp32, P
+    against the row maximum times E4M3_P_SCALE rounded to e4m3, P V in fp32, the row sum of the P that was not rounded,
+    one division at the end, and the output stored in bf16.
     """
     call, outs, lses = built.call, [], []
     emulated, dtype = dtype.itemsize == 1, torch.float32 if dtype.itemsize == 1 else dtype
@@ -58,8 +59,10 @@ def _scaled(built: Built, name: str, b: int, dtype: torch.dtype) -> Tensor:
     descale = built.descales.get(f"{name}_descale")
     if descale is None:
         return x
-    factor = descale[b].to(dtype).repeat_interleave(x.shape[1] // built.call.heads_kv)
-    return x * factor[None, :, None]
+    # Rounded once: the naive implementation in 16 bits reads what a cache of 16 bits would hold.
+    wide = torch.promote_types(dtype, torch.float32)
+    factor = descale[b].to(wide).repeat_interleave(x.shape[1] // built.call.heads_kv)
+    return (x.to(wide) * factor[None, :, None]).to(dtype)
 
 
 def _softmax_of_e4m3(scores: Tensor, sk: int) -> Tensor:

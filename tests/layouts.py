@@ -23,12 +23,25 @@ def bytes_of(x: Tensor) -> Tensor:
     return x.view(torch.uint8) if x.dtype.itemsize == 1 else x
 
 
+def nan_of(dtype: torch.dtype) -> float | int:
+    """NaN as bytes_of has it."""
+    return E4M3_NAN if dtype.itemsize == 1 else NAN
+
+
+def gap_of(dtype: torch.dtype) -> int:
+    """Columns behind a head of a gapped layout: at least 16 bytes, so that kernels take it."""
+    return max(8, 16 // dtype.itemsize)
+
+
 def place_output(call: Call, lead: tuple[int, ...], value: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """``out`` by the call's strides, and the whole that it is a view of."""
     heads, options = call.heads_q, {"dtype": call.out_dtype, "device": device}
     if call.out_layout == "heads_first":
         store = torch.full((*lead[:-1], heads, lead[-1], call.dim_v), value, **options)
         return store.transpose(-3, -2), store
+    if call.out_layout == "guarded":
+        store = torch.full((lead[0] + 2, *lead[1:], heads + 1, call.dim_v + 8), value, **options)
+        return store[1:-1, ..., :heads, : call.dim_v], store
     gap = (1, 8) if call.out_layout == "gapped" else (0, 0)
     store = torch.full((*lead, heads + gap[0], call.dim_v + gap[1]), value, **options)
     return store[..., :heads, : call.dim_v], store
@@ -74,7 +87,7 @@ def _place_rows(
     if call.q_layout == "heads_first":
         x = torch.full((*lead[:-1], call.heads_q, lead[-1], width), NAN, **options).transpose(-3, -2)
     else:
-        gap = call.gap if call.q_layout == "gapped" else 0
+        gap = gap_of(call.dtype) if call.q_layout == "gapped" else 0
         x = torch.full((*lead, call.heads_q + spare, width + gap), NAN, **options)[..., : call.heads_q, :width]
     for b, sequence in enumerate(rows):
         if starts is None:
@@ -97,7 +110,7 @@ def place_keys(built: Built, device: torch.device, rng: random.Random) -> None:
         k, v = _paged(built, device, rng, ends, leftpad, stored)
     elif call.function == "varlen":
         capacity = [n + call.slack_k for n in call.seqlens_k]
-        k, v = _key_store(call, (sum(capacity) + call.tail,), device)
+        k, v = key_store(call, (sum(capacity) + call.tail,), device)
         for b, n in enumerate(call.seqlens_k):
             start = sum(capacity[:b])
             bytes_of(k)[start : start + n], bytes_of(v)[start : start + n] = _stored(built, b, n)
@@ -111,7 +124,7 @@ def place_keys(built: Built, device: torch.device, rng: random.Random) -> None:
             owners = rng.sample(range(call.batch + 2), call.batch)
             kwargs["cache_batch_idx"] = int32(owners, device)
         rows = call.batch + 2 if call.batch_idx else call.batch
-        k, v = _key_store(call, (rows, max(ends, default=0) + call.slack_k), device)
+        k, v = key_store(call, (rows, max(ends, default=0) + call.slack_k), device)
         for b, n in enumerate(stored):
             place = (owners[b], slice(leftpad[b], leftpad[b] + n))
             bytes_of(k)[place], bytes_of(v)[place] = _stored(built, b, n)
@@ -128,8 +141,7 @@ def place_keys(built: Built, device: torch.device, rng: random.Random) -> None:
 def _stored(built: Built, b: int, n: int) -> tuple[Tensor, Tensor]:
     """The first n keys and values of sequence b, NaN where none of its queries sees them, as bytes_of has them."""
     hidden = ~_seen(built, b)[:n, None, None]
-    fill = E4M3_NAN if built.call.dtype.itemsize == 1 else NAN
-    k, v = (bytes_of(x[b][:n]).masked_fill(hidden, fill) for x in (built.k, built.v))
+    k, v = (bytes_of(x[b][:n]).masked_fill(hidden, nan_of(x[b].dtype)) for x in (built.k, built.v))
     return k, v
 
 
@@ -154,13 +166,14 @@ def _place_new_keys(built: Built, device: torch.device, stored: list[int]) -> No
     kwargs["cu_seqlens_k_new"] = _offsets(list(call.num_new), device)
 
 
-def _key_store(call: Call, lead: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def key_store(call: Call, lead: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """K and V filled with NaN, ``(*lead, Hkv, D | Dv)`` by the call's strides."""
-    heads, dims, options = call.heads_kv, (call.head_dim, call.dim_v), {"dtype": call.dtype, "device": device}
+    heads, dims, options = call.heads_kv, (call.head_dim, call.dim_v), {"dtype": call.k_dtype, "device": device}
     if call.k_layout == "plain":
         k, v = (torch.full((*lead, heads, dim), NAN, **options) for dim in dims)
     elif call.k_layout == "gapped":
-        k, v = (torch.full((*lead, heads, dim + call.gap), NAN, **options)[..., :dim] for dim in dims)
+        gap = gap_of(call.k_dtype)
+        k, v = (torch.full((*lead, heads, dim + gap), NAN, **options)[..., :dim] for dim in dims)
     elif call.k_layout == "rows":
         k, v = torch.full((*lead, heads, sum(dims)), NAN, **options).split(dims, dim=-1)
     elif call.k_layout == "interleaved":
@@ -200,7 +213,7 @@ def _paged(
                 table[owners[b]][column] = pages[column]
         slots.append([pages[row // size] * size + row % size for row in range(ends[b])])
 
-    k, v = _key_store(call, (num_pages * step, size), device)
+    k, v = key_store(call, (num_pages * step, size), device)
     for b, n in enumerate(stored):
         if n == 0:
             continue

@@ -11,19 +11,34 @@ from calls import Built, Call
 
 PAGE_SIZES = (1, 2, 3, 4, 5, 8, 16, 32, 48, 64, 128, 256)
 HEADS = ((1, 1), (2, 2), (2, 1), (3, 1), (4, 2), (6, 1), (8, 1), (9, 3), (16, 1), (16, 2), (24, 1))
+#: Tokens of each split in the batch-invariant mode.
+SPLIT_TOKENS = (64, 128, 192, 256, 4096)
+#: Packed rows (tokens x heads of a KV head) up to which a call is for the decode kernels.
+DECODE_ROWS = 32
 
 
 def random_call(
-    rng: random.Random, dtypes: tuple[torch.dtype, ...], longest: int, head_dims: tuple[int, ...], qv: float = 0.0
+    rng: random.Random,
+    dtypes: tuple[torch.dtype, ...],
+    longest: int,
+    head_dims: tuple[int, ...],
+    qv: float = 0.0,
+    decode: float = 0.5,
+    invariant: float = 0.0,
+    e4m3_cache: float = 0.0,
 ) -> Call:
-    """One call that the contract allows. ``longest`` bounds the sequences; qv: the share of 16-bit calls with it."""
+    """One call that the contract allows. ``longest`` bounds the sequences.
+
+    Shares: qv: of 16-bit calls with it; decode: of calls with few queries; of those that decode kernels take,
+    invariant: with tokens_per_split, and e4m3_cache: with 8-bit keys beside 16-bit queries.
+    """
     function = rng.choice(("func", "varlen", "varlen", "kvcache", "kvcache"))
-    batch = rng.choice((1, 1, 2, 3, 5))
-    decode = rng.random() < 0.5
+    is_decode = rng.random() < decode
+    batch = rng.choice((8, 17, 33, 64)) if is_decode and rng.random() < 0.15 else rng.choice((1, 1, 2, 3, 5))
     lengths = lambda top: tuple(rng.choice((0, 1, top, rng.randint(0, top))) for _ in range(batch))  # noqa: E731
     same = lambda n: (n,) * batch  # noqa: E731
     ragged = function == "varlen" or (function == "kvcache" and rng.random() < 0.4)
-    top_q = rng.choice((1, 1, 2, 4, 16)) if decode else rng.randint(1, longest)
+    top_q = rng.choice((1, 1, 2, 4, rng.randint(1, 16))) if is_decode else rng.randint(1, longest)
     seqlens_q = lengths(top_q) if ragged else same(top_q)
     seqlens_k = same(rng.randint(1, longest)) if function == "func" else lengths(rng.randint(1, longest))
     heads_q, heads_kv = rng.choice(HEADS)
@@ -42,8 +57,9 @@ def random_call(
         "sinks": rng.choice(("", "", "fp32", "q")),
         "q_layout": rng.choice(("plain", "plain", "packed", "heads_first", "gapped")),
         "k_layout": rng.choice(("plain", "plain", "rows", "interleaved", "heads_first", "gapped")),
-        "out_layout": rng.choice(("plain", "plain", "plain", "heads_first", "gapped")),
-        "num_splits": rng.choice((None, 0, 1, 2, 3, 7, 32)),
+        "out_layout": rng.choice(("plain", "plain", "plain", "heads_first", "gapped", "guarded")),
+        "num_splits": rng.choice((None, 0, 1, 2, 3, 7, 32, 128)),
+        "sm_margin": rng.choice((0, 0, 0, 5, 200)),
         "pack_gqa": rng.choice((None, None, True, False)),
         "ragged_q": function == "kvcache" and ragged,
     }
@@ -72,9 +88,20 @@ def random_call(
     call = Call(function, seqlens_q, seqlens_k, heads_q, heads_kv, head_dim, dtype=rng.choice(dtypes), **options)
     if paged and rng.random() < 0.15 and call.dim_v == call.head_dim and not call.num_new:
         call = call.with_(k_layout="overlapping")
+    if call.packed_rows <= DECODE_ROWS and rng.random() < invariant:
+        call = call.with_(tokens_per_split=rng.choice(SPLIT_TOKENS), num_splits=rng.choice((None, 0, 1)))
     if call.dtype.itemsize == 1:
         return call.with_(descale=rng.choice(("", "each", "each", "one", "kv")))
+    if rng.random() < e4m3_cache and takes_e4m3_cache(call):
+        dims = {"head_dim": -(-call.head_dim // 16) * 16, "head_dim_v": -(-call.head_dim_v // 16) * 16}
+        return call.with_(kv_dtype=torch.float8_e4m3fn, descale=rng.choice(("", "kv", "kv", "one")), **dims)
     return call.with_(qv=rng.random() < qv) if qv else call
+
+
+def takes_e4m3_cache(call: Call) -> bool:
+    """Whether the keys of a call may be 8-bit beside 16-bit queries: a cache that is read, by a decode kernel."""
+    cached = call.function == "kvcache" or call.page_size > 0
+    return cached and not call.num_new and call.dtype.itemsize == 2 and call.packed_rows <= DECODE_ROWS
 
 
 # --- mutations: legal oddities, and mistakes ---

@@ -23,13 +23,17 @@ CHUNKS = 5
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_reject_or_correct(chunk: int, seed: int) -> None:
-    """Valid calls, e4m3 and qv among them, a third with odd strides: the fallback takes every one."""
+    """Valid calls, e4m3 and qv among them, a third with odd strides: the fallback takes every one.
+
+    Every second chunk is of decode: few queries, sometimes of many sequences.
+    """
     torch.set_num_threads(1)
     end, count = time.monotonic() + SECONDS, 0
     while time.monotonic() < end or count < 20:
         rng = random.Random(seed + count)
         dtypes = (*DTYPES, torch.float8_e4m3fn)
-        call = random_call(rng, dtypes, longest=rng.choice((6, 40, 40, 130)), head_dims=HEAD_DIMS, qv=0.2)
+        longest, decode = rng.choice((6, 40, 40, 130)), 1.0 if chunk % 2 else 0.5
+        call = random_call(rng, dtypes, longest, HEAD_DIMS, qv=0.2, decode=decode)
         torch.manual_seed(seed + count)
         built = build(call, CPU, rng)
         oddity = rng.choice((None, None, *LEGAL))

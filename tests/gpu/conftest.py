@@ -60,15 +60,13 @@ def only_row(
 
 
 @pytest.fixture
-def run_row(
-    only_row: Callable, row_ran: Callable, cuda: torch.device, rng: random.Random
-) -> Callable[[support.KernelRow, Call | Built], Built]:
-    """`run_row(row, call)`: build, run and check the call on that very row, whatever phase it would choose."""
+def run_row(only_row: Callable, row_ran: Callable, cuda: torch.device, rng: random.Random) -> Callable[..., Built]:
+    """`run_row(row, call, **overrides)`: build, run and check on that very row, whatever phase it would choose."""
 
-    def run(row: support.KernelRow, call: Call | Built) -> Built:
+    def run(row: support.KernelRow, call: Call | Built, **overrides) -> Built:
         only_row(row)
         built = call if isinstance(call, Built) else build(call, cuda, rng)
-        check_call(built)
+        check_call(built, **overrides)
         assert row_ran(dtype=built.call.dtype).id == row.id
         return built
 

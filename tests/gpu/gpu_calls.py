@@ -14,6 +14,7 @@ TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float8_e4m3fn": 
 ROWS = tuple(row for row in support.ROWS if row.direction == "forward")
 #: The rows whose kernels are written for one architecture: the portable ones have less to get wrong at their edges.
 ARCH_ROWS = tuple(row for row in ROWS if row.phase == "prefill" and len(row.capabilities) == 1)
+DECODE_ROWS = tuple(row for row in ROWS if row.phase == "decode")
 #: The feature that a row must have for each mask of a Call.
 MASK_FEATURES = {
     "causal": "causal",
@@ -22,13 +23,43 @@ MASK_FEATURES = {
     "prefix": "prefix_lens",
 }
 #: Packed rows (tokens x query heads of one KV head) up to which decode rows, and from which prefill rows, must run.
-SURELY_DECODE, SURELY_PREFILL = 16, 128
+SURELY_DECODE, SURELY_PREFILL = 32, 128
+#: Not multiples of the 64, 32 or 16 columns that kernels copy and multiply at a time.
+ODD_HEAD_DIMS = (8, 40, 72, 80, 96, 112, 160, 200, 320, 384, 448, 504)
+#: Masks of five sequences.
+MASKS = {
+    "full": {},
+    "causal": {"causal": True},
+    "causal_window_1": {"causal": True, "window": (0, 0)},
+    "causal_window_64": {"causal": True, "window": (64, 0)},
+    "causal_window_63": {"causal": True, "window": (63, -1)},
+    "causal_window_large": {"causal": True, "window": (10**9, 0)},
+    "window_both": {"window": (17, 80)},
+    "window_right": {"window": (-1, 64)},
+    "window_left": {"window": (64, -1)},
+    "window_diagonal": {"window": (0, 0)},
+    "chunk_64": {"attention_chunk": 64},
+    "chunk_50_causal": {"attention_chunk": 50, "causal": True},
+    "chunk_window": {"attention_chunk": 100, "causal": True, "window": (30, 0)},
+    "chunk_1": {"attention_chunk": 1},
+    "prefix": {"causal": True, "prefix": (40, 1, 3, 64, 500)},
+    "prefix_zero": {"causal": True, "prefix": (0, 0, 0, 0, 0)},
+    "prefix_window": {"causal": True, "window": (20, 0), "prefix": (64, 3, 0, 129, 63)},
+    "prefix_chunk": {"causal": True, "attention_chunk": 64, "prefix": (30, 3, 0, 65, 1)},
+}
+#: What may join any mask.
+EXTRAS = {
+    "": {},
+    "softcap": {"softcap": 15.0},
+    "sinks": {"sinks": "fp32"},
+    "sinks_softcap": {"sinks": "q", "softcap": 3.0},
+}
 
 
 def expected_phase(built: Built) -> str | None:
     """The phase whose rows must run; None between the two, where the choice is a matter of speed."""
     call = built.call
-    if call.qv or call.dtype.itemsize == 1:
+    if call.qv or not any(TORCH_DTYPES[row.dtype] == call.dtype for row in DECODE_ROWS):
         return "prefill"  # they have no other rows
     seqlen_q = built.kwargs.get("max_seqlen_q") or max(call.seqlens_q, default=0)
     rows = seqlen_q * call.heads_q // call.heads_kv
@@ -47,12 +78,19 @@ def within(row: support.KernelRow, call: Call) -> Call:
     return call
 
 
+def cache_dtype(row: support.KernelRow) -> str:
+    """The dtype of k and v that the row is for: that of q unless the table says otherwise."""
+    return getattr(row, "kv_dtype", None) or row.dtype
+
+
 def row_call(row: support.KernelRow, function: str, seqlens_q: tuple, seqlens_k: tuple, **options) -> Call:
     """A call of the row's dtype and largest head dims, without the masks that its kernel lacks, with what it is for:
     qv, or another factor for each sequence and KV head of 8-bit inputs."""
     options = {name: x for name, x in options.items() if supports(row, {name: x})}
     defaults = {"head_dim": row.head_dim, "head_dim_v": row.head_dim_v, "dtype": TORCH_DTYPES[row.dtype]}
-    defaults |= {"qv": "qv" in row.requires, "descale": "each" if "descale" in row.features else ""}
+    keys = TORCH_DTYPES[cache_dtype(row)]
+    defaults |= {"kv_dtype": keys if keys != TORCH_DTYPES[row.dtype] else None}
+    defaults |= {"qv": "qv" in row.requires, "descale": "each" if keys.itemsize == 1 else ""}
     call = Call(function, tuple(seqlens_q), tuple(seqlens_k), **{**defaults, **options})
     if call.k_layout == "overlapping" and call.dim_v != call.head_dim:
         call = call.with_(k_layout="plain")
@@ -67,7 +105,17 @@ def row_cases(masks: dict[str, dict], rows: tuple = ARCH_ROWS) -> list:
 
 def column_step(row: support.KernelRow) -> int:
     """Columns of 16 bytes: what the row's head dims must be multiples of."""
-    return 16 // row.kv_element_bytes
+    return 16 // support.ELEMENT_BYTES[cache_dtype(row)]
+
+
+def dims_within(row: support.KernelRow) -> list[tuple[int, int]]:
+    """Pairs of head dims that the row takes: odd ones, and one or both sides at their edges."""
+    step = column_step(row)
+    sizes = [-(-d // step) * step for d in ODD_HEAD_DIMS]
+    pairs = [(min(d, row.head_dim), min(d, row.head_dim_v)) for d in sizes]
+    pairs += [(step, row.head_dim_v), (row.head_dim, step), (row.head_dim - step, row.head_dim_v)]
+    pairs += [(row.head_dim, row.head_dim_v - step)]
+    return list(dict.fromkeys(pairs))
 
 
 def row_id(row: support.KernelRow) -> str:

@@ -42,6 +42,7 @@ DECODE_TWISTS = (
     {"page_size": 64, "window": (100, 0), "causal": True},
     {"k_layout": "interleaved", "softcap": 20.0, "num_splits": 2},
     {"leftpad": (5, 0, 0, 40), "batch_idx": True},
+    {"seqlens_q": (7,) * 4, "causal": True, "num_splits": 2},
 )
 
 
@@ -51,7 +52,7 @@ def test_row(row: support.KernelRow, run_row: Callable) -> None:
     index = ROWS.index(row)
     make, twists = (decode_call, DECODE_TWISTS) if row.phase == "decode" else (prefill_call, PREFILL_TWISTS)
     call = make(row.head_dim, **twists[index % len(twists)])
-    of_the_row = ("dtype", "head_dim", "head_dim_v", "qv", "descale")
+    of_the_row = ("dtype", "kv_dtype", "head_dim", "head_dim_v", "qv", "descale")
     run_row(row, row_call(row, **{name: x for name, x in vars(call).items() if name not in of_the_row}))
 
 
@@ -118,6 +119,9 @@ FEATURES = {
     "splits_bound": decode_call(512, num_splits=32, heads_q=8),
     "splits_prefill": prefill_call(256, num_splits=4),
     "splits_sinks_lse": decode_call(64, num_splits=5, sinks="q", softcap=10.0),
+    "tokens_per_split": decode_call(128, seqlens_k=(300, 17, 0, 128), tokens_per_split=64),
+    "e4m3_cache": decode_call(128, kv_dtype=torch.float8_e4m3fn, descale="kv", causal=True),
+    "guarded_out": decode_call(64, num_splits=3, out_layout="guarded", ragged_q=True, tail=2),
     "metadata_ragged": decode_call(
         128, ragged_q=True, seqlens_q=(1, 2, 1, 3), metadata=True, causal=True, num_splits=32
     ),

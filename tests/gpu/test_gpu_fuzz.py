@@ -15,7 +15,17 @@ import torch
 from broadhead import support
 from calls import Call, build
 from checks import check_call
-from gpu_calls import ARCH_ROWS, MASK_FEATURES, TORCH_DTYPES, column_step, row_id, supports, within
+from gpu_calls import (
+    ARCH_ROWS,
+    DECODE_ROWS,
+    MASK_FEATURES,
+    TORCH_DTYPES,
+    cache_dtype,
+    column_step,
+    row_id,
+    supports,
+    within,
+)
 from random_calls import LEGAL, random_call, wrong_mutations
 
 pytestmark = [pytest.mark.gpu, pytest.mark.full]
@@ -50,7 +60,9 @@ def test_reject_or_correct(chunk: int, seed: int, cuda: torch.device, row_ran: C
     refused = 0
     for i in range(CALLS):
         rng = random.Random(seed + i)
-        call = random_call(rng, DTYPES, longest=rng.choice((6, 40, 150, 600)), head_dims=HEAD_DIMS)
+        longest = rng.choice((6, 40, 150, 600))
+        decode = 1.0 if chunk % 2 else 0.5
+        call = random_call(rng, DTYPES, longest, HEAD_DIMS, decode=decode, invariant=0.2, e4m3_cache=0.15)
         torch.manual_seed(seed + i)
         if check_case(call, f"case {i} (seed {seed + i})", rng, cuda):
             row_ran(dtype=call.dtype)
@@ -69,9 +81,14 @@ def random_row_call(row: support.KernelRow, rng: random.Random) -> Call:
     if row.head_dim == row.head_dim_v:
         dims.append((dims[0][0], dims[0][0]))
     head_dim, head_dim_v = rng.choice(dims)
-    call = random_call(rng, (TORCH_DTYPES[row.dtype],), longest, head_dims=(head_dim,))
+    is_decode = row.phase == "decode"
+    share = {"decode": 0.9, "invariant": 0.2} if is_decode else {}
+    call = random_call(rng, (TORCH_DTYPES[row.dtype],), longest, head_dims=(head_dim,), **share)
     defaults = {name: Call.__dataclass_fields__[name].default for name in MASK_FEATURES}
     changes = {name: x for name, x in defaults.items() if not supports(row, {name: x})}
+    if cache_dtype(row) != row.dtype:  # then keys are a cache that is only read
+        changes |= {"kv_dtype": TORCH_DTYPES[cache_dtype(row)], "descale": rng.choice(("", "kv", "one")), "num_new": ()}
+        changes |= {"function": "kvcache"} if call.function == "func" else {"page_size": call.page_size or 16}
     if rng.random() < 0.4:
         changes["heads_q"], changes["heads_kv"] = rng.choice(GROUPS)
     if call.page_size and rng.random() < 0.4:
@@ -81,9 +98,10 @@ def random_row_call(row: support.KernelRow, rng: random.Random) -> Call:
     return within(row, call.with_(head_dim_v=head_dim_v, qv="qv" in row.requires, **changes))
 
 
-@pytest.mark.parametrize("row", ARCH_ROWS, ids=row_id)
+@pytest.mark.parametrize("row", ARCH_ROWS + DECODE_ROWS, ids=row_id)
 def test_row(row: support.KernelRow, seed: int, cuda: torch.device, only_row: Callable, row_ran: Callable) -> None:
-    """Any call that the row claims to run, on that very row: single queries too, which prefill rows seldom see."""
+    """Any call that the row claims to run, on that very row: single queries too, which prefill rows seldom see, and
+    long ones, of which decode rows see none."""
     only_row(row)
     refused = 0
     for i in range(CALLS):

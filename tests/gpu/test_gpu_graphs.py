@@ -1,4 +1,4 @@
-"""Full GPU set: CUDA graphs as the engines use them, streams, torch.compile, packed forms, strict refusals."""
+"""Full GPU set: CUDA graphs, streams, torch.compile, packed forms, strict refusals."""
 
 from __future__ import annotations
 
@@ -18,72 +18,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.full]
 
 
 LENGTHS = ([1500, 700, 1, 1200], [16, 3, 0, 1500], [1, 700, 1, 64], [0, 0, 0, 0], [1500, 700, 1, 1200])
-
-
-@pytest.mark.parametrize("engine, num_splits", [("vllm", 32), ("sglang", 0), ("lmdeploy", 0)])
-@pytest.mark.parametrize("head_dim", [64, 128, 512])
-def test_engine_flow(
-    engine: str, num_splits: int, head_dim: int, cuda: torch.device, rng: random.Random, row_ran
-) -> None:
-    """One captured call replays for other cache_seqlens after its metadata buffer was refreshed and the tail zeroed."""
-    seqlens_q = (3,) * 4 if engine == "lmdeploy" else (1,) * 4
-    call = decode_call(
-        head_dim,
-        seqlens_q=seqlens_q,
-        seqlens_k=(1500, 700, 1, 1200),
-        heads_q=8,
-        heads_kv=2,
-        num_splits=num_splits,
-        causal=True,
-        ragged_q=engine != "lmdeploy",
-        page_size={"vllm": 16, "sglang": 1, "lmdeploy": 64}[engine],
-        k_layout="interleaved" if engine == "vllm" else "plain",
-    )
-    built = build(call, cuda, rng)
-    kw = built.kwargs
-    buffer = torch.zeros(1 + 4 * 16, dtype=torch.int32, device=cuda)  # for up to 16 sequences
-
-    def refresh() -> int:
-        metadata = built.scheduler_metadata()
-        n = metadata.shape[0]
-        buffer[:n].copy_(metadata)
-        buffer[n:].zero_()
-        return n
-
-    size = refresh()
-    if engine == "vllm":
-        arguments = {
-            "q": kw["q"],
-            "k": kw["k_cache"],
-            "v": kw["v_cache"],
-            "out": kw["out"],
-            "cu_seqlens_q": kw["cu_seqlens_q"],
-            "cu_seqlens_k": None,
-            "max_seqlen_q": 1,
-            "max_seqlen_k": 1500,
-            "seqused_k": kw["cache_seqlens"],
-            "block_table": kw["page_table"],
-            "causal": True,
-            "num_splits": num_splits,
-            "window_size": [-1, -1],
-        }
-
-        def step() -> None:
-            broadhead.flash_attn_varlen_func(**arguments, scheduler_metadata=buffer[:size])
-    else:
-
-        def step() -> None:
-            broadhead.flash_attn_with_kvcache(**kw, scheduler_metadata=buffer[:size])
-
-    graph = capture(step)
-    row_ran(dtype=call.dtype, head_dim=head_dim)
-    for lengths in LENGTHS:
-        lengths = [min(n, most) for n, most in zip(lengths, call.seqlens_k, strict=False)]
-        kw["cache_seqlens"].copy_(torch.tensor(lengths, dtype=torch.int32))
-        refresh()
-        built.out.fill_(float("nan"))
-        graph.replay()
-        check_against(shortened(built, lengths), built.out)
 
 
 @pytest.mark.parametrize("head_dim", [128, 512])

@@ -77,8 +77,8 @@ def test_tile_edges(row: support.KernelRow, mask: str, run_row: Callable) -> Non
     tile_m, tile_n = row.tile.tile_m, row.tile.tile_n
     masks = EDGE_MASKS[mask] if mask != "window" else {"window": (tile_n, tile_n // 2 - 1)}
     if row.phase == "decode":
-        # One query head of a KV head keeps the call under the decode limit of rows.
-        pairs = [(sq, sk) for sq in (0, 1, 2, 15, 16) for sk in (*edges(tile_n), 5 * tile_n - 1)]
+        lengths_q = (0, 1, 2, tile_m - 1, tile_m, tile_m + 1)
+        pairs = [(sq, sk) for sq in lengths_q for sk in (*edges(tile_n), 5 * tile_n - 1)]
         options = {"heads_q": 2, "heads_kv": 2}
     else:
         pairs = [(sq, sk) for sq in edges(tile_m) for sk in edges(tile_n)]

@@ -8,38 +8,12 @@ import pytest
 import torch
 from broadhead import support
 from calls import Call
-from gpu_calls import decode_call, row_call, row_cases
+from gpu_calls import EXTRAS, MASKS, decode_call, row_call, row_cases
 
 pytestmark = [pytest.mark.gpu, pytest.mark.full]
 
 LENGTHS_Q = (128, 1, 0, 65, 200)
 LENGTHS_K = (128, 64, 9, 300, 63)
-MASKS = {
-    "full": {},
-    "causal": {"causal": True},
-    "causal_window_1": {"causal": True, "window": (0, 0)},
-    "causal_window_64": {"causal": True, "window": (64, 0)},
-    "causal_window_63": {"causal": True, "window": (63, -1)},
-    "causal_window_large": {"causal": True, "window": (10**9, 0)},
-    "window_both": {"window": (17, 80)},
-    "window_right": {"window": (-1, 64)},
-    "window_left": {"window": (64, -1)},
-    "window_diagonal": {"window": (0, 0)},
-    "chunk_64": {"attention_chunk": 64},
-    "chunk_50_causal": {"attention_chunk": 50, "causal": True},
-    "chunk_window": {"attention_chunk": 100, "causal": True, "window": (30, 0)},
-    "chunk_1": {"attention_chunk": 1},
-    "prefix": {"causal": True, "prefix": (40, 1, 3, 64, 500)},
-    "prefix_zero": {"causal": True, "prefix": (0, 0, 0, 0, 0)},
-    "prefix_window": {"causal": True, "window": (20, 0), "prefix": (64, 3, 0, 129, 63)},
-    "prefix_chunk": {"causal": True, "attention_chunk": 64, "prefix": (30, 3, 0, 65, 1)},
-}
-EXTRAS = {
-    "": {},
-    "softcap": {"softcap": 15.0},
-    "sinks": {"sinks": "fp32"},
-    "sinks_softcap": {"sinks": "q", "softcap": 3.0},
-}
 
 
 @pytest.mark.parametrize("extra", EXTRAS)

@@ -9,13 +9,11 @@ import pytest
 import torch
 from broadhead import support
 from calls import build
-from gpu_calls import ARCH_ROWS, column_step, row_call, row_cases, row_id
+from gpu_calls import ARCH_ROWS, dims_within, row_call, row_cases, row_id
 
 pytestmark = [pytest.mark.gpu, pytest.mark.full]
 
 GROUPS = (1, 2, 3, 6, 8, 16, 64)
-#: Not multiples of the 64, 32 or 16 columns that kernels copy and multiply at a time.
-HEAD_DIMS = (8, 40, 72, 80, 96, 112, 160, 200, 320, 384, 448, 504)
 
 each_row = pytest.mark.parametrize("row", ARCH_ROWS, ids=row_id)
 
@@ -45,16 +43,6 @@ def test_groups_larger_than_a_tile(row: support.KernelRow, heads: int, run_row: 
     """Packing is a wish: a group that no tile holds runs all the same."""
     options = {"heads_q": heads, "heads_kv": 1, "pack_gqa": True, "causal": True}
     run_row(row, row_call(row, "varlen", (1, 3, 0, 5), (row.tile.tile_n + 1, 3, 4, 9), **options))
-
-
-def dims_within(row: support.KernelRow) -> list[tuple[int, int]]:
-    """Pairs of head dims that the row takes: odd ones, and one or both sides at their edges."""
-    step = column_step(row)
-    sizes = [-(-d // step) * step for d in HEAD_DIMS]
-    pairs = [(min(d, row.head_dim), min(d, row.head_dim_v)) for d in sizes]
-    pairs += [(step, row.head_dim_v), (row.head_dim, step), (row.head_dim - step, row.head_dim_v)]
-    pairs += [(row.head_dim, row.head_dim_v - step)]
-    return list(dict.fromkeys(pairs))
 
 
 @pytest.mark.parametrize(
