@@ -1,4 +1,4 @@
-"""_C.forward of decode kernels without a GPU, by the stub library: their workspace, and q of any dtype over e4m3 K, V."""
+"""_C.forward of decode kernels without a GPU, by the stub library: their workspace, and the dtypes of their inputs."""
 
 from __future__ import annotations
 
