@@ -246,10 +246,12 @@ def test_appends_to_an_fp8_cache_are_checked_first() -> None:
     cache = cache.to(e4m3)
     good = {"q": q, "k": cache, "v": cache, "k_new": new, "v_new": new, "seqused_k": lengths}
     for changes, words in (
-        ({"k_new": new.to(e4m3), "v_new": new.to(e4m3)}, "k must have the dtype of q"),
+        ({"k_new": new.to(e4m3), "v_new": new.to(e4m3)}, "k_new must have the dtype of q, .*bfloat16"),
         ({"v": cache.bfloat16()}, "v must have the dtype of k, torch.float8_e4m3fn, got torch.bfloat16"),
         ({"q": q.float(), "k_new": new.float(), "v_new": new.float()}, "k must have the dtype of q, .*float32, or"),
-        ({"k_new": new.half(), "v_new": new.half()}, "k must have the dtype of q, .*bfloat16, got .*float16"),
+        ({"k_new": new.half(), "v_new": new.half()}, "k_new must have the dtype of q, .*bfloat16, got .*float16"),
+        ({"v_new": new.to(e4m3)}, "v_new must have the dtype of q, .*bfloat16, got .*e4m3"),
+        ({"v_new": None}, "v_new must be given"),
         ({"k_descale": torch.ones(2)}, "k_descale must have shape"),
         ({"v_descale": torch.ones(2, 2).half()}, "v_descale must be fp32"),
     ):
