@@ -10,10 +10,9 @@ import compare
 import pytest
 import torch
 from broadhead import InvalidArgumentError, InvalidTypeError, UnsupportedError, dispatch, support
-from broadhead.native import BuildDescription, FamilyBuild
 from broadhead.problem import AttentionArgs, check_forward
 from cases import Case, Spec, build
-from described import FULL, h200, problem
+from described import ALL_ARCHS, FULL, build_of, h200, problem
 from torch import Tensor
 
 E4M3, BF16, FP16 = torch.float8_e4m3fn, torch.bfloat16, torch.float16
@@ -196,57 +195,38 @@ def test_factors_left_out_are_1(seed: int) -> None:
 # --- dispatch ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def mixed_rows(monkeypatch: pytest.MonkeyPatch) -> tuple[support.KernelRow, ...]:
-    """The table with the portable decode rows also for e4m3 k and v."""
-    plain = tuple(row for row in support.ROWS if not row.kv_dtype)
-    decode = [row for row in plain if row.family == "sm80" and row.phase == "decode" and row.dtype in ("bf16", "fp16")]
-    rows = tuple(
-        row._replace(
-            id=f"{row.name}_{support.id_suffix(row.dtype, NAME)}",
-            kv_dtype=NAME,
-            features=(*support.FEATURES, "descale"),
-        )
-        for row in decode
-    )
-    monkeypatch.setattr(dispatch, "ROWS", (*plain, *rows))
-    monkeypatch.setattr(dispatch, "_plans", {})
-    return rows
+MIXED_ROWS = tuple(row for row in support.ROWS if row.kv_dtype)
 
 
-def build_with(rows: tuple[support.KernelRow, ...]) -> BuildDescription:
-    ids = frozenset(row.id for row in (*support.ROWS, *rows))
-    return BuildDescription(True, tuple(FamilyBuild(f, ("80", "90a"), (13, 0), ids) for f in ("sm80", "sm90")), ())
-
-
-@pytest.mark.parametrize("seqlen_q", [1, 1024])
+@pytest.mark.parametrize("seqlen_q, tile", [(1, ""), (1024, "_m32")])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_rows_serve_their_own_dtypes(dtype: str, seqlen_q: int, mixed_rows: tuple) -> None:
-    built, features = build_with(mixed_rows), ("descale", "gqa", "lse")
+def test_rows_serve_their_own_dtypes(dtype: str, seqlen_q: int, tile: str) -> None:
+    """Few queries and many: no prefill kernel takes them."""
+    features = ("descale", "gqa", "lse")
     asked = problem(dtype=dtype, kv_dtype=NAME, seqlen_q=seqlen_q, features=features)
-    plan = dispatch.resolve(asked, h200(), built)
-    assert plan.row is not None and plan.row.id == f"sm80_fwd_decode_d128_{dtype}_kve4m3", plan.reason
+    plan = dispatch.resolve(asked, h200(), FULL)
+    assert plan.row is not None and plan.row.id == f"sm80_fwd_decode_d128{tile}_{dtype}_kve4m3", plan.reason
     reasons = {refusal.row_id: refusal.reason for refusal in plan.refusals}
     assert reasons[f"sm90_fwd_d128_{dtype}"] == f"takes dtype {dtype}, not {dtype} over {NAME} k and v"
     assert reasons["sm90_fwd_d128_e4m3"] == f"takes dtype {NAME}, not {dtype} over {NAME} k and v"
     for other in (problem(dtype=dtype, seqlen_q=seqlen_q), problem(dtype=NAME, seqlen_q=seqlen_q, features=features)):
-        plan = dispatch.resolve(other, h200(), built)
+        plan = dispatch.resolve(other, h200(), FULL)
         assert plan.row is not None and not plan.row.kv_dtype
-    refused = dispatch._request_refusal(mixed_rows[0], problem(), ("lse",))
+    refused = dispatch._request_refusal(MIXED_ROWS[0], problem(), ("lse",))
     assert refused == f"takes dtype bf16 over {NAME} k and v, not bf16"
 
 
-def test_refusals_name_both_dtypes(mixed_rows: tuple) -> None:
+def test_refusals_name_both_dtypes() -> None:
     mixed = {"kv_dtype": NAME}
     kind = f"CUDA kernel for bf16 over {NAME} k and v"
     for changes, words in (
         ({"head_dim": 528}, f"head_dim 528 exceeds 512, the largest of any {kind}"),
         ({"features": ("lse", "qv")}, f"there is no {kind} with qv"),
     ):
-        plan = dispatch.resolve(problem(**mixed, **changes), h200(), build_with(mixed_rows))
+        plan = dispatch.resolve(problem(**mixed, **changes), h200(), FULL)
         assert plan.row is None and words in plan.reason, plan.reason
-    asked = problem(**mixed)
-    plan = dispatch.resolve(asked, h200(), FULL)
+    asked = problem(**mixed, seqlen_q=1)
+    plan = dispatch.resolve(asked, h200(), build_of(*ALL_ARCHS, without=tuple(row.id for row in MIXED_ROWS)))
     text = dispatch.refusal_text("mha_fwd", asked, h200(), plan)
     assert plan.row is None and plan.left_out and "kernel sm80_fwd_decode_d128_bf16_kve4m3 is left out" in text
     assert f"dtype=bf16, kv_dtype={NAME}, features" in text
@@ -263,8 +243,8 @@ def test_no_row_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_explain_and_matrix(mixed_rows: tuple) -> None:
-    asked = {"head_dim": 128, "seqlen_k": 8192, "descale": True, "device": h200(), "build": build_with(mixed_rows)}
+def test_explain_and_matrix() -> None:
+    asked = {"head_dim": 128, "seqlen_k": 8192, "descale": True, "device": h200(), "build": FULL}
     text = broadhead.explain(kv_dtype=E4M3, **asked)
     assert f"dtype bf16 over {NAME} k and v" in text and "kernel sm80_fwd_decode_d128_bf16_kve4m3" in text
     assert broadhead.is_supported(dtype=FP16, kv_dtype=E4M3, **asked)[0]
@@ -318,7 +298,7 @@ def test_metadata_of_either_dtype_serves_where_kv_dtype_is_left_out(
                 broadhead.flash_attn_with_kvcache(**call, scheduler_metadata=made)
 
 
-def test_metadata_of_the_right_dtypes_has_the_plan_of_the_call(mixed_rows: tuple) -> None:
+def test_metadata_of_the_right_dtypes_has_the_plan_of_the_call() -> None:
     from broadhead.metadata_request import describe_request
 
     call = paged()
@@ -327,9 +307,9 @@ def test_metadata_of_the_right_dtypes_has_the_plan_of_the_call(mixed_rows: tuple
         causal=True, k_descale=call["k_descale"], scheduler_metadata=torch.zeros(17, dtype=torch.int32),
     )  # fmt: skip
     described = (2, 1, 256, 8, 2, 64, None, BF16, 16, 0, True, None, 0, 0, None, 0, None)
-    found = dispatch.resolve(check_forward("mha_fwd", args).problem, h200(), build_with(mixed_rows))
+    found = dispatch.resolve(check_forward("mha_fwd", args).problem, h200(), FULL)
     for kv_dtype, same in ((E4M3, True), (None, False)):
-        planned = dispatch.resolve(describe_request(*described, None, kv_dtype).problem, h200(), build_with(mixed_rows))
+        planned = dispatch.resolve(describe_request(*described, None, kv_dtype).problem, h200(), FULL)
         assert found.row is not None and (planned.row is found.row) == same
         assert (planned.metadata_tag == found.metadata_tag) == same and (planned.schedule == found.schedule) >= same
 

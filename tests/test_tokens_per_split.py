@@ -113,9 +113,11 @@ def test_nothing_that_changes_results_depends_on_the_batch(
                 assert plan.tokens_per_split == (256 if row.phase == "decode" else 0)
                 found.add((row.id, plan._replace(heads_per_section=0)))
     assert len(found) == 1
-    uncut, _ = schedule(batch=1, seqlen_k=10**6, build=build, **{**fixed, "tokens_per_split": 0})
+    uncut, row = schedule(batch=1, seqlen_k=10**6, build=build, **{**fixed, "tokens_per_split": 0})
     assert uncut.tokens_per_split == 0
-    if seqlen_q <= 100:
+    if row.phase == "decode":
+        assert uncut.num_splits == 0, "the kernel looks at the batch"
+    elif seqlen_q <= 100:
         assert uncut.num_splits > 1, "the heuristic looks at the batch"
 
 
