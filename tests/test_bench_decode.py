@@ -187,8 +187,8 @@ def test_invariant_mode_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("flash_attn_with_kvcache", "get_scheduler_metadata"):
         monkeypatch.setattr(broadhead, name, watched(name))
-    task = measure.task_of(STEP._replace(area="decode-invariant", tokens_per_split=32), CPU)
-    for peer, tokens in ((peers_broadhead.Broadhead(), 32), (peers_broadhead.Baseline(), 0)):
+    task = measure.task_of(STEP._replace(area="decode-invariant", tokens_per_split=64), CPU)
+    for peer, tokens in ((peers_broadhead.Broadhead(), 64), (peers_broadhead.Baseline(), 0)):
         asked.clear()
         task.prepare(peer)
         assert asked == [("get_scheduler_metadata", tokens), ("flash_attn_with_kvcache", tokens)]

@@ -158,7 +158,7 @@ void forward(ArgumentReader& reader) {
     }
   }
   // A buffer that is larger than the splits need ends with the scratch of kernels that count their tiles.
-  if (out_partial.present() && out_partial.numel() > needed) {
+  if (out_partial.present() && out_partial.numel() > needed && !kernel.is_decode) {
     params.tile_counter = reinterpret_cast<std::int32_t*>(out_partial.as<float>() + out_partial.numel() - 1);
   }
 

@@ -209,6 +209,11 @@ def _check_append(
             raise InvalidTypeError(
                 f"{function}: {new_name} must have the dtype of {name}, {cache.dtype}{narrower}, got {new.dtype}"
             )
+        if new.dtype != q.dtype and q.dtype not in check.FLOAT8_DTYPES:
+            raise InvalidTypeError(
+                f"{function}: {new_name} must have the dtype of q, {q.dtype}, got {new.dtype}; the append rounds to the"
+                f" dtype of {name}, {cache.dtype}"
+            )
         if cache.shape[-2:] != new.shape[-2:]:
             raise InvalidArgumentError(
                 f"{function}: {new_name} must have the heads and head_dim of {name}, {tuple(cache.shape[-2:])}, got"

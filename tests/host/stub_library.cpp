@@ -11,7 +11,16 @@
 namespace {
 
 char text[4096] = "";
-const char* const kIds[] = {"sm80_fwd_d64_bf16", "sm80_fwd_d64_fp16", "sm80_fwd_d64_e4m3"};
+const char* const kIds[] = {
+    "sm80_fwd_d64_bf16",
+    "sm80_fwd_d64_fp16",
+    "sm80_fwd_d64_e4m3",
+    "sm80_fwd_decode_d64_bf16",
+    "sm80_fwd_decode_d64_e4m3",
+    "sm80_fwd_decode_d64_bf16_kve4m3",
+    "sm80_fwd_decode_d64_fp16_kve4m3",
+};
+constexpr int kIdCount = sizeof(kIds) / sizeof(kIds[0]);
 
 void put(const char* name, long long value) {
   const std::size_t length = std::strlen(text);
@@ -49,7 +58,7 @@ BROADHEAD_EXPORT const char* stub_text() { return text; }
 std::uint32_t broadhead_abi_version() { return STUB_ABI_VERSION; }
 const char* broadhead_build_archs() { return "80;90"; }
 int broadhead_cuda_version() { return 13010; }
-int broadhead_kernel_count() { return 3; }
+int broadhead_kernel_count() { return kIdCount; }
 const char* broadhead_kernel_id(int index) { return kIds[index]; }
 
 int broadhead_forward(int index, const broadhead::AttnParams* params, void* stream, char* error,
@@ -72,7 +81,8 @@ int broadhead_forward(int index, const broadhead::AttnParams* params, void* stre
   PUT(num_splits), PUT(pack_gqa), PUT(metadata_tag), PUT(heads_per_section), PUT(max_blocks), PUT(total_k),
       PUT(num_pages), PUT(num_kv_batches), PUT(tile_counter), PUT(qv);
   PUT(qv_strides), PUT(q_descale), PUT(k_descale), PUT(v_descale), PUT(q_descale_strides), PUT(k_descale_strides);
-  PUT(v_descale_strides);
+  PUT(v_descale_strides), PUT(cell_blocks), PUT(workspace_bytes);
+  put("q_dtype", static_cast<long long>(p.q_dtype));
   put_float("softmax_scale", p.softmax_scale);
   put_float("softcap", p.softcap);
   return 0;

@@ -136,7 +136,7 @@ CASCADE_BATCHES, CASCADE_PREFIX, CASCADE_SUFFIX = (4, 16, 64), 8192, 1024
 #: What a CPU can do in seconds: the torch fallback is a reference, not something to time.
 CPU_DECODE_SHAPES = ((2, 100, 4, 2, 64), (1, 130, 2, 1, 512))
 CPU_MIXED_LENGTHS = (37, 1, 90, 64)
-CPU_TOKENS_PER_SPLIT = 32
+CPU_TOKENS_PER_SPLIT = 64
 
 
 def uniform_lengths(count: int, longest: int, seed: int = 0) -> tuple[int, ...]:
