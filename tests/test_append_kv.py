@@ -171,16 +171,6 @@ def test_half_precision_caches(dtype: torch.dtype, seed: int) -> None:
         check(build(seed, cache, "partial_interleaved", True, dtype))
 
 
-def test_fp8_cache(seed: int) -> None:
-    call = build(seed, "paged", "none", True, torch.float8_e4m3fn)
-    append_kv.append(call.k_cache, call.v_cache, call.k_new, call.v_new, **call.options)
-    for b, length in enumerate(call.seqlens):
-        for i in range(call.num_new[b]):
-            page, slot = call.places[b][length + i] or (0, 0)
-            token = call.k_new[call.first_new[b] + i].to(torch.float8_e4m3fn)
-            assert torch.equal(call.k_cache[page, slot].view(torch.uint8), token.view(torch.uint8))
-
-
 def quantised(new: Tensor, descale: Tensor | None, sequence: Tensor) -> Tensor:
     """Tokens ``(T, H, D)`` as an e4m3 cache holds them: divided, saturated, rounded once."""
     factor = torch.ones(4, HEADS) if descale is None else descale
@@ -216,25 +206,6 @@ def test_fp8_cache_of_16_bit_keys(cache: str, dtype: torch.dtype, factors: str, 
                 place = call.places[b][length + i]
                 old[place] = expected[call.first_new[b] + i].view(torch.uint8)
         assert torch.equal(x.view(torch.uint8)[mine], old[mine])
-
-
-def test_fp8_cache_of_rotated_keys(seed: int) -> None:
-    """Rotation, division and rounding: one rounding at the end, so at most half a step of e4m3 from the truth."""
-    for rotary in ("interleaved", "partial"):
-        call = build(seed, "paged", rotary, True, torch.float8_e4m3fn)
-        call.k_new, call.v_new = call.k_new.bfloat16(), call.v_new.bfloat16()
-        descale = torch.rand(4, HEADS) * 0.01 + 0.005
-        expected, _, written = expected_caches(call)
-        for b, length in enumerate(call.seqlens):
-            for i in range(call.num_new[b]):
-                place = call.places[b][length + i]
-                assert place is not None
-                expected[place] /= descale[b, :, None].double()
-        append_kv.append(call.k_cache, call.v_cache, call.k_new, call.v_new, **call.options, k_descale=descale)
-        expected = expected.clamp(-448, 448)
-        step = torch.exp2(expected.abs().clamp(min=2.0**-6).log2().floor() - 3)
-        error = (call.k_cache.double() - expected).abs()
-        assert (error <= step / 2 * (1 + 1e-4))[written].all()
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
@@ -275,12 +246,12 @@ def test_appends_to_an_fp8_cache_are_checked_first() -> None:
     cache = cache.to(e4m3)
     good = {"q": q, "k": cache, "v": cache, "k_new": new, "v_new": new, "seqused_k": lengths}
     for changes, words in (
-        ({"k_new": new.to(e4m3), "v_new": new.to(e4m3)}, "k must have the dtype of q"),
-        ({"v": cache.bfloat16()}, "v_cache must have the dtype of k_cache"),
-        (
-            {"q": q.float(), "k_new": new.float(), "v_new": new.float()},
-            "k_cache must have the dtype of q, .*float32, or",
-        ),
+        ({"k_new": new.to(e4m3), "v_new": new.to(e4m3)}, "k_new must have the dtype of q, .*bfloat16"),
+        ({"v": cache.bfloat16()}, "v must have the dtype of k, torch.float8_e4m3fn, got torch.bfloat16"),
+        ({"q": q.float(), "k_new": new.float(), "v_new": new.float()}, "k must have the dtype of q, .*float32, or"),
+        ({"k_new": new.half(), "v_new": new.half()}, "k_new must have the dtype of q, .*bfloat16, got .*float16"),
+        ({"v_new": new.to(e4m3)}, "v_new must have the dtype of q, .*bfloat16, got .*e4m3"),
+        ({"v_new": None}, "v_new must be given"),
         ({"k_descale": torch.ones(2)}, "k_descale must have shape"),
         ({"v_descale": torch.ones(2, 2).half()}, "v_descale must be fp32"),
     ):
@@ -299,7 +270,7 @@ def e4m3(x: Tensor) -> Tensor:
     return torch.round(x / step) * step
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("rotary", ["none", "partial", "interleaved"])
 @pytest.mark.parametrize("ragged", [False, True], ids=["dense", "ragged"])
 def test_wider_keys_in_an_fp8_cache(ragged: bool, rotary: str, dtype: torch.dtype, seed: int) -> None:

@@ -98,13 +98,57 @@ def test_forward_arguments(recorder: Recorder) -> None:
     expected = {
         "kernel_id": "sm80_fwd_decode_d128_bf16", "seqlen_q": 1, "seqlen_k": 4096, "window_left": 7, "window_right": 0,
         "attention_chunk": 0, "softmax_scale": 0.5, "softcap": 3.0, "num_splits": 3, "pack_gqa": 1,
-        "heads_per_section": 0, "max_blocks": 0, "stream": -1,
+        "heads_per_section": 0, "max_blocks": 0, "cell_blocks": 0, "stream": -1,
     }  # fmt: skip
     assert {name: got[name] for name in expected} == expected
     assert out.shape == (2, 1, 8, 72) and out.dtype == q.dtype and lse.shape == (2, 8, 1) and lse.dtype == torch.float32
-    # One buffer for the partial outputs and the LSE behind them.
-    assert got["out_partial"].shape == (3 * 8 * 2 * (72 + 1),) and got["lse_partial"] is None
+    # The workspace of 2 x 132 blocks: what each says of itself, and two results of 4 rows of the 4 heads of a KV head.
+    assert got["out_partial"].shape == (2 * 132 * (4 + 2 * 4 * (72 + 1)),) and got["lse_partial"] is None
     assert got["out_partial"].dtype == torch.float32
+
+
+def test_split_prefill_has_one_buffer_for_partials_and_lse(recorder: Recorder) -> None:
+    q, k = (torch.randn(2, s, 4, 64, dtype=torch.bfloat16) for s in (100, 1000))
+    got, _, _ = launch(recorder, AttentionArgs(q, k, k, num_splits=3))
+    assert got["kernel_id"] == "sm80_fwd_d64_bf16" and got["num_splits"] == 3
+    assert got["out_partial"].shape == (3 * 4 * 2 * 100 * (64 + 1),) and got["lse_partial"] is None
+
+
+#: What csrc/decode/workspace.h keeps of a block in BlockParts: four int32.
+BLOCK_PARTS = 4
+
+
+@pytest.mark.parametrize(
+    "seqlen_q, num_splits, tokens_per_split, size",
+    [
+        (1, 0, 0, 264 * (BLOCK_PARTS + 2 * 4 * 65)),
+        (1, 7, 0, 264 * (BLOCK_PARTS + 2 * 4 * 65)),
+        (5, 0, 0, 264 * (BLOCK_PARTS + 2 * 20 * 65)),  # 20 of the 32 rows of a tile
+        (1, 1, 0, 0),
+        (1, 1, 128, 0),
+        (1, 0, 128, 3 * 2 * 8 * 4 * 65),  # sequences x KV heads x cells of 1000 keys x rows
+        (5, 0, 128, 3 * 2 * 8 * 20 * 65),
+        (1, 0, 1024, 0),  # one cell
+    ],
+)
+def test_workspaces_of_decode(
+    recorder: Recorder, seqlen_q: int, num_splits: int, tokens_per_split: int, size: int
+) -> None:
+    """Their size follows from shapes and device alone: what the blocks, or the cells of all tiles, leave behind."""
+    q, k = torch.randn(3, seqlen_q, 8, 64, dtype=torch.float16), torch.randn(3, 1000, 2, 64, dtype=torch.float16)
+    options = {"num_splits": num_splits, "tokens_per_split": tokens_per_split}
+    got, _, _ = launch(recorder, AttentionArgs(q, k, k, causal=True, **options))
+    tile = "_m32" if seqlen_q > 4 else ""
+    assert got["kernel_id"] == f"sm80_fwd_decode_d64{tile}_fp16" and got["lse_partial"] is None
+    assert (0 if got["out_partial"] is None else got["out_partial"].numel()) == size
+    cells = tokens_per_split // 64 if num_splits != 1 else 0
+    assert got["cell_blocks"] == cells and got["num_splits"] == (1 if tokens_per_split else num_splits)
+
+
+def test_sm_margin_bounds_the_blocks_of_decode(recorder: Recorder) -> None:
+    q, k = torch.randn(3, 1, 8, 64, dtype=torch.float16), torch.randn(3, 1000, 2, 64, dtype=torch.float16)
+    got, _, _ = launch(recorder, AttentionArgs(q, k, k, sm_margin=32))
+    assert got["max_blocks"] == 200 and got["out_partial"].numel() == 200 * (BLOCK_PARTS + 2 * 4 * 65)
 
 
 def test_forward_without_splits_and_with_out(recorder: Recorder) -> None:
@@ -179,6 +223,22 @@ def test_metadata_arguments(recorder: Recorder) -> None:
     for name, value in expected.items():
         assert got[name] is value or got[name] == value, name
     assert result.shape == (17,)
+
+
+@pytest.mark.parametrize("asked, bound", [(0, 1), (1, 1), (9, 9)])
+def test_metadata_of_decode_kernels_plans_nothing(recorder: Recorder, asked: int, bound: int) -> None:
+    """They plan for themselves: without a bound of the caller's the device writes one split for each sequence."""
+    lengths = torch.tensor([9000, 3], dtype=torch.int32)
+    request = metadata.describe_request(
+        2, 1, 65536, 8, 2, 64, None, torch.bfloat16, 16, 0, True, None, 0, asked, None, 0, None
+    )
+    plan = resolve(request.problem, H200, BUILD)
+    assert plan.row is not None and plan.row.phase == "decode"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metadata, "resolve", lambda problem, device: plan)
+        patch.setattr(torch.cuda, "current_device", lambda: -1)
+        metadata.fill(metadata.prepare(request, lengths.device), lengths, None, None, None)
+    assert recorder.calls[-1]["num_splits"] == bound
 
 
 def test_missing_module_is_a_kernel_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from typing import Any
 
-import broadhead
 import pytest
-import torch
-from broadhead import device as device_module
-from broadhead import dispatch, fallback_notice, forward, native
+from broadhead import dispatch
 from broadhead.device import DeviceDescription, hypothetical
 from broadhead.dispatch import resolve
 from broadhead.native import NO_KERNELS, BuildDescription, parse_build_info, parse_cuda_version
-from broadhead.support import CAPABILITIES, EXTRA_FEATURES, FEATURES, ROWS, SMEM_BY_CAPABILITY
+from broadhead.support import CAPABILITIES, ROWS, SMEM_BY_CAPABILITY
 from described import ALL_ARCHS, CAUSAL, FULL, build_of, h200, problem, schedule, without_family
 
 UNKNOWN = ((7, 5), (11, 0), (13, 0))
@@ -75,19 +71,19 @@ def test_a_missing_phase_is_replaced_by_the_other() -> None:
 def test_every_row_is_reached() -> None:
     """No row of the table is dead: some device and problem choose it."""
     head_dims = [*((d, d) for d in HEAD_DIMS), (192, 128), (64, 256)]
+    queries = (1, 8, 1024)  # 4 heads of a KV head: tiles of 16 and of 32 rows, and prefill
     asked = [
         problem(head_dim=d, head_dim_v=dv, seqlen_q=sq, dtype=dtype, **mask)
-        for (d, dv), sq, dtype, mask in itertools.product(head_dims, (1, 1024), ("bf16", "fp16"), ({}, CAUSAL))
+        for (d, dv), sq, dtype, mask in itertools.product(head_dims, queries, ("bf16", "fp16"), ({}, CAUSAL))
     ]
+    even = [(d, dv, sq) for (d, dv), sq in itertools.product(head_dims, queries) if d % 16 == dv % 16 == 0]
+    for dtypes in (FP8, {"dtype": "bf16", "kv_dtype": FP8["dtype"]}, {"dtype": "fp16", "kv_dtype": FP8["dtype"]}):
+        asked += [
+            problem(head_dim=d, head_dim_v=dv, seqlen_q=sq, features=("descale", "lse"), **dtypes) for d, dv, sq in even
+        ]
     plans = [resolve(x, hypothetical(c), FULL) for x, c in itertools.product(asked, CAPABILITIES)]
     assert all(plan.row is not None for plan in plans)
-    fp8 = {**FP8, "features": ("descale", "lse")}
-    even = [(d, dv, sq) for (d, dv), sq in itertools.product(head_dims, (1, 1024)) if d % 16 == dv % 16 == 0]
-    special = [problem(head_dim=d, head_dim_v=dv, seqlen_q=sq, **fp8) for d, dv, sq in even]
-    for dtype in ("bf16", "fp16"):
-        mixed = {**fp8, "dtype": dtype, "kv_dtype": "float8_e4m3fn"}
-        special += [problem(head_dim=d, head_dim_v=dv, seqlen_q=sq, **mixed) for d, dv, sq in even]
-    special += [problem(head_dim=64, head_dim_v=512, dtype=t, features=("lse", "qv")) for t in ("bf16", "fp16")]
+    special = [problem(head_dim=64, head_dim_v=512, dtype=t, features=("lse", "qv")) for t in ("bf16", "fp16")]
     window = {"window_left": 100, "features": ("lse", "window")}
     special += [problem(head_dim=256, dtype=t, **window) for t in ("bf16", "fp16")]
     plans += [resolve(x, h200(), FULL) for x in special]
@@ -112,7 +108,7 @@ def test_unknown_capability_is_no_kernel(capability: tuple[int, int]) -> None:
         ({"head_dim": 64, "head_dim_v": 1024}, "head_dim_v 1024 exceeds 512"),
         ({"dtype": "fp32"}, "dtype fp32 has no CUDA kernel; kernels take bf16, "),
         ({"dtype": "float8_e5m2"}, "dtype float8_e5m2 has no CUDA kernel"),
-        ({**FP8, "head_dim": 512}, "head_dim 512 exceeds 256, the largest of any CUDA kernel for float8_e4m3fn"),
+        ({**FP8, "head_dim": 528}, "head_dim 528 exceeds 512, the largest of any CUDA kernel for float8_e4m3fn"),
         ({**FP8, "head_dim": 72}, "kernels take head_dim in multiples of 16 with dtype float8_e4m3fn"),
         ({**FP8, "head_dim_v": 24}, "kernels take head_dim_v in multiples of 16"),
         ({**FP8, "features": ("lse", "qv")}, "there is no CUDA kernel for float8_e4m3fn with qv"),
@@ -218,17 +214,45 @@ def test_build_info_is_parsed() -> None:
 # --- the plan --------------------------------------------------------------------------------------------------------
 
 
-def test_decode_is_split_over_the_device() -> None:
+#: Where no decode kernel is built prefill kernels take its calls.
+NO_DECODE = build_of(*ALL_ARCHS, without=tuple(row.id for row in ROWS if row.phase == "decode"))
+
+
+def test_few_queries_of_a_prefill_kernel_are_split_over_the_device() -> None:
     """Few sequences of a long context: the blocks fill whole waves; a batch that fills the device is split little."""
-    one, row = schedule(batch=1, seqlen_q=1, seqlen_k=65536)
+    one, row = schedule(batch=1, seqlen_q=1, seqlen_k=65536, build=NO_DECODE)
+    assert row.phase == "prefill"
     ctas = one.num_splits * one.heads_in_grid * one.m_blocks
     waves = ctas / one.target_ctas
     assert one.num_splits > 16 and waves / -(-ctas // one.target_ctas) >= 0.9
     assert one.num_splits * 4 * row.tile.tile_n <= 65536, "a split has at least 4 key tiles"
-    many, _ = schedule(batch=128, seqlen_q=1, seqlen_k=8192, num_heads_q=8, num_heads_kv=1)
+    many, _ = schedule(batch=128, seqlen_q=1, seqlen_k=8192, num_heads_q=8, num_heads_kv=1, build=NO_DECODE)
     assert 1 <= many.num_splits <= 8
-    short, row = schedule(batch=1, seqlen_q=1, seqlen_k=100)
+    short, row = schedule(batch=1, seqlen_q=1, seqlen_k=100, build=NO_DECODE)
     assert short.num_splits == 1
+
+
+@pytest.mark.parametrize("asked", [0, 1, 2, 128])
+def test_decode_kernels_plan_for_themselves(asked: int) -> None:
+    """They know the lengths: a plan holds what was asked and the blocks that run at once, whatever the lengths."""
+    window = {"window_left": 511, "window_right": 0, "features": ("causal", "gqa", "lse", "window")}
+    for changes in ({}, {"batch": 1, "seqlen_k": 65536}, {"batch": 300}, {"has_metadata": True}, window):
+        plan, row = schedule(**{"seqlen_q": 1, "seqlen_k": 100, "num_splits": asked, **changes})
+        assert row.phase == "decode" and plan.num_splits == asked, changes
+        assert plan.target_ctas == 132 * row.tile.min_blocks and plan.tokens_per_split == 0
+    plan, _ = schedule(seqlen_q=1, seqlen_k=65536, num_splits=0, tokens_per_split=256)
+    assert (plan.num_splits, plan.tokens_per_split) == (1, 256), "what is cut at multiples is not cut otherwise"
+    plan, _ = schedule(seqlen_q=1, seqlen_k=65536, num_splits=1, tokens_per_split=256)
+    assert (plan.num_splits, plan.tokens_per_split) == (1, 0), "no cuts at all"
+
+
+@pytest.mark.parametrize("seqlen_q, tile_m", [(1, 16), (4, 16), (5, 32), (8, 32), (12, 32), (100, 32)])
+def test_decode_takes_the_fewest_tiles_and_of_these_the_smallest(seqlen_q: int, tile_m: int) -> None:
+    """Of 4 heads a token. More than 32 rows come here only where no prefill kernel is built."""
+    build = build_of(*ALL_ARCHS, without=tuple(row.id for row in ROWS if row.phase == "prefill"))
+    for head_dim in (64, 128, 256, 512):
+        _, row = schedule(seqlen_q=seqlen_q, head_dim=head_dim, build=build)
+        assert row.phase == "decode" and row.tile.tile_m == tile_m, row.id
 
 
 def test_full_prefill_is_not_split() -> None:
@@ -238,15 +262,16 @@ def test_full_prefill_is_not_split() -> None:
 
 @pytest.mark.parametrize("asked", [1, 2, 7, 128])
 def test_explicit_splits_are_the_bound(asked: int) -> None:
-    assert schedule(seqlen_q=1, seqlen_k=65536, num_splits=asked)[0].num_splits == asked
-    few, row = schedule(seqlen_q=1, seqlen_k=128, num_splits=asked)
+    assert schedule(seqlen_q=1, seqlen_k=65536, num_splits=asked, build=NO_DECODE)[0].num_splits == asked
+    few, row = schedule(seqlen_q=1, seqlen_k=128, num_splits=asked, build=NO_DECODE)
     assert few.num_splits == min(asked, -(-128 // row.tile.tile_n)), "never more splits than key tiles"
 
 
 def test_a_window_bounds_the_splits() -> None:
-    wide = schedule(batch=1, seqlen_q=1, seqlen_k=65536, num_heads_kv=2)[0].num_splits
+    common = {"batch": 1, "seqlen_q": 1, "seqlen_k": 65536, "num_heads_kv": 2, "build": NO_DECODE}
+    wide = schedule(**common)[0].num_splits
     window = {"window_left": 511, "window_right": 0, "features": ("causal", "gqa", "lse", "window")}
-    narrow, row = schedule(batch=1, seqlen_q=1, seqlen_k=65536, num_heads_kv=2, **window)
+    narrow, row = schedule(**common, **window)
     assert narrow.num_splits < wide and narrow.num_splits * row.tile.tile_n <= 512 + row.tile.tile_n
 
 
@@ -315,6 +340,7 @@ def test_random_problems_get_a_sound_plan(rng) -> None:
             window_right=rng.choice([-1, 0, 100]),
             attention_chunk=rng.choice([0, 0, 64]),
             num_splits=rng.choice([0, 0, 1, 5, 128]),
+            tokens_per_split=rng.choice([0, 0, 64, 4096]),
             pack_gqa=rng.choice([None, True, False]),
             has_metadata=rng.random() < 0.5,
             sm_margin=rng.choice([0, 0, 100]),
@@ -323,124 +349,12 @@ def test_random_problems_get_a_sound_plan(rng) -> None:
         plan = resolve(asked, device, FULL)
         assert plan.schedule is not None and plan.row is not None, plan.reason
         s = plan.schedule
-        assert 1 <= s.num_splits <= 128 and s.m_blocks >= 1 and s.target_ctas >= 1 and s.heads_per_section >= 0
+        asked_splits = 1 if asked.tokens_per_split else asked.num_splits
+        assert s.num_splits == asked_splits if plan.row.phase == "decode" else 1 <= s.num_splits <= 128
+        assert (
+            s.tokens_per_split in (0, asked.tokens_per_split)
+            and s.m_blocks >= 1
+            and s.target_ctas >= 1
+            and s.heads_per_section >= 0
+        )
         assert s.heads_in_grid * s.rows_per_token == asked.num_heads_q
-
-
-# --- the public questions --------------------------------------------------------------------------------------------
-
-
-def test_is_supported_and_explain() -> None:
-    ok, reason = broadhead.is_supported(head_dim=512, device=(8, 9), build=FULL)
-    assert ok and "d512" in reason
-    ok, reason = broadhead.is_supported(head_dim=512, device=(7, 5), build=FULL)
-    assert not ok and "7.5" in reason
-    ok, reason = broadhead.is_supported(head_dim=100, device=(9, 0), build=FULL)
-    assert not ok and "multiple of 8" in reason
-    ok, reason = broadhead.is_supported(head_dim=128, device=(9, 0), build=FULL, requires_grad=True)
-    assert not ok and "backward" in reason
-    ok, reason = broadhead.is_supported(head_dim=128, device=(9, 0), build=NO_KERNELS)
-    assert not ok and "left out of this build" in reason
-    text = broadhead.explain(
-        head_dim=256, num_heads_q=16, num_heads_kv=2, seqlen_k=65536, page_size=16, device=(9, 0), build=FULL
-    )
-    assert "kernel sm80_fwd_decode_d256_bf16" in text and "splits" in text and "refused: sm80_fwd_d64_fp16" in text
-    text = broadhead.explain(head_dim=192, head_dim_v=128, seqlen_q=4096, device=(9, 0), build=FULL)
-    assert "kernel sm90_fwd_d192_v128_bf16: the first prefill row for head_dim 192, head_dim_v 128" in text
-    assert "refused: sm90_fwd_d64_v256_bf16: takes head_dim up to 64, not 192" in text
-    text = broadhead.explain(head_dim=256, device="cpu")
-    assert "torch fallback" in text and "refused: every kernel" in text
-
-
-def test_questions_about_tensors() -> None:
-    q, k = torch.randn(2, 5, 4, 64, dtype=torch.bfloat16), torch.randn(2, 7, 2, 64, dtype=torch.bfloat16)
-    ok, reason = broadhead.is_supported(q, k, k)
-    assert not ok and "cpu" in reason
-    assert broadhead.is_supported(q, k, k, device=h200(), build=FULL)[0]
-    assert "4 query and 2 key heads" in broadhead.explain(q, k, k, device=h200(), build=FULL)
-    with pytest.raises(broadhead.InvalidArgumentError, match="k and v"):
-        broadhead.explain(q)
-    with pytest.raises(broadhead.InvalidArgumentError, match="head_dim"):
-        broadhead.is_supported()
-    with pytest.raises(broadhead.InvalidTypeError, match="device"):
-        broadhead.is_supported(head_dim=64, device=9.0)
-
-
-def test_support_matrix_is_the_table() -> None:
-    entries = broadhead.support_matrix(build_of("90a", without=(ROWS[0].id,)))
-    assert [e.kernel for e in entries] == [row.id for row in ROWS]
-    assert [e.in_build for e in entries] == [False] + [True] * (len(ROWS) - 1)
-    assert all(set(e.features) <= {*FEATURES, *EXTRA_FEATURES} for e in entries)
-    assert {e.kernel for e in entries if e.requires == ("qv",)} == {row.id for row in ROWS if "qv" in row.features}
-    assert ("sm90_fwd_d192_v128_bf16", 192, 128) in {(e.kernel, e.head_dim, e.head_dim_v) for e in entries}
-    assert broadhead.support_matrix(), "for this installation"
-
-
-def test_validate_head_dims() -> None:
-    for capability in (8, 9, 10, 12, (8, 6), (9, 0)):
-        broadhead._validate_head_dims(512, 512, capability, 8)
-    for arguments, words in (
-        ((520, 512, 9, 8), "head_dim must be at most 512"),
-        ((64, 1024, 9, 8), "head_dim_v must be at most 512"),
-        ((100, 64, 9, 8), "multiple of 8"),
-        ((64, 0, 9, 8), "head_dim_v"),
-        ((72, 72, 9, 16), "multiple of 16"),
-        ((64, 64, 7, 8), "compute capability 7"),
-        ((64, 64, (11, 0), 8), "compute capability 11.0"),
-    ):
-        with pytest.raises(AssertionError, match=words):
-            broadhead._validate_head_dims(*arguments)
-
-
-# --- backend selection ----------------------------------------------------------------------------------------------
-
-
-def test_backend_argument_on_cpu() -> None:
-    q = torch.randn(1, 3, 2, 16)
-    broadhead.flash_attn_func(q, q, q)
-    backend, row, reason = broadhead.last_dispatch()
-    assert (backend, row) == ("torch", None) and "cpu" in reason
-    broadhead.flash_attn_func(q, q, q, backend="torch")
-    assert broadhead.last_dispatch()[0] == "torch"
-    with pytest.raises(broadhead.UnsupportedError, match=r"flash_attn_func.*backend='cuda'.*cpu"):
-        broadhead.flash_attn_func(q, q, q, backend="cuda")
-    with pytest.raises(broadhead.UnsupportedError, match="mha_bwd"):
-        broadhead.mha_bwd(q, q, q, q, backend="cuda")
-    for wrong in ("tpu", 3):
-        with pytest.raises(broadhead.BroadheadError, match="backend"):
-            broadhead.flash_attn_func(q, q, q, backend=wrong)
-
-
-def test_cpu_is_silent_and_not_strict(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BROADHEAD_STRICT", "1")
-    q = torch.randn(1, 3, 2, 16)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        broadhead.flash_attn_func(q, q, q)
-
-
-def test_fallback_on_a_cuda_device_warns_once_or_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The decision on a CUDA device, without one: the device is described, nothing runs."""
-    monkeypatch.setattr(forward, "describe", lambda device: h200())
-    monkeypatch.setattr(fallback_notice, "_warned", set())
-    monkeypatch.setattr(native, "build_description", lambda: NO_KERNELS)
-    cuda = torch.device("cuda", 0)
-    wide = problem(head_dim=520)
-    with pytest.warns(broadhead.FallbackWarning, match=r"mha_fwd.*NVIDIA H200.*head_dim 520") as caught:
-        for _ in range(3):
-            assert forward.select("mha_fwd", wide, cuda, None) is None
-    assert len(caught) == 1, "once per reason"
-    with pytest.warns(broadhead.FallbackWarning, match="head_dim 1024"):
-        forward.select("mha_fwd", problem(head_dim=1024), cuda, None)
-    assert broadhead.last_dispatch()[0] == "torch"
-    with pytest.raises(broadhead.UnsupportedError, match="no CUDA kernel"):
-        forward.select("mha_fwd", wide, cuda, "cuda")
-    monkeypatch.setenv("BROADHEAD_STRICT", "1")
-    with pytest.raises(broadhead.UnsupportedError, match=r"BROADHEAD_STRICT=1.*head_dim 520"):
-        forward.select("mha_fwd", wide, cuda, None)
-    assert forward.select("mha_fwd", wide, cuda, "torch") is None, "asking for torch is no fallback"
-
-
-def test_describe_cpu() -> None:
-    assert device_module.describe(torch.device("cpu")).type == "cpu"
-    assert device_module.describe(torch.device("meta")).type == "meta"

@@ -123,16 +123,22 @@ QV = {"head_dim": 64, "head_dim_v": 512, "features": ("gqa", "lse", "qv")}
 )  # fmt: skip
 @pytest.mark.parametrize("features", [("lse",), ("causal", "descale", "gqa", "lse", "sinks", "softcap", "window")])
 def test_8_bit_rows(head_dim: int, head_dim_v: int, row: str, features: tuple[str, ...]) -> None:
-    """With factors or without, many queries or one: no decode kernel takes 8-bit inputs yet."""
-    for seqlen_q in (1, 1024):
-        asked = problem(head_dim=head_dim, head_dim_v=head_dim_v, features=features, seqlen_q=seqlen_q, **FP8)
-        plan = resolve(asked, h200(), FULL)
-        assert plan.row is not None and plan.row.id == f"sm90_fwd_{row}_e4m3"
-        assert f"{plan.row.id}: the first prefill row" in plan.reason
-        for capability in set(CAPABILITIES) - {(9, 0)}:
-            other = resolve(asked, hypothetical(capability), FULL)
-            assert other.row is None and not other.left_out
-            assert "no CUDA kernel for float8_e4m3fn" in other.reason and "there are for 9.0" in other.reason
+    """With factors or without. Few queries have decode kernels, which elsewhere than on 9.0 take many too."""
+    asked = problem(head_dim=head_dim, head_dim_v=head_dim_v, features=features, **FP8)
+    plan = resolve(asked, h200(), FULL)
+    assert plan.row is not None and plan.row.id == f"sm90_fwd_{row}_e4m3"
+    assert f"{plan.row.id}: the first prefill row" in plan.reason
+    decode = "d64" if max(head_dim, head_dim_v) <= 64 else "d128" if max(head_dim, head_dim_v) <= 128 else "d256"
+    for capability in CAPABILITIES:
+        for kv, dtypes in (("e4m3", FP8), ("bf16_kve4m3", {"dtype": "bf16", "kv_dtype": "float8_e4m3fn"})):
+            few = resolve(asked._replace(seqlen_q=1, **dtypes), hypothetical(capability), FULL).row
+            assert few is not None and few.id.startswith(f"sm80_fwd_decode_{decode}") and few.id.endswith(f"_{kv}")
+            assert few.tile.tile_m == 16 and few.head_dim == int(decode[1:])
+            if kv == "e4m3" and capability == (9, 0):
+                continue
+            many = resolve(asked._replace(**dtypes), hypothetical(capability), FULL)
+            assert many.row is not None and (many.row.phase, many.row.tile.tile_m) == ("decode", 32)
+            assert many.row.head_dim == few.head_dim and f"{many.row.id}: the first decode row" in many.reason
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -163,8 +169,10 @@ def test_explain_knows_descale_and_qv() -> None:
     assert not broadhead.is_supported(head_dim=128, descale=True, device=(9, 0), build=FULL)[0], "bf16 has no factors"
     ok, reason = broadhead.is_supported(head_dim=72, **e4m3)
     assert not ok and "multiples of 16" in reason
-    q, k = torch.zeros(2, 5, 4, 64).to(torch.float8_e4m3fn), torch.zeros(2, 7, 2, 64).to(torch.float8_e4m3fn)
-    assert "kernel sm90_fwd_d64_e4m3" in broadhead.explain(q, k, k, descale=True, device=h200(), build=FULL)
+    k = torch.zeros(2, 7, 2, 64).to(torch.float8_e4m3fn)
+    for seqlen_q, row in ((50, "sm90_fwd_d64_e4m3"), (5, "sm80_fwd_decode_d64_e4m3")):
+        q = torch.zeros(2, seqlen_q, 4, 64).to(torch.float8_e4m3fn)
+        assert f"kernel {row}: " in broadhead.explain(q, k, k, descale=True, device=h200(), build=FULL)
     text = broadhead.explain(head_dim=64, head_dim_v=512, qv=True, device=(9, 0), build=FULL)
     assert "kernel sm90_fwd_d64_v512_qv_bf16" in text
     text = broadhead.explain(head_dim=64, head_dim_v=512, seqlen_q=64, device=(9, 0), build=FULL)

@@ -99,9 +99,12 @@ FP8 = torch.float8_e4m3fn
 @pytest.mark.parametrize(
     "dtype, head_dims, extras, row",
     [
-        (FP8, (64, 64), ("descale",), "sm90_fwd_d64_e4m3"),
-        (FP8, (192, 128), (), "sm90_fwd_d192_v128_e4m3"),
-        (FP8, (256, 256), ("descale",), "sm90_fwd_d256_e4m3"),
+        (FP8, (64, 64), ("descale",), "sm80_fwd_decode_d64_e4m3"),
+        (FP8, (192, 128), (), "sm80_fwd_decode_d256_e4m3"),
+        (FP8, (256, 256), ("descale",), "sm80_fwd_decode_d256_e4m3"),
+        (FP8, (64, 64), ("descale", "prefill"), "sm90_fwd_d64_e4m3"),
+        (FP8, (192, 128), ("prefill",), "sm90_fwd_d192_v128_e4m3"),
+        (FP8, (256, 256), ("descale", "prefill"), "sm90_fwd_d256_e4m3"),
         (BF16, (64, 512), ("qv",), "sm90_fwd_d64_v512_qv_bf16"),
         (BF16, (64, 64), ("qv",), "sm90_fwd_d64_v512_qv_bf16"),
         (BF16, (64, 512), (), "sm80_fwd_decode_d512_bf16"),
@@ -112,7 +115,8 @@ def test_e4m3_and_qv_have_one_plan(
 ) -> None:
     """A plan depends on dtype and qv, not on factors. FlashAttention-3's arguments name no qv: it may go unsaid."""
     head_dim, head_dim_v = head_dims
-    q = torch.zeros(2, 1, 8, head_dim).to(dtype)
+    seqlen_q = 64 if "prefill" in extras else 1
+    q = torch.zeros(2, seqlen_q, 8, head_dim).to(dtype)
     k, v = torch.zeros(32, 16, 2, head_dim).to(dtype), torch.zeros(32, 16, 2, head_dim_v).to(dtype)
     args = paged_call(q=q, k=k, v=v, scheduler_metadata=torch.zeros(17, dtype=torch.int32))
     if "qv" in extras:
@@ -121,7 +125,7 @@ def test_e4m3_and_qv_have_one_plan(
         args = args._replace(q_descale=torch.ones(2, 2), v_descale=torch.ones(1, 1).expand(2, 2))
     forward = resolve(check_forward("mha_fwd", args).problem, H200, BUILD)
     assert forward.row is not None and forward.row.id == row
-    asked = {"headdim": head_dim, "headdim_v": head_dim_v, "qkv_dtype": dtype}
+    asked = {"max_seqlen_q": seqlen_q, "headdim": head_dim, "headdim_v": head_dim_v, "qkv_dtype": dtype}
     said = resolve(request(**asked, has_qv="qv" in extras).problem, H200, BUILD)
     for field in ("row", "schedule", "metadata_tag", "metadata_config"):
         assert getattr(forward, field) == getattr(said, field), field

@@ -27,7 +27,8 @@ def forward(
     v: Tensor,  # as k with Dv
     out: Tensor,  # as q with Dv; bf16 for 8-bit q
     softmax_lse: Tensor | None,  # fp32 (B, Hq, Sq) or (Hq, T); None: not wanted
-    # fp32 (num_splits, Hq, rows, Dv), with lse_partial behind it when that is None; what is left at its end: scratch
+    # fp32 (num_splits, Hq, rows, Dv), with lse_partial behind it when that is None; what is left at its end: scratch.
+    # Of a decode kernel: the workspace that it lays out itself
     out_partial: Tensor | None,
     lse_partial: Tensor | None,  # fp32 (num_splits, Hq, rows)
     cu_seqlens_q: Tensor | None,  # int32 (B + 1,)

@@ -149,14 +149,18 @@ def _validate(function: str, args: AttentionArgs, new: NewKeys) -> bool:
 
 def _check_given(function: str, args: AttentionArgs, new: NewKeys) -> None:
     if new.k is None or new.v is None:
-        name = "k and v" if new.k is None and new.v is None else ("k" if new.k is None else "v")
+        names = _names(function)[1]
+        missing = " and ".join(name for name, value in zip(names, (new.k, new.v), strict=True) if value is None)
         raise InvalidArgumentError(
-            f"{function}: {name} must be given when new keys are appended or rotary_cos/rotary_sin are given, got None"
+            f"{function}: {missing} must be given when new keys are appended or rotary_cos/rotary_sin are given, got"
+            " None"
         )
     if (new.rotary_cos is None) != (new.rotary_sin is None):
         raise InvalidArgumentError(f"{function}: rotary_cos and rotary_sin must be given together, got one of them")
     if args.seqused_k is None:
-        raise InvalidArgumentError(f"{function}: cache_seqlens must be given with k and v, got None")
+        lengths = "cache_seqlens" if function == "flash_attn_with_kvcache" else "seqused_k"
+        given = " and ".join(_names(function)[1])
+        raise InvalidArgumentError(f"{function}: {lengths} must be given with {given}, got None")
 
 
 def _check_no_gradient(function: str, args: AttentionArgs, new: NewKeys) -> None:
@@ -165,6 +169,13 @@ def _check_no_gradient(function: str, args: AttentionArgs, new: NewKeys) -> None
             f"{function}: appending k and v to a cache has no gradient, and an input requires grad; call it under"
             " torch.no_grad()"
         )
+
+
+def _names(function: str) -> tuple[tuple[str, str], tuple[str, str]]:
+    """What a function calls the caches and the new keys and values."""
+    if function == "flash_attn_with_kvcache":
+        return ("k_cache", "v_cache"), ("k", "v")
+    return ("k", "v"), ("k_new", "v_new")
 
 
 def _check_append(
@@ -199,7 +210,8 @@ def _check_append(
     layout_new = "(batch, new, heads_kv, head_dim)"
     if packed:
         layout_new = "(total_new, heads_kv, head_dim) with cu_seqlens_k_new"
-    for name, cache, new_name, new in (("k_cache", k_cache, "k", k), ("v_cache", v_cache, "v", v)):
+    cache_names, (name_k, name_v) = _names(function)
+    for name, cache, new_name, new in zip(cache_names, (k_cache, v_cache), (name_k, name_v), (k, v), strict=True):
         check.check_attention_tensor(function, name, cache, (4,), layout)
         check.check_attention_tensor(function, new_name, new, (3,) if packed else (4,), layout_new)
         for each, tensor in ((name, cache), (new_name, new)):
@@ -220,21 +232,22 @@ def _check_append(
                 f" {tuple(new.shape[-2:])}"
             )
     if k.dtype != v.dtype:
-        raise InvalidTypeError(f"{function}: v must have the dtype of k, {k.dtype}, got {v.dtype}")
+        raise InvalidTypeError(f"{function}: {name_v} must have the dtype of {name_k}, {k.dtype}, got {v.dtype}")
     if k.shape[:-1] != v.shape[:-1]:
         raise InvalidArgumentError(
-            f"{function}: v must agree with k but for the last dimension, got k {tuple(k.shape)} and v {tuple(v.shape)}"
+            f"{function}: {name_v} must agree with {name_k} but for the last dimension, got {name_k} {tuple(k.shape)}"
+            f" and {name_v} {tuple(v.shape)}"
         )
     if k_cache.shape[:-1] != v_cache.shape[:-1]:
         raise InvalidArgumentError(
-            f"{function}: v_cache must agree with k_cache but for the last dimension, got k_cache"
-            f" {tuple(k_cache.shape)} and v_cache {tuple(v_cache.shape)}"
+            f"{function}: {cache_names[1]} must agree with {cache_names[0]} but for the last dimension, got"
+            f" {cache_names[0]} {tuple(k_cache.shape)} and {cache_names[1]} {tuple(v_cache.shape)}"
         )
     if packed:
         check.check_int32(function, "cu_seqlens_k_new", cu_seqlens_k_new, (batch + 1,), device, "(batch + 1,)")
         check.check_cu_seqlens_on_cpu(function, "cu_seqlens_k_new", cu_seqlens_k_new, k.shape[0])
     elif k.shape[0] != batch:
-        raise InvalidArgumentError(f"{function}: k must have the batch of q, {batch}, got {k.shape[0]}")
+        raise InvalidArgumentError(f"{function}: {name_k} must have the batch of q, {batch}, got {k.shape[0]}")
     for name, value in (("cache_seqlens", cache_seqlens), ("cache_batch_idx", cache_batch_idx)):
         if value is not None:
             check.check_int32(function, name, value, (batch,), device, "(batch,)")
@@ -257,13 +270,14 @@ def _check_append(
 
 
 def _check_rotary(function: str, q: Tensor, k: Tensor, rotary_cos: Any, rotary_sin: Any) -> None:
-    for name, tensor in (("q", q), ("k", k)):
+    name_k, _ = _names(function)[1]
+    for name, tensor in (("q", q), (name_k, k)):
         if tensor.dtype in check.FLOAT8_DTYPES:
             raise UnsupportedError(
-                f"{function}: rotary_cos and rotary_sin need q and k before they were rounded to 8 bits, got {name} of"
-                f" {tensor.dtype}; rotate before the conversion, or pass bf16 or fp16"
+                f"{function}: rotary_cos and rotary_sin need q and {name_k} before they were rounded to 8 bits, got"
+                f" {name} of {tensor.dtype}; rotate before the conversion, or pass bf16 or fp16"
             )
-    check.check_same_dtype(function, "k", k, q.dtype)
+    check.check_same_dtype(function, name_k, k, q.dtype)
     spelled = "a floating-point tensor of shape (positions, rotary_dim / 2)"
     for name, value in (("rotary_cos", rotary_cos), ("rotary_sin", rotary_sin)):
         table = check.check_tensor(function, name, value, spelled)
