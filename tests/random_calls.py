@@ -88,7 +88,7 @@ def random_call(
     call = Call(function, seqlens_q, seqlens_k, heads_q, heads_kv, head_dim, dtype=rng.choice(dtypes), **options)
     if paged and rng.random() < 0.15 and call.dim_v == call.head_dim and not call.num_new:
         call = call.with_(k_layout="overlapping")
-    if call.packed_rows <= DECODE_ROWS and rng.random() < invariant:
+    if function != "func" and call.packed_rows <= DECODE_ROWS and rng.random() < invariant:
         call = call.with_(tokens_per_split=rng.choice(SPLIT_TOKENS), num_splits=rng.choice((None, 0, 1)))
     if call.dtype.itemsize == 1:
         return call.with_(descale=rng.choice(("", "each", "each", "one", "kv")))

@@ -24,6 +24,7 @@ from .interface_packed import flash_attn_kvpacked_func, flash_attn_qkvpacked_fun
 from .kvcache import flash_attn_with_kvcache
 from .merge_states import merge_attn_states
 from .metadata import get_scheduler_metadata
+from .shared_prefix import flash_attn_with_shared_prefix
 
 try:
     __version__ = _installed_version("broadhead")
@@ -48,6 +49,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
+    "flash_attn_with_shared_prefix",
     "get_scheduler_metadata",
     "is_supported",
     "last_dispatch",

@@ -268,6 +268,7 @@ def _device_reason(
 
 def metadata_identity(problem: AttentionProblem, row: KernelRow | None, pack_gqa: bool) -> tuple[int, MetadataConfig]:
     """-> (the non-zero 31-bit tag that the device compares, the record that the host compares)"""
+    decode = row is not None and row.phase == "decode"
     config = MetadataConfig(
         batch_size=problem.batch,
         max_seqlen_q=problem.seqlen_q,
@@ -283,10 +284,11 @@ def metadata_identity(problem: AttentionProblem, row: KernelRow | None, pack_gqa
         tokens_per_split=problem.tokens_per_split,
         pack_gqa=pack_gqa,
         has_qv="qv" in problem.features,
-        kernel=row.id if row else "",
+        # Decode kernels plan for themselves: metadata made for one serves all of them.
+        kernel="decode" if decode else row.id if row else "",
     )
     # The device's tag leaves the lengths out: split counts planned for other lengths are only less balanced.
-    text = repr((*config._replace(max_seqlen_q=0), row.tile if row else ()))
+    text = repr((*config._replace(max_seqlen_q=0), row.tile if row and not decode else ()))
     return (zlib.crc32(text.encode()) & 0x7FFFFFFF) or 1, config
 
 

@@ -166,7 +166,12 @@ def check_descale(
 
 def check_tokens_per_split(function: str, tokens_per_split: object, num_splits: int) -> int:
     """0 (off) or a multiple of TOKENS_PER_SPLIT_STEP, which leaves no say to ``num_splits``."""
-    tokens = check_int(function, "tokens_per_split", tokens_per_split, 0, MAX_TOKENS_PER_SPLIT)
+    tokens = check_int(function, "tokens_per_split", tokens_per_split)
+    if tokens > MAX_TOKENS_PER_SPLIT:
+        raise InvalidArgumentError(
+            f"{function}: tokens_per_split must be 0 (off) or a multiple of {TOKENS_PER_SPLIT_STEP} up to"
+            f" {MAX_TOKENS_PER_SPLIT}, got {tokens}"
+        )
     if tokens % TOKENS_PER_SPLIT_STEP:
         raise InvalidArgumentError(
             f"{function}: tokens_per_split must be 0 (off) or a multiple of {TOKENS_PER_SPLIT_STEP}, got {tokens}"

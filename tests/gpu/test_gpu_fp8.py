@@ -226,7 +226,7 @@ def test_what_no_row_takes_is_refused(cuda: torch.device) -> None:
     for q, words in (
         (tensor(72), "multiples of 16"),
         (tensor(64, width=72), "multiples of 16 elements"),
-        (tensor(512), "head_dim 512 exceeds 256"),
+        (tensor(528), "head_dim 528 exceeds 512"),
         (tensor(64, torch.float8_e5m2), "float8_e5m2 has no CUDA kernel"),
     ):
         with pytest.raises(broadhead.UnsupportedError, match=words):

@@ -1,0 +1,135 @@
+"""flash_attn_with_shared_prefix: decode over sequences that begin with the same tokens, which are read once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from . import validation as check
+from .errors import InvalidArgumentError
+from .kvcache import flash_attn_with_kvcache
+from .merge_states import merge_attn_states
+
+FUNCTION = "flash_attn_with_shared_prefix"
+
+
+def flash_attn_with_shared_prefix(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    prefix_len: int,
+    page_table: Tensor,
+    cache_seqlens: Tensor,
+    prefix_page_table: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = True,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    scheduler_metadata: Tensor | None = None,
+    num_splits: int = 0,
+    out: Tensor | None = None,
+    backend: str | None = None,
+    return_softmax_lse: bool = False,
+) -> Any:
+    """Attention of new queries over paged sequences that share their first ``prefix_len`` tokens (cascade).
+
+    All queries attend to the prefix in one pass, so its keys are read once and not once a sequence; each sequence
+    attends to its own rest; the two results are merged by their LSE.
+
+    Args:
+        q: ``(B, Sq, Hq, D)``, or ``(T, Hq, D)`` with cu_seqlens_q (int32 ``(B + 1,)``) and max_seqlen_q.
+        k_cache, v_cache: ``(num_pages, page_size, Hkv, D | Dv)``, as for flash_attn_with_kvcache.
+        prefix_len: tokens that all sequences share, >= 0; without prefix_page_table a multiple of page_size.
+        prefix_page_table: int32 ``(pages,)``, the pages of the prefix. page_table (int32 ``(B, max_pages)``) and
+            cache_seqlens (int32 ``(B,)``) are then those of what follows the prefix, which begins on a page of its own.
+            None: page_table and cache_seqlens are those of the whole sequences, whose first pages are the same.
+        k_descale, v_descale, q_descale: fp32 ``(B, Hkv)``; the factors of sequence 0 are those of the prefix.
+        causal: bottom-right as everywhere; the queries are the last tokens of their sequences, behind the prefix.
+        sinks: join the denominator once. scheduler_metadata: of the call over what follows the prefix.
+        The other arguments: as for flash_attn_with_kvcache.
+
+    Returns:
+        out, of the shape of q with Dv; with return_softmax_lse also softmax_lse, fp32, natural log, ``(B, Hq, Sq)`` or
+        ``(Hq, T)``.
+
+    Raises:
+        InvalidArgumentError, InvalidTypeError: an argument is wrong; the text names it.
+        UnsupportedError: no kernel runs the call and falling back was forbidden.
+    """
+    if not is_compiling():
+        _check_prefix(q, k_cache, page_table, cache_seqlens, prefix_len, prefix_page_table)
+    page_size = k_cache.shape[1]
+    if prefix_page_table is None:
+        pages = prefix_len // page_size
+        prefix_page_table, page_table = page_table[0, :pages], page_table[:, pages:]
+        cache_seqlens = cache_seqlens - prefix_len
+    options: dict[str, Any] = {
+        "softmax_scale": softmax_scale, "softcap": softcap, "num_splits": num_splits, "backend": backend,
+        "return_softmax_lse": True,
+    }  # fmt: skip
+    own, own_lse = flash_attn_with_kvcache(
+        q, k_cache, v_cache, page_table=page_table, cache_seqlens=cache_seqlens, cu_seqlens_q=cu_seqlens_q,
+        max_seqlen_q=max_seqlen_q, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, causal=causal,
+        sinks=sinks, scheduler_metadata=scheduler_metadata, out=out, **options,
+    )  # fmt: skip
+    if prefix_len == 0:
+        return (own, own_lse) if return_softmax_lse else own
+    # The queries of all sequences are those of one sequence here: every one of them sees the whole prefix.
+    tokens = q.flatten(0, 1) if cu_seqlens_q is None else q
+    used_pages = -(-prefix_len // page_size)
+    shared, shared_lse = flash_attn_with_kvcache(
+        tokens.unsqueeze(0), k_cache, v_cache, page_table=prefix_page_table[:used_pages].unsqueeze(0),
+        cache_seqlens=prefix_len if prefix_len % page_size else None, q_descale=_first(q_descale),
+        k_descale=_first(k_descale), v_descale=_first(v_descale), **options,
+    )  # fmt: skip
+    shared, shared_lse = shared[0].view(own.shape), shared_lse[0]
+    if cu_seqlens_q is None:
+        shared_lse = shared_lse.view(-1, q.shape[0], q.shape[1]).transpose(0, 1)
+    merged, lse = merge_attn_states(own, own_lse, shared, shared_lse, own)
+    return (merged, lse) if return_softmax_lse else merged
+
+
+def _first(descale: Tensor | None) -> Tensor | None:
+    return None if descale is None else descale[:1]
+
+
+def _check_prefix(
+    q: Any, k_cache: Any, page_table: Any, cache_seqlens: Any, prefix_len: Any, prefix_page_table: Any
+) -> None:
+    """What the two calls behind this one would report under other names."""
+    check.check_tensor(FUNCTION, "q", q, "a tensor")
+    layout = "(num_pages, page_size, heads_kv, head_dim)"
+    check.check_attention_tensor(FUNCTION, "k_cache", k_cache, (4,), layout)
+    page_size = k_cache.shape[1]
+    if page_size < 1:
+        raise InvalidArgumentError(f"{FUNCTION}: page_size (k_cache.shape[1]) must be >= 1, got 0")
+    check.check_int(FUNCTION, "prefix_len", prefix_len)
+    table = check.check_int32(FUNCTION, "page_table", page_table, (None, None), q.device, "(batch, max_pages)")
+    check.check_int32(FUNCTION, "cache_seqlens", cache_seqlens, (table.shape[0],), q.device, "(batch,)")
+    if prefix_page_table is not None:
+        check.check_int32(FUNCTION, "prefix_page_table", prefix_page_table, (None,), q.device, "(pages,)")
+        held = prefix_page_table.shape[0] * page_size
+        if prefix_len > held:
+            raise InvalidArgumentError(
+                f"{FUNCTION}: prefix_len must be at most what prefix_page_table holds, {prefix_page_table.shape[0]}"
+                f" pages of {page_size} = {held}, got {prefix_len}"
+            )
+        return
+    if prefix_len % page_size:
+        raise InvalidArgumentError(
+            f"{FUNCTION}: prefix_len must be a multiple of page_size {page_size} without prefix_page_table, got"
+            f" {prefix_len}; round it down, the rest of the shared tokens then counts as each sequence's own"
+        )
+    if prefix_len > table.shape[1] * page_size:
+        raise InvalidArgumentError(
+            f"{FUNCTION}: prefix_len must be at most page_table.size(1) * page_size = {table.shape[1] * page_size}, got"
+            f" {prefix_len}"
+        )
