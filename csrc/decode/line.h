@@ -14,8 +14,6 @@ namespace broadhead::decode {
 
 // What a tile costs besides its key blocks, in key blocks: Q, the merge of the warps, the output.
 constexpr int kTileCost = 2;
-// A block gets at least so many positions: fewer leave its warps idle and make more parts.
-constexpr int kMinPositions = 8;
 
 BROADHEAD_HOST_DEVICE int rows_per_token(const AttnParams& params) {
   return params.pack_gqa ? params.num_heads_q / params.num_heads_kv : 1;
@@ -63,10 +61,10 @@ BROADHEAD_HOST_DEVICE int cells_of(const SequenceWork& work, int cell_blocks) {
   return (work.end - 1) / cell_blocks - work.begin / cell_blocks + 1;
 }
 
-// How many blocks of the grid share the line. `longest`: key blocks of the longest tile.
-BROADHEAD_HOST_DEVICE int blocks_for(const AttnParams& params, long long total, int longest, int available) {
+// How many blocks of the grid share the line. `longest`: key blocks of the longest tile. `least`: positions that every
+// block gets at least, one for each of its key groups: with fewer, warps stand idle.
+BROADHEAD_HOST_DEVICE int blocks_for(const AttnParams& params, long long total, int longest, int available, int least) {
   if (params.cell_blocks > 0) return available;
-  int least = kMinPositions;
   // A tile of n key blocks touches at most (n - 1) / least + 2 intervals.
   if (params.num_splits > 1) least = max_int(least, ceil_div(longest - 1, params.num_splits - 1));
   if (total >= static_cast<long long>(least) * available) return available;
@@ -241,7 +239,7 @@ BROADHEAD_DEVICE void make_plan(const AttnParams& params, typename Traits::Share
     total += sum;
     longest = max_int(longest, smem.longest[w]);
   }
-  const int blocks = blocks_for(params, total, longest, gridDim.x);
+  const int blocks = blocks_for(params, total, longest, gridDim.x, Traits::kKeyGroups);
   const int block = blockIdx.x;
   const LineInterval interval = interval_of(total, block, blocks);
   const bool works = block < blocks && interval.length > 0;
