@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from broadhead import dispatch as dispatch_module
+from broadhead import metadata as metadata_module
 from broadhead import support
 from broadhead.append_call import clear_known
 from broadhead.forward import clear_launches
@@ -47,6 +48,7 @@ def only_row(
         dispatch_module._plans.clear()
         clear_launches()
         clear_known()
+        metadata_module._prepared.clear()
 
     def show(row: support.KernelRow) -> None:
         if capability not in row.capabilities:
