@@ -12,6 +12,9 @@
 
 namespace broadhead::decode {
 
+// Keys that AttnParams::cell_blocks counts in.
+constexpr int kCellTokens = 64;
+
 // What a launch needs to know of a device, found on first use.
 struct DeviceLimits {
   int blocks = 0;  // that run at once
@@ -113,9 +116,10 @@ int launch_decode(const char* kernel_id, const AttnParams& params, cudaStream_t 
   workspace.m_blocks = static_cast<int>(m_blocks);
   long long merged = 0;  // tiles that the combine looks at
   if (params.cell_blocks > 0) {
-    // The binding counts in tokens' blocks of 64; this kernel's are kKeys.
-    line.cell_blocks = params.cell_blocks * (64 / Traits::kKeys);
-    workspace.cells = static_cast<int>((params.seqlen_k + params.cell_blocks * 64ll - 1) / (params.cell_blocks * 64ll));
+    // The binding counts in blocks of kCellTokens; this kernel's are of kKeys.
+    const long long cell_tokens = static_cast<long long>(params.cell_blocks) * kCellTokens;
+    line.cell_blocks = params.cell_blocks * (kCellTokens / Traits::kKeys);
+    workspace.cells = static_cast<int>((params.seqlen_k + cell_tokens - 1) / cell_tokens);
     merged = workspace.cells > 1 ? tiles : 0;
     if (merged > 0 && !place_workspace(line, tiles * workspace.cells, 0, workspace)) {
       return fail("workspace", cudaErrorInvalidValue);

@@ -92,14 +92,6 @@ BROADHEAD_DEVICE std::uint32_t kept(std::uint32_t x) {
   return x;
 }
 
-// The same arguments, through a pointer that the compiler knows nothing of: what rare code reads this way is not loaded
-// ahead of it, in every pass of the loop around it.
-BROADHEAD_DEVICE const AttnParams& rarely(const AttnParams& params) {
-  const AttnParams* pointer = &params;
-  asm volatile("" : "+l"(pointer));
-  return *pointer;
-}
-
 // Byte offset of 16-byte unit `unit` of row `row` in a stage; swizzled so that eight rows of one unit, which an
 // ldmatrix reads, and the units of a row, which cp.async writes, fall into different banks.
 template <class Traits>

@@ -69,9 +69,8 @@ struct ChunkCopier {
                                          std::uint32_t target, int key0, int row0, int col0) {
     const int columns = kIsK ? source.head_dim : source.head_dim_v;
     const Element* base = (kIsK ? source.k : source.v) + col0 + first_col();
-    // Few registers are free beside a large O; the small tiles of decode want the loads in flight together.
-    constexpr int kUnroll = Traits::kTileM <= 16 ? Plan::kRowSteps : 1;
-#pragma unroll kUnroll
+    // Few registers are free beside a large O.
+#pragma unroll 1
     for (int i = 0; i < Plan::kRowSteps; ++i) {
       const int row = row_slot() + i * Plan::kRowSlots;
       const bool row_live = source.is_live(key0 + row);

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -14,8 +13,8 @@ from . import validation as check
 from .append_launch import Append, kernel_obstacle, launch_append, run_append
 from .device import describe
 from .errors import InvalidArgumentError, InvalidTypeError, UnsupportedError
-from .fallback_notice import warn_fallback
-from .forward import KnownCall, check_only, signature_of
+from .fallback_notice import is_strict, warn_fallback
+from .forward import KnownCall, check_only, runs_as_operator, signature_of
 from .masking import normalize_window
 from .problem import AttentionArgs, needs_gradients
 
@@ -42,7 +41,6 @@ class KnownAppend(NamedTuple):
 #: By everything that validation looked at.
 _known: dict[tuple[Any, ...], KnownAppend] = {}
 _MAX_KNOWN = 8192
-_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 # The first five are those that attention takes aligned alone.
 _TENSOR_FIELDS = (
@@ -64,7 +62,7 @@ def append_new_keys(function: str, args: AttentionArgs, new: NewKeys) -> tuple[A
     Nothing is written unless the attention of ``args`` that follows is accepted too. Returns q, the lengths after the
     append, and what run_forward takes to find its launch without looking at the tensors again.
     """
-    if is_compiling() or (isinstance(args.q, Tensor) and type(args.q) not in _PLAIN_TENSORS):
+    if runs_as_operator(args.q):
         return *_append_by_operator(function, args, new), None
     if type(args.window_size) is list:
         args = args._replace(window_size=tuple(args.window_size))
@@ -126,8 +124,7 @@ def _causal_or_local(function: str, args: AttentionArgs) -> bool:
 
 def _refuse_or_warn(function: str, obstacle: str, args: AttentionArgs) -> None:
     """Attention runs on a kernel, the append before it would not: as for attention, that is no secret."""
-    strict = os.environ.get("BROADHEAD_STRICT", "0") not in ("", "0")
-    if args.backend == "cuda" or strict:
+    if args.backend == "cuda" or is_strict():
         prefix = "" if args.backend == "cuda" else "BROADHEAD_STRICT=1: "
         raise UnsupportedError(f"{prefix}{function}: the append kernel does not take this call: {obstacle}")
     warn_fallback(function, describe(args.q.device).label(), f"the append of k and v: {obstacle}")

@@ -14,6 +14,7 @@ from .metadata import CURRENT_STREAM, check_identity
 from .problem import AttentionArgs, AttentionProblem, CheckedCall, out_dtype
 from .schedule import Schedule
 from .support import KernelRow
+from .validation import TOKENS_PER_SPLIT_STEP
 
 
 class Launch(NamedTuple):
@@ -38,8 +39,6 @@ class Launch(NamedTuple):
     dispatch: tuple[str, str | None, str]
 
 
-#: Tokens that AttnParams::cell_blocks counts in.
-CELL_TOKENS = 64
 #: What csrc/decode/workspace.h keeps of a block besides its partial results, in fp32.
 BLOCK_PARTS_SIZE = 4
 
@@ -89,7 +88,7 @@ def make_launch(args: AttentionArgs, call: CheckedCall, plan: Plan) -> Launch:
             plan.metadata_tag,
             schedule.heads_per_section,
             schedule.max_blocks,
-            schedule.tokens_per_split // CELL_TOKENS,
+            schedule.tokens_per_split // TOKENS_PER_SPLIT_STEP,
             CURRENT_STREAM,
         ),
         config=plan.metadata_config,

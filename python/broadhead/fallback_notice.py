@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 
@@ -27,6 +28,11 @@ _warned: set[str] = set()
 def last_dispatch() -> Dispatch:
     """``(backend, row id or None, reason)`` of the last attention call of this thread: what ran, and why."""
     return state.last
+
+
+def is_strict() -> bool:
+    """Whether BROADHEAD_STRICT asks for an error where a call would fall back."""
+    return os.environ.get("BROADHEAD_STRICT", "0") not in ("", "0")
 
 
 def warn_fallback(function: str, device_name: str, reason: str) -> None:

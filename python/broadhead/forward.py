@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from .cuda_backend import Launch, launch_forward, make_launch
 from .device import DeviceDescription, describe
 from .dispatch import Plan, refusal_text, resolve
 from .errors import UnsupportedError
-from .fallback_notice import state, warn_fallback
+from .fallback_notice import is_strict, state, warn_fallback
 from .metadata import check_buffer, check_identity
 from .problem import AttentionArgs, AttentionProblem, CheckedCall, check_forward, out_dtype, tensor_signature
 
@@ -64,6 +63,11 @@ def clear_launches() -> None:
     _launches.clear()
 
 
+def runs_as_operator(tensor: Any) -> bool:
+    """Whether a call on ``tensor`` goes through the operators: it is traced, or a subclass overrides them."""
+    return is_compiling() or (type(tensor) not in _PLAIN_TENSORS and isinstance(tensor, Tensor))
+
+
 def run_forward(
     function: str,
     q: Any,
@@ -104,7 +108,7 @@ def run_forward(
     Without ``need_lse`` softmax_lse may be None: a kernel then neither allocates nor writes it. ``known`` belongs to
     calls that agree in everything that a Launch depends on.
     """
-    if is_compiling() or (type(q) not in _PLAIN_TENSORS and isinstance(q, Tensor)):
+    if runs_as_operator(q):
         from . import ops
 
         return ops.call_forward(
@@ -186,7 +190,7 @@ def select(function: str, problem: AttentionProblem, device: torch.device, backe
     if backend == "cuda":
         raise UnsupportedError(_cuda_refusal(function, problem, description, plan))
     if device.type == "cuda":
-        if os.environ.get("BROADHEAD_STRICT", "0") not in ("", "0"):
+        if is_strict():
             raise UnsupportedError("BROADHEAD_STRICT=1: " + _cuda_refusal(function, problem, description, plan))
         warn_fallback(function, description.label(), plan.reason)
     state.last = ("torch", None, plan.reason)

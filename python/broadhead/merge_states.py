@@ -6,20 +6,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from . import native
 from .combine import check_floating, check_out, merge_parts
 from .device import common_kernel_obstacle
 from .errors import InvalidArgumentError, InvalidTypeError
 from .fallback_notice import Dispatch, state
-from .forward import signature_of
+from .forward import runs_as_operator, signature_of
 from .metadata import CURRENT_STREAM
 from .problem import needs_gradients
 from .validation import INT32_MAX, check_shape
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 BY_KERNEL: Dispatch = ("cuda", "merge_states", "one launch of the merge kernel")
 
@@ -44,7 +42,7 @@ def merge_attn_states(
     Raises:
         InvalidArgumentError, InvalidTypeError: an argument is wrong; the text names it.
     """
-    if is_compiling() or (isinstance(out_a, Tensor) and type(out_a) not in _PLAIN_TENSORS):
+    if runs_as_operator(out_a):
         _check(out_a, lse_a, out_b, lse_b, out)
         if needs_gradients(out_a, lse_a, out_b, lse_b):
             return _run_torch(out_a, lse_a, out_b, lse_b, out)
