@@ -44,7 +44,14 @@ BLOCK_PARTS_SIZE = 4
 
 
 def _decode_workspace(problem: AttentionProblem, row: KernelRow, schedule: Schedule) -> int:
-    """fp32 elements of the workspace of a decode kernel: csrc/decode/workspace.h."""
+    """fp32 elements of the workspace of a decode kernel: csrc/decode/workspace.h.
+
+    A slot holds the rows of a tile and their LSE. Slots follow from what the call declares, never from a length on the
+    device, and launch_decode counts as this does: rows of a tile and tiles from max_seqlen_q (dense: q.shape[1]),
+    cells from the capacity of keys (page_table.size(1) * page_size, max_seqlen_k, or the cache's rows). Without cells
+    there are two slots for each block that runs at once, however many tiles there are: a block holds at most the end
+    of one tile and the begin of another as parts. check_cells (validation.py) bounds those of cells.
+    """
     slot = min(row.tile.tile_m, problem.seqlen_q * schedule.rows_per_token) * (problem.head_dim_v + 1)
     if schedule.tokens_per_split:
         cells = -(-problem.seqlen_k // schedule.tokens_per_split)

@@ -12,8 +12,8 @@ from .schedule import Schedule, plan_schedule
 from .support import ELEMENT_BYTES, EXTRA_FEATURES, FEATURES, ROWS, KernelRow
 from .validation import describe_value
 
-#: Query rows (tokens x heads of one KV head) up to which a call is decode: bound by memory, so its keys are split.
-DECODE_MAX_ROWS = 32
+#: Features of calls whose sequences differ in length, or may: the host does not know the lengths.
+LENGTHS_ON_DEVICE = ("leftpad", "paged", "seqused", "varlen")
 
 #: Features of a problem that no row lists, with the words of the refusal.
 UNSERVED = {"gradients": "an input requires grad and this release has no CUDA backward kernel"}
@@ -60,19 +60,31 @@ class Plan(NamedTuple):
     left_out: bool  # a kernel exists, but this build leaves it out or can not load it
 
 
-def phase_of(problem: AttentionProblem) -> str:
-    """The phase whose rows suit the problem best."""
-    group = problem.num_heads_q // problem.num_heads_kv
-    return "decode" if problem.seqlen_q * group <= DECODE_MAX_ROWS else "prefill"
+def _needs_decode_kernel(problem: AttentionProblem) -> bool:
+    """Whether the keys are to be divided as only decode kernels do: at multiples of tokens_per_split; or evenly over
+    the device by lengths that are known there alone, without metadata made from them."""
+    if not problem.is_decode:
+        return False
+    unplanned = not problem.has_metadata and any(name in problem.features for name in LENGTHS_ON_DEVICE)
+    return problem.tokens_per_split > 0 or unplanned
+
+
+def _preference(row: KernelRow, problem: AttentionProblem) -> int:
+    """What decides between the phases; of the rows that serve a problem those with the lowest number come first.
+
+    It depends on nothing but what get_scheduler_metadata knows as well, and on has_metadata.
+    """
+    if row.phase == "decode":
+        return 1
+    return 0 if problem.query_rows >= row.min_rows and not _needs_decode_kernel(problem) else 2
 
 
 def _tile_fit(row: KernelRow, problem: AttentionProblem) -> tuple[int, int]:
-    """Orders rows that are alike but for their tiles: the wanted phase comes first, then the least padded columns of
+    """Orders rows that are alike but for their tiles: the preferred phase comes first, then the least padded columns of
     both products, then this, then the table's order. Decode: the fewest tiles, then the smallest."""
     if row.phase != "decode":
         return 0, 0
-    query_rows = problem.seqlen_q * (problem.num_heads_q // problem.num_heads_kv)
-    return -(-query_rows // row.tile.tile_m), row.tile.tile_m
+    return -(-problem.query_rows // row.tile.tile_m), row.tile.tile_m
 
 
 def dtypes_text(dtype: str, kv_dtype: str) -> str:
@@ -212,8 +224,10 @@ def _head_dims(problem: AttentionProblem) -> str:
 
 
 def _decide(problem: AttentionProblem, device: DeviceDescription, build: BuildDescription) -> Plan:
-    phase = phase_of(problem)
-    rows = sorted(ROWS, key=lambda row: (row.phase != phase, row.head_dim + row.head_dim_v, _tile_fit(row, problem)))
+    rows = sorted(
+        ROWS,
+        key=lambda row: (_preference(row, problem), row.head_dim + row.head_dim_v, _tile_fit(row, problem)),
+    )
     needed = _needed_features(problem)
     refusals = [Refusal("", reason) for reason in _general_refusals(problem, device)]
     general = bool(refusals)

@@ -78,8 +78,10 @@ def flash_attn_with_kvcache(
             whatever else is in the batch, in all calls of the same max_seqlen_q, heads, head dims, dtypes, page size
             and tokens_per_split. It costs balance: splits no longer follow from what fills the device, so that a few
             sequences, or short ones, may leave it partly idle, and small pieces of long sequences are much to merge.
-            Calls of more query rows than decode kernels take are not cut. num_splits must be 0, or 1 for no cut
-            either. The torch fallback ignores it.
+            Calls of more than 32 query rows (max_seqlen_q times the query heads of a KV head) are prefill: they are
+            not cut, and not split by what fills the device either. num_splits must be 0, or 1 for no cut. Results of
+            pieces may take 4 GiB, counted for sequences as long as the page table or cache allows. The torch fallback
+            ignores it.
         The other arguments: as for flash_attn_func; scheduler_metadata as get_scheduler_metadata returns it.
 
     Returns:

@@ -86,7 +86,8 @@ def describe_request(
         if not page_size:
             raise InvalidArgumentError(f"{FUNCTION}: page_size must be given with page_table, got None")
         # The length rule: what the forward call derives from the same table.
-        max_seqlen_k = min(page_table.shape[1] * page_size, check.INT32_MAX)
+        max_seqlen_k = page_table.shape[1] * page_size
+    max_seqlen_k = check.clamp_seqlen_k(max_seqlen_k)
     problem = AttentionProblem(
         direction="forward",
         dtype=DTYPE_NAMES[qkv_dtype],
@@ -119,4 +120,6 @@ def describe_request(
         kv_dtype=name_kv_dtype(qkv_dtype, kv_dtype),
         tokens_per_split=tokens_per_split,
     )
+    # Lengths are at most max_seqlen_k before the append, and both together must fit what kernels count in.
+    max_seqlen_k_new = min(max_seqlen_k_new, check.MAX_SEQLEN_K - max_seqlen_k)
     return MetadataRequest(problem, max_seqlen_k_new, page_table is not None, guessed_qv, guessed_kv)

@@ -10,6 +10,7 @@ from torch import Tensor
 from . import validation as check
 from .errors import InvalidArgumentError, InvalidTypeError, UnsupportedError
 from .masking import normalize_chunk, normalize_window
+from .support import DECODE_MAX_ROWS
 
 DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.bfloat16: "bf16",
@@ -57,6 +58,16 @@ class AttentionProblem(NamedTuple):
     obstacles: tuple[str, ...]  # strides or addresses that no kernel takes
     kv_dtype: str = ""  # of k and v where it is not that of q, never equal to dtype
     tokens_per_split: int = 0  # every sequence's keys are cut at multiples of it, whatever the batch; 0: off
+
+    @property
+    def query_rows(self) -> int:
+        """Tokens times query heads of one KV head: what one pass over its keys serves."""
+        return self.seqlen_q * (self.num_heads_q // self.num_heads_kv)
+
+    @property
+    def is_decode(self) -> bool:
+        """Bound by the memory that holds its keys."""
+        return self.query_rows <= DECODE_MAX_ROWS
 
 
 class AttentionArgs(NamedTuple):
@@ -208,6 +219,9 @@ def check_forward(function: str, args: AttentionArgs) -> CheckedCall:
         kv_dtype=name_kv_dtype(args.q.dtype, args.k.dtype),
         tokens_per_split=tokens_per_split,
     )
+    if problem.is_decode and num_splits != 1 and args.qv is None:  # with qv no kernel cuts
+        rows = batch * seqlen_q * num_heads_q
+        check.check_cells(function, tokens_per_split, seqlen_k, rows, head_dim_v, page_size)
     if "gradients" in problem.features:
         refuse_mixed_gradient(function, args.q.dtype, args.k.dtype)
     if args.out is not None and "gradients" in problem.features:
@@ -272,7 +286,7 @@ def _check_keys(function: str, args: AttentionArgs, batch: int) -> tuple[int, in
         table = check.check_int32(function, "page_table", args.page_table, (rows, None), q.device, spelled)
         if k.shape[1] < 1:
             raise InvalidArgumentError(f"{function}: page_size (k.shape[1]) must be >= 1, got {k.shape[1]}")
-        return min(table.shape[1] * k.shape[1], check.INT32_MAX), k.shape[1]
+        return check.clamp_seqlen_k(table.shape[1] * k.shape[1]), k.shape[1]
     if args.cu_seqlens_k is not None:
         cu_seqlens_k = check.check_int32(
             function, "cu_seqlens_k", args.cu_seqlens_k, (batch + 1,), q.device, "(batch + 1,)"
@@ -280,7 +294,12 @@ def _check_keys(function: str, args: AttentionArgs, batch: int) -> tuple[int, in
         if args.max_seqlen_k is None:
             raise InvalidArgumentError(f"{function}: max_seqlen_k must be given with cu_seqlens_k, got None")
         check.check_cu_seqlens_on_cpu(function, "cu_seqlens_k", cu_seqlens_k, k.shape[0])
-        return args.max_seqlen_k, 0
+        return check.clamp_seqlen_k(args.max_seqlen_k), 0
+    if k.shape[1] > check.MAX_SEQLEN_K:
+        raise InvalidArgumentError(
+            f"{function}: {shown_k} must have at most {check.MAX_SEQLEN_K} keys a sequence, got {k.shape[1]} (shape"
+            f" {tuple(k.shape)})"
+        )
     if args.kv_batch_idx is None and k.shape[0] != batch:
         raise InvalidArgumentError(
             f"{function}: k must have the batch of q, {batch}, got {k.shape[0]} (shape {tuple(k.shape)});"

@@ -19,6 +19,12 @@ FULL_GRID = 0.8
 GOOD_ENOUGH_EFFICIENCY = 0.93
 #: With metadata the device gives each sequence its own split count: the bound allows this many waves of blocks.
 METADATA_WAVES = 4
+#: The same for decode problems on prefill kernels, where one long sequence may outweigh all others.
+DECODE_METADATA_WAVES = 32
+#: Without metadata equal splits of a decode problem make at most this many waves.
+DECODE_EQUAL_WAVES = 4
+#: What a split costs besides its key tiles, in key tiles: kStartupBlocks of csrc/common/scheduler_metadata.h.
+STARTUP_TILES = 2
 #: The share of the L2 that the K and V of heads worked on together may take.
 L2_SHARE = 0.5
 #: More heads at a time than this gain a portable kernel nothing. PERF(H200, 8192 keys, head_dim 64 full: 287 -> 310,
@@ -73,9 +79,14 @@ def plan_schedule(problem: AttentionProblem, row: KernelRow, device: DeviceDescr
         m_blocks=m_blocks,
         target_ctas=target_ctas,
         max_blocks=blocks if problem.sm_margin else 0,
-        # Prefill has blocks enough without cuts.
-        tokens_per_split=problem.tokens_per_split if row.phase == "decode" and problem.num_splits != 1 else 0,
+        tokens_per_split=problem.tokens_per_split if _cuts_cells(problem, row) else 0,
     )
+
+
+def _cuts_cells(problem: AttentionProblem, row: KernelRow) -> bool:
+    """Whether keys are cut at multiples of tokens_per_split. Prefill has blocks enough without, and on decode kernels,
+    where nothing else serves it, more query rows than a workspace of cells could hold."""
+    return row.phase == "decode" and problem.is_decode and problem.num_splits != 1
 
 
 def _choose_splits(problem: AttentionProblem, row: KernelRow, ctas: int, target_ctas: int) -> int:
@@ -87,18 +98,34 @@ def _choose_splits(problem: AttentionProblem, row: KernelRow, ctas: int, target_
     if "prefix_lens" not in problem.features:
         width = mask_width(problem.seqlen_q, width, problem.window_left, problem.window_right, problem.attention_chunk)
     key_tiles = max(1, ceil(width / row.tile.tile_n))
+    # Metadata gives each sequence its own count. More than this bound gains no balance, but takes room.
+    waves = DECODE_METADATA_WAVES if problem.is_decode else METADATA_WAVES
+    bound = max(1, ceil(waves * target_ctas / max(1, ctas)))
     if problem.num_splits > 0:
-        return min(problem.num_splits, key_tiles)
+        most = min(problem.num_splits, key_tiles)
+        return min(most, bound) if problem.is_decode and problem.has_metadata else most
     limit = max(1, min(MAX_SPLITS, key_tiles // MIN_TILES_PER_SPLIT))
     if limit == 1 or ctas == 0:
         return 1
+    if problem.is_decode:
+        return min(limit, bound) if problem.has_metadata else _equal_splits(key_tiles, limit, ctas, target_ctas)
     if ctas >= FULL_GRID * target_ctas:
         return 1
     if problem.has_metadata:
-        return min(limit, max(1, ceil(METADATA_WAVES * target_ctas / ctas)))
+        return min(limit, bound)
     efficiencies = [_wave_efficiency(ctas * splits, target_ctas) for splits in range(1, limit + 1)]
     good = GOOD_ENOUGH_EFFICIENCY * max(efficiencies)
     return next(splits for splits, efficiency in enumerate(efficiencies, 1) if efficiency >= good)
+
+
+def _equal_splits(key_tiles: int, limit: int, ctas: int, target_ctas: int) -> int:
+    """The fewest splits that take the least time where all blocks have as much to do: whole waves of the longest."""
+    most = min(limit, max(1, DECODE_EQUAL_WAVES * target_ctas // ctas))
+
+    def cost(splits: int) -> int:
+        return ceil(ctas * splits / target_ctas) * (ceil(key_tiles / splits) + STARTUP_TILES)
+
+    return min(range(1, most + 1), key=cost)
 
 
 def _wave_efficiency(ctas: int, target_ctas: int) -> float:

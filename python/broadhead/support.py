@@ -58,6 +58,12 @@ FEATURES = (
 )
 #: Features that only some kernels do: qv: a second query for v; descale: factors of 8-bit q, k and v.
 EXTRA_FEATURES = ("qv", "descale")
+#: Query rows (tokens x heads of one KV head) up to which a call is decode: bound by memory, not by its products.
+DECODE_MAX_ROWS = 32
+#: Query rows from which a Hopper kernel beats a decode kernel: its tile costs the same whatever it holds.
+#: PERF(H200, 8192 keys, 32 rows on a decode kernel, 64 on this one, of the speed of one row: head_dim 128 0.82, 0.94;
+#: 256 0.84, 0.94; 512 0.83, 0.98). Up to 16 rows decode kernels lose 8 % at most.
+HOPPER_MIN_ROWS = 17
 #: Features that restrict which keys a query sees.
 MASK_FEATURES = ("causal", "window", "attention_chunk", "prefix_lens")
 
@@ -202,6 +208,7 @@ class KernelRow(NamedTuple):
     features: tuple[str, ...]
     requires: tuple[str, ...] = ()  # features without which a call is not for this kernel
     kv_dtype: str = ""  # of k and v where it is not dtype
+    min_rows: int = DECODE_MAX_ROWS + 1  # of a prefill kernel: query rows from which it goes before decode kernels
 
     @property
     def name(self) -> str:
@@ -308,10 +315,10 @@ def _decode_rows() -> tuple[KernelRow, ...]:
 def _sm90_row(
     name: str, dtype: str, head_dim: int, head_dim_v: int, tile: HopperTile | WideTile | Fp8Tile | AbsorbedTile
 ) -> KernelRow:
-    """A Hopper forward kernel (wgmma, TMA, warp specialisation): prefill on compute capability 9.0."""
+    """A Hopper forward kernel (wgmma, TMA, warp specialisation): prefill, and decode of many rows, on 9.0."""
     return KernelRow(
         f"sm90_fwd_{name}_{ID_SUFFIXES[dtype]}", "sm90", "forward", "prefill", ((9, 0),), dtype, head_dim, head_dim_v,
-        SMEM_227KB, tile, FEATURES,
+        SMEM_227KB, tile, FEATURES, min_rows=HOPPER_MIN_ROWS,
     )  # fmt: skip
 
 

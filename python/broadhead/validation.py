@@ -12,11 +12,15 @@ from torch import Tensor
 from .errors import InvalidArgumentError, InvalidTypeError
 
 INT32_MAX = 2**31 - 1
+#: Keys of a sequence: kernels add a window side or a chunk (masking.UNBOUNDED_WINDOW) to a position in 32 bits.
+MAX_SEQLEN_K = 1 << 30
 MAX_SPLITS = 128
 MAX_NUM_HEADS = 65535  # grid dimensions of a launch
 #: Cuts of a sequence lie between whole tiles of keys.
 TOKENS_PER_SPLIT_STEP = 64
 MAX_TOKENS_PER_SPLIT = 1 << 30  # longer than any sequence
+#: The results of the pieces that tokens_per_split makes: more is a page table or a cache far wider than its sequences.
+MAX_CELL_BYTES = 4 << 30
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -182,6 +186,33 @@ def check_tokens_per_split(function: str, tokens_per_split: object, num_splits: 
             " for a number of splits: pass one of them (with tokens_per_split, num_splits is 0, or 1 for no cut)"
         )
     return tokens
+
+
+def clamp_seqlen_k(capacity: int) -> int:
+    """The keys that a sequence of a cache can have: page tables may be wider than any sequence."""
+    return min(capacity, MAX_SEQLEN_K)
+
+
+def check_cells(
+    function: str, tokens_per_split: int, seqlen_k: int, rows: int, head_dim_v: int, page_size: int
+) -> None:
+    """Refuse pieces of ``tokens_per_split`` keys whose fp32 results (``rows`` of a piece, with LSE) take too much."""
+    if tokens_per_split == 0 or seqlen_k <= tokens_per_split:
+        return
+    cells = -(-seqlen_k // tokens_per_split)
+    cell_bytes = rows * (head_dim_v + 1) * 4
+    if cells * cell_bytes <= MAX_CELL_BYTES:
+        return
+    most = max(1, MAX_CELL_BYTES // cell_bytes)
+    enough = -(-seqlen_k // (most * TOKENS_PER_SPLIT_STEP)) * TOKENS_PER_SPLIT_STEP
+    length, shorten = "the cache", "a shorter cache"
+    if page_size:
+        length, shorten = "page_table.size(1) * page_size", "a narrower page_table"
+    raise InvalidArgumentError(
+        f"{function}: tokens_per_split={tokens_per_split} cuts sequences of up to {seqlen_k} keys (the length of"
+        f" {length}) into {cells} pieces, whose results take {cells * cell_bytes / 2**30:.1f} GiB; at most"
+        f" {MAX_CELL_BYTES >> 30} GiB are allocated: pass tokens_per_split={enough} or more, or {shorten}"
+    )
 
 
 def check_shape(function: str, name: str, value: Tensor, shape: Sequence[int], spelled: str) -> None:
