@@ -19,10 +19,11 @@ FULL_GRID = 0.8
 GOOD_ENOUGH_EFFICIENCY = 0.93
 #: With metadata the device gives each sequence its own split count: the bound allows this many waves of blocks.
 METADATA_WAVES = 4
-#: The same for decode problems on prefill kernels, where one long sequence may outweigh all others.
-DECODE_METADATA_WAVES = 32
+#: The same for decode problems on prefill kernels, where one long sequence may outweigh all others. A grid of as many
+#: waves balances itself unsplit, and needs neither partial results nor their merge.
+DECODE_METADATA_WAVES = 16
 #: Without metadata equal splits of a decode problem make at most this many waves.
-DECODE_EQUAL_WAVES = 4
+DECODE_EQUAL_WAVES = 8
 #: What a split costs besides its key tiles, in key tiles: kStartupBlocks of csrc/common/scheduler_metadata.h.
 STARTUP_TILES = 2
 #: The share of the L2 that the K and V of heads worked on together may take.
@@ -98,24 +99,30 @@ def _choose_splits(problem: AttentionProblem, row: KernelRow, ctas: int, target_
     if "prefix_lens" not in problem.features:
         width = mask_width(problem.seqlen_q, width, problem.window_left, problem.window_right, problem.attention_chunk)
     key_tiles = max(1, ceil(width / row.tile.tile_n))
-    # Metadata gives each sequence its own count. More than this bound gains no balance, but takes room.
-    waves = DECODE_METADATA_WAVES if problem.is_decode else METADATA_WAVES
-    bound = max(1, ceil(waves * target_ctas / max(1, ctas)))
+    planned = problem.is_decode and problem.has_metadata
     if problem.num_splits > 0:
         most = min(problem.num_splits, key_tiles)
-        return min(most, bound) if problem.is_decode and problem.has_metadata else most
+        # Clients ask for 32 whatever the batch: more than the bound gains no balance, but takes room.
+        return min(most, _planned_splits(ctas, target_ctas)) if planned else most
     limit = max(1, min(MAX_SPLITS, key_tiles // MIN_TILES_PER_SPLIT))
     if limit == 1 or ctas == 0:
         return 1
+    if planned:
+        return min(limit, _planned_splits(ctas, target_ctas))
     if problem.is_decode:
-        return min(limit, bound) if problem.has_metadata else _equal_splits(key_tiles, limit, ctas, target_ctas)
+        return _equal_splits(key_tiles, limit, ctas, target_ctas)
     if ctas >= FULL_GRID * target_ctas:
         return 1
     if problem.has_metadata:
-        return min(limit, bound)
+        return min(limit, max(1, ceil(METADATA_WAVES * target_ctas / ctas)))
     efficiencies = [_wave_efficiency(ctas * splits, target_ctas) for splits in range(1, limit + 1)]
     good = GOOD_ENOUGH_EFFICIENCY * max(efficiencies)
     return next(splits for splits, efficiency in enumerate(efficiencies, 1) if efficiency >= good)
+
+
+def _planned_splits(ctas: int, target_ctas: int) -> int:
+    """The bound of a decode problem's splits with metadata, which gives each sequence its own count."""
+    return max(1, DECODE_METADATA_WAVES * target_ctas // max(1, ctas))
 
 
 def _equal_splits(key_tiles: int, limit: int, ctas: int, target_ctas: int) -> int:
