@@ -52,7 +52,7 @@ def test_hopper_kernels_begin_at_17_rows(head_dim: int, head_dim_v: int, dtype: 
 
 @pytest.mark.parametrize("seqlen_q, group", FEW)
 def test_what_stays_on_decode_kernels(seqlen_q: int, group: int) -> None:
-    """Cuts at multiples; lengths that are known on the device alone, without metadata; what Hopper has no kernel for."""
+    """Cuts at multiples; lengths known on the device alone, without metadata; what Hopper has no kernel for."""
     cases: list[dict[str, Any]] = [{"tokens_per_split": 512}, {"tokens_per_split": 512, "has_metadata": True}]
     cases += [{"features": ("gqa", "lse", name)} for name in ("seqused", "varlen", "paged", "leftpad")]
     cases += [{"kv_dtype": "float8_e4m3fn", "has_metadata": planned} for planned in (False, True)]
@@ -136,7 +136,7 @@ def test_metadata_and_call_choose_alike(
             assert called.metadata_tag == planned.metadata_tag and called.metadata_config == planned.metadata_config
             if longest == 4096:
                 assert called.schedule == planned.schedule
-        hopper = HOPPER_MIN_ROWS <= seqlen_q * heads_q // heads_kv and not args.tokens_per_split
+        hopper = seqlen_q * heads_q // heads_kv >= HOPPER_MIN_ROWS and not args.tokens_per_split
         assert called.row.family == ("sm90" if hopper else "sm80")
 
 
@@ -179,7 +179,9 @@ def test_metadata_may_split_what_fills_the_device() -> None:
     common = {**STEP, "has_metadata": True}
     assert schedule(**common)[0].num_splits == 16 and schedule(**{**common, "seqlen_k": 65536})[0].num_splits == 16
     assert schedule(**{**common, "batch": 1, "seqlen_k": 65536})[0].num_splits == 128
-    assert schedule(**{**common, "batch": 1100})[0].num_splits == schedule(**{**common, "batch": 5000})[0].num_splits == 1
+    assert (
+        schedule(**{**common, "batch": 1100})[0].num_splits == schedule(**{**common, "batch": 5000})[0].num_splits == 1
+    )
     assert schedule(**{**common, "seqlen_k": 500})[0].num_splits == 1, "no share is shorter than four key tiles"
     assert schedule(**{**common, "seqlen_q": 512})[0].num_splits == 1, "prefill"
 

@@ -10,7 +10,6 @@ import broadhead
 import pytest
 import torch
 from broadhead import InvalidArgumentError, InvalidTypeError, forward
-from broadhead.cuda_backend import make_launch
 from broadhead.device import hypothetical
 from broadhead.dispatch import refusal_text, resolve
 from broadhead.metadata_request import describe_request
@@ -112,7 +111,8 @@ def test_nothing_that_changes_results_depends_on_the_batch(
             for has_metadata in (False, True):
                 plan, row = schedule(batch=batch, seqlen_k=seqlen_k, has_metadata=has_metadata, build=build, **fixed)
                 assert plan.num_splits == 1
-                assert plan.tokens_per_split == (256 if seqlen_q <= 8 else 0) and (row.phase == "decode") == (seqlen_q <= 8)
+                assert plan.tokens_per_split == (256 if seqlen_q <= 8 else 0)
+                assert (row.phase == "decode") == (seqlen_q <= 8)
                 found.add((row.id, plan._replace(heads_per_section=0)))
     assert len(found) == 1
     uncut, row = schedule(batch=1, seqlen_k=10**6, build=build, **{**fixed, "tokens_per_split": 0})
@@ -137,59 +137,6 @@ def test_prefill_on_decode_kernels_is_not_cut(dtypes: dict[str, str]) -> None:
             asked = {"seqlen_q": seqlen_q, "batch": batch, "seqlen_k": 10**5, "tokens_per_split": 64, **dtypes}
             plan, row = schedule(hypothetical((8, 9)), **asked)
             assert row.phase == "decode" and (plan.num_splits, plan.tokens_per_split) == (1, tokens)
-
-
-def paged(keys: int, batch: int = 2, seqlen_q: int = 1, **options: Any) -> AttentionArgs:
-    """A call whose page table could hold so many ``keys`` of a sequence, without the memory for them."""
-    page_size = max(64, keys >> 10)
-    pages = torch.zeros(1, 1, 2, 64, dtype=BF16).expand(1, page_size, 2, 64)
-    table = torch.zeros(1, keys // page_size, dtype=torch.int32).expand(batch, -1)
-    q = torch.zeros(batch, seqlen_q, 8, 64, dtype=BF16)
-    return AttentionArgs(q, pages, pages, page_table=table, seqused_k=int32(*(9,) * batch), **options)
-
-
-def test_workspaces_of_gigabytes_are_refused() -> None:
-    """By the capacity of the page table: the text says what it came from and what would do, and that does."""
-    for keys, batch, seqlen_q, tokens in ((2**30, 2, 1, 64), (2**20, 4096, 4, 64), (2**40, 8, 4, 4096)):
-        args = paged(keys, batch, seqlen_q, tokens_per_split=tokens)
-        capacity = min(keys, 2**30)
-        with pytest.raises(InvalidArgumentError) as caught:
-            check_forward("flash_attn_with_kvcache", args)
-        text = str(caught.value)
-        assert text.startswith(f"flash_attn_with_kvcache: tokens_per_split={tokens} cuts sequences of up to {capacity}")
-        assert f"{-(-capacity // tokens)} pieces" in text and "page_table.size(1) * page_size" in text
-        found = re.search(r"pass tokens_per_split=(\d+) or more, or a narrower page_table", text)
-        assert found is not None
-        enough = int(found[1])
-        rows = batch * seqlen_q * 8 * (64 + 1) * 4
-        for asked, fits in ((enough, True), (enough - 64, False)):
-            assert (-(-capacity // asked) * rows <= 4 * 2**30) == fits
-            if fits:
-                check_forward("mha_fwd", args._replace(tokens_per_split=asked))
-        check_forward("mha_fwd", args._replace(num_splits=1))  # nothing is cut
-        check_forward("mha_fwd", args._replace(tokens_per_split=0))
-    check_forward("mha_fwd", paged(2**30, seqlen_q=9, tokens_per_split=64))  # prefill
-
-
-@pytest.mark.parametrize("tokens", [0, 64, 4096])
-@pytest.mark.parametrize("seqlen_q, pack_gqa", [(1, None), (4, None), (8, None), (5, False)])
-def test_workspaces_are_bounded_whatever_the_page_table(seqlen_q: int, pack_gqa: bool | None, tokens: int) -> None:
-    """What is allocated is what the refusal counts; without cells it does not follow from the lengths at all."""
-    for keys in (64, 4096, 2**20, 2**30, 2**31, 2**32, 2**46):
-        args = paged(keys, 3, seqlen_q, pack_gqa=pack_gqa, tokens_per_split=tokens)
-        try:
-            call = check_forward("mha_fwd", args)
-        except InvalidArgumentError:
-            assert tokens and keys >= 2**30
-            continue
-        assert call.problem.seqlen_k == min(keys, 2**30)
-        launch = make_launch(args, call, resolve(call.problem, h200(), FULL))
-        assert launch.seqlen_k <= 2**30 and launch.partial_size * 4 <= 4 * 2**30
-        if tokens:
-            cells = -(-call.problem.seqlen_k // tokens)
-            assert launch.partial_size == (cells * 3 * seqlen_q * 8 * (64 + 1) if cells > 1 else 0)
-        else:
-            assert launch.partial_size <= 2 * 132 * (4 + 2 * 32 * (64 + 1))
 
 
 def test_explain_and_refusals_tell_it() -> None:

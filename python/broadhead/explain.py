@@ -168,7 +168,7 @@ def is_supported(
             compute capability such as ``(8, 9)``; or a DeviceDescription.
         build: the kernels to look at; None for those of this installation.
         The other arguments: what the call asks for, as in flash_attn_func (sinks, prefix_lens, qv and
-            descale: whether).
+            descale: whether). The call is taken to bring no scheduler metadata.
 
     Raises:
         InvalidArgumentError, InvalidTypeError: the description makes no sense; the text names the argument.

@@ -28,7 +28,9 @@ def run_call(
         check_call(built, **overrides)
         call = built.call
         asked = {"head_dim": call.head_dim, "head_dim_v": call.dim_v}
-        return built, row_ran(phase=expected_phase(built), dtype=call.dtype, **asked)
+        planned = overrides.get("scheduler_metadata") is not None
+        phase = expected_phase(call, planned, built.kwargs.get("max_seqlen_q"))
+        return built, row_ran(phase=phase, dtype=call.dtype, **asked)
 
     return run
 

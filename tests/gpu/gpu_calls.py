@@ -22,8 +22,9 @@ MASK_FEATURES = {
     "attention_chunk": "attention_chunk",
     "prefix": "prefix_lens",
 }
-#: Packed rows (tokens x query heads of one KV head) up to which decode rows, and from which prefill rows, must run.
-SURELY_DECODE, SURELY_PREFILL = 32, 128
+#: Packed rows (tokens x query heads of one KV head) up to which decode rows must run, up to which they do unless a
+#: kernel written for the device takes the call (`few_rows_phase`), and from which prefill rows must.
+SURELY_DECODE, MOST_DECODE, SURELY_PREFILL = 16, 32, 128
 #: Not multiples of the 64, 32 or 16 columns that kernels copy and multiply at a time.
 ODD_HEAD_DIMS = (8, 40, 72, 80, 96, 112, 160, 200, 320, 384, 448, 504)
 #: Masks of five sequences.
@@ -56,13 +57,28 @@ EXTRAS = {
 }
 
 
-def expected_phase(built: Built) -> str | None:
-    """The phase whose rows must run; None between the two, where the choice is a matter of speed."""
-    call = built.call
+def few_rows_phase(call: Call, planned: bool) -> str:
+    """The phase of a call of more than SURELY_DECODE rows, up to MOST_DECODE; ``planned``: it brings metadata."""
+    able = [
+        row
+        for row in ARCH_ROWS
+        if torch.cuda.get_device_capability() in row.capabilities
+        and (TORCH_DTYPES[row.dtype], TORCH_DTYPES[cache_dtype(row)]) == (call.dtype, call.k_dtype)
+        and row.head_dim >= call.head_dim
+        and row.head_dim_v >= call.dim_v
+        and "qv" not in row.requires
+    ]
+    lengths_on_host = call.function == "func"
+    return "prefill" if able and not call.tokens_per_split and (planned or lengths_on_host) else "decode"
+
+
+def expected_phase(call: Call, planned: bool = False, max_seqlen_q: int | None = None) -> str | None:
+    """The phase whose rows must run; None where the choice is a matter of speed. ``planned``: by metadata."""
     if call.qv or not any(TORCH_DTYPES[row.dtype] == call.dtype for row in DECODE_ROWS):
         return "prefill"  # they have no other rows
-    seqlen_q = built.kwargs.get("max_seqlen_q") or max(call.seqlens_q, default=0)
-    rows = seqlen_q * call.heads_q // call.heads_kv
+    rows = (max_seqlen_q or max(call.seqlens_q, default=0)) * call.heads_q // call.heads_kv
+    if SURELY_DECODE < rows <= MOST_DECODE:
+        return few_rows_phase(call, planned or call.metadata)
     return "decode" if rows <= SURELY_DECODE else "prefill" if rows >= SURELY_PREFILL else None
 
 

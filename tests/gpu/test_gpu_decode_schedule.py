@@ -13,7 +13,7 @@ from calls import Call, build
 from checks import check_call, check_equal
 from decode_batch import DecodeBatch
 from decode_lengths import PATTERNS, PLACES, lengths_of, place, sample_of
-from gpu_calls import DECODE_ROWS, decode_call, row_call, row_id
+from gpu_calls import DECODE_ROWS, decode_call, expected_phase, row_call, row_id
 from layouts import int32
 
 pytestmark = [pytest.mark.gpu, pytest.mark.full]
@@ -41,12 +41,13 @@ def batch_of(lengths: list[int], device: torch.device, seqlen_q: int = 1, **opti
 
 @pytest.fixture
 def check_batch(row_ran: Callable, rng: random.Random) -> Callable[..., None]:
-    """`check_batch(batch, **overrides)`: run, check all sequences, some by the judge; a decode row ran."""
+    """`check_batch(batch, **overrides)`: run, check all sequences, some by the judge, and which phase ran."""
 
     def check(batch: DecodeBatch, **overrides) -> None:
         out, lse = batch.run(**overrides)
         call = batch.call
-        row_ran(phase="decode", dtype=call.dtype, head_dim=call.head_dim, head_dim_v=call.dim_v)
+        phase = expected_phase(call, planned=overrides.get("scheduler_metadata") is not None)
+        row_ran(phase=phase, dtype=call.dtype, head_dim=call.head_dim, head_dim_v=call.dim_v)
         batch.check_all(out, lse)
         batch.check(sample_of(batch.cache_seqlens.tolist(), rng), out, lse)
         batch.check_surroundings(out)
