@@ -61,7 +61,7 @@ struct ForwardCall {
   // Of a tuple with an item for each Argument.
   explicit ForwardCall(pybind11::handle tuple);
 
-  // Reads the tensors; throws when an argument is neither a tensor nor None.
+  // Reads the tensors; throws when an argument is neither a tensor nor None, or q is None.
   void read();
 
   // Whether autograd is on and asks for a gradient: no kernel has one.

@@ -198,6 +198,7 @@ void ForwardCall::read() {
     throw BindingError(std::string("_C.forward: ") + name_of(static_cast<Argument>(argument)) +
                        " must be a tensor or None, got " + Py_TYPE(arguments[argument])->tp_name);
   }
+  if (!tensors[kQ].present()) throw BindingError("_C.forward: q must be a tensor, got None");
 }
 
 Allocation::Allocation(const py::tuple& function_arguments_keywords)

@@ -72,7 +72,7 @@ py::object run_known(ArgumentReader& reader) {
   } catch (const std::exception&) {  // Python's among them. Whoever validates the call finds better words
     return py::none();
   }
-  if (!call.tensors[kQ].present() || !call.tensors[kQ].on_cuda() || !add_call(call, key)) return py::none();
+  if (!call.tensors[kQ].on_cuda() || !add_call(call, key)) return py::none();
   const KnownCall* known = find(key);
   if (known == nullptr || call.wants_gradient()) return py::none();
   const py::object keep = known->launch;  // Python code that runs meanwhile may forget the call

@@ -1,4 +1,4 @@
-"""Types of the compiled module (csrc/bindings/module.cpp). All functions but build_info and connect take positional arguments only.
+"""Types of the compiled module (csrc/bindings/module.cpp).
 
 Tensors are CUDA tensors; numbers are what host/params.h says. `stream` is a raw cudaStream_t, or -1 for the stream that
 torch works on. What does not fit raises broadhead.errors.KernelError, which also carries a kernel library's error text.
@@ -21,6 +21,7 @@ class BuildInfo(TypedDict):
     errors: dict[str, str]  # family: why its library did not load
 
 def build_info() -> BuildInfo: ...
+
 # A torch function that makes a tensor, its arguments and its keywords; without arguments it is given q.
 Allocation = tuple[Callable[..., Tensor], tuple[Any, ...] | None, dict[str, Any] | None]
 # The fields of broadhead.problem.AttentionArgs: q, k, v, qv, out, ...

@@ -19,7 +19,6 @@ from .schedule import Schedule
 from .support import KernelRow
 from .validation import TOKENS_PER_SPLIT_STEP
 
-
 #: What csrc/decode/workspace.h keeps of a block besides its partial results, in fp32.
 BLOCK_PARTS_SIZE = 4
 
@@ -124,7 +123,7 @@ def _know_nothing(*call: Any) -> None:
 
 def run_new(launch: Any, function: str, need_lse: bool, args: AttentionArgs) -> tuple[Tensor, Tensor | None]:
     """Run the first call of a kind, for which ``launch`` was made: _C.run_known runs those that follow."""
-    return _module().run_new(launch, function, need_lse, args)  # type: ignore[no-any-return]
+    return _module().run_new(launch, function, need_lse, args)
 
 
 def forget_calls() -> None:

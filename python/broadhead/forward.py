@@ -49,7 +49,7 @@ def run_forward(function: str, call: tuple[Any, ...], need_lse: bool = True) -> 
         return ops.call_forward(function, AttentionArgs._make(call))
     result = _run_known(function, need_lse, call)
     if result is not None:
-        return result  # type: ignore[no-any-return]
+        return result
     args = AttentionArgs._make(call)
     if args.page_table is not None and args.cu_seqlens_k is not None:
         lengths = _lengths_of_paged(function, args.q, args.cu_seqlens_k, args.seqused_k)
