@@ -224,6 +224,9 @@ assert call(T, num_splits=1, scratch_size=1)["tile_counter"] == str(SCRATCH)
 got = call(T, num_splits=1, scratch_size=0)
 assert got["tile_counter"] == got["out_partial"] == got["lse_partial"] == "0", got
 assert scratch_sizes == freed == [room, room + 1, 1]
+# Where the exchange API fails, torch is asked, which raises its own exception if it must.
+assert call(T, scratch_size=9999)["out_partial"] == str(SCRATCH)
+assert scratch_sizes[3:] == [9999] and len(freed) == 3
 """,
     )
 

@@ -28,23 +28,13 @@ class Scratch {
   // takes (230 instead of 900 ns on a CPU).
   Scratch(py::handle q, int device, std::int64_t size) {
     if (size == 0) return;
-    const DLPackExchangeAPI* api = exchange_api(q);
-    if (api == nullptr || api->managed_tensor_allocator == nullptr) {
-      tensor_ = q.attr("new_empty")(size, py::arg("dtype") = py::module_::import("torch").attr("float32"));
-      data_ = reinterpret_cast<float*>(tensor_.attr("data_ptr")().cast<std::uintptr_t>());
+    if (allocate(exchange_api(q), device, size)) {
+      data_ = reinterpret_cast<float*>(static_cast<char*>(managed_->dl_tensor.data) + managed_->dl_tensor.byte_offset);
       return;
     }
-    std::int64_t stride = 1;
-    DLTensor like{nullptr, {kDLCUDA, device}, 1, {kDLFloat, 32, 1}, &size, &stride, 0};
-    std::string error;
-    const auto keep_error = [](void* text, const char* kind, const char* message) {
-      *static_cast<std::string*>(text) = std::string(kind) + ": " + message;
-    };
-    if (api->managed_tensor_allocator(&like, &managed_, &error, keep_error) != 0) {
-      PyErr_Clear();
-      throw BindingError("_C.forward: " + std::to_string(size) + " fp32 of scratch: " + error);
-    }
-    data_ = reinterpret_cast<float*>(static_cast<char*>(managed_->dl_tensor.data) + managed_->dl_tensor.byte_offset);
+    // Without the API, or where it failed: torch has the better words, and its own exception when memory is out.
+    tensor_ = q.attr("new_empty")(size, py::arg("dtype") = py::module_::import("torch").attr("float32"));
+    data_ = reinterpret_cast<float*>(tensor_.attr("data_ptr")().cast<std::uintptr_t>());
   }
   ~Scratch() {
     if (managed_ != nullptr && managed_->deleter != nullptr) managed_->deleter(managed_);
@@ -55,6 +45,17 @@ class Scratch {
   float* data() const { return data_; }
 
  private:
+  bool allocate(const DLPackExchangeAPI* api, int device, std::int64_t size) {
+    if (api == nullptr || api->managed_tensor_allocator == nullptr) return false;
+    std::int64_t stride = 1;
+    DLTensor like{nullptr, {kDLCUDA, device}, 1, {kDLFloat, 32, 1}, &size, &stride, 0};
+    const auto ignore = [](void*, const char*, const char*) {};
+    if (api->managed_tensor_allocator(&like, &managed_, nullptr, ignore) == 0) return true;
+    PyErr_Clear();
+    managed_ = nullptr;
+    return false;
+  }
+
   DLManagedTensorVersioned* managed_ = nullptr;
   py::object tensor_;
   float* data_ = nullptr;
