@@ -12,6 +12,7 @@ from pathlib import Path
 import broadhead
 import pytest
 from broadhead.errors import KernelError
+from broadhead.problem import AttentionArgs
 
 TESTS = Path(__file__).resolve().parent
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
@@ -28,11 +29,35 @@ sys.modules["broadhead"].__path__ = {package!r}
 from pathlib import Path
 from broadhead import _C
 from broadhead.errors import KernelError
-from stub_tensor import CURRENT_STREAM, AttributeTensor, ExchangeTensor, last_call
+from stub_tensor import CURRENT_STREAM, SCRATCH, AttributeTensor, ExchangeTensor, freed, last_call, scratch_sizes
 library = Path({directory!r}) / "libbroadhead_sm80.so"
 INT = "torch.int32"
 FP8 = "torch.float8_e4m3fn"
 F32 = "torch.float32"
+ARGUMENTS = {arguments!r}
+
+# What tensors without the exchange API are read by.
+stream = types.SimpleNamespace(cuda_stream=CURRENT_STREAM)
+sys.modules["torch"] = types.SimpleNamespace(
+    float32=F32, cuda=types.SimpleNamespace(current_stream=lambda device: stream))
+
+class Hooks:
+    # What the module needs of Python, noting what was called.
+    def __init__(self):
+        self.records, self.identities, self.devices, self.grad = {{}}, [], [0], False
+        self.last = None
+    def check_identity(self, function, metadata, *identity):
+        self.identities.append((function, metadata, *identity))
+        return self.records[metadata.data_ptr()]
+    def exchange_device(self, device):
+        self.devices.append(device)
+        return self.devices[-2]
+    def is_grad_enabled(self):
+        return self.grad
+
+hooks = Hooks()
+_C.connect(records=hooks.records, check_identity=hooks.check_identity, exchange_device=hooks.exchange_device,
+           restore_device=hooks.exchange_device, is_grad_enabled=hooks.is_grad_enabled, state=hooks)
 
 def error(function, *arguments):
     try:
@@ -42,26 +67,40 @@ def error(function, *arguments):
     raise AssertionError("no KernelError")
 """
 CALL = """
-def call(T, **changes):
+def arguments(T, **changes):
     # 2 sequences, 3 queries, 4 heads over 2 KV heads, head_dim 64, head_dim_v 32, 5 pages of 16 tokens.
-    a = dict(
-        kernel_id="sm80_fwd_d64_bf16",
+    a = dict.fromkeys(ARGUMENTS) | dict(
         q=T(1 << 12, (2, 3, 4, 64)), k=T(2 << 12, (5, 16, 2, 64)),
-        v=T(3 << 12, (5, 16, 2, 32), strides=(4096, 128, 64, 1)),
-        out=T(4 << 12, (2, 3, 4, 32)), softmax_lse=T(5 << 12, (2, 4, 3), F32),
-        out_partial=T(6 << 12, (6, 4, 6, 32), F32), lse_partial=T(7 << 12, (6, 4, 6), F32),
-        cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=T(8 << 12, (2,), INT),
-        leftpad_k=T(9 << 12, (2,), INT), kv_batch_idx=T(10 << 12, (2,), INT),
-        page_table=T(11 << 12, (2, 7), INT, strides=(9, 1)),
-        prefix_lens=T(12 << 12, (2,), INT), sinks=T(13 << 12, (4,), F32), scheduler_metadata=T(14 << 12, (17,), INT),
-        qv=None, q_descale=None, k_descale=None, v_descale=None,
-        seqlen_q=3, seqlen_k=112, window_left=7, window_right=0, attention_chunk=9, softmax_scale=0.125, softcap=30.0,
-        num_splits=6, pack_gqa=1, metadata_tag=77, heads_per_section=2, max_blocks=5, cell_blocks=0, stream=0,
-    )
+        v=T(3 << 12, (5, 16, 2, 32), strides=(4096, 128, 64, 1)), out=T(4 << 12, (2, 3, 4, 32)),
+        seqused_k=T(8 << 12, (2,), INT), leftpad_k=T(9 << 12, (2,), INT), kv_batch_idx=T(10 << 12, (2,), INT),
+        page_table=T(11 << 12, (2, 7), INT, strides=(9, 1)), prefix_lens=T(12 << 12, (2,), INT),
+        sinks=T(13 << 12, (4,), F32), scheduler_metadata=T(14 << 12, (17,), INT), causal=True, window_size=(7, 0),
+        attention_chunk=9, softcap=30.0, num_splits=6, sm_margin=0, tokens_per_split=0)
     assert not set(changes) - set(a), changes
     a.update(changes)
-    _C.forward(*a.values())
+    assert tuple(a) == ARGUMENTS
+    return tuple(a.values())
+
+def make_launch(T, **changes):
+    # Tensors that a call does not bring are those of `out` and `lse`.
+    a = dict(
+        kernel_id="sm80_fwd_d64_bf16", device=0, out=T(4 << 12, (2, 3, 4, 32)), lse=T(5 << 12, (2, 4, 3), F32),
+        scratch_size=6 * 4 * 6 * (32 + 1), identity=("made for", 3), dispatch=("cuda", "row", "why"),
+        seqlen_q=3, seqlen_k=112, window_left=7, window_right=0, attention_chunk=9, softmax_scale=0.125, softcap=30.0,
+        num_splits=6, pack_gqa=1, metadata_tag=77, heads_per_section=2, max_blocks=5, cell_blocks=0)
+    assert not set(changes) - set(a), changes
+    a.update(changes)
+    out, lse = a["out"], a["lse"]
+    a.update(out=(lambda q: out, None, None), lse=(lambda shape, dtype: lse, ((2, 4, 3),), dict(dtype=F32)))
+    return _C.Launch(**a)
+
+def call(T, need_lse=True, **changes):
+    # The first call of its kind; `num_splits`, `softcap` and `attention_chunk` are those of the launch.
+    own = {name: changes.pop(name) for name in list(changes) if name not in ARGUMENTS or name in LAUNCH}
+    _C.run_new(make_launch(T, **own), "f", need_lse, arguments(T, **changes))
     return last_call(library)
+
+LAUNCH = ("num_splits", "softcap", "attention_chunk")
 """
 
 
@@ -80,7 +119,12 @@ def stub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(directory: Path, code: str) -> str:
     """Runs `code` in a process of its own, as the module keeps the libraries that it opened."""
-    prologue = PROLOGUE.format(host=str(TESTS / "host"), package=list(broadhead.__path__), directory=str(directory))
+    prologue = PROLOGUE.format(
+        host=str(TESTS / "host"),
+        package=list(broadhead.__path__),
+        directory=str(directory),
+        arguments=AttentionArgs._fields,
+    )
     result = subprocess.run(
         [sys.executable, "-c", prologue + CALL + code],
         capture_output=True,
@@ -96,17 +140,18 @@ def test_forward_packs_every_argument(stub: Path, kind: str) -> None:
     run(
         stub,
         f"""
-got = call({kind}, cell_blocks=11, stream=99)
-pages = dict(q=1, k=2, v=3, out=4, softmax_lse=5, out_partial=6, lse_partial=7, seqused_k=8, leftpad_k=9,
+got = call({kind}, cell_blocks=11)
+pages = dict(q=1, k=2, v=3, out=4, softmax_lse=5, out_partial=6, seqused_k=8, leftpad_k=9,
              kv_batch_idx=10, page_table=11, prefix_lens=12, sinks=13, scheduler_metadata=14)
 expected = {{name: page << 12 for name, page in pages.items()}} | dict(
-    index=0, stream=99, struct_size_fits=1, cu_seqlens_q=0, cu_seqlens_k=0, seqused_q=0,
+    index=0, stream=CURRENT_STREAM, struct_size_fits=1, lse_partial=SCRATCH + 6 * 4 * 6 * 32 * 4,
+    cu_seqlens_q=0, cu_seqlens_k=0, seqused_q=0,
     lse_batch_stride=12, lse_head_stride=3,
     q_strides="768,256,64", k_strides="2048,128,64", v_strides="4096,128,64", out_strides="384,128,32",
     page_table_batch_stride=9, batch=2, seqlen_q=3, seqlen_k=112, total_q=6, num_heads_q=4, num_heads_kv=2, head_dim=64,
     head_dim_v=32, page_size=16, window_left=7, window_right=0, attention_chunk=9, sinks_are_fp32=1, num_splits=6,
     pack_gqa=1, metadata_tag=77, heads_per_section=2, softmax_scale=0.125, softcap=30, tile_counter=0,
-    max_blocks=5, cell_blocks=11, q_dtype=1, workspace_bytes=6 * 4 * 6 * 32 * 4,
+    max_blocks=5, cell_blocks=11, q_dtype=1, workspace_bytes=6 * 4 * 6 * 33 * 4,
     total_k=0, num_pages=5, num_kv_batches=0,
     qv=0, qv_strides="0,0,0", q_descale=0, k_descale=0, v_descale=0, q_descale_strides="0,0", k_descale_strides="0,0",
     v_descale_strides="0,0")
@@ -123,8 +168,8 @@ T = ExchangeTensor
 F16 = "torch.float16"
 got = call(T, kernel_id="sm80_fwd_d64_fp16", q=T(4096, (9, 4, 64), F16), k=T(8192, (11, 2, 64), F16),
            v=T(12288, (11, 2, 64), F16), out=T(16384, (9, 4, 64), F16),
-           softmax_lse=T(20480, (4, 9), F32), cu_seqlens_q=T(24576, (3,), INT), cu_seqlens_k=T(28672, (3,), INT),
-           page_table=None, kv_batch_idx=None, leftpad_k=None, num_splits=1, out_partial=None, lse_partial=None,
+           lse=T(20480, (4, 9), F32), cu_seqlens_q=T(24576, (3,), INT), cu_seqlens_k=T(28672, (3,), INT),
+           page_table=None, kv_batch_idx=None, leftpad_k=None, num_splits=1, scratch_size=0,
            sinks=T(32768, (4,), F16))
 wanted = dict(index=1, q_dtype=2, workspace_bytes=0,
               batch=2, total_q=9, page_size=0, q_strides="0,256,64", k_strides="0,128,64", lse_head_stride=9,
@@ -165,37 +210,54 @@ assert "sinks must be one logit for each head of q, fp32 or the dtype of out" in
     )
 
 
-def test_what_is_left_of_the_partial_buffer_is_the_tile_counter(stub: Path) -> None:
+def test_what_is_left_of_the_scratch_is_the_tile_counter(stub: Path) -> None:
     run(
         stub,
         """
 T = ExchangeTensor
 room = 6 * 4 * 6 * (32 + 1)
-one_buffer = dict(lse_partial=None, softmax_lse=None)
-assert call(T, out_partial=T(4096, (room,), F32), **one_buffer)["tile_counter"] == "0"
-got = call(T, out_partial=T(4096, (room + 1,), F32), **one_buffer)
-assert got["tile_counter"] == str(4096 + room * 4) and got["lse_partial"] == str(4096 + 6 * 4 * 6 * 32 * 4), got
-got = call(T, num_splits=1, out_partial=T(4096, (1,), F32), **one_buffer)
-assert got["tile_counter"] == "4096", got
-assert call(T, num_splits=1, out_partial=None, **one_buffer)["tile_counter"] == "0"
-assert "out_partial must be" in error(lambda: call(T, out_partial=T(4096, (1,), F32), **one_buffer))
+assert call(T, scratch_size=room)["tile_counter"] == "0"
+got = call(T, scratch_size=room + 1)
+assert got["tile_counter"] == str(SCRATCH + room * 4), got
+assert got["lse_partial"] == str(SCRATCH + 6 * 4 * 6 * 32 * 4), got
+assert call(T, num_splits=1, scratch_size=1)["tile_counter"] == str(SCRATCH)
+got = call(T, num_splits=1, scratch_size=0)
+assert got["tile_counter"] == got["out_partial"] == got["lse_partial"] == "0", got
+assert scratch_sizes == freed == [room, room + 1, 1]
+# Where the exchange API fails, torch is asked, which raises its own exception if it must.
+assert call(T, scratch_size=9999)["out_partial"] == str(SCRATCH)
+assert scratch_sizes[3:] == [9999] and len(freed) == 3
 """,
     )
 
 
-def test_one_buffer_for_partials_and_no_lse(stub: Path) -> None:
+def test_an_lse_that_is_not_wanted_and_a_long_bound(stub: Path) -> None:
     run(
         stub,
         """
 T = ExchangeTensor
-room = 6 * 4 * 6 * (32 + 1)
-got = call(T, out_partial=T(4096, (room,), F32), lse_partial=None, softmax_lse=None)
-wanted = dict(out_partial=4096, lse_partial=4096 + 6 * 4 * 6 * 32 * 4, softmax_lse=0)
-assert {name: got[name] for name in wanted} == {name: str(value) for name, value in wanted.items()}, got
+assert call(T, need_lse=False)["softmax_lse"] == "0"
 # A packed call is no longer than all its rows, whatever bound it gives.
-got = call(T, q=T(4096, (9, 4, 64)), out=T(16384, (9, 4, 32)), softmax_lse=None, cu_seqlens_q=T(24576, (3,), INT),
+got = call(T, need_lse=False, q=T(4096, (9, 4, 64)), out=T(16384, (9, 4, 32)), cu_seqlens_q=T(24576, (3,), INT),
            num_splits=1, seqlen_q=(1 << 31) - 1)
 assert got["seqlen_q"] == "9", got
+""",
+    )
+
+
+def test_arguments_come_in_the_order_of_attention_args(stub: Path) -> None:
+    run(
+        stub,
+        """
+values = ("max_seqlen_q", "max_seqlen_k", "softmax_scale", "causal", "window_size", "attention_chunk", "softcap",
+          "num_splits", "pack_gqa", "sm_margin", "backend", "tokens_per_split")
+for name in ARGUMENTS:
+    changed = arguments(ExchangeTensor, **{name: "no tensor"})
+    if name in values:
+        _C.run_new(make_launch(ExchangeTensor), "f", True, changed)
+    else:
+        text = error(lambda: _C.run_new(make_launch(ExchangeTensor), "f", True, changed))
+        assert text == f"_C.forward: {name} must be a tensor or None, got str", text
 """,
     )
 
@@ -217,7 +279,9 @@ others = [
 seen = [_C.signature(*x) for x in (base, *others)]
 assert all(isinstance(x, bytes) for x in seen) and len(set(seen)) == len(seen), seen
 assert _C.signature(T(8192, (2, 3)), None, T(8192, (5,), INT)) == seen[0]
-assert _C.signature(AttributeTensor(4096, (2, 3))) is None and _C.signature(7) is None
+assert _C.signature(AttributeTensor(8192, (2, 3)), None, AttributeTensor(8192, (5,), INT)) == seen[0]
+assert _C.signature(T(4096, (2, 3), "torch.int64")) is None, "not told from other dtypes"
+assert _C.signature(7) is None and _C.signature(T(4096, (1,) * 7)) is None
 """,
     )
 
@@ -227,7 +291,7 @@ def test_current_stream_of_the_tensors_device(stub: Path) -> None:
         stub,
         """
 T = lambda *a, **k: ExchangeTensor(*a, device=3, **k)
-assert call(T, stream=-1)["stream"] == str(CURRENT_STREAM + 3)
+assert call(T, device=3)["stream"] == str(CURRENT_STREAM + 3)
 """,
     )
 
@@ -244,10 +308,9 @@ assert call(T, stream=-1)["stream"] == str(CURRENT_STREAM + 3)
         ("page_table=None, k=T(4096, (9, 2, 64))", ["k must be [batch, tokens, heads, head_dim] without cu_seqlens_k"]),
         ("cu_seqlens_q=T(4096, (3,), INT)", ["cu_seqlens_q must be given exactly when q has 3"]),
         ("scheduler_metadata=T(4096, (16,), INT)", ["scheduler_metadata must be", "(16)"]),
-        ("out_partial=None", ["out_partial must be", "None"]),
-        ("lse_partial=None", ["out_partial must be", "room for lse_partial"]),
+        ("scratch_size=4751", ["scratch_size must hold", "= 4752 when num_splits > 1, got 4751"]),
+        ("lse=T(4096, (2, 4, 3))", ["softmax_lse must be fp32 tensor"]),
         ("k=T(4096, (5, 16, 3, 64))", ["k must be", "divides"]),
-        ("lse_partial=T(4096, (5, 4, 6), F32)", ["lse_partial must be", "num_splits"]),
         ("sinks=T(4096, (3,), F32)", ["sinks must be"]),
         ("qv=T(4096, (2, 3, 4, 64))", ["qv must be of the shape of q with head_dim_v", "(2, 3, 4, 64)"]),
         ("qv=T(4096, (2, 3, 4, 32), device=1)", ["qv must be", "on its device", "cuda:1"]),
@@ -258,7 +321,6 @@ assert call(T, stream=-1)["stream"] == str(CURRENT_STREAM + 3)
         ("q=None", ["q must be a tensor, got None"]),
         ("q=7", ["q must be a tensor", "int"]),
         ("q=T(4096, (1,) * 7)", ["a tensor has 7 dimensions"]),
-        ("window_left=1 << 40", ["window_left must fit 32 bits"]),
         ("softcap=-1.0", ["sm80_fwd_d64_bf16: launch: the stub was asked to fail"]),
         ('kernel_id="sm80_fwd_d128_bf16"', ["sm80_fwd_d128_bf16", "built without this kernel", "80;90"]),
         ('kernel_id="sm90_fwd_d128_bf16"', ["sm90_fwd_d128_bf16", "libbroadhead_sm90.so", "BROADHEAD_CUDA_ARCHS"]),
@@ -318,14 +380,18 @@ def test_argument_count_and_types(stub: Path) -> None:
     run(
         stub,
         """
-for function, arguments, words in ((_C.forward, (), "takes 36 positional"), (_C.combine, (1,), "takes 5 positional"),
-                                   (_C.forward, (1,) * 36, "")):
+for function, given, words in ((_C.run_known, (), "takes 3 positional"), (_C.combine, (1,), "takes 5 positional"),
+                               (_C.run_known, ("f", True, (1,)), "a tuple of 30"), (_C.combine, (1,) * 5, "")):
     try:
-        function(*arguments)
-    except TypeError as exception:
+        function(*given)
+    except (TypeError, KernelError) as exception:
         assert words in str(exception), exception
     else:
-        raise AssertionError(arguments)
+        raise AssertionError(given)
+try:
+    make_launch(ExchangeTensor, window_left=1 << 40)
+except TypeError as exception:
+    assert "window_left" in str(exception), exception
 """,
     )
 

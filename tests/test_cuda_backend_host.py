@@ -1,18 +1,18 @@
-"""The host side of the CUDA backend without a device: what it allocates and the order in which the binding gets it."""
+"""The host side of the CUDA backend without a device: the launches it makes, what they allocate, and metadata."""
 
 from __future__ import annotations
 
 import ast
+import dis
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import broadhead
 import pytest
 import torch
-from broadhead import cuda_backend, metadata, native
+from broadhead import cuda_backend, fallback_notice, metadata, native
 from broadhead.device import DeviceDescription
-from broadhead.dispatch import resolve
+from broadhead.dispatch import MetadataConfig, resolve
 from broadhead.native import BuildDescription, FamilyBuild
 from broadhead.problem import AttentionArgs, check_forward
 from broadhead.support import ROWS
@@ -38,6 +38,15 @@ def binding_parameters(function: str) -> list[str]:
     return [argument.arg for argument in found.args.posonlyargs + found.args.args]
 
 
+def keyword_parameters(name: str) -> list[str]:
+    """The names of the keyword arguments of a function of the compiled module, or of the constructor of a class."""
+    stub = ast.parse((Path(broadhead.__file__).parent / "_C.pyi").read_text())
+    found: Any = next(node for node in stub.body if getattr(node, "name", "") == name)
+    if isinstance(found, ast.ClassDef):
+        found = next(node for node in found.body if isinstance(node, ast.FunctionDef))
+    return [argument.arg for argument in found.args.kwonlyargs]
+
+
 class Recorder:
     """Stands in for the compiled module and keeps the arguments by the names of the stub."""
 
@@ -53,31 +62,40 @@ class Recorder:
 
         return call
 
+    def connect(self, **hooks: Any) -> None:
+        assert list(hooks) == keyword_parameters("connect")
+
+    def Launch(self, **fields: Any) -> dict[str, Any]:
+        assert list(fields) == keyword_parameters("Launch")
+        return fields
+
 
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     module = Recorder()
     monkeypatch.setattr(native, "extension", lambda: module)
-    monkeypatch.setattr(cuda_backend, "_forward", None)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # the index of torch.device("cpu")
     return module
 
 
 def launch(
-    recorder: Recorder, args: AttentionArgs, need_lse: bool = True, build: BuildDescription = BUILD
-) -> tuple[dict[str, Any], Tensor, Tensor | None]:
+    recorder: Recorder, args: AttentionArgs, build: BuildDescription = BUILD
+) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """The launch of a call, with what it allocates."""
     call = check_forward("mha_fwd", args)
     plan = resolve(call.problem, H200, build)
-    out, lse = cuda_backend.launch_forward(
-        "mha_fwd", cuda_backend.make_launch(args, call, plan), args.q, args.k, args.v, args.out, args.cu_seqlens_q,
-        args.cu_seqlens_k, args.seqused_q, args.seqused_k, args.leftpad_k, args.kv_batch_idx, args.page_table,
-        args.prefix_lens, args.sinks, args.scheduler_metadata, args.qv, args.q_descale,
-        args.k_descale, args.v_descale, need_lse,
-    )  # fmt: skip
-    return recorder.calls[-1], out, lse
+    made = cuda_backend.make_launch(args, call, plan)
+    return made, allocate(made["out"], args.q), allocate(made["lse"], args.q)
 
 
-def test_forward_arguments(recorder: Recorder) -> None:
+def allocate(allocation: tuple[Any, ...], q: Tensor) -> Tensor:
+    """What the compiled module does with an allocation."""
+    function, arguments, keywords = allocation
+    made = function(q) if arguments is None else function(*arguments, **keywords)
+    assert made.is_contiguous() and made.device == q.device
+    return made
+
+
+def test_launch_of_a_call(recorder: Recorder) -> None:
     q, k, v = (torch.randn(s, dtype=torch.bfloat16) for s in ((2, 1, 8, 64), (512, 16, 2, 64), (512, 16, 2, 72)))
     tensors = {
         "seqused_k": torch.tensor([9, 3], dtype=torch.int32),
@@ -91,27 +109,38 @@ def test_forward_arguments(recorder: Recorder) -> None:
         q, k, v, causal=True, window_size=(7, 7), softcap=3.0, softmax_scale=0.5, num_splits=3, **tensors
     )
     got, out, lse = launch(recorder, args)
-    for name, tensor in {**tensors, "q": q, "k": k, "v": v, "out": out, "softmax_lse": lse}.items():
-        assert got[name] is tensor, name
-    for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "kv_batch_idx", "qv", "q_descale", "v_descale"):
-        assert got[name] is None, name
     expected = {
         "kernel_id": "sm80_fwd_decode_d128_bf16", "seqlen_q": 1, "seqlen_k": 4096, "window_left": 7, "window_right": 0,
         "attention_chunk": 0, "softmax_scale": 0.5, "softcap": 3.0, "num_splits": 3, "pack_gqa": 1,
-        "heads_per_section": 0, "max_blocks": 0, "cell_blocks": 0, "stream": -1,
+        "heads_per_section": 0, "max_blocks": 0, "cell_blocks": 0,
+        # The workspace of 2 x 132 blocks: what each says of itself, and two results of 4 rows of the 4 heads of a KV
+        # head.
+        "scratch_size": 2 * 132 * (4 + 2 * 4 * (72 + 1)),
     }  # fmt: skip
     assert {name: got[name] for name in expected} == expected
+    assert got["dispatch"][:2] == ("cuda", "sm80_fwd_decode_d128_bf16")
     assert out.shape == (2, 1, 8, 72) and out.dtype == q.dtype and lse.shape == (2, 8, 1) and lse.dtype == torch.float32
-    # The workspace of 2 x 132 blocks: what each says of itself, and two results of 4 rows of the 4 heads of a KV head.
-    assert got["out_partial"].shape == (2 * 132 * (4 + 2 * 4 * (72 + 1)),) and got["lse_partial"] is None
-    assert got["out_partial"].dtype == torch.float32
+    # What check_identity takes behind function and metadata.
+    config, *lengths = got["identity"]
+    assert isinstance(config, MetadataConfig) and lengths == [16, 4096, 3]
+
+
+def test_outputs_have_the_strides_of_new_tensors(recorder: Recorder) -> None:
+    """Also where q has others, or odd ones along dimensions of size 1."""
+    plain = torch.randn(2, 1, 4, 64, dtype=torch.float16)
+    k = torch.randn(2, 9, 4, 64, dtype=torch.float16)
+    wide = torch.randn(2, 1, 4, 128, dtype=torch.float16)
+    for q in (plain, plain.as_strided(plain.shape, (256, 7, 64, 1)), wide[..., 64:]):
+        made, out, lse = launch(recorder, AttentionArgs(q, k, k))
+        assert out.stride() == (256, 256, 64, 1) and out.dtype == q.dtype and lse.stride() == (4, 1, 1)
+        assert (made["out"][0] is torch.empty_like) == (q is plain)
 
 
 def test_split_prefill_has_one_buffer_for_partials_and_lse(recorder: Recorder) -> None:
     q, k = (torch.randn(2, s, 4, 64, dtype=torch.bfloat16) for s in (100, 1000))
     got, _, _ = launch(recorder, AttentionArgs(q, k, k, num_splits=3))
     assert got["kernel_id"] == "sm80_fwd_d64_bf16" and got["num_splits"] == 3
-    assert got["out_partial"].shape == (3 * 4 * 2 * 100 * (64 + 1),) and got["lse_partial"] is None
+    assert got["scratch_size"] == 3 * 4 * 2 * 100 * (64 + 1)
 
 
 #: What csrc/decode/workspace.h keeps of a block in BlockParts: four int32.
@@ -139,8 +168,7 @@ def test_workspaces_of_decode(
     options = {"num_splits": num_splits, "tokens_per_split": tokens_per_split}
     got, _, _ = launch(recorder, AttentionArgs(q, k, k, causal=True, **options))
     tile = "_m32" if seqlen_q > 4 else ""
-    assert got["kernel_id"] == f"sm80_fwd_decode_d64{tile}_fp16" and got["lse_partial"] is None
-    assert (0 if got["out_partial"] is None else got["out_partial"].numel()) == size
+    assert got["kernel_id"] == f"sm80_fwd_decode_d64{tile}_fp16" and got["scratch_size"] == size
     cells = tokens_per_split // 64 if num_splits != 1 else 0
     assert got["cell_blocks"] == cells and got["num_splits"] == (1 if tokens_per_split else num_splits)
 
@@ -148,18 +176,16 @@ def test_workspaces_of_decode(
 def test_sm_margin_bounds_the_blocks_of_decode(recorder: Recorder) -> None:
     q, k = torch.randn(3, 1, 8, 64, dtype=torch.float16), torch.randn(3, 1000, 2, 64, dtype=torch.float16)
     got, _, _ = launch(recorder, AttentionArgs(q, k, k, sm_margin=32))
-    assert got["max_blocks"] == 200 and got["out_partial"].numel() == 200 * (BLOCK_PARTS + 2 * 4 * 65)
+    assert got["max_blocks"] == 200 and got["scratch_size"] == 200 * (BLOCK_PARTS + 2 * 4 * 65)
 
 
-def test_forward_without_splits_and_with_out(recorder: Recorder) -> None:
+def test_launch_of_packed_sequences(recorder: Recorder) -> None:
     cu = torch.tensor([0, 3, 300], dtype=torch.int32)
     q, k = torch.randn(310, 4, 64, dtype=torch.float16), torch.randn(300, 4, 64, dtype=torch.float16)
-    out = torch.empty_like(q)
     args = AttentionArgs(q, k, k, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=297, max_seqlen_k=297, num_splits=1)
-    got, result, lse = launch(recorder, args._replace(out=out))
-    assert result is out is got["out"] and lse.shape == (4, 310)
-    assert got["out_partial"] is got["lse_partial"] is None and got["num_splits"] == 1
-    assert got["cu_seqlens_q"] is cu and got["kernel_id"] == "sm80_fwd_d64_fp16"
+    got, out, lse = launch(recorder, args)
+    assert out.shape == q.shape and lse.shape == (4, 310)
+    assert got["scratch_size"] == 0 and got["num_splits"] == 1 and got["kernel_id"] == "sm80_fwd_d64_fp16"
 
 
 @pytest.mark.parametrize("splits, counter", [(1, 1), (3, 3 * 4 * 2 * 100 * (64 + 1) + 1)])
@@ -167,7 +193,7 @@ def test_kernels_that_count_tiles_get_room_for_it(recorder: Recorder, splits: in
     q, k = (torch.randn(2, s, 4, 64, dtype=torch.bfloat16) for s in (100, 1000))
     got, _, _ = launch(recorder, AttentionArgs(q, k, k, num_splits=splits), build=BUILD_90A)
     assert got["kernel_id"] == "sm90_fwd_d64_bf16" and got["num_splits"] == splits
-    assert got["out_partial"].shape == (counter,) and got["lse_partial"] is None
+    assert got["scratch_size"] == counter
 
 
 @pytest.mark.parametrize("seqlen_q, tokens_per_split", [(8, 0), (4, 0), (8, 128), (8, 64)])
@@ -182,23 +208,17 @@ def test_few_rows_on_either_kernel(recorder: Recorder, seqlen_q: int, tokens_per
     elif seqlen_q == 8:
         expected, size = "sm90_fwd_d64_bf16", rows * 2 * (64 + 1) + 1
     else:
-        expected, size = "sm80_fwd_decode_d64_bf16", 264 * (BLOCK_PARTS + 2 * 16 * (64 + 1))
-    assert got["kernel_id"] == expected and got["out_partial"].numel() == size
+        expected, size = "sm80_fwd_decode_d64_bf16", 132 * (BLOCK_PARTS + 2 * 16 * (64 + 1))
+    assert got["kernel_id"] == expected and got["scratch_size"] == size
     assert got["cell_blocks"] == tokens_per_split // 64 and got["pack_gqa"] == 1
     assert got["num_splits"] == (1 if tokens_per_split else 2 if seqlen_q == 8 else 0)
-
-
-def test_an_lse_that_is_not_returned_is_not_allocated(recorder: Recorder) -> None:
-    q = torch.randn(2, 5, 4, 64, dtype=torch.float16)
-    got, out, lse = launch(recorder, AttentionArgs(q, q, q), need_lse=False)
-    assert lse is None and got["softmax_lse"] is None and got["out"] is out
 
 
 def test_rows_that_seqused_q_leaves_out_are_cleared_when_allocated_here(recorder: Recorder) -> None:
     q = torch.randn(2, 5, 4, 64, dtype=torch.float16)
     used = torch.tensor([3, 0], dtype=torch.int32)
     _, out, lse = launch(recorder, AttentionArgs(q, q, q, seqused_q=used))
-    assert (out == 0).all() and (lse == float("-inf")).all(), "the recorder writes nothing"
+    assert (out == 0).all() and (lse == float("-inf")).all() and out.dtype == q.dtype
 
 
 def test_metadata_of_whole_token_tiles(recorder: Recorder) -> None:
@@ -259,10 +279,26 @@ def test_metadata_of_decode_kernels_plans_nothing(recorder: Recorder, asked: int
     assert recorder.calls[-1]["num_splits"] == bound
 
 
-def test_missing_module_is_a_kernel_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_is_built_at_once() -> None:
+    """Longer tuples, and calls with more arguments, go through a list in CPython: 0.3 us a call."""
+    assert len(AttentionArgs._fields) <= 30
+    for function in (broadhead.flash_attn_with_kvcache, broadhead.flash_attn_varlen_func, broadhead.flash_attn_func):
+        assert not any(step.opname == "LIST_APPEND" for step in dis.get_instructions(function)), function.__name__
+
+
+def test_without_the_module_no_call_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "extension", lambda: None)
+    assert cuda_backend.find_run_known()("f", True, ()) is None
+    cuda_backend.forget_calls()
     with pytest.raises(broadhead.KernelError, match="not installed"):
-        cuda_backend._load_forward()
-    monkeypatch.setattr(native, "extension", lambda: SimpleNamespace(forward=len))
-    monkeypatch.setattr(cuda_backend, "_forward", None)
-    assert cuda_backend._load_forward() is len
+        cuda_backend.run_new(None, "f", True, AttentionArgs(1, 2, 3))
+
+
+def test_the_module_gets_its_hooks_once(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(recorder, "connect", lambda **hooks: seen.append(hooks), raising=False)
+    for _ in range(2):
+        assert callable(cuda_backend.find_run_known())
+    (hooks,) = seen
+    assert hooks["records"] is metadata.filled and hooks["state"] is fallback_notice.state
+    assert hooks["check_identity"] is metadata.check_identity

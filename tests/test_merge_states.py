@@ -7,7 +7,7 @@ from typing import Any
 import broadhead
 import pytest
 import torch
-from broadhead import fallback_notice, forward, merge_states, native
+from broadhead import fallback_notice, merge_states, native, signature
 from test_cuda_backend_host import Recorder
 from torch import Tensor
 
@@ -106,7 +106,7 @@ def test_a_known_merge_is_not_checked_again(monkeypatch: pytest.MonkeyPatch) -> 
             return 4096
 
     monkeypatch.setattr(merge_states, "_known", set())
-    monkeypatch.setattr(forward, "_signature", forward._signature_in_python)
+    monkeypatch.setattr(signature, "_signature", signature._signature_in_python)
     monkeypatch.setattr(merge_states, "_check", lambda *tensors: checked.append(1))
     monkeypatch.setattr(merge_states, "kernel_obstacle", lambda *tensors: None)
     monkeypatch.setattr(merge_states, "_launch", lambda *tensors: "launched")

@@ -257,16 +257,16 @@ def test_rewritten_copied_and_freed_buffers_are_unknown() -> None:
     run(paged_call(), torch.zeros(17, dtype=torch.int32))
     gone = plan_of(headdim_v=128)
     pointer = gone.data_ptr()
-    assert pointer in metadata._filled
+    assert pointer in metadata.filled
     del gone
     gc.collect()
-    assert metadata._filled[pointer].buffer() is None
+    assert metadata.filled[pointer].buffer() is None
 
 
 def test_the_registry_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metadata, "_MAX_FILLED", 8)
     kept = [plan_of() for _ in range(30)]
-    assert len(metadata._filled) <= 8
+    assert len(metadata.filled) <= 8
     run(paged_call(), kept[0])
 
 

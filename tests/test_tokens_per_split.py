@@ -191,18 +191,18 @@ def test_forward_and_metadata_have_one_plan(seqlen_q: int) -> None:
 # --- the way down -----------------------------------------------------------------------------------------------------
 
 
-def test_calls_that_differ_in_it_alone_have_launches_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The key of a remembered launch holds it: the first call must not decide for the second."""
-    keys: list[Any] = []
+@pytest.mark.parametrize("function", ["flash_attn_with_kvcache", "mha_fwd", "flash_attn_varlen_func"])
+def test_it_is_an_argument_of_the_call(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hence of what tells known calls apart: the first call must not decide for the second."""
+    calls: list[AttentionArgs] = []
     monkeypatch.setattr(
-        forward, "_decide_and_run", lambda function, args, key, need_lse: keys.append(key) or (None, None)
+        forward, "_run_known", lambda name, need_lse, call: calls.append(AttentionArgs._make(call)) or (None, None)
     )
-    monkeypatch.setattr(forward, "_signature", forward._signature_in_python)
-    monkeypatch.setattr(Tensor, "is_cuda", True)
-    for tokens in (0, 64, 128, 64):
-        q = torch.zeros(1, 1, 2, 16, dtype=BF16)
-        broadhead.flash_attn_with_kvcache(q, q, q, tokens_per_split=tokens)
-    assert None not in keys and len(set(keys)) == 3 and keys[1] == keys[3]
+    q = torch.zeros(1, 1, 2, 16, dtype=BF16)
+    more = (int32(0, 1), int32(0, 1)) if function == "flash_attn_varlen_func" else ()
+    for tokens in (0, 64, 128):
+        getattr(broadhead, function)(q, q, q, *more, tokens_per_split=tokens)
+    assert [call.tokens_per_split for call in calls] == [0, 64, 128]
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

@@ -10,11 +10,28 @@
 
 namespace broadhead {
 
+// Refuses arguments of a function by name.
+class ArgumentChecker {
+ public:
+  explicit ArgumentChecker(const char* function) : function_(function) {}
+
+  [[noreturn]] void fail(const char* name, const std::string& what) const {
+    throw BindingError(std::string("_C.") + function_ + ": " + name + " " + what);
+  }
+
+  void require(bool condition, const char* name, const char* accepted, const TensorView& got) const {
+    if (!condition) fail(name, std::string("must be ") + accepted + ", got " + got.describe());
+  }
+
+ protected:
+  const char* function_;
+};
+
 // Pybind11's own dispatch costs more than the launch it serves at 30 arguments, so hot functions read their own.
-class ArgumentReader {
+class ArgumentReader : public ArgumentChecker {
  public:
   ArgumentReader(const char* function, PyObject* const* arguments, Py_ssize_t count, Py_ssize_t expected)
-      : function_(function), next_(arguments) {
+      : ArgumentChecker(function), next_(arguments) {
     if (count == expected) return;
     throw pybind11::type_error(std::string("_C.") + function + ": takes " + std::to_string(expected) +
                                " positional arguments, got " + std::to_string(count));
@@ -22,14 +39,16 @@ class ArgumentReader {
 
   pybind11::handle peek() const { return *next_; }
 
+  pybind11::handle object() { return *next_++; }
+
+  bool truth() {
+    const int value = PyObject_IsTrue(*next_++);
+    if (value < 0) throw pybind11::error_already_set();
+    return value == 1;
+  }
+
   // An integer `offset` arguments ahead, which what comes before it is checked against.
   long long peek_integer(int offset) const { return to_integer(next_[offset]); }
-
-  const char* text() {
-    const char* value = PyUnicode_AsUTF8(*next_++);
-    if (value == nullptr) throw pybind11::error_already_set();
-    return value;
-  }
 
   // None gives an absent view. `type` kOther takes any element type, `ndim` 0 any rank.
   TensorView optional_tensor(const char* name, ElementType type = ElementType::kOther, int ndim = 0) {
@@ -47,24 +66,10 @@ class ArgumentReader {
     return static_cast<std::int32_t>(value);
   }
 
-  float number() {
-    const double value = PyFloat_AsDouble(*next_++);
-    if (value == -1.0 && PyErr_Occurred() != nullptr) throw pybind11::error_already_set();
-    return static_cast<float>(value);
-  }
-
   // A raw cudaStream_t; -1 is the stream that torch works on where `like` lives.
   void* stream(pybind11::handle like, int device) {
     const long long value = wide_integer();
     return value == -1 ? current_stream(like, device) : reinterpret_cast<void*>(static_cast<std::intptr_t>(value));
-  }
-
-  [[noreturn]] void fail(const char* name, const std::string& what) const {
-    throw BindingError(std::string("_C.") + function_ + ": " + name + " " + what);
-  }
-
-  void require(bool condition, const char* name, const char* accepted, const TensorView& got) const {
-    if (!condition) fail(name, std::string("must be ") + accepted + ", got " + got.describe());
   }
 
  private:
@@ -76,7 +81,6 @@ class ArgumentReader {
     return value;
   }
 
-  const char* function_;
   PyObject* const* next_;
 };
 

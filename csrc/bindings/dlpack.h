@@ -1,4 +1,4 @@
-// The part of DLPack 1.x that the bindings read: DLTensor and the C exchange API of a tensor type.
+// The part of DLPack 1.x that the bindings read: tensors and the C exchange API of a tensor type.
 //
 // Layouts and names follow the DLPack specification (dmlc.github.io/dlpack); only what is used here is declared.
 #pragma once
@@ -37,7 +37,14 @@ struct DLTensor {
   std::uint64_t byte_offset;
 };
 
-struct DLManagedTensorVersioned;
+// A tensor that its owner frees.
+struct DLManagedTensorVersioned {
+  DLPackVersion version;
+  void* manager_ctx;
+  void (*deleter)(DLManagedTensorVersioned* self);  // may be null
+  std::uint64_t flags;
+  DLTensor dl_tensor;
+};
 
 struct DLPackExchangeAPIHeader {
   DLPackVersion version;
@@ -48,6 +55,7 @@ struct DLPackExchangeAPIHeader {
 // process. The functions return 0, or -1 with a Python exception set.
 struct DLPackExchangeAPI {
   DLPackExchangeAPIHeader header;
+  // May be null.
   int (*managed_tensor_allocator)(DLTensor* prototype, DLManagedTensorVersioned** out, void* error_ctx,
                                   void (*set_error)(void* error_ctx, const char* kind, const char* message));
   int (*managed_tensor_from_py_object_no_sync)(void* py_object, DLManagedTensorVersioned** out);

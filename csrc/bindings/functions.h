@@ -5,6 +5,13 @@
 
 namespace broadhead {
 
+pybind11::object run_known(ArgumentReader& reader);
+pybind11::object run_new(ArgumentReader& reader);
+void forget_calls();
+// bytes that tell apart calls that validation could tell apart by these tensors, the first five also by alignment; None
+// when a tensor can not be read.
+pybind11::object signature(PyObject* const* tensors, Py_ssize_t count);
+
 void append_kv(ArgumentReader& reader);
 void merge_states(ArgumentReader& reader);
 

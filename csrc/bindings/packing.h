@@ -11,6 +11,9 @@ namespace broadhead {
 
 constexpr std::size_t kErrorSize = 1024;
 
+// Entries of scheduler metadata: common/scheduler_metadata.h.
+constexpr std::int64_t metadata_size(std::int64_t batch) { return 1 + 4 * ((batch + 3) / 4 * 4); }
+
 template <class Params>
 Params make_params() {
   Params params{};
@@ -55,25 +58,38 @@ inline DataType data_type(ElementType type) {
                                             : DataType::kFloat32;
 }
 
-// An int32 vector with one entry a sequence (plus `extra`), or None.
-inline const std::int32_t* read_lengths(ArgumentReader& reader, const char* name, std::int64_t* batch, int extra = 0) {
-  const TensorView lengths = reader.optional_tensor(name, ElementType::kInt32, 1);
-  if (!lengths.present()) return nullptr;
-  reader.require(contiguous(lengths), name, "contiguous", lengths);
+// Checks an int32 vector with one entry a sequence (plus `extra`), or an absent one; it says the batch if none is
+// known.
+inline void check_lengths(const ArgumentChecker& checker, const char* name, const TensorView& lengths,
+                          std::int64_t* batch, int extra = 0) {
+  if (!lengths.present()) return;
+  checker.require(contiguous(lengths), name, "contiguous", lengths);
   if (*batch < 0) *batch = lengths.size(0) - extra;
   if (lengths.size(0) < *batch + extra) {
-    reader.fail(name, "must hold at least " + std::to_string(*batch + extra) + " entries, got " + lengths.describe());
+    checker.fail(name, "must hold at least " + std::to_string(*batch + extra) + " entries, got " + lengths.describe());
   }
+}
+
+// Reads what check_lengths takes.
+inline const std::int32_t* read_lengths(ArgumentReader& reader, const char* name, std::int64_t* batch, int extra = 0) {
+  const TensorView lengths = reader.optional_tensor(name, ElementType::kInt32, 1);
+  check_lengths(reader, name, lengths, batch, extra);
   return lengths.as<const std::int32_t>();
 }
 
-// Factors for 8-bit q, k or v, one for each sequence and KV head, or None.
+// Checks factors for 8-bit q, k or v, one for each sequence and KV head; 0 strides when absent.
+inline DescaleStrides check_descale(const ArgumentChecker& checker, const char* name, const TensorView& descale,
+                                    std::int64_t batch, std::int64_t heads) {
+  if (!descale.present()) return {0, 0};
+  checker.require(descale.size(0) == batch && descale.size(1) == heads, name, "[batch, heads of k]", descale);
+  return {descale.stride(0), descale.stride(1)};
+}
+
+// Reads what check_descale takes.
 inline const float* read_descale(ArgumentReader& reader, const char* name, std::int64_t batch, std::int64_t heads,
                                  DescaleStrides* strides) {
   const TensorView descale = reader.optional_tensor(name, ElementType::kFloat32, 2);
-  if (!descale.present()) return nullptr;
-  reader.require(descale.size(0) == batch && descale.size(1) == heads, name, "[batch, heads of k]", descale);
-  *strides = {descale.stride(0), descale.stride(1)};
+  *strides = check_descale(reader, name, descale, batch, heads);
   return descale.as<const float>();
 }
 

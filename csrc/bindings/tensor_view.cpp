@@ -28,24 +28,6 @@ const DLPackExchangeAPI* find_exchange_api(PyTypeObject* type) {
   return nullptr;
 }
 
-// The exchange API of a tensor's type, null when it has none. Looked up once a type; the GIL guards the cache.
-const DLPackExchangeAPI* exchange_api(py::handle tensor) {
-  static PyTypeObject* last_type = nullptr;
-  static const DLPackExchangeAPI* last_api = nullptr;
-  PyTypeObject* type = Py_TYPE(tensor.ptr());
-  if (type == last_type) return last_api;
-
-  static auto* cache = new std::unordered_map<PyTypeObject*, const DLPackExchangeAPI*>();
-  auto found = cache->find(type);
-  if (found == cache->end()) {
-    Py_INCREF(type);  // a type that is a key must not be freed and its address reused
-    found = cache->emplace(type, find_exchange_api(type)).first;
-  }
-  last_type = type;
-  last_api = found->second;
-  return last_api;
-}
-
 ElementType element_type(const DLDataType& dtype) {
   if (dtype.lanes != 1) return ElementType::kOther;
   if (dtype.code == kDLBfloat && dtype.bits == 16) return ElementType::kBFloat16;
@@ -67,6 +49,24 @@ ElementType element_type(const std::string& name) {
 
 }  // namespace
 
+// Looked up once a type; the GIL guards the cache.
+const DLPackExchangeAPI* exchange_api(py::handle tensor) {
+  static PyTypeObject* last_type = nullptr;
+  static const DLPackExchangeAPI* last_api = nullptr;
+  PyTypeObject* type = Py_TYPE(tensor.ptr());
+  if (type == last_type) return last_api;
+
+  static auto* cache = new std::unordered_map<PyTypeObject*, const DLPackExchangeAPI*>();
+  auto found = cache->find(type);
+  if (found == cache->end()) {
+    Py_INCREF(type);  // a type that is a key must not be freed and its address reused
+    found = cache->emplace(type, find_exchange_api(type)).first;
+  }
+  last_type = type;
+  last_api = found->second;
+  return last_api;
+}
+
 const char* name_of(ElementType type) {
   switch (type) {
     case ElementType::kFloat32:
@@ -86,8 +86,16 @@ const char* name_of(ElementType type) {
 }
 
 TensorView::TensorView(py::handle tensor, const char* function, const char* name, ElementType type, int ndim) {
-  if (tensor.is_none()) return;
-  present_ = true;
+  if (!read(tensor)) {
+    throw BindingError(std::string("_C.") + function + ": " + name + " must be a tensor or None, got " +
+                       Py_TYPE(tensor.ptr())->tp_name);
+  }
+  check(function, name, type, ndim);
+}
+
+bool TensorView::read(py::handle tensor) {
+  present_ = false;
+  if (tensor.is_none()) return true;
   const DLPackExchangeAPI* api = exchange_api(tensor);
   if (api != nullptr && api->dltensor_from_py_object_no_sync != nullptr) {
     DLTensor dltensor;
@@ -96,9 +104,14 @@ TensorView::TensorView(py::handle tensor, const char* function, const char* name
   } else if (py::hasattr(tensor, "data_ptr")) {
     read_attributes(tensor);
   } else {
-    throw BindingError(std::string("_C.") + function + ": " + name + " must be a tensor or None, got " +
-                       Py_TYPE(tensor.ptr())->tp_name);
+    return false;
   }
+  present_ = true;
+  return true;
+}
+
+void TensorView::check(const char* function, const char* name, ElementType type, int ndim) const {
+  if (!present_) return;
   if (on_cuda_ && (type == ElementType::kOther || type == type_) && (ndim == 0 || ndim == ndim_)) return;
   throw BindingError(std::string("_C.") + function + ": " + name + " must be " +
                      (type == ElementType::kOther ? "a" : name_of(type)) + " tensor" +
@@ -153,29 +166,6 @@ std::string TensorView::describe() const {
   std::string text = std::string(name_of(type_)) + " (";
   for (int dim = 0; dim < ndim_; ++dim) text += (dim > 0 ? ", " : "") + std::to_string(shape_[dim]);
   return text + ") on " + (on_cuda_ ? "cuda:" + std::to_string(device_) : "a device that is not CUDA");
-}
-
-bool append_signature(py::handle tensor, bool alignment, std::string& signature) {
-  if (tensor.is_none()) {
-    signature.push_back('\0');
-    return true;
-  }
-  const DLPackExchangeAPI* api = exchange_api(tensor);
-  if (api == nullptr || api->dltensor_from_py_object_no_sync == nullptr) return false;
-  DLTensor dltensor;
-  if (api->dltensor_from_py_object_no_sync(tensor.ptr(), &dltensor) != 0) {
-    PyErr_Clear();
-    return false;
-  }
-  if (dltensor.strides == nullptr) return false;
-  const auto address = reinterpret_cast<std::uintptr_t>(dltensor.data) + dltensor.byte_offset;
-  const std::int32_t head[] = {dltensor.ndim + 1, dltensor.dtype.code << 16 | dltensor.dtype.bits,
-                               static_cast<std::int32_t>(dltensor.device.device_type), dltensor.device.device_id,
-                               alignment ? static_cast<std::int32_t>(address & 15) : 0};
-  signature.append(reinterpret_cast<const char*>(head), sizeof(head));
-  signature.append(reinterpret_cast<const char*>(dltensor.shape), sizeof(std::int64_t) * dltensor.ndim);
-  signature.append(reinterpret_cast<const char*>(dltensor.strides), sizeof(std::int64_t) * dltensor.ndim);
-  return true;
 }
 
 void* current_stream(py::handle tensor, int device) {

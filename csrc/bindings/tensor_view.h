@@ -24,16 +24,25 @@ const char* name_of(ElementType type);
 
 class TensorView {
  public:
-  // Reads `tensor` by the DLPack exchange API of its type, else by its attributes; None gives an absent tensor. Throws
-  // BindingError, naming `function` and `name`, unless it is a CUDA tensor of `type` (kOther: any) and rank `ndim` (0:
-  // any).
+  // Absent.
+  TensorView() {}
+  // Reads `tensor` and checks it.
   TensorView(pybind11::handle tensor, const char* function, const char* name, ElementType type, int ndim);
 
   TensorView(const TensorView&) = delete;
   TensorView& operator=(const TensorView&) = delete;
 
+  // Reads `tensor` by the DLPack exchange API of its type, else by its attributes; None gives an absent tensor. False
+  // when it is no tensor.
+  bool read(pybind11::handle tensor);
+
+  // Throws BindingError, naming `function` and `name`, unless it is absent or a CUDA tensor of `type` (kOther: any) and
+  // rank `ndim` (0: any).
+  void check(const char* function, const char* name, ElementType type, int ndim) const;
+
   bool present() const { return present_; }
-  void* data() const { return data_; }
+  bool on_cuda() const { return on_cuda_; }
+  void* data() const { return present_ ? data_ : nullptr; }
   int ndim() const { return ndim_; }
   ElementType type() const { return type_; }
   int device() const { return device_; }
@@ -43,8 +52,8 @@ class TensorView {
   std::string describe() const;  // "bf16 (2, 128, 8, 64) on cuda:0"
 
   template <class T>
-  T* as() const {
-    return static_cast<T*>(data_);
+  T* as() const {  // null when absent
+    return present_ ? static_cast<T*>(data_) : nullptr;
   }
 
  private:
@@ -54,21 +63,21 @@ class TensorView {
   void read_attributes(pybind11::handle tensor);
 
   bool present_ = false;
-  bool on_cuda_ = false;
-  int ndim_ = 0;
-  int device_ = -1;
-  ElementType type_ = ElementType::kOther;
-  void* data_ = nullptr;
+  // The rest means something once a tensor was read. A call has room for many that are absent: nothing is cleared.
+  bool on_cuda_;
+  int ndim_;
+  int device_;
+  ElementType type_;
+  void* data_;
   // Of the tensor itself when DLPack gave them, else of the arrays below.
-  const std::int64_t* shape_ = nullptr;
-  const std::int64_t* strides_ = nullptr;
+  const std::int64_t* shape_;
+  const std::int64_t* strides_;
   std::int64_t own_shape_[kMaxDims];
   std::int64_t own_strides_[kMaxDims];
 };
 
-// Appends what validation reads of `tensor` (None included): dtype, device, shape, strides, and with `alignment` the
-// address modulo 16. False when its type has no exchange API.
-bool append_signature(pybind11::handle tensor, bool alignment, std::string& signature);
+// The exchange API of a tensor's type, null when it has none.
+const DLPackExchangeAPI* exchange_api(pybind11::handle tensor);
 
 // The stream that torch works on at `device`: by the exchange API of the tensor's type, else from torch.cuda.
 void* current_stream(pybind11::handle tensor, int device);

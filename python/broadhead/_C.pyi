@@ -1,10 +1,11 @@
-"""Types of the compiled module (csrc/bindings/module.cpp). All functions but build_info take positional arguments only.
+"""Types of the compiled module (csrc/bindings/module.cpp).
 
 Tensors are CUDA tensors; numbers are what host/params.h says. `stream` is a raw cudaStream_t, or -1 for the stream that
 torch works on. What does not fit raises broadhead.errors.KernelError, which also carries a kernel library's error text.
 """
 
-from typing import TypedDict
+from collections.abc import Callable
+from typing import Any, TypedDict
 
 from torch import Tensor
 
@@ -20,47 +21,55 @@ class BuildInfo(TypedDict):
     errors: dict[str, str]  # family: why its library did not load
 
 def build_info() -> BuildInfo: ...
-def forward(
-    kernel_id: str,
-    q: Tensor,  # (B, Sq, Hq, D) or (T, Hq, D)
-    k: Tensor,  # (B, Sk, Hkv, D), (Tk, Hkv, D) or (pages, page_size, Hkv, D)
-    v: Tensor,  # as k with Dv
-    out: Tensor,  # as q with Dv; bf16 for 8-bit q
-    softmax_lse: Tensor | None,  # fp32 (B, Hq, Sq) or (Hq, T); None: not wanted
-    # fp32 (num_splits, Hq, rows, Dv), with lse_partial behind it when that is None; what is left at its end: scratch.
-    # Of a decode kernel: the workspace that it lays out itself
-    out_partial: Tensor | None,
-    lse_partial: Tensor | None,  # fp32 (num_splits, Hq, rows)
-    cu_seqlens_q: Tensor | None,  # int32 (B + 1,)
-    cu_seqlens_k: Tensor | None,  # int32 (B + 1,)
-    seqused_q: Tensor | None,  # int32 (B,)
-    seqused_k: Tensor | None,  # int32 (B,)
-    leftpad_k: Tensor | None,  # int32 (B,)
-    kv_batch_idx: Tensor | None,  # int32 (B,)
-    page_table: Tensor | None,  # int32 (B, max_pages)
-    prefix_lens: Tensor | None,  # int32 (B,)
-    sinks: Tensor | None,  # (Hq,) fp32 or the dtype of out
-    scheduler_metadata: Tensor | None,  # int32 (1 + 4 * round_up(B, 4),)
-    qv: Tensor | None,  # as q with Dv
-    q_descale: Tensor | None,  # fp32 (B, Hkv)
-    k_descale: Tensor | None,  # fp32 (B, Hkv)
-    v_descale: Tensor | None,  # fp32 (B, Hkv)
-    seqlen_q: int,
-    seqlen_k: int,
-    window_left: int,
-    window_right: int,
-    attention_chunk: int,
-    softmax_scale: float,
-    softcap: float,
-    num_splits: int,
-    pack_gqa: int,
-    metadata_tag: int,
-    heads_per_section: int,
-    max_blocks: int,
-    cell_blocks: int,
-    stream: int,
-    /,
-) -> None: ...
+
+# A torch function that makes a tensor, its arguments and its keywords; without arguments it is given q.
+Allocation = tuple[Callable[..., Tensor], tuple[Any, ...] | None, dict[str, Any] | None]
+# The fields of broadhead.problem.AttentionArgs: q, k, v, qv, out, ...
+Call = tuple[Any, ...]
+
+class Launch:
+    """What all calls of a kind have in common; the first one (run_new) packs the rest of its argument block."""
+
+    def __init__(
+        self,
+        *,
+        kernel_id: str,
+        device: int,
+        out: Allocation,  # as q with Dv; bf16 for 8-bit q. For calls that pass none
+        lse: Allocation,  # fp32 (B, Hq, Sq) or (Hq, T). For calls that want one
+        # fp32 (num_splits, Hq, rows, Dv), then (num_splits, Hq, rows); what is left at its end: scratch. Of a decode
+        # kernel: the workspace that it lays out itself
+        scratch_size: int,
+        identity: tuple[Any, ...],  # what scheduler metadata must have been made for: arguments of check_identity
+        dispatch: tuple[str, str | None, str],  # what last_dispatch() returns
+        seqlen_q: int,
+        seqlen_k: int,
+        window_left: int,
+        window_right: int,
+        attention_chunk: int,
+        softmax_scale: float,
+        softcap: float,
+        num_splits: int,
+        pack_gqa: int,
+        metadata_tag: int,
+        heads_per_section: int,
+        max_blocks: int,
+        cell_blocks: int,
+    ) -> None: ...
+
+def connect(
+    *,
+    records: dict[int, Any],  # address of metadata -> what it was made for
+    # (function, metadata, *identity) -> the record that it compared, or None; raises to refuse
+    check_identity: Callable[..., Any],
+    exchange_device: Callable[[int], int],  # makes a device the current one -> the one before
+    restore_device: Callable[[int], int],  # likewise, but makes no context on a device that has none
+    is_grad_enabled: Callable[[], bool],
+    state: Any,  # its `last` becomes the dispatch of a call that runs
+) -> None: ...  # before any call is run
+def run_known(function: str, need_lse: bool, call: Call, /) -> tuple[Tensor, Tensor | None] | None: ...
+def run_new(launch: Launch, function: str, need_lse: bool, call: Call, /) -> tuple[Tensor, Tensor | None]: ...
+def forget_calls() -> None: ...
 def signature(*tensors: Tensor | None) -> bytes | None: ...  # the first five also by alignment
 def scheduler_metadata(
     metadata: Tensor,  # int32 (1 + 4 * round_up(batch, 4),)

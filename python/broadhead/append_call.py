@@ -14,9 +14,10 @@ from .append_launch import Append, kernel_obstacle, launch_append, run_append
 from .device import describe
 from .errors import InvalidArgumentError, InvalidTypeError, UnsupportedError
 from .fallback_notice import is_strict, warn_fallback
-from .forward import KnownCall, check_only, runs_as_operator, signature_of
+from .forward import check_only, runs_as_operator
 from .masking import normalize_window
 from .problem import AttentionArgs, needs_gradients
+from .signature import signature_of
 
 
 class NewKeys(NamedTuple):
@@ -31,15 +32,8 @@ class NewKeys(NamedTuple):
     rotary_interleaved: Any
 
 
-class KnownAppend(NamedTuple):
-    """What repeats of a call that was validated and that the kernels take."""
-
-    causal_or_local: bool
-    attention: KnownCall
-
-
-#: By everything that validation looked at.
-_known: dict[tuple[Any, ...], KnownAppend] = {}
+#: causal_or_local of calls that were validated and that the kernels take, by everything that validation looked at.
+_known: dict[tuple[Any, ...], bool] = {}
 _MAX_KNOWN = 8192
 
 # The first five are those that attention takes aligned alone.
@@ -56,29 +50,28 @@ def clear_known() -> None:
     _known.clear()
 
 
-def append_new_keys(function: str, args: AttentionArgs, new: NewKeys) -> tuple[Any, Any, KnownCall | None]:
-    """Write the new keys into the cache ``args.k``, ``args.v`` and rotate q.
+def append_new_keys(function: str, args: AttentionArgs, new: NewKeys) -> tuple[Any, Any]:
+    """Write the new keys into the cache ``args.k``, ``args.v`` and rotate q: ``(q, lengths after the append)``.
 
-    Nothing is written unless the attention of ``args`` that follows is accepted too. Returns q, the lengths after the
-    append, and what run_forward takes to find its launch without looking at the tensors again.
+    Nothing is written unless the attention of ``args`` that follows is accepted too.
     """
     if runs_as_operator(args.q):
-        return *_append_by_operator(function, args, new), None
+        return _append_by_operator(function, args, new)
     if type(args.window_size) is list:
         args = args._replace(window_size=tuple(args.window_size))
     key: tuple[Any, ...] | None = None
-    known: KnownAppend | None = None
+    causal_or_local: bool | None = None
     try:
         if args.q.is_cuda and not needs_gradients(args.q, args.k, args.v, new.k, new.v, args.sinks, args.qv):
             signature = signature_of(*_tensors_of(args), *new[:6])
             if signature is not None:
                 key = (signature, _flags_of(args), new.rotary_interleaved)
-                known = _known.get(key)
+                causal_or_local = _known.get(key)
     except (AttributeError, TypeError):
         key = None  # not tensors, or unhashable values: validation names them
-    if known is not None:
-        q, lengths = launch_append(_describe(args, new, known.causal_or_local))
-        return args.q if q is None else q, lengths, known.attention
+    if causal_or_local is not None:
+        q, lengths = launch_append(_describe(args, new, causal_or_local))
+        return args.q if q is None else q, lengths
 
     attention_on_kernel = _validate(function, args, new)
     call = _describe(args, new, _causal_or_local(function, args))
@@ -88,9 +81,9 @@ def append_new_keys(function: str, args: AttentionArgs, new: NewKeys) -> tuple[A
     if attention_on_kernel and obstacle is None and key is not None:
         if len(_known) >= _MAX_KNOWN:
             _known.clear()
-        known = _known[key] = KnownAppend(call.causal_or_local, KnownCall())
+        _known[key] = call.causal_or_local
     q, lengths = run_append(call, args.backend)
-    return args.q if q is None else q, lengths, None if known is None else known.attention
+    return args.q if q is None else q, lengths
 
 
 def _append_by_operator(function: str, args: AttentionArgs, new: NewKeys) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""Runs one forward call: finds its launch by shape, or validates and decides, then the kernel or the torch fallback."""
+"""Runs one forward call: as one like it ran before, or validates and decides, then the kernel or the torch fallback."""
 
 from __future__ import annotations
 
@@ -8,59 +8,27 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import native, reference
+from . import reference
 from . import validation as check
-from .cuda_backend import Launch, launch_forward, make_launch
+from .cuda_backend import find_run_known, make_launch, run_new
 from .device import DeviceDescription, describe
 from .dispatch import Plan, refusal_text, resolve
 from .errors import UnsupportedError
 from .fallback_notice import is_strict, state, warn_fallback
 from .metadata import check_buffer, check_identity
-from .problem import AttentionArgs, AttentionProblem, CheckedCall, check_forward, out_dtype, tensor_signature
+from .problem import AttentionArgs, AttentionProblem, CheckedCall, check_forward, out_dtype
 
-#: Launches of calls that were validated, by everything that validation and dispatch looked at.
-_launches: dict[tuple[Any, ...], Launch] = {}
-_MAX_LAUNCHES = 8192
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
-is_grad_enabled = torch.is_grad_enabled
+
+def _find_run_known(*call: Any) -> Any:
+    """Bound on first use: _C.run_known."""
+    global _run_known
+    _run_known = find_run_known()
+    return _run_known(*call)
 
 
-def _signature_in_python(*tensors: Any) -> tuple[Any, ...] | None:
-    """As _C.signature, for torch versions without the DLPack exchange API: the first five also by alignment."""
-    return tuple(
-        None if t is None else (*tensor_signature(t), t.data_ptr() & 15 if i < 5 else 0) for i, t in enumerate(tensors)
-    )
-
-
-def _find_signature(*tensors: Any) -> Any:
-    """Bound on first use: the compiled signature where it works on these tensors, else the Python one."""
-    global _signature
-    compiled = getattr(native.extension(), "signature", None)
-    _signature = compiled if compiled is not None and compiled(*tensors) is not None else _signature_in_python
-    return _signature(*tensors)
-
-
-_signature: Any = _find_signature
-
-
-class KnownCall:
-    """A call that its caller finds by a key of its own: run_forward leaves its Launch here for the next time."""
-
-    __slots__ = ("launch",)
-
-    def __init__(self) -> None:
-        self.launch: Launch | None = None
-
-
-def signature_of(*tensors: Any) -> Any:
-    """What validation reads of tensors, as a part of a key: the first five also by alignment. None: it can not be."""
-    return _signature(*tensors)
-
-
-def clear_launches() -> None:
-    """Forget every decision; for tests that change the device or the build."""
-    _launches.clear()
+_run_known: Any = _find_run_known
 
 
 def runs_as_operator(tensor: Any) -> bool:
@@ -68,103 +36,25 @@ def runs_as_operator(tensor: Any) -> bool:
     return is_compiling() or (type(tensor) not in _PLAIN_TENSORS and isinstance(tensor, Tensor))
 
 
-def run_forward(
-    function: str,
-    q: Any,
-    k: Any,
-    v: Any,
-    qv: Any = None,
-    out: Any = None,
-    cu_seqlens_q: Any = None,
-    cu_seqlens_k: Any = None,
-    seqused_q: Any = None,
-    seqused_k: Any = None,
-    max_seqlen_q: Any = None,
-    max_seqlen_k: Any = None,
-    page_table: Any = None,
-    kv_batch_idx: Any = None,
-    leftpad_k: Any = None,
-    q_descale: Any = None,
-    k_descale: Any = None,
-    v_descale: Any = None,
-    softmax_scale: Any = None,
-    causal: Any = False,
-    window_size: Any = (-1, -1),
-    attention_chunk: Any = 0,
-    softcap: Any = 0.0,
-    scheduler_metadata: Any = None,
-    num_splits: Any = 0,
-    pack_gqa: Any = None,
-    sm_margin: Any = 0,
-    sinks: Any = None,
-    prefix_lens: Any = None,
-    backend: Any = None,
-    tokens_per_split: Any = 0,
-    need_lse: bool = True,
-    known: KnownCall | None = None,
-) -> tuple[Tensor, Any]:
-    """``(out, softmax_lse)`` of a call under canonical names; ``function`` names the public function in errors.
+def run_forward(function: str, call: tuple[Any, ...], need_lse: bool = True) -> tuple[Tensor, Any]:
+    """``(out, softmax_lse)`` of a call; ``function`` names the public function in errors.
 
-    Without ``need_lse`` softmax_lse may be None: a kernel then neither allocates nor writes it. ``known`` belongs to
-    calls that agree in everything that a Launch depends on.
+    ``call`` holds the fields of AttentionArgs in their order. Public functions build it as a plain tuple of 30: a call
+    with more arguments than that, or a longer tuple, Python collects in a list first, which takes 0.3 us.
+    Without ``need_lse`` softmax_lse may be None: a kernel then neither allocates nor writes it.
     """
-    if runs_as_operator(q):
+    if runs_as_operator(call[0]):
         from . import ops
 
-        return ops.call_forward(
-            function, q, k, v, qv, out, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k,
-            page_table, kv_batch_idx, leftpad_k, q_descale, k_descale, v_descale, softmax_scale, causal, window_size,
-            attention_chunk, softcap, scheduler_metadata, num_splits, pack_gqa, sm_margin, sinks, prefix_lens, backend,
-            tokens_per_split,
-        )  # fmt: skip
-    if page_table is not None and cu_seqlens_k is not None:
-        seqused_k, cu_seqlens_k = _lengths_of_paged(function, q, cu_seqlens_k, seqused_k), None
-    if type(window_size) is list:
-        window_size = tuple(window_size)
-
-    key: tuple[Any, ...] | None = None
-    launch = None if known is None else known.launch
-    try:
-        if (
-            launch is None
-            and q.is_cuda
-            and not (
-                is_grad_enabled()
-                and (
-                    q.requires_grad
-                    or k.requires_grad
-                    or v.requires_grad
-                    or (sinks is not None and sinks.requires_grad)
-                    or (qv is not None and qv.requires_grad)
-                )
-            )
-        ):
-            signature = _signature(
-                q, k, v, out, qv, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table, kv_batch_idx, leftpad_k,
-                sinks, prefix_lens, scheduler_metadata, q_descale, k_descale, v_descale,
-            )  # fmt: skip
-            if signature is not None:
-                key = (
-                    signature, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size, attention_chunk, softcap,
-                    num_splits, pack_gqa, sm_margin, backend, tokens_per_split,
-                )  # fmt: skip
-                launch = _launches.get(key)
-    except (AttributeError, TypeError):
-        key = None  # not tensors, or unhashable values: validation names them
-    if launch is not None:
-        if known is not None:
-            known.launch = launch
-        state.last = launch.dispatch
-        return launch_forward(
-            function, launch, q, k, v, out, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k, kv_batch_idx,
-            page_table, prefix_lens, sinks, scheduler_metadata, qv, q_descale, k_descale, v_descale, need_lse,
-        )  # fmt: skip
-    args = AttentionArgs(
-        q, k, v, qv, out, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k, page_table,
-        kv_batch_idx, leftpad_k, q_descale, k_descale, v_descale, softmax_scale, causal, window_size, attention_chunk,
-        softcap, scheduler_metadata, num_splits, pack_gqa, sm_margin, sinks, prefix_lens, backend, tokens_per_split,
-    )  # fmt: skip
-    return _decide_and_run(function, args, key, need_lse)
+        return ops.call_forward(function, AttentionArgs._make(call))
+    result = _run_known(function, need_lse, call)
+    if result is not None:
+        return result
+    args = AttentionArgs._make(call)
+    if args.page_table is not None and args.cu_seqlens_k is not None:
+        lengths = _lengths_of_paged(function, args.q, args.cu_seqlens_k, args.seqused_k)
+        return run_forward(function, args._replace(seqused_k=lengths, cu_seqlens_k=None), need_lse)
+    return _decide_and_run(function, args, need_lse)
 
 
 def _lengths_of_paged(function: str, q: Any, cu_seqlens_k: Any, seqused_k: Any) -> Any:
@@ -218,9 +108,7 @@ def _cuda_refusal(function: str, problem: AttentionProblem, device: DeviceDescri
     return refusal_text(function, problem, device, plan)
 
 
-def _decide_and_run(
-    function: str, args: AttentionArgs, key: tuple[Any, ...] | None, need_lse: bool
-) -> tuple[Tensor, Any]:
+def _decide_and_run(function: str, args: AttentionArgs, need_lse: bool) -> tuple[Tensor, Any]:
     backend = check.check_backend(function, args.backend)
     call = check_forward(function, args)
     problem = call.problem
@@ -239,17 +127,7 @@ def _decide_and_run(
         assert plan.row is not None
         state.last = ("cuda", plan.row.id, "no query: nothing was launched")
         return _empty_result(args, call)
-    launch = make_launch(args, call, plan)
-    if key is not None:
-        if len(_launches) >= _MAX_LAUNCHES:
-            _launches.clear()
-        _launches[key] = launch
-    state.last = launch.dispatch
-    return launch_forward(
-        function, launch, args.q, args.k, args.v, args.out, args.cu_seqlens_q, args.cu_seqlens_k, args.seqused_q,
-        args.seqused_k, args.leftpad_k, args.kv_batch_idx, args.page_table, args.prefix_lens, args.sinks,
-        args.scheduler_metadata, args.qv, args.q_descale, args.k_descale, args.v_descale, need_lse,
-    )  # fmt: skip
+    return run_new(make_launch(args, call, plan), function, need_lse, args)
 
 
 def _empty_result(args: AttentionArgs, call: CheckedCall) -> tuple[Tensor, Tensor]:

@@ -81,11 +81,12 @@ def flash_attn_func(
     if q_v is not None:
         qv = check.pick_synonym("flash_attn_func", "qv", qv, "q_v", q_v)  # type: ignore[assignment]
     need_lse = return_attn_probs or return_softmax_lse
-    result = run_forward(
-        "flash_attn_func", q, k, v, qv, out, None, None, None, None, None, None, None, None, None, q_descale, k_descale,
-        v_descale, softmax_scale, causal, window_size, attention_chunk, softcap, None, num_splits, pack_gqa, sm_margin,
-        sinks, prefix_lens, backend, 0, need_lse,
+    call = (
+        q, k, v, qv, out, None, None, None, None, None, None, None, None, None, q_descale, k_descale, v_descale,
+        softmax_scale, causal, window_size, attention_chunk, softcap, None, num_splits, pack_gqa, sm_margin, sinks,
+        prefix_lens, backend, 0,
     )  # fmt: skip
+    result = run_forward("flash_attn_func", call, need_lse)
     return result if need_lse else result[0]
 
 
@@ -166,12 +167,12 @@ def flash_attn_varlen_func(
             " with k and v of shape (batch, seqlen_k, heads_kv, head_dim)"
         )
     need_lse = return_attn_probs or return_softmax_lse
-    result = run_forward(
-        function, q, k, v, qv, out, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k,
-        page_table, None, None, q_descale, k_descale, v_descale, softmax_scale, causal, window_size, attention_chunk,
-        softcap, scheduler_metadata, num_splits, pack_gqa, sm_margin, sinks, prefix_lens, backend, tokens_per_split,
-        need_lse,
+    call = (
+        q, k, v, qv, out, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k, page_table,
+        None, None, q_descale, k_descale, v_descale, softmax_scale, causal, window_size, attention_chunk, softcap,
+        scheduler_metadata, num_splits, pack_gqa, sm_margin, sinks, prefix_lens, backend, tokens_per_split,
     )  # fmt: skip
+    result = run_forward(function, call, need_lse)
     return result if need_lse else result[0]
 
 
@@ -251,9 +252,8 @@ def mha_fwd(
         qv = check.pick_synonym(function, "qv", qv, "q_v", q_v)  # type: ignore[assignment]
     if window_size is None:
         window_size = (window_size_left, window_size_right)
-    known = None
     if k_new is not None or v_new is not None or rotary_cos is not None or rotary_sin is not None:
-        q, seqused_k, known = append_new_keys(
+        q, seqused_k = append_new_keys(
             function,
             AttentionArgs(
                 q, k, v, qv, out, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k,
@@ -263,9 +263,9 @@ def mha_fwd(
             ),
             NewKeys(k_new, v_new, cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved),
         )  # fmt: skip
-    return run_forward(
-        function, q, k, v, qv, out, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k,
-        page_table, kv_batch_idx, leftpad_k, q_descale, k_descale, v_descale, softmax_scale, causal, window_size,
-        attention_chunk, softcap, scheduler_metadata, num_splits, pack_gqa, sm_margin, sinks, prefix_lens, backend,
-        tokens_per_split, known=known,
+    call = (
+        q, k, v, qv, out, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k, page_table,
+        kv_batch_idx, leftpad_k, q_descale, k_descale, v_descale, softmax_scale, causal, window_size, attention_chunk,
+        softcap, scheduler_metadata, num_splits, pack_gqa, sm_margin, sinks, prefix_lens, backend, tokens_per_split,
     )  # fmt: skip
+    return run_forward(function, call)

@@ -102,9 +102,8 @@ def flash_attn_with_kvcache(
         qv = check.pick_synonym("flash_attn_with_kvcache", "qv", qv, "q_v", q_v)  # type: ignore[assignment]
     if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
         cache_seqlens = _lengths_tensor("flash_attn_with_kvcache", q, cu_seqlens_q, cache_seqlens)
-    known = None
     if k is not None or v is not None or rotary_cos is not None or rotary_sin is not None:
-        q, cache_seqlens, known = append_new_keys(
+        q, cache_seqlens = append_new_keys(
             "flash_attn_with_kvcache",
             AttentionArgs(
                 q, k_cache, v_cache, qv, out, cu_seqlens_q, None, None, cache_seqlens, max_seqlen_q, None, page_table,
@@ -115,12 +114,13 @@ def flash_attn_with_kvcache(
             NewKeys(k, v, cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved),
         )  # fmt: skip
     need_lse = return_softmax_lse or return_attn_probs
-    result = run_forward(
-        "flash_attn_with_kvcache", q, k_cache, v_cache, qv, out, cu_seqlens_q, None, None, cache_seqlens, max_seqlen_q,
-        None, page_table, cache_batch_idx, cache_leftpad, q_descale, k_descale, v_descale, softmax_scale, causal,
-        window_size, attention_chunk, softcap, scheduler_metadata, num_splits, pack_gqa, sm_margin, sinks, prefix_lens,
-        backend, tokens_per_split, need_lse, known,
+    call = (
+        q, k_cache, v_cache, qv, out, cu_seqlens_q, None, None, cache_seqlens, max_seqlen_q, None, page_table,
+        cache_batch_idx, cache_leftpad, q_descale, k_descale, v_descale, softmax_scale, causal, window_size,
+        attention_chunk, softcap, scheduler_metadata, num_splits, pack_gqa, sm_margin, sinks, prefix_lens, backend,
+        tokens_per_split,
     )  # fmt: skip
+    result = run_forward("flash_attn_with_kvcache", call, need_lse)
     return result if need_lse else result[0]
 
 

@@ -12,9 +12,10 @@ from .combine import check_floating, check_out, merge_parts
 from .device import common_kernel_obstacle
 from .errors import InvalidArgumentError, InvalidTypeError
 from .fallback_notice import Dispatch, state
-from .forward import runs_as_operator, signature_of
+from .forward import runs_as_operator
 from .metadata import CURRENT_STREAM
 from .problem import needs_gradients
+from .signature import signature_of
 from .validation import INT32_MAX, check_shape
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

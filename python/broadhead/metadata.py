@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -41,7 +41,8 @@ class _Filled(NamedTuple):
     guessed_kv: bool
 
 
-_filled: dict[int, _Filled] = {}
+#: By address.
+filled: dict[int, _Filled] = {}
 _MAX_FILLED = 1024
 
 
@@ -136,14 +137,14 @@ def _version(tensor: Tensor) -> int | None:
 
 
 def _remember(metadata: Tensor, request: MetadataRequest, plan: Plan) -> None:
-    if len(_filled) >= _MAX_FILLED:
-        for pointer in [pointer for pointer, entry in list(_filled.items()) if entry.buffer() is None]:
-            _filled.pop(pointer, None)
-        if len(_filled) >= _MAX_FILLED:
-            _filled.clear()
+    if len(filled) >= _MAX_FILLED:
+        for pointer in [pointer for pointer, entry in list(filled.items()) if entry.buffer() is None]:
+            filled.pop(pointer, None)
+        if len(filled) >= _MAX_FILLED:
+            filled.clear()
     # A view dies before the buffer it was taken from: remember the buffer.
     owner = metadata if metadata._base is None else metadata._base
-    _filled[metadata.data_ptr()] = _Filled(
+    filled[metadata.data_ptr()] = _Filled(
         weakref.ref(owner),
         _version(owner),
         plan.metadata_config,
@@ -157,18 +158,20 @@ def _remember(metadata: Tensor, request: MetadataRequest, plan: Plan) -> None:
 
 def check_identity(
     function: str, metadata: Tensor, config: MetadataConfig, page_size: int, seqlen_k: int, num_splits: int
-) -> None:
+) -> _Filled | None:
     """Refuse metadata that this process made for another call. Other buffers pass: the device checks their tags.
+
+    Returns the record that says so; while it is the one that ``filled`` holds for the address, the buffer passes again.
 
     Raises:
         InvalidArgumentError: naming the first field that differs.
     """
-    entry = _filled.get(metadata.data_ptr())
+    entry = filled.get(metadata.data_ptr())
     if entry is None:
-        return
+        return None
     owner = entry.buffer()
     if owner is None or (metadata is not owner and metadata._base is not owner) or _version(owner) != entry.version:
-        return  # freed, or overwritten since
+        return None  # freed, or overwritten since
     made_for = entry.config
     mixed = config.qkv_dtype != config.kv_dtype
     if entry.guessed_kv and mixed and made_for.qkv_dtype in (config.qkv_dtype, config.kv_dtype):
@@ -190,9 +193,10 @@ def check_identity(
         _refuse(function, "page_table.size(1) * page_size", entry.seqlen_k, seqlen_k)
     if num_splits > entry.num_splits > 0:
         _refuse(function, "num_splits", entry.num_splits, num_splits)
+    return entry
 
 
-def _refuse(function: str, name: str, made: object, called: object) -> None:
+def _refuse(function: str, name: str, made: object, called: object) -> NoReturn:
     raise InvalidArgumentError(
         f"{function}: scheduler_metadata was made for {name}={made!r}, but this call has {name}={called!r};"
         " call get_scheduler_metadata with the arguments of this call"

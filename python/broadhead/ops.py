@@ -90,7 +90,7 @@ def _fake_outputs(args: AttentionArgs) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("broadhead::mha_fwd", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)")
 def mha_fwd(*inputs: Any) -> tuple[Tensor, Tensor]:
     function, args = _arguments(*inputs)
-    out, lse = run_forward(function, *args)
+    out, lse = run_forward(function, args)
     return _canonical(out), _canonical(lse)
 
 
@@ -154,7 +154,7 @@ mha_fwd.register_autograd(_differentiate, setup_context=_save_inputs)
 )
 def mha_fwd_out(*inputs_and_out: Any) -> Tensor:
     function, args = _arguments(*inputs_and_out[:-1])
-    return _canonical(run_forward(function, *args._replace(out=inputs_and_out[-1]))[1])
+    return _canonical(run_forward(function, args._replace(out=inputs_and_out[-1]))[1])
 
 
 @mha_fwd_out.register_fake
@@ -162,9 +162,8 @@ def _(*inputs_and_out: Any) -> Tensor:
     return _fake_outputs(_arguments(*inputs_and_out[:-1])[1])[1]
 
 
-def call_forward(function: str, *values: Any) -> tuple[Tensor, Tensor]:
+def call_forward(function: str, args: AttentionArgs) -> tuple[Tensor, Tensor]:
     """run_forward through the operators; traceable, so it validates only what a schema needs."""
-    args = AttentionArgs(*values)
     cu_seqlens_k, seqused_k = args.cu_seqlens_k, args.seqused_k
     if args.page_table is not None and cu_seqlens_k is not None:
         seqused_k = cu_seqlens_k[1:] - cu_seqlens_k[:-1] if seqused_k is None else seqused_k

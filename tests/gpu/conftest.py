@@ -11,7 +11,7 @@ from broadhead import dispatch as dispatch_module
 from broadhead import metadata as metadata_module
 from broadhead import support
 from broadhead.append_call import clear_known
-from broadhead.forward import clear_launches
+from broadhead.cuda_backend import forget_calls
 from calls import Built, Call, build
 from checks import check_call
 from gpu_calls import expected_phase
@@ -48,7 +48,7 @@ def only_row(
 
     def forget() -> None:
         dispatch_module._plans.clear()
-        clear_launches()
+        forget_calls()
         clear_known()
         metadata_module._prepared.clear()
 

@@ -37,6 +37,7 @@ class AttributeTensor:
                 step *= size
         self.shape, self.dtype, self.is_cuda, self.device = tuple(shape), dtype, is_cuda, _Device(device)
         self._pointer, self._strides = pointer, tuple(strides)
+        self.requires_grad = False
         self.c_shape = (ctypes.c_int64 * len(shape))(*shape)
         self.c_strides = (ctypes.c_int64 * len(shape))(*strides)
 
@@ -45,6 +46,11 @@ class AttributeTensor:
 
     def stride(self) -> tuple[int, ...]:
         return self._strides
+
+    def new_empty(self, size: int, dtype: str) -> AttributeTensor:
+        assert dtype == "torch.float32"
+        scratch_sizes.append(size)
+        return AttributeTensor(SCRATCH, (size,), dtype)
 
 
 DTYPES = {
@@ -55,6 +61,10 @@ DTYPES = {
     "torch.float8_e4m3fn": (10, 8),
 }
 CURRENT_STREAM = 0x5EED
+SCRATCH = 6 << 12  # the address of what a call allocates for itself
+OUT_OF_MEMORY = 9999  # a size that the exchange API refuses
+scratch_sizes: list[int] = []
+freed: list[int] = []  # of those allocated through the exchange API
 
 
 @ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.POINTER(_DLTensor))
@@ -76,6 +86,40 @@ def _stream(device_type, device_id, out) -> int:
     return 0
 
 
+class _Managed(ctypes.Structure):
+    _fields_ = [
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        ("context", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+        ("flags", ctypes.c_uint64),
+        ("tensor", _DLTensor),
+    ]
+
+
+@ctypes.PYFUNCTYPE(None, ctypes.c_void_p)
+def _free(managed) -> None:
+    freed.append(scratch_sizes[-1])
+
+
+@ctypes.PYFUNCTYPE(
+    ctypes.c_int, ctypes.POINTER(_DLTensor), ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p, ctypes.c_void_p
+)
+def _allocate(like, out, context, set_error) -> int:
+    wanted = like[0]
+    if wanted.shape[0] == OUT_OF_MEMORY:
+        return -1
+    assert (wanted.device_type, wanted.ndim, wanted.code, wanted.bits, wanted.lanes) == (2, 1, 2, 32, 1)
+    scratch_sizes.append(wanted.shape[0])
+    _managed.deleter = ctypes.cast(_free, ctypes.c_void_p)
+    _managed.tensor.data, _managed.tensor.byte_offset = SCRATCH - 8, 8
+    out[0] = ctypes.addressof(_managed)
+    return 0
+
+
+_managed = _Managed()
+
+
 class _ExchangeAPI(ctypes.Structure):
     _fields_ = [
         ("major", ctypes.c_uint32),
@@ -90,7 +134,14 @@ class _ExchangeAPI(ctypes.Structure):
 
 
 _api = _ExchangeAPI(
-    1, 3, None, None, None, None, ctypes.cast(_read, ctypes.c_void_p), ctypes.cast(_stream, ctypes.c_void_p)
+    1,
+    3,
+    None,
+    ctypes.cast(_allocate, ctypes.c_void_p),
+    None,
+    None,
+    ctypes.cast(_read, ctypes.c_void_p),
+    ctypes.cast(_stream, ctypes.c_void_p),
 )
 _new_capsule = ctypes.pythonapi.PyCapsule_New
 _CAPSULE_NAME = b"dlpack_exchange_api"  # a capsule keeps the pointer

@@ -1,0 +1,126 @@
+// A forward call as Python hands it over, and the Launch by which all calls of its kind run.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
+
+#include "bindings/kernel_library.h"
+#include "bindings/tensor_view.h"
+#include "host/params.h"
+
+namespace broadhead {
+
+// The arguments of a call, in the order of AttentionArgs (python/broadhead/problem.py).
+enum Argument {
+  kQ,
+  kK,
+  kV,
+  kQv,
+  kOut,
+  kCuSeqlensQ,
+  kCuSeqlensK,
+  kSeqUsedQ,
+  kSeqUsedK,
+  kMaxSeqlenQ,
+  kMaxSeqlenK,
+  kPageTable,
+  kKvBatchIdx,
+  kLeftpadK,
+  kQDescale,
+  kKDescale,
+  kVDescale,
+  kSoftmaxScale,
+  kCausal,
+  kWindowSize,
+  kAttentionChunk,
+  kSoftcap,
+  kSchedulerMetadata,
+  kNumSplits,
+  kPackGqa,
+  kSmMargin,
+  kSinks,
+  kPrefixLens,
+  kBackend,
+  kTokensPerSplit,
+  kArgumentCount
+};
+
+constexpr bool is_tensor(int argument) {
+  constexpr std::uint32_t kValues = 1u << kMaxSeqlenQ | 1u << kMaxSeqlenK | 1u << kSoftmaxScale | 1u << kCausal |
+                                    1u << kWindowSize | 1u << kAttentionChunk | 1u << kSoftcap | 1u << kNumSplits |
+                                    1u << kPackGqa | 1u << kSmMargin | 1u << kBackend | 1u << kTokensPerSplit;
+  return (kValues >> argument & 1) == 0;
+}
+
+const char* name_of(Argument argument);
+
+// One call: its arguments, and those that are tensors as they were read.
+struct ForwardCall {
+  // Of a tuple with an item for each Argument.
+  explicit ForwardCall(pybind11::handle tuple);
+
+  // Reads the tensors; throws when an argument is neither a tensor nor None, or q is None.
+  void read();
+
+  // Whether autograd is on and asks for a gradient: no kernel has one.
+  bool wants_gradient() const;
+
+  PyObject* const* arguments;
+  TensorView tensors[kArgumentCount];
+};
+
+// A torch function that makes a tensor. Without arguments of its own it is given q.
+class Allocation {
+ public:
+  explicit Allocation(const pybind11::tuple& function_arguments_keywords);
+
+  pybind11::object make(pybind11::handle q) const;
+
+ private:
+  pybind11::object function_;
+  pybind11::object arguments_;  // a tuple, or None
+  pybind11::object keywords_;   // a dict, or None
+};
+
+// What all calls of a kind have in common. The first one packs the argument block, the others only set its addresses.
+struct Launch {
+  const Kernel& kernel;
+  pybind11::int_ device;
+  Allocation out;
+  Allocation lse;
+  std::int64_t scratch_size;  // fp32 behind AttnParams::out_partial; 0: none
+  pybind11::tuple identity;   // what scheduler metadata must have been made for: arguments of check_identity
+  pybind11::object dispatch;  // what last_dispatch() returns
+  AttnParams params;          // without addresses
+
+  pybind11::object accepted_record;  // of the metadata that was checked last
+};
+
+// fp32 elements of out_partial and, behind it, lse_partial.
+inline std::int64_t partials_size(const AttnParams& params, const Kernel& kernel) {
+  if (params.num_splits <= 1 || kernel.is_decode) return 0;
+  return params.num_splits * params.num_heads_q * params.total_q * (params.head_dim_v + 1);
+}
+
+// Checks the tensors of a call and fills in what follows from them but addresses.
+void pack_forward(const ForwardCall& call, const Kernel& kernel, std::int64_t scratch_size, AttnParams& params);
+
+// What a call needs of Python, handed over by python/broadhead/cuda_backend.py.
+struct Hooks {
+  pybind11::dict records;            // address of metadata -> what it was made for
+  pybind11::object check_identity;  // (function, metadata, *Launch::identity) -> the record that it compared, or None
+  pybind11::object exchange_device;  // makes a device the current one -> the one before
+  pybind11::object restore_device;  // likewise, but makes no context on a device that has none
+  pybind11::object is_grad_enabled;
+  pybind11::object state;  // its `last` is what last_dispatch() returns
+};
+
+void connect(const Hooks& hooks);
+
+// Runs a call that was read: allocates what the kernel writes, and launches it: (out, softmax_lse or None). `is_first`:
+// the launch is not packed yet.
+pybind11::object run(Launch& launch, ForwardCall& call, pybind11::handle function, bool need_lse, bool is_first);
+
+}  // namespace broadhead

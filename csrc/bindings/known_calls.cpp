@@ -1,0 +1,115 @@
+// Finds the Launch of a call that is like one that was validated and decided before, and runs the call by it.
+#include <cstring>
+#include <unordered_map>
+#include <vector>
+
+#include "bindings/argument_reader.h"
+#include "bindings/call_key.h"
+#include "bindings/forward_call.h"
+#include "bindings/functions.h"
+
+namespace py = pybind11;
+
+namespace broadhead {
+namespace {
+
+constexpr int kAlignedArguments = kOut + 1;  // q, k, v, qv and out: kernels move 16 bytes of them at a time
+constexpr std::size_t kMaxKnown = 8192;
+
+struct KnownCall {
+  std::vector<std::uint64_t> words;  // its key
+  py::object launch;
+  Launch* target;                  // of `launch`
+  std::vector<py::object> types;  // of numbers in the key
+};
+
+// By the hash of the key. The GIL guards it.
+std::unordered_multimap<std::uint64_t, KnownCall>& known_calls() {
+  static auto* known = new std::unordered_multimap<std::uint64_t, KnownCall>();
+  return *known;
+}
+
+const KnownCall* find(const CallKey& key) {
+  const auto [begin, end] = known_calls().equal_range(key.hash());
+  for (auto entry = begin; entry != end; ++entry) {
+    const std::vector<std::uint64_t>& words = entry->second.words;
+    if (words.size() == static_cast<std::size_t>(key.size()) &&
+        std::memcmp(words.data(), key.words(), sizeof(std::uint64_t) * words.size()) == 0) {
+      return &entry->second;
+    }
+  }
+  return nullptr;
+}
+
+bool add_call(const ForwardCall& call, CallKey& key) {
+  for (int argument = 0; argument < kArgumentCount; ++argument) {
+    const bool added = is_tensor(argument) ? key.add_tensor(call.tensors[argument], argument < kAlignedArguments)
+                                           : key.add_value(call.arguments[argument]);
+    if (!added) return false;
+  }
+  return true;
+}
+
+void remember(const CallKey& key, py::object launch) {
+  if (find(key) != nullptr) return;  // another thread decided it meanwhile
+  if (known_calls().size() >= kMaxKnown) forget_calls();
+  KnownCall call{{key.words(), key.words() + key.size()}, launch, py::cast<Launch*>(launch), {}};
+  for (int i = 0; i < key.type_count(); ++i) {
+    call.types.push_back(py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(key.types()[i])));
+  }
+  known_calls().emplace(key.hash(), std::move(call));
+}
+
+}  // namespace
+
+py::object run_known(ArgumentReader& reader) {
+  const py::handle function = reader.object();
+  const bool need_lse = reader.truth();
+  ForwardCall call(reader.object());
+  CallKey key;
+  try {
+    call.read();
+  } catch (const std::exception&) {  // Python's among them. Whoever validates the call finds better words
+    return py::none();
+  }
+  if (!call.tensors[kQ].on_cuda() || !add_call(call, key)) return py::none();
+  const KnownCall* known = find(key);
+  if (known == nullptr || call.wants_gradient()) return py::none();
+  const py::object keep = known->launch;  // Python code that runs meanwhile may forget the call
+  return run(*known->target, call, function, need_lse, false);
+}
+
+py::object run_new(ArgumentReader& reader) {
+  const auto launch = py::reinterpret_borrow<py::object>(reader.object());
+  const py::handle function = reader.object();
+  const bool need_lse = reader.truth();
+  ForwardCall call(reader.object());
+  call.read();
+  CallKey key;
+  const bool has_key = add_call(call, key);
+  py::object result = run(py::cast<Launch&>(launch), call, function, need_lse, true);
+  if (has_key) remember(key, launch);
+  return result;
+}
+
+void forget_calls() {
+  // What dies with the calls may run Python code, which must find the map as it is.
+  std::unordered_multimap<std::uint64_t, KnownCall> forgotten;
+  forgotten.swap(known_calls());
+}
+
+py::object signature(PyObject* const* tensors, Py_ssize_t count) {
+  CallKey key;
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    TensorView tensor;
+    try {
+      if (!tensor.read(tensors[i])) return py::none();
+    } catch (const std::exception&) {
+      return py::none();
+    }
+    if (!key.add_tensor(tensor, i < kAlignedArguments)) return py::none();
+  }
+  return py::bytes(reinterpret_cast<const char*>(key.words()), sizeof(std::uint64_t) * key.size());
+}
+
+}  // namespace broadhead
