@@ -113,9 +113,9 @@ def test_launch_of_a_call(recorder: Recorder) -> None:
         "kernel_id": "sm80_fwd_decode_d128_bf16", "seqlen_q": 1, "seqlen_k": 4096, "window_left": 7, "window_right": 0,
         "attention_chunk": 0, "softmax_scale": 0.5, "softcap": 3.0, "num_splits": 3, "pack_gqa": 1,
         "heads_per_section": 0, "max_blocks": 0, "cell_blocks": 0,
-        # The workspace of 2 x 132 blocks: what each says of itself, and two results of 4 rows of the 4 heads of a KV
+        # The workspace of 132 blocks: what each says of itself, and two results of 4 rows of the 4 heads of a KV
         # head.
-        "scratch_size": 2 * 132 * (4 + 2 * 4 * (72 + 1)),
+        "scratch_size": 132 * (12 + 2 * 4 * (72 + 1)),
     }  # fmt: skip
     assert {name: got[name] for name in expected} == expected
     assert got["dispatch"][:2] == ("cuda", "sm80_fwd_decode_d128_bf16")
@@ -143,16 +143,16 @@ def test_split_prefill_has_one_buffer_for_partials_and_lse(recorder: Recorder) -
     assert got["scratch_size"] == 3 * 4 * 2 * 100 * (64 + 1)
 
 
-#: What csrc/decode/workspace.h keeps of a block in BlockParts: four int32.
-BLOCK_PARTS = 4
+#: What csrc/decode/workspace.h keeps of a block in BlockParts: 48 bytes.
+BLOCK_PARTS = 12
 
 
 @pytest.mark.parametrize(
     "seqlen_q, num_splits, tokens_per_split, size",
     [
-        (1, 0, 0, 264 * (BLOCK_PARTS + 2 * 4 * 65)),
-        (1, 7, 0, 264 * (BLOCK_PARTS + 2 * 4 * 65)),
-        (5, 0, 0, 264 * (BLOCK_PARTS + 2 * 20 * 65)),  # 20 of the 32 rows of a tile
+        (1, 0, 0, 132 * (BLOCK_PARTS + 2 * 4 * 65)),
+        (1, 7, 0, 132 * (BLOCK_PARTS + 2 * 4 * 65)),
+        (5, 0, 0, 132 * (BLOCK_PARTS + 2 * 20 * 65)),  # 20 of the 32 rows of a tile
         (1, 1, 0, 0),
         (1, 1, 128, 0),
         (1, 0, 128, 3 * 2 * 8 * 4 * 65),  # sequences x KV heads x cells of 1000 keys x rows
@@ -176,7 +176,7 @@ def test_workspaces_of_decode(
 def test_sm_margin_bounds_the_blocks_of_decode(recorder: Recorder) -> None:
     q, k = torch.randn(3, 1, 8, 64, dtype=torch.float16), torch.randn(3, 1000, 2, 64, dtype=torch.float16)
     got, _, _ = launch(recorder, AttentionArgs(q, k, k, sm_margin=32))
-    assert got["max_blocks"] == 200 and got["scratch_size"] == 200 * (BLOCK_PARTS + 2 * 4 * 65)
+    assert got["max_blocks"] == 100 and got["scratch_size"] == 100 * (BLOCK_PARTS + 2 * 4 * 65)
 
 
 def test_launch_of_packed_sequences(recorder: Recorder) -> None:

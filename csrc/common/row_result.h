@@ -62,6 +62,13 @@ BROADHEAD_DEVICE std::int64_t total_row(const AttnParams& params, const SeqlenIn
   return seqlen.batch_q * static_cast<std::int64_t>(params.seqlen_q) + seqlen.row_q + token;
 }
 
+// Where the LSE of a row goes; null: it is not wanted.
+BROADHEAD_DEVICE float* lse_address(const AttnParams& params, const SeqlenInfo& seqlen, const RowPlace& row) {
+  if (params.softmax_lse == nullptr) return nullptr;
+  return params.softmax_lse + seqlen.batch_q * params.lse_batch_stride + row.head * params.lse_head_stride +
+         seqlen.row_q + row.token;
+}
+
 BROADHEAD_DEVICE void write_lse(const AttnParams& params, const SeqlenInfo& seqlen, const RowPlace& row, float lse,
                                 int split) {
   if (!row.live) return;
@@ -69,8 +76,7 @@ BROADHEAD_DEVICE void write_lse(const AttnParams& params, const SeqlenInfo& seql
     params.lse_partial[(static_cast<std::int64_t>(split) * params.num_heads_q + row.head) * params.total_q +
                        total_row(params, seqlen, row.token)] = lse;
   } else if (params.softmax_lse != nullptr) {
-    params.softmax_lse[seqlen.batch_q * params.lse_batch_stride + row.head * params.lse_head_stride + seqlen.row_q +
-                       row.token] = lse;
+    *lse_address(params, seqlen, row) = lse;
   }
 }
 

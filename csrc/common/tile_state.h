@@ -68,6 +68,15 @@ struct ScoreScale {
     inner = softcap > 0.f ? softmax_scale / softcap : softmax_scale;
   }
 
+  // For Q that was multiplied by `factor`, a power of two.
+  BROADHEAD_DEVICE void divide(float factor) {
+    const float inverse = 1.f / factor;
+    inner *= inverse;
+    if (transform) return;
+    scale *= inverse;
+    scale_log2 *= inverse;
+  }
+
   // tanh(x) = 1 - 2 / (exp(2x) + 1); two special-function instructions, absolute error near 1e-6.
   BROADHEAD_DEVICE float apply(float s) const {
     const float x = s * inner;

@@ -48,9 +48,22 @@ BROADHEAD_DEVICE void add_scores(float (&s)[Traits::kMmaM][Traits::kMmaN][4], ty
   }
 }
 
+// Asks the L2 for Q and the page table, a line a thread. Their first lines are on their way (and their pages
+// translated) while the lengths are, and not in the queue of the first copies of K and V: that is 5 us long. Reads
+// nothing, so it need not wait for the kernel before.
+BROADHEAD_DEVICE void prefetch_inputs(const DecodeParams& params) {
+  const unsigned offset = (blockIdx.x * blockDim.x + threadIdx.x) * 128;
+  if (offset < params.q_bytes) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(params.q) + offset));
+  }
+  if (offset < params.table_bytes) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(reinterpret_cast<const char*>(params.page_table) + offset));
+  }
+}
+
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
-    decode_kernel(const __grid_constant__ AttnParams params, const __grid_constant__ Workspace workspace) {
+    decode_kernel(const __grid_constant__ DecodeParams params, const __grid_constant__ Workspace workspace) {
   extern __shared__ __align__(1024) char smem_bytes[];
   auto& smem = *reinterpret_cast<typename Traits::SharedStorage*>(smem_bytes);
   const int lane = threadIdx.x % 32;
@@ -58,8 +71,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   const int group = warp % Traits::kKeyGroups;
 
   launch_dependents();  // the combine may take its place; it waits for the end of this grid
+  prefetch_inputs(params);
   wait_for_predecessor();
-  if (threadIdx.x == Traits::kThreads - 1) smem.parts = {-1, 0, 0, 0};
+  if (threadIdx.x == Traits::kThreads - 1) smem.parts = {{}, -1, 0, 0, 0};
   make_plan<Traits>(params, smem);
   QueueState queue;
   Loader<Traits> loader(params, smem);
@@ -82,47 +96,59 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   };
 
   int buffer = 0;  // of smem.scores
+  QTile<Traits> q_tile;
+  bool q_is_read = false;
   while (true) {
-    fill_queue<Traits::kTileM, Traits::kKeys>(params, smem.queue[warp], queue, [&](const LineItem& item) {
-      if (queue.found > queue.taken) prefetch_q<Traits>(params, item);  // the first is read at once
-    });
-    if (queue.found == queue.taken) break;
     const LineItem& item = smem.queue[warp].items[queue.taken % kQueueItems];
-    // Q is read in front of the copies of K and V, behind which it would have to queue.
-    QTile<Traits> q_tile;
-    float q_scale;
-    if constexpr (QTile<Traits>::kInRegisters) {
-      q_tile.read(params, item);
-    } else {
-      __syncthreads();  // nobody reads the tile before any more
-      q_scale = q_tile.find_scale(params, item, smem);
-      q_tile.copy(params, item, q_scale, smem);
-    }
+    // First the item, its Q (in front of the copies of K and V, behind which it would have to queue: some 5 us) and its
+    // copies; then the items behind it and theirs. A loop, for smaller code: at the start none of it is cached.
 #pragma unroll 1
-    while (loader.ahead() < kBlocksAhead && loader.issue_k(queue.found)) loader.issue_v();
-    if constexpr (QTile<Traits>::kInRegisters) {
-      __syncthreads();  // nobody reads the tile before any more
-      q_scale = q_tile.find_scale(params, item, smem);
-      q_tile.store(params, q_scale, smem);
+    for (int wanted = 1; wanted <= kQueueItems; wanted += kQueueItems - 1) {
+      fill_queue<Traits::kTileM, Traits::kKeys, Traits::kKeyGroups>(params, smem.queue[warp], queue, wanted,
+                                                                    [&](const LineItem& found) {
+                                                                      if (wanted > 1) prefetch_q<Traits>(params, found);
+                                                                    });
+      if (queue.found == queue.taken) break;
+      if (QTile<Traits>::kInRegisters && wanted == 1 && !q_is_read) q_tile.read(params, item);
+#pragma unroll 1
+      while (loader.ahead() < kBlocksAhead && loader.issue_k(queue.found)) loader.issue_v();
     }
-    if (threadIdx.x == Traits::kThreads - 1) {
-      set_tile<Traits>(params, item, q_scale, smem.tile);
-      if (item.goes_on && item.part == 0) {
-        smem.parts = {item.batch, item.head, item.m_block, smem.parts.passes};
-      } else if (item.goes_on) {
+    if (queue.found == queue.taken) break;
+    __syncthreads();  // nobody reads the tile before any more
+    if (threadIdx.x == 0) set_tile<Traits>(params, item, smem.tile);
+    if (const int row = threadIdx.x - (Traits::kThreads - Traits::kTileM); row >= 0) {
+      set_row<Traits>(params, workspace, item, row, smem.rows[row]);
+    }
+    if (threadIdx.x == Traits::kThreads - 1 && item.goes_on) {
+      if (item.part == 0) {
+        smem.parts = {item.seqlen, item.batch, item.head, item.m_block, smem.parts.passes};
+      } else {
         smem.parts.passes = 1;
       }
     }
+    const float q_scale = q_tile.find_scale(params, item, smem);
+    if constexpr (QTile<Traits>::kInRegisters) {
+      q_tile.store(params, q_scale, smem);
+    } else {
+      q_tile.copy(params, item, q_scale, smem);
+    }
     __syncthreads();
+    // Read again where it is needed: registers are short.
+    const auto score_scale = [&] {
+      ScoreScale scale = smem.tile.scale;
+      if constexpr (Traits::k8Bit) scale.divide(q_scale);
+      return scale;
+    };
     const std::uint32_t q = kept(q_lane_address<Traits>(smem, warp / Traits::kKeyGroups * Traits::kCols, lane));
     QFragments<Traits> q_registers;
     if constexpr (Traits::kQInRegisters) {
       BROADHEAD_UNROLL
       for (int step = 0; step < Traits::kSteps; ++step) load_q_fragment<Traits>(q_registers[step], q, step);
     }
-    const float scale_log2 = smem.tile.scale.scale_log2;
+    const float scale_log2 = score_scale().scale_log2;
     const bool transform = smem.tile.scale.transform;
-    const KeyInterval unmasked = smem.tile.unmasked;
+    // O of 32 rows leaves no registers for it.
+    const std::conditional_t<Traits::kMmaM == 1, KeyInterval, KeyInterval&> unmasked = smem.tile.unmasked;
     OnlineSoftmax<2 * Traits::kMmaM> softmax;
     float o[Traits::kMmaM][Traits::kOTiles][4] = {};
 
@@ -139,7 +165,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
           buffer ^= 1;  // the other warps may still read this one; the barrier of the next block is behind that
       }
       if (__builtin_expect(transform, 0)) {
-        const ScoreScale scale = smem.tile.scale;
+        const ScoreScale scale = score_scale();
         BROADHEAD_UNROLL
         for (int m = 0; m < Traits::kMmaM; ++m) {
           BROADHEAD_UNROLL
@@ -151,7 +177,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
       }
       const int key0 = block * Traits::kKeys;
       if (__builtin_expect(key0 < unmasked.begin || key0 + Traits::kKeys > unmasked.end, 0)) {
-        apply_mask(s, smem.tile.mask, unmasked, smem.tile.output.rows, 0, key0, lane);
+        apply_mask(s, smem.tile.mask, unmasked, smem.tile.rows, 0, key0, lane);
       }
       float block_max[2 * Traits::kMmaM], factor[2 * Traits::kMmaM];
       softmax.block_max(s, block_max);
@@ -173,7 +199,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
       pv_gemm<Traits>(o, s, v + v_lane);
       loader.block_done();
     }
-    write_item<Traits>(params, workspace, item, smem, o, softmax);
+    q_is_read = QTile<Traits>::kInRegisters && queue.found - queue.taken > 1;
+    if (q_is_read) q_tile.read(params, smem.queue[warp].items[(queue.taken + 1) % kQueueItems]);
+    write_item<Traits>(params, item, smem, score_scale(), o, softmax);
     ++queue.taken;
   }
   if (threadIdx.x == Traits::kThreads - 1 && workspace.blocks != nullptr) workspace.blocks[blockIdx.x] = smem.parts;

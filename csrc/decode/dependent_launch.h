@@ -7,6 +7,11 @@ namespace broadhead::decode {
 
 // Compute capability 9.0 and later have it; before, kernels of a stream run one after the other.
 constexpr int kDependentLaunchMajor = 9;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr bool kHasDependentLaunch = true;
+#else
+constexpr bool kHasDependentLaunch = false;
+#endif
 
 // Once all blocks have called it (or ended), the next kernel of the stream may start if it was launched that way.
 BROADHEAD_DEVICE void launch_dependents() {

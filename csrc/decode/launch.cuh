@@ -45,7 +45,7 @@ cudaError_t find_limits(int device, DeviceLimits& limits) {
 
 template <class Kernel>
 cudaError_t launch(Kernel kernel, dim3 grid, int threads, int smem_bytes, bool dependent, cudaStream_t stream,
-                   const AttnParams& params, const Workspace& workspace) {
+                   const DecodeParams& params, const Workspace& workspace) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -57,6 +57,30 @@ cudaError_t launch(Kernel kernel, dim3 grid, int threads, int smem_bytes, bool d
   config.attrs = &attribute;
   config.numAttrs = dependent ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, params, workspace);
+}
+
+// What the grid asks the L2 for ahead of time; more is not worth it.
+inline unsigned prefetched_bytes(std::int64_t bytes) { return bytes <= 2 << 20 ? static_cast<unsigned>(bytes) : 0; }
+
+inline DecodeParams make_decode_params(const AttnParams& params, int tile_cost) {
+  const int group = params.num_heads_q / params.num_heads_kv;
+  DecodeParams result{params};
+  result.rows_per_token = params.pack_gqa ? group : 1;
+  result.heads_in_grid = params.pack_gqa ? params.num_heads_kv : params.num_heads_q;
+  result.heads_per_kv = params.pack_gqa ? 1 : group;
+  result.tile_cost = tile_cost;
+  const std::int64_t token = static_cast<std::int64_t>(params.num_heads_q) * params.head_dim;
+  const std::int64_t tokens = params.cu_seqlens_q ? params.total_q : params.batch * std::int64_t{params.seqlen_q};
+  const bool one_sequence = params.cu_seqlens_q != nullptr || params.batch == 1;
+  if (params.q_strides.head == params.head_dim && params.q_strides.row == token &&
+      (one_sequence || params.q_strides.batch == params.seqlen_q * token)) {
+    result.q_bytes = prefetched_bytes(tokens * token * (params.q_dtype == DataType::kFloat8E4M3 ? 1 : 2));
+  }
+  if (params.page_table != nullptr && params.kv_batch_idx == nullptr) {
+    const std::int64_t columns = params.seqlen_k / params.page_size;
+    result.table_bytes = prefetched_bytes(((params.batch - 1) * params.page_table_batch_stride + columns) * 4);
+  }
+  return result;
 }
 
 // Carves the workspace: false when it is too small.
@@ -103,14 +127,14 @@ int launch_decode(const char* kernel_id, const AttnParams& params, cudaStream_t 
   if (params.head_dim > Traits::kHeadDim || params.head_dim_v > Traits::kHeadDim) {
     return fail("head_dim", cudaErrorInvalidValue);
   }
-  const long long rows = static_cast<long long>(params.seqlen_q) * rows_per_token(params);
+  DecodeParams line = make_decode_params(params, Traits::kTileCost);
+  const long long rows = static_cast<long long>(params.seqlen_q) * line.rows_per_token;
   const long long m_blocks = (rows + Traits::kTileM - 1) / Traits::kTileM;
-  const long long tiles = m_blocks * heads_in_grid(params) * params.batch;
+  const long long tiles = m_blocks * line.heads_in_grid * params.batch;
   if (tiles == 0) return 0;
   if (rows > 0x7fffff00LL || tiles > 0x7fffffffLL) return fail("grid", cudaErrorInvalidValue);
   const int blocks = params.max_blocks > 0 ? std::min(params.max_blocks, limits.blocks) : limits.blocks;
 
-  AttnParams line = params;
   Workspace workspace{};
   workspace.slot_rows = static_cast<int>(std::min<long long>(Traits::kTileM, rows));
   workspace.m_blocks = static_cast<int>(m_blocks);

@@ -2,9 +2,10 @@
 // the grid. Every block plans for itself from the lengths on the device, so no buffer that a host prepared can be
 // wrong.
 //
-// A tile takes kTileCost positions and one for each key block. Balanced: all blocks own intervals of equal length, and
-// what a block owns of a tile is a part of it. In cells (params.cell_blocks > 0) every tile is cut at multiples of
-// cell_blocks key blocks whatever else is in the batch; a block takes the cells that begin in its interval.
+// A tile takes DecodeParams::tile_cost positions and one for each key block. Balanced: all blocks own intervals of
+// equal length, and what a block owns of a tile is a part of it. In cells (params.cell_blocks > 0) every tile is cut at
+// multiples of cell_blocks key blocks whatever else is in the batch; a block takes the cells that begin in its
+// interval.
 #pragma once
 
 #include "common/attention_mask.h"
@@ -12,17 +13,28 @@
 
 namespace broadhead::decode {
 
-// What a tile costs besides its key blocks, in key blocks: Q, the merge of the warps, the output.
-constexpr int kTileCost = 2;
+// Blocks of a grid that are used at least when equal tiles are not cut where they meet: 7 of 8.
+constexpr int kUsedOf = 8;
+constexpr int kUsedAtLeast = 7;
 
-BROADHEAD_HOST_DEVICE int rows_per_token(const AttnParams& params) {
-  return params.pack_gqa ? params.num_heads_q / params.num_heads_kv : 1;
-}
-BROADHEAD_HOST_DEVICE int heads_in_grid(const AttnParams& params) {
-  return params.pack_gqa ? params.num_heads_kv : params.num_heads_q;
+// A call as the decode kernels get it: what they would have to divide for is there.
+struct DecodeParams : AttnParams {
+  int rows_per_token;  // query rows of a token in a tile: heads of a KV head when packed
+  int heads_in_grid;  // KV heads when packed
+  int heads_per_kv;  // of those in the grid
+  int tile_cost;  // what a tile costs besides its key blocks (Q, the merge of the warps, the output), in key blocks
+  // Of q and the page table when they are one piece, else 0: what the grid asks the L2 for before it knows what it
+  // needs.
+  unsigned q_bytes;
+  unsigned table_bytes;
+};
+
+// Rows of one head in the grid. No more than the call declared (max_seqlen_q): the workspace has room for those.
+BROADHEAD_HOST_DEVICE int sequence_rows(const DecodeParams& params, const SeqlenInfo& seqlen) {
+  return min_int(seqlen.seqlen_q, params.seqlen_q) * params.rows_per_token;
 }
 
-BROADHEAD_HOST_DEVICE AttentionMask make_mask(const AttnParams& params, const SeqlenInfo& seqlen, int batch) {
+BROADHEAD_HOST_DEVICE AttentionMask make_mask(const DecodeParams& params, const SeqlenInfo& seqlen, int batch) {
   return {seqlen.seqlen_q,        seqlen.seqlen_k,
           params.window_left,     params.window_right,
           params.attention_chunk, params.prefix_lens ? min_int(params.prefix_lens[batch], seqlen.seqlen_k) : 0};
@@ -30,89 +42,149 @@ BROADHEAD_HOST_DEVICE AttentionMask make_mask(const AttnParams& params, const Se
 
 // The tiles of one sequence; every tile visits the same key blocks.
 struct SequenceWork {
-  int tiles;
+  SeqlenInfo seqlen;
+  int m_blocks;  // tiles of a head; 0: no query
   int begin;  // first key block
-  int end;    // at least begin + 1: a tile without keys still writes its rows
-
-  BROADHEAD_HOST_DEVICE int cost() const { return kTileCost + end - begin; }
-  BROADHEAD_HOST_DEVICE long long positions() const { return static_cast<long long>(tiles) * cost(); }
+  int end;  // at least begin + 1: a tile without keys still writes its rows
 };
 
-BROADHEAD_HOST_DEVICE SequenceWork sequence_work(const AttnParams& params, int batch, int tile_m, int keys) {
+BROADHEAD_HOST_DEVICE SequenceWork sequence_work(const DecodeParams& params, int batch, int tile_m, int keys) {
   const SeqlenInfo seqlen = make_seqlen_info(params, batch);
-  if (seqlen.seqlen_q == 0) return {0, 0, 1};
+  if (seqlen.seqlen_q == 0) return {seqlen, 0, 0, 1};
   const BlockRange range = block_range(make_mask(params, seqlen, batch), 0, seqlen.seqlen_q - 1, keys);
-  const int m_blocks = ceil_div(seqlen.seqlen_q * rows_per_token(params), tile_m);
-  return {m_blocks * heads_in_grid(params), range.begin, max_int(range.end, range.begin + 1)};
+  return {seqlen, ceil_div(sequence_rows(params, seqlen), tile_m), range.begin, max_int(range.end, range.begin + 1)};
+}
+
+BROADHEAD_HOST_DEVICE int key_blocks(const SequenceWork& work) { return work.end - work.begin; }
+
+// What sequences have on the line.
+struct LineSum {
+  long long key_blocks = 0;
+  int tiles = 0;
+  int longest = 0;  // key blocks of a tile
+  int shortest = 0x7fffffff;
+
+  BROADHEAD_HOST_DEVICE long long positions(int tile_cost) const {
+    return key_blocks + static_cast<long long>(tiles) * tile_cost;
+  }
+};
+
+BROADHEAD_HOST_DEVICE void add(const DecodeParams& params, LineSum& sum, const SequenceWork& work) {
+  const int tiles = work.m_blocks * params.heads_in_grid;
+  if (tiles == 0) return;
+  sum.key_blocks += static_cast<long long>(tiles) * key_blocks(work);
+  sum.tiles += tiles;
+  sum.longest = max_int(sum.longest, key_blocks(work));
+  sum.shortest = min_int(sum.shortest, key_blocks(work));
 }
 
 // One part of a tile.
 struct LineItem {
+  SeqlenInfo seqlen;
   int batch;
   int head;  // KV head when packed
   int m_block;
   BlockRange range;  // key blocks
-  int part;          // cells: of the tile; balanced: 0 when the part begins with the tile's first key block
-  int is_part;       // 0: the whole tile
-  int goes_on;       // balanced: the tile does not end in this part
+  int part;  // cells: of the tile; balanced: 0 when the part begins with the tile's first key block
+  int is_part;  // 0: the whole tile
+  int goes_on;  // balanced: the tile does not end in this part
 };
 
-BROADHEAD_HOST_DEVICE int cells_of(const SequenceWork& work, int cell_blocks) {
-  return (work.end - 1) / cell_blocks - work.begin / cell_blocks + 1;
+BROADHEAD_HOST_DEVICE int kv_head_of(const DecodeParams& params, const LineItem& item) {
+  return params.heads_per_kv == 1 ? item.head : item.head / params.heads_per_kv;
 }
 
-// How many blocks of the grid share the line. `longest`: key blocks of the longest tile. `least`: positions that every
-// block gets at least, one for each of its key groups: with fewer, warps stand idle.
-BROADHEAD_HOST_DEVICE int blocks_for(const AttnParams& params, long long total, int longest, int available, int least) {
-  if (params.cell_blocks > 0) return available;
-  // A tile of n key blocks touches at most (n - 1) / least + 2 intervals.
-  if (params.num_splits > 1) least = max_int(least, ceil_div(longest - 1, params.num_splits - 1));
-  if (total >= static_cast<long long>(least) * available) return available;
-  return max_int(1, static_cast<int>(total) / least);  // total is below least * available
+// Cells of a tile. The last one takes what lies behind the keys that the call declared (max_seqlen_k): the workspace
+// has room for those.
+BROADHEAD_HOST_DEVICE int cells_of(const DecodeParams& params, const SequenceWork& work, int keys) {
+  const int declared = max_int(1, ceil_div(ceil_div(params.seqlen_k, keys), params.cell_blocks));
+  return min_int(declared, (work.end - 1) / params.cell_blocks - work.begin / params.cell_blocks + 1);
 }
 
-// An interval of the line.
+// An interval of the line, on which a tile takes tile_cost positions besides its key blocks.
 struct LineInterval {
   long long begin;
   int length;
+  int tile_cost;
 };
 
-// Block `block` of `blocks`; the first ones are a position longer.
-BROADHEAD_HOST_DEVICE LineInterval interval_of(long long total, int block, int blocks) {
-  long long each;
-  int rest;
-  if (total <= 0x7fffffff) {
-    each = static_cast<int>(total) / blocks;
-    rest = static_cast<int>(total) - static_cast<int>(each) * blocks;
-  } else {
-    each = total / blocks;
-    rest = static_cast<int>(total - each * blocks);
+// What block `block` of `available` owns. `least`: positions that every block gets at least, one for each of its key
+// groups: with fewer, warps stand idle.
+BROADHEAD_HOST_DEVICE LineInterval interval_of(const DecodeParams& params, const LineSum& sum, int block, int available,
+                                               int least) {
+  int tile_cost = params.tile_cost;
+  long long total = sum.positions(tile_cost);
+  int blocks = available;
+  if (params.cell_blocks == 0) {
+    int most = max_int(1, sum.longest / least);  // parts of a tile
+    if (params.num_splits > 1) {
+      // A tile of n key blocks touches at most (n - 1) / least + 2 intervals.
+      least = max_int(least, ceil_div(sum.longest - 1, params.num_splits - 1));
+      most = min_int(most, params.num_splits);
+    }
+    if (total < static_cast<long long>(least) * available) blocks = max_int(1, static_cast<int>(total) / least);
+    // Equal tiles are not cut where tiles meet when that leaves few blocks without work: a block that ends one tile and
+    // begins another pauses its copies for some 4 us, and the memory is busy before the last blocks are.
+    const int tiles = sum.tiles;
+    if (sum.shortest == sum.longest) {
+      const int each = ceil_div(tiles, blocks);  // tiles of a block
+      const int parts = min_int(most, blocks / tiles);
+      const int used = each > 1 ? ceil_div(tiles, each) : parts * tiles;
+      if (blocks < available || used * kUsedOf >= blocks * kUsedAtLeast) {
+        tile_cost = 0;
+        total = sum.key_blocks;
+        blocks = used;
+        if (each > 1) {
+          const long long length = static_cast<long long>(each) * sum.longest;
+          const long long begin = block * length;
+          const long long rest = total - begin;
+          return {begin, rest <= 0 ? 0 : static_cast<int>(rest < length ? rest : length), 0};
+        }
+      }
+    }
   }
-  return {each * block + min_int(block, rest), static_cast<int>(each) + (block < rest ? 1 : 0)};
+  if (block >= blocks) return {total, 0, tile_cost};
+  const bool is_small = total <= 0x7fffffff;  // a 64-bit division costs a hundred instructions
+  const long long each = is_small ? static_cast<int>(total) / blocks : total / blocks;
+  const int rest = static_cast<int>(total - each * blocks);
+  const int begin = rest * block / blocks;  // cuts of equal tiles fall on their ends
+  return {each * block + begin, static_cast<int>(each) + rest * (block + 1) / blocks - begin, tile_cost};
 }
 
 // Walks over the items of one block of the grid.
 struct LineCursor {
-  int batch;         // the sequence; before the first search: where to search from
+  int batch;  // the sequence; before the first search: where to search from
   SequenceWork work;
-  int tile;    // of the sequence
+  int tile;  // of the sequence
   int within;  // position in the tile
-  int left;    // positions of the interval from there on
+  int left;  // positions of the interval from there on; -1: the first search is to plan
+  int tile_cost;
   long long offset;  // of the interval's begin behind that of `batch`, until the first search
+
+  // Stands on a position of the sequence.
+  BROADHEAD_HOST_DEVICE void stand_on(long long position) {
+    const int cost = tile_cost + key_blocks(work);
+    // Only 8-bit prefill has sequences of more positions than an int: a 64-bit division costs a hundred instructions.
+    tile = position <= 0x7fffffff ? static_cast<int>(position) / cost : static_cast<int>(position / cost);
+    within = static_cast<int>(position - static_cast<long long>(tile) * cost);
+    offset = 0;
+  }
 };
 
 // The next item once the cursor stands in a tile; false when nothing of the tile is for this block. Moves the cursor.
-BROADHEAD_HOST_DEVICE bool take_part(const AttnParams& params, LineCursor& cursor, LineItem& item) {
+template <int kKeys>
+BROADHEAD_HOST_DEVICE bool take_part(const DecodeParams& params, LineCursor& cursor, LineItem& item) {
   const SequenceWork& work = cursor.work;
-  const int cost = work.cost();
+  const int tile_cost = cursor.tile_cost;
+  const int cost = tile_cost + key_blocks(work);
   int begin, end;  // key blocks behind work.begin
   item.part = 0;
   item.is_part = 0;
   item.goes_on = 0;
   if (params.cell_blocks == 0) {
     const int take = min_int(cost - cursor.within, cursor.left);
-    begin = max_int(0, cursor.within - kTileCost);
-    end = max_int(0, cursor.within + take - kTileCost);
+    begin = max_int(0, cursor.within - tile_cost);
+    end = max_int(0, cursor.within + take - tile_cost);
     item.goes_on = cursor.within + take < cost;
     item.part = begin > 0;
     item.is_part = item.goes_on | item.part;
@@ -123,24 +195,24 @@ BROADHEAD_HOST_DEVICE bool take_part(const AttnParams& params, LineCursor& curso
     const int first = work.begin / size;
     int cell = 0;
     if (cursor.within > 0) {
-      cell = max_int(1, ceil_div(cursor.within - kTileCost + work.begin, size) - first);
+      cell = max_int(1, ceil_div(cursor.within - tile_cost + work.begin, size) - first);
     }
-    const int cells = cells_of(work, size);
+    const int cells = cells_of(params, work, kKeys);
     begin = cell == 0 ? 0 : (first + cell) * size - work.begin;
-    if (cell >= cells) begin = cost - kTileCost;
-    end = cell >= cells - 1 ? cost - kTileCost : (first + cell + 1) * size - work.begin;
-    const int start = cell == 0 ? 0 : kTileCost + begin;  // a cell is its block's in whose interval it begins
-    cursor.left -= start - cursor.within;
-    if (cursor.left <= 0) return false;
-    cursor.left -= kTileCost + end - start;
-    cursor.within = kTileCost + end;
+    if (cell >= cells) begin = cost - tile_cost;
+    end = cell >= cells - 1 ? cost - tile_cost : (first + cell + 1) * size - work.begin;
+    const int start = cell == 0 ? 0 : tile_cost + begin;  // a cell is its block's in whose interval it begins
+    cursor.left = max_int(0, cursor.left - (start - cursor.within));
+    if (cursor.left == 0) return false;
+    cursor.left = max_int(0, cursor.left - (tile_cost + end - start));
+    cursor.within = tile_cost + end;
     item.part = cell;
     item.is_part = cells > 1;
   }
+  item.seqlen = work.seqlen;
   item.batch = cursor.batch;
-  const int m_blocks = work.tiles / heads_in_grid(params);
-  item.head = m_blocks == 1 ? cursor.tile : cursor.tile / m_blocks;
-  item.m_block = cursor.tile - item.head * m_blocks;
+  item.head = work.m_blocks == 1 ? cursor.tile : cursor.tile / work.m_blocks;
+  item.m_block = cursor.tile - item.head * work.m_blocks;
   item.range = {work.begin + begin, work.begin + end};
   if (cursor.within >= cost) {
     ++cursor.tile;
@@ -151,108 +223,131 @@ BROADHEAD_HOST_DEVICE bool take_part(const AttnParams& params, LineCursor& curso
 
 #if defined(__CUDACC__)
 
-// Sets the cursor on the tile `offset` positions behind the begin of sequence `batch`. All lanes of a warp call this
-// with equal arguments; the position exists.
-template <int kTileM, int kKeys>
-BROADHEAD_DEVICE void search(const AttnParams& params, LineCursor& cursor) {
+BROADHEAD_DEVICE SeqlenInfo shuffle(const SeqlenInfo& info, int source) {
+  const auto from = [&](auto x) { return __shfl_sync(0xffffffffu, x, source); };
+  return {from(info.row_q),    from(info.row_k),   from(info.seqlen_q),
+          from(info.seqlen_k), from(info.batch_q), from(info.batch_k)};
+}
+
+// Of the lanes up to this one; longest and shortest: of all lanes. Only the first `lanes` have anything.
+BROADHEAD_DEVICE LineSum warp_prefix(LineSum sum, int lanes) {
+#pragma unroll 1
+  for (int i = 1; i < lanes; i *= 2) {
+    const long long blocks = __shfl_up_sync(0xffffffffu, sum.key_blocks, i);
+    const int tiles = __shfl_up_sync(0xffffffffu, sum.tiles, i);
+    if (static_cast<int>(threadIdx.x % 32) >= i) {
+      sum.key_blocks += blocks;
+      sum.tiles += tiles;
+    }
+  }
+  sum.longest = __reduce_max_sync(0xffffffffu, sum.longest);
+  sum.shortest = __reduce_min_sync(0xffffffffu, sum.shortest);
+  return sum;
+}
+
+// Sets the cursor on the tile `offset` positions behind the begin of sequence `batch`; a cursor without a plan (at most
+// 32 sequences) on the begin of the block's interval. All lanes of a warp call this with equal arguments.
+template <int kTileM, int kKeys, int kKeyGroups>
+BROADHEAD_DEVICE void search(const DecodeParams& params, LineCursor& cursor) {
   const int lane = threadIdx.x % 32;
   while (true) {
     // Which of the next 32 sequences? Batches are padded with empty ones.
-    const int own = cursor.batch + lane;
-    const SequenceWork work = own < params.batch ? sequence_work(params, own, kTileM, kKeys) : SequenceWork{0, 0, 1};
-    long long upto = work.positions();
-    BROADHEAD_UNROLL
-    for (int i = 1; i < 32; i *= 2) {
-      const long long other = __shfl_up_sync(0xffffffffu, upto, i);
-      if (lane >= i) upto += other;
+    const int sequence = cursor.batch + lane;
+    SequenceWork work{{}, 0, 0, 1};
+    LineSum own;
+    if (sequence < params.batch) {
+      work = sequence_work(params, sequence, kTileM, kKeys);
+      add(params, own, work);
     }
+    const int lanes = min_int(32, params.batch - cursor.batch);
+    const LineSum prefix = warp_prefix(own, lanes);
+    const LineSum all{__shfl_sync(0xffffffffu, prefix.key_blocks, lanes - 1),
+                      __shfl_sync(0xffffffffu, prefix.tiles, lanes - 1), prefix.longest, prefix.shortest};
+    if (cursor.left < 0) {
+      const LineInterval interval = interval_of(params, all, blockIdx.x, gridDim.x, kKeyGroups);
+      cursor.offset = interval.begin;
+      cursor.tile_cost = interval.tile_cost;
+      cursor.left = interval.length;
+      if (cursor.left == 0) return;
+    }
+    const long long upto = prefix.positions(cursor.tile_cost);
     const unsigned behind = __ballot_sync(0xffffffffu, cursor.offset < upto);
     if (behind == 0 && cursor.batch + 32 < params.batch) {
-      cursor.offset -= __shfl_sync(0xffffffffu, upto, 31);
+      cursor.offset -= all.positions(cursor.tile_cost);
       cursor.batch += 32;
       continue;
     }
     const int source = max_int(0, __ffs(behind) - 1);
-    cursor.offset -= __shfl_sync(0xffffffffu, upto - work.positions(), source);
+    cursor.offset -= __shfl_sync(0xffffffffu, upto - own.positions(cursor.tile_cost), source);
     cursor.batch += source;
-    cursor.work.tiles = __shfl_sync(0xffffffffu, work.tiles, source);
-    cursor.work.begin = __shfl_sync(0xffffffffu, work.begin, source);
-    cursor.work.end = __shfl_sync(0xffffffffu, work.end, source);
-    cursor.tile = static_cast<int>(cursor.offset) / cursor.work.cost();
-    cursor.within = static_cast<int>(cursor.offset) - cursor.tile * cursor.work.cost();
-    cursor.offset = 0;
+    cursor.work = {shuffle(work.seqlen, source), __shfl_sync(0xffffffffu, work.m_blocks, source),
+                   __shfl_sync(0xffffffffu, work.begin, source), __shfl_sync(0xffffffffu, work.end, source)};
+    cursor.stand_on(cursor.offset);
     return;
   }
 }
 
 // The next item of the block; false: its interval is done. All lanes of a warp call this with equal arguments.
-template <int kTileM, int kKeys>
-BROADHEAD_DEVICE bool next_item(const AttnParams& params, LineCursor& cursor, LineItem& item) {
-  while (cursor.left > 0) {
-    if (cursor.tile >= cursor.work.tiles) {
-      if (cursor.work.tiles > 0) ++cursor.batch;
-      search<kTileM, kKeys>(params, cursor);
+template <int kTileM, int kKeys, int kKeyGroups>
+BROADHEAD_DEVICE bool next_item(const DecodeParams& params, LineCursor& cursor, LineItem& item) {
+  while (cursor.left != 0) {
+    if (cursor.tile >= cursor.work.m_blocks * params.heads_in_grid) {
+      if (cursor.work.m_blocks > 0) ++cursor.batch;
+      search<kTileM, kKeys, kKeyGroups>(params, cursor);
+      if (cursor.left == 0) return false;
     }
-    if (take_part(params, cursor, item)) return true;
+    if (take_part<kKeys>(params, cursor, item)) return true;
   }
   return false;
 }
 
-// Sets the cursors of all warps on the begin of the block's interval. All threads; it ends with a barrier.
+// Sets the cursors of all warps on the begin of the block's interval. All threads.
 template <class Traits>
-BROADHEAD_DEVICE void make_plan(const AttnParams& params, typename Traits::SharedStorage& smem) {
+BROADHEAD_DEVICE void make_plan(const DecodeParams& params, typename Traits::SharedStorage& smem) {
   const int thread = threadIdx.x;
   const int lane = thread % 32;
+  if (params.batch <= 32) {  // a warp sees all sequences at once: its first search plans
+    if (lane == 0) smem.queue[thread / 32].cursor = {0, {{}, 0, 0, 1}, 0, 0, -1, 0, 0};
+    __syncwarp();
+    return;
+  }
   const int each = ceil_div(params.batch, Traits::kThreads);
   const int begin = min_int(thread * each, params.batch);
   const int end = min_int(begin + each, params.batch);
-  long long own = 0;
-  int longest = 1;
-  SequenceWork work{0, 0, 1};
+  LineSum own;
+  SequenceWork work{{}, 0, 0, 1};
 #pragma unroll 1
   for (int b = begin; b < end; ++b) {
     work = sequence_work(params, b, Traits::kTileM, Traits::kKeys);
-    own += work.positions();
-    longest = max_int(longest, work.end - work.begin);
+    add(params, own, work);
   }
-  long long upto = own;
-  BROADHEAD_UNROLL
-  for (int i = 1; i < 32; i *= 2) {
-    const long long other = __shfl_up_sync(0xffffffffu, upto, i);
-    if (lane >= i) upto += other;
-  }
-  if (params.num_splits > 1) {
-    BROADHEAD_UNROLL
-    for (int i = 1; i < 32; i *= 2) longest = max_int(longest, __shfl_xor_sync(0xffffffffu, longest, i));
-  }
-  if (lane == 31) {
-    smem.scratch[thread / 32] = upto;
-    smem.longest[thread / 32] = longest;
-  }
+  const LineSum prefix = warp_prefix(own, 32);
+  if (lane == 31) smem.sums[thread / 32] = prefix;
   __syncthreads();
-  long long before = upto - own;
-  long long total = 0;
+  LineSum before{prefix.key_blocks - own.key_blocks, prefix.tiles - own.tiles};
+  LineSum all;
   BROADHEAD_UNROLL
   for (int w = 0; w < Traits::kWarps; ++w) {
-    const long long sum = smem.scratch[w];
-    if (w < thread / 32) before += sum;
-    total += sum;
-    longest = max_int(longest, smem.longest[w]);
+    const LineSum sum = smem.sums[w];
+    if (w < thread / 32) {
+      before.key_blocks += sum.key_blocks;
+      before.tiles += sum.tiles;
+    }
+    all.key_blocks += sum.key_blocks;
+    all.tiles += sum.tiles;
+    all.longest = max_int(all.longest, sum.longest);
+    all.shortest = min_int(all.shortest, sum.shortest);
   }
-  const int blocks = blocks_for(params, total, longest, gridDim.x, Traits::kKeyGroups);
-  const int block = blockIdx.x;
-  const LineInterval interval = interval_of(total, block, blocks);
-  const bool works = block < blocks && interval.length > 0;
-  const bool is_here = interval.begin >= before && interval.begin < before + own;
+  const LineInterval interval = interval_of(params, all, blockIdx.x, gridDim.x, Traits::kKeyGroups);
+  const bool works = interval.length > 0;
+  const long long offset = interval.begin - before.positions(interval.tile_cost);
+  const bool is_here = offset >= 0 && offset < own.positions(interval.tile_cost);
   if (works ? is_here : thread == 0) {
-    LineCursor cursor{begin, {0, 0, 1}, 0, 0, works ? interval.length : 0, interval.begin - before};
+    LineCursor cursor{begin, {{}, 0, 0, 1}, 0, 0, interval.length, interval.tile_cost, offset};
     if (works && each == 1) {
       // A thread with one sequence stands in its tile already; else next_item searches among those of the thread.
-      const int offset = static_cast<int>(cursor.offset);
       cursor.work = work;
-      cursor.tile = offset / work.cost();
-      cursor.within = offset - cursor.tile * work.cost();
-      cursor.offset = 0;
+      cursor.stand_on(offset);
     }
     BROADHEAD_UNROLL
     for (int w = 0; w < Traits::kWarps; ++w) smem.queue[w].cursor = cursor;

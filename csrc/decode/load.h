@@ -22,7 +22,7 @@ class Loader {
  public:
   using KvElement = typename Traits::KvElement;
 
-  BROADHEAD_DEVICE Loader(const AttnParams& params, typename Traits::SharedStorage& smem)
+  BROADHEAD_DEVICE Loader(const DecodeParams& params, typename Traits::SharedStorage& smem)
       : params_(params),
         smem_(smem),
         page_size_(params.page_size),
@@ -67,7 +67,7 @@ class Loader {
   BROADHEAD_DEVICE static int first_col() {
     return warp() / Traits::kKeyGroups * Traits::kCols + unit() * kUnitElements;
   }
-  BROADHEAD_DEVICE const KvSource<KvElement>& source() const { return smem_.source[warp()]; }
+  BROADHEAD_DEVICE const CopySource<KvElement>& source() const { return smem_.source[warp()]; }
 
   BROADHEAD_DEVICE void advance() {
     cp_async_commit();
@@ -77,18 +77,19 @@ class Loader {
 
   // The next known item of which this warp has a key block.
   BROADHEAD_DEVICE bool find_block(int found) {
-    LineItem item;
+    const LineItem* items = smem_.queue[warp()].items;
     do {
       if (item_ == found) return false;
-      item = smem_.queue[warp()].items[item_ % kQueueItems];
+      const BlockRange range = items[item_ % kQueueItems].range;
       ++item_;
-      block_ = item.range.begin + key_group();
-      block_end_ = item.range.end;
+      block_ = range.begin + key_group();
+      block_end_ = range.end;
     } while (block_ >= block_end_);
+    const LineItem& item = items[(item_ - 1) % kQueueItems];
     __syncwarp();  // all lanes have read the source of the item before
-    if (lane() == 0) set_source(params_, item);
+    if (lane() == 0) set_source(item);
     __syncwarp();
-    const KvSource<KvElement>& from = source();
+    const CopySource<KvElement>& from = source();
     // Key blocks without a dead key; none where the rows of a block may lie in several pages.
     const bool even =
         from.table == nullptr || (page_size_.size % Traits::kKeys == 0 && from.leftpad % Traits::kKeys == 0);
@@ -98,22 +99,35 @@ class Loader {
     return true;
   }
 
-  BROADHEAD_DEVICE void set_source(const AttnParams& params, const LineItem& item) {
-    KvSource<KvElement>& source = smem_.source[warp()];
-    const SeqlenInfo seqlen = make_seqlen_info(params, item.batch);
+  // By one lane, a step at a time: it runs in the midst of the products, when registers are short.
+  BROADHEAD_DEVICE void set_source(const LineItem& item) {
+    const DecodeParams& params = params_;
+    CopySource<KvElement>& source = smem_.source[warp()];
+    const SeqlenInfo& seqlen = item.seqlen;
     const AttentionMask mask = make_mask(params, seqlen, item.batch);
-    const RowMap rows{item.m_block * Traits::kTileM, rows_per_token(params), 0};
-    source.live = mask.tile_interval(rows.token(0), min_int(rows.token(Traits::kTileM - 1), seqlen.seqlen_q - 1));
     source.prefix_len = mask.prefix_len;
-    source.leftpad = static_cast<int>(seqlen.row_k);
+    // Nothing is copied before: a branch around the divisions pays.
+    if (seqlen.seqlen_q == 1) {
+      source.live = mask.row_interval(0);
+    } else {
+      const RowMap rows{item.m_block * Traits::kTileM, params.rows_per_token, 0};
+      const int last = min_int(rows.token(Traits::kTileM - 1), mask.seqlen_q - 1);
+      source.live = mask.tile_interval(rows.token(0), last);
+    }
+    compile_barrier();
     const bool paged = params.page_table != nullptr;
-    const std::int64_t batch_k = seqlen.batch_k;
-    source.table = paged ? params.page_table + batch_k * params.page_table_batch_stride : nullptr;
-    const int head = params.pack_gqa ? item.head : item.head / (params.num_heads_q / params.num_heads_kv);
-    source.k = static_cast<const KvElement*>(params.k) + head * params.k_strides.head +
-               (paged ? 0 : batch_k * params.k_strides.batch + seqlen.row_k * params.k_strides.row);
-    source.v = static_cast<const KvElement*>(params.v) + head * params.v_strides.head +
-               (paged ? 0 : batch_k * params.v_strides.batch + seqlen.row_k * params.v_strides.row);
+    source.leftpad = static_cast<int>(seqlen.row_k);
+    source.table = paged ? params.page_table + seqlen.batch_k * params.page_table_batch_stride : nullptr;
+    source.k = static_cast<const KvElement*>(params.k) + first_element(item, params.k_strides);
+    compile_barrier();
+    source.v = static_cast<const KvElement*>(params.v) + first_element(item, params.v_strides);
+  }
+
+  // Of the item's head: first key, or first page.
+  BROADHEAD_DEVICE std::int64_t first_element(const LineItem& item, const TensorStrides& strides) const {
+    const std::int64_t head = kv_head_of(params_, item) * strides.head;
+    if (params_.page_table != nullptr) return head;
+    return head + item.seqlen.batch_k * strides.batch + item.seqlen.row_k * strides.row;
   }
 
   BROADHEAD_DEVICE bool is_even() const { return block_ >= even_begin_ && block_ < even_end_; }
@@ -122,18 +136,21 @@ class Loader {
   // never read: they may be garbage.
   BROADHEAD_DEVICE int load_page() const {
     if (page_size_.size == 0 || block_ >= block_end_) return 0;
-    const KvSource<KvElement>& from = source();
+    const CopySource<KvElement>& from = source();
     int key = block_ * Traits::kKeys;
     if (!is_even()) {
       key += lane() % Traits::kKeys;
       if (!from.is_live(key)) return 0;
     }
-    return __ldg(from.table + page_size_.page(from.leftpad + key));
+    // Not by the read-only path: with programmatic launch the kernel before may have written the table.
+    int page;
+    asm volatile("ld.global.b32 %0, [%1];" : "=r"(page) : "l"(from.table + page_size_.page(from.leftpad + key)));
+    return page;
   }
 
   // Where the keys of the block lie; then on to the next block, whose table entry is asked for.
   BROADHEAD_DEVICE void resolve_block() {
-    const KvSource<KvElement>& from = source();
+    const CopySource<KvElement>& from = source();
     const bool even = is_even();
     const int key = block_ * Traits::kKeys + (even ? 0 : lane() % Traits::kKeys);
     even_ = even;
@@ -182,7 +199,7 @@ class Loader {
     }
   }
 
-  const AttnParams& params_;
+  const DecodeParams& params_;
   typename Traits::SharedStorage& smem_;
   PageSize page_size_;
   std::uint32_t target_;       // of the lane's first copy in the stage to fill

@@ -5,7 +5,7 @@
 
 namespace broadhead::decode {
 
-constexpr int kQueueItems = 3;
+constexpr int kQueueItems = 2;
 
 // Every warp keeps a queue of its own with the same items, which saves them a barrier.
 struct ItemQueue {
@@ -19,14 +19,15 @@ struct QueueState {
   int taken = 0;
 };
 
-// Finds items until the queue is full or the interval is done; `on_item` sees each. All lanes of the warp.
-template <int kTileM, int kKeys, class OnItem>
-BROADHEAD_DEVICE void fill_queue(const AttnParams& params, ItemQueue& queue, QueueState& state, OnItem on_item) {
+// Finds items until `wanted` are known or the interval is done; `on_item` sees each. All lanes of the warp.
+template <int kTileM, int kKeys, int kKeyGroups, class OnItem>
+BROADHEAD_DEVICE void fill_queue(const DecodeParams& params, ItemQueue& queue, QueueState& state, int wanted,
+                                 OnItem on_item) {
   LineCursor cursor = queue.cursor;
   LineItem item;
   __syncwarp();
 #pragma unroll 1
-  while (state.found - state.taken < kQueueItems && next_item<kTileM, kKeys>(params, cursor, item)) {
+  while (state.found - state.taken < wanted && next_item<kTileM, kKeys, kKeyGroups>(params, cursor, item)) {
     if (threadIdx.x % 32 == 0) queue.items[state.found % kQueueItems] = item;
     on_item(item);
     ++state.found;

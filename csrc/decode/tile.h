@@ -10,37 +10,55 @@ namespace broadhead::decode {
 
 // One thread fills the block's tile.
 template <class Traits>
-BROADHEAD_DEVICE void set_tile(const AttnParams& params, const LineItem& item, float q_scale, DecodeTile& tile) {
-  const SeqlenInfo seqlen = make_seqlen_info(params, item.batch);
-  const int per_token = rows_per_token(params);
+BROADHEAD_DEVICE void set_tile(const DecodeParams& params, const LineItem& item, DecodeTile& tile) {
+  const SeqlenInfo& seqlen = item.seqlen;
   const int first_row = item.m_block * Traits::kTileM;
-  const int end_row = min_int(first_row + Traits::kTileM, seqlen.seqlen_q * per_token);
-  tile.seqlen = seqlen;
-  tile.output = {{first_row, per_token, end_row}, item.head};
+  const int end_row = min_int(first_row + Traits::kTileM, sequence_rows(params, seqlen));
+  tile.rows = {first_row, params.rows_per_token, end_row};
   tile.mask = make_mask(params, seqlen, item.batch);
-  const RowMap& rows = tile.output.rows;
-  tile.unmasked = tile.mask.unmasked_interval(rows.token(0), rows.token(end_row - first_row - 1));
-  const int kv_head = params.pack_gqa ? item.head : item.head / (params.num_heads_q / params.num_heads_kv);
-  const auto descale = [&](const float* factors, const DescaleStrides& strides) {
-    return factors == nullptr ? 1.f : factors[item.batch * strides.batch + kv_head * strides.head];
-  };
+  tile.unmasked = seqlen.seqlen_q == 1
+                      ? tile.mask.unmasked_interval(0, 0)
+                      : tile.mask.unmasked_interval(tile.rows.token(0), tile.rows.token(end_row - first_row - 1));
   float scale = params.softmax_scale;
   if constexpr (Traits::k8Bit) {
-    scale *= descale(params.q_descale, params.q_descale_strides) * descale(params.k_descale, params.k_descale_strides) /
-             q_scale;
+    const int kv_head = kv_head_of(params, item);
+    const auto descale = [&](const float* factors, const DescaleStrides& strides) {
+      return factors == nullptr ? 1.f : factors[item.batch * strides.batch + kv_head * strides.head];
+    };
+    scale *= descale(params.q_descale, params.q_descale_strides) * descale(params.k_descale, params.k_descale_strides);
     tile.scale.v_factor = descale(params.v_descale, params.v_descale_strides);
   }
   tile.scale.set(scale, params.softcap);
 }
 
+// A thread below kTileM: where its row goes when the tile is done.
+template <class Traits>
+BROADHEAD_DEVICE void set_row(const DecodeParams& params, const Workspace& workspace, const LineItem& item, int row,
+                              DecodeRow& target) {
+  const int first_row = item.m_block * Traits::kTileM;
+  const int end_row = min_int(first_row + Traits::kTileM, sequence_rows(params, item.seqlen));
+  const RowPlace place = place_row({{first_row, params.rows_per_token, end_row}, item.head}, row);
+  target = {nullptr, nullptr, -1};
+  if (!place.live) return;
+  target.head = place.head;
+  if (item.is_part) {
+    const long long slot = workspace.slot(params, item, blockIdx.x);
+    target.out = workspace.out_row(params, slot, row);
+    target.lse = workspace.lse_row(slot, row);
+  } else {
+    target.out = output_row<typename Traits::Element>(params, item.seqlen, place);  // any 16-bit dtype
+    target.lse = lse_address(params, item.seqlen, place);
+  }
+}
+
 // Where a row of the item's tile lies in q, in elements; -1: past the sequence.
 template <class Traits>
-BROADHEAD_DEVICE std::int64_t q_row_offset(const AttnParams& params, const LineItem& item, int tile_row) {
-  const SeqlenInfo seqlen = make_seqlen_info(params, item.batch);
-  const int per_token = rows_per_token(params);
+BROADHEAD_DEVICE std::int64_t q_row_offset(const DecodeParams& params, const LineItem& item, int tile_row) {
+  const SeqlenInfo& seqlen = item.seqlen;
+  const int per_token = params.rows_per_token;
   const int row = item.m_block * Traits::kTileM + tile_row;
-  if (row >= seqlen.seqlen_q * per_token) return -1;
-  const int token = per_token == 1 ? row : row / per_token;
+  if (row >= sequence_rows(params, seqlen)) return -1;
+  const int token = per_token == 1 ? row : seqlen.seqlen_q == 1 ? 0 : row / per_token;
   const int head = item.head * per_token + row - token * per_token;
   return seqlen.batch_q * params.q_strides.batch + (seqlen.row_q + token) * params.q_strides.row +
          head * params.q_strides.head;
@@ -48,7 +66,7 @@ BROADHEAD_DEVICE std::int64_t q_row_offset(const AttnParams& params, const LineI
 
 // Asks the L2 for the item's query rows: when their turn comes, the memory is busy with K and V. Each warp a share.
 template <class Traits>
-BROADHEAD_DEVICE void prefetch_q(const AttnParams& params, const LineItem& item) {
+BROADHEAD_DEVICE void prefetch_q(const DecodeParams& params, const LineItem& item) {
   constexpr int kLineElements = 64;
   constexpr int kLines = Traits::kHeadDim / kLineElements;
   for (int index = threadIdx.x; index < Traits::kTileM * kLines; index += Traits::kThreads) {
@@ -69,13 +87,13 @@ struct QTile {
   static constexpr bool kInRegisters = kEach <= 4 && Traits::kTileM == 16;
   uint4 values[kInRegisters ? kEach : 1];
 
-  BROADHEAD_DEVICE void read(const AttnParams& params, const LineItem& item) {
+  BROADHEAD_DEVICE void read(const DecodeParams& params, const LineItem& item) {
     BROADHEAD_UNROLL
     for (int i = 0; i < kEach; ++i) values[i] = read_unit(params, item, i);
   }
 
   // What Q is multiplied by: fp16 must hold it. All threads, with a barrier.
-  BROADHEAD_DEVICE float find_scale(const AttnParams& params, const LineItem& item,
+  BROADHEAD_DEVICE float find_scale(const DecodeParams& params, const LineItem& item,
                                     typename Traits::SharedStorage& smem) const {
     if constexpr (!Traits::k8Bit) return 1.f;
     if (params.q_dtype != DataType::kBFloat16) return 1.f;
@@ -84,7 +102,10 @@ struct QTile {
     for (int i = 0; i < kEach; ++i) {
       const uint4 value = kInRegisters ? values[kInRegisters ? i : 0] : read_unit(params, item, i);
       for (const unsigned word : {value.x, value.y, value.z, value.w}) {
-        largest = max(largest, max(word & 0x7fffu, (word >> 16) & 0x7fffu));
+        // Infinities and NaN stay what they are and must not push the other rows out of range.
+        for (const unsigned bits : {word & 0x7fffu, (word >> 16) & 0x7fffu}) {
+          if (bits < 0x7f80u) largest = max(largest, bits);
+        }
       }
     }
     largest = __reduce_max_sync(0xffffffffu, largest);
@@ -97,13 +118,13 @@ struct QTile {
     return exp2f(static_cast<float>(14 - max_int(-100, min_int(100, exponent))));
   }
 
-  BROADHEAD_DEVICE void store(const AttnParams& params, float scale, typename Traits::SharedStorage& smem) const {
+  BROADHEAD_DEVICE void store(const DecodeParams& params, float scale, typename Traits::SharedStorage& smem) const {
     BROADHEAD_UNROLL
     for (int i = 0; i < kEach; ++i) store_unit(params, smem, i, values[i], scale);
   }
 
   // read and store, a few registers at a time.
-  BROADHEAD_DEVICE static void copy(const AttnParams& params, const LineItem& item, float scale,
+  BROADHEAD_DEVICE static void copy(const DecodeParams& params, const LineItem& item, float scale,
                                     typename Traits::SharedStorage& smem) {
 #pragma unroll 2
     for (int i = 0; i < kEach; ++i) store_unit(params, smem, i, read_unit(params, item, i), scale);
@@ -113,17 +134,24 @@ struct QTile {
   BROADHEAD_DEVICE static int index_of(int i) { return threadIdx.x + i * Traits::kThreads; }
 
   // Rows past the sequence and columns past head_dim become zero.
-  BROADHEAD_DEVICE static uint4 read_unit(const AttnParams& params, const LineItem& item, int i) {
+  BROADHEAD_DEVICE static uint4 read_unit(const DecodeParams& params, const LineItem& item, int i) {
     const int index = index_of(i);
     const int row = index / kUnits, col = index % kUnits * 8;
     if (row >= Traits::kTileM || col >= params.head_dim) return make_uint4(0, 0, 0, 0);
     const std::int64_t offset = q_row_offset<Traits>(params, item, row);
     if (offset < 0) return make_uint4(0, 0, 0, 0);
+    // volatile: the compiler must not move the loads behind the copies of K and V.
+    uint4 value = make_uint4(0, 0, 0, 0);
     if (Traits::k8Bit && params.q_dtype == DataType::kFloat8E4M3) {
-      const uint2 bytes = *reinterpret_cast<const uint2*>(static_cast<const char*>(params.q) + offset + col);
-      return make_uint4(bytes.x, bytes.y, 0, 0);
+      asm volatile("ld.global.v2.b32 {%0, %1}, [%2];"
+                   : "=r"(value.x), "=r"(value.y)
+                   : "l"(static_cast<const char*>(params.q) + offset + col));
+    } else {
+      asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                   : "l"(static_cast<const char*>(params.q) + (offset + col) * 2));
     }
-    return *reinterpret_cast<const uint4*>(static_cast<const char*>(params.q) + (offset + col) * 2);
+    return value;
   }
 
   BROADHEAD_DEVICE static std::uint32_t scaled_half(std::uint32_t bf16_pair, float scale) {
@@ -131,7 +159,7 @@ struct QTile {
                                       __uint_as_float(bf16_pair & 0xffff0000u) * scale);
   }
 
-  BROADHEAD_DEVICE static void store_unit(const AttnParams& params, typename Traits::SharedStorage& smem, int i,
+  BROADHEAD_DEVICE static void store_unit(const DecodeParams& params, typename Traits::SharedStorage& smem, int i,
                                           uint4 value, float scale) {
     const int index = index_of(i);
     const int row = index / kUnits, unit = index % kUnits;
@@ -164,58 +192,58 @@ struct QTile {
 
 // Two columns of out.
 template <class Traits>
-BROADHEAD_DEVICE std::uint32_t pack_out(const AttnParams& params, float lo, float hi) {
+BROADHEAD_DEVICE std::uint32_t pack_out(const DecodeParams& params, float lo, float hi) {
   if constexpr (Traits::k8Bit) {
     if (params.q_dtype != DataType::kFloat16) return pack_pair<cutlass::bfloat16_t>(lo, hi);
   }
   return pack_pair<typename Traits::Element>(lo, hi);
 }
 
-// Merges a row's groups: what each multiplies its O by, and where the row goes. Threads below kTileM, a row each.
+// What a row's key groups make together: the factor of the O of group `group`, and the LSE. The four lanes of a row
+// share the groups; all lanes of a warp call this.
 template <class Traits>
-BROADHEAD_DEVICE void finish_tile_row(const AttnParams& params, const Workspace& workspace, const LineItem& item,
-                                      typename Traits::SharedStorage& smem, int row) {
-  const DecodeTile& tile = smem.tile;
-  const ScoreScale scale = tile.scale;
-  const RowPlace place = place_row(tile.output, row);
-  float largest = smem.stats[0][row].x;
+BROADHEAD_DEVICE RowResult merge_row(const DecodeParams& params, const typename Traits::SharedStorage& smem,
+                                     const ScoreScale& scale, bool is_part, int group, int row) {
+  constexpr int kEach = ceil_div(Traits::kKeyGroups, 4);
+  const int quarter = threadIdx.x % 4;
+  float2 stats[kEach];
+  float largest = -INFINITY;
   BROADHEAD_UNROLL
-  for (int g = 1; g < Traits::kKeyGroups; ++g) largest = fmaxf(largest, smem.stats[g][row].x);
-  float factor[Traits::kKeyGroups];
+  for (int i = 0; i < kEach; ++i) {
+    const int g = quarter + 4 * i;
+    stats[i] = g < Traits::kKeyGroups ? smem.stats[g][row] : make_float2(-INFINITY, 0.f);
+    largest = fmaxf(largest, stats[i].x);
+  }
+  largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
+  largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
+  float factor = 0.f;
   float sum = 0.f;
   BROADHEAD_UNROLL
-  for (int g = 0; g < Traits::kKeyGroups; ++g) {
-    const float2 own = smem.stats[g][row];
+  for (int i = 0; i < kEach; ++i) {
     // A group without a visible key has sum 0 (or NaN scores, which must get through).
-    factor[g] = own.x == -INFINITY ? (own.y == 0.f ? 0.f : 1.f) : exp2f((own.x - largest) * scale.scale_log2);
-    sum += own.y * factor[g];
+    const float own = stats[i].x == -INFINITY ? (stats[i].y == 0.f ? 0.f : 1.f)
+                                              : exp2_approx((stats[i].x - largest) * scale.scale_log2);
+    sum += stats[i].y * own;
+    if (quarter + 4 * i == group) factor = own;
   }
-  const bool is_part = item.is_part != 0;
+  sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+  sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+  factor = __shfl_sync(0xffffffffu, factor, threadIdx.x % 32 / 4 * 4 + group % 4);
+  const RowPlace place{smem.rows[row].head >= 0, smem.rows[row].head, 0};
   const auto finish = [&](auto element) {
     return finish_row<decltype(element)>(params, place, {largest, sum}, scale, is_part ? 0 : -1);
   };
   const bool out_is_bf16 = Traits::k8Bit && params.q_dtype != DataType::kFloat16;
-  const RowResult result = out_is_bf16 ? finish(cutlass::bfloat16_t{}) : finish(typename Traits::Element{});
-  const float out_factor = Traits::k8Bit ? result.inverse * scale.v_factor : result.inverse;
-  BROADHEAD_UNROLL
-  for (int g = 0; g < Traits::kKeyGroups; ++g) smem.factor[g][row] = factor[g] * out_factor;
-  if (!place.live) {
-    smem.target[row] = nullptr;
-  } else if (is_part) {
-    const long long slot = workspace.slot(params, item, blockIdx.x);
-    smem.target[row] = workspace.out_row(params, slot, row);
-    *workspace.lse_row(slot, row) = result.lse;
-  } else {
-    smem.target[row] = output_row<typename Traits::Element>(params, tile.seqlen, place);  // any 16-bit dtype
-    write_lse(params, tile.seqlen, place, result.lse, -1);
-  }
+  RowResult result = out_is_bf16 ? finish(cutlass::bfloat16_t{}) : finish(typename Traits::Element{});
+  result.inverse *= factor;
+  if constexpr (Traits::k8Bit) result.inverse *= scale.v_factor;
+  return result;
 }
 
 // All threads, behind the tile's last product. Shared memory of Q serves the exchange.
 template <class Traits>
-BROADHEAD_DEVICE void write_item(const AttnParams& params, const Workspace& workspace, const LineItem& item,
-                                 typename Traits::SharedStorage& smem,
-                                 const float (&o)[Traits::kMmaM][Traits::kOTiles][4],
+BROADHEAD_DEVICE void write_item(const DecodeParams& params, const LineItem& item, typename Traits::SharedStorage& smem,
+                                 const ScoreScale& scale, const float (&o)[Traits::kMmaM][Traits::kOTiles][4],
                                  OnlineSoftmax<2 * Traits::kMmaM>& softmax) {
   using Element = typename Traits::Element;
   const int lane = threadIdx.x % 32;
@@ -231,11 +259,17 @@ BROADHEAD_DEVICE void write_item(const AttnParams& params, const Workspace& work
     }
   }
   __syncthreads();
-  if (threadIdx.x < Traits::kTileM) finish_tile_row<Traits>(params, workspace, item, smem, threadIdx.x);
-  __syncthreads();
+  const bool is_part = item.is_part != 0;
   float factor[2 * Traits::kMmaM];
   BROADHEAD_UNROLL
-  for (int i = 0; i < 2 * Traits::kMmaM; ++i) factor[i] = smem.factor[group][i / 2 * 16 + i % 2 * 8 + lane / 4];
+  for (int i = 0; i < 2 * Traits::kMmaM; ++i) {
+    const int row = i / 2 * 16 + i % 2 * 8 + lane / 4;
+    const RowResult result = merge_row<Traits>(params, smem, scale, is_part, group, row);
+    factor[i] = result.inverse;
+    float* lse = smem.rows[row].lse;
+    if (warp == 0 && lane % 4 == 0 && lse != nullptr) *lse = result.lse;
+    compile_barrier();  // a row at a time: O leaves few registers
+  }
 
   constexpr int kTilesPerPass = Traits::kMergeCols / 8;
   BROADHEAD_UNROLL
@@ -265,7 +299,7 @@ BROADHEAD_DEVICE void write_item(const AttnParams& params, const Workspace& work
       const int row = index / kQuads;
       const int quad = index % kQuads * 4;
       const int col = col_group * Traits::kCols + pass * Traits::kMergeCols + quad;
-      void* target = smem.target[row];
+      void* target = smem.rows[row].out;
       if (target == nullptr || col >= params.head_dim_v) continue;
       float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
       BROADHEAD_UNROLL
@@ -276,7 +310,7 @@ BROADHEAD_DEVICE void write_item(const AttnParams& params, const Workspace& work
         sum.z += x.z;
         sum.w += x.w;
       }
-      if (item.is_part) {
+      if (is_part) {
         *reinterpret_cast<float4*>(static_cast<float*>(target) + col) = sum;
       } else {
         *reinterpret_cast<uint2*>(static_cast<Element*>(target) + col) =

@@ -12,14 +12,38 @@
 
 namespace broadhead::decode {
 
+// The K and V of an item. Rows that no query of the tile sees are zero-filled, never read.
+template <class KvElement>
+struct CopySource {
+  const KvElement* k;  // of the head: first key, or first page
+  const KvElement* v;
+  const std::int32_t* table;  // page-table row of the sequence; null: not paged
+  int leftpad;                // paged: logical row of key 0
+  KeyInterval live;           // keys that any row of the tile sees, besides the prefix
+  int prefix_len;
+
+  BROADHEAD_DEVICE bool is_live(int key) const { return (key >= live.begin && key < live.end) || key < prefix_len; }
+};
+
 // What the products and the output of an item need; one for all warps.
 struct DecodeTile {
-  SeqlenInfo seqlen;
-  OutputRows output;
+  RowMap rows;
   AttentionMask mask;
   KeyInterval unmasked;  // keys that every row sees
-  ScoreScale scale;
+  ScoreScale scale;      // 8-bit K and V: still to be divided by the scale of Q
 };
+
+// Where a row goes; dead rows: nowhere.
+struct DecodeRow {
+  void* out;
+  float* lse;  // null: not wanted
+  int head;    // of the query; -1: dead
+};
+
+// What a multiprocessor would copy in the time that a tile costs besides (its Q, warps that wait for the slowest, the
+// merge, the output). PERF(H200, 300 sequences of 500 tokens, 32/8 heads of 128, us: 64 KB 282, 128 KB 235, 256 KB 199,
+// 384 KB 189, 512 KB 191)
+constexpr int kTileCostBytes = 320 * 1024;
 
 template <class KvElement_, int kHeadDim_, int kTileM_, int kKeys_, int kWarps_, int kKeyGroups_, int kStages_,
           int kMinBlocks_, int kSmemLimit_>
@@ -53,13 +77,21 @@ struct DecodeTraits {
   // Fragments of Q stay in registers when O leaves room for them.
   static constexpr bool kQInRegisters = kMmaM == 1;
 
-  // Columns of O that the warps exchange at a time at a tile's end; a row is 8 words longer, so that the float2 stores
-  // of four rows fall into different banks.
-  static constexpr int kMergeCols = kTileM == 16 && kColGroups == 1 && kWarps == 4 ? 32 : 16;
-  static constexpr int kMergePitch = kMergeCols + 8;
   // With two buffers the warps of a key group meet once a key block, with one (32 keys: for want of room) twice.
   static constexpr int kScoreBuffers = kColGroups > 1 && kKeys == 16 ? 2 : 1;
   static constexpr int kScoreFloats = kColGroups > 1 ? kMmaM * kMmaN * 4 * 32 : 1;  // a warp's share of S
+
+  // Columns of O that the warps exchange at a time at a tile's end, as many as there is room for; a row is 8 words
+  // longer, so that the float2 stores of four rows fall into different banks.
+  static constexpr int merge_bytes(int cols) { return kWarps * kTileM * (cols + 8) * 4; }
+  static constexpr int kOtherBytes = kWarps * 400 + kTileM * (24 + kKeyGroups * 8) + 512;  // rounded up
+  static constexpr int kMergeBytes = kSmemLimit - kWarps * kStages * kStageBytes - kOtherBytes;
+  static constexpr int kMergeCols = merge_bytes(64) <= kMergeBytes ? 64 : merge_bytes(32) <= kMergeBytes ? 32 : 16;
+  static constexpr int kMergePitch = kMergeCols + 8;
+
+  // What a tile costs besides its key blocks, in key blocks.
+  static constexpr int kKeyBlockBytes = 2 * kKeys * kHeadDim * static_cast<int>(sizeof(KvElement));
+  static constexpr int kTileCost = ceil_div(kTileCostBytes / kMinBlocks, kKeyBlockBytes);
 
   static_assert(kWarps % kKeyGroups == 0 && (kCols == 64 || kCols == 128));
   static_assert(kTileM % 16 == 0 && (kKeys == 16 || kKeys == 32 || kKeys == 64));
@@ -68,20 +100,20 @@ struct DecodeTraits {
   struct SharedStorage {
     alignas(128) char ring[kWarps][kStages][kStageBytes];
     union {
-      alignas(128) Element q[kTileM * kHeadDim];
+      struct {
+        alignas(128) Element q[kTileM * kHeadDim];
+        alignas(16) float scores[kScoreBuffers][kWarps][kScoreFloats];
+      };
       float merge[kWarps][kTileM][kMergePitch];
     };
-    alignas(16) float scores[kScoreBuffers][kWarps][kScoreFloats];
     float2 stats[kKeyGroups][kTileM];   // a row's maximum and sum over the keys of a group
-    float factor[kKeyGroups][kTileM];   // what a group's O is multiplied by
-    void* target[kTileM];               // where a row's columns go; null: dead
-    KvSource<KvElement> source[kWarps];  // what a warp copies from
+    DecodeRow rows[kTileM];
+    CopySource<KvElement> source[kWarps];  // what a warp copies from
     ItemQueue queue[kWarps];
     DecodeTile tile;
     BlockParts parts;
     unsigned q_largest[kWarps];  // 8-bit K and V: of a warp's share of Q
-    long long scratch[kWarps];
-    int longest[kWarps];
+    LineSum sums[kWarps];  // of a warp's share of the sequences
   };
   static_assert(sizeof(SharedStorage) <= kSmemLimit, "the tile does not fit the shared memory its row promises");
 };

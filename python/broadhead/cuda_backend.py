@@ -20,7 +20,7 @@ from .support import KernelRow
 from .validation import TOKENS_PER_SPLIT_STEP
 
 #: What csrc/decode/workspace.h keeps of a block besides its partial results, in fp32.
-BLOCK_PARTS_SIZE = 4
+BLOCK_PARTS_SIZE = 12
 
 
 def _decode_workspace(problem: AttentionProblem, row: KernelRow, schedule: Schedule) -> int:
