@@ -11,19 +11,34 @@ namespace broadhead::decode {
 constexpr int kCombineWarps = 8;
 constexpr int kCombineCols = 128;  // of a block: four a lane
 
-// The split tile of a block of the combine; parts 0: none.
-struct SplitTile {
-  SeqlenInfo seqlen;
-  int head;
-  int m_block;
+// Where the parts of a tile left a row.
+struct RowParts {
   int parts = 0;
+  int row = 0;  // in the tile
   // They lie in slots first, rest, rest + step, ...
-  long long first;
-  long long rest;
-  int step;
+  long long first = 0;
+  long long rest = 1;
+  int step = 0;
 
-  BROADHEAD_DEVICE long long slot(int part) const {
-    return part == 0 ? first : rest + static_cast<long long>(part - 1) * step;
+  // Among the rows of all slots.
+  BROADHEAD_DEVICE long long place(const Workspace& workspace, int part) const {
+    const long long slot = part == 0 ? first : rest + static_cast<long long>(part - 1) * step;
+    return slot * workspace.slot_rows + row;
+  }
+};
+
+// What a block of the combine merges: a row of a split tile.
+struct SplitRow {
+  SeqlenInfo seqlen{};
+  int batch = 0;
+  int head = 0;
+  int m_block = 0;
+  RowParts own;     // parts 0: nothing is to be done
+  RowParts shared;  // of the same query over the shared keys
+
+  BROADHEAD_DEVICE int parts() const { return own.parts + shared.parts; }
+  BROADHEAD_DEVICE long long place(const Workspace& workspace, int part) const {
+    return part < own.parts ? own.place(workspace, part) : shared.place(workspace, part - own.parts);
   }
 };
 
@@ -52,39 +67,61 @@ BROADHEAD_DEVICE int count_parts(const Workspace& workspace, int block, int pass
   }
 }
 
-// All threads.
-template <int kTileM, int kKeys>
-BROADHEAD_DEVICE SplitTile find_split_tile(const DecodeParams& params, const Workspace& workspace) {
-  const int block = blockIdx.x;
-  SplitTile tile;
-  if (params.cell_blocks == 0) {
-    const BlockParts own = workspace.blocks[block];
-    const int passes = read_passes(workspace, block);
-    if (own.batch < 0) return tile;
-    return {own.seqlen,      own.head, own.m_block, count_parts(workspace, block, passes), 2ll * block + 1,
-            2ll * block + 2, 2};
-  }
-  const int heads = params.heads_in_grid;
-  tile.m_block = block % workspace.m_blocks;
-  tile.head = block / workspace.m_blocks % heads;
-  const SequenceWork work = sequence_work(params, block / workspace.m_blocks / heads, kTileM, kKeys);
-  if (tile.m_block >= work.m_blocks) return tile;
-  tile.seqlen = work.seqlen;
-  const int cells = cells_of(params, work, kKeys);
-  tile.parts = cells > 1 ? cells : 0;
-  tile.first = static_cast<long long>(block) * workspace.cells;
-  tile.rest = tile.first + 1;
-  tile.step = 1;
-  return tile;
+// Of the tile whose first part block `first` of the decode grid computes, which goes on in the blocks behind.
+BROADHEAD_DEVICE RowParts balanced_parts(int parts, int row, int first) {
+  return {parts, row, 2ll * first + 1, 2ll * first + 2, 2};
 }
 
-// Merges a row of the tile; not `real`: only its code runs, without input and output. All threads.
+// With shared keys: of tile `tile`, in dense order.
+BROADHEAD_DEVICE RowParts noted_parts(const Workspace& workspace, long long tile, int row) {
+  const TileParts blocks = workspace.tiles[tile];
+  if (blocks.first == blocks.last) return {1, row, workspace.whole_slot(tile), 0, 0};
+  return balanced_parts(blocks.last - blocks.first + 1, row, blocks.first);
+}
+
+// All threads.
+template <int kTileM, int kKeys>
+BROADHEAD_DEVICE SplitRow find_split_row(const DecodeParams& params, const Workspace& workspace) {
+  const int block = blockIdx.x;
+  const int row = blockIdx.y;
+  SplitRow found;
+  if (workspace.blocks != nullptr) {
+    const BlockParts own = workspace.blocks[block];
+    const int passes = read_passes(workspace, block);
+    if (own.batch < 0) return found;
+    const RowParts parts = balanced_parts(count_parts(workspace, block, passes), row, block);
+    return {own.seqlen, own.batch, own.head, own.m_block, parts, {}};
+  }
+  found.m_block = block % workspace.m_blocks;
+  found.head = block / workspace.m_blocks % params.heads_in_grid;
+  found.batch = block / workspace.m_blocks / params.heads_in_grid;
+  const SequenceWork work = sequence_work(params, found.batch, kTileM, kKeys);
+  found.seqlen = work.seqlen;
+  if (found.m_block >= work.m_blocks) return found;
+  if (params.shared_seqlen_k > 0) {
+    const int query = found.m_block * kTileM + row;  // rows count tokens, then the heads of a token
+    if (query >= sequence_rows(params, work.seqlen, found.batch)) return found;
+    const SeqlenInfo shared = sequence_info(params, params.batch);
+    const int shared_query = static_cast<int>(total_row(params, work.seqlen, 0)) * params.rows_per_token + query;
+    if (shared_query >= sequence_rows(params, shared, params.batch)) return found;
+    found.own = noted_parts(workspace, block, row);
+    const long long tile = workspace.tile(params, params.batch, found.head, shared_query / kTileM);
+    found.shared = noted_parts(workspace, tile, shared_query % kTileM);
+    return found;
+  }
+  const int cells = cells_of(params, work, kKeys);
+  const long long first = static_cast<long long>(block) * workspace.cells;
+  found.own = {cells > 1 ? cells : 0, row, first, first + 1, 1};
+  return found;
+}
+
+// Merges the parts of a row; not `real`: only its code runs, without input and output. All threads.
 template <class Element, int kTileM>
-BROADHEAD_DEVICE void merge_parts(const DecodeParams& params, const Workspace& workspace, const SplitTile& tile,
+BROADHEAD_DEVICE void merge_parts(const DecodeParams& params, const Workspace& workspace, const SplitRow& tile,
                                   bool real) {
   __shared__ float4 partial[kCombineWarps][32];
   __shared__ float2 stats[kCombineWarps];
-  const int row = blockIdx.y;
+  const int parts = tile.parts();
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
   const int col = blockIdx.z * kCombineCols + lane * 4;
@@ -94,18 +131,18 @@ BROADHEAD_DEVICE void merge_parts(const DecodeParams& params, const Workspace& w
   float sum = 0.f;
   float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
   constexpr int kAtOnce = 8;
-  for (int first = warp; first < tile.parts; first += kAtOnce * kCombineWarps) {
+  for (int first = warp; first < parts; first += kAtOnce * kCombineWarps) {
     float lse[kAtOnce];
     float4 x[kAtOnce];
     BROADHEAD_UNROLL
     for (int i = 0; i < kAtOnce; ++i) {
       const int part = first + i * kCombineWarps;
-      const bool exists = real && part < tile.parts;
-      const long long slot = tile.slot(exists ? part : 0);
-      lse[i] = exists ? *workspace.lse_row(slot, row) : -INFINITY;
+      const bool exists = real && part < parts;
+      const long long place = tile.place(workspace, exists ? part : 0);
+      lse[i] = exists ? workspace.lse[place] : -INFINITY;
       x[i] = make_float4(0.f, 0.f, 0.f, 0.f);
       if (exists && col < params.head_dim_v) {
-        x[i] = *reinterpret_cast<const float4*>(workspace.out_row(params, slot, row) + col);
+        x[i] = *reinterpret_cast<const float4*>(workspace.out + place * params.head_dim_v + col);
       }
     }
     float raised = largest;
@@ -129,9 +166,9 @@ BROADHEAD_DEVICE void merge_parts(const DecodeParams& params, const Workspace& w
   partial[warp][lane] = total;
   if (lane == 0) stats[warp] = make_float2(largest, sum);
   const int first_row = tile.m_block * kTileM;
-  const int end_row = min_int(first_row + kTileM, sequence_rows(params, tile.seqlen));
+  const int end_row = min_int(first_row + kTileM, sequence_rows(params, tile.seqlen, tile.batch));
   const OutputRows output{{first_row, params.rows_per_token, end_row}, tile.head};
-  RowPlace place = place_row(output, row);
+  RowPlace place = place_row(output, tile.own.row);
   place.live &= real;
   __syncthreads();
   if (warp != 0) return;
@@ -165,7 +202,8 @@ BROADHEAD_DEVICE void merge_parts(const DecodeParams& params, const Workspace& w
   }
 }
 
-// Block (t, r, c): columns from 128 c on of row r of split tile t. Its warps take every eighth part.
+// Block (t, r, c): columns from 128 c on of row r of split tile t (of block t's first, of cells and with shared keys of
+// tile t). Its warps take every eighth part.
 template <class Element, int kTileM, int kKeys>
 __global__ void __launch_bounds__(32 * kCombineWarps)
     combine_kernel(const __grid_constant__ DecodeParams params, const __grid_constant__ Workspace workspace) {
@@ -174,12 +212,13 @@ __global__ void __launch_bounds__(32 * kCombineWarps)
   const bool rehearses = kHasDependentLaunch && blockIdx.y == 0 && blockIdx.z == 0;
 #pragma unroll 1
   for (int pass = rehearses ? 0 : 1; pass < 2; ++pass) {
-    SplitTile tile{{}, 0, 0, 1, 0, 0, 0};
+    SplitRow tile;
+    tile.own.parts = 1;
     if (pass == 1) {
       wait_for_predecessor();
-      tile = find_split_tile<kTileM, kKeys>(params, workspace);
+      tile = find_split_row<kTileM, kKeys>(params, workspace);
     }
-    if (tile.parts > 0) merge_parts<Element, kTileM>(params, workspace, tile, pass == 1);
+    if (tile.own.parts > 0) merge_parts<Element, kTileM>(params, workspace, tile, pass == 1);
   }
 }
 

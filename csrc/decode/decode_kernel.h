@@ -48,7 +48,7 @@ BROADHEAD_DEVICE void add_scores(float (&s)[Traits::kMmaM][Traits::kMmaN][4], ty
   }
 }
 
-// Asks the L2 for Q and the page table, a line a thread. Their first lines are on their way (and their pages
+// Asks the L2 for Q and the page tables, a line a thread. Their first lines are on their way (and their pages
 // translated) while the lengths are, and not in the queue of the first copies of K and V: that is 5 us long. Reads
 // nothing, so it need not wait for the kernel before.
 BROADHEAD_DEVICE void prefetch_inputs(const DecodeParams& params) {
@@ -58,6 +58,25 @@ BROADHEAD_DEVICE void prefetch_inputs(const DecodeParams& params) {
   }
   if (offset < params.table_bytes) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(reinterpret_cast<const char*>(params.page_table) + offset));
+  }
+  if (offset < params.shared_table_bytes) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(reinterpret_cast<const char*>(params.shared_page_table) + offset));
+  }
+}
+
+// One thread: tells the combine which blocks compute parts of the item's tile.
+BROADHEAD_DEVICE void note_part(const DecodeParams& params, const Workspace& workspace, const LineItem& item,
+                                BlockParts& parts) {
+  if (workspace.tiles != nullptr) {
+    TileParts& tile = workspace.tiles[workspace.tile(params, item)];
+    if (item.part == 0) tile.first = blockIdx.x;
+    if (!item.goes_on) tile.last = blockIdx.x;
+  } else if (item.goes_on) {
+    if (item.part == 0) {
+      parts = {item.seqlen, item.batch, item.head, item.m_block, parts.passes};
+    } else {
+      parts.passes = 1;
+    }
   }
 }
 
@@ -119,13 +138,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     if (const int row = threadIdx.x - (Traits::kThreads - Traits::kTileM); row >= 0) {
       set_row<Traits>(params, workspace, item, row, smem.rows[row]);
     }
-    if (threadIdx.x == Traits::kThreads - 1 && item.goes_on) {
-      if (item.part == 0) {
-        smem.parts = {item.seqlen, item.batch, item.head, item.m_block, smem.parts.passes};
-      } else {
-        smem.parts.passes = 1;
-      }
-    }
+    if (threadIdx.x == Traits::kThreads - 1) note_part(params, workspace, item, smem.parts);
     const float q_scale = q_tile.find_scale(params, item, smem);
     if constexpr (QTile<Traits>::kInRegisters) {
       q_tile.store(params, q_scale, smem);

@@ -80,17 +80,33 @@ inline DecodeParams make_decode_params(const AttnParams& params, int tile_cost) 
     const std::int64_t columns = params.seqlen_k / params.page_size;
     result.table_bytes = prefetched_bytes(((params.batch - 1) * params.page_table_batch_stride + columns) * 4);
   }
+  if (params.shared_seqlen_k > 0) {
+    result.shared_table_bytes = prefetched_bytes(((params.shared_seqlen_k - 1ll) / params.page_size + 1) * 4);
+    // Tokens of all sequences lie a row apart: with one token a sequence that is the stride of a sequence.
+    if (params.cu_seqlens_q == nullptr && params.seqlen_q == 1) result.q_strides.row = params.q_strides.batch;
+  }
   return result;
 }
 
-// Carves the workspace: false when it is too small.
-inline bool place_workspace(const AttnParams& params, long long slots, int blocks, Workspace& workspace) {
+// Whether a call with shared keys is one that the line knows how to cut, over queries that are one piece.
+inline bool shares_rightly(const AttnParams& params) {
+  const bool one_piece = params.cu_seqlens_q != nullptr || params.seqlen_q == 1 || params.batch == 1 ||
+                         params.q_strides.batch == params.seqlen_q * params.q_strides.row;
+  return one_piece && params.shared_page_table != nullptr && params.page_table != nullptr && params.page_size > 0 &&
+         params.cell_blocks == 0 && params.num_splits != 1 && params.seqused_q == nullptr;
+}
+
+// Carves the workspace, `head_bytes` for what it begins with: false when it is too small.
+inline bool place_workspace(const AttnParams& params, long long slots, long long head_bytes, Workspace& workspace) {
   const long long floats = slots * workspace.slot_rows * (params.head_dim_v + 1ll);
-  const long long bytes = blocks * static_cast<long long>(sizeof(BlockParts)) + floats * 4;
+  const long long bytes = head_bytes + floats * 4;
   char* base = reinterpret_cast<char*>(params.out_partial);
-  workspace.blocks = blocks > 0 ? reinterpret_cast<BlockParts*>(base) : nullptr;
-  workspace.num_blocks = blocks;
-  workspace.out = reinterpret_cast<float*>(base + blocks * sizeof(BlockParts));
+  if (params.shared_seqlen_k > 0) {
+    workspace.tiles = reinterpret_cast<TileParts*>(base);
+  } else if (head_bytes > 0) {
+    workspace.blocks = reinterpret_cast<BlockParts*>(base);
+  }
+  workspace.out = reinterpret_cast<float*>(base + head_bytes);
   workspace.lse = workspace.out + slots * workspace.slot_rows * params.head_dim_v;
   return base != nullptr && params.workspace_bytes >= bytes;
 }
@@ -103,10 +119,10 @@ int launch_decode(const char* kernel_id, const AttnParams& params, cudaStream_t 
     char shape[256];
     std::snprintf(shape, sizeof(shape),
                   "batch %d, seqlen_q %d, seqlen_k %d, heads %d/%d, head_dim %d/%d, page_size %d, num_splits %d, "
-                  "cell_blocks %d, workspace %lld bytes, shared memory %d bytes",
+                  "cell_blocks %d, shared keys %d, workspace %lld bytes, shared memory %d bytes",
                   params.batch, params.seqlen_q, params.seqlen_k, params.num_heads_q, params.num_heads_kv,
                   params.head_dim, params.head_dim_v, params.page_size, params.num_splits, params.cell_blocks,
-                  static_cast<long long>(params.workspace_bytes), kSmemBytes);
+                  params.shared_seqlen_k, static_cast<long long>(params.workspace_bytes), kSmemBytes);
     return check_cuda(status, kernel_id, step, shape, error, error_size);
   };
 
@@ -136,10 +152,25 @@ int launch_decode(const char* kernel_id, const AttnParams& params, cudaStream_t 
   const int blocks = params.max_blocks > 0 ? std::min(params.max_blocks, limits.blocks) : limits.blocks;
 
   Workspace workspace{};
-  workspace.slot_rows = static_cast<int>(std::min<long long>(Traits::kTileM, rows));
+  const int tile_rows = static_cast<int>(std::min<long long>(Traits::kTileM, rows));
+  workspace.slot_rows = tile_rows;
   workspace.m_blocks = static_cast<int>(m_blocks);
+  workspace.num_blocks = blocks;
   long long merged = 0;  // tiles that the combine looks at
-  if (params.cell_blocks > 0) {
+  if (params.shared_seqlen_k > 0) {
+    const long long shared_rows = params.total_q * line.rows_per_token;
+    const long long shared_m_blocks = (shared_rows + Traits::kTileM - 1) / Traits::kTileM;
+    const long long all_tiles = tiles + shared_m_blocks * line.heads_in_grid;
+    if (!shares_rightly(params)) return fail("shared keys", cudaErrorInvalidValue);
+    if (shared_rows > 0x7fffff00LL || all_tiles > 0x7fffffffLL) return fail("grid", cudaErrorInvalidValue);
+    workspace.slot_rows = static_cast<int>(std::min<long long>(Traits::kTileM, std::max(rows, shared_rows)));
+    workspace.shared_m_blocks = static_cast<int>(shared_m_blocks);
+    merged = tiles;
+    const long long head_bytes = (all_tiles + 1) / 2 * 2 * static_cast<long long>(sizeof(TileParts));
+    if (!place_workspace(line, 2ll * blocks + all_tiles, head_bytes, workspace)) {
+      return fail("workspace", cudaErrorInvalidValue);
+    }
+  } else if (params.cell_blocks > 0) {
     // The binding counts in blocks of kCellTokens; this kernel's are of kKeys.
     const long long cell_tokens = static_cast<long long>(params.cell_blocks) * kCellTokens;
     line.cell_blocks = params.cell_blocks * (kCellTokens / Traits::kKeys);
@@ -153,15 +184,15 @@ int launch_decode(const char* kernel_id, const AttnParams& params, cudaStream_t 
     workspace.cells = 1;
   } else {
     merged = blocks;
-    if (!place_workspace(line, 2ll * blocks, blocks, workspace)) return fail("workspace", cudaErrorInvalidValue);
+    const long long head_bytes = blocks * static_cast<long long>(sizeof(BlockParts));
+    if (!place_workspace(line, 2ll * blocks, head_bytes, workspace)) return fail("workspace", cudaErrorInvalidValue);
   }
   if (const cudaError_t status = launch(decode_kernel<Traits>, dim3(blocks), Traits::kThreads, kSmemBytes,
                                         limits.dependent_launch, stream, line, workspace)) {
     return fail("launch", status);
   }
   if (merged == 0) return 0;
-  const dim3 grid(static_cast<unsigned>(merged), workspace.slot_rows,
-                  (params.head_dim_v + kCombineCols - 1) / kCombineCols);
+  const dim3 grid(static_cast<unsigned>(merged), tile_rows, (params.head_dim_v + kCombineCols - 1) / kCombineCols);
   constexpr bool kKvIsBf16 = std::is_same_v<typename Traits::KvElement, cutlass::bfloat16_t>;
   const bool out_is_bf16 = Traits::k8Bit ? params.q_dtype != DataType::kFloat16 : kKvIsBf16;
   const auto combine = out_is_bf16 ? combine_kernel<cutlass::bfloat16_t, Traits::kTileM, Traits::kKeys>

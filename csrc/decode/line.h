@@ -6,6 +6,9 @@
 // equal length, and what a block owns of a tile is a part of it. In cells (params.cell_blocks > 0) every tile is cut at
 // multiples of cell_blocks key blocks whatever else is in the batch; a block takes the cells that begin in its
 // interval.
+//
+// Keys that all sequences share (params.shared_seqlen_k) are those of one more sequence on the line, whose queries are
+// the query tokens of all others. Every item of such a call is a part: the combine adds a row's parts of either kind.
 #pragma once
 
 #include "common/attention_mask.h"
@@ -17,6 +20,10 @@ namespace broadhead::decode {
 constexpr int kUsedOf = 8;
 constexpr int kUsedAtLeast = 7;
 
+// With shared keys, key blocks that a block of the grid gets at least, for each of its key groups: such calls are
+// short, and what all parts of the shared keys leave is much to write and to merge.
+constexpr int kSharedLeast = 2;
+
 // A call as the decode kernels get it: what they would have to divide for is there.
 struct DecodeParams : AttnParams {
   int rows_per_token;  // query rows of a token in a tile: heads of a KV head when packed
@@ -27,14 +34,35 @@ struct DecodeParams : AttnParams {
   // needs.
   unsigned q_bytes;
   unsigned table_bytes;
+  unsigned shared_table_bytes;
 };
 
-// Rows of one head in the grid. No more than the call declared (max_seqlen_q): the workspace has room for those.
-BROADHEAD_HOST_DEVICE int sequence_rows(const DecodeParams& params, const SeqlenInfo& seqlen) {
-  return min_int(seqlen.seqlen_q, params.seqlen_q) * params.rows_per_token;
+// Sequences on the line: those of the call and, behind them, that of the shared keys.
+BROADHEAD_HOST_DEVICE int sequences(const DecodeParams& params) {
+  return params.batch + (params.shared_seqlen_k > 0 ? 1 : 0);
 }
 
+// Whether sequence `batch` of the line is that of the shared keys.
+BROADHEAD_HOST_DEVICE bool is_shared(const DecodeParams& params, int batch) { return batch == params.batch; }
+
+// make_seqlen_info of a sequence of the line.
+BROADHEAD_HOST_DEVICE SeqlenInfo sequence_info(const DecodeParams& params, int batch) {
+  if (!is_shared(params, batch)) return make_seqlen_info(params, batch);
+  int tokens = static_cast<int>(params.total_q);
+  // Rows of packed q behind the last sequence may hold anything.
+  if (params.cu_seqlens_q != nullptr) tokens = max_int(0, min_int(tokens, params.cu_seqlens_q[batch]));
+  return {0, 0, tokens, params.shared_seqlen_k, 0, 0};
+}
+
+// Rows of one head in the grid. No more than the call declared (max_seqlen_q): the workspace has room for those.
+BROADHEAD_HOST_DEVICE int sequence_rows(const DecodeParams& params, const SeqlenInfo& seqlen, int batch) {
+  const int declared = is_shared(params, batch) ? seqlen.seqlen_q : params.seqlen_q;
+  return min_int(seqlen.seqlen_q, declared) * params.rows_per_token;
+}
+
+// Every query sees all shared keys.
 BROADHEAD_HOST_DEVICE AttentionMask make_mask(const DecodeParams& params, const SeqlenInfo& seqlen, int batch) {
+  if (is_shared(params, batch)) return {seqlen.seqlen_q, seqlen.seqlen_k, -1, -1, 0, 0};
   return {seqlen.seqlen_q,        seqlen.seqlen_k,
           params.window_left,     params.window_right,
           params.attention_chunk, params.prefix_lens ? min_int(params.prefix_lens[batch], seqlen.seqlen_k) : 0};
@@ -49,10 +77,11 @@ struct SequenceWork {
 };
 
 BROADHEAD_HOST_DEVICE SequenceWork sequence_work(const DecodeParams& params, int batch, int tile_m, int keys) {
-  const SeqlenInfo seqlen = make_seqlen_info(params, batch);
+  const SeqlenInfo seqlen = sequence_info(params, batch);
   if (seqlen.seqlen_q == 0) return {seqlen, 0, 0, 1};
   const BlockRange range = block_range(make_mask(params, seqlen, batch), 0, seqlen.seqlen_q - 1, keys);
-  return {seqlen, ceil_div(sequence_rows(params, seqlen), tile_m), range.begin, max_int(range.end, range.begin + 1)};
+  return {seqlen, ceil_div(sequence_rows(params, seqlen, batch), tile_m), range.begin,
+          max_int(range.end, range.begin + 1)};
 }
 
 BROADHEAD_HOST_DEVICE int key_blocks(const SequenceWork& work) { return work.end - work.begin; }
@@ -86,7 +115,7 @@ struct LineItem {
   int m_block;
   BlockRange range;  // key blocks
   int part;  // cells: of the tile; balanced: 0 when the part begins with the tile's first key block
-  int is_part;  // 0: the whole tile
+  int is_part;  // 0: the whole tile, written at once; with shared keys always 1
   int goes_on;  // balanced: the tile does not end in this part
 };
 
@@ -115,6 +144,7 @@ BROADHEAD_HOST_DEVICE LineInterval interval_of(const DecodeParams& params, const
   int tile_cost = params.tile_cost;
   long long total = sum.positions(tile_cost);
   int blocks = available;
+  if (params.shared_seqlen_k > 0) least *= kSharedLeast;
   if (params.cell_blocks == 0) {
     int most = max_int(1, sum.longest / least);  // parts of a tile
     if (params.num_splits > 1) {
@@ -187,7 +217,7 @@ BROADHEAD_HOST_DEVICE bool take_part(const DecodeParams& params, LineCursor& cur
     end = max_int(0, cursor.within + take - tile_cost);
     item.goes_on = cursor.within + take < cost;
     item.part = begin > 0;
-    item.is_part = item.goes_on | item.part;
+    item.is_part = item.goes_on | item.part | (params.shared_seqlen_k > 0);
     cursor.left -= take;
     cursor.within += take;
   } else {
@@ -255,11 +285,11 @@ BROADHEAD_DEVICE void search(const DecodeParams& params, LineCursor& cursor) {
     const int sequence = cursor.batch + lane;
     SequenceWork work{{}, 0, 0, 1};
     LineSum own;
-    if (sequence < params.batch) {
+    if (sequence < sequences(params)) {
       work = sequence_work(params, sequence, kTileM, kKeys);
       add(params, own, work);
     }
-    const int lanes = min_int(32, params.batch - cursor.batch);
+    const int lanes = min_int(32, sequences(params) - cursor.batch);
     const LineSum prefix = warp_prefix(own, lanes);
     const LineSum all{__shfl_sync(0xffffffffu, prefix.key_blocks, lanes - 1),
                       __shfl_sync(0xffffffffu, prefix.tiles, lanes - 1), prefix.longest, prefix.shortest};
@@ -272,7 +302,7 @@ BROADHEAD_DEVICE void search(const DecodeParams& params, LineCursor& cursor) {
     }
     const long long upto = prefix.positions(cursor.tile_cost);
     const unsigned behind = __ballot_sync(0xffffffffu, cursor.offset < upto);
-    if (behind == 0 && cursor.batch + 32 < params.batch) {
+    if (behind == 0 && cursor.batch + 32 < sequences(params)) {
       cursor.offset -= all.positions(cursor.tile_cost);
       cursor.batch += 32;
       continue;
@@ -306,14 +336,14 @@ template <class Traits>
 BROADHEAD_DEVICE void make_plan(const DecodeParams& params, typename Traits::SharedStorage& smem) {
   const int thread = threadIdx.x;
   const int lane = thread % 32;
-  if (params.batch <= 32) {  // a warp sees all sequences at once: its first search plans
+  if (sequences(params) <= 32) {  // a warp sees all sequences at once: its first search plans
     if (lane == 0) smem.queue[thread / 32].cursor = {0, {{}, 0, 0, 1}, 0, 0, -1, 0, 0};
     __syncwarp();
     return;
   }
-  const int each = ceil_div(params.batch, Traits::kThreads);
-  const int begin = min_int(thread * each, params.batch);
-  const int end = min_int(begin + each, params.batch);
+  const int each = ceil_div(sequences(params), Traits::kThreads);
+  const int begin = min_int(thread * each, sequences(params));
+  const int end = min_int(begin + each, sequences(params));
   LineSum own;
   SequenceWork work{{}, 0, 0, 1};
 #pragma unroll 1

@@ -13,7 +13,7 @@ template <class Traits>
 BROADHEAD_DEVICE void set_tile(const DecodeParams& params, const LineItem& item, DecodeTile& tile) {
   const SeqlenInfo& seqlen = item.seqlen;
   const int first_row = item.m_block * Traits::kTileM;
-  const int end_row = min_int(first_row + Traits::kTileM, sequence_rows(params, seqlen));
+  const int end_row = min_int(first_row + Traits::kTileM, sequence_rows(params, seqlen, item.batch));
   tile.rows = {first_row, params.rows_per_token, end_row};
   tile.mask = make_mask(params, seqlen, item.batch);
   tile.unmasked = seqlen.seqlen_q == 1
@@ -22,8 +22,9 @@ BROADHEAD_DEVICE void set_tile(const DecodeParams& params, const LineItem& item,
   float scale = params.softmax_scale;
   if constexpr (Traits::k8Bit) {
     const int kv_head = kv_head_of(params, item);
+    const int batch = is_shared(params, item.batch) ? 0 : item.batch;
     const auto descale = [&](const float* factors, const DescaleStrides& strides) {
-      return factors == nullptr ? 1.f : factors[item.batch * strides.batch + kv_head * strides.head];
+      return factors == nullptr ? 1.f : factors[batch * strides.batch + kv_head * strides.head];
     };
     scale *= descale(params.q_descale, params.q_descale_strides) * descale(params.k_descale, params.k_descale_strides);
     tile.scale.v_factor = descale(params.v_descale, params.v_descale_strides);
@@ -36,7 +37,7 @@ template <class Traits>
 BROADHEAD_DEVICE void set_row(const DecodeParams& params, const Workspace& workspace, const LineItem& item, int row,
                               DecodeRow& target) {
   const int first_row = item.m_block * Traits::kTileM;
-  const int end_row = min_int(first_row + Traits::kTileM, sequence_rows(params, item.seqlen));
+  const int end_row = min_int(first_row + Traits::kTileM, sequence_rows(params, item.seqlen, item.batch));
   const RowPlace place = place_row({{first_row, params.rows_per_token, end_row}, item.head}, row);
   target = {nullptr, nullptr, -1};
   if (!place.live) return;
@@ -57,7 +58,7 @@ BROADHEAD_DEVICE std::int64_t q_row_offset(const DecodeParams& params, const Lin
   const SeqlenInfo& seqlen = item.seqlen;
   const int per_token = params.rows_per_token;
   const int row = item.m_block * Traits::kTileM + tile_row;
-  if (row >= sequence_rows(params, seqlen)) return -1;
+  if (row >= sequence_rows(params, seqlen, item.batch)) return -1;
   const int token = per_token == 1 ? row : seqlen.seqlen_q == 1 ? 0 : row / per_token;
   const int head = item.head * per_token + row - token * per_token;
   return seqlen.batch_q * params.q_strides.batch + (seqlen.row_q + token) * params.q_strides.row +

@@ -7,7 +7,8 @@
 namespace broadhead::decode {
 
 // Balanced: block g has two slots, 2 g for a tile that began before its interval and 2 g + 1 for the first part of a
-// tile that goes on behind it. In cells: a slot for each cell of each tile, tiles in dense order.
+// tile that goes on behind it; with shared keys behind those of all blocks one for each tile, which it takes when it is
+// one part. In cells: a slot for each cell of each tile. Tiles in dense order: sequence, head, query tile.
 struct BlockParts {
   SeqlenInfo seqlen;  // of the split tile whose first part block g computes
   int batch;          // -1: there is none
@@ -16,20 +17,38 @@ struct BlockParts {
   int passes;  // 1: a tile began before the interval of block g and goes on behind it
 };
 
+// With shared keys: the blocks that compute the first and the last part of a tile. All between compute one.
+struct TileParts {
+  int first;
+  int last;
+};
+
 struct Workspace {
-  BlockParts* blocks;  // [num_blocks], balanced only
+  BlockParts* blocks;  // [num_blocks], balanced only, without shared keys
+  TileParts* tiles;    // [tiles], with shared keys only
   int num_blocks;      // of the decode grid
   float* out;        // [slots, slot_rows, head_dim_v]
   float* lse;        // [slots, slot_rows], natural log
   int slot_rows;     // query rows of a tile that any call of these shapes can have
-  int m_blocks;      // cells: of the longest sequence
-  int cells;         // cells: of the longest tile
+  int m_blocks;         // of the longest sequence
+  int shared_m_blocks;  // of all query tokens, over the shared keys
+  int cells;            // cells: of the longest tile
+
+  // In dense order.
+  BROADHEAD_HOST_DEVICE long long tile(const DecodeParams& params, int batch, int head, int m_block) const {
+    const long long before = static_cast<long long>(batch) * params.heads_in_grid * m_blocks;
+    return before + head * (is_shared(params, batch) ? shared_m_blocks : m_blocks) + m_block;
+  }
+  BROADHEAD_HOST_DEVICE long long tile(const DecodeParams& params, const LineItem& item) const {
+    return tile(params, item.batch, item.head, item.m_block);
+  }
+  // Of a tile that is one part of a call with shared keys.
+  BROADHEAD_HOST_DEVICE long long whole_slot(long long tile) const { return 2ll * num_blocks + tile; }
 
   BROADHEAD_HOST_DEVICE long long slot(const DecodeParams& params, const LineItem& item, int block) const {
-    if (params.cell_blocks == 0) return 2ll * block + (item.part == 0 ? 1 : 0);
-    const long long tile =
-        (static_cast<long long>(item.batch) * params.heads_in_grid + item.head) * m_blocks + item.m_block;
-    return tile * cells + item.part;
+    if (params.cell_blocks > 0) return tile(params, item) * cells + item.part;
+    if (item.part == 0 && !item.goes_on) return whole_slot(tile(params, item));
+    return 2ll * block + (item.part == 0 ? 1 : 0);
   }
   BROADHEAD_HOST_DEVICE float* out_row(const DecodeParams& params, long long slot, int row) const {
     return out + (slot * slot_rows + row) * params.head_dim_v;

@@ -10,7 +10,7 @@
 namespace broadhead {
 
 // Raised whenever a field below is added, removed or changes meaning; libraries of another version are refused.
-constexpr std::uint32_t kAbiVersion = 3;
+constexpr std::uint32_t kAbiVersion = 4;
 
 // Element types where an argument block has a choice.
 enum class DataType : std::int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat8E4M3 = 3 };
@@ -98,6 +98,13 @@ struct AttnParams {
   std::int32_t cell_blocks;  // decode kernels: tiles are cut at multiples of so many 64 keys; 0: evenly over the device
   DataType q_dtype;  // read by kernels of 8-bit K and V, which take any. out: bf16, for fp16 q fp16
   std::int64_t workspace_bytes;  // behind out_partial
+
+  // Decode kernels: all query tokens also see the first shared_seqlen_k keys of the pages of one more table, before the
+  // keys of their own sequences. Token t of the call lies at q + t * q_strides.row; dense q of one token a sequence at
+  // q + t * q_strides.batch. Such calls are balanced (num_splits 0 or > 1, no cells), paged, and have no window,
+  // attention_chunk, seqused_q or prefix_lens.
+  const std::int32_t* shared_page_table;  // [pages], nullable
+  std::int32_t shared_seqlen_k;  // 0: there are none
 };
 
 // One get_scheduler_metadata call.
