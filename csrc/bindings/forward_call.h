@@ -61,14 +61,22 @@ struct ForwardCall {
   // Of a tuple with an item for each Argument.
   explicit ForwardCall(pybind11::handle tuple);
 
+  // Also a call over keys that all sequences share: `length` tokens of the pages of `page_table`.
+  ForwardCall(pybind11::handle tuple, pybind11::handle page_table, pybind11::handle length);
+
   // Reads the tensors; throws when an argument is neither a tensor nor None, or q is None.
   void read();
 
   // Whether autograd is on and asks for a gradient: no kernel has one.
   bool wants_gradient() const;
 
+  bool is_shared() const { return shared_length != nullptr; }
+
   PyObject* const* arguments;
   TensorView tensors[kArgumentCount];
+  PyObject* shared_page_table_object = nullptr;
+  PyObject* shared_length = nullptr;  // an int; null: there are no such keys
+  TensorView shared_page_table;
 };
 
 // A torch function that makes a tensor. Without arguments of its own it is given q.

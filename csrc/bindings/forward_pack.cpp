@@ -71,6 +71,34 @@ DescaleStrides pack_descale(const ForwardCall& call, Argument argument, const At
   return check_descale(checker, name_of(argument), descale, params.batch, params.num_heads_kv);
 }
 
+// Keys that all sequences share: behind everything else, which the checks read.
+void pack_shared(const ForwardCall& call, const Kernel& kernel, const TensorView& q, AttnParams& params) {
+  if (!call.is_shared()) return;
+  constexpr char kName[] = "shared_page_table";
+  const TensorView& page_table = call.shared_page_table;
+  page_table.check("forward", kName, ElementType::kInt32, 1);
+  if (!kernel.is_decode) checker.fail(kName, "is for decode kernels: others do not read it");
+  checker.require(contiguous(page_table) && page_table.device() == q.device(), kName, "contiguous, on the device of q",
+                  page_table);
+  const long long length = PyLong_AsLongLong(call.shared_length);
+  if (length == -1 && PyErr_Occurred() != nullptr) throw pybind11::error_already_set();
+  if (length < 1 || length > INT32_MAX || length > page_table.size(0) * params.page_size) {
+    checker.fail("shared_length", "must be in [1, pages * page_size], with a page table, got " +
+                                      std::to_string(length) + " with " + page_table.describe());
+  }
+  // Token t of the call lies at t times one stride.
+  const bool one_piece = q.ndim() == 3 || q.size(0) == 1 || q.size(1) == 1 || q.stride(0) == q.size(1) * q.stride(1);
+  checker.require(one_piece, "q", "one piece of tokens with shared_page_table", q);
+  for (const Argument argument : {kSeqUsedQ, kPrefixLens}) {
+    if (call.tensors[argument].present()) checker.fail(name_of(argument), "must be None with shared_page_table");
+  }
+  if (params.num_splits == 1 || params.cell_blocks > 0) {
+    checker.fail(kName, "is for calls that are split evenly, got num_splits " + std::to_string(params.num_splits) +
+                            ", cell_blocks " + std::to_string(params.cell_blocks));
+  }
+  params.shared_seqlen_k = static_cast<std::int32_t>(length);
+}
+
 }  // namespace
 
 void pack_forward(const ForwardCall& call, const Kernel& kernel, std::int64_t scratch_size, AttnParams& params) {
@@ -130,6 +158,7 @@ void pack_forward(const ForwardCall& call, const Kernel& kernel, std::int64_t sc
                                      std::to_string(partials_size(params, kernel)) + " when num_splits > 1, got " +
                                      std::to_string(scratch_size));
   }
+  pack_shared(call, kernel, q, params);
 }
 
 }  // namespace broadhead

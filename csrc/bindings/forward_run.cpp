@@ -183,6 +183,11 @@ ForwardCall::ForwardCall(py::handle tuple) {
   arguments = reinterpret_cast<PyTupleObject*>(tuple.ptr())->ob_item;
 }
 
+ForwardCall::ForwardCall(py::handle tuple, py::handle page_table, py::handle length) : ForwardCall(tuple) {
+  shared_page_table_object = page_table.ptr();
+  shared_length = length.ptr();
+}
+
 bool ForwardCall::wants_gradient() const {
   static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
   if (checked(PyObject_CallNoArgs(hooks().is_grad_enabled.ptr())).ptr() != Py_True) return false;
@@ -200,6 +205,10 @@ void ForwardCall::read() {
                        " must be a tensor or None, got " + Py_TYPE(arguments[argument])->tp_name);
   }
   if (!tensors[kQ].present()) throw BindingError("_C.forward: q must be a tensor, got None");
+  if (is_shared() && !(shared_page_table.read(shared_page_table_object) && shared_page_table.present())) {
+    throw BindingError(std::string("_C.forward: shared_page_table must be a tensor, got ") +
+                       Py_TYPE(shared_page_table_object)->tp_name);
+  }
 }
 
 Allocation::Allocation(const py::tuple& function_arguments_keywords)
@@ -240,6 +249,7 @@ py::object run(Launch& launch, ForwardCall& call, py::handle function, bool need
 
   AttnParams params = launch.params;
   set_addresses(call.tensors, params);
+  params.shared_page_table = call.shared_page_table.as<const std::int32_t>();
   set_lse(lse_view, q.ndim(), params);
   set_scratch(scratch.data(), launch.scratch_size, launch.kernel, params);
   char error[kErrorSize];

@@ -7,6 +7,9 @@ namespace broadhead {
 
 pybind11::object run_known(ArgumentReader& reader);
 pybind11::object run_new(ArgumentReader& reader);
+// Likewise over keys that all sequences share.
+pybind11::object run_known_shared(ArgumentReader& reader);
+pybind11::object run_new_shared(ArgumentReader& reader);
 void forget_calls();
 // bytes that tell apart calls that validation could tell apart by these tensors, the first five also by alignment; None
 // when a tensor can not be read.

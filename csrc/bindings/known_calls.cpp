@@ -47,7 +47,8 @@ bool add_call(const ForwardCall& call, CallKey& key) {
                                            : key.add_value(call.arguments[argument]);
     if (!added) return false;
   }
-  return true;
+  // Behind a whole key, so that no other call has the same.
+  return !call.is_shared() || (key.add_tensor(call.shared_page_table, false) && key.add_value(call.shared_length));
 }
 
 void remember(const CallKey& key, py::object launch) {
@@ -60,12 +61,7 @@ void remember(const CallKey& key, py::object launch) {
   known_calls().emplace(key.hash(), std::move(call));
 }
 
-}  // namespace
-
-py::object run_known(ArgumentReader& reader) {
-  const py::handle function = reader.object();
-  const bool need_lse = reader.truth();
-  ForwardCall call(reader.object());
+py::object run_if_known(py::handle function, bool need_lse, ForwardCall& call) {
   CallKey key;
   try {
     call.read();
@@ -79,17 +75,46 @@ py::object run_known(ArgumentReader& reader) {
   return run(*known->target, call, function, need_lse, false);
 }
 
-py::object run_new(ArgumentReader& reader) {
-  const auto launch = py::reinterpret_borrow<py::object>(reader.object());
-  const py::handle function = reader.object();
-  const bool need_lse = reader.truth();
-  ForwardCall call(reader.object());
+py::object run_and_remember(py::handle target, py::handle function, bool need_lse, ForwardCall& call) {
+  const auto launch = py::reinterpret_borrow<py::object>(target);
   call.read();
   CallKey key;
   const bool has_key = add_call(call, key);
   py::object result = run(py::cast<Launch&>(launch), call, function, need_lse, true);
   if (has_key) remember(key, launch);
   return result;
+}
+
+}  // namespace
+
+py::object run_known(ArgumentReader& reader) {
+  const py::handle function = reader.object();
+  const bool need_lse = reader.truth();
+  ForwardCall call(reader.object());
+  return run_if_known(function, need_lse, call);
+}
+
+py::object run_known_shared(ArgumentReader& reader) {
+  const py::handle function = reader.object();
+  const bool need_lse = reader.truth();
+  const py::handle arguments = reader.object(), page_table = reader.object(), length = reader.object();
+  ForwardCall call(arguments, page_table, length);
+  return run_if_known(function, need_lse, call);
+}
+
+py::object run_new(ArgumentReader& reader) {
+  const py::handle launch = reader.object(), function = reader.object();
+  const bool need_lse = reader.truth();
+  ForwardCall call(reader.object());
+  return run_and_remember(launch, function, need_lse, call);
+}
+
+py::object run_new_shared(ArgumentReader& reader) {
+  const py::handle launch = reader.object(), function = reader.object();
+  const bool need_lse = reader.truth();
+  const py::handle arguments = reader.object(), page_table = reader.object(), length = reader.object();
+  ForwardCall call(arguments, page_table, length);
+  return run_and_remember(launch, function, need_lse, call);
 }
 
 void forget_calls() {

@@ -193,6 +193,8 @@ Launch make_launch(const std::string& kernel_id, int device, const py::tuple& ou
 
 constexpr char kRunKnown[] = "run_known";
 constexpr char kRunNew[] = "run_new";
+constexpr char kRunKnownShared[] = "run_known_shared";
+constexpr char kRunNewShared[] = "run_new_shared";
 constexpr char kSchedulerMetadata[] = "scheduler_metadata";
 constexpr char kCombine[] = "combine";
 constexpr char kAppendKv[] = "append_kv";
@@ -208,6 +210,8 @@ PyMethodDef method(const char* doc) {
 PyMethodDef methods[] = {
     method<kRunKnown, &run_known, 3>("Runs a call that is like one before; None: there was none."),
     method<kRunNew, &run_new, 4>("Runs a call by its Launch, which all calls like it then run by."),
+    method<kRunKnownShared, &run_known_shared, 5>("As run_known, over keys that all sequences share."),
+    method<kRunNewShared, &run_new_shared, 6>("As run_new, over keys that all sequences share."),
     method<kSchedulerMetadata, &scheduler_metadata, 21>("Fills scheduler metadata on the device."),
     method<kCombine, &combine, 5>("Merges partial results into one."),
     method<kAppendKv, &append_kv, 20>("Appends new keys and values to a cache, with rotary embedding."),

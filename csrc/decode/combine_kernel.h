@@ -16,15 +16,11 @@ struct RowParts {
   int parts = 0;
   int row = 0;  // in the tile
   // They lie in slots first, rest, rest + step, ...
-  long long first = 0;
-  long long rest = 1;
+  int first = 0;
+  int rest = 1;
   int step = 0;
 
-  // Among the rows of all slots.
-  BROADHEAD_DEVICE long long place(const Workspace& workspace, int part) const {
-    const long long slot = part == 0 ? first : rest + static_cast<long long>(part - 1) * step;
-    return slot * workspace.slot_rows + row;
-  }
+  BROADHEAD_DEVICE int slot(int part) const { return part == 0 ? first : rest + (part - 1) * step; }
 };
 
 // What a block of the combine merges: a row of a split tile.
@@ -37,8 +33,11 @@ struct SplitRow {
   RowParts shared;  // of the same query over the shared keys
 
   BROADHEAD_DEVICE int parts() const { return own.parts + shared.parts; }
+  // Of a part's row, among the rows of all slots.
   BROADHEAD_DEVICE long long place(const Workspace& workspace, int part) const {
-    return part < own.parts ? own.place(workspace, part) : shared.place(workspace, part - own.parts);
+    const bool is_own = part < own.parts;
+    const int slot = is_own ? own.slot(part) : shared.slot(part - own.parts);
+    return static_cast<long long>(slot) * workspace.slot_rows + (is_own ? own.row : shared.row);
   }
 };
 
@@ -69,13 +68,13 @@ BROADHEAD_DEVICE int count_parts(const Workspace& workspace, int block, int pass
 
 // Of the tile whose first part block `first` of the decode grid computes, which goes on in the blocks behind.
 BROADHEAD_DEVICE RowParts balanced_parts(int parts, int row, int first) {
-  return {parts, row, 2ll * first + 1, 2ll * first + 2, 2};
+  return {parts, row, 2 * first + 1, 2 * first + 2, 2};
 }
 
 // With shared keys: of tile `tile`, in dense order.
 BROADHEAD_DEVICE RowParts noted_parts(const Workspace& workspace, long long tile, int row) {
   const TileParts blocks = workspace.tiles[tile];
-  if (blocks.first == blocks.last) return {1, row, workspace.whole_slot(tile), 0, 0};
+  if (blocks.first == blocks.last) return {1, row, static_cast<int>(workspace.whole_slot(tile)), 0, 0};
   return balanced_parts(blocks.last - blocks.first + 1, row, blocks.first);
 }
 
@@ -110,7 +109,7 @@ BROADHEAD_DEVICE SplitRow find_split_row(const DecodeParams& params, const Works
     return found;
   }
   const int cells = cells_of(params, work, kKeys);
-  const long long first = static_cast<long long>(block) * workspace.cells;
+  const int first = block * workspace.cells;
   found.own = {cells > 1 ? cells : 0, row, first, first + 1, 1};
   return found;
 }

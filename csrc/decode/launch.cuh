@@ -93,7 +93,8 @@ inline bool shares_rightly(const AttnParams& params) {
   const bool one_piece = params.cu_seqlens_q != nullptr || params.seqlen_q == 1 || params.batch == 1 ||
                          params.q_strides.batch == params.seqlen_q * params.q_strides.row;
   return one_piece && params.shared_page_table != nullptr && params.page_table != nullptr && params.page_size > 0 &&
-         params.cell_blocks == 0 && params.num_splits != 1 && params.seqused_q == nullptr;
+         params.cell_blocks == 0 && params.num_splits != 1 && params.seqused_q == nullptr && params.window_left < 0 &&
+         params.window_right <= 0 && params.attention_chunk == 0 && params.prefix_lens == nullptr;
 }
 
 // Carves the workspace, `head_bytes` for what it begins with: false when it is too small.

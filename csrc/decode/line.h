@@ -60,11 +60,11 @@ BROADHEAD_HOST_DEVICE int sequence_rows(const DecodeParams& params, const Seqlen
   return min_int(seqlen.seqlen_q, declared) * params.rows_per_token;
 }
 
-// Every query sees all shared keys.
+// Every query sees all shared keys; calls with such have no window but the causal one, no chunks and no prefix_lens.
 BROADHEAD_HOST_DEVICE AttentionMask make_mask(const DecodeParams& params, const SeqlenInfo& seqlen, int batch) {
-  if (is_shared(params, batch)) return {seqlen.seqlen_q, seqlen.seqlen_k, -1, -1, 0, 0};
+  const int window_right = is_shared(params, batch) ? -1 : params.window_right;
   return {seqlen.seqlen_q,        seqlen.seqlen_k,
-          params.window_left,     params.window_right,
+          params.window_left,     window_right,
           params.attention_chunk, params.prefix_lens ? min_int(params.prefix_lens[batch], seqlen.seqlen_k) : 0};
 }
 

@@ -117,9 +117,9 @@ class Loader {
     compile_barrier();
     const bool paged = params.page_table != nullptr;
     source.leftpad = static_cast<int>(seqlen.row_k);
-    source.table = is_shared(params, item.batch) ? params.shared_page_table
-                   : paged                       ? params.page_table + seqlen.batch_k * params.page_table_batch_stride
-                                                 : nullptr;
+    source.table = paged ? params.page_table + seqlen.batch_k * params.page_table_batch_stride : nullptr;
+    compile_barrier();
+    if (is_shared(params, item.batch)) source.table = params.shared_page_table;
     source.k = static_cast<const KvElement*>(params.k) + first_element(item, params.k_strides);
     compile_barrier();
     source.v = static_cast<const KvElement*>(params.v) + first_element(item, params.v_strides);

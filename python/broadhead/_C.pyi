@@ -69,6 +69,23 @@ def connect(
 ) -> None: ...  # before any call is run
 def run_known(function: str, need_lse: bool, call: Call, /) -> tuple[Tensor, Tensor | None] | None: ...
 def run_new(launch: Launch, function: str, need_lse: bool, call: Call, /) -> tuple[Tensor, Tensor | None]: ...
+def run_known_shared(
+    function: str,
+    need_lse: bool,
+    call: Call,
+    shared_page_table: Tensor,  # int32 (pages,)
+    shared_length: int,  # keys that all sequences see first
+    /,
+) -> tuple[Tensor, Tensor | None] | None: ...
+def run_new_shared(
+    launch: Launch,
+    function: str,
+    need_lse: bool,
+    call: Call,
+    shared_page_table: Tensor,
+    shared_length: int,
+    /,
+) -> tuple[Tensor, Tensor | None]: ...
 def forget_calls() -> None: ...
 def signature(*tensors: Tensor | None) -> bytes | None: ...  # the first five also by alignment
 def scheduler_metadata(

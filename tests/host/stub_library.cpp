@@ -81,7 +81,7 @@ int broadhead_forward(int index, const broadhead::AttnParams* params, void* stre
   PUT(num_splits), PUT(pack_gqa), PUT(metadata_tag), PUT(heads_per_section), PUT(max_blocks), PUT(total_k),
       PUT(num_pages), PUT(num_kv_batches), PUT(tile_counter), PUT(qv);
   PUT(qv_strides), PUT(q_descale), PUT(k_descale), PUT(v_descale), PUT(q_descale_strides), PUT(k_descale_strides);
-  PUT(v_descale_strides), PUT(cell_blocks), PUT(workspace_bytes);
+  PUT(v_descale_strides), PUT(cell_blocks), PUT(workspace_bytes), PUT(shared_page_table), PUT(shared_seqlen_k);
   put("q_dtype", static_cast<long long>(p.q_dtype));
   put_float("softmax_scale", p.softmax_scale);
   put_float("softcap", p.softcap);
