@@ -130,8 +130,8 @@ BROADHEAD_HOST_DEVICE LineInterval interval_of(const DecodeParams& params, const
     // begins another pauses its copies for some 4 us, and the memory is busy before the last blocks are.
     const int tiles = sum.tiles;
     if (sum.shortest == sum.longest) {
-      const int each = ceil_div(tiles, blocks);  // tiles of a block
-      const int parts = min_int(most, blocks / tiles);
+      const int each = ceil_div(tiles, available);  // tiles of a block
+      const int parts = min_int(most, available / tiles);
       const int used = each > 1 ? ceil_div(tiles, each) : parts * tiles;
       if (blocks < available || used * kUsedOf >= blocks * kUsedAtLeast) {
         tile_cost = 0;

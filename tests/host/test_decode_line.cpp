@@ -316,7 +316,8 @@ void check_rules() {
   check_rule(116, 500, 0, 132, 8, 116);  // the first above 7 of 8
   check_rule(115, 500, 0, 132, 8, 0);
   check_rule(8, 500, 0, 132, 8, 128);    // 16 parts of a tile
-  check_rule(8, 500, 16, 132, 8, 120);   // 15: how long intervals must be for at most 16 leaves so few
+  check_rule(8, 500, 16, 132, 8, 128);
+  check_rule(66, 500, 2, 132, 8, 132);
   check_rule(264, 500, 0, 132, 8, 132);  // two tiles a block
   check_rule(133, 500, 0, 132, 8, 0);    // two tiles a block would leave half of them idle
   check_rule(255, 500, 0, 132, 8, 128);  // the last block has one
