@@ -218,6 +218,7 @@ __global__ void __launch_bounds__(32 * kCombineWarps)
       tile = find_split_row<kTileM, kKeys>(params, workspace);
     }
     if (tile.own.parts > 0) merge_parts<Element, kTileM>(params, workspace, tile, pass == 1);
+    if (pass == 0) __syncthreads();  // both passes write the same shared memory
   }
 }
 

@@ -145,22 +145,17 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     } else {
       q_tile.copy(params, item, q_scale, smem);
     }
+    if (Traits::k8Bit && threadIdx.x == 0) smem.tile.scale.divide(q_scale);
     __syncthreads();
-    // Read again where it is needed: registers are short.
-    const auto score_scale = [&] {
-      ScoreScale scale = smem.tile.scale;
-      if constexpr (Traits::k8Bit) scale.divide(q_scale);
-      return scale;
-    };
     const std::uint32_t q = kept(q_lane_address<Traits>(smem, warp / Traits::kKeyGroups * Traits::kCols, lane));
     QFragments<Traits> q_registers;
     if constexpr (Traits::kQInRegisters) {
       BROADHEAD_UNROLL
       for (int step = 0; step < Traits::kSteps; ++step) load_q_fragment<Traits>(q_registers[step], q, step);
     }
-    const float scale_log2 = score_scale().scale_log2;
-    const bool transform = smem.tile.scale.transform;
-    // O of 32 rows leaves no registers for it.
+    // O of 32 rows leaves no registers for these: they are read where they are needed.
+    const std::conditional_t<Traits::kMmaM == 1, float, float&> scale_log2 = smem.tile.scale.scale_log2;
+    const std::conditional_t<Traits::kMmaM == 1, bool, bool&> transform = smem.tile.scale.transform;
     const std::conditional_t<Traits::kMmaM == 1, KeyInterval, KeyInterval&> unmasked = smem.tile.unmasked;
     OnlineSoftmax<2 * Traits::kMmaM> softmax;
     float o[Traits::kMmaM][Traits::kOTiles][4] = {};
@@ -178,7 +173,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
           buffer ^= 1;  // the other warps may still read this one; the barrier of the next block is behind that
       }
       if (__builtin_expect(transform, 0)) {
-        const ScoreScale scale = score_scale();
+        const ScoreScale scale = smem.tile.scale;
         BROADHEAD_UNROLL
         for (int m = 0; m < Traits::kMmaM; ++m) {
           BROADHEAD_UNROLL
@@ -214,7 +209,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     }
     q_is_read = QTile<Traits>::kInRegisters && queue.found - queue.taken > 1;
     if (q_is_read) q_tile.read(params, smem.queue[warp].items[(queue.taken + 1) % kQueueItems]);
-    write_item<Traits>(params, item, smem, score_scale(), o, softmax);
+    write_item<Traits>(params, item, smem, o, softmax);
     ++queue.taken;
   }
   if (threadIdx.x == Traits::kThreads - 1 && workspace.blocks != nullptr) workspace.blocks[blockIdx.x] = smem.parts;

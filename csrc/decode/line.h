@@ -148,17 +148,20 @@ BROADHEAD_HOST_DEVICE LineInterval interval_of(const DecodeParams& params, const
   if (params.cell_blocks == 0) {
     int most = max_int(1, sum.longest / least);  // parts of a tile
     if (params.num_splits > 1) {
-      // A tile of n key blocks touches at most (n - 1) / least + 2 intervals.
+      // A tile of n key blocks touches at most ceil((n - 1) / least) + 1 intervals.
       least = max_int(least, ceil_div(sum.longest - 1, params.num_splits - 1));
       most = min_int(most, params.num_splits);
     }
-    if (total < static_cast<long long>(least) * available) blocks = max_int(1, static_cast<int>(total) / least);
+    if (total < static_cast<long long>(least) * available) {
+      // With num_splits `least` may be millions, and the line longer than an int.
+      blocks = max_int(1, total <= 0x7fffffff ? static_cast<int>(total) / least : static_cast<int>(total / least));
+    }
     // Equal tiles are not cut where tiles meet when that leaves few blocks without work: a block that ends one tile and
     // begins another pauses its copies for some 4 us, and the memory is busy before the last blocks are.
     const int tiles = sum.tiles;
     if (sum.shortest == sum.longest) {
-      const int each = ceil_div(tiles, blocks);  // tiles of a block
-      const int parts = min_int(most, blocks / tiles);
+      const int each = ceil_div(tiles, available);  // tiles of a block
+      const int parts = min_int(most, available / tiles);
       const int used = each > 1 ? ceil_div(tiles, each) : parts * tiles;
       if (blocks < available || used * kUsedOf >= blocks * kUsedAtLeast) {
         tile_cost = 0;

@@ -244,7 +244,7 @@ BROADHEAD_DEVICE RowResult merge_row(const DecodeParams& params, const typename 
 // All threads, behind the tile's last product. Shared memory of Q serves the exchange.
 template <class Traits>
 BROADHEAD_DEVICE void write_item(const DecodeParams& params, const LineItem& item, typename Traits::SharedStorage& smem,
-                                 const ScoreScale& scale, const float (&o)[Traits::kMmaM][Traits::kOTiles][4],
+                                 const float (&o)[Traits::kMmaM][Traits::kOTiles][4],
                                  OnlineSoftmax<2 * Traits::kMmaM>& softmax) {
   using Element = typename Traits::Element;
   const int lane = threadIdx.x % 32;
@@ -261,6 +261,7 @@ BROADHEAD_DEVICE void write_item(const DecodeParams& params, const LineItem& ite
   }
   __syncthreads();
   const bool is_part = item.is_part != 0;
+  const ScoreScale scale = smem.tile.scale;
   float factor[2 * Traits::kMmaM];
   BROADHEAD_UNROLL
   for (int i = 0; i < 2 * Traits::kMmaM; ++i) {

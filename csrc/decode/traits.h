@@ -30,7 +30,7 @@ struct DecodeTile {
   RowMap rows;
   AttentionMask mask;
   KeyInterval unmasked;  // keys that every row sees
-  ScoreScale scale;      // 8-bit K and V: still to be divided by the scale of Q
+  ScoreScale scale;
 };
 
 // Where a row goes; dead rows: nowhere.
