@@ -11,18 +11,6 @@ namespace broadhead::decode {
 constexpr int kCombineWarps = 8;
 constexpr int kCombineCols = 128;  // of a block: four a lane
 
-// Where the parts of a tile left a row.
-struct RowParts {
-  int parts = 0;
-  int row = 0;  // in the tile
-  // They lie in slots first, rest, rest + step, ...
-  int first = 0;
-  int rest = 1;
-  int step = 0;
-
-  BROADHEAD_DEVICE int slot(int part) const { return part == 0 ? first : rest + (part - 1) * step; }
-};
-
 // What a block of the combine merges: a row of a split tile.
 struct SplitRow {
   SeqlenInfo seqlen{};
@@ -66,18 +54,6 @@ BROADHEAD_DEVICE int count_parts(const Workspace& workspace, int block, int pass
   }
 }
 
-// Of the tile whose first part block `first` of the decode grid computes, which goes on in the blocks behind.
-BROADHEAD_DEVICE RowParts balanced_parts(int parts, int row, int first) {
-  return {parts, row, 2 * first + 1, 2 * first + 2, 2};
-}
-
-// With shared keys: of tile `tile`, in dense order.
-BROADHEAD_DEVICE RowParts noted_parts(const Workspace& workspace, long long tile, int row) {
-  const TileParts blocks = workspace.tiles[tile];
-  if (blocks.first == blocks.last) return {1, row, static_cast<int>(workspace.whole_slot(tile)), 0, 0};
-  return balanced_parts(blocks.last - blocks.first + 1, row, blocks.first);
-}
-
 // All threads.
 template <int kTileM, int kKeys>
 BROADHEAD_DEVICE SplitRow find_split_row(const DecodeParams& params, const Workspace& workspace) {
@@ -98,14 +74,10 @@ BROADHEAD_DEVICE SplitRow find_split_row(const DecodeParams& params, const Works
   found.seqlen = work.seqlen;
   if (found.m_block >= work.m_blocks) return found;
   if (params.shared_seqlen_k > 0) {
-    const int query = found.m_block * kTileM + row;  // rows count tokens, then the heads of a token
+    const int query = found.m_block * kTileM + row;
     if (query >= sequence_rows(params, work.seqlen, found.batch)) return found;
-    const SeqlenInfo shared = sequence_info(params, params.batch);
-    const int shared_query = static_cast<int>(total_row(params, work.seqlen, 0)) * params.rows_per_token + query;
-    if (shared_query >= sequence_rows(params, shared, params.batch)) return found;
-    found.own = noted_parts(workspace, block, row);
-    const long long tile = workspace.tile(params, params.batch, found.head, shared_query / kTileM);
-    found.shared = noted_parts(workspace, tile, shared_query % kTileM);
+    found.shared = shared_parts(params, workspace, work.seqlen, found.head, query, kTileM);
+    if (found.shared.parts > 0) found.own = noted_parts(workspace, block, row);
     return found;
   }
   const int cells = cells_of(params, work, kKeys);

@@ -64,22 +64,6 @@ BROADHEAD_DEVICE void prefetch_inputs(const DecodeParams& params) {
   }
 }
 
-// One thread: tells the combine which blocks compute parts of the item's tile.
-BROADHEAD_DEVICE void note_part(const DecodeParams& params, const Workspace& workspace, const LineItem& item,
-                                BlockParts& parts) {
-  if (workspace.tiles != nullptr) {
-    TileParts& tile = workspace.tiles[workspace.tile(params, item)];
-    if (item.part == 0) tile.first = blockIdx.x;
-    if (!item.goes_on) tile.last = blockIdx.x;
-  } else if (item.goes_on) {
-    if (item.part == 0) {
-      parts = {item.seqlen, item.batch, item.head, item.m_block, parts.passes};
-    } else {
-      parts.passes = 1;
-    }
-  }
-}
-
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     decode_kernel(const __grid_constant__ DecodeParams params, const __grid_constant__ Workspace workspace) {
@@ -138,7 +122,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     if (const int row = threadIdx.x - (Traits::kThreads - Traits::kTileM); row >= 0) {
       set_row<Traits>(params, workspace, item, row, smem.rows[row]);
     }
-    if (threadIdx.x == Traits::kThreads - 1) note_part(params, workspace, item, smem.parts);
+    if (threadIdx.x == Traits::kThreads - 1) note_part(params, workspace, item, blockIdx.x, smem.parts);
     const float q_scale = q_tile.find_scale(params, item, smem);
     if constexpr (QTile<Traits>::kInRegisters) {
       q_tile.store(params, q_scale, smem);

@@ -56,4 +56,56 @@ struct Workspace {
   BROADHEAD_HOST_DEVICE float* lse_row(long long slot, int row) const { return lse + slot * slot_rows + row; }
 };
 
+// Tells the combine that block `block` of the decode grid computes a part of the item's tile; `parts`: what the block
+// says of itself. One thread.
+BROADHEAD_HOST_DEVICE void note_part(const DecodeParams& params, const Workspace& workspace, const LineItem& item,
+                                     int block, BlockParts& parts) {
+  if (workspace.tiles != nullptr) {
+    TileParts& tile = workspace.tiles[workspace.tile(params, item)];
+    if (item.part == 0) tile.first = block;
+    if (!item.goes_on) tile.last = block;
+  } else if (item.goes_on) {
+    if (item.part == 0) {
+      parts = {item.seqlen, item.batch, item.head, item.m_block, parts.passes};
+    } else {
+      parts.passes = 1;
+    }
+  }
+}
+
+// Where the parts of a tile left a row.
+struct RowParts {
+  int parts = 0;
+  int row = 0;  // in the tile
+  // They lie in slots first, rest, rest + step, ...
+  int first = 0;
+  int rest = 1;
+  int step = 0;
+
+  BROADHEAD_HOST_DEVICE int slot(int part) const { return part == 0 ? first : rest + (part - 1) * step; }
+};
+
+// Of the tile whose first part block `first` of the decode grid computes, which goes on in the blocks behind.
+BROADHEAD_HOST_DEVICE RowParts balanced_parts(int parts, int row, int first) {
+  return {parts, row, 2 * first + 1, 2 * first + 2, 2};
+}
+
+// With shared keys: of tile `tile`, in dense order.
+BROADHEAD_HOST_DEVICE RowParts noted_parts(const Workspace& workspace, long long tile, int row) {
+  const TileParts blocks = workspace.tiles[tile];
+  if (blocks.first == blocks.last) return {1, row, static_cast<int>(workspace.whole_slot(tile)), 0, 0};
+  return balanced_parts(blocks.last - blocks.first + 1, row, blocks.first);
+}
+
+// Of row `row` of a sequence (its tokens, then the heads of a token) over the shared keys. No parts when the lengths of
+// the call contradict themselves.
+BROADHEAD_HOST_DEVICE RowParts shared_parts(const DecodeParams& params, const Workspace& workspace,
+                                            const SeqlenInfo& seqlen, int head, int row, int tile_m) {
+  const SeqlenInfo shared = sequence_info(params, params.batch);
+  const int first_token = seqlen.batch_q * params.seqlen_q + static_cast<int>(seqlen.row_q);
+  const int shared_row = first_token * params.rows_per_token + row;
+  if (shared_row < 0 || shared_row >= sequence_rows(params, shared, params.batch)) return {};
+  return noted_parts(workspace, workspace.tile(params, params.batch, head, shared_row / tile_m), shared_row % tile_m);
+}
+
 }  // namespace broadhead::decode

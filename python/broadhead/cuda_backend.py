@@ -21,6 +21,8 @@ from .validation import TOKENS_PER_SPLIT_STEP
 
 #: What csrc/decode/workspace.h keeps of a block besides its partial results, in fp32.
 BLOCK_PARTS_SIZE = 12
+#: What it keeps of a tile in a call with a shared prefix.
+TILE_PARTS_SIZE = 2
 
 
 def _decode_workspace(problem: AttentionProblem, row: KernelRow, schedule: Schedule) -> int:
@@ -30,8 +32,15 @@ def _decode_workspace(problem: AttentionProblem, row: KernelRow, schedule: Sched
     device, and launch_decode counts as this does: rows of a tile and tiles from max_seqlen_q (dense: q.shape[1]),
     cells from the capacity of keys (page_table.size(1) * page_size, max_seqlen_k, or the cache's rows). Without cells
     there are two slots for each block that runs at once, however many tiles there are: a block holds at most the end
-    of one tile and the begin of another as parts. check_cells (validation.py) bounds those of cells.
+    of one tile and the begin of another as parts. check_cells (validation.py) bounds those of cells. With a shared
+    prefix every tile has a slot besides, for when it is one part.
     """
+    if problem.shared_tokens:
+        rows, shared_rows = (n * schedule.rows_per_token for n in (problem.seqlen_q, problem.shared_tokens))
+        m_blocks = problem.batch * schedule.m_blocks + -(-shared_rows // row.tile.tile_m)
+        tiles = m_blocks * schedule.heads_in_grid
+        slot = min(row.tile.tile_m, max(rows, shared_rows)) * (problem.head_dim_v + 1)
+        return TILE_PARTS_SIZE * (tiles + tiles % 2) + (2 * schedule.target_ctas + tiles) * slot
     slot = min(row.tile.tile_m, problem.seqlen_q * schedule.rows_per_token) * (problem.head_dim_v + 1)
     if schedule.tokens_per_split:
         cells = -(-problem.seqlen_k // schedule.tokens_per_split)
@@ -124,6 +133,11 @@ def find_run_known() -> Any:
     return _know_nothing if native.extension() is None else _module().run_known
 
 
+def find_run_known_shared() -> Any:
+    """_C.run_known_shared, likewise."""
+    return _know_nothing if native.extension() is None else _module().run_known_shared
+
+
 def _know_nothing(*call: Any) -> None:
     return None
 
@@ -131,6 +145,13 @@ def _know_nothing(*call: Any) -> None:
 def run_new(launch: Any, function: str, need_lse: bool, args: AttentionArgs) -> tuple[Tensor, Tensor | None]:
     """Run the first call of a kind, for which ``launch`` was made: _C.run_known runs those that follow."""
     return _module().run_new(launch, function, need_lse, args)
+
+
+def run_new_shared(
+    launch: Any, function: str, need_lse: bool, args: AttentionArgs, page_table: Tensor, length: int
+) -> tuple[Tensor, Tensor | None]:
+    """As run_new, over ``length`` keys that all sequences share."""
+    return _module().run_new_shared(launch, function, need_lse, args, page_table, length)
 
 
 def forget_calls() -> None:

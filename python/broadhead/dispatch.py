@@ -84,7 +84,8 @@ def _tile_fit(row: KernelRow, problem: AttentionProblem) -> tuple[int, int]:
     both products, then this, then the table's order. Decode: the fewest tiles, then the smallest."""
     if row.phase != "decode":
         return 0, 0
-    return -(-problem.query_rows // row.tile.tile_m), row.tile.tile_m
+    rows = max(problem.query_rows, problem.shared_rows)
+    return -(-rows // row.tile.tile_m), row.tile.tile_m
 
 
 def dtypes_text(dtype: str, kv_dtype: str) -> str:
@@ -108,6 +109,8 @@ def _request_refusal(row: KernelRow, problem: AttentionProblem, needed: tuple[st
     """Why the row's kernel does not compute the problem on any device ("" if it does)."""
     if row.direction != problem.direction:
         return f"is a {row.direction} kernel"
+    if problem.shared_tokens and row.phase != "decode":
+        return "reads no keys that all sequences share"
     if (row.dtype, row.kv_dtype) != (problem.dtype, problem.kv_dtype):
         asked = dtypes_text(problem.dtype, problem.kv_dtype)
         return f"takes dtype {dtypes_text(row.dtype, row.kv_dtype)}, not {asked}"
@@ -253,6 +256,8 @@ def _decide(problem: AttentionProblem, device: DeviceDescription, build: BuildDe
         why = f"{chosen.id}: the first {chosen.phase} row for {_head_dims(problem)}"
         if missing:
             why += f" that this build holds: {missing}"
+        if problem.shared_tokens:
+            why += "; the shared prefix in the same launch"
         tag, config = metadata_identity(problem, chosen, schedule.pack_gqa)
         return Plan(chosen, schedule, tag, config, tuple(refusals), why, False)
     if general:

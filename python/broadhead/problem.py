@@ -21,7 +21,8 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.float8_e5m2: "float8_e5m2",
 }
 
-#: What flash_attn_with_kvcache calls the canonical arguments: errors speak the caller's names.
+#: What the functions over a cache call the canonical arguments: errors speak the caller's names.
+_KVCACHE_FUNCTIONS = ("flash_attn_with_kvcache", "flash_attn_with_shared_prefix")
 _KVCACHE_NAMES = {
     "k": "k_cache",
     "v": "v_cache",
@@ -58,11 +59,17 @@ class AttentionProblem(NamedTuple):
     obstacles: tuple[str, ...]  # strides or addresses that no kernel takes
     kv_dtype: str = ""  # of k and v where it is not that of q, never equal to dtype
     tokens_per_split: int = 0  # every sequence's keys are cut at multiples of it, whatever the batch; 0: off
+    shared_tokens: int = 0  # query tokens of all sequences, over keys that these share, in the same launch; 0: none
 
     @property
     def query_rows(self) -> int:
         """Tokens times query heads of one KV head: what one pass over its keys serves."""
         return self.seqlen_q * (self.num_heads_q // self.num_heads_kv)
+
+    @property
+    def shared_rows(self) -> int:
+        """The same over keys that all sequences share."""
+        return self.shared_tokens * (self.num_heads_q // self.num_heads_kv)
 
     @property
     def is_decode(self) -> bool:
@@ -126,7 +133,7 @@ def canonical_right(seqlen_q: int, window_right: int) -> int:
 
 def _shown_name(function: str, name: str) -> str:
     """The name under which ``function`` takes the canonical argument ``name``."""
-    return _KVCACHE_NAMES.get(name, name) if function == "flash_attn_with_kvcache" else name
+    return _KVCACHE_NAMES.get(name, name) if function in _KVCACHE_FUNCTIONS else name
 
 
 def tensor_signature(t: Tensor) -> tuple[Any, ...]:

@@ -9,10 +9,12 @@ from torch.compiler import is_compiling
 
 from . import validation as check
 from .errors import InvalidArgumentError
+from .fallback_notice import state
+from .forward import run_forward, runs_as_operator
 from .kvcache import flash_attn_with_kvcache
 from .merge_states import merge_attn_states
-
-FUNCTION = "flash_attn_with_shared_prefix"
+from .problem import AttentionArgs
+from .shared_launch import FUNCTION, Composed, decide, run_first, run_known
 
 
 def flash_attn_with_shared_prefix(
@@ -42,7 +44,8 @@ def flash_attn_with_shared_prefix(
     """Attention of new queries over paged sequences that share their first ``prefix_len`` tokens (cascade).
 
     All queries attend to the prefix in one pass, so its keys are read once and not once a sequence; each sequence
-    attends to its own rest; the two results are merged by their LSE.
+    attends to its own rest; the two results are merged by their LSE. Few queries take one launch of a decode kernel and
+    its merge; many take a call for each pass and merge_attn_states (``last_dispatch()`` tells which, and why).
 
     Args:
         q: ``(B, Sq, Hq, D)``, or ``(T, Hq, D)`` with cu_seqlens_q (int32 ``(B + 1,)``) and max_seqlen_q.
@@ -64,37 +67,66 @@ def flash_attn_with_shared_prefix(
         InvalidArgumentError, InvalidTypeError: an argument is wrong; the text names it.
         UnsupportedError: no kernel runs the call and falling back was forbidden.
     """
-    if not is_compiling():
-        _check_prefix(q, k_cache, page_table, cache_seqlens, prefix_len, prefix_page_table)
-    page_size = k_cache.shape[1]
-    if prefix_page_table is None:
-        pages = prefix_len // page_size
+    by_length = prefix_page_table is None
+    if by_length:
+        if not is_compiling():
+            _check_prefix(q, k_cache, page_table, cache_seqlens, prefix_len, None)
+        pages = prefix_len // k_cache.shape[1]
         prefix_page_table, page_table = page_table[0, :pages], page_table[:, pages:]
         cache_seqlens = cache_seqlens - prefix_len
-    options: dict[str, Any] = {
-        "softmax_scale": softmax_scale, "softcap": softcap, "num_splits": num_splits, "backend": backend,
-        "return_softmax_lse": True,
-    }  # fmt: skip
-    own, own_lse = flash_attn_with_kvcache(
-        q, k_cache, v_cache, page_table=page_table, cache_seqlens=cache_seqlens, cu_seqlens_q=cu_seqlens_q,
-        max_seqlen_q=max_seqlen_q, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, causal=causal,
-        sinks=sinks, scheduler_metadata=scheduler_metadata, out=out, **options,
+    assert prefix_page_table is not None
+    # The fields of AttentionArgs.
+    call = (
+        q, k_cache, v_cache, None, out, cu_seqlens_q, None, None, cache_seqlens, max_seqlen_q, None, page_table, None,
+        None, q_descale, k_descale, v_descale, softmax_scale, causal, (-1, -1), 0, softcap, scheduler_metadata,
+        num_splits, None, 0, sinks, None, backend, 0,
     )  # fmt: skip
+    composed: Composed | None = None
+    if not runs_as_operator(q):
+        result = _run_one_launch(call, prefix_page_table, prefix_len, return_softmax_lse, not by_length)
+        if not isinstance(result, Composed):
+            return result if return_softmax_lse else result[0]
+        composed = result
+    elif not by_length and not is_compiling():
+        _check_prefix(q, k_cache, page_table, cache_seqlens, prefix_len, prefix_page_table)
+
+    own, own_lse = run_forward(FUNCTION, call)
     if prefix_len == 0:
         return (own, own_lse) if return_softmax_lse else own
     # The queries of all sequences are those of one sequence here: every one of them sees the whole prefix.
     tokens = q.flatten(0, 1) if cu_seqlens_q is None else q
-    used_pages = -(-prefix_len // page_size)
+    own_row = None if composed is None else state.last[1]
+    page_size = k_cache.shape[1]
     shared, shared_lse = flash_attn_with_kvcache(
-        tokens.unsqueeze(0), k_cache, v_cache, page_table=prefix_page_table[:used_pages].unsqueeze(0),
+        tokens.unsqueeze(0), k_cache, v_cache, page_table=prefix_page_table[: -(-prefix_len // page_size)].unsqueeze(0),
         cache_seqlens=prefix_len if prefix_len % page_size else None, q_descale=_first(q_descale),
-        k_descale=_first(k_descale), v_descale=_first(v_descale), **options,
+        k_descale=_first(k_descale), v_descale=_first(v_descale), softmax_scale=softmax_scale, softcap=softcap,
+        num_splits=num_splits, backend=backend, return_softmax_lse=True,
     )  # fmt: skip
+    if composed is not None:
+        why = f"over the prefix, behind {own_row or 'torch'} over what follows it: {composed.why}"
+        state.last = (*state.last[:2], why)
     shared, shared_lse = shared[0].view(own.shape), shared_lse[0]
     if cu_seqlens_q is None:
         shared_lse = shared_lse.view(-1, q.shape[0], q.shape[1]).transpose(0, 1)
     merged, lse = merge_attn_states(own, own_lse, shared, shared_lse, own)
     return (merged, lse) if return_softmax_lse else merged
+
+
+def _run_one_launch(
+    call: tuple[Any, ...], prefix_page_table: Any, prefix_len: Any, need_lse: bool, unchecked: bool
+) -> tuple[Tensor, Tensor | None] | Composed:
+    """What one launch gives, or why there is none."""
+    result = run_known(need_lse, call, prefix_page_table, prefix_len)
+    if result is not None:
+        return result
+    args = AttentionArgs._make(call)
+    if unchecked:
+        _check_prefix(args.q, args.k, args.page_table, args.seqused_k, prefix_len, prefix_page_table)
+    decision = decide(args, prefix_len)
+    if isinstance(decision, Composed):
+        return decision
+    return run_first(decision, need_lse, args, prefix_page_table, prefix_len)
 
 
 def _first(descale: Tensor | None) -> Tensor | None:

@@ -139,7 +139,7 @@ inline void make_random_call(Call& call, unsigned seed) {
 
 inline std::vector<SequenceWork> works_of(const Call& call) {
   std::vector<SequenceWork> works;
-  for (int b = 0; b < call.params.batch; ++b) {
+  for (int b = 0; b < broadhead::decode::sequences(call.params); ++b) {
     works.push_back(broadhead::decode::sequence_work(call.params, b, call.tile_m, call.keys));
   }
   return works;
@@ -179,7 +179,7 @@ inline std::vector<LineItem> walk(const Call& call, const std::vector<SequenceWo
   const auto behind = std::upper_bound(starts.begin(), starts.end(), interval.begin);
   cursor.batch = static_cast<int>(behind - starts.begin()) - 1;
   long long offset = interval.begin - starts[cursor.batch];
-  for (; cursor.left != 0 && cursor.batch < call.params.batch; ++cursor.batch) {
+  for (; cursor.left != 0 && cursor.batch < static_cast<int>(works.size()); ++cursor.batch) {
     cursor.work = works[cursor.batch];
     const int tiles = tiles_of(call, cursor.work);
     if (tiles == 0) continue;

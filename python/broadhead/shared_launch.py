@@ -1,0 +1,92 @@
+"""Whether a call of flash_attn_with_shared_prefix runs as one decode launch and its merge, and running it so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from . import validation as check
+from .cuda_backend import find_run_known_shared, make_launch, run_new_shared
+from .device import describe
+from .dispatch import Plan, resolve
+from .metadata import check_buffer
+from .problem import AttentionArgs, CheckedCall, check_forward
+
+FUNCTION = "flash_attn_with_shared_prefix"
+
+#: Query rows of all sequences (tokens x query heads of a KV head) up to which a decode kernel reads the prefix. Every
+#: 32 of them read it once, mostly from the L2; more are work for the prefill kernels.
+#: PERF: to be measured; composed, 64 sequences of 16/2 heads of 256 and 16 of 32/8 x 128 beat the plain call.
+MAX_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Composed:
+    """It runs as two calls and a merge."""
+
+    why: str
+
+
+@dataclass(frozen=True)
+class OneLaunch:
+    """It runs as one launch of the plan's kernel."""
+
+    call: CheckedCall
+    plan: Plan
+
+
+def _find_run_known(*call: Any) -> Any:
+    """Bound on first use: _C.run_known_shared."""
+    global _run_known
+    _run_known = find_run_known_shared()
+    return _run_known(*call)
+
+
+_run_known: Any = _find_run_known
+
+
+def run_known(
+    need_lse: bool, call: tuple[Any, ...], page_table: Any, length: Any
+) -> tuple[Tensor, Tensor | None] | None:
+    """Run a call that is like one before; None: there was none. ``call``: the fields of AttentionArgs."""
+    return _run_known(FUNCTION, need_lse, call, page_table, length)
+
+
+def decide(args: AttentionArgs, length: int) -> OneLaunch | Composed:
+    """How a call over ``length`` shared keys runs. ``args``: of the part of each sequence behind them."""
+    q = args.q
+    if length == 0:
+        return Composed("there is no prefix")
+    if not q.is_cuda or args.backend == "torch":
+        return Composed("kernels are not asked for")
+    if args.num_splits == 1:
+        return Composed("num_splits=1 forbids parts, which one launch is made of")
+    check.check_backend(FUNCTION, args.backend)
+    call = check_forward(FUNCTION, args)
+    problem = call.problem._replace(shared_tokens=call.total_q)
+    if problem.shared_rows > MAX_ROWS:
+        return Composed(f"{problem.shared_rows} query rows of a KV head, one launch takes up to {MAX_ROWS}")
+    if call.total_q == 0 or problem.batch == 0 or problem.seqlen_q == 0 or problem.seqlen_k == 0:
+        return Composed("there is no query, or page_table is empty")
+    if q.dim() == 4 and q.shape[0] > 1 and q.shape[1] > 1 and q.stride(0) != q.shape[1] * q.stride(1):
+        return Composed(f"the tokens of q do not lie at equal distances, it has strides {q.stride()}")
+    if length > check.MAX_SEQLEN_K:
+        return Composed("the prefix is longer than any sequence of a kernel")
+    device = describe(q.device)
+    own = resolve(call.problem, device)
+    if own.row is None or own.row.phase != "decode":
+        return Composed(f"no decode kernel is for what follows the prefix: {own.reason}")
+    if args.scheduler_metadata is not None:
+        check_buffer(FUNCTION, "scheduler_metadata", args.scheduler_metadata, problem.batch, q.device)
+    plan = resolve(problem, device)
+    return Composed(plan.reason) if plan.row is None else OneLaunch(call._replace(problem=problem), plan)
+
+
+def run_first(
+    decision: OneLaunch, need_lse: bool, args: AttentionArgs, page_table: Tensor, length: int
+) -> tuple[Tensor, Tensor | None]:
+    """Run the first call of a kind; run_known runs those that follow."""
+    launch = make_launch(args, decision.call, decision.plan)
+    return run_new_shared(launch, FUNCTION, need_lse, args, page_table, length)

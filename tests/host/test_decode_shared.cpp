@@ -1,0 +1,149 @@
+// Keys that all sequences share on the decode kernels' line: for every query row the combine finds, by what the blocks
+// noted of their parts, all key blocks of its own sequence and all shared ones, each once.
+#include <algorithm>
+#include <vector>
+
+#include "decode/workspace.h"
+#include "decode_calls.h"
+
+namespace {
+
+using namespace host_test;
+using broadhead::ceil_div;
+using broadhead::decode::BlockParts;
+using broadhead::decode::interval_of;
+using broadhead::decode::RowParts;
+using broadhead::decode::TileParts;
+using broadhead::decode::Workspace;
+
+// How often the random calls had what the checks are about: none of them may be idle.
+struct Seen {
+  int whole, split, passes, straddling, padded, empty, many;
+} seen{};
+
+void make_shared_call(Call& call, unsigned seed) {
+  make_random_call(call, seed);
+  Random random(seed);
+  DecodeParams& params = call.params;
+  params.cell_blocks = 0;
+  params.num_splits = random.of({0, 0, 2, 3, 7});
+  params.window_left = -1;
+  params.window_right = random.of({-1, 0});
+  params.attention_chunk = 0;
+  call.used_q.clear();
+  call.prefixes.clear();
+  params.shared_seqlen_k = random.of({1, 17, 300, 8192, 20000});
+  params.total_q = call.cu_q.empty() ? params.batch * params.seqlen_q : call.cu_q.back() + random.of({0, 0, 5});
+  call.connect();
+}
+
+// The parts follow each other from `work`'s first key block to its last, all of the tile that holds the row.
+void check_row(const Call& call, const std::vector<const LineItem*>& slots, const RowParts& parts,
+               const SequenceWork& work, int batch, int head, int row) {
+  const std::string words = call.words();
+  CHECK(parts.parts > 0 && parts.row == row % call.tile_m, "row %d of sequence %d: %d parts, row %d; %s", row, batch,
+        parts.parts, parts.row, words.c_str());
+  CHECK(call.params.num_splits == 0 || parts.parts <= call.params.num_splits, "%d parts; %s", parts.parts,
+        words.c_str());
+  int end = work.begin;
+  for (int part = 0; part < parts.parts; ++part) {
+    const auto slot = static_cast<std::size_t>(parts.slot(part));
+    const LineItem* item = slot < slots.size() ? slots[slot] : nullptr;
+    CHECK(item != nullptr && item->batch == batch && item->head == head && item->m_block == row / call.tile_m &&
+              item->range.begin == end,
+          "part %d of %d, slot %zu, of row %d of sequence %d; %s", part, parts.parts, slot, row, batch, words.c_str());
+    if (item == nullptr) return;
+    end = item->range.end;
+  }
+  CHECK(end == work.end, "row %d of sequence %d ends at %d of %d; %s", row, batch, end, work.end, words.c_str());
+  ++(parts.parts == 1 ? seen.whole : seen.split);
+}
+
+void check_call(const Call& call) {
+  const DecodeParams& params = call.params;
+  const std::string words = call.words();
+  const int per_token = params.rows_per_token;
+  // As launch_decode counts.
+  Workspace workspace{};
+  workspace.num_blocks = call.available;
+  workspace.m_blocks = ceil_div(params.seqlen_q * per_token, call.tile_m);
+  workspace.shared_m_blocks = ceil_div(static_cast<int>(params.total_q) * per_token, call.tile_m);
+  const int tiles = (params.batch * workspace.m_blocks + workspace.shared_m_blocks) * params.heads_in_grid;
+  if (workspace.m_blocks == 0 || params.total_q == 0) return;
+  std::vector<TileParts> noted(tiles, TileParts{-1, -1});
+  workspace.tiles = noted.data();
+  std::vector<const LineItem*> slots(2 * call.available + tiles);
+
+  const auto works = works_of(call);
+  const LineSum sum = sum_of(call, works);
+  std::vector<std::vector<LineItem>> items;
+  for (int g = 0; g < call.available; ++g) {
+    const LineInterval interval = interval_of(params, sum, g, call.available, call.least);
+    items.push_back(walk(call, works, starts_on_line(call, works, interval.tile_cost), interval));
+  }
+  for (int g = 0; g < call.available; ++g) {
+    for (const LineItem& item : items[g]) {
+      CHECK(item.is_part == 1, "a result of block %d is final; %s", g, words.c_str());
+      BlockParts unused{};
+      note_part(params, workspace, item, g, unused);
+      const auto slot = static_cast<std::size_t>(workspace.slot(params, item, g));
+      CHECK(slot < slots.size() && slots[slot] == nullptr, "slot %zu of block %d; %s", slot, g, words.c_str());
+      if (slot < slots.size()) slots[slot] = &item;
+      seen.passes += item.part != 0 && item.goes_on != 0;
+    }
+  }
+
+  const SequenceWork& shared = works.back();
+  const int live = call.cu_q.empty() ? static_cast<int>(params.total_q) : call.cu_q.back();
+  CHECK(
+      shared.seqlen.seqlen_q == live && shared.begin == 0 && shared.end == ceil_div(params.shared_seqlen_k, call.keys),
+      "the shared keys' sequence; %s", words.c_str());
+  seen.padded += live < params.total_q;
+  seen.many += params.batch > 32;
+  for (int b = 0; b < params.batch; ++b) {
+    const SequenceWork& work = works[b];
+    const int first_token = call.cu_q.empty() ? b * params.seqlen_q : call.cu_q[b];
+    const int rows = std::min(work.seqlen.seqlen_q, params.seqlen_q) * per_token;
+    seen.empty += rows > 0 && work.seqlen.seqlen_k == 0;
+    for (int row = 0; row < rows; ++row) {
+      const int head = row % params.heads_in_grid;
+      const RowParts own =
+          noted_parts(workspace, workspace.tile(params, b, head, row / call.tile_m), row % call.tile_m);
+      check_row(call, slots, own, work, b, head, row);
+      const RowParts others = shared_parts(params, workspace, work.seqlen, head, row, call.tile_m);
+      const int shared_row = (first_token + row / per_token) * per_token + row % per_token;
+      check_row(call, slots, others, shared, params.batch, head, shared_row);
+      seen.straddling += shared_row / call.tile_m != first_token * per_token / call.tile_m;
+    }
+  }
+}
+
+// Lengths that contradict themselves: no part is looked for outside of the workspace.
+void check_contradiction() {
+  Call call;
+  call.set_heads(1, 4, true);
+  call.params.batch = 2;
+  call.params.seqlen_q = 2;
+  call.params.total_q = 4;
+  call.params.shared_seqlen_k = 100;
+  call.cu_q = {0, 1 << 20, 3};
+  call.connect();
+  Workspace workspace{};
+  workspace.m_blocks = workspace.shared_m_blocks = 1;
+  const auto info = broadhead::decode::sequence_info(call.params, 1);
+  CHECK(shared_parts(call.params, workspace, info, 0, 0, call.tile_m).parts == 0, "a row far outside");
+}
+
+}  // namespace
+
+int main() {
+  for (unsigned seed = 1; seed <= 6000; ++seed) {
+    Call call;
+    make_shared_call(call, seed);
+    check_call(call);
+  }
+  check_contradiction();
+  CHECK(seen.whole && seen.split && seen.passes && seen.straddling && seen.padded && seen.empty && seen.many,
+        "a kind of call was never drawn");
+  return host_test::finish();
+}
