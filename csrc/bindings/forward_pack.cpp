@@ -92,6 +92,9 @@ void pack_shared(const ForwardCall& call, const Kernel& kernel, const TensorView
   for (const Argument argument : {kSeqUsedQ, kPrefixLens}) {
     if (call.tensors[argument].present()) checker.fail(name_of(argument), "must be None with shared_page_table");
   }
+  if (params.window_left >= 0 || params.window_right > 0 || params.attention_chunk > 0) {
+    checker.fail(kName, "is for calls with no window and no attention_chunk");
+  }
   if (params.num_splits == 1 || params.cell_blocks > 0) {
     checker.fail(kName, "is for calls that are split evenly, got num_splits " + std::to_string(params.num_splits) +
                             ", cell_blocks " + std::to_string(params.cell_blocks));

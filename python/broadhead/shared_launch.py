@@ -59,7 +59,8 @@ def decide(args: AttentionArgs, length: int) -> OneLaunch | Composed:
     q = args.q
     if length == 0:
         return Composed("there is no prefix")
-    if not q.is_cuda or args.backend == "torch":
+    device = describe(q.device)
+    if device.type != "cuda" or args.backend == "torch":
         return Composed("kernels are not asked for")
     if args.num_splits == 1:
         return Composed("num_splits=1 forbids parts, which one launch is made of")
@@ -74,7 +75,6 @@ def decide(args: AttentionArgs, length: int) -> OneLaunch | Composed:
         return Composed(f"the tokens of q do not lie at equal distances, it has strides {q.stride()}")
     if length > check.MAX_SEQLEN_K:
         return Composed("the prefix is longer than any sequence of a kernel")
-    device = describe(q.device)
     own = resolve(call.problem, device)
     if own.row is None or own.row.phase != "decode":
         return Composed(f"no decode kernel is for what follows the prefix: {own.reason}")

@@ -76,21 +76,24 @@ def flash_attn_with_shared_prefix(
         cache_seqlens = cache_seqlens - prefix_len
     assert prefix_page_table is not None
     # The fields of AttentionArgs.
-    call = (
+    before_sinks = (
         q, k_cache, v_cache, None, out, cu_seqlens_q, None, None, cache_seqlens, max_seqlen_q, None, page_table, None,
         None, q_descale, k_descale, v_descale, softmax_scale, causal, (-1, -1), 0, softcap, scheduler_metadata,
-        num_splits, None, 0, sinks, None, backend, 0,
+        num_splits, None, 0,
     )  # fmt: skip
     composed: Composed | None = None
     if not runs_as_operator(q):
-        result = _run_one_launch(call, prefix_page_table, prefix_len, return_softmax_lse, not by_length)
+        result = _run_one_launch(
+            (*before_sinks, sinks, None, backend, 0), prefix_page_table, prefix_len, return_softmax_lse, not by_length
+        )
         if not isinstance(result, Composed):
             return result if return_softmax_lse else result[0]
         composed = result
     elif not by_length and not is_compiling():
         _check_prefix(q, k_cache, page_table, cache_seqlens, prefix_len, prefix_page_table)
 
-    own, own_lse = run_forward(FUNCTION, call)
+    # Every query sees the prefix: there the sinks join. What follows it may be empty, and have no denominator.
+    own, own_lse = run_forward(FUNCTION, (*before_sinks, None if prefix_len else sinks, None, backend, 0))
     if prefix_len == 0:
         return (own, own_lse) if return_softmax_lse else own
     # The queries of all sequences are those of one sequence here: every one of them sees the whole prefix.
@@ -101,7 +104,7 @@ def flash_attn_with_shared_prefix(
         tokens.unsqueeze(0), k_cache, v_cache, page_table=prefix_page_table[: -(-prefix_len // page_size)].unsqueeze(0),
         cache_seqlens=prefix_len if prefix_len % page_size else None, q_descale=_first(q_descale),
         k_descale=_first(k_descale), v_descale=_first(v_descale), softmax_scale=softmax_scale, softcap=softcap,
-        num_splits=num_splits, backend=backend, return_softmax_lse=True,
+        num_splits=num_splits, sinks=sinks, backend=backend, return_softmax_lse=True,
     )  # fmt: skip
     if composed is not None:
         why = f"over the prefix, behind {own_row or 'torch'} over what follows it: {composed.why}"

@@ -95,6 +95,7 @@ void check_call(const Call& call) {
 
   const SequenceWork& shared = works.back();
   const int live = call.cu_q.empty() ? static_cast<int>(params.total_q) : call.cu_q.back();
+  if (live == 0) return;
   CHECK(
       shared.seqlen.seqlen_q == live && shared.begin == 0 && shared.end == ceil_div(params.shared_seqlen_k, call.keys),
       "the shared keys' sequence; %s", words.c_str());

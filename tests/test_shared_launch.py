@@ -1,0 +1,133 @@
+"""Which calls over a shared prefix are one decode launch, on which row and with how much workspace, without a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import broadhead
+import pytest
+import torch
+from broadhead import cuda_backend, shared_launch
+from broadhead.dispatch import resolve
+from broadhead.problem import AttentionArgs
+from broadhead.shared_launch import MAX_ROWS, Composed, OneLaunch, decide
+from described import FULL, h200, problem, schedule
+from test_cuda_backend_host import Recorder, recorder  # noqa: F401
+
+
+@pytest.fixture
+def on_h200(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_launch, "describe", lambda device: h200())
+    monkeypatch.setattr(shared_launch, "resolve", lambda problem, device: resolve(problem, device, FULL))
+
+
+def step(batch: int = 4, seqlen_q: int = 1, heads: tuple[int, int] = (8, 1), dim: int = 64, **options: Any) -> Any:
+    q = torch.zeros(batch, seqlen_q, heads[0], dim, dtype=torch.bfloat16)
+    cache = torch.zeros(3, 16, heads[1], dim, dtype=torch.bfloat16)
+    lengths, table = torch.zeros(batch, dtype=torch.int32), torch.zeros(batch, 5, dtype=torch.int32)
+    args = AttentionArgs(q, cache, cache, seqused_k=lengths, page_table=table, causal=True)
+    return args._replace(**options)
+
+
+@pytest.mark.usefixtures("on_h200")
+@pytest.mark.parametrize(
+    "args, row",
+    [
+        (step(1), "d64"),
+        (step(2), "d64"),
+        (step(3), "d64_m32"),
+        (step(4, dim=128), "d128_m32"),
+        (step(4, heads=(16, 2), dim=256), "d256_m32"),
+        (step(4, heads=(32, 8), dim=128), "d128"),
+        (step(4, heads=(32, 4), dim=512), "d512_m32"),
+        (step(1, 4), "d64_m32"),
+        (step(MAX_ROWS // 8), "d64_m32"),
+    ],
+)
+def test_the_tile_follows_from_the_rows_of_the_prefix(args: AttentionArgs, row: str) -> None:
+    decision = decide(args, 40)
+    assert isinstance(decision, OneLaunch) and decision.plan.row is not None, decision
+    assert decision.plan.row.id == f"sm80_fwd_decode_{row}_bf16"
+    assert decision.plan.reason.endswith("; the shared prefix in the same launch")
+    assert decision.call.problem.shared_tokens == args.q.shape[0] * args.q.shape[1]
+
+
+APART = torch.zeros(4, 2, 2, 8, 64, dtype=torch.bfloat16)[:, 0]
+
+
+@pytest.mark.usefixtures("on_h200")
+@pytest.mark.parametrize(
+    "args, length, why",
+    [
+        (step(), 0, "no prefix"),
+        (step(backend="torch"), 40, "asked for"),
+        (step(num_splits=1), 40, "num_splits=1"),
+        (step(MAX_ROWS // 8 + 1), 40, f"takes up to {MAX_ROWS}"),
+        (step(4, q=APART), 40, "equal distances"),
+        (step(2, 5), 40, "no decode kernel"),
+        (step(page_table=torch.zeros(4, 0, dtype=torch.int32)), 40, "page_table is empty"),
+        (step(0), 40, "no query"),
+        (step(k=torch.zeros(3, 16, 1, 64, dtype=torch.bfloat16).requires_grad_(True)), 40, "no decode kernel"),
+        (step(), 1 << 31, "longer than any sequence"),
+    ],
+)
+def test_what_is_composed(args: AttentionArgs, length: int, why: str) -> None:
+    decision = decide(args, length)
+    assert isinstance(decision, Composed) and why in decision.why, decision
+
+
+@pytest.mark.usefixtures("on_h200")
+def test_queries_at_one_distance() -> None:
+    """One token a sequence at any distance, one sequence, packed ones."""
+    wide = torch.zeros(4, 3, 8, 64, dtype=torch.bfloat16)
+    cu = torch.tensor([0, 1, 1, 2, 4], dtype=torch.int32)
+    packed = {"q": torch.zeros(6, 8, 64, dtype=torch.bfloat16), "cu_seqlens_q": cu, "max_seqlen_q": 2}
+    for args in (step(4, q=wide[:, 1:2]), step(1, 2, q=APART[:1]), step(4, **packed)):
+        assert isinstance(decide(args, 40), OneLaunch)
+
+
+def test_other_rows_do_not_read_it() -> None:
+    asked = problem(seqlen_q=1, shared_tokens=40)
+    plan = resolve(asked, h200(), FULL)
+    assert plan.row is not None and plan.row.phase == "decode"
+    refused = {refusal.row_id for refusal in plan.refusals if "all sequences share" in refusal.reason}
+    assert "sm90_fwd_d128_bf16" in refused and not any("decode" in row_id for row_id in refused)
+    # 17 to 32 rows go to a Hopper kernel otherwise.
+    assert schedule(seqlen_q=5, features=("gqa", "lse"))[1].family == "sm90"
+    assert schedule(seqlen_q=5, shared_tokens=10)[1].phase == "decode"
+
+
+@pytest.mark.usefixtures("on_h200")
+@pytest.mark.parametrize(
+    "args, size",
+    [
+        # 2 x 132 slots and one for each tile (2 own, 1 of the prefix; a pair of ints each, rounded up) of 16 rows.
+        (step(2), 2 * 4 + (2 * 132 + 3) * 16 * 65),
+        # Two blocks an SM; 4 own tiles and two of the prefix, for each of two KV heads.
+        (step(4, 3, heads=(8, 2), dim=128), 2 * 12 + (2 * 264 + 12) * 32 * 129),
+    ],
+)
+def test_workspace(recorder: Recorder, args: AttentionArgs, size: int) -> None:  # noqa: F811
+    """As launch_decode counts: of what the call declares."""
+    decision = decide(args, 40)
+    assert isinstance(decision, OneLaunch)
+    made = cuda_backend.make_launch(args, decision.call, decision.plan)
+    assert made["scratch_size"] == size and made["cell_blocks"] == 0 and made["num_splits"] == 0
+
+
+def test_empty_sequences_keep_the_sink() -> None:
+    """Composed: sinks join where every query sees keys."""
+    torch.manual_seed(0)
+    q, cache = torch.randn(2, 1, 4, 32), torch.randn(4, 16, 2, 32)
+    tables = torch.tensor([[2], [3]], dtype=torch.int32)
+    lengths = torch.tensor([0, 5], dtype=torch.int32)
+    prefix = torch.tensor([0, 1], dtype=torch.int32)
+    sinks = torch.tensor([9.0, -9.0, 2.0, 3.0])
+    out = broadhead.flash_attn_with_shared_prefix(
+        q, cache, cache, prefix_len=20, prefix_page_table=prefix, page_table=tables, cache_seqlens=lengths, sinks=sinks
+    )
+    expected = broadhead.flash_attn_with_kvcache(
+        q[:1], cache, cache, page_table=prefix[None], cache_seqlens=20, sinks=sinks
+    )
+    torch.testing.assert_close(out[:1], expected)
+    assert "kernels are not asked for" in broadhead.last_dispatch()[2]
