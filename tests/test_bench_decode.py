@@ -217,6 +217,14 @@ def _shared_prefix(
     return broadhead.merge_attn_states(out, lse, *of_suffix)[0]
 
 
+@pytest.mark.parametrize(
+    "reason, kernel", [("composed: over the prefix, behind row", "row (composed)"), ("row: the first", "row")]
+)
+def test_records_tell_how_a_prefix_ran(monkeypatch: pytest.MonkeyPatch, reason: str, kernel: str) -> None:
+    monkeypatch.setattr(broadhead, "last_dispatch", lambda: ("cuda", "row", reason))
+    assert peers_broadhead.Broadhead().kernel() == kernel
+
+
 def test_cascade_inputs_are_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """A function of the documented arguments alone gives what the plain call gives."""
     monkeypatch.setattr(broadhead, "flash_attn_with_shared_prefix", _shared_prefix, raising=False)

@@ -16,6 +16,9 @@ from .problem import AttentionArgs, CheckedCall, check_forward
 
 FUNCTION = "flash_attn_with_shared_prefix"
 
+#: How the reason of a composed call begins.
+COMPOSED = "composed: over the prefix, "
+
 #: Query rows of all sequences (tokens x query heads of a KV head) up to which a decode kernel reads the prefix. Every
 #: 32 of them read it once, mostly from the L2; more are work for the prefill kernels.
 #: PERF: to be measured; composed, 64 sequences of 16/2 heads of 256 and 16 of 32/8 x 128 beat the plain call.
@@ -24,7 +27,7 @@ MAX_ROWS = 256
 
 @dataclass(frozen=True)
 class Composed:
-    """It runs as two calls and a merge."""
+    """It runs as two calls and a merge. ``last_dispatch()`` then has the row over the prefix, and this reason."""
 
     why: str
 
@@ -61,7 +64,7 @@ def decide(args: AttentionArgs, length: int) -> OneLaunch | Composed:
         return Composed("there is no prefix")
     device = describe(q.device)
     if device.type != "cuda" or args.backend == "torch":
-        return Composed("kernels are not asked for")
+        return Composed("no kernel is asked for, or the device is none for them")
     if args.num_splits == 1:
         return Composed("num_splits=1 forbids parts, which one launch is made of")
     check.check_backend(FUNCTION, args.backend)

@@ -14,7 +14,7 @@ from .forward import run_forward, runs_as_operator
 from .kvcache import flash_attn_with_kvcache
 from .merge_states import merge_attn_states
 from .problem import AttentionArgs
-from .shared_launch import FUNCTION, Composed, decide, run_first, run_known
+from .shared_launch import COMPOSED, FUNCTION, Composed, decide, run_first, run_known
 
 
 def flash_attn_with_shared_prefix(
@@ -107,8 +107,8 @@ def flash_attn_with_shared_prefix(
         num_splits=num_splits, sinks=sinks, backend=backend, return_softmax_lse=True,
     )  # fmt: skip
     if composed is not None:
-        why = f"over the prefix, behind {own_row or 'torch'} over what follows it: {composed.why}"
-        state.last = (*state.last[:2], why)
+        reason = f"{COMPOSED}behind {own_row or 'torch'} over what follows it: {composed.why}"
+        state.last = (*state.last[:2], reason)
     shared, shared_lse = shared[0].view(own.shape), shared_lse[0]
     if cu_seqlens_q is None:
         shared_lse = shared_lse.view(-1, q.shape[0], q.shape[1]).transpose(0, 1)

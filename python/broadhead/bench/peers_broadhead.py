@@ -27,7 +27,8 @@ class Broadhead(Peer):
         backend, row, reason = broadhead.last_dispatch()
         if self._backend == "cuda" and row is None:
             raise RuntimeError(f"ran the {backend} fallback instead of a kernel: {reason}")
-        return row
+        # A shared prefix takes one launch, or a call over it, one over the rest, and a merge.
+        return f"{row} (composed)" if row is not None and reason.startswith("composed: ") else row
 
     def why_unavailable(self, device: torch.device) -> str | None:
         self._backend = "cuda" if device.type == "cuda" else None

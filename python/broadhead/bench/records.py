@@ -80,7 +80,7 @@ def make_record(
     Args:
         value: in UNITS[area].
         seconds: of one call.
-        kernel: the table row that ran, for broadhead.
+        kernel: the table row that ran, for broadhead; "(composed)" behind it: over a prefix, with a call for the rest.
         versions: of the peer, and notes on how it was called.
     """
     return {
