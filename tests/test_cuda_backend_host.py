@@ -152,7 +152,7 @@ BLOCK_PARTS = 12
     [
         (1, 0, 0, 132 * (BLOCK_PARTS + 2 * 4 * 65)),
         (1, 7, 0, 132 * (BLOCK_PARTS + 2 * 4 * 65)),
-        (5, 0, 0, 132 * (BLOCK_PARTS + 2 * 20 * 65)),  # 20 of the 32 rows of a tile
+        (5, 0, 0, 264 * (BLOCK_PARTS + 2 * 20 * 65)),  # 20 of the 32 rows of a tile; two blocks a multiprocessor
         (1, 1, 0, 0),
         (1, 1, 128, 0),
         (1, 0, 128, 3 * 2 * 8 * 4 * 65),  # sequences x KV heads x cells of 1000 keys x rows
