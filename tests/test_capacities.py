@@ -21,7 +21,7 @@ from described import FULL, h200
 BF16 = torch.bfloat16
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def no_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     """Launches are the fields that the compiled module would get: it takes those of CUDA devices alone."""
     module = SimpleNamespace(connect=lambda **hooks: None, Launch=lambda **fields: fields)
@@ -64,6 +64,7 @@ def test_workspaces_of_gigabytes_are_refused() -> None:
     check_forward("mha_fwd", paged(2**30, seqlen_q=9, tokens_per_split=64))  # prefill
 
 
+@pytest.mark.usefixtures("no_extension")
 @pytest.mark.parametrize("tokens", [0, 64, 4096])
 @pytest.mark.parametrize("seqlen_q, pack_gqa", [(1, None), (4, None), (8, None), (5, False)])
 def test_workspaces_are_bounded_whatever_the_page_table(seqlen_q: int, pack_gqa: bool | None, tokens: int) -> None:
@@ -90,6 +91,7 @@ def test_a_position_and_a_window_fit_32_bits() -> None:
     assert (MAX_SEQLEN_K - 1) + (UNBOUNDED_WINDOW - 1) + 1 <= INT32_MAX
 
 
+@pytest.mark.usefixtures("no_extension")
 @pytest.mark.parametrize("keys", [2**30 - 1024, 2**30, 2**31 - 1024, 2**31, 2**32, 2**40])
 def test_metadata_and_call_bound_the_page_table_alike(keys: int) -> None:
     """The length rule holds past 2^30 keys: equal capacities, equal plans, numbers that the binding takes."""

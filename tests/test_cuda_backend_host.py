@@ -199,19 +199,19 @@ def test_kernels_that_count_tiles_get_room_for_it(recorder: Recorder, splits: in
 @pytest.mark.parametrize("seqlen_q, tokens_per_split", [(8, 0), (4, 0), (8, 128), (8, 64)])
 def test_few_rows_on_either_kernel(recorder: Recorder, seqlen_q: int, tokens_per_split: int) -> None:
     """32 rows of a KV head: splits and a counter of the Hopper kernel, or the cells of a decode kernel."""
-    q, k = torch.randn(3, seqlen_q, 8, 64, dtype=torch.bfloat16), torch.randn(3, 1000, 2, 64, dtype=torch.bfloat16)
+    q, k = torch.randn(3, seqlen_q, 8, 512, dtype=torch.bfloat16), torch.randn(3, 1000, 2, 512, dtype=torch.bfloat16)
     args = AttentionArgs(q, k, k, tokens_per_split=tokens_per_split)
     got, _, _ = launch(recorder, args, build=BUILD_90A)
     rows = 3 * seqlen_q * 8
     if tokens_per_split:
-        expected, size = "sm80_fwd_decode_d64_m32_bf16", rows * -(-1000 // tokens_per_split) * (64 + 1)
+        expected, size = "sm80_fwd_decode_d512_m32_bf16", rows * -(-1000 // tokens_per_split) * (512 + 1)
     elif seqlen_q == 8:
-        expected, size = "sm90_fwd_d64_bf16", rows * 2 * (64 + 1) + 1
+        expected, size = "sm90_fwd_d512_bf16", rows * 4 * (512 + 1) + 1
     else:
-        expected, size = "sm80_fwd_decode_d64_bf16", 132 * (BLOCK_PARTS + 2 * 16 * (64 + 1))
+        expected, size = "sm80_fwd_decode_d512_bf16", 132 * (BLOCK_PARTS + 2 * 16 * (512 + 1))
     assert got["kernel_id"] == expected and got["scratch_size"] == size
     assert got["cell_blocks"] == tokens_per_split // 64 and got["pack_gqa"] == 1
-    assert got["num_splits"] == (1 if tokens_per_split else 2 if seqlen_q == 8 else 0)
+    assert got["num_splits"] == (1 if tokens_per_split else 4 if seqlen_q == 8 else 0)
 
 
 def test_rows_that_seqused_q_leaves_out_are_cleared_when_allocated_here(recorder: Recorder) -> None:

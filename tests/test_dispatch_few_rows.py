@@ -1,4 +1,4 @@
-"""17 to 32 query rows of a KV head: on 9.0 the Hopper kernels' where the plan is even, else decode kernels'; splits."""
+"""17 to 32 query rows of a KV head: decode kernels', but wide heads of even plans on 9.0 are the Hopper kernels'; splits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ from broadhead.device import hypothetical
 from broadhead.dispatch import resolve
 from broadhead.metadata_request import describe_request
 from broadhead.problem import AttentionArgs, check_forward
-from broadhead.support import CAPABILITIES, DECODE_MAX_ROWS, HOPPER_MIN_ROWS, ROWS, KernelRow
+from broadhead.support import (
+    CAPABILITIES,
+    DECODE_MAX_ROWS,
+    HOPPER_MIN_ROWS,
+    HOPPER_MIN_ROWS_ABOVE,
+    ROWS,
+    SMEM_227KB,
+    KernelRow,
+)
 from described import ALL_ARCHS, CAUSAL, FULL, build_of, h200, problem, schedule, without_family
 
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
@@ -33,9 +41,9 @@ def row_of(seqlen_q: int = 8, group: int = 4, capability: tuple[int, int] = (9, 
 # --- the kernel -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("head_dim, head_dim_v", [(64, 64), (128, 128), (192, 128), (256, 256), (320, 320), (512, 512)])
+@pytest.mark.parametrize("head_dim, head_dim_v", [(320, 320), (512, 512), (264, 128), (64, 320)])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_hopper_kernels_begin_at_17_rows(head_dim: int, head_dim_v: int, dtype: str) -> None:
+def test_hopper_kernels_of_wide_heads_begin_at_17_rows(head_dim: int, head_dim_v: int, dtype: str) -> None:
     dims = {"head_dim": head_dim, "head_dim_v": head_dim_v, "dtype": dtype}
     for planned in ({"has_metadata": True, **RAGGED}, {}):
         for rows in (1, 2, 15, 16):
@@ -50,17 +58,27 @@ def test_hopper_kernels_begin_at_17_rows(head_dim: int, head_dim_v: int, dtype: 
                 assert (other.phase, other.tile.tile_m) == ("decode", 32), capability
 
 
+@pytest.mark.parametrize("head_dim, head_dim_v", [(64, 64), (128, 128), (192, 128), (256, 256)])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_hopper_kernels_of_narrow_heads_begin_at_33_rows(head_dim: int, head_dim_v: int, dtype: str) -> None:
+    dims = {"head_dim": head_dim, "head_dim_v": head_dim_v, "dtype": dtype}
+    for planned in ({"has_metadata": True, **RAGGED}, {}):
+        for seqlen_q, group in FEW:
+            row = row_of(seqlen_q, group, **dims, **planned)
+            assert (row.phase, row.tile.tile_m, row.smem_limit) == ("decode", 32, SMEM_227KB)
+        assert row_of(33, 1, **dims, **planned).family == "sm90"
+
+
 @pytest.mark.parametrize("seqlen_q, group", FEW)
 def test_what_stays_on_decode_kernels(seqlen_q: int, group: int) -> None:
     """Cuts at multiples; lengths known on the device alone, without metadata; what Hopper has no kernel for."""
     cases: list[dict[str, Any]] = [{"tokens_per_split": 512}, {"tokens_per_split": 512, "has_metadata": True}]
     cases += [{"features": ("gqa", "lse", name)} for name in ("seqused", "varlen", "paged", "leftpad")]
     cases += [{"kv_dtype": "float8_e4m3fn", "has_metadata": planned} for planned in (False, True)]
-    cases += [{"dtype": "float8_e4m3fn", "head_dim": 512}]
+    cases += [{"dtype": "float8_e4m3fn"}]
     for changes in cases:
-        row = row_of(seqlen_q, group, **changes)
+        row = row_of(seqlen_q, group, **{"head_dim": 512, "head_dim_v": 512, **changes})
         assert (row.phase, row.tile.tile_m) == ("decode", 32), (changes, row.id)
-    assert row_of(seqlen_q, group, dtype="float8_e4m3fn").id == "sm90_fwd_d128_e4m3"
     # More rows are prefill, whatever they ask.
     for changes in cases[:6]:
         assert row_of(33, 1, **changes).family == "sm90"
@@ -68,27 +86,27 @@ def test_what_stays_on_decode_kernels(seqlen_q: int, group: int) -> None:
 
 def test_a_build_without_the_hopper_kernel_says_so() -> None:
     """Its decode kernels come next, not portable prefill ones; where those are missing too, these."""
-    asked = problem(seqlen_q=8)
-    for build in (without_family("sm90"), build_of(*ALL_ARCHS, without=("sm90_fwd_d128_bf16",))):
+    asked = problem(seqlen_q=8, head_dim=320, head_dim_v=320)
+    for build in (without_family("sm90"), build_of(*ALL_ARCHS, without=("sm90_fwd_d384_bf16",))):
         plan = resolve(asked, h200(), build)
-        expected = "sm80_fwd_decode_d128_m32_bf16" if build == without_family("sm90") else "sm90_fwd_d192_v128_bf16"
+        expected = "sm80_fwd_decode_d512_m32_bf16" if build == without_family("sm90") else "sm90_fwd_d512_bf16"
         assert plan.row is not None and plan.row.id == expected
-        assert "kernel sm90_fwd_d128_bf16 is left out of this build" in plan.reason
+        assert "kernel sm90_fwd_d384_bf16 is left out of this build" in plan.reason
     decode = tuple(row.id for row in ROWS if row.phase == "decode")
     without = tuple(row.id for row in ROWS if row.family == "sm90") + decode
     plan = resolve(asked, h200(), build_of(*ALL_ARCHS, without=without))
-    assert plan.row is not None and plan.row.id == "sm80_fwd_d128_bf16"
+    assert plan.row is not None and plan.row.id.startswith("sm80_fwd_d")
     for capability in ((8, 0), (10, 0)):
         assert "left out" not in resolve(asked, hypothetical(capability), build_of("80", "100")).reason
 
 
 def test_explain_tells_the_choice() -> None:
-    asked = {"head_dim": 128, "num_heads_q": 8, "num_heads_kv": 1, "device": h200(), "build": FULL}
+    asked = {"head_dim": 512, "num_heads_q": 8, "num_heads_kv": 1, "device": h200(), "build": FULL}
     for options, kernel in (
-        ({"seqlen_q": 2}, "sm80_fwd_decode_d128_bf16"),
-        ({"seqlen_q": 4}, "sm90_fwd_d128_bf16"),
-        ({"seqlen_q": 4, "page_size": 64}, "sm80_fwd_decode_d128_m32_bf16"),
-        ({"seqlen_q": 4, "tokens_per_split": 64}, "sm80_fwd_decode_d128_m32_bf16"),
+        ({"seqlen_q": 2}, "sm80_fwd_decode_d512_bf16"),
+        ({"seqlen_q": 4}, "sm90_fwd_d512_bf16"),
+        ({"seqlen_q": 4, "page_size": 64}, "sm80_fwd_decode_d512_m32_bf16"),
+        ({"seqlen_q": 4, "tokens_per_split": 64}, "sm80_fwd_decode_d512_m32_bf16"),
     ):
         assert f"runs on: cuda, kernel {kernel}: " in broadhead.explain(**asked, **options), options
 
@@ -136,26 +154,36 @@ def test_metadata_and_call_choose_alike(
             assert called.metadata_tag == planned.metadata_tag and called.metadata_config == planned.metadata_config
             if longest == 4096:
                 assert called.schedule == planned.schedule
-        hopper = seqlen_q * heads_q // heads_kv >= HOPPER_MIN_ROWS and not args.tokens_per_split
+        few = seqlen_q * heads_q // heads_kv >= HOPPER_MIN_ROWS and not args.tokens_per_split
+        hopper = few and head_dim > HOPPER_MIN_ROWS_ABOVE
         assert called.row.family == ("sm90" if hopper else "sm80")
 
 
 # --- splits -----------------------------------------------------------------------------------------------------------
 
-STEP = {**CAUSAL, "batch": 128, "seqlen_q": 4, "seqlen_k": 8192, "num_heads_q": 8, "num_heads_kv": 1}
+STEP = {
+    **CAUSAL,
+    "batch": 128,
+    "seqlen_q": 4,
+    "seqlen_k": 8192,
+    "num_heads_q": 8,
+    "num_heads_kv": 1,
+    "head_dim": 512,
+    "head_dim_v": 512,
+}
 #: Batch, tokens, keys, query heads, KV heads, head_dim; equal splits that fill the device.
 EVEN = (
-    (128, 4, 8192, 8, 1, 128, 1),
-    (64, 4, 8192, 16, 2, 256, 1),
-    (16, 8, 8192, 32, 8, 128, 1),
+    (128, 4, 8192, 8, 1, 512, 1),
+    (64, 4, 8192, 16, 2, 512, 1),
+    (16, 8, 8192, 32, 8, 512, 1),
     (16, 4, 8192, 32, 4, 512, 1),
-    (1, 8, 65536, 32, 8, 128, 16),
-    (1, 4, 65536, 16, 2, 256, 64),
+    (1, 8, 65536, 32, 8, 512, 8),
+    (1, 4, 65536, 16, 2, 512, 32),
     (1, 4, 65536, 32, 4, 512, 16),
-    (5, 8, 8192, 32, 8, 128, 3),
-    (17, 8, 8192, 32, 8, 128, 4),
-    (256, 8, 8192, 32, 8, 128, 1),
-    (1, 8, 300, 32, 8, 128, 1),
+    (5, 8, 8192, 32, 8, 512, 3),
+    (17, 8, 8192, 32, 8, 512, 3),
+    (256, 8, 8192, 32, 8, 512, 1),
+    (1, 8, 300, 32, 8, 512, 1),
 )
 
 
@@ -177,12 +205,12 @@ def test_equal_lengths_fill_whole_waves(
 def test_metadata_may_split_what_fills_the_device() -> None:
     """Lengths may differ: the device must have shares to balance with. A grid of many waves balances itself."""
     common = {**STEP, "has_metadata": True}
-    assert schedule(**common)[0].num_splits == 16 and schedule(**{**common, "seqlen_k": 65536})[0].num_splits == 16
+    assert schedule(**common)[0].num_splits == 8 and schedule(**{**common, "seqlen_k": 65536})[0].num_splits == 8
     assert schedule(**{**common, "batch": 1, "seqlen_k": 65536})[0].num_splits == 128
     assert (
         schedule(**{**common, "batch": 1100})[0].num_splits == schedule(**{**common, "batch": 5000})[0].num_splits == 1
     )
-    assert schedule(**{**common, "seqlen_k": 500})[0].num_splits == 1, "no share is shorter than four key tiles"
+    assert schedule(**{**common, "seqlen_k": 250})[0].num_splits == 1, "no share is shorter than four key tiles"
     assert schedule(**{**common, "seqlen_q": 512})[0].num_splits == 1, "prefill"
 
 
@@ -193,7 +221,7 @@ def test_32_splits_of_every_client_take_no_more_room_than_they_are_worth(batch: 
     plan, row = schedule(**common, has_metadata=True)
     assert row.family == "sm90" and 1 <= plan.num_splits <= 32
     assert plan.num_splits == 32 or plan.num_splits == 1 or plan.num_splits * batch * 8 <= 16 * 132
-    partials = plan.num_splits * batch * STEP["seqlen_q"] * 64 * (128 + 1) * 4
-    assert partials <= 16 * 132 * 32 * 129 * 4 or plan.num_splits == 1
+    partials = plan.num_splits * batch * STEP["seqlen_q"] * 64 * (512 + 1) * 4
+    assert partials <= 16 * 132 * 32 * 513 * 4 or plan.num_splits == 1
     assert schedule(**common)[0].num_splits == 32, "equal splits were asked for"
     assert schedule(**{**common, "num_splits": 1}, has_metadata=True)[0].num_splits == 1

@@ -60,10 +60,11 @@ FEATURES = (
 EXTRA_FEATURES = ("qv", "descale")
 #: Query rows (tokens x heads of one KV head) up to which a call is decode: bound by memory, not by its products.
 DECODE_MAX_ROWS = 32
-#: Query rows from which a Hopper kernel beats a decode kernel: its tile costs the same whatever it holds.
-#: PERF(H200, 8192 keys, 32 rows on a decode kernel, 64 on this one, of the speed of one row: head_dim 128 0.82, 0.94;
-#: 256 0.84, 0.94; 512 0.83, 0.98). Up to 16 rows decode kernels lose 8 % at most.
+#: Query rows from which a Hopper kernel beats a decode kernel, above which head_dim: its tile costs the same whatever it
+#: holds. PERF(H200, 8192 keys, 32 rows, GB/s on decode and Hopper kernels: head_dim 128 3705, 3329; 256 3973, 3805; 512
+#: 3282, 3736)
 HOPPER_MIN_ROWS = 17
+HOPPER_MIN_ROWS_ABOVE = 256
 #: Features that restrict which keys a query sees.
 MASK_FEATURES = ("causal", "window", "attention_chunk", "prefix_lens")
 
@@ -208,7 +209,8 @@ class KernelRow(NamedTuple):
     features: tuple[str, ...]
     requires: tuple[str, ...] = ()  # features without which a call is not for this kernel
     kv_dtype: str = ""  # of k and v where it is not dtype
-    min_rows: int = DECODE_MAX_ROWS + 1  # of a prefill kernel: query rows from which it goes before decode kernels
+    min_rows: int = DECODE_MAX_ROWS + 1  # of a prefill kernel: query rows from which it goes before decode kernels,
+    min_rows_above: int = 0  # of calls whose head_dim or head_dim_v is above this; others as by default
 
     @property
     def name(self) -> str:
@@ -281,9 +283,11 @@ def _decode_rows() -> tuple[KernelRow, ...]:
         ("d256_smem99", CAPABILITIES, 256, SMEM_99KB, DecodeTile(16, 16, 4, 2, 5, 2)),
         ("d512", HUGE_SMEM, 512, SMEM_227KB, DecodeTile(16, 32, 8, 2, 3, 1)),
         ("d512_smem99", CAPABILITIES, 512, SMEM_99KB, DecodeTile(16, 16, 4, 1, 3, 2)),
-        ("d64_m32", CAPABILITIES, 64, SMEM_99KB, DecodeTile(32, 32, 4, 4, 5, 2)),
-        ("d128_m32", CAPABILITIES, 128, SMEM_99KB, DecodeTile(32, 16, 4, 4, 5, 2)),
-        ("d256_m32", HUGE_SMEM, 256, SMEM_227KB, DecodeTile(32, 16, 8, 4, 5, 1)),
+        ("d64_m32", HUGE_SMEM, 64, SMEM_227KB, DecodeTile(32, 32, 8, 8, 3, 1)),
+        ("d64_m32_smem99", CAPABILITIES, 64, SMEM_99KB, DecodeTile(32, 32, 4, 4, 5, 2)),
+        ("d128_m32", HUGE_SMEM, 128, SMEM_227KB, DecodeTile(32, 16, 8, 8, 5, 1)),
+        ("d128_m32_smem99", CAPABILITIES, 128, SMEM_99KB, DecodeTile(32, 16, 4, 4, 5, 2)),
+        ("d256_m32", HUGE_SMEM, 256, SMEM_227KB, DecodeTile(32, 16, 8, 4, 3, 1)),
         ("d256_m32_smem99", CAPABILITIES, 256, SMEM_99KB, DecodeTile(32, 16, 4, 2, 3, 2)),
         ("d512_m32", HUGE_SMEM, 512, SMEM_227KB, DecodeTile(32, 16, 8, 2, 3, 1)),
         ("d512_m32_smem99", CAPABILITIES, 512, SMEM_99KB, DecodeTile(32, 16, 4, 1, 3, 2)),
@@ -320,10 +324,12 @@ def _decode_rows() -> tuple[KernelRow, ...]:
 def _sm90_row(
     name: str, dtype: str, head_dim: int, head_dim_v: int, tile: HopperTile | WideTile | Fp8Tile | AbsorbedTile
 ) -> KernelRow:
-    """A Hopper forward kernel (wgmma, TMA, warp specialisation): prefill, and decode of many rows, on 9.0."""
+    """A Hopper forward kernel (wgmma, TMA, warp specialisation): prefill, and decode of many wide rows, on 9.0."""
+    wide = isinstance(tile, WideTile)
     return KernelRow(
         f"sm90_fwd_{name}_{ID_SUFFIXES[dtype]}", "sm90", "forward", "prefill", ((9, 0),), dtype, head_dim, head_dim_v,
-        SMEM_227KB, tile, FEATURES, min_rows=HOPPER_MIN_ROWS,
+        SMEM_227KB, tile, FEATURES,
+        **({"min_rows": HOPPER_MIN_ROWS, "min_rows_above": HOPPER_MIN_ROWS_ABOVE} if wide else {}),
     )  # fmt: skip
 
 

@@ -69,7 +69,8 @@ def few_rows_phase(call: Call, planned: bool) -> str:
         and "qv" not in row.requires
     ]
     lengths_on_host = call.function == "func"
-    return "prefill" if able and not call.tokens_per_split and (planned or lengths_on_host) else "decode"
+    wide = max(call.head_dim, call.dim_v) > support.HOPPER_MIN_ROWS_ABOVE
+    return "prefill" if wide and able and not call.tokens_per_split and (planned or lengths_on_host) else "decode"
 
 
 def expected_phase(call: Call, planned: bool = False, max_seqlen_q: int | None = None) -> str | None:
