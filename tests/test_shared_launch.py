@@ -92,9 +92,9 @@ def test_other_rows_do_not_read_it() -> None:
     assert plan.row is not None and plan.row.phase == "decode"
     refused = {refusal.row_id for refusal in plan.refusals if "all sequences share" in refusal.reason}
     assert "sm90_fwd_d128_bf16" in refused and not any("decode" in row_id for row_id in refused)
-    # 17 to 32 rows go to a Hopper kernel otherwise.
-    assert schedule(seqlen_q=5, features=("gqa", "lse"))[1].family == "sm90"
-    assert schedule(seqlen_q=5, shared_tokens=10)[1].phase == "decode"
+    # At head_dim 512 17 to 32 rows go to a Hopper kernel otherwise.
+    assert schedule(seqlen_q=5, head_dim=512)[1].family == "sm90"
+    assert schedule(seqlen_q=5, head_dim=512, shared_tokens=10)[1].phase == "decode"
 
 
 @pytest.mark.usefixtures("on_h200")
@@ -103,8 +103,8 @@ def test_other_rows_do_not_read_it() -> None:
     [
         # 2 x 132 slots and one for each tile (2 own, 1 of the prefix; a pair of ints each, rounded up) of 16 rows.
         (step(2), 2 * 4 + (2 * 132 + 3) * 16 * 65),
-        # Two blocks an SM; 4 own tiles and two of the prefix, for each of two KV heads.
-        (step(4, 3, heads=(8, 2), dim=128), 2 * 12 + (2 * 264 + 12) * 32 * 129),
+        # 4 own tiles and two of the prefix, for each of two KV heads.
+        (step(4, 3, heads=(8, 2), dim=128), 2 * 12 + (2 * 132 + 12) * 32 * 129),
     ],
 )
 def test_workspace(recorder: Recorder, args: AttentionArgs, size: int) -> None:  # noqa: F811
