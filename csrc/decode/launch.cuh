@@ -82,6 +82,9 @@ inline DecodeParams make_decode_params(const AttnParams& params, int tile_cost) 
   }
   if (params.shared_seqlen_k > 0) {
     result.shared_table_bytes = prefetched_bytes(((params.shared_seqlen_k - 1ll) / params.page_size + 1) * 4);
+    result.shared_sequences = 1;
+    result.shared_tokens = static_cast<int>(params.total_q);
+    result.live_tokens = params.cu_seqlens_q == nullptr ? nullptr : params.cu_seqlens_q + params.batch;
     // Tokens of all sequences lie a row apart: with one token a sequence that is the stride of a sequence.
     if (params.cu_seqlens_q == nullptr && params.seqlen_q == 1) result.q_strides.row = params.q_strides.batch;
   }

@@ -35,12 +35,14 @@ struct DecodeParams : AttnParams {
   unsigned q_bytes;
   unsigned table_bytes;
   unsigned shared_table_bytes;
+  // Of the sequence of the shared keys, ready to be used where registers are short.
+  int shared_sequences;  // 1, or 0: there are none
+  int shared_tokens;  // query tokens of all sequences
+  const std::int32_t* live_tokens;  // likewise on the device, nullable: packed q may be longer
 };
 
 // Sequences on the line: those of the call and, behind them, that of the shared keys.
-BROADHEAD_HOST_DEVICE int sequences(const DecodeParams& params) {
-  return params.batch + (params.shared_seqlen_k > 0 ? 1 : 0);
-}
+BROADHEAD_HOST_DEVICE int sequences(const DecodeParams& params) { return params.batch + params.shared_sequences; }
 
 // Whether sequence `batch` of the line is that of the shared keys.
 BROADHEAD_HOST_DEVICE bool is_shared(const DecodeParams& params, int batch) { return batch == params.batch; }
@@ -48,9 +50,9 @@ BROADHEAD_HOST_DEVICE bool is_shared(const DecodeParams& params, int batch) { re
 // make_seqlen_info of a sequence of the line.
 BROADHEAD_HOST_DEVICE SeqlenInfo sequence_info(const DecodeParams& params, int batch) {
   if (!is_shared(params, batch)) return make_seqlen_info(params, batch);
-  int tokens = static_cast<int>(params.total_q);
+  int tokens = params.shared_tokens;
   // Rows of packed q behind the last sequence may hold anything.
-  if (params.cu_seqlens_q != nullptr) tokens = max_int(0, min_int(tokens, params.cu_seqlens_q[batch]));
+  if (params.live_tokens != nullptr) tokens = max_int(0, min_int(tokens, *params.live_tokens));
   return {0, 0, tokens, params.shared_seqlen_k, 0, 0};
 }
 

@@ -21,6 +21,14 @@ struct Seen {
   int whole, split, passes, straddling, padded, empty, many;
 } seen{};
 
+// As make_decode_params does.
+void share(Call& call) {
+  call.connect();
+  call.params.shared_sequences = 1;
+  call.params.shared_tokens = static_cast<int>(call.params.total_q);
+  call.params.live_tokens = call.cu_q.empty() ? nullptr : &call.cu_q.back();
+}
+
 void make_shared_call(Call& call, unsigned seed) {
   make_random_call(call, seed);
   Random random(seed);
@@ -34,7 +42,7 @@ void make_shared_call(Call& call, unsigned seed) {
   call.prefixes.clear();
   params.shared_seqlen_k = random.of({1, 17, 300, 8192, 20000});
   params.total_q = call.cu_q.empty() ? params.batch * params.seqlen_q : call.cu_q.back() + random.of({0, 0, 5});
-  call.connect();
+  share(call);
 }
 
 // The parts follow each other from `work`'s first key block to its last, all of the tile that holds the row.
@@ -128,7 +136,7 @@ void check_contradiction() {
   call.params.total_q = 4;
   call.params.shared_seqlen_k = 100;
   call.cu_q = {0, 1 << 20, 3};
-  call.connect();
+  share(call);
   Workspace workspace{};
   workspace.m_blocks = workspace.shared_m_blocks = 1;
   const auto info = broadhead::decode::sequence_info(call.params, 1);
