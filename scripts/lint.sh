@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 failed=()
 check() {
   echo "== $*"
-  "$@" || failed+=("$1 $2")
+  "$@" || failed+=("$1 ${2:-}")
 }
 
 mapfile -t cpp < <(git ls-files '*.h' '*.cuh' '*.cpp' '*.cu')

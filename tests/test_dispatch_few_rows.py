@@ -1,4 +1,4 @@
-"""17 to 32 query rows of a KV head: decode kernels', but wide heads of even plans on 9.0 are the Hopper kernels'; splits."""
+"""17 to 32 query rows of a KV head: decode kernels; on 9.0 the Hopper kernels for wide heads of even plans; splits."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@
 namespace broadhead::decode {
 
 constexpr int kCombineWarps = 8;
-constexpr int kCombineCols = 128;  // of a block: four a lane
+constexpr int kCombineCols = 128;  // of a warp: four a lane
 
 // What a block of the combine merges: a row of a split tile.
 struct SplitRow {
@@ -86,8 +86,10 @@ BROADHEAD_DEVICE SplitRow find_split_row(const DecodeParams& params, const Works
   return found;
 }
 
-// Merges the parts of a row; not `real`: only its code runs, without input and output. All threads.
-template <class Element, int kTileM>
+// Merges a row of the tile; not `real`: only its code runs, without input and output. All threads: kColGroups warps
+// share the columns, the others take turns on the parts. A block for each 128 columns would be four times as many
+// blocks at head_dim 512, most of them with nothing to do: PERF(H200, 16 x 8k, 32/4 heads of 512, us: 264 -> 255).
+template <class Element, int kTileM, int kColGroups>
 BROADHEAD_DEVICE void merge_parts(const DecodeParams& params, const Workspace& workspace, const SplitRow& tile,
                                   bool real) {
   __shared__ float4 partial[kCombineWarps][32];
@@ -95,19 +97,20 @@ BROADHEAD_DEVICE void merge_parts(const DecodeParams& params, const Workspace& w
   const int parts = tile.parts();
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
-  const int col = blockIdx.z * kCombineCols + lane * 4;
+  constexpr int kPartGroups = kCombineWarps / kColGroups;
+  const int col = warp % kColGroups * kCombineCols + lane * 4;
 
   // A warp's parts relative to the largest LSE among them; the sums do not wait for the LSEs of others.
   float largest = -INFINITY;
   float sum = 0.f;
   float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
   constexpr int kAtOnce = 8;
-  for (int first = warp; first < parts; first += kAtOnce * kCombineWarps) {
+  for (int first = warp / kColGroups; first < parts; first += kAtOnce * kPartGroups) {
     float lse[kAtOnce];
     float4 x[kAtOnce];
     BROADHEAD_UNROLL
     for (int i = 0; i < kAtOnce; ++i) {
-      const int part = first + i * kCombineWarps;
+      const int part = first + i * kPartGroups;
       const bool exists = real && part < parts;
       const long long place = tile.place(workspace, exists ? part : 0);
       lse[i] = exists ? workspace.lse[place] : -INFINITY;
@@ -142,16 +145,16 @@ BROADHEAD_DEVICE void merge_parts(const DecodeParams& params, const Workspace& w
   RowPlace place = place_row(output, tile.own.row);
   place.live &= real;
   __syncthreads();
-  if (warp != 0) return;
+  if (warp >= kColGroups) return;
 
   BROADHEAD_UNROLL
-  for (int w = 0; w < kCombineWarps; ++w) largest = fmaxf(largest, stats[w].x);
+  for (int w = warp; w < kCombineWarps; w += kColGroups) largest = fmaxf(largest, stats[w].x);
   const float sink = params.sinks != nullptr && place.live ? load_sink<Element>(params, place.head) : -INFINITY;
   const float reference = largest == -INFINITY ? 0.f : fmaxf(largest, sink);
   sum = 0.f;
   total = make_float4(0.f, 0.f, 0.f, 0.f);
   BROADHEAD_UNROLL
-  for (int w = 0; w < kCombineWarps; ++w) {
+  for (int w = warp; w < kCombineWarps; w += kColGroups) {
     const float weight = exp2f((stats[w].x - reference) * kLog2e);
     const float4 x = partial[w][lane];
     sum += weight * stats[w].y;
@@ -163,7 +166,7 @@ BROADHEAD_DEVICE void merge_parts(const DecodeParams& params, const Workspace& w
   const bool empty = sum == 0.f;  // no visible key: out 0, LSE -inf, whatever the sink
   if (!empty && sink != -INFINITY) sum += exp2f((sink - reference) * kLog2e);
   const float inverse = empty ? 0.f : 1.f / sum;
-  if (threadIdx.x == 0 && blockIdx.z == 0) {
+  if (threadIdx.x == 0) {
     write_lse(params, tile.seqlen, place, empty ? -INFINITY : reference + logf(sum), -1);
   }
   if (place.live && col < params.head_dim_v) {
@@ -173,14 +176,13 @@ BROADHEAD_DEVICE void merge_parts(const DecodeParams& params, const Workspace& w
   }
 }
 
-// Block (t, r, c): columns from 128 c on of row r of split tile t (of block t's first, of cells and with shared keys of
-// tile t). Its warps take every eighth part.
-template <class Element, int kTileM, int kKeys>
+// Block (t, r): row r of split tile t (of block t's first, of cells and with shared keys of tile t).
+template <class Element, int kTileM, int kKeys, int kHeadDim>
 __global__ void __launch_bounds__(32 * kCombineWarps)
     combine_kernel(const __grid_constant__ DecodeParams params, const __grid_constant__ Workspace workspace) {
   launch_dependents();
   // A first pass without input and output brings the code into the caches while the decode kernel still runs.
-  const bool rehearses = kHasDependentLaunch && blockIdx.y == 0 && blockIdx.z == 0;
+  const bool rehearses = kHasDependentLaunch && blockIdx.y == 0;
 #pragma unroll 1
   for (int pass = rehearses ? 0 : 1; pass < 2; ++pass) {
     SplitRow tile;
@@ -189,7 +191,9 @@ __global__ void __launch_bounds__(32 * kCombineWarps)
       wait_for_predecessor();
       tile = find_split_row<kTileM, kKeys>(params, workspace);
     }
-    if (tile.own.parts > 0) merge_parts<Element, kTileM>(params, workspace, tile, pass == 1);
+    if (tile.own.parts > 0) {
+      merge_parts<Element, kTileM, ceil_div(kHeadDim, kCombineCols)>(params, workspace, tile, pass == 1);
+    }
     if (pass == 0) __syncthreads();  // both passes write the same shared memory
   }
 }

@@ -196,11 +196,12 @@ int launch_decode(const char* kernel_id, const AttnParams& params, cudaStream_t 
     return fail("launch", status);
   }
   if (merged == 0) return 0;
-  const dim3 grid(static_cast<unsigned>(merged), tile_rows, (params.head_dim_v + kCombineCols - 1) / kCombineCols);
+  const dim3 grid(static_cast<unsigned>(merged), tile_rows);
   constexpr bool kKvIsBf16 = std::is_same_v<typename Traits::KvElement, cutlass::bfloat16_t>;
   const bool out_is_bf16 = Traits::k8Bit ? params.q_dtype != DataType::kFloat16 : kKvIsBf16;
-  const auto combine = out_is_bf16 ? combine_kernel<cutlass::bfloat16_t, Traits::kTileM, Traits::kKeys>
-                                   : combine_kernel<cutlass::half_t, Traits::kTileM, Traits::kKeys>;
+  const auto combine = out_is_bf16
+                           ? combine_kernel<cutlass::bfloat16_t, Traits::kTileM, Traits::kKeys, Traits::kHeadDim>
+                           : combine_kernel<cutlass::half_t, Traits::kTileM, Traits::kKeys, Traits::kHeadDim>;
   const cudaError_t status =
       launch(combine, grid, 32 * kCombineWarps, 0, limits.dependent_launch, stream, line, workspace);
   return status == cudaSuccess ? 0 : fail("combine", status);

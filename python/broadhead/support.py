@@ -60,9 +60,9 @@ FEATURES = (
 EXTRA_FEATURES = ("qv", "descale")
 #: Query rows (tokens x heads of one KV head) up to which a call is decode: bound by memory, not by its products.
 DECODE_MAX_ROWS = 32
-#: Query rows from which a Hopper kernel beats a decode kernel, above which head_dim: its tile costs the same whatever it
-#: holds. PERF(H200, 8192 keys, 32 rows, GB/s on decode and Hopper kernels: head_dim 128 3705, 3329; 256 3973, 3805; 512
-#: 3282, 3736)
+#: Query rows from which a Hopper kernel beats a decode kernel, above which head_dim: its tile costs the same whatever
+#: it holds. PERF(H200, 8192 keys, 32 rows, GB/s on decode and Hopper kernels: head_dim 128 3705, 3329; 256 3973, 3805;
+#: 512 3282, 3736)
 HOPPER_MIN_ROWS = 17
 HOPPER_MIN_ROWS_ABOVE = 256
 #: Features that restrict which keys a query sees.
@@ -328,8 +328,8 @@ def _sm90_row(
     wide = isinstance(tile, WideTile)
     return KernelRow(
         f"sm90_fwd_{name}_{ID_SUFFIXES[dtype]}", "sm90", "forward", "prefill", ((9, 0),), dtype, head_dim, head_dim_v,
-        SMEM_227KB, tile, FEATURES,
-        **({"min_rows": HOPPER_MIN_ROWS, "min_rows_above": HOPPER_MIN_ROWS_ABOVE} if wide else {}),
+        SMEM_227KB, tile, FEATURES, min_rows=HOPPER_MIN_ROWS if wide else DECODE_MAX_ROWS + 1,
+        min_rows_above=HOPPER_MIN_ROWS_ABOVE if wide else 0,
     )  # fmt: skip
 
 
