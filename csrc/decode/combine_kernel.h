@@ -80,7 +80,7 @@ BROADHEAD_DEVICE SplitTile find_split_tile(const DecodeParams& params, const Wor
 
 // Merges a row of the tile; not `real`: only its code runs, without input and output. All threads: kColGroups warps
 // share the columns, the others take turns on the parts. A block for each 128 columns would be four times as many
-// blocks at head_dim 512, most of them with nothing to do: PERF(H200, 16 x 8k, 32/4 heads of 512).
+// blocks at head_dim 512, most of them with nothing to do: PERF(H200, 16 x 8k, 32/4 heads of 512, us: 264 -> 255).
 template <class Element, int kTileM, int kColGroups>
 BROADHEAD_DEVICE void merge_parts(const DecodeParams& params, const Workspace& workspace, const SplitTile& tile,
                                   bool real) {
