@@ -3,7 +3,7 @@
 
 #include "common/row_result.h"
 #include "decode/dependent_launch.h"
-#include "decode/line.h"
+#include "decode/rows.h"
 #include "decode/workspace.h"
 
 namespace broadhead::decode {
@@ -139,10 +139,8 @@ BROADHEAD_DEVICE void merge_parts(const DecodeParams& params, const Workspace& w
   }
   partial[warp][lane] = total;
   if (lane == 0) stats[warp] = make_float2(largest, sum);
-  const int first_row = tile.m_block * kTileM;
-  const int end_row = min_int(first_row + kTileM, sequence_rows(params, tile.seqlen, tile.batch));
-  const OutputRows output{{first_row, params.rows_per_token, end_row}, tile.head};
-  RowPlace place = place_row(output, tile.own.row);
+  RowPlace place =
+      place_row({tile_rows<kTileM>(params, tile.seqlen, tile.batch, tile.m_block), tile.head}, tile.own.row);
   place.live &= real;
   __syncthreads();
   if (warp >= kColGroups) return;

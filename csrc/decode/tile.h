@@ -4,6 +4,7 @@
 #include "common/online_softmax.h"
 #include "common/row_result.h"
 #include "decode/gemm.h"
+#include "decode/rows.h"
 #include "decode/workspace.h"
 
 namespace broadhead::decode {
@@ -12,13 +13,12 @@ namespace broadhead::decode {
 template <class Traits>
 BROADHEAD_DEVICE void set_tile(const DecodeParams& params, const LineItem& item, DecodeTile& tile) {
   const SeqlenInfo& seqlen = item.seqlen;
-  const int first_row = item.m_block * Traits::kTileM;
-  const int end_row = min_int(first_row + Traits::kTileM, sequence_rows(params, seqlen, item.batch));
-  tile.rows = {first_row, params.rows_per_token, end_row};
+  const RowMap rows = tile_rows<Traits::kTileM>(params, seqlen, item.batch, item.m_block);
+  tile.rows = rows;
   tile.mask = make_mask(params, seqlen, item.batch);
   tile.unmasked = seqlen.seqlen_q == 1
                       ? tile.mask.unmasked_interval(0, 0)
-                      : tile.mask.unmasked_interval(tile.rows.token(0), tile.rows.token(end_row - first_row - 1));
+                      : tile.mask.unmasked_interval(rows.token(0), rows.token(rows.end_row - rows.first_row - 1));
   float scale = params.softmax_scale;
   if constexpr (Traits::k8Bit) {
     const int kv_head = kv_head_of(params, item);
@@ -36,9 +36,8 @@ BROADHEAD_DEVICE void set_tile(const DecodeParams& params, const LineItem& item,
 template <class Traits>
 BROADHEAD_DEVICE void set_row(const DecodeParams& params, const Workspace& workspace, const LineItem& item, int row,
                               DecodeRow& target) {
-  const int first_row = item.m_block * Traits::kTileM;
-  const int end_row = min_int(first_row + Traits::kTileM, sequence_rows(params, item.seqlen, item.batch));
-  const RowPlace place = place_row({{first_row, params.rows_per_token, end_row}, item.head}, row);
+  const RowPlace place =
+      place_row({tile_rows<Traits::kTileM>(params, item.seqlen, item.batch, item.m_block), item.head}, row);
   target = {nullptr, nullptr, -1};
   if (!place.live) return;
   target.head = place.head;

@@ -1,0 +1,16 @@
+// The rows of a tile.
+#pragma once
+
+#include "common/tile_state.h"
+#include "decode/line.h"
+
+namespace broadhead::decode {
+
+// Those that the sequence has.
+template <int kTileM>
+BROADHEAD_DEVICE RowMap tile_rows(const DecodeParams& params, const SeqlenInfo& seqlen, int batch, int m_block) {
+  const int first_row = m_block * kTileM;
+  return {first_row, params.rows_per_token, min_int(first_row + kTileM, sequence_rows(params, seqlen, batch))};
+}
+
+}  // namespace broadhead::decode
