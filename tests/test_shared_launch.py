@@ -8,9 +8,10 @@ import broadhead
 import pytest
 import torch
 from broadhead import cuda_backend, shared_launch
+from broadhead import validation as check
 from broadhead.dispatch import resolve
 from broadhead.problem import AttentionArgs
-from broadhead.shared_launch import MAX_ROWS, Composed, OneLaunch, decide
+from broadhead.shared_launch import MAX_ELEMENTS, MAX_WORK, Composed, OneLaunch, decide
 from described import FULL, h200, problem, schedule
 from test_cuda_backend_host import Recorder, recorder  # noqa: F401
 
@@ -35,16 +36,17 @@ def step(batch: int = 4, seqlen_q: int = 1, heads: tuple[int, int] = (8, 1), dim
     [
         (step(1), "d64"),
         (step(2), "d64"),
-        (step(3), "d64_m32"),
-        (step(4, dim=128), "d128_m32"),
-        (step(4, heads=(16, 2), dim=256), "d256_m32"),
+        (step(3), "d64"),
+        (step(4, heads=(16, 2), dim=256), "d256"),
         (step(4, heads=(32, 8), dim=128), "d128"),
-        (step(4, heads=(32, 4), dim=512), "d512_m32"),
+        (step(2, heads=(32, 4), dim=512), "d512"),
+        (step(3, heads=(32, 4), dim=512), "d512_m32"),
         (step(1, 4), "d64_m32"),
-        (step(MAX_ROWS // 8), "d64_m32"),
+        (step(MAX_ELEMENTS // (8 * 64)), "d64"),
     ],
 )
-def test_the_tile_follows_from_the_rows_of_the_prefix(args: AttentionArgs, row: str) -> None:
+def test_the_tile_follows_from_the_rows(args: AttentionArgs, row: str) -> None:
+    """Above head_dim 256 from those of the prefix as well."""
     decision = decide(args, 40)
     assert isinstance(decision, OneLaunch) and decision.plan.row is not None, decision
     assert decision.plan.row.id == f"sm80_fwd_decode_{row}_bf16"
@@ -62,7 +64,8 @@ APART = torch.zeros(4, 2, 2, 8, 64, dtype=torch.bfloat16)[:, 0]
         (step(), 0, "no prefix"),
         (step(backend="torch"), 40, "no kernel is asked for"),
         (step(num_splits=1), 40, "num_splits=1"),
-        (step(MAX_ROWS // 8 + 1), 40, f"takes up to {MAX_ROWS}"),
+        (step(MAX_ELEMENTS // (8 * 64) + 1), 40, f"takes up to {MAX_ELEMENTS}"),
+        (step(5), MAX_WORK // (5 * 8 * 64) + 1, f"{MAX_WORK} multiplied"),
         (step(4, q=APART), 40, "equal distances"),
         (step(2, 5), 40, "no decode kernel"),
         (step(page_table=torch.zeros(4, 0, dtype=torch.int32)), 40, "page_table is empty"),
@@ -74,6 +77,13 @@ APART = torch.zeros(4, 2, 2, 8, 64, dtype=torch.bfloat16)[:, 0]
 def test_what_is_composed(args: AttentionArgs, length: int, why: str) -> None:
     decision = decide(args, length)
     assert isinstance(decision, Composed) and why in decision.why, decision
+
+
+@pytest.mark.usefixtures("on_h200")
+def test_how_much_one_launch_takes() -> None:
+    """As much work as MAX_WORK, or one tile over a prefix of any length."""
+    for args, length in ((step(5), MAX_WORK // (5 * 8 * 64)), (step(4), check.MAX_SEQLEN_K)):
+        assert isinstance(decide(args, length), OneLaunch)
 
 
 @pytest.mark.usefixtures("on_h200")
@@ -103,8 +113,10 @@ def test_other_rows_do_not_read_it() -> None:
     [
         # 2 x 132 slots and one for each tile (2 own, 1 of the prefix; a pair of ints each, rounded up) of 16 rows.
         (step(2), 2 * 4 + (2 * 132 + 3) * 16 * 65),
-        # 4 own tiles and two of the prefix, for each of two KV heads.
-        (step(4, 3, heads=(8, 2), dim=128), 2 * 12 + (2 * 132 + 12) * 32 * 129),
+        # 4 own tiles and three of the prefix, for each of two KV heads.
+        (step(4, 3, heads=(8, 2), dim=128), 2 * 14 + (2 * 132 + 14) * 16 * 129),
+        # An own tile and one of the prefix; the latter has more rows.
+        (step(3, heads=(32, 4), dim=512), 2 * 16 + (2 * 132 + 16) * 24 * 513),
     ],
 )
 def test_workspace(recorder: Recorder, args: AttentionArgs, size: int) -> None:  # noqa: F811

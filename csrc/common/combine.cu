@@ -3,9 +3,11 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdio>
 
 #include "common/combine.h"
+#include "common/dependent_launch.h"
 #include "common/math.h"
 #include "common/scheduler_metadata.h"
 #include "common/seqlen_info.h"
@@ -16,6 +18,11 @@ namespace {
 
 constexpr int kWarps = 4;
 constexpr int kMaxSplits = 128;
+// Blocks of a split combine: with a block a row most of a long grid would come only to find that a sequence has one
+// split. PERF(placeholder)
+constexpr int kMostBlocks = 2048;
+// Splits up to which a warp merges a row by itself.
+constexpr int kWarpSplits = 8;
 
 BROADHEAD_DEVICE void store4(float* target, float4 x) { *reinterpret_cast<float4*>(target) = x; }
 BROADHEAD_DEVICE void store4(__nv_bfloat16* target, float4 x) {
@@ -98,36 +105,86 @@ BROADHEAD_DEVICE void combine_row(CombineShared& smem, int splits, int head_dim_
   }
 }
 
+// One warp merges one row, of at most kWarpSplits parts.
+template <class Element, class LseOf, class OutOf>
+BROADHEAD_DEVICE void combine_row_in_warp(int splits, int head_dim_v, float sink, LseOf lse_of, OutOf out_of,
+                                          Element* out, float* lse_out) {
+  const int lane = threadIdx.x % 32;
+  const float lse = lane < splits ? lse_of(lane) : -INFINITY;
+  const float largest = warp_max(lse);
+  const float reference = largest == -INFINITY ? 0.f : fmaxf(largest, sink);
+  float weight = expf(lse - reference);
+  float sum = warp_sum(weight);
+  const bool empty = sum == 0.f;  // as above
+  if (!empty && sink != -INFINITY) sum += expf(sink - reference);
+  weight *= empty ? 0.f : 1.f / sum;
+  if (lane == 0 && lse_out != nullptr) *lse_out = empty ? -INFINITY : reference + logf(sum);
+  for (int col0 = 0; col0 < head_dim_v; col0 += 128) {
+    const int col = col0 + lane * 4;
+    float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+    for (int s = 0; s < kWarpSplits; ++s) {
+      if (s == splits) break;
+      const float own = __shfl_sync(0xffffffffu, weight, s);
+      if (own == 0.f || col >= head_dim_v) continue;  // an empty share's output was never written
+      const float4 x = *reinterpret_cast<const float4*>(out_of(s) + col);
+      total.x += own * x.x;
+      total.y += own * x.y;
+      total.z += own * x.z;
+      total.w += own * x.w;
+    }
+    if (col < head_dim_v) store4(out + col, total);
+  }
+}
+
 BROADHEAD_DEVICE float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 BROADHEAD_DEVICE float to_float(__half x) { return __half2float(x); }
 
+// Block b merges rows (token, head) [c * rows_per_block, (c + 1) * rows_per_block) of a sequence, for c = b % chunks.
 template <class Element>
-__global__ void __launch_bounds__(32 * kWarps) split_combine_kernel(const __grid_constant__ AttnParams params) {
+__global__ void __launch_bounds__(32 * kWarps)
+    split_combine_kernel(const __grid_constant__ AttnParams params, int chunks, int rows_per_block) {
   __shared__ CombineShared smem;
-  const unsigned rows = params.seqlen_q * params.num_heads_q;
-  const int batch = blockIdx.x / rows;
+  wait_for_predecessor();
+  const int batch = blockIdx.x / chunks;
   const int splits = sequence_splits(params, batch);
   if (splits == 1) return;
   const SeqlenInfo seqlen = make_seqlen_info(params, batch);
-  const int token = blockIdx.x % rows / params.num_heads_q;
-  const int head = blockIdx.x % rows % params.num_heads_q;
-  if (token >= seqlen.seqlen_q) return;
-  const std::int64_t row = seqlen.batch_q * static_cast<std::int64_t>(params.seqlen_q) + seqlen.row_q + token;
+  const int first_row = blockIdx.x % chunks * rows_per_block;
+  const int end_row = min_int(first_row + rows_per_block, seqlen.seqlen_q * params.num_heads_q);
   const std::int64_t split_stride = params.num_heads_q * params.total_q;
-  const std::int64_t first = head * params.total_q + row;
-  float sink = -INFINITY;
-  if (params.sinks != nullptr) {
-    sink = params.sinks_are_fp32 ? static_cast<const float*>(params.sinks)[head]
-                                 : to_float(static_cast<const Element*>(params.sinks)[head]);
+  const auto merge = [&](int query, const auto& merge_row) {
+    const int token = query / params.num_heads_q;
+    const int head = query - token * params.num_heads_q;
+    const std::int64_t row = seqlen.batch_q * static_cast<std::int64_t>(params.seqlen_q) + seqlen.row_q + token;
+    const std::int64_t first = head * params.total_q + row;
+    float sink = -INFINITY;
+    if (params.sinks != nullptr) {
+      sink = params.sinks_are_fp32 ? static_cast<const float*>(params.sinks)[head]
+                                   : to_float(static_cast<const Element*>(params.sinks)[head]);
+    }
+    merge_row(
+        sink, [&](int s) { return params.lse_partial[s * split_stride + first]; },
+        [&](int s) { return params.out_partial + (s * split_stride + first) * params.head_dim_v; },
+        static_cast<Element*>(params.out) + seqlen.batch_q * params.out_strides.batch +
+            (seqlen.row_q + token) * params.out_strides.row + head * params.out_strides.head,
+        params.softmax_lse ? params.softmax_lse + seqlen.batch_q * params.lse_batch_stride +
+                                 head * params.lse_head_stride + seqlen.row_q + token
+                           : nullptr);
+  };
+  if (splits <= kWarpSplits) {
+    for (int query = first_row + static_cast<int>(threadIdx.x) / 32; query < end_row; query += kWarps) {
+      merge(query, [&](float sink, auto lse_of, auto out_of, Element* out, float* lse) {
+        combine_row_in_warp(splits, params.head_dim_v, sink, lse_of, out_of, out, lse);
+      });
+    }
+  } else {
+    for (int query = first_row; query < end_row; ++query) {
+      merge(query, [&](float sink, auto lse_of, auto out_of, Element* out, float* lse) {
+        combine_row(smem, splits, params.head_dim_v, sink, lse_of, out_of, out, lse);
+      });
+    }
   }
-  combine_row(
-      smem, splits, params.head_dim_v, sink, [&](int s) { return params.lse_partial[s * split_stride + first]; },
-      [&](int s) { return params.out_partial + (s * split_stride + first) * params.head_dim_v; },
-      static_cast<Element*>(params.out) + seqlen.batch_q * params.out_strides.batch +
-          (seqlen.row_q + token) * params.out_strides.row + head * params.out_strides.head,
-      params.softmax_lse ? params.softmax_lse + seqlen.batch_q * params.lse_batch_stride +
-                               head * params.lse_head_stride + seqlen.row_q + token
-                         : nullptr);
 }
 
 template <class Element>
@@ -159,17 +216,26 @@ int report(const char* name, cudaError_t status, long long rows, int heads, int 
 
 }  // namespace
 
-int launch_split_combine(const AttnParams& params, bool is_bf16, CUstream_st* stream, char* error,
+int launch_split_combine(const AttnParams& params, bool is_bf16, bool dependent, CUstream_st* stream, char* error,
                          std::size_t error_size) {
-  const long long rows = static_cast<long long>(params.seqlen_q) * params.batch;
-  const long long blocks = rows * params.num_heads_q;
+  const long long rows = static_cast<long long>(params.seqlen_q) * params.num_heads_q;  // of a sequence
+  const long long rows_per_block = std::max(1ll, rows * params.batch / kMostBlocks);
+  const long long chunks = (rows + rows_per_block - 1) / rows_per_block;
   cudaError_t status = cudaErrorInvalidValue;  // a grid beyond 31 bits
-  if (blocks <= 0x7fffffffLL && params.num_splits <= kMaxSplits) {
+  if (rows <= 0x7fffffffLL && chunks * params.batch <= 0x7fffffffLL && params.num_splits <= kMaxSplits) {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(chunks * params.batch));
+    config.blockDim = dim3(32 * kWarps);
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = dependent ? 1 : 0;
     const auto kernel = is_bf16 ? split_combine_kernel<__nv_bfloat16> : split_combine_kernel<__half>;
-    kernel<<<static_cast<unsigned>(blocks), 32 * kWarps, 0, stream>>>(params);
-    status = cudaGetLastError();
+    status = cudaLaunchKernelEx(&config, kernel, params, static_cast<int>(chunks), static_cast<int>(rows_per_block));
   }
-  return report("split_combine", status, rows, params.num_heads_q, params.head_dim_v, params.num_splits, error,
+  return report("split_combine", status, rows * params.batch, 1, params.head_dim_v, params.num_splits, error,
                 error_size);
 }
 

@@ -1,8 +1,8 @@
 // Merges the parts of split tiles: out = sum_p exp(lse_p - lse) out_p with lse = log sum_p exp(lse_p).
 #pragma once
 
+#include "common/dependent_launch.h"
 #include "common/row_result.h"
-#include "decode/dependent_launch.h"
 #include "decode/rows.h"
 #include "decode/workspace.h"
 
@@ -67,17 +67,18 @@ BROADHEAD_DEVICE SplitRow find_split_row(const DecodeParams& params, const Works
     const RowParts parts = balanced_parts(count_parts(workspace, block, passes), row, block);
     return {own.seqlen, own.batch, own.head, own.m_block, parts, {}};
   }
+  const TileParts noted = workspace.tiles != nullptr ? workspace.tiles[block] : TileParts{};
   found.m_block = block % workspace.m_blocks;
   found.head = block / workspace.m_blocks % params.heads_in_grid;
   found.batch = block / workspace.m_blocks / params.heads_in_grid;
   const SequenceWork work = sequence_work(params, found.batch, kTileM, kKeys);
   found.seqlen = work.seqlen;
   if (found.m_block >= work.m_blocks) return found;
-  if (params.shared_seqlen_k > 0) {
+  if (workspace.tiles != nullptr) {
     const int query = found.m_block * kTileM + row;
     if (query >= sequence_rows(params, work.seqlen, found.batch)) return found;
     found.shared = shared_parts(params, workspace, work.seqlen, found.head, query, kTileM);
-    if (found.shared.parts > 0) found.own = noted_parts(workspace, block, row);
+    if (found.shared.parts > 0) found.own = noted_parts(workspace, block, noted, row);
     return found;
   }
   const int cells = cells_of(params, work, kKeys);
@@ -86,12 +87,11 @@ BROADHEAD_DEVICE SplitRow find_split_row(const DecodeParams& params, const Works
   return found;
 }
 
-// Merges a row of the tile; not `real`: only its code runs, without input and output. All threads: kColGroups warps
-// share the columns, the others take turns on the parts. A block for each 128 columns would be four times as many
-// blocks at head_dim 512, most of them with nothing to do: PERF(H200, 16 x 8k, 32/4 heads of 512, us: 264 -> 255).
+// Merges a row of the tile. All threads: kColGroups warps share the columns, the others take turns on the parts. A
+// block for each 128 columns would be four times as many blocks at head_dim 512, most of them with nothing to do:
+// PERF(H200, 16 x 8k, 32/4 heads of 512, us: 264 -> 255).
 template <class Element, int kTileM, int kColGroups>
-BROADHEAD_DEVICE void merge_parts(const DecodeParams& params, const Workspace& workspace, const SplitRow& tile,
-                                  bool real) {
+BROADHEAD_DEVICE void merge_parts(const DecodeParams& params, const Workspace& workspace, const SplitRow& tile) {
   __shared__ float4 partial[kCombineWarps][32];
   __shared__ float2 stats[kCombineWarps];
   const int parts = tile.parts();
@@ -111,7 +111,7 @@ BROADHEAD_DEVICE void merge_parts(const DecodeParams& params, const Workspace& w
     BROADHEAD_UNROLL
     for (int i = 0; i < kAtOnce; ++i) {
       const int part = first + i * kPartGroups;
-      const bool exists = real && part < parts;
+      const bool exists = part < parts;
       const long long place = tile.place(workspace, exists ? part : 0);
       lse[i] = exists ? workspace.lse[place] : -INFINITY;
       x[i] = make_float4(0.f, 0.f, 0.f, 0.f);
@@ -139,9 +139,8 @@ BROADHEAD_DEVICE void merge_parts(const DecodeParams& params, const Workspace& w
   }
   partial[warp][lane] = total;
   if (lane == 0) stats[warp] = make_float2(largest, sum);
-  RowPlace place =
+  const RowPlace place =
       place_row({tile_rows<kTileM>(params, tile.seqlen, tile.batch, tile.m_block), tile.head}, tile.own.row);
-  place.live &= real;
   __syncthreads();
   if (warp >= kColGroups) return;
 
@@ -174,25 +173,15 @@ BROADHEAD_DEVICE void merge_parts(const DecodeParams& params, const Workspace& w
   }
 }
 
-// Block (t, r): row r of split tile t (of block t's first, of cells and with shared keys of tile t).
+// Block (t, r): row r of tile t, in dense order, or of the split tile that block t of the decode grid began.
 template <class Element, int kTileM, int kKeys, int kHeadDim>
 __global__ void __launch_bounds__(32 * kCombineWarps)
     combine_kernel(const __grid_constant__ DecodeParams params, const __grid_constant__ Workspace workspace) {
   launch_dependents();
-  // A first pass without input and output brings the code into the caches while the decode kernel still runs.
-  const bool rehearses = kHasDependentLaunch && blockIdx.y == 0;
-#pragma unroll 1
-  for (int pass = rehearses ? 0 : 1; pass < 2; ++pass) {
-    SplitRow tile;
-    tile.own.parts = 1;
-    if (pass == 1) {
-      wait_for_predecessor();
-      tile = find_split_row<kTileM, kKeys>(params, workspace);
-    }
-    if (tile.own.parts > 0) {
-      merge_parts<Element, kTileM, ceil_div(kHeadDim, kCombineCols)>(params, workspace, tile, pass == 1);
-    }
-    if (pass == 0) __syncthreads();  // both passes write the same shared memory
+  wait_for_predecessor();
+  const SplitRow tile = find_split_row<kTileM, kKeys>(params, workspace);
+  if (tile.own.parts > 0) {
+    merge_parts<Element, kTileM, ceil_div(kHeadDim, kCombineCols)>(params, workspace, tile);
   }
 }
 

@@ -4,8 +4,8 @@
 // that the stream of K and V never stops; blocks write finished tiles, or parts that the combine merges.
 #pragma once
 
+#include "common/dependent_launch.h"
 #include "common/score.h"
-#include "decode/dependent_launch.h"
 #include "decode/load.h"
 #include "decode/tile.h"
 

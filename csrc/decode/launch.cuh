@@ -69,6 +69,7 @@ inline DecodeParams make_decode_params(const AttnParams& params, int tile_cost) 
   result.heads_in_grid = params.pack_gqa ? params.num_heads_kv : params.num_heads_q;
   result.heads_per_kv = params.pack_gqa ? 1 : group;
   result.tile_cost = tile_cost;
+  result.sees_all = sees_all(params);
   const std::int64_t token = static_cast<std::int64_t>(params.num_heads_q) * params.head_dim;
   const std::int64_t tokens = params.cu_seqlens_q ? params.total_q : params.batch * std::int64_t{params.seqlen_q};
   const bool one_sequence = params.cu_seqlens_q != nullptr || params.batch == 1;
@@ -100,7 +101,7 @@ inline bool shares_rightly(const AttnParams& params) {
          params.window_right <= 0 && params.attention_chunk == 0 && params.prefix_lens == nullptr;
 }
 
-// Carves the workspace, `head_bytes` for what it begins with: false when it is too small.
+// Carves the workspace, `head_bytes` for what it begins with (TileParts or BlockParts): false when it is too small.
 inline bool place_workspace(const AttnParams& params, long long slots, long long head_bytes, Workspace& workspace) {
   const long long floats = slots * workspace.slot_rows * (params.head_dim_v + 1ll);
   const long long bytes = head_bytes + floats * 4;

@@ -30,6 +30,7 @@ struct DecodeParams : AttnParams {
   int heads_in_grid;  // KV heads when packed
   int heads_per_kv;  // of those in the grid
   int tile_cost;  // what a tile costs besides its key blocks (Q, the merge of the warps, the output), in key blocks
+  int sees_all;  // masks need not be worked out: what runs before the first copies is cold code, and slow
   // Of q and the page table when they are one piece, else 0: what the grid asks the L2 for before it knows what it
   // needs.
   unsigned q_bytes;
@@ -40,6 +41,13 @@ struct DecodeParams : AttnParams {
   int shared_tokens;  // query tokens of all sequences
   const std::int32_t* live_tokens;  // likewise on the device, nullable: packed q may be longer
 };
+
+// Whether every query of a call sees all keys of its sequence.
+inline bool sees_all(const AttnParams& params) {
+  const bool one_token = params.seqlen_q == 1;  // the last of its sequence
+  return params.window_left < 0 && (params.window_right < 0 || one_token) && params.attention_chunk == 0 &&
+         params.prefix_lens == nullptr;
+}
 
 // Sequences on the line: those of the call and, behind them, that of the shared keys.
 BROADHEAD_HOST_DEVICE int sequences(const DecodeParams& params) { return params.batch + params.shared_sequences; }
@@ -81,7 +89,9 @@ struct SequenceWork {
 BROADHEAD_HOST_DEVICE SequenceWork sequence_work(const DecodeParams& params, int batch, int tile_m, int keys) {
   const SeqlenInfo seqlen = sequence_info(params, batch);
   if (seqlen.seqlen_q == 0) return {seqlen, 0, 0, 1};
-  const BlockRange range = block_range(make_mask(params, seqlen, batch), 0, seqlen.seqlen_q - 1, keys);
+  const BlockRange range = params.sees_all
+                               ? BlockRange{0, ceil_div(seqlen.seqlen_k, keys)}
+                               : block_range(make_mask(params, seqlen, batch), 0, seqlen.seqlen_q - 1, keys);
   return {seqlen, ceil_div(sequence_rows(params, seqlen, batch), tile_m), range.begin,
           max_int(range.end, range.begin + 1)};
 }

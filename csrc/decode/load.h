@@ -104,15 +104,20 @@ class Loader {
     const DecodeParams& params = params_;
     CopySource<KvElement>& source = smem_.source[warp()];
     const SeqlenInfo& seqlen = item.seqlen;
-    const AttentionMask mask = make_mask(params, seqlen, item.batch);
-    source.prefix_len = mask.prefix_len;
-    // Nothing is copied before: a branch around the divisions pays.
-    if (seqlen.seqlen_q == 1) {
-      source.live = mask.row_interval(0);
+    // Nothing is copied before: branches around the masks and their divisions pay.
+    if (params.sees_all) {
+      source.prefix_len = 0;
+      source.live = {0, seqlen.seqlen_k};
     } else {
-      const RowMap rows{item.m_block * Traits::kTileM, params.rows_per_token, 0};
-      const int last = min_int(rows.token(Traits::kTileM - 1), mask.seqlen_q - 1);
-      source.live = mask.tile_interval(rows.token(0), last);
+      const AttentionMask mask = make_mask(params, seqlen, item.batch);
+      source.prefix_len = mask.prefix_len;
+      if (seqlen.seqlen_q == 1) {
+        source.live = mask.row_interval(0);
+      } else {
+        const RowMap rows{item.m_block * Traits::kTileM, params.rows_per_token, 0};
+        const int last = min_int(rows.token(Traits::kTileM - 1), mask.seqlen_q - 1);
+        source.live = mask.tile_interval(rows.token(0), last);
+      }
     }
     compile_barrier();
     const bool paged = params.page_table != nullptr;

@@ -16,7 +16,8 @@ BROADHEAD_DEVICE void set_tile(const DecodeParams& params, const LineItem& item,
   const RowMap rows = tile_rows<Traits::kTileM>(params, seqlen, item.batch, item.m_block);
   tile.rows = rows;
   tile.mask = make_mask(params, seqlen, item.batch);
-  tile.unmasked = seqlen.seqlen_q == 1
+  tile.unmasked = params.sees_all ? KeyInterval{0, seqlen.seqlen_k}
+                  : seqlen.seqlen_q == 1
                       ? tile.mask.unmasked_interval(0, 0)
                       : tile.mask.unmasked_interval(rows.token(0), rows.token(rows.end_row - rows.first_row - 1));
   float scale = params.softmax_scale;

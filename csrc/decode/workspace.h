@@ -90,9 +90,9 @@ BROADHEAD_HOST_DEVICE RowParts balanced_parts(int parts, int row, int first) {
   return {parts, row, 2 * first + 1, 2 * first + 2, 2};
 }
 
-// With shared keys: of tile `tile`, in dense order.
-BROADHEAD_HOST_DEVICE RowParts noted_parts(const Workspace& workspace, long long tile, int row) {
-  const TileParts blocks = workspace.tiles[tile];
+// Of tile `tile`, in dense order.
+BROADHEAD_HOST_DEVICE RowParts noted_parts(const Workspace& workspace, long long tile, const TileParts& blocks,
+                                           int row) {
   if (blocks.first == blocks.last) return {1, row, static_cast<int>(workspace.whole_slot(tile)), 0, 0};
   return balanced_parts(blocks.last - blocks.first + 1, row, blocks.first);
 }
@@ -105,7 +105,8 @@ BROADHEAD_HOST_DEVICE RowParts shared_parts(const DecodeParams& params, const Wo
   const int first_token = seqlen.batch_q * params.seqlen_q + static_cast<int>(seqlen.row_q);
   const int shared_row = first_token * params.rows_per_token + row;
   if (shared_row < 0 || shared_row >= sequence_rows(params, shared, params.batch)) return {};
-  return noted_parts(workspace, workspace.tile(params, params.batch, head, shared_row / tile_m), shared_row % tile_m);
+  const long long tile = workspace.tile(params, params.batch, head, shared_row / tile_m);
+  return noted_parts(workspace, tile, workspace.tiles[tile], shared_row % tile_m);
 }
 
 }  // namespace broadhead::decode

@@ -65,7 +65,7 @@ int launch_forward(const char* kernel_id, const AttnParams& params, cudaStream_t
   if (const cudaError_t status = cudaGetLastError()) return fail("launch", status);
   if (params.num_splits == 1) return 0;
   constexpr bool kIsBf16 = std::is_same_v<typename Traits::Element, cutlass::bfloat16_t>;
-  return launch_split_combine(params, kIsBf16, stream, error, error_size);
+  return launch_split_combine(params, kIsBf16, false, stream, error, error_size);
 }
 
 }  // namespace broadhead

@@ -4,6 +4,7 @@
 // takes tiles. Consumers: 64 query rows each.
 #pragma once
 
+#include "common/dependent_launch.h"
 #include "sm90/forward_consumer.h"
 #include "sm90/forward_load.h"
 
@@ -15,6 +16,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) forward_kernel(const __gr
   auto& smem = *reinterpret_cast<typename Traits::SharedStorage*>(smem_bytes);
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
   if (threadIdx.x == 0) {
+    launch_dependents();  // the combine may take its place; it waits for the end of this grid
     const int loaders = args.maps.gather ? Traits::kLoaderWarps : 2;
     const int fills = args.maps.gather ? Traits::kLoaderWarps * 32 : 1;
     for (int i = 0; i < kTileSlots; ++i) {

@@ -158,7 +158,7 @@ int launch_persistent(void (*kernel)(const KernelArgs), const char* kernel_id, c
   if (const cudaError_t status = cudaLaunchKernelEx(&config, kernel, args)) return fail("launch", status);
   if (params.num_splits == 1) return 0;
   constexpr bool kIsFp16 = std::is_same_v<typename Traits::Element, cutlass::half_t>;
-  return launch_split_combine(params, !kIsFp16, stream, error, error_size);
+  return launch_split_combine(params, !kIsFp16, true, stream, error, error_size);
 }
 
 }  // namespace broadhead::sm90

@@ -2,6 +2,7 @@
 // wide_traits.h.
 #pragma once
 
+#include "common/dependent_launch.h"
 #include "sm90/kv_load.h"
 #include "sm90/wide_output.h"
 
@@ -240,6 +241,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) wide_kernel(const __grid_
   auto& smem = *reinterpret_cast<typename Traits::SharedStorage*>(smem_bytes);
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
   if (threadIdx.x == 0) {
+    launch_dependents();  // the combine may take its place; it waits for the end of this grid
     const int loaders = args.maps.gather ? Traits::kLoaderWarps : 2;
     for (int i = 0; i < kTileSlots; ++i) {
       barrier_init(smem.tile_full[i], 1);

@@ -13,16 +13,20 @@ from .device import describe
 from .dispatch import Plan, resolve
 from .metadata import check_buffer
 from .problem import AttentionArgs, CheckedCall, check_forward
+from .support import DECODE_MAX_ROWS
 
 FUNCTION = "flash_attn_with_shared_prefix"
 
 #: How the reason of a composed call begins.
 COMPOSED = "composed: over the prefix, "
 
-#: Query rows of all sequences (tokens x query heads of a KV head) up to which a decode kernel reads the prefix. Every
-#: 32 of them read it once, mostly from the L2; more are work for the prefill kernels.
-#: PERF: to be measured; composed, 64 sequences of 16/2 heads of 256 and 16 of 32/8 x 128 beat the plain call.
-MAX_ROWS = 256
+#: Elements of q times the length of the prefix up to which a decode kernel reads it: a tile's rows read it once, mostly
+#: from the L2. More is work for the prefill kernels, whose calls cost some 40 us more together.
+#: PERF(H200, 8k shared, us in one launch and composed, below and above the bound: 32/8 heads of 128 x 32 sequences
+#: 90, 100, x 64 141, 117; 16/2 of 256 x 32 70, 82, x 64 111, 90; 32/4 of 512 x 8 79, 99, x 16 131, 113)
+MAX_WORK = 2**30
+#: Elements of q at most: every 16 rows of out have a place in the workspace, in fp32, and a tile may hold one only.
+MAX_ELEMENTS = 2**19
 
 
 @dataclass(frozen=True)
@@ -70,8 +74,14 @@ def decide(args: AttentionArgs, length: int) -> OneLaunch | Composed:
     check.check_backend(FUNCTION, args.backend)
     call = check_forward(FUNCTION, args)
     problem = call.problem._replace(shared_tokens=call.total_q)
-    if problem.shared_rows > MAX_ROWS:
-        return Composed(f"{problem.shared_rows} query rows of a KV head, one launch takes up to {MAX_ROWS}")
+    elements = call.total_q * problem.num_heads_q * problem.head_dim
+    # One tile reads the prefix once, however long it is.
+    one_tile = problem.shared_rows <= DECODE_MAX_ROWS
+    if elements > MAX_ELEMENTS or (elements * length > MAX_WORK and not one_tile):
+        return Composed(
+            f"{elements} elements of q over {length} shared keys; one launch takes up to {MAX_ELEMENTS}, and"
+            f" {MAX_WORK} multiplied"
+        )
     if call.total_q == 0 or problem.batch == 0 or problem.seqlen_q == 0 or problem.seqlen_k == 0:
         return Composed("there is no query, or page_table is empty")
     if q.dim() == 4 and q.shape[0] > 1 and q.shape[1] > 1 and q.stride(0) != q.shape[1] * q.stride(1):

@@ -11,7 +11,7 @@ import oracle
 import pytest
 import torch
 from broadhead import support
-from broadhead.shared_launch import MAX_ROWS
+from broadhead.shared_launch import MAX_WORK
 from checks import LSE_ATOL
 from gpu_calls import DECODE_ROWS, TORCH_DTYPES, cache_dtype, capture, row_id
 from layouts import GARBAGE_PAGES, bytes_of, int32, nan_of
@@ -163,9 +163,10 @@ OWN = (300, 7, 0, 129, 16)
 @pytest.mark.parametrize("dtype, kv_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
 def test_one_launch(head_dim: int, dtype: torch.dtype, kv_dtype: torch.dtype | None, cuda: torch.device) -> None:
-    """Tiles of 32 rows for 40 rows of the prefix, of 16 for 10; a prefix that ends in a page and in a key block."""
+    """40 rows of the prefix and 10; a prefix that ends in a page and in a key block."""
     options = {"head_dim": head_dim, "dtype": dtype, "kv_dtype": kv_dtype}
-    assert "_m32" in check(Step(cuda, OWN, **options))
+    assert ("_m32" in check(Step(cuda, OWN, **options))) == (head_dim > 256)
+    assert "_m32" in check(Step(cuda, OWN, seqlens_q=3, **options))
     assert "_m32" not in check(Step(cuda, OWN, prefix=8192, heads_q=4, heads_kv=2, page_size=64, **options))
 
 
@@ -205,15 +206,15 @@ def test_from_whole_sequences(cuda: torch.device) -> None:
 
 @pytest.mark.curated
 def test_threshold(cuda: torch.device) -> None:
-    """More query rows than MAX_ROWS take two calls and a merge, as do calls that one launch is not for."""
-    group = 8
-    most = MAX_ROWS // group
-    check(Step(cuda, tuple(range(most)), heads_q=group))
-    larger = Step(cuda, tuple(range(most + 1)), heads_q=group)
+    """More work than MAX_WORK takes two calls and a merge, as do calls that one launch is not for."""
+    prefix = 40000
+    most = MAX_WORK // (prefix * 8 * 128)
+    check(Step(cuda, tuple(range(most)), prefix=prefix))
+    larger = Step(cuda, tuple(range(most + 1)), prefix=prefix)
     apart = Step(cuda, OWN, seqlens_q=2)
     apart.q = torch.stack((apart.q, apart.q), dim=1)[:, 0]
     for step, options, words in (
-        (larger, {}, f"takes up to {MAX_ROWS}"),
+        (larger, {}, f"{MAX_WORK} multiplied"),
         (apart, {}, "equal distances"),
         (Step(cuda, OWN), {"num_splits": 1}, "num_splits=1"),
         (Step(cuda, OWN, seqlens_q=5), {}, "no decode kernel"),

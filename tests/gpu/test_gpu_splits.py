@@ -57,12 +57,11 @@ def test_metadata(num_splits: int, batch: int, options: dict, run_call: Callable
 def test_metadata_gives_long_sequences_more_splits(cuda: torch.device) -> None:
     """Of a prefill kernel; decode kernels plan for themselves, their metadata is one split each."""
     lengths = torch.tensor([65536, 64, 64, 64], dtype=torch.int32, device=cuda)
-    for seqlen_q in (64, 4):
-        metadata = broadhead.get_scheduler_metadata(4, seqlen_q, 65536, 8, 1, 128, lengths, page_size=64)
-        if seqlen_q * 8 > 32 or torch.cuda.get_device_capability(cuda) == (9, 0):
-            assert metadata[0] > 4 and (metadata[1:4] == 1).all(), metadata[:4].tolist()
-    metadata = broadhead.get_scheduler_metadata(4, 1, 65536, 8, 1, 128, lengths, page_size=64)
-    assert (metadata[:4] == 1).all(), metadata[:4].tolist()
+    hopper = torch.cuda.get_device_capability(cuda) == (9, 0)
+    for seqlen_q, head_dim, is_prefill in ((64, 128, True), (4, 512, hopper), (4, 128, False), (1, 128, False)):
+        metadata = broadhead.get_scheduler_metadata(4, seqlen_q, 65536, 8, 1, head_dim, lengths, page_size=64)
+        splits = metadata[:4].tolist()
+        assert (splits[0] > 4) == is_prefill and splits[1:] == [1, 1, 1], (seqlen_q, head_dim, splits)
 
 
 @pytest.mark.parametrize("tampering", ["tag", "splits", "random", "zeros", "tail"])

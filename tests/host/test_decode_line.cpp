@@ -18,7 +18,8 @@ using broadhead::decode::Workspace;
 // How often the random calls had what the checks below are about: none of them may be idle.
 struct Seen {
   // only_cost: blocks whose interval holds no key block.
-  int split_tiles, passes, rule, rule_splits, rule_whole, unequal, long_q, long_k, cells, only_cost;
+  int split_tiles, passes, rule, rule_splits, rule_whole, unequal, long_q, long_k, cells, only_cost, unbounded,
+      one_token;
 } seen{};
 
 // A call, and the items of all blocks of its grid.
@@ -384,6 +385,28 @@ void check_long_tiles() {
   check_call(call, random);
 }
 
+// Without masks the same as with them, where lengths are not above what the call declared.
+void check_sees_all(const Call& call) {
+  DecodeParams params = call.params;
+  if (!sees_all(params)) return;
+  for (int b = 0; b < params.batch; ++b) {
+    params.sees_all = 1;
+    const SequenceWork fast = sequence_work(params, b, call.tile_m, call.keys);
+    params.sees_all = 0;
+    const SequenceWork work = sequence_work(params, b, call.tile_m, call.keys);
+    const int seqlen_q = work.seqlen.seqlen_q;
+    if (seqlen_q == 0 || seqlen_q > params.seqlen_q) continue;
+    CHECK(fast.begin == work.begin && fast.end == work.end && fast.m_blocks == work.m_blocks, "sequence %d; %s", b,
+          call.words().c_str());
+    const auto mask = make_mask(params, work.seqlen, b);
+    for (const auto& keys : {mask.tile_interval(0, seqlen_q - 1), mask.unmasked_interval(0, seqlen_q - 1)}) {
+      CHECK(keys.begin == 0 && keys.end == work.seqlen.seqlen_k, "sequence %d: [%d, %d); %s", b, keys.begin, keys.end,
+            call.words().c_str());
+    }
+    ++(params.window_right < 0 ? seen.unbounded : seen.one_token);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -392,6 +415,7 @@ int main() {
     make_random_call(call, seed);
     Random random(seed);
     check_call(call, random);
+    check_sees_all(call);
   }
   check_rules();
   for (const int cell_blocks : {0, 4, kOneCell}) {
@@ -399,7 +423,7 @@ int main() {
   }
   check_long_tiles();
   CHECK(seen.split_tiles && seen.passes && seen.rule_splits && seen.rule_whole && seen.unequal && seen.long_q &&
-            seen.long_k && seen.cells && seen.only_cost,
+            seen.long_k && seen.cells && seen.only_cost && seen.unbounded && seen.one_token,
         "a kind of call was never drawn");
   return host_test::finish();
 }

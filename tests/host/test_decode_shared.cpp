@@ -116,8 +116,8 @@ void check_call(const Call& call) {
     seen.empty += rows > 0 && work.seqlen.seqlen_k == 0;
     for (int row = 0; row < rows; ++row) {
       const int head = row % params.heads_in_grid;
-      const RowParts own =
-          noted_parts(workspace, workspace.tile(params, b, head, row / call.tile_m), row % call.tile_m);
+      const long long tile = workspace.tile(params, b, head, row / call.tile_m);
+      const RowParts own = noted_parts(workspace, tile, noted[tile], row % call.tile_m);
       check_row(call, slots, own, work, b, head, row);
       const RowParts others = shared_parts(params, workspace, work.seqlen, head, row, call.tile_m);
       const int shared_row = (first_token + row / per_token) * per_token + row % per_token;

@@ -3,20 +3,15 @@
 
 #include "common/macros.h"
 
-namespace broadhead::decode {
+namespace broadhead {
 
 // Compute capability 9.0 and later have it; before, kernels of a stream run one after the other.
 constexpr int kDependentLaunchMajor = 9;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-constexpr bool kHasDependentLaunch = true;
-#else
-constexpr bool kHasDependentLaunch = false;
-#endif
 
-// Once all blocks have called it (or ended), the next kernel of the stream may start if it was launched that way.
+// Once all blocks have called it or ended, the next kernel of the stream may start if it was launched that way.
 BROADHEAD_DEVICE void launch_dependents() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
 
@@ -27,4 +22,4 @@ BROADHEAD_DEVICE void wait_for_predecessor() {
 #endif
 }
 
-}  // namespace broadhead::decode
+}  // namespace broadhead
