@@ -224,14 +224,12 @@ int launch_split_combine(const AttnParams& params, bool is_bf16, bool dependent,
   cudaError_t status = cudaErrorInvalidValue;  // a grid beyond 31 bits
   if (rows <= 0x7fffffffLL && chunks * params.batch <= 0x7fffffffLL && params.num_splits <= kMaxSplits) {
     cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(chunks * params.batch));
     config.blockDim = dim3(32 * kWarps);
     config.stream = stream;
     config.attrs = &attribute;
-    config.numAttrs = dependent ? 1 : 0;
+    config.numAttrs = dependent ? allow_dependent(attribute) : 0;
     const auto kernel = is_bf16 ? split_combine_kernel<__nv_bfloat16> : split_combine_kernel<__half>;
     status = cudaLaunchKernelEx(&config, kernel, params, static_cast<int>(chunks), static_cast<int>(rows_per_block));
   }

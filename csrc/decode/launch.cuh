@@ -47,15 +47,13 @@ template <class Kernel>
 cudaError_t launch(Kernel kernel, dim3 grid, int threads, int smem_bytes, bool dependent, cudaStream_t stream,
                    const DecodeParams& params, const Workspace& workspace) {
   cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = smem_bytes;
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = dependent ? 1 : 0;
+  config.numAttrs = dependent ? allow_dependent(attribute) : 0;
   return cudaLaunchKernelEx(&config, kernel, params, workspace);
 }
 

@@ -56,6 +56,7 @@ struct ForwardTraits {
   static_assert(kOverlap_ == 1 || kOverlap_ == 2);
   static constexpr bool kTwoP = kOverlap_ == 2;
   static constexpr int kCluster = 1;
+  static constexpr bool kDependentLaunch = true;  // the kernel waits for what is in front of it
 
   static constexpr int kConsumers = kTileM / 64;  // warpgroups of 64 rows
   static constexpr int kConsumerWarps = 4 * kConsumers;

@@ -19,6 +19,8 @@ struct Fp8Traits {
   static constexpr int kTileN = kTileN_;
   static constexpr int kStages = 2;
   static constexpr int kCluster = 1;
+  // ptxas 13.0 serialises the wgmma of head_dim 192 wherever griddepcontrol stands in the kernel.
+  static constexpr bool kDependentLaunch = false;
 
   static constexpr int kConsumers = kTileM / 64;  // warpgroups of 64 rows
   static constexpr int kConsumerWarps = 4 * kConsumers;

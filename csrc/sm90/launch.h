@@ -4,7 +4,9 @@
 #include <atomic>
 #include <cstdio>
 
+#include "common/clear_counter.h"
 #include "common/combine.h"
+#include "common/dependent_launch.h"
 #include "host/cuda_check.h"
 #include "sm90/forward_traits.h"
 
@@ -142,19 +144,22 @@ int launch_persistent(void (*kernel)(const KernelArgs), const char* kernel_id, c
     blocks = max_int(1, params.max_blocks / Traits::kCluster) * Traits::kCluster;
   }
   if (wanted < blocks) blocks = static_cast<int>(wanted);
-  if (const cudaError_t status = cudaMemsetAsync(params.tile_counter, 0, sizeof(std::int32_t), stream)) {
-    return fail("cudaMemsetAsync", status);
+  if (const int status = launch_clear_counter(params.tile_counter, stream)) {
+    return fail("clear_counter", static_cast<cudaError_t>(status));
   }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(Traits::kThreads);
   config.dynamicSmemBytes = kSmemBytes;
   config.stream = stream;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {Traits::kCluster, 1, 1};
-  config.attrs = &attribute;
-  config.numAttrs = Traits::kCluster > 1 ? 1 : 0;
+  cudaLaunchAttribute attributes[2]{};
+  config.attrs = attributes;
+  if (Traits::kDependentLaunch) config.numAttrs = allow_dependent(attributes[0]);
+  if (Traits::kCluster > 1) {
+    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {Traits::kCluster, 1, 1};
+  }
   if (const cudaError_t status = cudaLaunchKernelEx(&config, kernel, args)) return fail("launch", status);
   if (params.num_splits == 1) return 0;
   constexpr bool kIsFp16 = std::is_same_v<typename Traits::Element, cutlass::half_t>;

@@ -266,6 +266,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) wide_kernel(const __grid_
       barrier_init(smem.empty[i], Traits::kReleases * Traits::kCluster);
     }
     barrier_init_fence();
+    wait_for_predecessor();  // nothing before reads or writes global memory
   }
   __syncthreads();
   cluster_sync();

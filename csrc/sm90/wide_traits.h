@@ -27,6 +27,7 @@ struct WideShape {
   static constexpr int kTileM = kTileM_;
   static constexpr int kTileN = kTileN_;
   static constexpr int kCluster = 2;
+  static constexpr bool kDependentLaunch = true;
   static_assert(kTileM == 64 && kTileN == 64);
 
   // Warpgroups: producer, S, O left, O right. Registers of a thread of each; 512 in all.
