@@ -173,6 +173,22 @@ def test_workspaces_of_decode(
     assert got["cell_blocks"] == cells and got["num_splits"] == (1 if tokens_per_split else num_splits)
 
 
+@pytest.mark.parametrize("heads, tokens_per_split", [(16, 0), (16, 128), (20, 0), (128, 0), (128, 128)])
+def test_workspaces_of_absorbed_decode(recorder: Recorder, heads: int, tokens_per_split: int) -> None:
+    """Of the columns of v alone. More than 32 heads are no decode: on decode rows too, they are not cut."""
+    q, qv = torch.randn(3, 1, heads, 64, dtype=torch.float16), torch.randn(3, 1, heads, 512, dtype=torch.float16)
+    k, v = torch.randn(3, 1000, 1, 64, dtype=torch.float16), torch.randn(3, 1000, 1, 512, dtype=torch.float16)
+    got, _, _ = launch(recorder, AttentionArgs(q, k, v, qv=qv, tokens_per_split=tokens_per_split))
+    tile_m = 32 if heads > 16 else 16
+    assert got["kernel_id"] == f"sm80_fwd_decode_d64_v512{'_m32' if tile_m == 32 else ''}_qv_fp16"
+    if tokens_per_split:
+        size = 3 * 8 * heads * (512 + 1) if heads <= 32 else 0
+    else:
+        size = 132 * (BLOCK_PARTS + 2 * min(heads, tile_m) * (512 + 1))
+    assert got["scratch_size"] == size
+    assert got["cell_blocks"] == (tokens_per_split // 64 if heads <= 32 else 0)
+
+
 def test_sm_margin_bounds_the_blocks_of_decode(recorder: Recorder) -> None:
     q, k = torch.randn(3, 1, 8, 64, dtype=torch.float16), torch.randn(3, 1000, 2, 64, dtype=torch.float16)
     got, _, _ = launch(recorder, AttentionArgs(q, k, k, sm_margin=32))

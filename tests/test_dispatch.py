@@ -84,10 +84,11 @@ def test_every_row_is_reached() -> None:
         ]
     plans = [resolve(x, hypothetical(c), FULL) for x, c in itertools.product(asked, CAPABILITIES)]
     assert all(plan.row is not None for plan in plans)
-    special = [problem(head_dim=64, head_dim_v=512, dtype=t, features=("lse", "qv")) for t in ("bf16", "fp16")]
+    absorbed = {"head_dim": 64, "head_dim_v": 512, "features": ("lse", "qv")}
+    special = [problem(seqlen_q=sq, dtype=t, **absorbed) for sq in queries for t in ("bf16", "fp16")]
     window = {"window_left": 100, "features": ("lse", "window")}
     special += [problem(head_dim=256, dtype=t, **window) for t in ("bf16", "fp16")]
-    plans += [resolve(x, h200(), FULL) for x in special]
+    plans += [resolve(x, device, FULL) for x in special for device in (h200(), hypothetical((12, 0)))]
     assert {plan.row.id for plan in plans if plan.row is not None} == {row.id for row in ROWS}
 
 

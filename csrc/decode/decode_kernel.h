@@ -150,7 +150,18 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
       const bool full = loader.ahead() == kBlocksAhead;
       const std::uint32_t k = next_stage(full);
       const bool issued = loader.issue_k(queue.found);
-      qk_gemm<Traits>(s, q_registers, q, k + k_lane);
+      clear_scores<Traits>(s);
+      std::uint32_t v = 0;
+      if constexpr (Traits::kWithQv) {
+        if (warp < Traits::kKeyGroups) {  // the first column group has all columns of K
+          qk_gemm<Traits, Traits::kHeadDimK / 16, false>(s, q_registers, q_beside_qv<Traits>(q), k + k_lane);
+        }
+        v = next_stage(full && issued);
+        if (issued) loader.issue_v();
+        qk_gemm<Traits, Traits::kSteps, Traits::kQInRegisters>(s, q_registers, q, v + k_lane);
+      } else {
+        qk_gemm<Traits, Traits::kSteps, Traits::kQInRegisters>(s, q_registers, q, k + k_lane);
+      }
       if constexpr (Traits::kColGroups > 1) {
         add_scores<Traits>(s, smem, buffer, group, warp, lane);
         if constexpr (Traits::kScoreBuffers == 2)
@@ -186,8 +197,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
         }
       }
       softmax.template exponentiate<0, Traits::kMmaN>(s, scale_log2, [](float x) { return exp2_approx(x); });
-      const std::uint32_t v = next_stage(full && issued);
-      if (issued) loader.issue_v();
+      if constexpr (!Traits::kWithQv) {
+        v = next_stage(full && issued);
+        if (issued) loader.issue_v();
+      }
       pv_gemm<Traits>(o, s, v + v_lane);
       loader.block_done();
     }

@@ -46,6 +46,12 @@ BROADHEAD_DEVICE std::uint32_t q_lane_address(const typename Traits::SharedStora
   return smem_address(smem.q) + q_offset<Traits>(lane & 15, first_col / 8 + (lane >> 4));
 }
 
+// The same of q beside qv, from that of the first column group.
+template <class Traits>
+BROADHEAD_DEVICE std::uint32_t q_beside_qv(std::uint32_t q) {
+  return q + Traits::kHeadDim / 64 * (Traits::kTileM * 128);
+}
+
 template <class Traits>
 using QFragments = std::uint32_t[Traits::kQInRegisters ? Traits::kSteps : 1][Traits::kMmaM][4];
 
@@ -59,22 +65,27 @@ BROADHEAD_DEVICE std::uint32_t v_lane_offset(int lane) {
   return slice_offset<Traits>(lane & 15, lane >> 4);
 }
 
-// S = Q K^T over the warp's columns of a slice of K; `k` is the lane's address.
 template <class Traits>
-BROADHEAD_DEVICE void qk_gemm(float (&s)[Traits::kMmaM][Traits::kMmaN][4], const QFragments<Traits>& q_registers,
-                              std::uint32_t q, std::uint32_t k) {
-  using Element = typename Traits::Element;
+BROADHEAD_DEVICE void clear_scores(float (&s)[Traits::kMmaM][Traits::kMmaN][4]) {
   BROADHEAD_UNROLL
   for (int m = 0; m < Traits::kMmaM; ++m) {
     BROADHEAD_UNROLL
     for (int n = 0; n < Traits::kMmaN; ++n) s[m][n][0] = s[m][n][1] = s[m][n][2] = s[m][n][3] = 0.f;
   }
+}
+
+// S += Q K^T over kSteps steps of the warp's columns of a slice of K; `k` is the lane's address. With qv also
+// S += qv V^T of a slice of V: both have the layout of K.
+template <class Traits, int kSteps, bool kQInRegisters>
+BROADHEAD_DEVICE void qk_gemm(float (&s)[Traits::kMmaM][Traits::kMmaN][4], const QFragments<Traits>& q_registers,
+                              std::uint32_t q, std::uint32_t k) {
+  using Element = typename Traits::Element;
   // One load brings 16 keys x two units of 16 bytes: one step of 16-bit K, two of 8-bit K.
   constexpr int kStepsPerLoad = Traits::k8Bit ? 2 : 1;
   BROADHEAD_UNROLL
-  for (int load = 0; load < Traits::kSteps / kStepsPerLoad; ++load) {
+  for (int load = 0; load < kSteps / kStepsPerLoad; ++load) {
     std::uint32_t a[kStepsPerLoad][Traits::kMmaM][4];
-    if constexpr (!Traits::kQInRegisters) {
+    if constexpr (!kQInRegisters) {
       BROADHEAD_UNROLL
       for (int i = 0; i < kStepsPerLoad; ++i) {
         load_q_fragment<Traits>(a[i], q, load * kStepsPerLoad + i);
@@ -99,7 +110,7 @@ BROADHEAD_DEVICE void qk_gemm(float (&s)[Traits::kMmaM][Traits::kMmaN][4], const
           }
           BROADHEAD_UNROLL
           for (int m = 0; m < Traits::kMmaM; ++m) {
-            if constexpr (Traits::kQInRegisters) {
+            if constexpr (kQInRegisters) {
               mma<Element>(s[m][2 * pair + half], q_registers[load * kStepsPerLoad + i][m], b0, b1);
             } else {
               mma<Element>(s[m][2 * pair + half], a[i][m], b0, b1);

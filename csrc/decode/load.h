@@ -36,14 +36,18 @@ class Loader {
   BROADHEAD_DEVICE bool issue_k(int found) {
     if (__builtin_expect(block_ >= block_end_, 0) && !find_block(found)) return false;
     resolve_block();
-    copy(k_row_, params_.k_strides.row, k_cols_);
+    if constexpr (!Traits::kWithQv) {
+      copy<kSubtiles>(k_row_, params_.k_strides.row, k_cols_);
+    } else if (warp() < Traits::kKeyGroups) {  // the first column group has all columns of K, the others empty copies
+      copy<1>(k_row_, params_.k_strides.row, k_cols_);
+    }
     advance();
     ++ahead_;
     return true;
   }
 
   BROADHEAD_DEVICE void issue_v() {
-    copy(v_row_, params_.v_strides.row, v_cols_);
+    copy<kSubtiles>(v_row_, params_.v_strides.row, v_cols_);
     advance();
   }
 
@@ -178,13 +182,14 @@ class Loader {
     return static_cast<unsigned>(page_) * strides.batch + static_cast<unsigned>(slot) * strides.row;
   }
 
-  // `row`: of the block's first key, or of the lane's.
+  // `row`: of the block's first key, or of the lane's; kCopies: subtiles.
+  template <int kCopies>
   BROADHEAD_DEVICE void copy(const KvElement* row, long long row_stride, int cols) const {
     if (__builtin_expect(even_, 1)) {
       row += first_col() + first_row() * row_stride;
       BROADHEAD_UNROLL
       for (int i = 0; i < Traits::kKeys; i += kRowsPerCopy) {
-        copy_row(row, i, true, cols);
+        copy_row<kCopies>(row, i, true, cols);
         row += kRowsPerCopy * row_stride;
       }
     } else {
@@ -192,15 +197,16 @@ class Loader {
       for (int i = 0; i < Traits::kKeys; i += kRowsPerCopy) {
         const bool live = ((alive_ >> (i + first_row())) & 1) != 0;
         const long long address = __shfl_sync(0xffffffffu, reinterpret_cast<long long>(row), i + first_row());
-        copy_row(reinterpret_cast<const KvElement*>(address) + first_col(), i, live, cols);
+        copy_row<kCopies>(reinterpret_cast<const KvElement*>(address) + first_col(), i, live, cols);
       }
     }
   }
 
+  template <int kCopies>
   BROADHEAD_DEVICE void copy_row(const KvElement* row, int i, bool row_live, int cols) const {
     const std::uint32_t target = slice_step<Traits>(target_, i, 0);
     BROADHEAD_UNROLL
-    for (int s = 0; s < kSubtiles; ++s) {
+    for (int s = 0; s < kCopies; ++s) {
       cp_async_16(target + s * (Traits::kKeys * Traits::kSubtileBytes), row + s * kSubtileElements,
                   row_live && s * kSubtileElements < cols);
     }
@@ -209,11 +215,11 @@ class Loader {
   const DecodeParams& params_;
   typename Traits::SharedStorage& smem_;
   PageSize page_size_;
-  std::uint32_t target_;       // of the lane's first copy in the stage to fill
+  std::uint32_t target_;  // of the lane's first copy in the stage to fill
   std::uint32_t end_of_ring_;  // of the stage behind the last
   int k_cols_;  // columns of K that the call has from the lane's first on
   int v_cols_;
-  int block_ = 0;      // the next key block of this warp
+  int block_ = 0;  // the next key block of this warp
   int block_end_ = 0;  // of the item
   int even_begin_ = 0;  // key blocks whose keys are all alive, at equal distances
   int even_end_ = 0;

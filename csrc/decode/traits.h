@@ -3,6 +3,9 @@
 // kWarps warps: kKeyGroups groups share the key blocks of a tile, kColGroups warps of a group share the columns of
 // head_dim. A warp keeps a ring of its own in shared memory: it copies, waits for and multiplies its own slices (kKeys
 // keys x kCols columns of K or V) and meets the other warps only for the scores (kColGroups > 1) and at a tile's end.
+//
+// Absorbed MLA (AbsorbedTraits): S = q K^T + qv V^T. K has few columns, which the first column group copies; a slice of
+// V serves twice, for S and for O.
 #pragma once
 
 #include "common/math.h"
@@ -18,8 +21,8 @@ struct CopySource {
   const KvElement* k;  // of the head: first key, or first page
   const KvElement* v;
   const std::int32_t* table;  // page-table row of the sequence; null: not paged
-  int leftpad;                // paged: logical row of key 0
-  KeyInterval live;           // keys that any row of the tile sees, besides the prefix
+  int leftpad;  // paged: logical row of key 0
+  KeyInterval live;  // keys that any row of the tile sees, besides the prefix
   int prefix_len;
 
   BROADHEAD_DEVICE bool is_live(int key) const { return (key >= live.begin && key < live.end) || key < prefix_len; }
@@ -37,7 +40,7 @@ struct DecodeTile {
 struct DecodeRow {
   void* out;
   float* lse;  // null: not wanted
-  int head;    // of the query; -1: dead
+  int head;  // of the query; -1: dead
 };
 
 // What a multiprocessor would copy in the time that a tile costs besides (its Q, warps that wait for the slowest, the
@@ -45,14 +48,18 @@ struct DecodeRow {
 // 384 KB 189, 512 KB 191)
 constexpr int kTileCostBytes = 320 * 1024;
 
+// kHeadDimWithQv_: with qv the columns of q and K, while kHeadDim_ is those of qv and V; 0: there is no qv.
 template <class KvElement_, int kHeadDim_, int kTileM_, int kKeys_, int kWarps_, int kKeyGroups_, int kStages_,
-          int kMinBlocks_, int kSmemLimit_>
+          int kMinBlocks_, int kSmemLimit_, int kHeadDimWithQv_ = 0>
 struct DecodeTraits {
   using KvElement = KvElement_;  // of K and V in memory
   static constexpr bool k8Bit = sizeof(KvElement) == 1;
   // Of the products. e4m3 becomes fp16 in one instruction; Q, which may be bf16, is scaled into its range.
   using Element = std::conditional_t<k8Bit, cutlass::half_t, KvElement>;
   static constexpr int kHeadDim = kHeadDim_;
+  static constexpr bool kWithQv = kHeadDimWithQv_ > 0;
+  static constexpr int kHeadDimK = kWithQv ? kHeadDimWithQv_ : kHeadDim;
+  static constexpr int kQCols = kWithQv ? kHeadDim + kHeadDimK : kHeadDim;  // of Q's tile: those of qv, then of q
   static constexpr int kTileM = kTileM_;
   static constexpr int kKeys = kKeys_;  // of a key block
   static constexpr int kWarps = kWarps_;
@@ -72,13 +79,13 @@ struct DecodeTraits {
 
   static constexpr int kMmaM = kTileM / 16;
   static constexpr int kMmaN = kKeys / 8;
-  static constexpr int kSteps = kCols / 16;  // of S = Q K^T
+  static constexpr int kSteps = kCols / 16;  // of S = Q K^T, with qv of qv V^T
   static constexpr int kOTiles = kCols / 8;
   // Fragments of Q stay in registers when O leaves room for them.
   static constexpr bool kQInRegisters = kMmaM == 1;
 
-  // With two buffers the warps of a key group meet once a key block, with one (32 keys: for want of room) twice.
-  static constexpr int kScoreBuffers = kColGroups > 1 && kKeys == 16 ? 2 : 1;
+  // With two buffers the warps of a key group meet once a key block, with one (for want of room) twice.
+  static constexpr int kScoreBuffers = kColGroups > 1 && kKeys == 16 && !(kWithQv && kMmaM > 1) ? 2 : 1;
   static constexpr int kScoreFloats = kColGroups > 1 ? kMmaM * kMmaN * 4 * 32 : 1;  // a warp's share of S
 
   // Columns of O that the warps exchange at a time at a tile's end, as many as there is room for; a row is 8 words
@@ -90,23 +97,24 @@ struct DecodeTraits {
   static constexpr int kMergePitch = kMergeCols + 8;
 
   // What a tile costs besides its key blocks, in key blocks.
-  static constexpr int kKeyBlockBytes = 2 * kKeys * kHeadDim * static_cast<int>(sizeof(KvElement));
+  static constexpr int kKeyBlockBytes = kKeys * (kHeadDimK + kHeadDim) * static_cast<int>(sizeof(KvElement));
   static constexpr int kTileCost = ceil_div(kTileCostBytes / kMinBlocks, kKeyBlockBytes);
 
   static_assert(kWarps % kKeyGroups == 0 && (kCols == 64 || kCols == 128));
   static_assert(kTileM % 16 == 0 && (kKeys == 16 || kKeys == 32 || kKeys == 64));
+  static_assert(!kWithQv || (!k8Bit && kHeadDimK == 64 && kCols == 128), "the columns of K are one subtile");
   static_assert(kStages % 2 == 1 && kStages >= 3, "K and V take turns, a whole number of blocks is ahead");
 
   struct SharedStorage {
     alignas(128) char ring[kWarps][kStages][kStageBytes];
     union {
       struct {
-        alignas(128) Element q[kTileM * kHeadDim];
+        alignas(128) Element q[kTileM * kQCols];
         alignas(16) float scores[kScoreBuffers][kWarps][kScoreFloats];
       };
       float merge[kWarps][kTileM][kMergePitch];
     };
-    float2 stats[kKeyGroups][kTileM];   // a row's maximum and sum over the keys of a group
+    float2 stats[kKeyGroups][kTileM];  // a row's maximum and sum over the keys of a group
     DecodeRow rows[kTileM];
     CopySource<KvElement> source[kWarps];  // what a warp copies from
     ItemQueue queue[kWarps];
@@ -117,6 +125,12 @@ struct DecodeTraits {
   };
   static_assert(sizeof(SharedStorage) <= kSmemLimit, "the tile does not fit the shared memory its row promises");
 };
+
+// Of rows with qv.
+template <class Element, int kHeadDim, int kHeadDimV, int kTileM, int kKeys, int kWarps, int kKeyGroups, int kStages,
+          int kMinBlocks, int kSmemLimit>
+using AbsorbedTraits =
+    DecodeTraits<Element, kHeadDimV, kTileM, kKeys, kWarps, kKeyGroups, kStages, kMinBlocks, kSmemLimit, kHeadDim>;
 
 // A value that the compiler keeps in a register instead of working it out again where it is used.
 BROADHEAD_DEVICE std::uint32_t kept(std::uint32_t x) {

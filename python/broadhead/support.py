@@ -112,6 +112,11 @@ class DecodeTile(NamedTuple):
         return self.keys
 
 
+class AbsorbedDecodeTile(DecodeTile):
+    """The same for absorbed MLA, where q of few columns is for k and qv for v; the last template arguments of
+    ``decode::AbsorbedTraits``."""
+
+
 class HopperTile(NamedTuple):
     """The shape of one block's work in the Hopper kernel; the last template arguments of ``sm90::ForwardTraits``.
 
@@ -186,6 +191,9 @@ TEMPLATES: dict[type, Template] = {
     DecodeTile: Template(
         "decode/launch.cuh", "decode::DecodeTraits", "decode::launch_decode", False, 1, False, False, True
     ),
+    AbsorbedDecodeTile: Template(
+        "decode/launch.cuh", "decode::AbsorbedTraits", "decode::launch_decode", True, 1, False, False
+    ),
     HopperTile: Template("sm90/forward_launch.cuh", "sm90::ForwardTraits", "sm90::launch_forward", True, 1, True, True),
     WideTile: Template("sm90/wide_launch.cuh", "sm90::WideTraits", "sm90::launch_wide", True, 2, True, True),
     Fp8Tile: Template("sm90/fp8_launch.cuh", "sm90::Fp8Traits", "sm90::launch_fp8", True, 1, True, True),
@@ -205,7 +213,7 @@ class KernelRow(NamedTuple):
     head_dim: int  # the largest it takes
     head_dim_v: int  # the largest it takes
     smem_limit: int
-    tile: Tile | DecodeTile | HopperTile | WideTile | Fp8Tile | AbsorbedTile
+    tile: Tile | DecodeTile | AbsorbedDecodeTile | HopperTile | WideTile | Fp8Tile | AbsorbedTile
     features: tuple[str, ...]
     requires: tuple[str, ...] = ()  # features without which a call is not for this kernel
     kv_dtype: str = ""  # of k and v where it is not dtype
@@ -268,7 +276,7 @@ def _sm80_rows() -> tuple[KernelRow, ...]:
 
 
 def _decode_rows() -> tuple[KernelRow, ...]:
-    """The portable decode kernels (mma.sync, cp.async): tiles of 16 and 32 packed query rows.
+    """The portable decode kernels (mma.sync, cp.async): tiles of 16 and 32 packed query rows. Those with qv come last.
 
     Blocks of eight warps take a multiprocessor of 227 KB for themselves; those of four fit 99 KB, and two fit 227 KB.
     One block a multiprocessor cuts less: PERF(H200, 128 x 8k, 8/1 heads of 128: 4110 GB/s, two blocks 3910).
@@ -318,14 +326,32 @@ def _decode_rows() -> tuple[KernelRow, ...]:
             )
             for name, caps, head_dim, limit, tile in (shapes_8bit if is_8bit else shapes)
         ]  # fmt: skip
-    return tuple(rows)
+    return (*rows, *_absorbed_decode_rows())
+
+
+def _absorbed_decode_rows() -> tuple[KernelRow, ...]:
+    """Those for calls with qv."""
+    shapes = (
+        ("d64_v512_qv", HUGE_SMEM, SMEM_227KB, AbsorbedDecodeTile(16, 16, 8, 2, 5, 1)),
+        ("d64_v512_qv_smem99", CAPABILITIES, SMEM_99KB, AbsorbedDecodeTile(16, 16, 4, 1, 3, 2)),
+        ("d64_v512_m32_qv", HUGE_SMEM, SMEM_227KB, AbsorbedDecodeTile(32, 16, 8, 2, 5, 1)),
+        ("d64_v512_m32_qv_smem99", CAPABILITIES, SMEM_99KB, AbsorbedDecodeTile(32, 16, 4, 1, 3, 2)),
+    )
+    return tuple(
+        KernelRow(
+            f"sm80_fwd_decode_{name}_{ID_SUFFIXES[dtype]}", "sm80", "forward", "decode", caps, dtype, 64, 512, limit,
+            tile, (*FEATURES, "qv"), ("qv",),
+        )
+        for name, caps, limit, tile in shapes
+        for dtype in DTYPES
+    )  # fmt: skip
 
 
 def _sm90_row(
     name: str, dtype: str, head_dim: int, head_dim_v: int, tile: HopperTile | WideTile | Fp8Tile | AbsorbedTile
 ) -> KernelRow:
     """A Hopper forward kernel (wgmma, TMA, warp specialisation): prefill, and decode of many wide rows, on 9.0."""
-    wide = isinstance(tile, WideTile)
+    wide = type(tile) is WideTile
     return KernelRow(
         f"sm90_fwd_{name}_{ID_SUFFIXES[dtype]}", "sm90", "forward", "prefill", ((9, 0),), dtype, head_dim, head_dim_v,
         SMEM_227KB, tile, FEATURES, min_rows=HOPPER_MIN_ROWS if wide else DECODE_MAX_ROWS + 1,
