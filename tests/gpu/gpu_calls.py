@@ -73,11 +73,19 @@ def few_rows_phase(call: Call, planned: bool) -> str:
     return "prefill" if wide and able and not call.tokens_per_split and (planned or lengths_on_host) else "decode"
 
 
+def has_absorbed_prefill() -> bool:
+    """Whether the device has prefill rows for qv; else decode rows take any number of queries with it."""
+    capability = torch.cuda.get_device_capability()
+    return any("qv" in row.requires and capability in row.capabilities for row in ARCH_ROWS)
+
+
 def expected_phase(call: Call, planned: bool = False, max_seqlen_q: int | None = None) -> str | None:
     """The phase whose rows must run; None where the choice is a matter of speed. ``planned``: by metadata."""
-    if call.qv or not any(TORCH_DTYPES[row.dtype] == call.dtype for row in DECODE_ROWS):
+    if not any(TORCH_DTYPES[row.dtype] == call.dtype for row in DECODE_ROWS):
         return "prefill"  # they have no other rows
     rows = (max_seqlen_q or max(call.seqlens_q, default=0)) * call.heads_q // call.heads_kv
+    if call.qv:
+        return "decode" if rows <= MOST_DECODE or not has_absorbed_prefill() else "prefill"
     if SURELY_DECODE < rows <= MOST_DECODE:
         return few_rows_phase(call, planned or call.metadata)
     return "decode" if rows <= SURELY_DECODE else "prefill" if rows >= SURELY_PREFILL else None

@@ -284,8 +284,8 @@ def test_nan_in_a_query_is_told(
 def test_large_values(row: support.KernelRow, run_row: Callable, cuda: torch.device) -> None:
     """Scores of hundreds and values near the end of fp16: nothing overflows between two blocks or two splits."""
     call = step(row, 2, page_size=0, num_splits=3, seqlens_k=(900, 70, 0, 500, 64))
-    if call.k_dtype.itemsize == 1:
-        pytest.skip("e4m3 ends at 448")
+    if call.k_dtype.itemsize == 1 or call.qv:
+        pytest.skip("e4m3 ends at 448, and values of thousands are no keys of a qv")
     built = build(call, cuda)
     names = {"q": built.q, "k_cache": built.k, "v_cache": built.v}
     for (name, logical), factor in zip(names.items(), (6.0, 6.0, 9000.0)):
