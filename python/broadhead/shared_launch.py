@@ -25,8 +25,8 @@ COMPOSED = "composed: over the prefix, "
 #: PERF(H200, 8k shared, us in one launch and composed, below and above the bound: 32/8 heads of 128 x 32 sequences
 #: 90, 100, x 64 141, 117; 16/2 of 256 x 32 70, 82, x 64 111, 90; 32/4 of 512 x 8 79, 99, x 16 131, 113)
 MAX_WORK = 2**30
-#: Elements of q at most, as the call declares it (batch x max_seqlen_q): every tile has a place of 16 rows or more in the
-#: workspace, in fp32, and may hold one only.
+#: Elements of q at most, as the call declares it (batch x max_seqlen_q): every tile has a place of 16 rows or more in
+#: the workspace, in fp32, and may hold one only.
 MAX_ELEMENTS = 2**19
 
 
