@@ -142,7 +142,8 @@ def test_e4m3_inputs_are_the_same_numbers() -> None:
         assert values.dtype == torch.float8_e4m3fn
         assert descale.shape == (STEP.batch, STEP.num_heads_kv)
         assert torch.equal(values.float() * descale[0, 0], same.float())
-        assert 0.9 < same.float().std() < 1.1
+        # Six standard errors of the deviation of so many normal numbers.
+        assert abs(same.float().std() - 1) < 6 / (2 * same.numel()) ** 0.5
         assert values.float().abs().max() < 448  # nothing was cut off
     assert inputs.k_descale[0, 0] != inputs.v_descale[0, 0]
     assert torch.equal(inputs.paged.q, inputs.wide.q)

@@ -54,6 +54,13 @@ def test_the_tile_follows_from_the_rows(args: AttentionArgs, row: str) -> None:
     assert decision.call.problem.shared_tokens == args.q.shape[0] * args.q.shape[1]
 
 
+def declared(batch: int, max_seqlen_q: int, kv_dtype: torch.dtype = torch.bfloat16) -> AttentionArgs:
+    """One packed query a sequence, of which the call says that there may be more: the workspace is for those."""
+    cu = torch.arange(batch + 1, dtype=torch.int32)
+    q, cache = torch.zeros(batch, 8, 64, dtype=torch.bfloat16), torch.zeros(3, 16, 1, 64).to(kv_dtype)
+    return step(batch, q=q, k=cache, v=cache, cu_seqlens_q=cu, max_seqlen_q=max_seqlen_q)
+
+
 APART = torch.zeros(4, 2, 2, 8, 64, dtype=torch.bfloat16)[:, 0]
 
 
@@ -72,6 +79,8 @@ APART = torch.zeros(4, 2, 2, 8, 64, dtype=torch.bfloat16)[:, 0]
         (step(0), 40, "no query"),
         (step(k=torch.zeros(3, 16, 1, 64, dtype=torch.bfloat16).requires_grad_(True)), 40, "no decode kernel"),
         (step(), 1 << 31, "longer than any sequence"),
+        (declared(64, 32), 40, f"({64 * 32 * 8 * 64} declared)"),
+        (declared(4, 5, torch.float8_e4m3fn), 40, "no decode kernel is for 40 query rows"),
     ],
 )
 def test_what_is_composed(args: AttentionArgs, length: int, why: str) -> None:

@@ -22,6 +22,8 @@ constexpr int kMaxSplits = 128;
 // split. PERF(H200, 64 x 8k, 16 query tokens, 16/2 heads of 256, one split each, GB/s: 3552 -> 3654, with the dependent
 // launch)
 constexpr int kMostBlocks = 2048;
+// But of few rows each: in a batch of one long sequence all work is in the blocks of that one.
+constexpr int kMostRows = 8;
 // Splits up to which a warp merges a row by itself.
 constexpr int kWarpSplits = 8;
 
@@ -152,7 +154,8 @@ __global__ void __launch_bounds__(32 * kWarps)
   if (splits == 1) return;
   const SeqlenInfo seqlen = make_seqlen_info(params, batch);
   const int first_row = blockIdx.x % chunks * rows_per_block;
-  const int end_row = min_int(first_row + rows_per_block, seqlen.seqlen_q * params.num_heads_q);
+  const int seqlen_q = min_int(seqlen.seqlen_q, params.seqlen_q);
+  const int end_row = min_int(first_row + rows_per_block, seqlen_q * params.num_heads_q);
   const std::int64_t split_stride = params.num_heads_q * params.total_q;
   const auto merge = [&](int query, const auto& merge_row) {
     const int token = query / params.num_heads_q;
@@ -220,7 +223,8 @@ int report(const char* name, cudaError_t status, long long rows, int heads, int 
 int launch_split_combine(const AttnParams& params, bool is_bf16, bool dependent, CUstream_st* stream, char* error,
                          std::size_t error_size) {
   const long long rows = static_cast<long long>(params.seqlen_q) * params.num_heads_q;  // of a sequence
-  const long long rows_per_block = std::max(1ll, rows * params.batch / kMostBlocks);
+  const long long rows_per_block =
+      std::clamp(rows * params.batch / kMostBlocks, 1ll, static_cast<long long>(kMostRows));
   const long long chunks = (rows + rows_per_block - 1) / rows_per_block;
   cudaError_t status = cudaErrorInvalidValue;  // a grid beyond 31 bits
   if (rows <= 0x7fffffffLL && chunks * params.batch <= 0x7fffffffLL && params.num_splits <= kMaxSplits) {

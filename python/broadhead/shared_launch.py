@@ -25,7 +25,8 @@ COMPOSED = "composed: over the prefix, "
 #: PERF(H200, 8k shared, us in one launch and composed, below and above the bound: 32/8 heads of 128 x 32 sequences
 #: 90, 100, x 64 141, 117; 16/2 of 256 x 32 70, 82, x 64 111, 90; 32/4 of 512 x 8 79, 99, x 16 131, 113)
 MAX_WORK = 2**30
-#: Elements of q at most: every 16 rows of out have a place in the workspace, in fp32, and a tile may hold one only.
+#: Elements of q at most, as the call declares it (batch x max_seqlen_q): every tile has a place of 16 rows or more in
+#: the workspace, in fp32, and may hold one only.
 MAX_ELEMENTS = 2**19
 
 
@@ -74,13 +75,14 @@ def decide(args: AttentionArgs, length: int) -> OneLaunch | Composed:
     check.check_backend(FUNCTION, args.backend)
     call = check_forward(FUNCTION, args)
     problem = call.problem._replace(shared_tokens=call.total_q)
-    elements = call.total_q * problem.num_heads_q * problem.head_dim
+    token = problem.num_heads_q * problem.head_dim
+    elements, declared = call.total_q * token, problem.batch * problem.seqlen_q * token
     # One tile reads the prefix once, however long it is.
     one_tile = problem.shared_rows <= DECODE_MAX_ROWS
-    if elements > MAX_ELEMENTS or (elements * length > MAX_WORK and not one_tile):
+    if max(elements, declared) > MAX_ELEMENTS or (elements * length > MAX_WORK and not one_tile):
         return Composed(
-            f"{elements} elements of q over {length} shared keys; one launch takes up to {MAX_ELEMENTS}, and"
-            f" {MAX_WORK} multiplied"
+            f"{elements} elements of q ({declared} declared) over {length} shared keys; one launch takes up to"
+            f" {MAX_ELEMENTS}, and {MAX_WORK} multiplied"
         )
     if call.total_q == 0 or problem.batch == 0 or problem.seqlen_q == 0 or problem.seqlen_k == 0:
         return Composed("there is no query, or page_table is empty")
@@ -88,6 +90,8 @@ def decide(args: AttentionArgs, length: int) -> OneLaunch | Composed:
         return Composed(f"the tokens of q do not lie at equal distances, it has strides {q.stride()}")
     if length > check.MAX_SEQLEN_K:
         return Composed("the prefix is longer than any sequence of a kernel")
+    if not call.problem.is_decode:
+        return Composed(f"no decode kernel is for {call.problem.query_rows} query rows of a KV head behind the prefix")
     own = resolve(call.problem, device)
     if own.row is None or own.row.phase != "decode":
         return Composed(f"no decode kernel is for what follows the prefix: {own.reason}")
