@@ -12,7 +12,7 @@ from torch import Tensor
 import broadhead
 from broadhead.bench.cases import AREAS, CascadeCase, DecodeCase, DenseCase, PagedCase, VarlenCase
 from broadhead.bench.inputs import Fp8Inputs, PagedInputs, VarlenInputs
-from broadhead.bench.inputs_decode import AppendInputs, CascadeInputs, Fp8PagedInputs
+from broadhead.bench.inputs_decode import AppendInputs, CascadeInputs, Fp8PagedInputs, LatentInputs
 from broadhead.bench.peers import Peer, Skip
 
 
@@ -66,6 +66,18 @@ class Broadhead(Peer):
         except broadhead.InvalidTypeError as error:
             raise Skip(f"takes no e4m3 cache with {inputs.paged.q.dtype} queries: {error}") from error
         return call
+
+    def decode_mla(self, case: DecodeCase, inputs: LatentInputs) -> Callable[[], Tensor]:
+        paged = inputs.paged._replace(q=inputs.q_rope, k_cache=inputs.rope, v_cache=inputs.latent)
+        positional, dims = arguments_of_mla_plan(case, paged.cache_seqlens)
+        return self._over_pages(
+            paged,
+            qv=inputs.q_latent,
+            softmax_scale=inputs.softmax_scale,
+            scheduler_metadata=broadhead.get_scheduler_metadata(
+                *positional, qkv_dtype=torch.bfloat16, page_size=case.page_size, causal=True, has_qv=True, **dims
+            ),
+        )
 
     def append(self, case: DecodeCase, inputs: AppendInputs) -> Callable[[], Tensor]:
         return self._over_pages(
@@ -147,6 +159,12 @@ def arguments_of_plan(case: DecodeCase, cache_seqlens: Tensor) -> tuple[Any, ...
     """The positional arguments of get_scheduler_metadata, which FlashAttention-3 has as well."""
     seqlen_k = case.pages_per_sequence * case.page_size
     return case.batch, case.seqlen_q, seqlen_k, case.num_heads_q, case.num_heads_kv, case.head_dim, cache_seqlens
+
+
+def arguments_of_mla_plan(case: DecodeCase, cache_seqlens: Tensor) -> tuple[tuple[Any, ...], dict[str, int]]:
+    """The same of absorbed MLA, and the width of V."""
+    rope = case.head_dim - case.head_dim_v
+    return arguments_of_plan(case._replace(head_dim=rope), cache_seqlens), {"headdim_v": case.head_dim_v}
 
 
 def _split_options(case: DecodeCase) -> dict[str, Any]:
