@@ -9,7 +9,7 @@ import pytest
 import torch
 from broadhead.device import hypothetical
 from broadhead.dispatch import resolve
-from broadhead.support import CAPABILITIES, ROWS, SMEM_227KB, SMEM_BY_CAPABILITY
+from broadhead.support import CAPABILITIES, ROWS, SMEM_163KB, SMEM_227KB, SMEM_BY_CAPABILITY
 from described import ALL_ARCHS, CAUSAL, FULL, build_of, h200, problem, schedule, without_family
 
 
@@ -145,8 +145,11 @@ def test_8_bit_rows(head_dim: int, head_dim_v: int, row: str, features: tuple[st
 @pytest.mark.parametrize("head_dim, head_dim_v", [(64, 512), (8, 8), (64, 64), (64, 256), (40, 264)])
 def test_calls_with_qv_have_a_row_of_their_own(head_dim: int, head_dim_v: int, dtype: str) -> None:
     """Whatever head dims it pads; no call without qv runs there."""
-    row_id = f"sm90_fwd_d64_v512_qv_{dtype}"
-    for seqlen_q in (9, 1024):  # 36 rows: the first that are no decode
+    for seqlen_q, row_id in (
+        (16, f"sm90_fwd_d64_v512_qv_m64_{dtype}"),
+        (17, f"sm90_fwd_d64_v512_qv_{dtype}"),
+        (1024, f"sm90_fwd_d64_v512_qv_{dtype}"),
+    ):
         asked = problem(head_dim=head_dim, head_dim_v=head_dim_v, seqlen_q=seqlen_q, dtype=dtype)
         plan = resolve(asked._replace(features=QV["features"]), h200(), FULL)
         assert plan.row is not None and plan.row.id == row_id
@@ -155,8 +158,8 @@ def test_calls_with_qv_have_a_row_of_their_own(head_dim: int, head_dim_v: int, d
         assert {r.row_id: r.reason for r in plain.refusals}[row_id] == "needs qv"
     # Where it is missing the decode kernels take its place, and no kernel without qv does.
     asked = problem(dtype=dtype, **QV)
-    plan = resolve(asked, h200(), build_of(*ALL_ARCHS, without=(row_id,)))
-    assert plan.row is not None and plan.row.id == f"sm80_fwd_decode_d64_v512_m32_qv_{dtype}"
+    plan = resolve(asked, h200(), without_family("sm90"))
+    assert plan.row is not None and plan.row.id == f"sm80_fwd_decode_d64_v512_qv_{dtype}"
     assert f"kernel {row_id} is left out" in plan.reason
     absorbed = tuple(row.id for row in ROWS if "qv" in row.requires)
     plan = resolve(asked, h200(), build_of(*ALL_ARCHS, without=absorbed))
@@ -166,24 +169,24 @@ def test_calls_with_qv_have_a_row_of_their_own(head_dim: int, head_dim_v: int, d
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize(
-    "seqlen_q, heads, tile_m",
-    [(1, 1, 16), (1, 16, 16), (2, 16, 32), (1, 17, 32), (4, 8, 32), (1, 128, 32), (9, 64, 32)],
+    "seqlen_q, heads", [(1, 1), (1, 16), (2, 16), (1, 17), (4, 8), (1, 64), (1, 128), (9, 64)]
 )
-def test_decode_rows_with_qv(seqlen_q: int, heads: int, tile_m: int, dtype: str, capability: tuple[int, int]) -> None:
-    """On every capability; more rows than decode only where there is no Hopper kernel. All heads share a tile."""
+def test_decode_rows_with_qv(seqlen_q: int, heads: int, dtype: str, capability: tuple[int, int]) -> None:
+    """On every capability; more rows than a tile only where no Hopper kernel is for them. All heads share a tile."""
     dims = {**QV, "seqlen_q": seqlen_q, "num_heads_q": heads, "num_heads_kv": 1, "dtype": dtype, "seqlen_k": 10**5}
-    size = "" if SMEM_BY_CAPABILITY[capability] == SMEM_227KB else "_smem99"
+    smem = SMEM_BY_CAPABILITY[capability]
+    size = "" if smem == SMEM_227KB else "_smem163" if smem == SMEM_163KB else "_smem99"
     for changes in (
         {}, {"has_metadata": True}, {"tokens_per_split": 512}, {"features": ("gqa", "lse", "paged", "qv", "seqused")},
         {"head_dim": 8, "head_dim_v": 16},
     ):  # fmt: skip
         plan = resolve(problem(**{**dims, **changes}), hypothetical(capability), FULL)
         assert plan.row is not None and plan.schedule is not None
-        if seqlen_q * heads > 32 and capability == (9, 0):
-            assert plan.row.id == f"sm90_fwd_d64_v512_qv_{dtype}"
+        rows, unplanned = seqlen_q * heads, "tokens_per_split" in changes or "features" in changes
+        if capability == (9, 0) and (rows > 32 or (rows > 16 and not unplanned)):
+            assert plan.row.id == f"sm90_fwd_d64_v512_qv{'' if rows > 64 else '_m64'}_{dtype}"
             continue
-        tile = "_m32" if tile_m == 32 else ""
-        assert plan.row.id == f"sm80_fwd_decode_d64_v512{tile}_qv{size}_{dtype}" and plan.row.tile.tile_m == tile_m
+        assert plan.row.id == f"sm80_fwd_decode_d64_v512_qv{size}_{dtype}" and plan.row.tile.tile_m == 16
         assert plan.schedule.rows_per_token == heads and plan.schedule.heads_in_grid == 1
         is_cut = "tokens_per_split" in changes and seqlen_q * heads <= 32
         assert plan.schedule.tokens_per_split == (512 if is_cut else 0)
@@ -207,7 +210,7 @@ def test_explain_knows_descale_and_qv() -> None:
     text = broadhead.explain(head_dim=64, head_dim_v=512, qv=True, device=(9, 0), build=FULL)
     assert "kernel sm80_fwd_decode_d64_v512_qv_bf16" in text
     text = broadhead.explain(head_dim=64, head_dim_v=512, qv=True, seqlen_q=64, device=(9, 0), build=FULL)
-    assert "kernel sm90_fwd_d64_v512_qv_bf16" in text
+    assert "kernel sm90_fwd_d64_v512_qv_m64_bf16" in text
     text = broadhead.explain(head_dim=64, head_dim_v=512, seqlen_q=64, device=(9, 0), build=FULL)
     assert "kernel sm90_fwd_d512_bf16" in text and "refused: sm90_fwd_d64_v512_qv_bf16: needs qv" in text
 
@@ -227,7 +230,7 @@ def test_hopper_tiles_hold_whole_tokens_or_a_whole_part_of_one(
     if row.phase == "decode":
         return
     assert row.family == "sm90"
-    tile_m, cluster = row.tile.tile_m, row.template.cluster
+    tile_m, cluster = row.tile.tile_m, row.cluster
     cut = group % tile_m == 0
     packable = group > 1 and (group <= tile_m or cut)
     assert plan.pack_gqa == (packable and (bool(pack_gqa) or seqlen_q < tile_m * cluster))

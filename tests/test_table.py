@@ -55,7 +55,7 @@ def test_ids_are_unique_and_say_what_the_row_is() -> None:
         assert (f"v{row.head_dim_v}" in row.id) == (row.head_dim_v != row.head_dim), row.id
         assert f"d{row.head_dim}" in row.id and ("decode" in row.id) == (row.phase == "decode"), row.id
         assert set(row.features) <= {*support.FEATURES, *support.EXTRA_FEATURES}, row.id
-        assert row.tile.min_blocks >= 1 and row.template.cluster >= 1, row.id
+        assert row.tile.min_blocks >= 1 and row.cluster >= 1, row.id
         assert row.template.header.startswith("decode/" if row.phase == "decode" else f"{row.family}/"), row.id
 
 

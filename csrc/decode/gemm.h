@@ -46,19 +46,18 @@ BROADHEAD_DEVICE std::uint32_t q_lane_address(const typename Traits::SharedStora
   return smem_address(smem.q) + q_offset<Traits>(lane & 15, first_col / 8 + (lane >> 4));
 }
 
-// The same of q beside qv, from that of the first column group.
 template <class Traits>
-BROADHEAD_DEVICE std::uint32_t q_beside_qv(std::uint32_t q) {
-  return q + Traits::kHeadDim / 64 * (Traits::kTileM * 128);
-}
-
-template <class Traits>
-using QFragments = std::uint32_t[Traits::kQInRegisters ? Traits::kSteps : 1][Traits::kMmaM][4];
+using QFragments = std::uint32_t[Traits::kQInRegisters ? Traits::kSteps + Traits::kBesideSteps : 1][Traits::kMmaM][4];
 
 // What a lane adds to the address of a slice: for the B fragments of K, two units of 16 keys, and of V (transposed).
 template <class Traits>
 BROADHEAD_DEVICE std::uint32_t k_lane_offset(int lane) {
   return slice_offset<Traits>((lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1);
+}
+// Of K beside V.
+template <class Traits>
+BROADHEAD_DEVICE std::uint32_t beside_lane_offset(int lane) {
+  return beside_offset<Traits>((lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1);
 }
 template <class Traits>
 BROADHEAD_DEVICE std::uint32_t v_lane_offset(int lane) {
@@ -74,18 +73,38 @@ BROADHEAD_DEVICE void clear_scores(float (&s)[Traits::kMmaM][Traits::kMmaN][4]) 
   }
 }
 
-// S += Q K^T over kSteps steps of the warp's columns of a slice of K; `k` is the lane's address. With qv also
-// S += qv V^T of a slice of V: both have the layout of K.
-template <class Traits, int kSteps, bool kQInRegisters>
+// S += q K^T over the warp's share of the columns of K, which lies beside a slice of V.
+template <class Traits>
+BROADHEAD_DEVICE void qk_gemm_beside(float (&s)[Traits::kMmaM][Traits::kMmaN][4], const QFragments<Traits>& q_registers,
+                                     std::uint32_t q, std::uint32_t k) {
+  using Element = typename Traits::Element;
+  static_assert(Traits::kBesideSteps == 1);
+  std::uint32_t loaded[Traits::kMmaM][4];
+  if constexpr (!Traits::kQInRegisters) load_q_fragment<Traits>(loaded, q, 0);
+  const auto& a = Traits::kQInRegisters ? q_registers[Traits::kQInRegisters ? Traits::kSteps : 0] : loaded;
+  BROADHEAD_UNROLL
+  for (int pair = 0; pair < Traits::kMmaN / 2; ++pair) {
+    std::uint32_t b[4];
+    ldmatrix_x4(b, k + pair * (16 * Traits::kBesideBytes));
+    BROADHEAD_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      BROADHEAD_UNROLL
+      for (int m = 0; m < Traits::kMmaM; ++m) mma<Element>(s[m][2 * pair + half], a[m], b[2 * half], b[2 * half + 1]);
+    }
+  }
+}
+
+// S += Q K^T over the warp's columns of a slice of K; `k` is the lane's address. With qv S += qv V^T of a slice of V.
+template <class Traits>
 BROADHEAD_DEVICE void qk_gemm(float (&s)[Traits::kMmaM][Traits::kMmaN][4], const QFragments<Traits>& q_registers,
                               std::uint32_t q, std::uint32_t k) {
   using Element = typename Traits::Element;
   // One load brings 16 keys x two units of 16 bytes: one step of 16-bit K, two of 8-bit K.
   constexpr int kStepsPerLoad = Traits::k8Bit ? 2 : 1;
   BROADHEAD_UNROLL
-  for (int load = 0; load < kSteps / kStepsPerLoad; ++load) {
+  for (int load = 0; load < Traits::kSteps / kStepsPerLoad; ++load) {
     std::uint32_t a[kStepsPerLoad][Traits::kMmaM][4];
-    if constexpr (!kQInRegisters) {
+    if constexpr (!Traits::kQInRegisters) {
       BROADHEAD_UNROLL
       for (int i = 0; i < kStepsPerLoad; ++i) {
         load_q_fragment<Traits>(a[i], q, load * kStepsPerLoad + i);
@@ -110,7 +129,7 @@ BROADHEAD_DEVICE void qk_gemm(float (&s)[Traits::kMmaM][Traits::kMmaN][4], const
           }
           BROADHEAD_UNROLL
           for (int m = 0; m < Traits::kMmaM; ++m) {
-            if constexpr (kQInRegisters) {
+            if constexpr (Traits::kQInRegisters) {
               mma<Element>(s[m][2 * pair + half], q_registers[load * kStepsPerLoad + i][m], b0, b1);
             } else {
               mma<Element>(s[m][2 * pair + half], a[i][m], b0, b1);

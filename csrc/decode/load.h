@@ -31,15 +31,16 @@ class Loader {
         k_cols_(kept(params.head_dim - first_col())),
         v_cols_(kept(params.head_dim_v - first_col())) {}
 
-  // Copies the slice of K of the next key block, as one cp.async group of every lane; false when no block is known.
-  // Items up to `found` are. A slice of V, of the same block, must follow.
+  // Copies the slice of K of the next key block, with qv also that of V, as one cp.async group of every lane; false when
+  // no block is known. Items up to `found` are. Without qv a slice of V, of the same block, must follow.
   BROADHEAD_DEVICE bool issue_k(int found) {
     if (__builtin_expect(block_ >= block_end_, 0) && !find_block(found)) return false;
     resolve_block();
-    if constexpr (!Traits::kWithQv) {
-      copy<kSubtiles>(k_row_, params_.k_strides.row, k_cols_);
-    } else if (warp() < Traits::kKeyGroups) {  // the first column group has all columns of K, the others empty copies
-      copy<1>(k_row_, params_.k_strides.row, k_cols_);
+    if constexpr (Traits::kWithQv) {
+      copy(v_row_, params_.v_strides.row, v_cols_);
+      copy_beside();
+    } else {
+      copy(k_row_, params_.k_strides.row, k_cols_);
     }
     advance();
     ++ahead_;
@@ -47,7 +48,8 @@ class Loader {
   }
 
   BROADHEAD_DEVICE void issue_v() {
-    copy<kSubtiles>(v_row_, params_.v_strides.row, v_cols_);
+    if constexpr (Traits::kWithQv) return;
+    copy(v_row_, params_.v_strides.row, v_cols_);
     advance();
   }
 
@@ -62,14 +64,15 @@ class Loader {
   static constexpr int kSubtiles = Traits::kSliceBytes / Traits::kSubtileBytes;
   static constexpr int kUnitElements = 16 / static_cast<int>(sizeof(KvElement));
   static constexpr int kSubtileElements = kLanesPerRow * kUnitElements;
+  static constexpr int kRowsBeside = 16;  // of K that the lanes copy at a time, two lanes a row
 
   BROADHEAD_DEVICE static int lane() { return threadIdx.x % 32; }
   BROADHEAD_DEVICE static int warp() { return threadIdx.x / 32; }
-  BROADHEAD_DEVICE static int key_group() { return warp() % Traits::kKeyGroups; }
+  BROADHEAD_DEVICE static int key_group() { return Traits::key_group(warp()); }
   BROADHEAD_DEVICE static int unit() { return lane() % kLanesPerRow; }
   BROADHEAD_DEVICE static int first_row() { return lane() / kLanesPerRow; }
   BROADHEAD_DEVICE static int first_col() {
-    return warp() / Traits::kKeyGroups * Traits::kCols + unit() * kUnitElements;
+    return Traits::col_group(warp()) * Traits::kCols + unit() * kUnitElements;
   }
   BROADHEAD_DEVICE const CopySource<KvElement>& source() const { return smem_.source[warp()]; }
 
@@ -182,14 +185,13 @@ class Loader {
     return static_cast<unsigned>(page_) * strides.batch + static_cast<unsigned>(slot) * strides.row;
   }
 
-  // `row`: of the block's first key, or of the lane's; kCopies: subtiles.
-  template <int kCopies>
+  // `row`: of the block's first key, or of the lane's.
   BROADHEAD_DEVICE void copy(const KvElement* row, long long row_stride, int cols) const {
     if (__builtin_expect(even_, 1)) {
       row += first_col() + first_row() * row_stride;
       BROADHEAD_UNROLL
       for (int i = 0; i < Traits::kKeys; i += kRowsPerCopy) {
-        copy_row<kCopies>(row, i, true, cols);
+        copy_row(row, i, true, cols);
         row += kRowsPerCopy * row_stride;
       }
     } else {
@@ -197,18 +199,37 @@ class Loader {
       for (int i = 0; i < Traits::kKeys; i += kRowsPerCopy) {
         const bool live = ((alive_ >> (i + first_row())) & 1) != 0;
         const long long address = __shfl_sync(0xffffffffu, reinterpret_cast<long long>(row), i + first_row());
-        copy_row<kCopies>(reinterpret_cast<const KvElement*>(address) + first_col(), i, live, cols);
+        copy_row(reinterpret_cast<const KvElement*>(address) + first_col(), i, live, cols);
       }
     }
   }
 
-  template <int kCopies>
   BROADHEAD_DEVICE void copy_row(const KvElement* row, int i, bool row_live, int cols) const {
     const std::uint32_t target = slice_step<Traits>(target_, i, 0);
     BROADHEAD_UNROLL
-    for (int s = 0; s < kCopies; ++s) {
+    for (int s = 0; s < kSubtiles; ++s) {
       cp_async_16(target + s * (Traits::kKeys * Traits::kSubtileBytes), row + s * kSubtileElements,
                   row_live && s * kSubtileElements < cols);
+    }
+  }
+
+  // The warp's share of K into the rows beside a slice of V.
+  BROADHEAD_DEVICE void copy_beside() const {
+    const int row = lane() / 2;
+    const int col = Traits::col_group(warp()) * Traits::kBesideCols + lane() % 2 * kUnitElements;
+    // target_ is that of the lane's first copy of V.
+    const std::uint32_t stage = target_ - slice_offset<Traits>(first_row(), unit());
+    const bool in_columns = col < params_.head_dim;
+    BROADHEAD_UNROLL
+    for (int i = 0; i < Traits::kKeys; i += kRowsBeside) {
+      const std::uint32_t target = stage + beside_offset<Traits>(row, lane() % 2) + i * Traits::kBesideBytes;
+      if (__builtin_expect(even_, 1)) {
+        cp_async_16(target, k_row_ + col + (i + row) * params_.k_strides.row, in_columns);
+      } else {
+        const long long address = __shfl_sync(0xffffffffu, reinterpret_cast<long long>(k_row_), i + row);
+        const bool live = ((alive_ >> (i + row)) & 1) != 0;
+        cp_async_16(target, reinterpret_cast<const KvElement*>(address) + col, live && in_columns);
+      }
     }
   }
 

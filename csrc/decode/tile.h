@@ -273,8 +273,8 @@ BROADHEAD_DEVICE void write_item(const DecodeParams& params, const LineItem& ite
   using Element = typename Traits::Element;
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
-  const int group = warp % Traits::kKeyGroups;
-  const int col_group = warp / Traits::kKeyGroups;
+  const int group = Traits::key_group(warp);
+  const int col_group = Traits::col_group(warp);
   softmax.reduce_sum();
   if (col_group == 0 && lane % 4 == 0) {
     BROADHEAD_UNROLL
@@ -330,7 +330,7 @@ BROADHEAD_DEVICE void write_item(const DecodeParams& params, const LineItem& ite
       float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
       BROADHEAD_UNROLL
       for (int g = 0; g < Traits::kKeyGroups; ++g) {
-        const float4 x = *reinterpret_cast<const float4*>(&smem.merge[col_group * Traits::kKeyGroups + g][row][quad]);
+        const float4 x = *reinterpret_cast<const float4*>(&smem.merge[Traits::warp_of(g, col_group)][row][quad]);
         sum.x += x.x;
         sum.y += x.y;
         sum.z += x.z;
