@@ -104,8 +104,7 @@ BROADHEAD_DEVICE void merge_parts(const DecodeParams& params, const Workspace& w
   float largest = -INFINITY;
   float sum = 0.f;
   float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
-  // Wide rows have few warps a column: of a batch of one long sequence each has dozens of parts.
-  constexpr int kAtOnce = kColGroups >= 4 ? 16 : 8;
+  constexpr int kAtOnce = 8;
   for (int first = warp / kColGroups; first < parts; first += kAtOnce * kPartGroups) {
     float lse[kAtOnce];
     float4 x[kAtOnce];

@@ -304,7 +304,7 @@ def _decode_rows() -> tuple[KernelRow, ...]:
         ("d128_m32_smem99", CAPABILITIES, 128, SMEM_99KB, DecodeTile(32, 16, 4, 4, 5, 2)),
         ("d256_m32", HUGE_SMEM, 256, SMEM_227KB, DecodeTile(32, 16, 8, 4, 3, 1)),
         ("d256_m32_smem99", CAPABILITIES, 256, SMEM_99KB, DecodeTile(32, 16, 4, 2, 3, 2)),
-        ("d512_m32", HUGE_SMEM, 512, SMEM_227KB, DecodeTile(32, 16, 8, 2, 5, 1)),
+        ("d512_m32", HUGE_SMEM, 512, SMEM_227KB, DecodeTile(32, 16, 8, 2, 3, 1)),
         ("d512_m32_smem99", CAPABILITIES, 512, SMEM_99KB, DecodeTile(32, 16, 4, 1, 3, 2)),
     )
     shapes_8bit = (
