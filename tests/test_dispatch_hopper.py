@@ -168,9 +168,7 @@ def test_calls_with_qv_have_a_row_of_their_own(head_dim: int, head_dim_v: int, d
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize(
-    "seqlen_q, heads", [(1, 1), (1, 16), (2, 16), (1, 17), (4, 8), (1, 64), (1, 128), (9, 64)]
-)
+@pytest.mark.parametrize("seqlen_q, heads", [(1, 1), (1, 16), (2, 16), (1, 17), (4, 8), (1, 64), (1, 128), (9, 64)])
 def test_decode_rows_with_qv(seqlen_q: int, heads: int, dtype: str, capability: tuple[int, int]) -> None:
     """On every capability; more rows than a tile only where no Hopper kernel is for them. All heads share a tile."""
     dims = {**QV, "seqlen_q": seqlen_q, "num_heads_q": heads, "num_heads_kv": 1, "dtype": dtype, "seqlen_k": 10**5}

@@ -249,7 +249,8 @@ int launch_split_combine(const AttnParams& params, bool is_bf16, bool dependent,
   const long long rows_per_block =
       std::clamp(rows * params.batch / kMostBlocks, 1ll, static_cast<long long>(kMostRows));
   const long long chunks = (rows + rows_per_block - 1) / rows_per_block;
-  const unsigned sharing = chunks * params.batch < kFewRows ? static_cast<unsigned>((params.head_dim_v + 127) / 128) : 1;
+  const unsigned sharing =
+      chunks * params.batch < kFewRows ? static_cast<unsigned>((params.head_dim_v + 127) / 128) : 1;
   cudaError_t status = cudaErrorInvalidValue;  // a grid beyond 31 bits
   if (rows <= 0x7fffffffLL && chunks * params.batch <= 0x7fffffffLL && params.num_splits <= kMaxSplits) {
     cudaLaunchAttribute attribute{};

@@ -31,8 +31,8 @@ class Loader {
         k_cols_(kept(params.head_dim - first_col())),
         v_cols_(kept(params.head_dim_v - first_col())) {}
 
-  // Copies the slice of K of the next key block, with qv also that of V, as one cp.async group of every lane; false when
-  // no block is known. Items up to `found` are. Without qv a slice of V, of the same block, must follow.
+  // Copies the slice of K of the next key block, with qv also that of V, as one cp.async group of every lane; false
+  // when no block is known. Items up to `found` are. Without qv a slice of V, of the same block, must follow.
   BROADHEAD_DEVICE bool issue_k(int found) {
     if (__builtin_expect(block_ >= block_end_, 0) && !find_block(found)) return false;
     resolve_block();
@@ -71,9 +71,7 @@ class Loader {
   BROADHEAD_DEVICE static int key_group() { return Traits::key_group(warp()); }
   BROADHEAD_DEVICE static int unit() { return lane() % kLanesPerRow; }
   BROADHEAD_DEVICE static int first_row() { return lane() / kLanesPerRow; }
-  BROADHEAD_DEVICE static int first_col() {
-    return Traits::col_group(warp()) * Traits::kCols + unit() * kUnitElements;
-  }
+  BROADHEAD_DEVICE static int first_col() { return Traits::col_group(warp()) * Traits::kCols + unit() * kUnitElements; }
   BROADHEAD_DEVICE const CopySource<KvElement>& source() const { return smem_.source[warp()]; }
 
   BROADHEAD_DEVICE void advance() {

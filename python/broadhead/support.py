@@ -388,8 +388,10 @@ def _sm90_rows() -> tuple[KernelRow, ...]:
     # PERF(H200, 64 x 8k, 64 heads, us: clusters of two 262, blocks alone 182)
     for name, cluster, max_rows in (("d64_v512_qv_m64", 1, 64), ("d64_v512_qv", 2, 0)):
         absorbed = [_sm90_row(name, dtype, 64, 512, AbsorbedTile(64, 64, 256, cluster)) for dtype in DTYPES]
-        with_qv = {"features": (*FEATURES, "qv"), "requires": ("qv",), "min_rows": HOPPER_MIN_ROWS_QV}
-        rows += [row._replace(**with_qv, max_rows=max_rows) for row in absorbed]
+        rows += [
+            row._replace(features=(*FEATURES, "qv"), requires=("qv",), min_rows=HOPPER_MIN_ROWS_QV, max_rows=max_rows)
+            for row in absorbed
+        ]
     fp8_shapes = (
         ("d64", 64, 64, Fp8Tile(192, 128)),
         ("d128", 128, 128, Fp8Tile(128, 192)),

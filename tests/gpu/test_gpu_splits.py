@@ -62,7 +62,9 @@ def test_metadata_gives_long_sequences_more_splits(cuda: torch.device) -> None:
     for seqlen_q, head_dim, options, is_prefill in (
         (64, 128, {}, True), (4, 64, latent, hopper), (4, 512, {}, False), (4, 128, {}, False), (1, 64, latent, False)
     ):  # fmt: skip
-        metadata = broadhead.get_scheduler_metadata(4, seqlen_q, 65536, 8, 1, head_dim, lengths, page_size=64, **options)
+        metadata = broadhead.get_scheduler_metadata(
+            4, seqlen_q, 65536, 8, 1, head_dim, lengths, page_size=64, **options
+        )
         splits = metadata[:4].tolist()
         assert (splits[0] > 4) == is_prefill and splits[1:] == [1, 1, 1], (seqlen_q, head_dim, splits)
 

@@ -38,8 +38,8 @@ class Fp8PagedInputs(NamedTuple):
 
 class LatentInputs(NamedTuple):
     """A step of absorbed MLA in parts: q_rope ``(B, Sq, Hq, D - Dv)`` and q_latent ``(B, Sq, Hq, Dv)``; rope and latent
-    are views of one cache ``(num_pages, page_size, 1, D)``, which begins with the latent columns. ``paged`` has q and the
-    cache whole."""
+    are views of one cache ``(num_pages, page_size, 1, D)``, which begins with the latent columns. ``paged`` has q and
+    the cache whole."""
 
     q_rope: Tensor
     q_latent: Tensor

@@ -69,15 +69,15 @@ class Broadhead(Peer):
 
     def decode_mla(self, case: DecodeCase, inputs: LatentInputs) -> Callable[[], Tensor]:
         paged = inputs.paged._replace(q=inputs.q_rope, k_cache=inputs.rope, v_cache=inputs.latent)
-        positional, dims = arguments_of_mla_plan(case, paged.cache_seqlens)
-        return self._over_pages(
-            paged,
-            qv=inputs.q_latent,
-            softmax_scale=inputs.softmax_scale,
-            scheduler_metadata=broadhead.get_scheduler_metadata(
-                *positional, qkv_dtype=torch.bfloat16, page_size=case.page_size, causal=True, has_qv=True, **dims
-            ),
+        plan = broadhead.get_scheduler_metadata(
+            *arguments_of_mla_plan(case, paged.cache_seqlens),
+            qkv_dtype=torch.bfloat16,
+            headdim_v=case.head_dim_v,
+            page_size=case.page_size,
+            causal=True,
+            has_qv=True,
         )
+        return self._over_pages(paged, qv=inputs.q_latent, softmax_scale=inputs.softmax_scale, scheduler_metadata=plan)
 
     def append(self, case: DecodeCase, inputs: AppendInputs) -> Callable[[], Tensor]:
         return self._over_pages(
@@ -161,10 +161,9 @@ def arguments_of_plan(case: DecodeCase, cache_seqlens: Tensor) -> tuple[Any, ...
     return case.batch, case.seqlen_q, seqlen_k, case.num_heads_q, case.num_heads_kv, case.head_dim, cache_seqlens
 
 
-def arguments_of_mla_plan(case: DecodeCase, cache_seqlens: Tensor) -> tuple[tuple[Any, ...], dict[str, int]]:
-    """The same of absorbed MLA, and the width of V."""
-    rope = case.head_dim - case.head_dim_v
-    return arguments_of_plan(case._replace(head_dim=rope), cache_seqlens), {"headdim_v": case.head_dim_v}
+def arguments_of_mla_plan(case: DecodeCase, cache_seqlens: Tensor) -> tuple[Any, ...]:
+    """The same of absorbed MLA, to which headdim_v comes."""
+    return arguments_of_plan(case._replace(head_dim=case.head_dim - case.head_dim_v), cache_seqlens)
 
 
 def _split_options(case: DecodeCase) -> dict[str, Any]:

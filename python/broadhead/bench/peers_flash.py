@@ -102,14 +102,14 @@ class FlashAttention3(PackagePeer):
 
     def decode_mla(self, case: DecodeCase, inputs: LatentInputs) -> Callable[[], Tensor]:
         self._notes = {}
-        positional, dims = arguments_of_mla_plan(case, inputs.paged.cache_seqlens)
+        positional = arguments_of_mla_plan(case, inputs.paged.cache_seqlens)
         function = self._module.flash_attn_with_kvcache
         options = {"qv": inputs.q_latent, "cache_seqlens": inputs.paged.cache_seqlens, "causal": True}
         options |= {"softmax_scale": inputs.softmax_scale}
 
         def over(rope: Tensor, latent: Tensor, **paging: Any) -> Callable[[], Tensor]:
             pages = {"page_size": case.page_size} if paging else {}
-            plan = self._module.get_scheduler_metadata(*positional, causal=True, **pages, **dims)
+            plan = self._module.get_scheduler_metadata(*positional, headdim_v=case.head_dim_v, causal=True, **pages)
             return lambda: first_output(
                 function(inputs.q_rope, rope, latent, scheduler_metadata=plan, **paging, **options)
             )
