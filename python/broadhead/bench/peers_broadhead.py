@@ -69,14 +69,9 @@ class Broadhead(Peer):
 
     def decode_mla(self, case: DecodeCase, inputs: LatentInputs) -> Callable[[], Tensor]:
         paged = inputs.paged._replace(q=inputs.q_rope, k_cache=inputs.rope, v_cache=inputs.latent)
-        plan = broadhead.get_scheduler_metadata(
-            *arguments_of_mla_plan(case, paged.cache_seqlens),
-            qkv_dtype=torch.bfloat16,
-            headdim_v=case.head_dim_v,
-            page_size=case.page_size,
-            causal=True,
-            has_qv=True,
-        )
+        options: dict[str, Any] = {"qkv_dtype": torch.bfloat16, "page_size": case.page_size, "causal": True}
+        options |= {"headdim_v": case.head_dim_v, "has_qv": True}
+        plan = broadhead.get_scheduler_metadata(*arguments_of_mla_plan(case, paged.cache_seqlens), **options)
         return self._over_pages(paged, qv=inputs.q_latent, softmax_scale=inputs.softmax_scale, scheduler_metadata=plan)
 
     def append(self, case: DecodeCase, inputs: AppendInputs) -> Callable[[], Tensor]:
