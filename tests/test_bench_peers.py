@@ -192,6 +192,7 @@ def test_fa3_without_paging_gets_a_dense_latent_cache() -> None:
     prepared = task.prepare(peer)
     assert prepared.error <= accuracy.MAX_ERROR["decode-mla"]
     assert "gathered" in prepared.versions["note"]
+    assert "note" not in measure.task_of(STEP, CPU).prepare(peer).versions, "it is of that call alone"
     message = "out of memory"
     with pytest.raises(RuntimeError, match="out of memory"):
         task.prepare(peer)

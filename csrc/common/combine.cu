@@ -24,9 +24,8 @@ constexpr int kMaxSplits = 128;
 constexpr int kMostBlocks = 2048;
 // But of few rows each: in a batch of one long sequence all work is in the blocks of that one.
 constexpr int kMostRows = 8;
-// Where the rows are fewer than this several blocks share the columns of each: four for each multiprocessor of a large
-// device.
-constexpr int kFewRows = 528;
+// Where blocks are fewer than this several share the columns of a row: four for each multiprocessor of a large device.
+constexpr int kFewBlocks = 528;
 // Splits that a thread reads before it adds the first.
 constexpr int kAtOnce = 8;
 // Splits up to which a warp merges a row by itself.
@@ -250,7 +249,7 @@ int launch_split_combine(const AttnParams& params, bool is_bf16, bool dependent,
       std::clamp(rows * params.batch / kMostBlocks, 1ll, static_cast<long long>(kMostRows));
   const long long chunks = (rows + rows_per_block - 1) / rows_per_block;
   const unsigned sharing =
-      chunks * params.batch < kFewRows ? static_cast<unsigned>((params.head_dim_v + 127) / 128) : 1;
+      chunks * params.batch < kFewBlocks ? static_cast<unsigned>((params.head_dim_v + 127) / 128) : 1;
   cudaError_t status = cudaErrorInvalidValue;  // a grid beyond 31 bits
   if (rows <= 0x7fffffffLL && chunks * params.batch <= 0x7fffffffLL && params.num_splits <= kMaxSplits) {
     cudaLaunchAttribute attribute{};

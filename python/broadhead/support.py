@@ -220,7 +220,7 @@ class KernelRow(NamedTuple):
     requires: tuple[str, ...] = ()  # features without which a call is not for this kernel
     kv_dtype: str = ""  # of k and v where it is not dtype
     min_rows: int = DECODE_MAX_ROWS + 1  # of a prefill kernel: query rows from which it goes before decode kernels
-    max_rows: int = 0  # and up to which it goes before other prefill kernels; 0: any number
+    max_rows: int = 0  # and above which it comes last; 0: never. Below, the table's order decides
 
     @property
     def name(self) -> str:
@@ -384,7 +384,7 @@ def _sm90_rows() -> tuple[KernelRow, ...]:
     # Fewer keys a step waste less at the two ends of a window.
     # PERF(H200, head_dim 256, window 1024 of 16k: 80 keys a step 480 TFLOP/s, 64 530; without a window 725 and 705)
     rows = [row._replace(requires=("window",)) if row.name.endswith("_window") else row for row in rows]
-    # All queries of a latent head in one tile: the second block of a cluster would have none.
+    # All queries of a latent head in one tile: the second block of a cluster would have none. That row comes first.
     # PERF(H200, 64 x 8k, 64 heads, us: clusters of two 262, blocks alone 182)
     for name, cluster, max_rows in (("d64_v512_qv_m64", 1, 64), ("d64_v512_qv", 2, 0)):
         absorbed = [_sm90_row(name, dtype, 64, 512, AbsorbedTile(64, 64, 256, cluster)) for dtype in DTYPES]

@@ -61,10 +61,11 @@ class FlashAttention3(PackagePeer):
     distributions = ("flash_attn_3", "tokenspeed-fa3", "fa3-fwd")
 
     def __init__(self) -> None:
-        self._notes: dict[str, str] = {}
+        self._notes: dict[str, str] = {}  # of the call prepared last, until its versions are read
 
     def versions(self) -> dict[str, str]:
-        return {**super().versions(), **self._notes}
+        notes, self._notes = self._notes, {}
+        return {**super().versions(), **notes}
 
     def forward(self, case: DenseCase, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
         function = self._module.flash_attn_func
@@ -101,7 +102,6 @@ class FlashAttention3(PackagePeer):
         )
 
     def decode_mla(self, case: DecodeCase, inputs: LatentInputs) -> Callable[[], Tensor]:
-        self._notes = {}
         positional = arguments_of_mla_plan(case, inputs.paged.cache_seqlens)
         function = self._module.flash_attn_with_kvcache
         options = {"qv": inputs.q_latent, "cache_seqlens": inputs.paged.cache_seqlens, "causal": True}
