@@ -43,6 +43,7 @@ def test_case_names() -> None:
         "decode-mixed": 8,
         "decode-mtp": 20,
         "decode-fp8": 7,
+        "decode-mla": 6,
         "decode-invariant": 8,
         "cascade": 12,
         "append": 6,

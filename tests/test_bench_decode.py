@@ -24,11 +24,12 @@ def test_names() -> None:
     assert "dec B64 ctx8192 H16 Hkv2 D256 page1" in names["decode-pages"]
     assert "dec B16 q8 ctx8192 H32 Hkv4 D512 page64" in names["decode-mtp"]
     assert "dec B1 ctx65536 H16 Hkv2 D256 page64 e4m3" in names["decode-fp8"]
+    assert "dec B64 ctx8192 H16 Hkv1 D576/512 page64" in names["decode-mla"]
     assert "dec B128 ctx8192 H8 Hkv1 D128 page64 split4096" in names["decode-invariant"]
     assert "cascade B16 prefix8192+1024 H32 Hkv8 D128 page64" in names["cascade"]
     assert "append B16 ctx8192 H32 Hkv8 D128 page64" in names["append"]
     assert "dec B1 ctx1024 H32 Hkv4 D512 page64" in names["latency"]
-    assert all(summary.head_dim(name) in (128, 256, 512) for of_area in names.values() for name in of_area)
+    assert all(summary.head_dim(name) in (128, 256, 512, 576) for of_area in names.values() for name in of_area)
 
 
 def test_every_area_runs_alone_and_together(tmp_path: Path) -> None:
@@ -64,6 +65,8 @@ def test_bytes() -> None:
     assert step.pages_per_sequence == 128
     assert step._replace(seqlen_q=8).kv_bytes == step.kv_bytes
     assert step._replace(cache="e4m3").kv_bytes == step.kv_bytes / 2
+    mla = cases.DecodeCase(64, 8192, 16, 1, 576, 64, "decode-mla", head_dim_v=512)
+    assert mla.kv_bytes == 64 * 8192 * 576 * 2
     shared = cases.CascadeCase(16, 8192, 1024, 32, 8, 128, 64)
     assert shared.kv_bytes == (8192 + 16 * 1024) * 8 * 128 * 2 * 2
     assert shared.plain.kv_bytes == 16 * 9216 * 8 * 128 * 2 * 2
@@ -147,6 +150,22 @@ def test_e4m3_inputs_are_the_same_numbers() -> None:
         assert values.float().abs().max() < 448  # nothing was cut off
     assert inputs.k_descale[0, 0] != inputs.v_descale[0, 0]
     assert torch.equal(inputs.paged.q, inputs.wide.q)
+
+
+def test_latent_inputs_are_views_of_one_cache() -> None:
+    """And the same numbers as q and the cache whole, whose V is the first columns."""
+    case = STEP._replace(area="decode-mla", num_heads_kv=1, head_dim=24, head_dim_v=16)
+    (inputs,) = inputs_decode.latent_sets(case, CPU)
+    whole = inputs.paged
+    for part in (inputs.rope, inputs.latent, whole.v_cache):
+        assert part.untyped_storage().data_ptr() == whole.k_cache.untyped_storage().data_ptr()
+    assert torch.equal(torch.cat((inputs.latent, inputs.rope), dim=-1), whole.k_cache)
+    assert torch.equal(inputs.latent, whole.v_cache)
+    assert torch.equal(torch.cat((inputs.q_latent, inputs.q_rope), dim=-1), whole.q)
+    assert (inputs.q_rope.shape[-1], inputs.q_latent.shape[-1]) == (8, 16)
+    assert inputs.q_rope.is_contiguous()
+    assert inputs.q_latent.is_contiguous()
+    assert inputs.softmax_scale == 24**-0.5
 
 
 def test_append_inputs() -> None:

@@ -20,6 +20,7 @@ STEPS = {
     "decode-mixed": STEP._replace(lengths=(70, 5, 33)),
     "decode-mtp": STEP._replace(seqlen_q=4),
     "decode-fp8": STEP._replace(cache="e4m3"),
+    "decode-mla": STEP._replace(num_heads_kv=1, head_dim=24, head_dim_v=16),
     "append": STEP,
     "cascade": cases.CascadeCase(3, 48, 20, 4, 2, 16, 16),
 }
@@ -76,6 +77,41 @@ class Decode(Ragged):
         return self.attend(q, caches, k_scale, v_scale)[0]
 
 
+class LatentDecode:
+    """FlashInfer's wrapper of absorbed MLA."""
+
+    def __init__(self, workspace: Tensor, use_cuda_graph: bool, **buffers: Tensor) -> None:
+        assert workspace.dtype == torch.uint8
+        assert use_cuda_graph
+        self.buffers = buffers
+
+    def plan(self, metadata: dict[str, Tensor], **options: Any) -> None:
+        assert {name: t.shape for name, t in metadata.items()} == {name: t.shape for name, t in self.buffers.items()}
+        assert all(t.dtype == torch.int32 for t in metadata.values())
+        self.metadata, self.options = metadata, options
+
+    def run(self, query: tuple[Tensor, Tensor], kv_cache: tuple[Tensor, Tensor]) -> Tensor:
+        (q_latent, q_rope), (latent, rope) = query, kv_cache
+        options, metadata = self.options, self.metadata
+        assert q_latent.shape[1:] == (options["num_heads"], options["head_dim_ckv"])
+        assert q_rope.shape[1:] == (options["num_heads"], options["head_dim_kpe"])
+        assert latent.shape[1] == options["page_size"]
+        lengths, indptr = metadata["kv_len_arr"].tolist(), metadata["kv_indptr"].tolist()
+        queries = metadata["qo_indptr"].tolist()
+        outs = []
+        for row, length in enumerate(lengths):
+            pages = metadata["kv_indices"][indptr[row] : indptr[row + 1]].long()
+            keys, values = (cache[pages].flatten(0, 1)[None, :length, None] for cache in (rope, latent))
+            own = slice(queries[row], queries[row + 1])
+            outs.append(
+                broadhead.flash_attn_func(
+                    q_rope[None, own], keys, values, qv=q_latent[None, own], causal=options["causal"],
+                    softmax_scale=options["sm_scale"],
+                )[0]
+            )  # fmt: skip
+        return torch.cat(outs)
+
+
 class Prefill(Ragged):
     def plan(self, queries: Tensor, *pages: Any, causal: bool, **dtypes: Any) -> None:
         self.queries, self.pages, self.causal = queries, pages[:3], causal
@@ -116,12 +152,13 @@ def _flashinfer() -> peers_flashinfer.FlashInfer:
         BatchDecodeWithPagedKVCacheWrapper=Decode,
         BatchPrefillWithPagedKVCacheWrapper=Prefill,
         merge_state_in_place=_merge_state_in_place,
+        mla=SimpleNamespace(BatchMLAPagedAttentionWrapper=LatentDecode, MLAPlanMetadata=SimpleNamespace(csr=dict)),
     )
     return peer
 
 
 #: What each does not do.
-SKIPPED = {"fa3": {"cascade"}, "fa4": {"decode-fp8", "append", "cascade"}, "flashinfer": {"append"}}
+SKIPPED = {"fa3": {"cascade"}, "fa4": {"decode-fp8", "decode-mla", "append", "cascade"}, "flashinfer": {"append"}}
 
 
 @pytest.mark.parametrize("area", STEPS)
@@ -138,6 +175,29 @@ def test_adapters_compute_the_case(area: str, make: Any) -> None:
     assert prepared.error <= accuracy.MAX_ERROR[area]
     assert prepared.work == case.kv_bytes
     assert prepared.calls[0]().shape == (3, 4 if area == "decode-mtp" else 1, 4, 16)
+
+
+def test_fa3_without_paging_gets_a_dense_latent_cache() -> None:
+    """And says so; another error of it is not taken for that one."""
+    peer = _fa3()
+    task = measure.task_of(STEPS["decode-mla"]._replace(area="decode-mla"), CPU)
+    attend, message = broadhead.flash_attn_with_kvcache, "This flash attention build does not support paged KV."
+
+    def without_paging(*arguments: Any, page_table: Tensor | None = None, **options: Any) -> Any:
+        if page_table is not None:
+            raise RuntimeError(message)
+        return attend(*arguments, **options)
+
+    peer._module.flash_attn_with_kvcache = without_paging
+    prepared = task.prepare(peer)
+    assert prepared.error <= accuracy.MAX_ERROR["decode-mla"]
+    assert "gathered" in prepared.versions["note"]
+    assert "note" not in measure.task_of(STEP, CPU).prepare(peer).versions, "it is of that call alone"
+    message = "out of memory"
+    with pytest.raises(RuntimeError, match="out of memory"):
+        task.prepare(peer)
+    peer._module.flash_attn_with_kvcache = attend
+    assert "note" not in task.prepare(peer).versions
 
 
 @pytest.mark.parametrize(("make", "planned"), [(_fa3, True), (_fa4, False), (_flashinfer, True)])

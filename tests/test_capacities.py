@@ -59,6 +59,8 @@ def test_workspaces_of_gigabytes_are_refused() -> None:
             assert (-(-capacity // asked) * rows <= 4 * 2**30) == fits
             if fits:
                 check_forward("mha_fwd", args._replace(tokens_per_split=asked))
+        with pytest.raises(InvalidArgumentError, match="whose results take"):
+            check_forward("mha_fwd", args._replace(qv=args.q))
         check_forward("mha_fwd", args._replace(num_splits=1))  # nothing is cut
         check_forward("mha_fwd", args._replace(tokens_per_split=0))
     check_forward("mha_fwd", paged(2**30, seqlen_q=9, tokens_per_split=64))  # prefill

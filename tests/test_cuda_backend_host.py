@@ -173,6 +173,21 @@ def test_workspaces_of_decode(
     assert got["cell_blocks"] == cells and got["num_splits"] == (1 if tokens_per_split else num_splits)
 
 
+@pytest.mark.parametrize("heads, tokens_per_split", [(16, 0), (16, 128), (20, 0), (128, 0), (128, 128)])
+def test_workspaces_of_absorbed_decode(recorder: Recorder, heads: int, tokens_per_split: int) -> None:
+    """Of the columns of v alone. More than 32 heads are no decode: on decode rows too, they are not cut."""
+    q, qv = torch.randn(3, 1, heads, 64, dtype=torch.float16), torch.randn(3, 1, heads, 512, dtype=torch.float16)
+    k, v = torch.randn(3, 1000, 1, 64, dtype=torch.float16), torch.randn(3, 1000, 1, 512, dtype=torch.float16)
+    got, _, _ = launch(recorder, AttentionArgs(q, k, v, qv=qv, tokens_per_split=tokens_per_split))
+    assert got["kernel_id"] == "sm80_fwd_decode_d64_v512_qv_fp16"
+    if tokens_per_split:
+        size = 3 * 8 * heads * (512 + 1) if heads <= 32 else 0
+    else:
+        size = 132 * (BLOCK_PARTS + 2 * min(heads, 16) * (512 + 1))
+    assert got["scratch_size"] == size
+    assert got["cell_blocks"] == (tokens_per_split // 64 if heads <= 32 else 0)
+
+
 def test_sm_margin_bounds_the_blocks_of_decode(recorder: Recorder) -> None:
     q, k = torch.randn(3, 1, 8, 64, dtype=torch.float16), torch.randn(3, 1000, 2, 64, dtype=torch.float16)
     got, _, _ = launch(recorder, AttentionArgs(q, k, k, sm_margin=32))
@@ -199,16 +214,17 @@ def test_kernels_that_count_tiles_get_room_for_it(recorder: Recorder, splits: in
 @pytest.mark.parametrize("seqlen_q, tokens_per_split", [(8, 0), (4, 0), (8, 128), (8, 64)])
 def test_few_rows_on_either_kernel(recorder: Recorder, seqlen_q: int, tokens_per_split: int) -> None:
     """32 rows of a KV head: splits and a counter of the Hopper kernel, or the cells of a decode kernel."""
-    q, k = torch.randn(3, seqlen_q, 8, 512, dtype=torch.bfloat16), torch.randn(3, 1000, 2, 512, dtype=torch.bfloat16)
-    args = AttentionArgs(q, k, k, tokens_per_split=tokens_per_split)
+    q, qv = (torch.randn(3, seqlen_q, 8, size, dtype=torch.bfloat16) for size in (64, 512))
+    k, v = (torch.randn(3, 1000, 2, size, dtype=torch.bfloat16) for size in (64, 512))
+    args = AttentionArgs(q, k, v, qv=qv, tokens_per_split=tokens_per_split)
     got, _, _ = launch(recorder, args, build=BUILD_90A)
     rows = 3 * seqlen_q * 8
     if tokens_per_split:
-        expected, size = "sm80_fwd_decode_d512_m32_bf16", rows * -(-1000 // tokens_per_split) * (512 + 1)
+        expected, size = "sm80_fwd_decode_d64_v512_qv_bf16", rows * -(-1000 // tokens_per_split) * (512 + 1)
     elif seqlen_q == 8:
-        expected, size = "sm90_fwd_d512_bf16", rows * 4 * (512 + 1) + 1
+        expected, size = "sm90_fwd_d64_v512_qv_m64_bf16", rows * 4 * (512 + 1) + 1
     else:
-        expected, size = "sm80_fwd_decode_d512_bf16", 132 * (BLOCK_PARTS + 2 * 16 * (512 + 1))
+        expected, size = "sm80_fwd_decode_d64_v512_qv_bf16", 132 * (BLOCK_PARTS + 2 * 16 * (512 + 1))
     assert got["kernel_id"] == expected and got["scratch_size"] == size
     assert got["cell_blocks"] == tokens_per_split // 64 and got["pack_gqa"] == 1
     assert got["num_splits"] == (1 if tokens_per_split else 4 if seqlen_q == 8 else 0)

@@ -23,13 +23,14 @@ HEAD_DIMS = (8, 64, 72, 96, 128, 136, 192, 256, 264, 512)
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize("seqlen_q, phase", [(1, "decode"), (4, "decode"), (8, ""), (9, "prefill"), (4096, "prefill")])
+@pytest.mark.parametrize(
+    "seqlen_q, phase", [(1, "decode"), (4, "decode"), (8, "decode"), (9, "prefill"), (4096, "prefill")]
+)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_smallest_bucket_of_the_phase(head_dim: int, seqlen_q: int, phase: str, dtype: str, capability: tuple) -> None:
     """Every known capability has a row for every head_dim, in the phase that suits the query rows (group 4)."""
     plan = resolve(problem(head_dim=head_dim, seqlen_q=seqlen_q, dtype=dtype), hypothetical(capability), FULL)
     assert plan.row is not None, plan.reason
-    phase = phase or ("prefill" if capability == (9, 0) and head_dim > 256 else "decode")  # 17 to 32 rows
     fitting = [
         r
         for r in ROWS
@@ -84,10 +85,12 @@ def test_every_row_is_reached() -> None:
         ]
     plans = [resolve(x, hypothetical(c), FULL) for x, c in itertools.product(asked, CAPABILITIES)]
     assert all(plan.row is not None for plan in plans)
-    special = [problem(head_dim=64, head_dim_v=512, dtype=t, features=("lse", "qv")) for t in ("bf16", "fp16")]
+    absorbed = {"head_dim": 64, "head_dim_v": 512, "features": ("lse", "qv")}
+    special = [problem(seqlen_q=sq, dtype=t, **absorbed) for sq in queries for t in ("bf16", "fp16")]
     window = {"window_left": 100, "features": ("lse", "window")}
     special += [problem(head_dim=256, dtype=t, **window) for t in ("bf16", "fp16")]
-    plans += [resolve(x, h200(), FULL) for x in special]
+    capabilities = ((8, 0), (9, 0), (12, 0))
+    plans += [resolve(x, hypothetical(c), FULL) for x, c in itertools.product(special, capabilities)]
     assert {plan.row.id for plan in plans if plan.row is not None} == {row.id for row in ROWS}
 
 

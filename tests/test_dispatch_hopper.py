@@ -9,7 +9,7 @@ import pytest
 import torch
 from broadhead.device import hypothetical
 from broadhead.dispatch import resolve
-from broadhead.support import CAPABILITIES, ROWS
+from broadhead.support import CAPABILITIES, ROWS, SMEM_163KB, SMEM_227KB, SMEM_BY_CAPABILITY
 from described import ALL_ARCHS, CAUSAL, FULL, build_of, h200, problem, schedule, without_family
 
 
@@ -144,20 +144,52 @@ def test_8_bit_rows(head_dim: int, head_dim_v: int, row: str, features: tuple[st
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("head_dim, head_dim_v", [(64, 512), (8, 8), (64, 64), (64, 256), (40, 264)])
 def test_calls_with_qv_have_a_row_of_their_own(head_dim: int, head_dim_v: int, dtype: str) -> None:
-    """Whatever head dims it pads, and in decode too; no call without qv runs there."""
-    row_id = f"sm90_fwd_d64_v512_qv_{dtype}"
-    for seqlen_q in (1, 1024):
+    """Whatever head dims it pads; no call without qv runs there."""
+    for seqlen_q, row_id in (
+        (16, f"sm90_fwd_d64_v512_qv_m64_{dtype}"),
+        (17, f"sm90_fwd_d64_v512_qv_{dtype}"),
+        (1024, f"sm90_fwd_d64_v512_qv_{dtype}"),
+    ):
         asked = problem(head_dim=head_dim, head_dim_v=head_dim_v, seqlen_q=seqlen_q, dtype=dtype)
         plan = resolve(asked._replace(features=QV["features"]), h200(), FULL)
         assert plan.row is not None and plan.row.id == row_id
         plain = resolve(asked, h200(), FULL)
         assert plain.row is not None and plain.row.id != row_id
         assert {r.row_id: r.reason for r in plain.refusals}[row_id] == "needs qv"
-        other = resolve(asked._replace(features=QV["features"]), hypothetical((8, 0)), FULL)
-        assert other.row is None and f"no CUDA kernel for {dtype} with qv on compute capability 8.0" in other.reason
-    # Where it is missing no other kernel takes its place.
-    plan = resolve(problem(dtype=dtype, **QV), h200(), build_of(*ALL_ARCHS, without=(row_id,)))
+    # Where it is missing the decode kernels take its place, and no kernel without qv does.
+    asked = problem(dtype=dtype, **QV)
+    plan = resolve(asked, h200(), without_family("sm90"))
+    assert plan.row is not None and plan.row.id == f"sm80_fwd_decode_d64_v512_qv_{dtype}"
+    assert f"kernel {row_id} is left out" in plan.reason
+    absorbed = tuple(row.id for row in ROWS if "qv" in row.requires)
+    plan = resolve(asked, h200(), build_of(*ALL_ARCHS, without=absorbed))
     assert plan.row is None and plan.left_out and f"kernel {row_id} is left out" in plan.reason
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("seqlen_q, heads", [(1, 1), (1, 16), (2, 16), (1, 17), (4, 8), (1, 64), (1, 128), (9, 64)])
+def test_decode_rows_with_qv(seqlen_q: int, heads: int, dtype: str, capability: tuple[int, int]) -> None:
+    """On every capability; more rows than a tile only where no Hopper kernel is for them. All heads share a tile."""
+    dims = {**QV, "seqlen_q": seqlen_q, "num_heads_q": heads, "num_heads_kv": 1, "dtype": dtype, "seqlen_k": 10**5}
+    smem = SMEM_BY_CAPABILITY[capability]
+    size = "" if smem == SMEM_227KB else "_smem163" if smem == SMEM_163KB else "_smem99"
+    for changes in (
+        {}, {"has_metadata": True}, {"tokens_per_split": 512}, {"features": ("gqa", "lse", "paged", "qv", "seqused")},
+        {"head_dim": 8, "head_dim_v": 16},
+    ):  # fmt: skip
+        plan = resolve(problem(**{**dims, **changes}), hypothetical(capability), FULL)
+        assert plan.row is not None and plan.schedule is not None
+        rows, unplanned = seqlen_q * heads, "tokens_per_split" in changes or "features" in changes
+        if capability == (9, 0) and (rows > 32 or (rows > 16 and not unplanned)):
+            assert plan.row.id == f"sm90_fwd_d64_v512_qv{'' if rows > 64 else '_m64'}_{dtype}"
+            continue
+        assert plan.row.id == f"sm80_fwd_decode_d64_v512_qv{size}_{dtype}" and plan.row.tile.tile_m == 16
+        assert plan.schedule.rows_per_token == heads and plan.schedule.heads_in_grid == 1
+        is_cut = "tokens_per_split" in changes and seqlen_q * heads <= 32
+        assert plan.schedule.tokens_per_split == (512 if is_cut else 0)
+    other = resolve(problem(**{**dims, "features": ("gqa", "lse")}), hypothetical(capability), FULL)
+    assert other.row is not None and "qv" not in other.row.features
 
 
 def test_explain_knows_descale_and_qv() -> None:
@@ -174,7 +206,9 @@ def test_explain_knows_descale_and_qv() -> None:
         q = torch.zeros(2, seqlen_q, 4, 64).to(torch.float8_e4m3fn)
         assert f"kernel {row}: " in broadhead.explain(q, k, k, descale=True, device=h200(), build=FULL)
     text = broadhead.explain(head_dim=64, head_dim_v=512, qv=True, device=(9, 0), build=FULL)
-    assert "kernel sm90_fwd_d64_v512_qv_bf16" in text
+    assert "kernel sm80_fwd_decode_d64_v512_qv_bf16" in text
+    text = broadhead.explain(head_dim=64, head_dim_v=512, qv=True, seqlen_q=64, device=(9, 0), build=FULL)
+    assert "kernel sm90_fwd_d64_v512_qv_m64_bf16" in text
     text = broadhead.explain(head_dim=64, head_dim_v=512, seqlen_q=64, device=(9, 0), build=FULL)
     assert "kernel sm90_fwd_d512_bf16" in text and "refused: sm90_fwd_d64_v512_qv_bf16: needs qv" in text
 
@@ -194,7 +228,7 @@ def test_hopper_tiles_hold_whole_tokens_or_a_whole_part_of_one(
     if row.phase == "decode":
         return
     assert row.family == "sm90"
-    tile_m, cluster = row.tile.tile_m, row.template.cluster
+    tile_m, cluster = row.tile.tile_m, row.cluster
     cut = group % tile_m == 0
     packable = group > 1 and (group <= tile_m or cut)
     assert plan.pack_gqa == (packable and (bool(pack_gqa) or seqlen_q < tile_m * cluster))

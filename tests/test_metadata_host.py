@@ -105,8 +105,9 @@ FP8 = torch.float8_e4m3fn
         (FP8, (64, 64), ("descale", "prefill"), "sm90_fwd_d64_e4m3"),
         (FP8, (192, 128), ("prefill",), "sm90_fwd_d192_v128_e4m3"),
         (FP8, (256, 256), ("descale", "prefill"), "sm90_fwd_d256_e4m3"),
-        (BF16, (64, 512), ("qv",), "sm90_fwd_d64_v512_qv_bf16"),
-        (BF16, (64, 64), ("qv",), "sm90_fwd_d64_v512_qv_bf16"),
+        (BF16, (64, 512), ("qv",), "sm80_fwd_decode_d64_v512_qv_bf16"),
+        (BF16, (64, 64), ("qv",), "sm80_fwd_decode_d64_v512_qv_bf16"),
+        (BF16, (64, 512), ("qv", "prefill"), "sm90_fwd_d64_v512_qv_bf16"),
         (BF16, (64, 512), (), "sm80_fwd_decode_d512_bf16"),
     ],
 )
@@ -120,7 +121,7 @@ def test_e4m3_and_qv_have_one_plan(
     k, v = torch.zeros(32, 16, 2, head_dim).to(dtype), torch.zeros(32, 16, 2, head_dim_v).to(dtype)
     args = paged_call(q=q, k=k, v=v, scheduler_metadata=torch.zeros(17, dtype=torch.int32))
     if "qv" in extras:
-        args = args._replace(qv=torch.zeros(2, 1, 8, head_dim_v, dtype=dtype))
+        args = args._replace(qv=torch.zeros(2, seqlen_q, 8, head_dim_v, dtype=dtype))
     if "descale" in extras:
         args = args._replace(q_descale=torch.ones(2, 2), v_descale=torch.ones(1, 1).expand(2, 2))
     forward = resolve(check_forward("mha_fwd", args).problem, H200, BUILD)

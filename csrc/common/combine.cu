@@ -24,6 +24,10 @@ constexpr int kMaxSplits = 128;
 constexpr int kMostBlocks = 2048;
 // But of few rows each: in a batch of one long sequence all work is in the blocks of that one.
 constexpr int kMostRows = 8;
+// Where blocks are fewer than this several share the columns of a row: four for each multiprocessor of a large device.
+constexpr int kFewBlocks = 528;
+// Splits that a thread reads before it adds the first.
+constexpr int kAtOnce = 8;
 // Splits up to which a warp merges a row by itself.
 constexpr int kWarpSplits = 8;
 
@@ -51,11 +55,17 @@ struct CombineShared {
   float4 partial[kWarps][32];
 };
 
-// One block merges one row of one head. `lse_of(s)` and `out_of(s)` give the partials; `sink` is -inf when there is
-// none.
+// The columns that a block merges: every step-th 128 from the first on.
+struct CombineColumns {
+  int first;
+  int step;
+};
+
+// One block merges columns of one row of one head. `lse_of(s)` and `out_of(s)` give the partials; `sink` is -inf when
+// there is none.
 template <class Element, class LseOf, class OutOf>
-BROADHEAD_DEVICE void combine_row(CombineShared& smem, int splits, int head_dim_v, float sink, LseOf lse_of,
-                                  OutOf out_of, Element* out, float* lse_out) {
+BROADHEAD_DEVICE void combine_row(CombineShared& smem, int splits, CombineColumns columns, int head_dim_v, float sink,
+                                  LseOf lse_of, OutOf out_of, Element* out, float* lse_out) {
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   if (warp == 0) {
@@ -77,19 +87,28 @@ BROADHEAD_DEVICE void combine_row(CombineShared& smem, int splits, int head_dim_
     if (lane == 0 && lse_out != nullptr) *lse_out = empty ? -INFINITY : reference + logf(sum);
   }
   __syncthreads();
-  for (int col0 = 0; col0 < head_dim_v; col0 += 128) {
+  for (int col0 = columns.first; col0 < head_dim_v; col0 += columns.step) {
     const int col = col0 + lane * 4;
     float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
     if (col < head_dim_v) {
-#pragma unroll 4
-      for (int s = warp; s < splits; s += kWarps) {
-        const float weight = smem.weight[s];
-        if (weight == 0.f) continue;  // an empty share's output was never written
-        const float4 x = *reinterpret_cast<const float4*>(out_of(s) + col);
-        sum.x += weight * x.x;
-        sum.y += weight * x.y;
-        sum.z += weight * x.z;
-        sum.w += weight * x.w;
+      for (int first = warp; first < splits; first += kWarps * kAtOnce) {
+        float weight[kAtOnce];
+        float4 x[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          const int s = first + i * kWarps;
+          weight[i] = s < splits ? smem.weight[s] : 0.f;
+          x[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+          // An empty share's output was never written.
+          if (weight[i] != 0.f) x[i] = *reinterpret_cast<const float4*>(out_of(s) + col);
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          sum.x += weight[i] * x[i].x;
+          sum.y += weight[i] * x[i].y;
+          sum.z += weight[i] * x[i].z;
+          sum.w += weight[i] * x[i].w;
+        }
       }
     }
     smem.partial[warp][lane] = sum;
@@ -110,8 +129,8 @@ BROADHEAD_DEVICE void combine_row(CombineShared& smem, int splits, int head_dim_
 
 // One warp merges one row, of at most kWarpSplits parts.
 template <class Element, class LseOf, class OutOf>
-BROADHEAD_DEVICE void combine_row_in_warp(int splits, int head_dim_v, float sink, LseOf lse_of, OutOf out_of,
-                                          Element* out, float* lse_out) {
+BROADHEAD_DEVICE void combine_row_in_warp(int splits, CombineColumns columns, int head_dim_v, float sink, LseOf lse_of,
+                                          OutOf out_of, Element* out, float* lse_out) {
   const int lane = threadIdx.x % 32;
   const float lse = lane < splits ? lse_of(lane) : -INFINITY;
   const float largest = warp_max(lse);
@@ -122,7 +141,7 @@ BROADHEAD_DEVICE void combine_row_in_warp(int splits, int head_dim_v, float sink
   if (!empty && sink != -INFINITY) sum += expf(sink - reference);
   weight *= empty ? 0.f : 1.f / sum;
   if (lane == 0 && lse_out != nullptr) *lse_out = empty ? -INFINITY : reference + logf(sum);
-  for (int col0 = 0; col0 < head_dim_v; col0 += 128) {
+  for (int col0 = columns.first; col0 < head_dim_v; col0 += columns.step) {
     const int col = col0 + lane * 4;
     float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
@@ -143,7 +162,8 @@ BROADHEAD_DEVICE void combine_row_in_warp(int splits, int head_dim_v, float sink
 BROADHEAD_DEVICE float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 BROADHEAD_DEVICE float to_float(__half x) { return __half2float(x); }
 
-// Block b merges rows (token, head) [c * rows_per_block, (c + 1) * rows_per_block) of a sequence, for c = b % chunks.
+// Block b merges rows (token, head) [c * rows_per_block, (c + 1) * rows_per_block) of a sequence, for c = b % chunks;
+// the blocks of y share the columns.
 template <class Element>
 __global__ void __launch_bounds__(32 * kWarps)
     split_combine_kernel(const __grid_constant__ AttnParams params, int chunks, int rows_per_block) {
@@ -157,6 +177,7 @@ __global__ void __launch_bounds__(32 * kWarps)
   const int seqlen_q = min_int(seqlen.seqlen_q, params.seqlen_q);
   const int end_row = min_int(first_row + rows_per_block, seqlen_q * params.num_heads_q);
   const std::int64_t split_stride = params.num_heads_q * params.total_q;
+  const CombineColumns columns{static_cast<int>(blockIdx.y) * 128, static_cast<int>(gridDim.y) * 128};
   const auto merge = [&](int query, const auto& merge_row) {
     const int token = query / params.num_heads_q;
     const int head = query - token * params.num_heads_q;
@@ -172,20 +193,21 @@ __global__ void __launch_bounds__(32 * kWarps)
         [&](int s) { return params.out_partial + (s * split_stride + first) * params.head_dim_v; },
         static_cast<Element*>(params.out) + seqlen.batch_q * params.out_strides.batch +
             (seqlen.row_q + token) * params.out_strides.row + head * params.out_strides.head,
-        params.softmax_lse ? params.softmax_lse + seqlen.batch_q * params.lse_batch_stride +
-                                 head * params.lse_head_stride + seqlen.row_q + token
-                           : nullptr);
+        params.softmax_lse != nullptr && blockIdx.y == 0
+            ? params.softmax_lse + seqlen.batch_q * params.lse_batch_stride + head * params.lse_head_stride +
+                  seqlen.row_q + token
+            : nullptr);
   };
   if (splits <= kWarpSplits) {
     for (int query = first_row + static_cast<int>(threadIdx.x) / 32; query < end_row; query += kWarps) {
       merge(query, [&](float sink, auto lse_of, auto out_of, Element* out, float* lse) {
-        combine_row_in_warp(splits, params.head_dim_v, sink, lse_of, out_of, out, lse);
+        combine_row_in_warp(splits, columns, params.head_dim_v, sink, lse_of, out_of, out, lse);
       });
     }
   } else {
     for (int query = first_row; query < end_row; ++query) {
       merge(query, [&](float sink, auto lse_of, auto out_of, Element* out, float* lse) {
-        combine_row(smem, splits, params.head_dim_v, sink, lse_of, out_of, out, lse);
+        combine_row(smem, splits, columns, params.head_dim_v, sink, lse_of, out_of, out, lse);
       });
     }
   }
@@ -197,7 +219,7 @@ __global__ void __launch_bounds__(32 * kWarps) combine_kernel(const __grid_const
   const std::int64_t row = blockIdx.x;
   const int head = blockIdx.y;
   combine_row(
-      smem, params.num_splits, params.head_dim_v, -INFINITY,
+      smem, params.num_splits, {0, 128}, params.head_dim_v, -INFINITY,
       [&](int s) {
         return params.lse_partial[s * params.lse_partial_split_stride + row * params.lse_partial_row_stride +
                                   head * params.lse_partial_head_stride];
@@ -226,11 +248,13 @@ int launch_split_combine(const AttnParams& params, bool is_bf16, bool dependent,
   const long long rows_per_block =
       std::clamp(rows * params.batch / kMostBlocks, 1ll, static_cast<long long>(kMostRows));
   const long long chunks = (rows + rows_per_block - 1) / rows_per_block;
+  const unsigned sharing =
+      chunks * params.batch < kFewBlocks ? static_cast<unsigned>((params.head_dim_v + 127) / 128) : 1;
   cudaError_t status = cudaErrorInvalidValue;  // a grid beyond 31 bits
   if (rows <= 0x7fffffffLL && chunks * params.batch <= 0x7fffffffLL && params.num_splits <= kMaxSplits) {
     cudaLaunchAttribute attribute{};
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(chunks * params.batch));
+    config.gridDim = dim3(static_cast<unsigned>(chunks * params.batch), sharing);
     config.blockDim = dim3(32 * kWarps);
     config.stream = stream;
     config.attrs = &attribute;

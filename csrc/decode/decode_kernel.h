@@ -34,7 +34,7 @@ BROADHEAD_DEVICE void add_scores(float (&s)[Traits::kMmaM][Traits::kMmaN][4], ty
       BROADHEAD_UNROLL
       for (int c = 0; c < Traits::kColGroups; ++c) {
         const float4 x = reinterpret_cast<const float4*>(
-            smem.scores[buffer][c * Traits::kKeyGroups + group])[(m * Traits::kMmaN + n) * 32 + lane];
+            smem.scores[buffer][Traits::warp_of(group, c)])[(m * Traits::kMmaN + n) * 32 + lane];
         sum.x += x.x;
         sum.y += x.y;
         sum.z += x.z;
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   auto& smem = *reinterpret_cast<typename Traits::SharedStorage*>(smem_bytes);
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
-  const int group = warp % Traits::kKeyGroups;
+  const int group = Traits::key_group(warp);
 
   launch_dependents();  // the combine may take its place; it waits for the end of this grid
   prefetch_inputs(params);
@@ -80,10 +80,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   make_plan<Traits>(params, smem);
   QueueState queue;
   Loader<Traits> loader(params, smem);
-  constexpr int kBlocksAhead = Traits::kStages / 2;
   const std::uint32_t ring = kept(smem_address(smem.ring[warp]));
   const std::uint32_t k_lane = kept(k_lane_offset<Traits>(lane));
   const std::uint32_t v_lane = kept(v_lane_offset<Traits>(lane));
+  std::uint32_t beside_lane = 0;
+  if constexpr (Traits::kWithQv) beside_lane = beside_lane_offset<Traits>(lane);
   int read = 0;  // offset of the stage whose turn it is
   // `others`: as many slices as usual are on their way besides the next; else all are waited for.
   const auto next_stage = [&](bool others) {
@@ -114,7 +115,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
       if (queue.found == queue.taken) break;
       if (QTile<Traits>::kInRegisters && wanted == 1 && !q_is_read) q_tile.read(params, item);
 #pragma unroll 1
-      while (loader.ahead() < kBlocksAhead && loader.issue_k(queue.found)) loader.issue_v();
+      while (loader.ahead() < Traits::kBlocksAhead && loader.issue_k(queue.found)) loader.issue_v();
     }
     if (queue.found == queue.taken) break;
     __syncthreads();  // nobody reads the tile before any more
@@ -131,11 +132,19 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     }
     if (Traits::k8Bit && threadIdx.x == 0) smem.tile.scale.divide(q_scale);
     __syncthreads();
-    const std::uint32_t q = kept(q_lane_address<Traits>(smem, warp / Traits::kKeyGroups * Traits::kCols, lane));
+    const std::uint32_t q = kept(q_lane_address<Traits>(smem, Traits::col_group(warp) * Traits::kCols, lane));
+    std::uint32_t q_beside = 0;
+    if constexpr (Traits::kWithQv) {
+      q_beside = q_lane_address<Traits>(smem, Traits::kHeadDim + Traits::col_group(warp) * Traits::kBesideCols, lane);
+    }
     QFragments<Traits> q_registers;
     if constexpr (Traits::kQInRegisters) {
       BROADHEAD_UNROLL
       for (int step = 0; step < Traits::kSteps; ++step) load_q_fragment<Traits>(q_registers[step], q, step);
+      BROADHEAD_UNROLL
+      for (int step = 0; step < Traits::kBesideSteps; ++step) {
+        load_q_fragment<Traits>(q_registers[Traits::kSteps + step], q_beside, step);
+      }
     }
     // O of 32 rows leaves no registers for these: they are read where they are needed.
     const std::conditional_t<Traits::kMmaM == 1, float, float&> scale_log2 = smem.tile.scale.scale_log2;
@@ -147,10 +156,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     const BlockRange range = item.range;
     for (int block = range.begin + group; block < range.end; block += Traits::kKeyGroups) {
       float s[Traits::kMmaM][Traits::kMmaN][4];
-      const bool full = loader.ahead() == kBlocksAhead;
-      const std::uint32_t k = next_stage(full);
+      const bool full = loader.ahead() == Traits::kBlocksAhead;
+      const std::uint32_t first = next_stage(full);
       const bool issued = loader.issue_k(queue.found);
-      qk_gemm<Traits>(s, q_registers, q, k + k_lane);
+      clear_scores<Traits>(s);
+      if constexpr (Traits::kWithQv) qk_gemm_beside<Traits>(s, q_registers, q_beside, first + beside_lane);
+      qk_gemm<Traits>(s, q_registers, q, first + k_lane);
       if constexpr (Traits::kColGroups > 1) {
         add_scores<Traits>(s, smem, buffer, group, warp, lane);
         if constexpr (Traits::kScoreBuffers == 2)
@@ -186,8 +197,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
         }
       }
       softmax.template exponentiate<0, Traits::kMmaN>(s, scale_log2, [](float x) { return exp2_approx(x); });
-      const std::uint32_t v = next_stage(full && issued);
-      if (issued) loader.issue_v();
+      std::uint32_t v = first;
+      if constexpr (!Traits::kWithQv) {
+        v = next_stage(full && issued);
+        if (issued) loader.issue_v();
+      }
       pv_gemm<Traits>(o, s, v + v_lane);
       loader.block_done();
     }

@@ -47,28 +47,58 @@ BROADHEAD_DEVICE std::uint32_t q_lane_address(const typename Traits::SharedStora
 }
 
 template <class Traits>
-using QFragments = std::uint32_t[Traits::kQInRegisters ? Traits::kSteps : 1][Traits::kMmaM][4];
+using QFragments = std::uint32_t[Traits::kQInRegisters ? Traits::kSteps + Traits::kBesideSteps : 1][Traits::kMmaM][4];
 
 // What a lane adds to the address of a slice: for the B fragments of K, two units of 16 keys, and of V (transposed).
 template <class Traits>
 BROADHEAD_DEVICE std::uint32_t k_lane_offset(int lane) {
   return slice_offset<Traits>((lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1);
 }
+// Of K beside V.
+template <class Traits>
+BROADHEAD_DEVICE std::uint32_t beside_lane_offset(int lane) {
+  return beside_offset<Traits>((lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1);
+}
 template <class Traits>
 BROADHEAD_DEVICE std::uint32_t v_lane_offset(int lane) {
   return slice_offset<Traits>(lane & 15, lane >> 4);
 }
 
-// S = Q K^T over the warp's columns of a slice of K; `k` is the lane's address.
 template <class Traits>
-BROADHEAD_DEVICE void qk_gemm(float (&s)[Traits::kMmaM][Traits::kMmaN][4], const QFragments<Traits>& q_registers,
-                              std::uint32_t q, std::uint32_t k) {
-  using Element = typename Traits::Element;
+BROADHEAD_DEVICE void clear_scores(float (&s)[Traits::kMmaM][Traits::kMmaN][4]) {
   BROADHEAD_UNROLL
   for (int m = 0; m < Traits::kMmaM; ++m) {
     BROADHEAD_UNROLL
     for (int n = 0; n < Traits::kMmaN; ++n) s[m][n][0] = s[m][n][1] = s[m][n][2] = s[m][n][3] = 0.f;
   }
+}
+
+// S += q K^T over the warp's share of the columns of K, which lies beside a slice of V.
+template <class Traits>
+BROADHEAD_DEVICE void qk_gemm_beside(float (&s)[Traits::kMmaM][Traits::kMmaN][4], const QFragments<Traits>& q_registers,
+                                     std::uint32_t q, std::uint32_t k) {
+  using Element = typename Traits::Element;
+  static_assert(Traits::kBesideSteps == 1);
+  std::uint32_t loaded[Traits::kMmaM][4];
+  if constexpr (!Traits::kQInRegisters) load_q_fragment<Traits>(loaded, q, 0);
+  const auto& a = Traits::kQInRegisters ? q_registers[Traits::kQInRegisters ? Traits::kSteps : 0] : loaded;
+  BROADHEAD_UNROLL
+  for (int pair = 0; pair < Traits::kMmaN / 2; ++pair) {
+    std::uint32_t b[4];
+    ldmatrix_x4(b, k + pair * (16 * Traits::kBesideBytes));
+    BROADHEAD_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      BROADHEAD_UNROLL
+      for (int m = 0; m < Traits::kMmaM; ++m) mma<Element>(s[m][2 * pair + half], a[m], b[2 * half], b[2 * half + 1]);
+    }
+  }
+}
+
+// S += Q K^T over the warp's columns of a slice of K; `k` is the lane's address. With qv S += qv V^T of a slice of V.
+template <class Traits>
+BROADHEAD_DEVICE void qk_gemm(float (&s)[Traits::kMmaM][Traits::kMmaN][4], const QFragments<Traits>& q_registers,
+                              std::uint32_t q, std::uint32_t k) {
+  using Element = typename Traits::Element;
   // One load brings 16 keys x two units of 16 bytes: one step of 16-bit K, two of 8-bit K.
   constexpr int kStepsPerLoad = Traits::k8Bit ? 2 : 1;
   BROADHEAD_UNROLL

@@ -143,7 +143,7 @@ int launch_decode(const char* kernel_id, const AttnParams& params, cudaStream_t 
   }
   const DeviceLimits limits = known[device % kMaxDevices];
 
-  if (params.head_dim > Traits::kHeadDim || params.head_dim_v > Traits::kHeadDim) {
+  if (params.head_dim > Traits::kHeadDimK || params.head_dim_v > Traits::kHeadDim) {
     return fail("head_dim", cudaErrorInvalidValue);
   }
   DecodeParams line = make_decode_params(params, Traits::kTileCost);
@@ -151,6 +151,10 @@ int launch_decode(const char* kernel_id, const AttnParams& params, cudaStream_t 
   const long long m_blocks = (rows + Traits::kTileM - 1) / Traits::kTileM;
   const long long tiles = m_blocks * line.heads_in_grid * params.batch;
   if (tiles == 0) return 0;
+  // Packed q without a token has no address; keys that all sequences share come without qv.
+  if (Traits::kWithQv && ((params.qv == nullptr && params.total_q > 0) || params.shared_seqlen_k > 0)) {
+    return fail("qv", cudaErrorInvalidValue);
+  }
   if (rows > 0x7fffff00LL || tiles > 0x7fffffffLL) return fail("grid", cudaErrorInvalidValue);
   const int blocks = params.max_blocks > 0 ? std::min(params.max_blocks, limits.blocks) : limits.blocks;
 

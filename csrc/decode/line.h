@@ -209,7 +209,7 @@ struct LineCursor {
   // Stands on a position of the sequence.
   BROADHEAD_HOST_DEVICE void stand_on(long long position) {
     const int cost = tile_cost + key_blocks(work);
-    // Only 8-bit prefill has sequences of more positions than an int: a 64-bit division costs a hundred instructions.
+    // Only prefill has sequences of more positions than an int: a 64-bit division costs a hundred instructions.
     tile = position <= 0x7fffffff ? static_cast<int>(position) / cost : static_cast<int>(position / cost);
     within = static_cast<int>(position - static_cast<long long>(tile) * cost);
     offset = 0;

@@ -31,18 +31,24 @@ class Loader {
         k_cols_(kept(params.head_dim - first_col())),
         v_cols_(kept(params.head_dim_v - first_col())) {}
 
-  // Copies the slice of K of the next key block, as one cp.async group of every lane; false when no block is known.
-  // Items up to `found` are. A slice of V, of the same block, must follow.
+  // Copies the slice of K of the next key block, with qv also that of V, as one cp.async group of every lane; false
+  // when no block is known. Items up to `found` are. Without qv a slice of V, of the same block, must follow.
   BROADHEAD_DEVICE bool issue_k(int found) {
     if (__builtin_expect(block_ >= block_end_, 0) && !find_block(found)) return false;
     resolve_block();
-    copy(k_row_, params_.k_strides.row, k_cols_);
+    if constexpr (Traits::kWithQv) {
+      copy(v_row_, params_.v_strides.row, v_cols_);
+      copy_beside();
+    } else {
+      copy(k_row_, params_.k_strides.row, k_cols_);
+    }
     advance();
     ++ahead_;
     return true;
   }
 
   BROADHEAD_DEVICE void issue_v() {
+    if constexpr (Traits::kWithQv) return;
     copy(v_row_, params_.v_strides.row, v_cols_);
     advance();
   }
@@ -58,15 +64,14 @@ class Loader {
   static constexpr int kSubtiles = Traits::kSliceBytes / Traits::kSubtileBytes;
   static constexpr int kUnitElements = 16 / static_cast<int>(sizeof(KvElement));
   static constexpr int kSubtileElements = kLanesPerRow * kUnitElements;
+  static constexpr int kRowsBeside = 16;  // of K that the lanes copy at a time, two lanes a row
 
   BROADHEAD_DEVICE static int lane() { return threadIdx.x % 32; }
   BROADHEAD_DEVICE static int warp() { return threadIdx.x / 32; }
-  BROADHEAD_DEVICE static int key_group() { return warp() % Traits::kKeyGroups; }
+  BROADHEAD_DEVICE static int key_group() { return Traits::key_group(warp()); }
   BROADHEAD_DEVICE static int unit() { return lane() % kLanesPerRow; }
   BROADHEAD_DEVICE static int first_row() { return lane() / kLanesPerRow; }
-  BROADHEAD_DEVICE static int first_col() {
-    return warp() / Traits::kKeyGroups * Traits::kCols + unit() * kUnitElements;
-  }
+  BROADHEAD_DEVICE static int first_col() { return Traits::col_group(warp()) * Traits::kCols + unit() * kUnitElements; }
   BROADHEAD_DEVICE const CopySource<KvElement>& source() const { return smem_.source[warp()]; }
 
   BROADHEAD_DEVICE void advance() {
@@ -206,14 +211,34 @@ class Loader {
     }
   }
 
+  // The warp's share of K into the rows beside a slice of V.
+  BROADHEAD_DEVICE void copy_beside() const {
+    const int row = lane() / 2;
+    const int col = Traits::col_group(warp()) * Traits::kBesideCols + lane() % 2 * kUnitElements;
+    // target_ is that of the lane's first copy of V.
+    const std::uint32_t stage = target_ - slice_offset<Traits>(first_row(), unit());
+    const bool in_columns = col < params_.head_dim;
+    BROADHEAD_UNROLL
+    for (int i = 0; i < Traits::kKeys; i += kRowsBeside) {
+      const std::uint32_t target = stage + beside_offset<Traits>(row, lane() % 2) + i * Traits::kBesideBytes;
+      if (__builtin_expect(even_, 1)) {
+        cp_async_16(target, k_row_ + col + (i + row) * params_.k_strides.row, in_columns);
+      } else {
+        const long long address = __shfl_sync(0xffffffffu, reinterpret_cast<long long>(k_row_), i + row);
+        const bool live = ((alive_ >> (i + row)) & 1) != 0;
+        cp_async_16(target, reinterpret_cast<const KvElement*>(address) + col, live && in_columns);
+      }
+    }
+  }
+
   const DecodeParams& params_;
   typename Traits::SharedStorage& smem_;
   PageSize page_size_;
-  std::uint32_t target_;       // of the lane's first copy in the stage to fill
+  std::uint32_t target_;  // of the lane's first copy in the stage to fill
   std::uint32_t end_of_ring_;  // of the stage behind the last
   int k_cols_;  // columns of K that the call has from the lane's first on
   int v_cols_;
-  int block_ = 0;      // the next key block of this warp
+  int block_ = 0;  // the next key block of this warp
   int block_end_ = 0;  // of the item
   int even_begin_ = 0;  // key blocks whose keys are all alive, at equal distances
   int even_end_ = 0;

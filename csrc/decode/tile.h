@@ -52,8 +52,8 @@ BROADHEAD_DEVICE void set_row(const DecodeParams& params, const Workspace& works
   }
 }
 
-// Where a row of the item's tile lies in q, in elements; -1: past the sequence.
-template <class Traits>
+// Where a row of the item's tile lies in q, or kQv: in qv, in elements; -1: past the sequence.
+template <class Traits, bool kQv>
 BROADHEAD_DEVICE std::int64_t q_row_offset(const DecodeParams& params, const LineItem& item, int tile_row) {
   const SeqlenInfo& seqlen = item.seqlen;
   const int per_token = params.rows_per_token;
@@ -61,31 +61,39 @@ BROADHEAD_DEVICE std::int64_t q_row_offset(const DecodeParams& params, const Lin
   if (row >= sequence_rows(params, seqlen, item.batch)) return -1;
   const int token = per_token == 1 ? row : seqlen.seqlen_q == 1 ? 0 : row / per_token;
   const int head = item.head * per_token + row - token * per_token;
-  return seqlen.batch_q * params.q_strides.batch + (seqlen.row_q + token) * params.q_strides.row +
-         head * params.q_strides.head;
+  const TensorStrides& strides = kQv ? params.qv_strides : params.q_strides;
+  return seqlen.batch_q * strides.batch + (seqlen.row_q + token) * strides.row + head * strides.head;
 }
 
-// Asks the L2 for the item's query rows: when their turn comes, the memory is busy with K and V. Each warp a share.
+// Asks the L2 for the item's rows of q, or kQv: of qv.
+template <class Traits, bool kQv>
+BROADHEAD_DEVICE void prefetch_rows(const DecodeParams& params, const LineItem& item) {
+  constexpr int kLineElements = 64;
+  constexpr int kLines = (kQv ? Traits::kHeadDim : Traits::kHeadDimK) / kLineElements;
+  for (int index = threadIdx.x; index < Traits::kTileM * kLines; index += Traits::kThreads) {
+    const std::int64_t offset = q_row_offset<Traits, kQv>(params, item, index / kLines);
+    const int col = index % kLines * kLineElements;
+    if (offset < 0 || col >= (kQv ? params.head_dim_v : params.head_dim)) continue;
+    const int size = Traits::k8Bit && params.q_dtype == DataType::kFloat8E4M3 ? 1 : 2;
+    asm volatile(
+        "prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(kQv ? params.qv : params.q) + (offset + col) * size));
+  }
+}
+
+// The same for all query rows: when their turn comes, the memory is busy with K and V. Each warp a share.
 template <class Traits>
 BROADHEAD_DEVICE void prefetch_q(const DecodeParams& params, const LineItem& item) {
-  constexpr int kLineElements = 64;
-  constexpr int kLines = Traits::kHeadDim / kLineElements;
-  for (int index = threadIdx.x; index < Traits::kTileM * kLines; index += Traits::kThreads) {
-    const std::int64_t offset = q_row_offset<Traits>(params, item, index / kLines);
-    const int col = index % kLines * kLineElements;
-    if (offset < 0 || col >= params.head_dim) continue;
-    const int size = Traits::k8Bit && params.q_dtype == DataType::kFloat8E4M3 ? 1 : 2;
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(params.q) + (offset + col) * size));
-  }
+  if constexpr (Traits::kWithQv) prefetch_rows<Traits, true>(params, item);
+  prefetch_rows<Traits, false>(params, item);
 }
 
 // A thread's share of Q on its way from global to shared memory, eight columns of a row at a time.
 template <class Traits>
 struct QTile {
-  static constexpr int kUnits = Traits::kHeadDim / 8;  // in a row
+  static constexpr int kUnits = Traits::kQCols / 8;  // in a row
   static constexpr int kEach = ceil_div(Traits::kTileM * kUnits, Traits::kThreads);
   // Q is read while nothing else needs registers; a large tile is copied a piece at a time.
-  static constexpr bool kInRegisters = kEach <= 4 && Traits::kTileM == 16;
+  static constexpr bool kInRegisters = kEach <= 5 && Traits::kTileM == 16;
   uint4 values[kInRegisters ? kEach : 1];
 
   BROADHEAD_DEVICE void read(const DecodeParams& params, const LineItem& item) {
@@ -132,14 +140,27 @@ struct QTile {
   }
 
  private:
+  // With qv the threads share all its units, then those of q: i alone tells which.
+  static constexpr int kQvUnits = Traits::kWithQv ? Traits::kHeadDim / 8 : 0;  // in a row, in front of those of q
+  static constexpr int kQvEach = Traits::kTileM * kQvUnits / Traits::kThreads;
+  static constexpr int kOwnUnits = kUnits - kQvUnits;
+  static_assert(Traits::kTileM * kQvUnits % Traits::kThreads == 0);
+
   BROADHEAD_DEVICE static int index_of(int i) { return threadIdx.x + i * Traits::kThreads; }
 
-  // Rows past the sequence and columns past head_dim become zero.
   BROADHEAD_DEVICE static uint4 read_unit(const DecodeParams& params, const LineItem& item, int i) {
-    const int index = index_of(i);
-    const int row = index / kUnits, col = index % kUnits * 8;
-    if (row >= Traits::kTileM || col >= params.head_dim) return make_uint4(0, 0, 0, 0);
-    const std::int64_t offset = q_row_offset<Traits>(params, item, row);
+    if constexpr (Traits::kWithQv) {
+      if (i < kQvEach) return read_unit_of<true, kQvUnits>(params, item, index_of(i));
+    }
+    return read_unit_of<false, kOwnUnits>(params, item, index_of(i - kQvEach));
+  }
+
+  // Of q, or kQv: of qv, kOfRow units a row. Rows past the sequence and columns past head_dim become zero.
+  template <bool kQv, int kOfRow>
+  BROADHEAD_DEVICE static uint4 read_unit_of(const DecodeParams& params, const LineItem& item, int index) {
+    const int row = index / kOfRow, col = index % kOfRow * 8;
+    if (row >= Traits::kTileM || col >= (kQv ? params.head_dim_v : params.head_dim)) return make_uint4(0, 0, 0, 0);
+    const std::int64_t offset = q_row_offset<Traits, kQv>(params, item, row);
     if (offset < 0) return make_uint4(0, 0, 0, 0);
     // volatile: the compiler must not move the loads behind the copies of K and V.
     uint4 value = make_uint4(0, 0, 0, 0);
@@ -150,7 +171,7 @@ struct QTile {
     } else {
       asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
                    : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-                   : "l"(static_cast<const char*>(params.q) + (offset + col) * 2));
+                   : "l"(static_cast<const char*>(kQv ? params.qv : params.q) + (offset + col) * 2));
     }
     return value;
   }
@@ -162,8 +183,11 @@ struct QTile {
 
   BROADHEAD_DEVICE static void store_unit(const DecodeParams& params, typename Traits::SharedStorage& smem, int i,
                                           uint4 value, float scale) {
-    const int index = index_of(i);
-    const int row = index / kUnits, unit = index % kUnits;
+    constexpr int kOfRow = Traits::kHeadDim / 8;  // units of qv
+    const bool is_qv = i < kQvEach;
+    const int index = index_of(is_qv ? i : i - kQvEach);
+    const int row = is_qv ? index / kOfRow : index / kOwnUnits;
+    const int unit = is_qv ? index % kOfRow : kQvUnits + index % kOwnUnits;
     if (Traits::kTileM * kUnits % Traits::kThreads != 0 && row >= Traits::kTileM) return;
     const std::uint32_t base = smem_address(smem.q);
     if constexpr (!Traits::k8Bit) {
@@ -249,8 +273,8 @@ BROADHEAD_DEVICE void write_item(const DecodeParams& params, const LineItem& ite
   using Element = typename Traits::Element;
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
-  const int group = warp % Traits::kKeyGroups;
-  const int col_group = warp / Traits::kKeyGroups;
+  const int group = Traits::key_group(warp);
+  const int col_group = Traits::col_group(warp);
   softmax.reduce_sum();
   if (col_group == 0 && lane % 4 == 0) {
     BROADHEAD_UNROLL
@@ -306,7 +330,7 @@ BROADHEAD_DEVICE void write_item(const DecodeParams& params, const LineItem& ite
       float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
       BROADHEAD_UNROLL
       for (int g = 0; g < Traits::kKeyGroups; ++g) {
-        const float4 x = *reinterpret_cast<const float4*>(&smem.merge[col_group * Traits::kKeyGroups + g][row][quad]);
+        const float4 x = *reinterpret_cast<const float4*>(&smem.merge[Traits::warp_of(g, col_group)][row][quad]);
         sum.x += x.x;
         sum.y += x.y;
         sum.z += x.z;

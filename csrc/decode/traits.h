@@ -3,6 +3,8 @@
 // kWarps warps: kKeyGroups groups share the key blocks of a tile, kColGroups warps of a group share the columns of
 // head_dim. A warp keeps a ring of its own in shared memory: it copies, waits for and multiplies its own slices (kKeys
 // keys x kCols columns of K or V) and meets the other warps only for the scores (kColGroups > 1) and at a tile's end.
+//
+// Absorbed MLA (AbsorbedTraits): S = q K^T + qv V^T. A slice holds a warp's columns of both, and serves S and O.
 #pragma once
 
 #include "common/math.h"
@@ -18,8 +20,8 @@ struct CopySource {
   const KvElement* k;  // of the head: first key, or first page
   const KvElement* v;
   const std::int32_t* table;  // page-table row of the sequence; null: not paged
-  int leftpad;                // paged: logical row of key 0
-  KeyInterval live;           // keys that any row of the tile sees, besides the prefix
+  int leftpad;  // paged: logical row of key 0
+  KeyInterval live;  // keys that any row of the tile sees, besides the prefix
   int prefix_len;
 
   BROADHEAD_DEVICE bool is_live(int key) const { return (key >= live.begin && key < live.end) || key < prefix_len; }
@@ -37,7 +39,7 @@ struct DecodeTile {
 struct DecodeRow {
   void* out;
   float* lse;  // null: not wanted
-  int head;    // of the query; -1: dead
+  int head;  // of the query; -1: dead
 };
 
 // What a multiprocessor would copy in the time that a tile costs besides (its Q, warps that wait for the slowest, the
@@ -45,14 +47,18 @@ struct DecodeRow {
 // 384 KB 189, 512 KB 191)
 constexpr int kTileCostBytes = 320 * 1024;
 
+// kHeadDimWithQv_: with qv the columns of q and K, while kHeadDim_ is those of qv and V; 0: there is no qv.
 template <class KvElement_, int kHeadDim_, int kTileM_, int kKeys_, int kWarps_, int kKeyGroups_, int kStages_,
-          int kMinBlocks_, int kSmemLimit_>
+          int kMinBlocks_, int kSmemLimit_, int kHeadDimWithQv_ = 0>
 struct DecodeTraits {
   using KvElement = KvElement_;  // of K and V in memory
   static constexpr bool k8Bit = sizeof(KvElement) == 1;
   // Of the products. e4m3 becomes fp16 in one instruction; Q, which may be bf16, is scaled into its range.
   using Element = std::conditional_t<k8Bit, cutlass::half_t, KvElement>;
   static constexpr int kHeadDim = kHeadDim_;
+  static constexpr bool kWithQv = kHeadDimWithQv_ > 0;
+  static constexpr int kHeadDimK = kWithQv ? kHeadDimWithQv_ : kHeadDim;
+  static constexpr int kQCols = kWithQv ? kHeadDim + kHeadDimK : kHeadDim;  // of Q's tile: those of qv, then of q
   static constexpr int kTileM = kTileM_;
   static constexpr int kKeys = kKeys_;  // of a key block
   static constexpr int kWarps = kWarps_;
@@ -65,48 +71,70 @@ struct DecodeTraits {
   static constexpr int kColGroups = kWarps / kKeyGroups;
   static constexpr int kCols = kHeadDim / kColGroups;
 
-  // A ring's stage: kKeys rows of kSliceBytes, in subtiles of at most 128 bytes a row (see slice_offset).
+  // With qv the two warps of a multiprocessor's partition (every fourth) belong to different key groups and do not wait
+  // for the same barriers. PERF(H200, without qv, 16 x 8k, 32/4 heads of 512: so 4140 GB/s, as it is 4250)
+  static constexpr bool kColGroupsFirst = kWithQv && kWarps > 4;
+  BROADHEAD_DEVICE static constexpr int key_group(int warp) {
+    return kColGroupsFirst ? warp / kColGroups : warp % kKeyGroups;
+  }
+  BROADHEAD_DEVICE static constexpr int col_group(int warp) {
+    return kColGroupsFirst ? warp % kColGroups : warp / kKeyGroups;
+  }
+  BROADHEAD_DEVICE static constexpr int warp_of(int key_group, int col_group) {
+    return kColGroupsFirst ? key_group * kColGroups + col_group : col_group * kKeyGroups + key_group;
+  }
+
+  // A ring's stage: kKeys rows of kSliceBytes, in subtiles of at most 128 bytes a row (see slice_offset). With qv they
+  // are of V, and as many rows of kBesideBytes follow, the warp's share of K.
   static constexpr int kSliceBytes = kCols * static_cast<int>(sizeof(KvElement));
   static constexpr int kSubtileBytes = kSliceBytes < 128 ? kSliceBytes : 128;
-  static constexpr int kStageBytes = kKeys * kSliceBytes;
+  static constexpr int kBesideCols = kWithQv ? kHeadDimK / kColGroups : 0;
+  static constexpr int kBesideBytes = kBesideCols * static_cast<int>(sizeof(KvElement));
+  static constexpr int kStageBytes = kKeys * (kSliceBytes + kBesideBytes);
+  static constexpr int kStagesPerBlock = kWithQv ? 1 : 2;  // else K and V take turns
+  static constexpr int kBlocksAhead = (kStages - 1) / kStagesPerBlock;
 
   static constexpr int kMmaM = kTileM / 16;
   static constexpr int kMmaN = kKeys / 8;
-  static constexpr int kSteps = kCols / 16;  // of S = Q K^T
+  static constexpr int kSteps = kCols / 16;  // of S = Q K^T, with qv of qv V^T
+  static constexpr int kBesideSteps = kBesideCols / 16;  // of q K^T
   static constexpr int kOTiles = kCols / 8;
   // Fragments of Q stay in registers when O leaves room for them.
   static constexpr bool kQInRegisters = kMmaM == 1;
 
-  // With two buffers the warps of a key group meet once a key block, with one (32 keys: for want of room) twice.
-  static constexpr int kScoreBuffers = kColGroups > 1 && kKeys == 16 ? 2 : 1;
+  static constexpr int kOtherBytes = kWarps * 384 + kTileM * (24 + kKeyGroups * 8) + 512;  // rounded up
+  static constexpr int kRoom = kSmemLimit - kWarps * kStages * kStageBytes - kOtherBytes;  // beside the ring
+
+  // With two buffers the warps of a key group meet once a key block, with one (for want of room) twice.
   static constexpr int kScoreFloats = kColGroups > 1 ? kMmaM * kMmaN * 4 * 32 : 1;  // a warp's share of S
+  static constexpr bool kTwoFit = kTileM * kQCols * 2 + 2 * kWarps * kScoreFloats * 4 <= kRoom;
+  static constexpr int kScoreBuffers = kColGroups > 1 && kTwoFit ? 2 : 1;
 
   // Columns of O that the warps exchange at a time at a tile's end, as many as there is room for; a row is 8 words
   // longer, so that the float2 stores of four rows fall into different banks.
   static constexpr int merge_bytes(int cols) { return kWarps * kTileM * (cols + 8) * 4; }
-  static constexpr int kOtherBytes = kWarps * 400 + kTileM * (24 + kKeyGroups * 8) + 512;  // rounded up
-  static constexpr int kMergeBytes = kSmemLimit - kWarps * kStages * kStageBytes - kOtherBytes;
-  static constexpr int kMergeCols = merge_bytes(64) <= kMergeBytes ? 64 : merge_bytes(32) <= kMergeBytes ? 32 : 16;
+  static constexpr int kMergeCols = merge_bytes(64) <= kRoom ? 64 : merge_bytes(32) <= kRoom ? 32 : 16;
   static constexpr int kMergePitch = kMergeCols + 8;
 
   // What a tile costs besides its key blocks, in key blocks.
-  static constexpr int kKeyBlockBytes = 2 * kKeys * kHeadDim * static_cast<int>(sizeof(KvElement));
+  static constexpr int kKeyBlockBytes = kKeys * (kHeadDimK + kHeadDim) * static_cast<int>(sizeof(KvElement));
   static constexpr int kTileCost = ceil_div(kTileCostBytes / kMinBlocks, kKeyBlockBytes);
 
   static_assert(kWarps % kKeyGroups == 0 && (kCols == 64 || kCols == 128));
   static_assert(kTileM % 16 == 0 && (kKeys == 16 || kKeys == 32 || kKeys == 64));
-  static_assert(kStages % 2 == 1 && kStages >= 3, "K and V take turns, a whole number of blocks is ahead");
+  static_assert(!kWithQv || (!k8Bit && kBesideBytes == 32), "beside_offset knows two units a row");
+  static_assert((kStages - 1) % kStagesPerBlock == 0 && kBlocksAhead >= 1, "a whole number of blocks is ahead");
 
   struct SharedStorage {
     alignas(128) char ring[kWarps][kStages][kStageBytes];
     union {
       struct {
-        alignas(128) Element q[kTileM * kHeadDim];
+        alignas(128) Element q[kTileM * kQCols];
         alignas(16) float scores[kScoreBuffers][kWarps][kScoreFloats];
       };
       float merge[kWarps][kTileM][kMergePitch];
     };
-    float2 stats[kKeyGroups][kTileM];   // a row's maximum and sum over the keys of a group
+    float2 stats[kKeyGroups][kTileM];  // a row's maximum and sum over the keys of a group
     DecodeRow rows[kTileM];
     CopySource<KvElement> source[kWarps];  // what a warp copies from
     ItemQueue queue[kWarps];
@@ -117,6 +145,12 @@ struct DecodeTraits {
   };
   static_assert(sizeof(SharedStorage) <= kSmemLimit, "the tile does not fit the shared memory its row promises");
 };
+
+// Of rows with qv.
+template <class Element, int kHeadDim, int kHeadDimV, int kTileM, int kKeys, int kWarps, int kKeyGroups, int kStages,
+          int kMinBlocks, int kSmemLimit>
+using AbsorbedTraits =
+    DecodeTraits<Element, kHeadDimV, kTileM, kKeys, kWarps, kKeyGroups, kStages, kMinBlocks, kSmemLimit, kHeadDim>;
 
 // A value that the compiler keeps in a register instead of working it out again where it is used.
 BROADHEAD_DEVICE std::uint32_t kept(std::uint32_t x) {
@@ -142,6 +176,12 @@ BROADHEAD_DEVICE std::uint32_t slice_step(std::uint32_t offset, int rows, int un
   const int swizzle = (units % kUnits) ^ (kUnits == 8 ? rows & 7 : (rows >> 1) & 3);
   return (offset ^ (swizzle * 16)) + units / kUnits * (Traits::kKeys * Traits::kSubtileBytes) +
          rows * Traits::kSubtileBytes;
+}
+
+// The same of the rows of K beside a slice of V, from the slice's: two units a row, four rows in 128 bytes.
+template <class Traits>
+BROADHEAD_DEVICE int beside_offset(int row, int unit) {
+  return Traits::kKeys * Traits::kSliceBytes + row * Traits::kBesideBytes + (unit ^ ((row >> 2) & 1)) * 16;
 }
 
 }  // namespace broadhead::decode

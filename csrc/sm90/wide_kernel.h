@@ -1,5 +1,5 @@
-// The Hopper forward kernel for 256 < head_dim <= 512 and for absorbed MLA: persistent clusters of two blocks; see
-// wide_traits.h.
+// The Hopper forward kernel for 256 < head_dim <= 512 and for absorbed MLA: persistent clusters of two blocks, or
+// blocks; see wide_traits.h.
 #pragma once
 
 #include "common/dependent_launch.h"
@@ -43,7 +43,7 @@ BROADHEAD_DEVICE void load_wide_q(const KernelArgs& args, const TileState<typena
   load_q<QLayout, Traits::kTileM>(map, at, rows, target, smem.q_full, kFirst, QLayout::kSubtiles - kFirst);
 }
 
-// Two warps load by TMA, one K and the other V; K and V go to both blocks of the cluster, each loads half of a stage.
+// Two warps load by TMA, one K and the other V. In a cluster these go to both blocks, each loads half of a stage.
 //
 // Each warp fills a ring, of K or of V, in order. Q's first columns come through the ring of K; those of absorbed MLA
 // through that of V, as K has a buffer beside it. A warp that filled only some stages of a ring would not see all their
@@ -62,7 +62,7 @@ struct WideLoader {
   std::uint32_t k_parity = 0;
 
   BROADHEAD_DEVICE WideLoader(const KernelArgs& args_, Storage& smem_)
-      : args(args_), smem(smem_), rank(cluster_rank()) {}
+      : args(args_), smem(smem_), rank(Traits::kCluster > 1 ? cluster_rank() : 0) {}
 
   template <class Ring>
   BROADHEAD_DEVICE std::uint32_t next_stage(Ring& ring) {

@@ -87,14 +87,14 @@ struct OutputWarpgroup {
       wgmma_commit();
       if (chunk > 0) {
         wgmma_wait<1>();
-        release_stage(smem.empty[previous], warp, Traits::kReleases / 2);
+        release_stage<Traits>(smem.empty[previous], warp, Traits::kReleases / 2);
       }
       previous = ring.stage();
       ring.advance();
     }
     wgmma_wait<0>();
     fence_output();
-    release_stage(smem.empty[previous], warp, Traits::kReleases / 2);
+    release_stage<Traits>(smem.empty[previous], warp, Traits::kReleases / 2);
     if (leader()) barrier_arrive(smem.p_empty[slot]);
     p_slot.advance();
   }

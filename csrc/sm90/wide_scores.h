@@ -10,14 +10,20 @@
 
 namespace broadhead::sm90 {
 
-// Frees, in both blocks of the cluster, a stage that wgmma has read. It is an instruction of the whole warpgroup, so
-// one warp's wait tells of all four. One thread tells both blocks: were they told far apart, a block that fills a stage
-// for itself alone (Q, gathered rows) could come round again before the other has seen the first. `share`: of the
-// stage's kReleases, for the warpgroup.
+// Tells every block of the cluster. By one thread: were they told far apart, a block that fills a stage for itself
+// alone (Q, gathered rows) could come round again before the other has seen the first.
+template <int kCluster>
+BROADHEAD_DEVICE void arrive_everywhere(Barrier& barrier, int count) {
+  BROADHEAD_UNROLL
+  for (int rank = 0; rank < kCluster; ++rank) barrier_arrive_cluster(barrier, rank, count);
+}
+
+// Frees, in all blocks of the cluster, a stage that wgmma has read. It is an instruction of the whole warpgroup, so
+// one warp's wait tells of all four. `share`: of the stage's kReleases, for the warpgroup.
+template <class Traits>
 BROADHEAD_DEVICE void release_stage(Barrier& barrier, int warp, int share) {
   if (threadIdx.x % 32 != 0 || warp != 0) return;
-  barrier_arrive_cluster(barrier, 0, share);
-  barrier_arrive_cluster(barrier, 1, share);
+  arrive_everywhere<Traits::kCluster>(barrier, share);
 }
 
 // Address of this lane's row of a 16 x 16 block at column step `step` of 64 rows whose first 16 bytes lie at `base`, in
@@ -83,10 +89,7 @@ struct ScoreWarpgroup {
       fence_async_shared();  // read by ordinary loads, next written by TMA
       __syncwarp();
       // Ordinary loads: each warp frees what it has read.
-      if (leader()) {
-        barrier_arrive_cluster(smem.empty[ring.stage()], 0, Traits::kReleases / 4);
-        barrier_arrive_cluster(smem.empty[ring.stage()], 1, Traits::kReleases / 4);
-      }
+      if (leader()) arrive_everywhere<Traits::kCluster>(smem.empty[ring.stage()], Traits::kReleases / 4);
       ring.advance();
     }
   }
@@ -141,17 +144,17 @@ struct ScoreWarpgroup {
       wgmma_commit();
       if (chunk > 0) {
         wgmma_wait<1>();
-        release_stage(smem.empty[previous], warp, Traits::kScoreShare);
+        release_stage<Traits>(smem.empty[previous], warp, Traits::kScoreShare);
       } else if constexpr (Traits::kWithQv) {
         wgmma_wait<1>();
-        release_stage(smem.k_empty, warp, Traits::kReleases);
+        release_stage<Traits>(smem.k_empty, warp, Traits::kReleases);
       }
       previous = ring.stage();
       ring.advance();
     }
     wgmma_wait<0>();
     fence_registers(s[0]);
-    release_stage(smem.empty[previous], warp, Traits::kScoreShare);
+    release_stage<Traits>(smem.empty[previous], warp, Traits::kScoreShare);
   }
 
   // Softmax of S; P and the factors of O into the next slot, which the O warpgroups are not told of yet.

@@ -2,7 +2,8 @@
 //
 // O of 64 rows x 512 columns does not fit the registers of one warpgroup: two own 256 each, or 256 and 128. A third
 // computes S and P for both. A cluster of two blocks, neighbouring query tiles, shares every K and V stage by
-// multicast: alone, a block of 64 rows would need 1.7 times the bandwidth of the L2.
+// multicast: alone, a block of 64 rows would need 1.7 times the bandwidth of the L2. Where a head's queries make but
+// one tile a block is alone (kCluster 1): of two, one would have no rows.
 #pragma once
 
 #include "sm90/forward_traits.h"
@@ -19,16 +20,16 @@ class StageRing : public RingState<kCount> {
 };
 
 // What both kinds have in common.
-template <class Element_, int kHeadDim_, int kHeadDimV_, int kTileM_, int kTileN_>
+template <class Element_, int kHeadDim_, int kHeadDimV_, int kTileM_, int kTileN_, int kCluster_>
 struct WideShape {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kHeadDimV = kHeadDimV_;
   static constexpr int kTileM = kTileM_;
   static constexpr int kTileN = kTileN_;
-  static constexpr int kCluster = 2;
+  static constexpr int kCluster = kCluster_;
   static constexpr bool kDependentLaunch = true;
-  static_assert(kTileM == 64 && kTileN == 64);
+  static_assert(kTileM == 64 && kTileN == 64 && (kCluster == 1 || kCluster == 2));
 
   // Warpgroups: producer, S, O left, O right. Registers of a thread of each; 512 in all.
   static constexpr int kThreads = 4 * 128;
@@ -86,9 +87,10 @@ struct WideShape {
 };
 
 // K and V are cut differently: K by columns, V by keys. Each has a ring of its own; Q's first columns come through K's.
-template <class Element_, int kHeadDim_, int kHeadDimV_, int kTileM_, int kTileN_, int kQRegisterCols_, int kSmemLimit_>
-struct WideTraits : WideShape<Element_, kHeadDim_, kHeadDimV_, kTileM_, kTileN_> {
-  using Shape = WideShape<Element_, kHeadDim_, kHeadDimV_, kTileM_, kTileN_>;
+template <class Element_, int kHeadDim_, int kHeadDimV_, int kTileM_, int kTileN_, int kQRegisterCols_, int kCluster_,
+          int kSmemLimit_>
+struct WideTraits : WideShape<Element_, kHeadDim_, kHeadDimV_, kTileM_, kTileN_, kCluster_> {
+  using Shape = WideShape<Element_, kHeadDim_, kHeadDimV_, kTileM_, kTileN_, kCluster_>;
   using Element = Element_;
   static constexpr bool kWithQv = false;
   static constexpr int kStages = kHeadDim_ > 384 ? 11 : 12;
@@ -119,9 +121,10 @@ struct WideTraits : WideShape<Element_, kHeadDim_, kHeadDimV_, kTileM_, kTileN_>
 
 // Absorbed MLA: S = q K^T + qv V^T. V is cut by columns like K above, and its stages serve twice: S reads them first,
 // then the one O warpgroup whose columns they are. K has few columns and a buffer of its own, free again early.
-template <class Element_, int kHeadDim_, int kHeadDimV_, int kTileM_, int kTileN_, int kQRegisterCols_, int kSmemLimit_>
-struct AbsorbedTraits : WideShape<Element_, kHeadDim_, kHeadDimV_, kTileM_, kTileN_> {
-  using Shape = WideShape<Element_, kHeadDim_, kHeadDimV_, kTileM_, kTileN_>;
+template <class Element_, int kHeadDim_, int kHeadDimV_, int kTileM_, int kTileN_, int kQRegisterCols_, int kCluster_,
+          int kSmemLimit_>
+struct AbsorbedTraits : WideShape<Element_, kHeadDim_, kHeadDimV_, kTileM_, kTileN_, kCluster_> {
+  using Shape = WideShape<Element_, kHeadDim_, kHeadDimV_, kTileM_, kTileN_, kCluster_>;
   using Element = Element_;
   static constexpr bool kWithQv = true;
   // V of two blocks, S being a block ahead, and what the next one begins with.
@@ -150,7 +153,7 @@ struct AbsorbedTraits : WideShape<Element_, kHeadDim_, kHeadDimV_, kTileM_, kTil
 
   struct KStorage : WorkStorage<Element> {
     Barrier k_full;   // 1 arrival + bytes, or every gathering thread
-    Barrier k_empty;  // S of both blocks
+    Barrier k_empty;  // S of every block of the cluster
     alignas(1024) Element k[kTileN_ * kHeadDim_];
   };
   using SharedStorage = typename Shape::template Storage<KStorage, kStages, kHeadDim_ + kHeadDimV_ - kQRegisterCols_>;

@@ -9,7 +9,7 @@ from .device import DeviceDescription
 from .native import BuildDescription, build_description
 from .problem import ALIGNMENT_BYTES, AttentionProblem, canonical_right
 from .schedule import Schedule, plan_schedule
-from .support import DECODE_MAX_ROWS, ELEMENT_BYTES, EXTRA_FEATURES, FEATURES, ROWS, KernelRow
+from .support import ELEMENT_BYTES, EXTRA_FEATURES, FEATURES, ROWS, KernelRow
 from .validation import describe_value
 
 #: Features of calls whose sequences differ in length, or may: the host does not know the lengths.
@@ -81,9 +81,9 @@ def _preference(row: KernelRow, problem: AttentionProblem) -> int:
     """
     if row.phase == "decode":
         return 1
-    wide = max(problem.head_dim, problem.head_dim_v) > row.min_rows_above
-    min_rows = row.min_rows if wide else DECODE_MAX_ROWS + 1
-    return 0 if problem.query_rows >= min_rows and not _needs_decode_kernel(problem) else 2
+    if row.max_rows and problem.query_rows > row.max_rows:
+        return 3
+    return 0 if problem.query_rows >= row.min_rows and not _needs_decode_kernel(problem) else 2
 
 
 def _tile_fit(row: KernelRow, problem: AttentionProblem) -> tuple[int, int]:

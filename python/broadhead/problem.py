@@ -226,7 +226,7 @@ def check_forward(function: str, args: AttentionArgs) -> CheckedCall:
         kv_dtype=name_kv_dtype(args.q.dtype, args.k.dtype),
         tokens_per_split=tokens_per_split,
     )
-    if problem.is_decode and num_splits != 1 and args.qv is None:  # with qv no kernel cuts
+    if problem.is_decode and num_splits != 1:
         rows = batch * seqlen_q * num_heads_q
         check.check_cells(function, tokens_per_split, seqlen_k, rows, head_dim_v, page_size)
     if "gradients" in problem.features:

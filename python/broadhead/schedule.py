@@ -54,7 +54,7 @@ def plan_schedule(problem: AttentionProblem, row: KernelRow, device: DeviceDescr
     """The schedule of ``problem`` on the kernel of ``row``."""
     group = problem.num_heads_q // problem.num_heads_kv
     template = row.template
-    tile_m = row.tile.tile_m * template.cluster
+    tile_m = row.tile.tile_m * row.cluster
     # Tiles of whole tokens, or tokens of whole tiles: absorbed MLA has 128 heads.
     cut = template.whole_tokens and group % row.tile.tile_m == 0
     packable = group > 1 and (group <= row.tile.tile_m or cut or not template.whole_tokens)
@@ -65,11 +65,11 @@ def plan_schedule(problem: AttentionProblem, row: KernelRow, device: DeviceDescr
         pack_gqa = problem.pack_gqa and packable
     rows_per_token = group if pack_gqa else 1
     if template.whole_tokens and rows_per_token <= row.tile.tile_m:
-        tile_m -= row.tile.tile_m % rows_per_token * template.cluster
+        tile_m -= row.tile.tile_m % rows_per_token * row.cluster
     heads_in_grid = problem.num_heads_kv if pack_gqa else problem.num_heads_q
     m_blocks = max(1, ceil(problem.seqlen_q * rows_per_token / tile_m))
-    blocks = max(template.cluster, (device.sm_count - problem.sm_margin) * row.tile.min_blocks)
-    target_ctas = blocks // template.cluster
+    blocks = max(row.cluster, (device.sm_count - problem.sm_margin) * row.tile.min_blocks)
+    target_ctas = blocks // row.cluster
     return Schedule(
         num_splits=_choose_splits(problem, row, m_blocks * heads_in_grid * problem.batch, target_ctas),
         pack_gqa=pack_gqa,

@@ -59,12 +59,13 @@ FEATURES = (
 #: Features that only some kernels do: qv: a second query for v; descale: factors of 8-bit q, k and v.
 EXTRA_FEATURES = ("qv", "descale")
 #: Query rows (tokens x heads of one KV head) up to which a call is decode: bound by memory, not by its products.
+#: PERF(H200, 8192 keys, 32 rows, GB/s on decode and Hopper kernels: head_dim 128 3705, 3329; 256 3973, 3805; 512 3876,
+#: 3758)
 DECODE_MAX_ROWS = 32
-#: Query rows from which a Hopper kernel beats a decode kernel, above which head_dim: its tile costs the same whatever
-#: it holds. PERF(H200, 8192 keys, 32 rows, GB/s on decode and Hopper kernels: head_dim 128 3705, 3329; 256 3973, 3805;
-#: 512 3282, 3736)
-HOPPER_MIN_ROWS = 17
-HOPPER_MIN_ROWS_ABOVE = 256
+#: Query rows from which a Hopper kernel beats a decode kernel with qv, where each key costs a product more: its tile
+#: costs the same whatever it holds. PERF(H200, 64 x 8k, GB/s on decode and Hopper kernels: 16 rows 3687, 3514; 32 rows
+#: 2395, 3312)
+HOPPER_MIN_ROWS_QV = 17
 #: Features that restrict which keys a query sees.
 MASK_FEATURES = ("causal", "window", "attention_chunk", "prefix_lens")
 
@@ -112,6 +113,11 @@ class DecodeTile(NamedTuple):
         return self.keys
 
 
+class AbsorbedDecodeTile(DecodeTile):
+    """The same for absorbed MLA, where q of few columns is for k and qv for v; the last template arguments of
+    ``decode::AbsorbedTraits``."""
+
+
 class HopperTile(NamedTuple):
     """The shape of one block's work in the Hopper kernel; the last template arguments of ``sm90::ForwardTraits``.
 
@@ -133,12 +139,14 @@ class HopperTile(NamedTuple):
 class WideTile(NamedTuple):
     """The shape of one block's work in the wide Hopper kernel; the last template arguments of ``sm90::WideTraits``.
 
-    tile_m: query rows; tile_n: keys a step; q_register_cols: head-dim columns of Q that are kept in registers.
+    tile_m: query rows; tile_n: keys a step; q_register_cols: head-dim columns of Q that are kept in registers; cluster:
+    blocks that share their K and V, each with a tile of its own: neighbours of one head.
     """
 
     tile_m: int
     tile_n: int
     q_register_cols: int
+    cluster: int
 
     @property
     def min_blocks(self) -> int:
@@ -175,21 +183,23 @@ class Template(NamedTuple):
     traits: str
     launcher: str
     takes_head_dim_v: bool  # as a template argument behind head_dim
-    cluster: int  # blocks that share their K and V, each with a tile of its own: neighbours of one head
     whole_tokens: bool  # with packed GQA a tile holds whole tokens; else the heads of a token may straddle two tiles
     needs_counter: bool  # takes one int32 of scratch: AttnParams::tile_counter
     of_kv_dtype: bool = False  # the traits name the dtype of K and V; q of any dtype that goes with it is read as it is
 
 
 TEMPLATES: dict[type, Template] = {
-    Tile: Template("sm80/forward_launch.cuh", "ForwardTraits", "launch_forward", False, 1, False, False),
+    Tile: Template("sm80/forward_launch.cuh", "ForwardTraits", "launch_forward", False, False, False),
     DecodeTile: Template(
-        "decode/launch.cuh", "decode::DecodeTraits", "decode::launch_decode", False, 1, False, False, True
+        "decode/launch.cuh", "decode::DecodeTraits", "decode::launch_decode", False, False, False, True
     ),
-    HopperTile: Template("sm90/forward_launch.cuh", "sm90::ForwardTraits", "sm90::launch_forward", True, 1, True, True),
-    WideTile: Template("sm90/wide_launch.cuh", "sm90::WideTraits", "sm90::launch_wide", True, 2, True, True),
-    Fp8Tile: Template("sm90/fp8_launch.cuh", "sm90::Fp8Traits", "sm90::launch_fp8", True, 1, True, True),
-    AbsorbedTile: Template("sm90/wide_launch.cuh", "sm90::AbsorbedTraits", "sm90::launch_wide", True, 2, True, True),
+    AbsorbedDecodeTile: Template(
+        "decode/launch.cuh", "decode::AbsorbedTraits", "decode::launch_decode", True, False, False
+    ),
+    HopperTile: Template("sm90/forward_launch.cuh", "sm90::ForwardTraits", "sm90::launch_forward", True, True, True),
+    WideTile: Template("sm90/wide_launch.cuh", "sm90::WideTraits", "sm90::launch_wide", True, True, True),
+    Fp8Tile: Template("sm90/fp8_launch.cuh", "sm90::Fp8Traits", "sm90::launch_fp8", True, True, True),
+    AbsorbedTile: Template("sm90/wide_launch.cuh", "sm90::AbsorbedTraits", "sm90::launch_wide", True, True, True),
 }
 
 
@@ -205,12 +215,12 @@ class KernelRow(NamedTuple):
     head_dim: int  # the largest it takes
     head_dim_v: int  # the largest it takes
     smem_limit: int
-    tile: Tile | DecodeTile | HopperTile | WideTile | Fp8Tile | AbsorbedTile
+    tile: Tile | DecodeTile | AbsorbedDecodeTile | HopperTile | WideTile | Fp8Tile | AbsorbedTile
     features: tuple[str, ...]
     requires: tuple[str, ...] = ()  # features without which a call is not for this kernel
     kv_dtype: str = ""  # of k and v where it is not dtype
-    min_rows: int = DECODE_MAX_ROWS + 1  # of a prefill kernel: query rows from which it goes before decode kernels,
-    min_rows_above: int = 0  # of calls whose head_dim or head_dim_v is above this; others as by default
+    min_rows: int = DECODE_MAX_ROWS + 1  # of a prefill kernel: query rows from which it goes before decode kernels
+    max_rows: int = 0  # and above which it comes last; 0: never. Below, the table's order decides
 
     @property
     def name(self) -> str:
@@ -229,6 +239,11 @@ class KernelRow(NamedTuple):
     @property
     def kv_element_bytes(self) -> int:
         return ELEMENT_BYTES[self.kv_dtype or self.dtype]
+
+    @property
+    def cluster(self) -> int:
+        """Blocks that work on neighbouring tiles together."""
+        return self.tile.cluster if isinstance(self.tile, WideTile) else 1
 
     @property
     def template(self) -> Template:
@@ -268,7 +283,7 @@ def _sm80_rows() -> tuple[KernelRow, ...]:
 
 
 def _decode_rows() -> tuple[KernelRow, ...]:
-    """The portable decode kernels (mma.sync, cp.async): tiles of 16 and 32 packed query rows.
+    """The portable decode kernels (mma.sync, cp.async): tiles of 16 and 32 packed query rows. Those with qv come last.
 
     Blocks of eight warps take a multiprocessor of 227 KB for themselves; those of four fit 99 KB, and two fit 227 KB.
     One block a multiprocessor cuts less: PERF(H200, 128 x 8k, 8/1 heads of 128: 4110 GB/s, two blocks 3910).
@@ -318,18 +333,35 @@ def _decode_rows() -> tuple[KernelRow, ...]:
             )
             for name, caps, head_dim, limit, tile in (shapes_8bit if is_8bit else shapes)
         ]  # fmt: skip
-    return tuple(rows)
+    return (*rows, *_absorbed_decode_rows())
+
+
+def _absorbed_decode_rows() -> tuple[KernelRow, ...]:
+    """Those for calls with qv. Tiles of 32 rows are slower than two of 16, of which the second finds the keys in the
+    L2: PERF(H200, us, 32 and 16 rows: 64 x 8k, 32 heads 277, 252; 1 x 64k 68, 55).
+    """
+    shapes = (
+        ("d64_v512_qv", HUGE_SMEM, SMEM_227KB, AbsorbedDecodeTile(16, 32, 8, 2, 2, 1)),
+        ("d64_v512_qv_smem163", LARGE_SMEM, SMEM_163KB, AbsorbedDecodeTile(16, 16, 8, 2, 3, 1)),
+        ("d64_v512_qv_smem99", CAPABILITIES, SMEM_99KB, AbsorbedDecodeTile(16, 16, 4, 1, 3, 2)),
+    )
+    return tuple(
+        KernelRow(
+            f"sm80_fwd_decode_{name}_{ID_SUFFIXES[dtype]}", "sm80", "forward", "decode", caps, dtype, 64, 512, limit,
+            tile, (*FEATURES, "qv"), ("qv",),
+        )
+        for name, caps, limit, tile in shapes
+        for dtype in DTYPES
+    )  # fmt: skip
 
 
 def _sm90_row(
     name: str, dtype: str, head_dim: int, head_dim_v: int, tile: HopperTile | WideTile | Fp8Tile | AbsorbedTile
 ) -> KernelRow:
-    """A Hopper forward kernel (wgmma, TMA, warp specialisation): prefill, and decode of many wide rows, on 9.0."""
-    wide = isinstance(tile, WideTile)
+    """A Hopper forward kernel (wgmma, TMA, warp specialisation), on 9.0."""
     return KernelRow(
         f"sm90_fwd_{name}_{ID_SUFFIXES[dtype]}", "sm90", "forward", "prefill", ((9, 0),), dtype, head_dim, head_dim_v,
-        SMEM_227KB, tile, FEATURES, min_rows=HOPPER_MIN_ROWS if wide else DECODE_MAX_ROWS + 1,
-        min_rows_above=HOPPER_MIN_ROWS_ABOVE if wide else 0,
+        SMEM_227KB, tile, FEATURES,
     )  # fmt: skip
 
 
@@ -345,15 +377,21 @@ def _sm90_rows() -> tuple[KernelRow, ...]:
         ("d64_v256", 64, 256, HopperTile(128, 80, 2, 1)),
         ("d256_window", 256, 256, HopperTile(128, 64, 2, 1)),
         ("d256", 256, 256, HopperTile(128, 80, 2, 1)),
-        ("d384", 384, 384, WideTile(64, 64, 256)),
-        ("d512", 512, 512, WideTile(64, 64, 256)),
+        ("d384", 384, 384, WideTile(64, 64, 256, 2)),
+        ("d512", 512, 512, WideTile(64, 64, 256, 2)),
     )
     rows = [_sm90_row(name, dtype, d, dv, tile) for name, d, dv, tile in shapes for dtype in DTYPES]
     # Fewer keys a step waste less at the two ends of a window.
     # PERF(H200, head_dim 256, window 1024 of 16k: 80 keys a step 480 TFLOP/s, 64 530; without a window 725 and 705)
     rows = [row._replace(requires=("window",)) if row.name.endswith("_window") else row for row in rows]
-    absorbed = [_sm90_row("d64_v512_qv", dtype, 64, 512, AbsorbedTile(64, 64, 256)) for dtype in DTYPES]
-    rows += [row._replace(features=(*FEATURES, "qv"), requires=("qv",)) for row in absorbed]
+    # All queries of a latent head in one tile: the second block of a cluster would have none. That row comes first.
+    # PERF(H200, 64 x 8k, 64 heads, us: clusters of two 262, blocks alone 182)
+    for name, cluster, max_rows in (("d64_v512_qv_m64", 1, 64), ("d64_v512_qv", 2, 0)):
+        absorbed = [_sm90_row(name, dtype, 64, 512, AbsorbedTile(64, 64, 256, cluster)) for dtype in DTYPES]
+        rows += [
+            row._replace(features=(*FEATURES, "qv"), requires=("qv",), min_rows=HOPPER_MIN_ROWS_QV, max_rows=max_rows)
+            for row in absorbed
+        ]
     fp8_shapes = (
         ("d64", 64, 64, Fp8Tile(192, 128)),
         ("d128", 128, 128, Fp8Tile(128, 192)),

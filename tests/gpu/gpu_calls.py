@@ -22,8 +22,8 @@ MASK_FEATURES = {
     "attention_chunk": "attention_chunk",
     "prefix": "prefix_lens",
 }
-#: Packed rows (tokens x query heads of one KV head) up to which decode rows must run, up to which they do unless a
-#: kernel written for the device takes the call (`few_rows_phase`), and from which prefill rows must.
+#: Packed rows (tokens x query heads of one KV head) up to which decode rows must run with qv, up to which they must
+#: without (with it see `absorbed_phase`), and from which prefill rows must.
 SURELY_DECODE, MOST_DECODE, SURELY_PREFILL = 16, 32, 128
 #: Not multiples of the 64, 32 or 16 columns that kernels copy and multiply at a time.
 ODD_HEAD_DIMS = (8, 40, 72, 80, 96, 112, 160, 200, 320, 384, 448, 504)
@@ -57,30 +57,23 @@ EXTRAS = {
 }
 
 
-def few_rows_phase(call: Call, planned: bool) -> str:
-    """The phase of a call of more than SURELY_DECODE rows, up to MOST_DECODE; ``planned``: it brings metadata."""
-    able = [
-        row
-        for row in ARCH_ROWS
-        if torch.cuda.get_device_capability() in row.capabilities
-        and (TORCH_DTYPES[row.dtype], TORCH_DTYPES[cache_dtype(row)]) == (call.dtype, call.k_dtype)
-        and row.head_dim >= call.head_dim
-        and row.head_dim_v >= call.dim_v
-        and "qv" not in row.requires
-    ]
-    lengths_on_host = call.function == "func"
-    wide = max(call.head_dim, call.dim_v) > support.HOPPER_MIN_ROWS_ABOVE
-    return "prefill" if wide and able and not call.tokens_per_split and (planned or lengths_on_host) else "decode"
+def absorbed_phase(call: Call, rows: int, planned: bool) -> str:
+    """The phase of a call with qv of ``rows`` query rows; ``planned``: it brings metadata."""
+    capability = torch.cuda.get_device_capability()
+    if not any("qv" in row.requires and capability in row.capabilities for row in ARCH_ROWS):
+        return "decode"  # of any number of rows
+    even = not call.tokens_per_split and (planned or call.function == "func")  # or the host knows the lengths
+    return "prefill" if rows > MOST_DECODE or (rows > SURELY_DECODE and even) else "decode"
 
 
 def expected_phase(call: Call, planned: bool = False, max_seqlen_q: int | None = None) -> str | None:
     """The phase whose rows must run; None where the choice is a matter of speed. ``planned``: by metadata."""
-    if call.qv or not any(TORCH_DTYPES[row.dtype] == call.dtype for row in DECODE_ROWS):
+    if not any(TORCH_DTYPES[row.dtype] == call.dtype for row in DECODE_ROWS):
         return "prefill"  # they have no other rows
     rows = (max_seqlen_q or max(call.seqlens_q, default=0)) * call.heads_q // call.heads_kv
-    if SURELY_DECODE < rows <= MOST_DECODE:
-        return few_rows_phase(call, planned or call.metadata)
-    return "decode" if rows <= SURELY_DECODE else "prefill" if rows >= SURELY_PREFILL else None
+    if call.qv:
+        return absorbed_phase(call, rows, planned or call.metadata)
+    return "decode" if rows <= MOST_DECODE else "prefill" if rows >= SURELY_PREFILL else None
 
 
 def supports(row: support.KernelRow, options: dict) -> bool:

@@ -11,7 +11,7 @@ import torch
 from broadhead import support
 from calls import Call, build
 from checks import check_call, check_equal
-from gpu_calls import DECODE_ROWS, EXTRAS, MASKS, MOST_DECODE, SURELY_DECODE, dims_within, row_call, row_cases, row_id
+from gpu_calls import DECODE_ROWS, EXTRAS, MASKS, MOST_DECODE, dims_within, row_call, row_cases, row_id
 from layouts import bytes_of, nan_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.full]
@@ -53,15 +53,14 @@ def turn(row: support.KernelRow, choices: tuple, shift: int = 0):
 def test_dispatch(
     head_dim: int, head_dim_v: int, seqlen_q: int, group: int, run_call: Callable, capability: tuple[int, int]
 ) -> None:
-    """Up to 32 packed rows a decode row runs, that of the smallest tile that holds them; from 17 on with metadata a row
-    written for the device, where there is one (checked by run_call)."""
+    """Up to 32 packed rows a decode row runs, that of the smallest tile that holds them."""
     dims = {"head_dim": head_dim, "head_dim_v": head_dim_v}
     call = Call("kvcache", (seqlen_q,) * 4, (300, 17, 0, 129), **dims, **heads(group), page_size=16, causal=True)
     assert call.packed_rows <= MOST_DECODE
     _, row = run_call(call.with_(metadata=True))
-    assert row.phase == "decode" or (call.packed_rows > SURELY_DECODE and len(row.capabilities) == 1)
+    assert row.phase == "decode"
     _, row = run_call(call.with_(function="func", seqlens_k=(300,) * 4, page_size=0))
-    assert row.phase == "decode" or (call.packed_rows > SURELY_DECODE and len(row.capabilities) == 1)
+    assert row.phase == "decode"
     _, row = run_call(call)
     assert row.phase == "decode"
     size = (row.dtype, row.head_dim, row.head_dim_v)
@@ -284,8 +283,8 @@ def test_nan_in_a_query_is_told(
 def test_large_values(row: support.KernelRow, run_row: Callable, cuda: torch.device) -> None:
     """Scores of hundreds and values near the end of fp16: nothing overflows between two blocks or two splits."""
     call = step(row, 2, page_size=0, num_splits=3, seqlens_k=(900, 70, 0, 500, 64))
-    if call.k_dtype.itemsize == 1:
-        pytest.skip("e4m3 ends at 448")
+    if call.k_dtype.itemsize == 1 or call.qv:
+        pytest.skip("e4m3 ends at 448, and values of thousands are no keys of a qv")
     built = build(call, cuda)
     names = {"q": built.q, "k_cache": built.k, "v_cache": built.v}
     for (name, logical), factor in zip(names.items(), (6.0, 6.0, 9000.0)):

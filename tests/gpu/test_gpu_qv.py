@@ -8,9 +8,10 @@ from collections.abc import Callable
 import broadhead
 import pytest
 import torch
+from broadhead import support
 from calls import Call, build
 from checks import check_against
-from gpu_calls import ARCH_ROWS, capture, decode_call, prefill_call, shortened
+from gpu_calls import DECODE_ROWS, TORCH_DTYPES, capture, decode_call, prefill_call, row_call, row_id, shortened
 
 pytestmark = [pytest.mark.gpu, pytest.mark.full]
 
@@ -29,7 +30,7 @@ MASKS = {
 
 @pytest.fixture(autouse=True)
 def _needs_row(capability: tuple[int, int]) -> None:
-    if not any("qv" in row.requires and capability in row.capabilities for row in ARCH_ROWS):
+    if not any("qv" in row.requires and capability in row.capabilities for row in DECODE_ROWS):
         pytest.skip(f"compute capability {capability} has no row for qv")
 
 
@@ -72,7 +73,8 @@ def test_few_queries_of_many_heads(tokens: int, heads: int, page_size: int, run_
     """All query heads share the latent keys: decode and speculative decode."""
     base = {"seqlens_q": (tokens,) * 4, "heads_q": heads, "page_size": page_size, "causal": True, "k_layout": "rows"}
     lengths = {"seqlens_k": (2100, 64, tokens, 500)}
-    for options in ({}, {"num_splits": 5}, {"metadata": True, "num_splits": 16}, {"pack_gqa": False}):
+    splits = ({}, {"num_splits": 5}, {"metadata": True, "num_splits": 16}, {"tokens_per_split": 64})
+    for options in (*splits, {"pack_gqa": False}):
         run_call(mla_decode(**base, **lengths, **options))
     run_call(mla_decode(**base, **lengths, ragged_q=True, tail=3, sinks="fp32"))
 
@@ -93,6 +95,45 @@ def test_equals_attention_of_the_parts_together(
     assert not row_ran(dtype=q.dtype).requires
     torch.testing.assert_close(out, expected, atol=1e-2, rtol=2e-2)
     torch.testing.assert_close(lse, expected_lse, atol=1e-3, rtol=1e-4)
+
+
+DECODE_QV_ROWS = tuple(row for row in DECODE_ROWS if "qv" in row.requires)
+
+
+@pytest.mark.parametrize("row", DECODE_QV_ROWS, ids=row_id)
+@pytest.mark.parametrize("head_dim, head_dim_v", HEAD_DIMS)
+def test_decode_rows(row: support.KernelRow, head_dim: int, head_dim_v: int, run_row: Callable) -> None:
+    """Each on its own: a tile and a bit of heads, columns at their edges, whole blocks of keys and parts of one."""
+    n = row.tile.tile_n
+    lengths = {"seqlens_q": (1, 2, 0, 1, 3), "seqlens_k": (40 * n, 17, 9, 0, 3 * n + 1)}
+    dims = {"head_dim": head_dim, "head_dim_v": head_dim_v, "heads_q": row.tile.tile_m + 3, "heads_kv": 1}
+    for options in (
+        {"page_size": 64}, {"page_size": 4, "k_layout": "rows", "num_splits": 4}, {"pack_gqa": False},
+        {"causal": True, "q_layout": "heads_first", "sinks": "fp32", "softcap": 20.0},
+        {"tokens_per_split": 64, "heads_q": 8},
+    ):  # fmt: skip
+        run_row(row, row_call(row, "varlen", **lengths, **{**dims, **options}))
+
+
+@pytest.mark.parametrize("heads", [1, 16, 40])
+@pytest.mark.parametrize("row", DECODE_QV_ROWS, ids=row_id)
+def test_only_qv_or_only_q(
+    row: support.KernelRow, heads: int, only_row: Callable, row_ran: Callable, cuda: torch.device
+) -> None:
+    """Without the one half of the scores the other remains: as attention by it alone, on other rows."""
+    draw = {"dtype": TORCH_DTYPES[row.dtype], "device": cuda}
+    q, qv = torch.randn(3, 1, heads, 64, **draw), torch.randn(3, 1, heads, 512, **draw)
+    k, v = torch.randn(3, 999, 1, 64, **draw), torch.randn(3, 999, 1, 512, **draw)
+    expected = [
+        broadhead.flash_attn_func(*parts, softmax_scale=0.05, return_attn_probs=True)
+        for parts in ((q, k, v), (qv, v, v))
+    ]
+    only_row(row)
+    for (out, lse), (a, b) in zip(expected, ((q, 0 * qv), (0 * q, qv))):
+        got, got_lse = broadhead.flash_attn_func(a, k, v, qv=b, softmax_scale=0.05, return_attn_probs=True)
+        assert row_ran(dtype=q.dtype).id == row.id
+        torch.testing.assert_close(got, out, atol=1e-2, rtol=2e-2)
+        torch.testing.assert_close(got_lse, lse, atol=1e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize("said", [True, False], ids=["said", "unsaid"])

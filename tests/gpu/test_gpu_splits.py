@@ -58,8 +58,13 @@ def test_metadata_gives_long_sequences_more_splits(cuda: torch.device) -> None:
     """Of a prefill kernel; decode kernels plan for themselves, their metadata is one split each."""
     lengths = torch.tensor([65536, 64, 64, 64], dtype=torch.int32, device=cuda)
     hopper = torch.cuda.get_device_capability(cuda) == (9, 0)
-    for seqlen_q, head_dim, is_prefill in ((64, 128, True), (4, 512, hopper), (4, 128, False), (1, 128, False)):
-        metadata = broadhead.get_scheduler_metadata(4, seqlen_q, 65536, 8, 1, head_dim, lengths, page_size=64)
+    latent = {"headdim_v": 512, "has_qv": True}
+    for seqlen_q, head_dim, options, is_prefill in (
+        (64, 128, {}, True), (4, 64, latent, hopper), (4, 512, {}, False), (4, 128, {}, False), (1, 64, latent, False)
+    ):  # fmt: skip
+        metadata = broadhead.get_scheduler_metadata(
+            4, seqlen_q, 65536, 8, 1, head_dim, lengths, page_size=64, **options
+        )
         splits = metadata[:4].tolist()
         assert (splits[0] > 4) == is_prefill and splits[1:] == [1, 1, 1], (seqlen_q, head_dim, splits)
 

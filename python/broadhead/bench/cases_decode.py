@@ -12,6 +12,7 @@ DECODE_AREAS = (
     "decode-mixed",
     "decode-mtp",
     "decode-fp8",
+    "decode-mla",
     "decode-invariant",
     "cascade",
     "append",
@@ -36,6 +37,7 @@ class DecodeCase(NamedTuple):
     lengths: tuple[int, ...] = ()  # tokens of each sequence, where they differ
     cache: str = "bf16"  # dtype of K and V, of ELEMENT_BYTES
     tokens_per_split: int = 0  # 0: the schedule is free
+    head_dim_v: int = 0  # absorbed MLA: there is one cache, and V is its first columns; 0: two, as wide as each other
 
     @property
     def name(self) -> str:
@@ -43,7 +45,8 @@ class DecodeCase(NamedTuple):
         if self.seqlen_q > 1:
             words.append(f"q{self.seqlen_q}")
         words.append(f"mixed T{self.tokens}" if self.lengths else f"ctx{self.context}")
-        words += [f"H{self.num_heads_q} Hkv{self.num_heads_kv} D{self.head_dim} page{self.page_size}"]
+        dims = f"{self.head_dim}/{self.head_dim_v}" if self.head_dim_v else f"{self.head_dim}"
+        words += [f"H{self.num_heads_q} Hkv{self.num_heads_kv} D{dims} page{self.page_size}"]
         if self.cache != "bf16":
             words.append(self.cache)
         if self.tokens_per_split:
@@ -67,7 +70,8 @@ class DecodeCase(NamedTuple):
     @property
     def kv_bytes(self) -> int:
         """Bytes of K and V that one call reads: each token's once."""
-        return 2 * ELEMENT_BYTES[self.cache] * self.tokens * self.num_heads_kv * self.head_dim
+        caches = 1 if self.head_dim_v else 2
+        return caches * ELEMENT_BYTES[self.cache] * self.tokens * self.num_heads_kv * self.head_dim
 
 
 class CascadeCase(NamedTuple):
@@ -129,6 +133,9 @@ PAGES_PAGE_SIZES = (1, 16, 64)
 MIXED_SHAPES = ((128, 8, 1, 128), (128, 32, 8, 128), (128, 16, 2, 256), (64, 32, 4, 512))
 MIXED_LONGEST = 32768
 MTP_QUERIES = (1, 2, 4, 8, 16)
+#: Batch, tokens, query heads of one latent head: 16 are those of one of eight GPUs, 128 of a GPU that has all.
+MLA_SHAPES = ((64, 8192, 16), (64, 8192, 32), (64, 8192, 64), (64, 8192, 128), (1, 65536, 16), (1, 65536, 128))
+MLA_HEAD_DIM, MLA_HEAD_DIM_V = 576, 512  # DeepSeek-V2 and -V3: 512 latent columns and 64 of position
 TOKENS_PER_SPLIT = 4096
 CASCADE_HEADS = ((8, 1, 128), (32, 8, 128), (16, 2, 256), (32, 4, 512))
 CASCADE_BATCHES, CASCADE_PREFIX, CASCADE_SUFFIX = (4, 16, 64), 8192, 1024
@@ -137,6 +144,7 @@ CASCADE_BATCHES, CASCADE_PREFIX, CASCADE_SUFFIX = (4, 16, 64), 8192, 1024
 CPU_DECODE_SHAPES = ((2, 100, 4, 2, 64), (1, 130, 2, 1, 512))
 CPU_MIXED_LENGTHS = (37, 1, 90, 64)
 CPU_TOKENS_PER_SPLIT = 64
+CPU_MLA_SHAPE = (2, 100, 4, 1, 64, 16)
 
 
 def uniform_lengths(count: int, longest: int, seed: int = 0) -> tuple[int, ...]:
@@ -165,6 +173,9 @@ def _paged_cases(area: str, on_cpu: bool) -> list[DecodeCase]:
         return [DecodeCase(*shape, PAGE_SIZE, area, seqlen_q=q) for shape in BATCH_SHAPES for q in MTP_QUERIES]
     if area == "decode-fp8":
         return [DecodeCase(*shape, PAGE_SIZE, area, cache="e4m3") for shape in DECODE_SHAPES]
+    if area == "decode-mla":
+        dims = (MLA_HEAD_DIM, PAGE_SIZE, area)
+        return [DecodeCase(*shape, 1, *dims, head_dim_v=MLA_HEAD_DIM_V) for shape in MLA_SHAPES]
     if area == "decode-invariant":
         cases = [DecodeCase(*shape, PAGE_SIZE, area) for shape in BATCH_SHAPES]
         cases += [mixed for mixed, _ in _mixed_pairs(area, on_cpu)]
@@ -183,6 +194,8 @@ def _tiny_cases(area: str) -> list[DecodeCase]:
         return [case._replace(seqlen_q=q) for case in cases for q in (1, 4)]
     if area == "decode-fp8":
         return [case._replace(cache="e4m3") for case in cases]
+    if area == "decode-mla":
+        return [DecodeCase(*CPU_MLA_SHAPE, area, head_dim_v=48)]
     if area == "decode-invariant":
         cases += [mixed for mixed, _ in _mixed_pairs(area, on_cpu=True)]
         return [case._replace(tokens_per_split=CPU_TOKENS_PER_SPLIT) for case in cases]

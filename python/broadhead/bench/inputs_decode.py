@@ -36,6 +36,19 @@ class Fp8PagedInputs(NamedTuple):
     wide: PagedInputs
 
 
+class LatentInputs(NamedTuple):
+    """A step of absorbed MLA in parts: q_rope ``(B, Sq, Hq, D - Dv)`` and q_latent ``(B, Sq, Hq, Dv)``; rope and latent
+    are views of one cache ``(num_pages, page_size, 1, D)``, which begins with the latent columns. ``paged`` has q and
+    the cache whole."""
+
+    q_rope: Tensor
+    q_latent: Tensor
+    rope: Tensor
+    latent: Tensor
+    softmax_scale: float
+    paged: PagedInputs
+
+
 class CascadeInputs(NamedTuple):
     """A step over a shared prefix: prefix_page_table int32 ``(pages,)``; page_table int32 ``(B, pages)`` and
     cache_seqlens int32 ``(B,)`` are those of the suffixes. ``plain`` has the whole sequences."""
@@ -130,6 +143,16 @@ def fp8_decode_sets(case: DecodeCase, device: torch.device) -> list[Fp8PagedInpu
     return sets
 
 
+def latent_sets(case: DecodeCase, device: torch.device) -> list[LatentInputs]:
+    """bf16 inputs of absorbed MLA, as many sets as the case needs."""
+    sets = []
+    for paged in decode_sets(case, device):
+        q_latent, q_rope = (part.contiguous() for part in paged.q.tensor_split([case.head_dim_v], dim=-1))
+        latent, rope = paged.k_cache.tensor_split([case.head_dim_v], dim=-1)
+        sets.append(LatentInputs(q_rope, q_latent, rope, latent, case.head_dim**-0.5, paged))
+    return sets
+
+
 def cascade_sets(case: CascadeCase, device: torch.device) -> list[CascadeInputs]:
     """bf16 inputs, as many sets as the case needs."""
     count = set_count(case.kv_bytes, device)
@@ -170,7 +193,8 @@ def _queries(case: DecodeCase, device: torch.device) -> Tensor:
 
 def _caches(pages: int, case: DecodeCase, device: torch.device) -> tuple[Tensor, Tensor]:
     shape = (pages, case.page_size, case.num_heads_kv, case.head_dim)
-    return normal(*shape, device=device), normal(*shape, device=device)
+    k_cache = normal(*shape, device=device)
+    return k_cache, k_cache[..., : case.head_dim_v] if case.head_dim_v else normal(*shape, device=device)
 
 
 def _to_e4m3(values: Tensor, descale: float) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from broadhead.bench import accuracy
 from broadhead.bench.cases import CascadeCase, Case, DecodeCase, DenseCase, HostCase, PagedCase, VarlenCase
 from broadhead.bench.inputs import dense_inputs, fp8_inputs, paged_inputs, varlen_inputs
-from broadhead.bench.measure_decode import AppendTask, CascadeTask, DecodeTask, Fp8DecodeTask, HostTask
+from broadhead.bench.measure_decode import STEP_TASKS, CascadeTask, DecodeTask, HostTask
 from broadhead.bench.peers import Peer
 from broadhead.bench.task import Prepared, Task
 
@@ -87,9 +87,7 @@ def task_of(case: Case, device: torch.device) -> Task:
     if isinstance(case, HostCase):
         return HostTask(case, device)
     if isinstance(case, DecodeCase):
-        if case.area == "append":
-            return AppendTask(case, device)
-        return Fp8DecodeTask(case, device) if case.area == "decode-fp8" else DecodeTask(case, device)
+        return STEP_TASKS.get(case.area, DecodeTask)(case, device)
     if isinstance(case, CascadeCase):
         return CascadeTask(case, device)
     if isinstance(case, PagedCase):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 import torch
@@ -14,10 +14,12 @@ from broadhead.bench.inputs_decode import (
     AppendInputs,
     CascadeInputs,
     Fp8PagedInputs,
+    LatentInputs,
     append_sets,
     cascade_sets,
     decode_sets,
     fp8_decode_sets,
+    latent_sets,
 )
 from broadhead.bench.peers import Peer
 from broadhead.bench.task import Call, Prepared, Task, one_by_one
@@ -90,6 +92,22 @@ class Fp8DecodeTask(GraphTask[Fp8PagedInputs]):
         return peer.measured_decode(self.case).kv_bytes
 
 
+class MlaTask(GraphTask[LatentInputs]):
+    """A step of absorbed MLA."""
+
+    def __init__(self, case: DecodeCase, device: torch.device) -> None:
+        self.case = case
+        sets = latent_sets(case, device)
+        references = [accuracy.PagedReference(case, inputs.paged) for inputs in sets[:CHECKED_SETS]]
+        super().__init__(case.area, device, sets, references)
+
+    def call_of(self, peer: Peer, inputs: LatentInputs) -> Call:
+        return peer.decode_mla(self.case, inputs)
+
+    def work_of(self, peer: Peer) -> float:
+        return self.case.kv_bytes
+
+
 class CascadeTask(GraphTask[CascadeInputs]):
     """A step over a shared prefix."""
 
@@ -125,6 +143,14 @@ class AppendTask(GraphTask[AppendInputs]):
 
     def work_of(self, peer: Peer) -> float:
         return self.case.kv_bytes
+
+
+#: Of areas whose steps are not plain ones.
+STEP_TASKS: dict[str, Callable[[DecodeCase, torch.device], Task]] = {
+    "append": AppendTask,
+    "decode-fp8": Fp8DecodeTask,
+    "decode-mla": MlaTask,
+}
 
 
 class HostTask(Task):

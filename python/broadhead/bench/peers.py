@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from broadhead.bench.cases import AREAS, CascadeCase, DecodeCase, DenseCase, PagedCase, VarlenCase
 from broadhead.bench.inputs import Fp8Inputs, PagedInputs, VarlenInputs
-from broadhead.bench.inputs_decode import AppendInputs, CascadeInputs, Fp8PagedInputs
+from broadhead.bench.inputs_decode import AppendInputs, CascadeInputs, Fp8PagedInputs, LatentInputs
 
 
 class Skip(Exception):
@@ -85,6 +85,10 @@ class Peer:
     def decode_fp8(self, case: DecodeCase, inputs: Fp8PagedInputs) -> Callable[[], Tensor]:
         """A call that returns ``(B, 1, H, D)``, of bf16 queries, or of e4m3 ones, over an e4m3 cache."""
         raise Skip("has no decode over an e4m3 cache")
+
+    def decode_mla(self, case: DecodeCase, inputs: LatentInputs) -> Callable[[], Tensor]:
+        """A call that returns ``(B, Sq, H, Dv)``, of absorbed MLA; plans and metadata are made here, once."""
+        raise Skip("has no decode of absorbed MLA")
 
     def append(self, case: DecodeCase, inputs: AppendInputs) -> Callable[[], Tensor]:
         """A call that rotates q and the new k, writes k and v to the cache, and returns ``(B, 1, H, D)``."""

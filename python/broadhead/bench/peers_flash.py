@@ -13,27 +13,31 @@ from torch import Tensor
 
 from broadhead.bench.cases import DecodeCase, DenseCase, PagedCase, VarlenCase
 from broadhead.bench.inputs import Fp8Inputs, PagedInputs, VarlenInputs
-from broadhead.bench.inputs_decode import AppendInputs, Fp8PagedInputs
+from broadhead.bench.inputs_decode import AppendInputs, Fp8PagedInputs, LatentInputs
 from broadhead.bench.peers import Peer, Skip
-from broadhead.bench.peers_broadhead import arguments_of_plan
+from broadhead.bench.peers_broadhead import arguments_of_mla_plan, arguments_of_plan
 
 
 class PackagePeer(Peer):
-    """A peer that is importable or not."""
+    """A peer that is importable or not, under one of its names."""
 
-    module_name = ""
+    module_names: tuple[str, ...] = ()
     distributions: tuple[str, ...] = ()
     _module: Any = None
 
     def why_unavailable(self, device: torch.device) -> str | None:
         if device.type != "cuda":
             return "needs a CUDA device"
-        try:
-            self._module = importlib.import_module(self.module_name)
-        except Exception as error:  # an installed peer may fail to load in any way
-            text = (str(error).splitlines() or [""])[0]
-            return f"cannot import {self.module_name}: {type(error).__name__}: {text}"
-        return None
+        reasons = []
+        for name in self.module_names:
+            try:
+                self._module = importlib.import_module(name)
+            except Exception as error:  # an installed peer may fail to load in any way
+                text = (str(error).splitlines() or [""])[0]
+                reasons.append(f"cannot import {name}: {type(error).__name__}: {text}")
+            else:
+                return None
+        return "; ".join(reasons)
 
     def versions(self) -> dict[str, str]:
         for name in self.distributions:
@@ -50,11 +54,18 @@ def first_output(result: Any) -> Tensor:
 
 
 class FlashAttention3(PackagePeer):
-    """FlashAttention-3, any build with the module `flash_attn_interface`."""
+    """FlashAttention-3, any build that has its module by one of these names."""
 
     name = "fa3"
-    module_name = "flash_attn_interface"
+    module_names = ("flash_attn_interface", "fa3_fwd_interface")
     distributions = ("flash_attn_3", "tokenspeed-fa3", "fa3-fwd")
+
+    def __init__(self) -> None:
+        self._notes: dict[str, str] = {}  # of the call prepared last, until its versions are read
+
+    def versions(self) -> dict[str, str]:
+        notes, self._notes = self._notes, {}
+        return {**super().versions(), **notes}
 
     def forward(self, case: DenseCase, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
         function = self._module.flash_attn_func
@@ -90,6 +101,31 @@ class FlashAttention3(PackagePeer):
             scheduler_metadata=self._plan(case, inputs.paged.cache_seqlens, inputs.q.dtype)(),
         )
 
+    def decode_mla(self, case: DecodeCase, inputs: LatentInputs) -> Callable[[], Tensor]:
+        positional = arguments_of_mla_plan(case, inputs.paged.cache_seqlens)
+        function = self._module.flash_attn_with_kvcache
+        options = {"qv": inputs.q_latent, "cache_seqlens": inputs.paged.cache_seqlens, "causal": True}
+        options |= {"softmax_scale": inputs.softmax_scale}
+
+        def over(rope: Tensor, latent: Tensor, **paging: Any) -> Callable[[], Tensor]:
+            pages = {"page_size": case.page_size} if paging else {}
+            plan = self._module.get_scheduler_metadata(*positional, headdim_v=case.head_dim_v, causal=True, **pages)
+            return lambda: first_output(
+                function(inputs.q_rope, rope, latent, scheduler_metadata=plan, **paging, **options)
+            )
+
+        try:
+            paged = over(inputs.rope, inputs.latent, page_table=inputs.paged.page_table)
+            paged()
+        except RuntimeError as error:
+            if "does not support paged" not in str(error):
+                raise
+            self._notes = {"note": "the cache gathered into a dense one beforehand: this build does not page it"}
+            cache, _ = inputs.paged.gathered(case.context)
+            latent, rope = cache.tensor_split([case.head_dim_v], dim=-1)
+            return over(rope, latent)
+        return paged
+
     def append(self, case: DecodeCase, inputs: AppendInputs) -> Callable[[], Tensor]:
         return self._over_pages(
             inputs.paged._replace(cache_seqlens=inputs.cache_seqlens),
@@ -122,7 +158,7 @@ class FlashAttention4(PackagePeer):
     """FlashAttention-4, the CuTe DSL implementation."""
 
     name = "fa4"
-    module_name = "flash_attn.cute"
+    module_names = ("flash_attn.cute",)
     distributions = ("flash-attn-4",)
 
     def forward(self, case: DenseCase, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
@@ -159,7 +195,7 @@ class Ffpa(PackagePeer):
 
     name = "ffpa"
     areas = ("forward", "chunked", "varlen", "paged", "window", "backward")
-    module_name = "ffpa_attn"
+    module_names = ("ffpa_attn",)
     distributions = ("ffpa-attn",)
 
     def __init__(self) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from broadhead.bench.cases import CascadeCase, DecodeCase, DenseCase, PagedCase, VarlenCase
 from broadhead.bench.inputs import PagedInputs, VarlenInputs
-from broadhead.bench.inputs_decode import CascadeInputs, Fp8PagedInputs
+from broadhead.bench.inputs_decode import CascadeInputs, Fp8PagedInputs, LatentInputs
 from broadhead.bench.peers import Skip
 from broadhead.bench.peers_flash import PackagePeer, first_output
 
@@ -22,7 +22,7 @@ class FlashInfer(PackagePeer):
     calls run one after the other."""
 
     name = "flashinfer"
-    module_name = "flashinfer"
+    module_names = ("flashinfer",)
     distributions = ("flashinfer-python",)
 
     def __init__(self) -> None:
@@ -89,6 +89,37 @@ class FlashInfer(PackagePeer):
     def decode_fp8(self, case: DecodeCase, inputs: Fp8PagedInputs) -> Callable[[], Tensor]:
         scales = {"k_scale": inputs.k_descale.max().item(), "v_scale": inputs.v_descale.max().item()}
         return self._decode(case, inputs.paged, **scales)
+
+    def decode_mla(self, case: DecodeCase, inputs: LatentInputs) -> Callable[[], Tensor]:
+        counts, indices = inputs.paged.used_pages()
+        steps = torch.arange(case.batch + 1, dtype=torch.int32, device=counts.device) * case.seqlen_q
+        metadata = {
+            "qo_indptr": steps,
+            "kv_indptr": torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32),
+            "kv_indices": indices,
+            "kv_len_arr": inputs.paged.cache_seqlens,
+        }
+        buffers = {name: torch.empty_like(tensor) for name, tensor in metadata.items()}
+        wrapper = self._module.mla.BatchMLAPagedAttentionWrapper(
+            self._workspace(counts.device), use_cuda_graph=True, **buffers
+        )
+        wrapper.plan(
+            metadata=self._module.mla.MLAPlanMetadata.csr(**metadata),
+            num_heads=case.num_heads_q,
+            head_dim_ckv=case.head_dim_v,
+            head_dim_kpe=case.head_dim - case.head_dim_v,
+            page_size=case.page_size,
+            causal=True,
+            sm_scale=inputs.softmax_scale,
+            q_data_type=inputs.q_latent.dtype,
+            kv_data_type=inputs.latent.dtype,
+            query_layout="split",
+            kv_cache_layout="split",
+        )
+        query = (inputs.q_latent.flatten(0, 1), inputs.q_rope.flatten(0, 1))
+        caches = (inputs.latent.squeeze(2), inputs.rope.squeeze(2))
+        out_shape = inputs.q_latent.shape
+        return lambda: first_output(wrapper.run(query=query, kv_cache=caches)).view(out_shape)
 
     def plan(self, case: DecodeCase, inputs: PagedInputs) -> Callable[[], Any]:
         return self._planned(case, inputs)[1]
