@@ -192,12 +192,16 @@ def test_fa3_without_paging_gets_a_dense_latent_cache() -> None:
     prepared = task.prepare(peer)
     assert prepared.error <= accuracy.MAX_ERROR["decode-mla"]
     assert "gathered" in prepared.versions["note"]
-    assert "note" not in measure.task_of(STEP, CPU).prepare(peer).versions, "it is of that call alone"
     message = "out of memory"
     with pytest.raises(RuntimeError, match="out of memory"):
         task.prepare(peer)
     peer._module.flash_attn_with_kvcache = attend
     assert "note" not in task.prepare(peer).versions
+    peer._module.flash_attn_with_kvcache = without_paging
+    message = "This flash attention build does not support paged KV."
+    assert "note" in task.prepare(peer).versions
+    peer._module.flash_attn_with_kvcache = attend
+    assert "note" not in measure.task_of(STEP, CPU).prepare(peer).versions, "it is of that call alone"
 
 
 @pytest.mark.parametrize(("make", "planned"), [(_fa3, True), (_fa4, False), (_flashinfer, True)])
