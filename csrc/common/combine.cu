@@ -18,6 +18,7 @@ namespace {
 
 constexpr int kWarps = 4;
 constexpr int kMaxSplits = 128;
+constexpr int kCols = 128;  // of a warp: four a lane
 // Blocks of a split combine: with a block a row most of a long grid would come only to find that a sequence has one
 // split. PERF(H200, 64 x 8k, 16 query tokens, 16/2 heads of 256, one split each, GB/s: 3552 -> 3654, with the dependent
 // launch)
@@ -55,7 +56,7 @@ struct CombineShared {
   float4 partial[kWarps][32];
 };
 
-// The columns that a block merges: every step-th 128 from the first on.
+// The columns that a block merges: every step-th kCols from the first on.
 struct CombineColumns {
   int first;
   int step;
@@ -177,7 +178,7 @@ __global__ void __launch_bounds__(32 * kWarps)
   const int seqlen_q = min_int(seqlen.seqlen_q, params.seqlen_q);
   const int end_row = min_int(first_row + rows_per_block, seqlen_q * params.num_heads_q);
   const std::int64_t split_stride = params.num_heads_q * params.total_q;
-  const CombineColumns columns{static_cast<int>(blockIdx.y) * 128, static_cast<int>(gridDim.y) * 128};
+  const CombineColumns columns{static_cast<int>(blockIdx.y) * kCols, static_cast<int>(gridDim.y) * kCols};
   const auto merge = [&](int query, const auto& merge_row) {
     const int token = query / params.num_heads_q;
     const int head = query - token * params.num_heads_q;
@@ -219,7 +220,7 @@ __global__ void __launch_bounds__(32 * kWarps) combine_kernel(const __grid_const
   const std::int64_t row = blockIdx.x;
   const int head = blockIdx.y;
   combine_row(
-      smem, params.num_splits, {0, 128}, params.head_dim_v, -INFINITY,
+      smem, params.num_splits, {0, kCols}, params.head_dim_v, -INFINITY,
       [&](int s) {
         return params.lse_partial[s * params.lse_partial_split_stride + row * params.lse_partial_row_stride +
                                   head * params.lse_partial_head_stride];
@@ -249,7 +250,7 @@ int launch_split_combine(const AttnParams& params, bool is_bf16, bool dependent,
       std::clamp(rows * params.batch / kMostBlocks, 1ll, static_cast<long long>(kMostRows));
   const long long chunks = (rows + rows_per_block - 1) / rows_per_block;
   const unsigned sharing =
-      chunks * params.batch < kFewBlocks ? static_cast<unsigned>((params.head_dim_v + 127) / 128) : 1;
+      chunks * params.batch < kFewBlocks ? static_cast<unsigned>(ceil_div(params.head_dim_v, kCols)) : 1;
   cudaError_t status = cudaErrorInvalidValue;  // a grid beyond 31 bits
   if (rows <= 0x7fffffffLL && chunks * params.batch <= 0x7fffffffLL && params.num_splits <= kMaxSplits) {
     cudaLaunchAttribute attribute{};
