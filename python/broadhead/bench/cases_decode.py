@@ -68,6 +68,11 @@ class DecodeCase(NamedTuple):
         return -(-self.context // self.page_size)
 
     @property
+    def beside_qv(self) -> DecodeCase:
+        """Of absorbed MLA, with the head_dim of q and k beside qv."""
+        return self._replace(head_dim=self.head_dim - self.head_dim_v)
+
+    @property
     def kv_bytes(self) -> int:
         """Bytes of K and V that one call reads: each token's once."""
         caches = 1 if self.head_dim_v else 2

@@ -48,6 +48,11 @@ class LatentInputs(NamedTuple):
     softmax_scale: float
     paged: PagedInputs
 
+    @property
+    def beside_qv(self) -> PagedInputs:
+        """q, k and v of a call whose qv is q_latent."""
+        return self.paged._replace(q=self.q_rope, k_cache=self.rope, v_cache=self.latent)
+
 
 class CascadeInputs(NamedTuple):
     """A step over a shared prefix: prefix_page_table int32 ``(pages,)``; page_table int32 ``(B, pages)`` and

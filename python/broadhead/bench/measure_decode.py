@@ -27,18 +27,28 @@ from broadhead.bench.task import Call, Prepared, Task, one_by_one
 #: Input sets whose results are compared with fp32.
 CHECKED_SETS = 3
 
+Case = TypeVar("Case", DecodeCase, CascadeCase)
 Inputs = TypeVar("Inputs")
 
 
-class GraphTask(Task, Generic[Inputs]):
-    """Calls in a CUDA graph, over input sets that together do not fit the L2."""
+class GraphTask(Task, Generic[Case, Inputs]):
+    """Calls in a CUDA graph, over input sets that together do not fit the L2.
+
+    Args of the constructor: sets; plain: the same step without what the area is about; plain_of: its inputs of a set.
+    """
 
     def __init__(
-        self, area: str, device: torch.device, sets: Sequence[Inputs], references: Sequence[accuracy.PagedReference]
+        self,
+        case: Case,
+        device: torch.device,
+        sets: Sequence[Inputs],
+        plain: DecodeCase,
+        plain_of: Callable[[Inputs], PagedInputs],
     ) -> None:
-        super().__init__(area, device)
+        super().__init__(case.area, device)
+        self.case: Case = case
         self.sets = sets
-        self.references = references  # of the first sets
+        self.references = [accuracy.PagedReference(plain, plain_of(inputs)) for inputs in sets[:CHECKED_SETS]]
 
     def call_of(self, peer: Peer, inputs: Inputs) -> Call:
         """The call of one implementation on one set."""
@@ -46,7 +56,7 @@ class GraphTask(Task, Generic[Inputs]):
 
     def work_of(self, peer: Peer) -> float:
         """Bytes of K and V that one call reads."""
-        raise NotImplementedError
+        return self.case.kv_bytes
 
     def prepare(self, peer: Peer) -> Prepared:
         calls = [self.call_of(peer, inputs) for inputs in self.sets]
@@ -60,30 +70,21 @@ class GraphTask(Task, Generic[Inputs]):
         return one_by_one(prepared, lambda item: timing.time_graph(item.calls, self.device, budget))
 
 
-class DecodeTask(GraphTask[PagedInputs]):
+class DecodeTask(GraphTask[DecodeCase, PagedInputs]):
     """A step over a paged cache."""
 
     def __init__(self, case: DecodeCase, device: torch.device) -> None:
-        self.case = case
-        sets = decode_sets(case, device)
-        references = [accuracy.PagedReference(case, inputs) for inputs in sets[:CHECKED_SETS]]
-        super().__init__(case.area, device, sets, references)
+        super().__init__(case, device, decode_sets(case, device), case, lambda inputs: inputs)
 
     def call_of(self, peer: Peer, inputs: PagedInputs) -> Call:
         return peer.decode(self.case, inputs)
 
-    def work_of(self, peer: Peer) -> float:
-        return self.case.kv_bytes
 
-
-class Fp8DecodeTask(GraphTask[Fp8PagedInputs]):
+class Fp8DecodeTask(GraphTask[DecodeCase, Fp8PagedInputs]):
     """A step over an e4m3 cache."""
 
     def __init__(self, case: DecodeCase, device: torch.device) -> None:
-        self.case = case
-        sets = fp8_decode_sets(case, device)
-        references = [accuracy.PagedReference(case, inputs.wide) for inputs in sets[:CHECKED_SETS]]
-        super().__init__(case.area, device, sets, references)
+        super().__init__(case, device, fp8_decode_sets(case, device), case, lambda inputs: inputs.wide)
 
     def call_of(self, peer: Peer, inputs: Fp8PagedInputs) -> Call:
         return peer.decode_fp8(self.case, inputs)
@@ -92,46 +93,31 @@ class Fp8DecodeTask(GraphTask[Fp8PagedInputs]):
         return peer.measured_decode(self.case).kv_bytes
 
 
-class MlaTask(GraphTask[LatentInputs]):
+class MlaTask(GraphTask[DecodeCase, LatentInputs]):
     """A step of absorbed MLA."""
 
     def __init__(self, case: DecodeCase, device: torch.device) -> None:
-        self.case = case
-        sets = latent_sets(case, device)
-        references = [accuracy.PagedReference(case, inputs.paged) for inputs in sets[:CHECKED_SETS]]
-        super().__init__(case.area, device, sets, references)
+        super().__init__(case, device, latent_sets(case, device), case, lambda inputs: inputs.paged)
 
     def call_of(self, peer: Peer, inputs: LatentInputs) -> Call:
         return peer.decode_mla(self.case, inputs)
 
-    def work_of(self, peer: Peer) -> float:
-        return self.case.kv_bytes
 
-
-class CascadeTask(GraphTask[CascadeInputs]):
+class CascadeTask(GraphTask[CascadeCase, CascadeInputs]):
     """A step over a shared prefix."""
 
     def __init__(self, case: CascadeCase, device: torch.device) -> None:
-        self.case = case
-        sets = cascade_sets(case, device)
-        references = [accuracy.PagedReference(case.plain, inputs.plain) for inputs in sets[:CHECKED_SETS]]
-        super().__init__(case.area, device, sets, references)
+        super().__init__(case, device, cascade_sets(case, device), case.plain, lambda inputs: inputs.plain)
 
     def call_of(self, peer: Peer, inputs: CascadeInputs) -> Call:
         return peer.cascade(self.case, inputs)
 
-    def work_of(self, peer: Peer) -> float:
-        return self.case.kv_bytes
 
-
-class AppendTask(GraphTask[AppendInputs]):
+class AppendTask(GraphTask[DecodeCase, AppendInputs]):
     """A step that rotates its token and puts it into the cache first."""
 
     def __init__(self, case: DecodeCase, device: torch.device) -> None:
-        self.case = case
-        sets = append_sets(case, device)
-        references = [accuracy.PagedReference(case, inputs.appended()) for inputs in sets[:CHECKED_SETS]]
-        super().__init__(case.area, device, sets, references)
+        super().__init__(case, device, append_sets(case, device), case, AppendInputs.appended)
 
     def prepare(self, peer: Peer) -> Prepared:
         for inputs in self.sets:
@@ -140,9 +126,6 @@ class AppendTask(GraphTask[AppendInputs]):
 
     def call_of(self, peer: Peer, inputs: AppendInputs) -> Call:
         return peer.append(self.case, inputs)
-
-    def work_of(self, peer: Peer) -> float:
-        return self.case.kv_bytes
 
 
 #: Of areas whose steps are not plain ones.

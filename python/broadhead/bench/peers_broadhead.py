@@ -68,10 +68,8 @@ class Broadhead(Peer):
         return call
 
     def decode_mla(self, case: DecodeCase, inputs: LatentInputs) -> Callable[[], Tensor]:
-        paged = inputs.paged._replace(q=inputs.q_rope, k_cache=inputs.rope, v_cache=inputs.latent)
-        options: dict[str, Any] = {"qkv_dtype": torch.bfloat16, "page_size": case.page_size, "causal": True}
-        options |= {"headdim_v": case.head_dim_v, "has_qv": True}
-        plan = broadhead.get_scheduler_metadata(*arguments_of_mla_plan(case, paged.cache_seqlens), **options)
+        paged = inputs.beside_qv
+        plan = self._plan(case.beside_qv, paged.cache_seqlens, headdim_v=case.head_dim_v, has_qv=True)()
         return self._over_pages(paged, qv=inputs.q_latent, softmax_scale=inputs.softmax_scale, scheduler_metadata=plan)
 
     def append(self, case: DecodeCase, inputs: AppendInputs) -> Callable[[], Tensor]:
@@ -154,11 +152,6 @@ def arguments_of_plan(case: DecodeCase, cache_seqlens: Tensor) -> tuple[Any, ...
     """The positional arguments of get_scheduler_metadata, which FlashAttention-3 has as well."""
     seqlen_k = case.pages_per_sequence * case.page_size
     return case.batch, case.seqlen_q, seqlen_k, case.num_heads_q, case.num_heads_kv, case.head_dim, cache_seqlens
-
-
-def arguments_of_mla_plan(case: DecodeCase, cache_seqlens: Tensor) -> tuple[Any, ...]:
-    """The same of absorbed MLA, to which headdim_v comes."""
-    return arguments_of_plan(case._replace(head_dim=case.head_dim - case.head_dim_v), cache_seqlens)
 
 
 def _split_options(case: DecodeCase) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from broadhead.bench.cases import DecodeCase, DenseCase, PagedCase, VarlenCase
 from broadhead.bench.inputs import Fp8Inputs, PagedInputs, VarlenInputs
 from broadhead.bench.inputs_decode import AppendInputs, Fp8PagedInputs, LatentInputs
 from broadhead.bench.peers import Peer, Skip
-from broadhead.bench.peers_broadhead import arguments_of_mla_plan, arguments_of_plan
+from broadhead.bench.peers_broadhead import arguments_of_plan
 
 
 class PackagePeer(Peer):
@@ -102,29 +102,25 @@ class FlashAttention3(PackagePeer):
         )
 
     def decode_mla(self, case: DecodeCase, inputs: LatentInputs) -> Callable[[], Tensor]:
-        positional = arguments_of_mla_plan(case, inputs.paged.cache_seqlens)
-        function = self._module.flash_attn_with_kvcache
-        options = {"qv": inputs.q_latent, "cache_seqlens": inputs.paged.cache_seqlens, "causal": True}
-        options |= {"softmax_scale": inputs.softmax_scale}
+        split = inputs.beside_qv
 
-        def over(rope: Tensor, latent: Tensor, **paging: Any) -> Callable[[], Tensor]:
-            pages = {"page_size": case.page_size} if paging else {}
-            plan = self._module.get_scheduler_metadata(*positional, headdim_v=case.head_dim_v, causal=True, **pages)
-            return lambda: first_output(
-                function(inputs.q_rope, rope, latent, scheduler_metadata=plan, **paging, **options)
-            )
+        def over(paged: PagedInputs, page_size: int | None, **paging: Any) -> Callable[[], Tensor]:
+            dims: dict[str, Any] = {"headdim_v": case.head_dim_v, "page_size": page_size}
+            plan = self._plan(case.beside_qv, paged.cache_seqlens, paged.q.dtype, **dims)()
+            options = {"qv": inputs.q_latent, "softmax_scale": inputs.softmax_scale, "scheduler_metadata": plan}
+            return self._over_pages(paged, **options, **paging)
 
         try:
-            paged = over(inputs.rope, inputs.latent, page_table=inputs.paged.page_table)
-            paged()
+            call = over(split, case.page_size)
+            call()
         except RuntimeError as error:
             if "does not support paged" not in str(error):
                 raise
             self._notes = {"note": "the cache gathered into a dense one beforehand: this build does not page it"}
             cache, _ = inputs.paged.gathered(case.context)
             latent, rope = cache.tensor_split([case.head_dim_v], dim=-1)
-            return over(rope, latent)
-        return paged
+            return over(split._replace(k_cache=rope, v_cache=latent), None, page_table=None)
+        return call
 
     def append(self, case: DecodeCase, inputs: AppendInputs) -> Callable[[], Tensor]:
         return self._over_pages(
@@ -138,19 +134,19 @@ class FlashAttention3(PackagePeer):
         )
 
     def _plan(
-        self, case: DecodeCase, cache_seqlens: Tensor, dtype: torch.dtype, seqlen_k_new: int = 0
+        self, case: DecodeCase, cache_seqlens: Tensor, dtype: torch.dtype, seqlen_k_new: int = 0, **options: Any
     ) -> Callable[[], Any]:
         function = getattr(self._module, "get_scheduler_metadata", None)
         if function is None:
             raise Skip("this build has no get_scheduler_metadata")
         positional = arguments_of_plan(case, cache_seqlens)
-        options = {"page_size": case.page_size, "max_seqlen_k_new": seqlen_k_new, "causal": True}
+        options = {"page_size": case.page_size, "max_seqlen_k_new": seqlen_k_new, "causal": True} | options
         return lambda: function(*positional, qkv_dtype=dtype, **options)
 
     def _over_pages(self, inputs: PagedInputs, **options: Any) -> Callable[[], Tensor]:
         function = self._module.flash_attn_with_kvcache
         q, k_cache, v_cache, page_table, cache_seqlens = inputs
-        options |= {"cache_seqlens": cache_seqlens, "page_table": page_table, "causal": True}
+        options = {"cache_seqlens": cache_seqlens, "page_table": page_table, "causal": True} | options
         return lambda: first_output(function(q, k_cache, v_cache, **options))
 
 

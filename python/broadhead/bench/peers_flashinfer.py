@@ -95,7 +95,7 @@ class FlashInfer(PackagePeer):
         steps = torch.arange(case.batch + 1, dtype=torch.int32, device=counts.device) * case.seqlen_q
         metadata = {
             "qo_indptr": steps,
-            "kv_indptr": torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32),
+            "kv_indptr": _indptr(counts),
             "kv_indices": indices,
             "kv_len_arr": inputs.paged.cache_seqlens,
         }
@@ -175,7 +175,7 @@ class FlashInfer(PackagePeer):
     def _planned(self, case: DecodeCase, inputs: PagedInputs) -> tuple[Any, Callable[[], Any]]:
         """A wrapper, and the call that plans it."""
         counts, indices = inputs.used_pages()
-        indptr = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+        indptr = _indptr(counts)
         last_page_len = _last_page_len(inputs.cache_seqlens, case.page_size)
         several = {"q_len_per_req": case.seqlen_q} if case.seqlen_q > 1 else {}
         wrapper = self._module.BatchDecodeWithPagedKVCacheWrapper(
@@ -204,6 +204,11 @@ class FlashInfer(PackagePeer):
         if device not in self._workspaces:
             self._workspaces[device] = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         return self._workspaces[device]
+
+
+def _indptr(counts: Tensor) -> Tensor:
+    """Where each sequence's pages begin among all, and the end."""
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
 
 
 def _last_page_len(seqlens: Tensor, page_size: int) -> Tensor:
