@@ -133,17 +133,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     if (Traits::k8Bit && threadIdx.x == 0) smem.tile.scale.divide(q_scale);
     __syncthreads();
     const std::uint32_t q = kept(q_lane_address<Traits>(smem, Traits::col_group(warp) * Traits::kCols, lane));
-    std::uint32_t q_beside = 0;
-    if constexpr (Traits::kWithQv) {
-      q_beside = q_lane_address<Traits>(smem, Traits::kHeadDim + Traits::col_group(warp) * Traits::kBesideCols, lane);
-    }
     QFragments<Traits> q_registers;
     if constexpr (Traits::kQInRegisters) {
       BROADHEAD_UNROLL
       for (int step = 0; step < Traits::kSteps; ++step) load_q_fragment<Traits>(q_registers[step], q, step);
-      BROADHEAD_UNROLL
-      for (int step = 0; step < Traits::kBesideSteps; ++step) {
-        load_q_fragment<Traits>(q_registers[Traits::kSteps + step], q_beside, step);
+      if constexpr (Traits::kWithQv) {
+        const int first_col = Traits::kHeadDim + Traits::col_group(warp) * Traits::kBesideCols;
+        load_q_fragment<Traits>(q_registers[Traits::kSteps], q_lane_address<Traits>(smem, first_col, lane), 0);
       }
     }
     // O of 32 rows leaves no registers for these: they are read where they are needed.
@@ -160,7 +156,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
       const std::uint32_t first = next_stage(full);
       const bool issued = loader.issue_k(queue.found);
       clear_scores<Traits>(s);
-      if constexpr (Traits::kWithQv) qk_gemm_beside<Traits>(s, q_registers, q_beside, first + beside_lane);
+      if constexpr (Traits::kWithQv) qk_gemm_beside<Traits>(s, q_registers, first + beside_lane);
       qk_gemm<Traits>(s, q_registers, q, first + k_lane);
       if constexpr (Traits::kColGroups > 1) {
         add_scores<Traits>(s, smem, buffer, group, warp, lane);

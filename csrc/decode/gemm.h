@@ -76,12 +76,10 @@ BROADHEAD_DEVICE void clear_scores(float (&s)[Traits::kMmaM][Traits::kMmaN][4]) 
 // S += q K^T over the warp's share of the columns of K, which lies beside a slice of V.
 template <class Traits>
 BROADHEAD_DEVICE void qk_gemm_beside(float (&s)[Traits::kMmaM][Traits::kMmaN][4], const QFragments<Traits>& q_registers,
-                                     std::uint32_t q, std::uint32_t k) {
+                                     std::uint32_t k) {
   using Element = typename Traits::Element;
-  static_assert(Traits::kBesideSteps == 1);
-  std::uint32_t loaded[Traits::kMmaM][4];
-  if constexpr (!Traits::kQInRegisters) load_q_fragment<Traits>(loaded, q, 0);
-  const auto& a = Traits::kQInRegisters ? q_registers[Traits::kQInRegisters ? Traits::kSteps : 0] : loaded;
+  static_assert(Traits::kBesideSteps == 1 && Traits::kQInRegisters, "rows with qv have tiles of 16 rows");
+  const auto& a = q_registers[Traits::kSteps];
   BROADHEAD_UNROLL
   for (int pair = 0; pair < Traits::kMmaN / 2; ++pair) {
     std::uint32_t b[4];
