@@ -60,7 +60,7 @@ struct ConsumerBase {
     clear_registers(s[0]);
     wgmma_fence();
     BROADHEAD_UNROLL
-    for (int step = 0; step < QLayout::kSteps; ++step) {
+    for (int step = 0; step < Traits::kHeadDim * static_cast<int>(sizeof(Element)) / 32; ++step) {
       wgmma_ss<Element, Traits::kTileN, Major::K>(
           s[0], a + (QLayout::step_offset(step, Traits::kTileM * QLayout::kRowBytes) >> 4),
           b + (KLayout::step_offset(step, KLayout::kSubtileStride) >> 4), step > 0);

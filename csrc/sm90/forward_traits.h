@@ -78,10 +78,14 @@ struct ForwardTraits {
   // Turns between warpgroups. With 256 columns of O the tensor cores are kept busy without.
   static constexpr bool kTurns = kConsumers > 1 && kHeadDim <= 128;
 
-  using QLayout = TileLayout<Element, kHeadDim>;
+  // Before a tail subtiles are as wide as they can be, though head_dim 96 is no multiple of that: fewer boxes, and fewer
+  // sectors of a row whose address is no multiple of 32 bytes.
   static constexpr int kSubtileRows = kTail == ColumnTail::kSubtiles ? kTileN : 0;
-  using KLayout = TileLayout<Element, kHeadDim, kSubtileRows>;
-  using VLayout = TileLayout<Element, kHeadDimV, kSubtileRows>;
+  static constexpr int kColumns = kSubtileRows > 0 ? round_up(kHeadDim, 64) : kHeadDim;
+  static constexpr int kColumnsV = kSubtileRows > 0 ? round_up(kHeadDimV, 64) : kHeadDimV;
+  using QLayout = TileLayout<Element, kColumns>;
+  using KLayout = TileLayout<Element, kColumns, kSubtileRows>;
+  using VLayout = TileLayout<Element, kColumnsV, kSubtileRows>;
   static constexpr int kVKeys = kTileN;  // of a stage of V
   static constexpr int kKeyTiles = kTileN / 8;
   static constexpr int kOTiles = kHeadDimV / 8;
@@ -91,9 +95,9 @@ struct ForwardTraits {
   static_assert(kTileM % 64 == 0 && kTileN % 16 == 0 && kHeadDimV % 32 == 0);
 
   struct SharedStorage : WorkStorage<Element> {
-    alignas(1024) Element q[kTileM * kHeadDim];
-    alignas(1024) Element k[kStages][kTileN * kHeadDim];
-    alignas(1024) Element v[kStages][kTileN * kHeadDimV];
+    alignas(1024) Element q[kTileM * kColumns];
+    alignas(1024) Element k[kStages][kTileN * kColumns];
+    alignas(1024) Element v[kStages][kTileN * kColumnsV];
     Barrier q_full;   // 1 arrival + bytes
     Barrier q_empty;  // each consumer warp
     Barrier k_full[kStages];  // 1 arrival + bytes, or every gathering thread
