@@ -8,8 +8,9 @@ import re
 import broadhead
 import pytest
 import torch
+from edge_calls import EdgeCall, Shape, build, check, run_reference
 from edge_cases import BASE, EDGES, GROUPS
-from edges import Edge, EdgeCall, Shape, answer, build, check, run_reference
+from edges import Edge, answer
 
 #: Head dims: of 64 columns, of none, and wide; with qv.
 SHAPES = {
@@ -50,7 +51,7 @@ def test_eager_calls_on_the_cpu(edge: Edge, seed: int) -> None:
 
 
 def test_the_table_covers_its_subject() -> None:
-    """Every group has cases, and every rule shows in some: rows of nobody, no key, holes among the keys, cut appends."""
+    """Every group has cases, and every rule shows in some: rows of nobody, rows without a key, appends cut short."""
     assert set(GROUPS) == {"lengths", "offsets", "pages", "append"}
     answers = {edge.name: answer(edge) for edge in BASE}
     assert len(answers) == len(BASE), "two edges have one name"

@@ -16,7 +16,7 @@ from broadhead import support
 from calls import Call, build
 from checks import check_call
 from gpu_calls import (
-    ARCH_ROWS,
+    PREFILL_ROWS,
     DECODE_ROWS,
     MASK_FEATURES,
     TORCH_DTYPES,
@@ -98,7 +98,7 @@ def random_row_call(row: support.KernelRow, rng: random.Random) -> Call:
     return within(row, call.with_(head_dim_v=head_dim_v, qv="qv" in row.requires, **changes))
 
 
-@pytest.mark.parametrize("row", ARCH_ROWS + DECODE_ROWS, ids=row_id)
+@pytest.mark.parametrize("row", PREFILL_ROWS + DECODE_ROWS, ids=row_id)
 def test_row(row: support.KernelRow, seed: int, cuda: torch.device, only_row: Callable, row_ran: Callable) -> None:
     """Any call that the row claims to run, on that very row: single queries too, which prefill rows seldom see, and
     long ones, of which decode rows see none."""
