@@ -68,9 +68,7 @@ ROW_CALLS = {
 
 BF16_ROWS = tuple(row for row in PREFILL_ROWS if row.dtype == "bf16" and not row.requires and row.family != "sm80")
 #: Portable kernels, and those that only some calls are for; the sanitizers take minutes for each call of theirs too.
-OTHER_ROWS = tuple(
-    row for row in PREFILL_ROWS if row.requires or "descale" in row.features or row.id.endswith("bf16")
-)
+OTHER_ROWS = tuple(row for row in PREFILL_ROWS if row.requires or "descale" in row.features or row.id.endswith("bf16"))
 OTHER_CALLS = {name: ROW_CALLS[name] for name in ("pages_16", "splits")}
 PREFILL_CASES = row_cases(ROW_CALLS, BF16_ROWS) + row_cases(
     OTHER_CALLS, tuple(row for row in OTHER_ROWS if row not in BF16_ROWS)
