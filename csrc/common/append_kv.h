@@ -33,7 +33,8 @@ BROADHEAD_HOST_DEVICE int find_sequence(const std::int32_t* cu_seqlens, int batc
       end = middle;
     }
   }
-  return begin < last ? begin : -1;
+  // Offsets out of order lead the search astray.
+  return begin < last && cu_seqlens[begin] <= token && token < cu_seqlens[begin + 1] ? begin : -1;
 }
 
 // A row of the caches; `exists` is false past the cache, past the page table and on pages that the pool does not have.

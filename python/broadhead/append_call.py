@@ -257,16 +257,28 @@ def _check_append(
     check.check_bool(function, "rotary_interleaved", rotary_interleaved)
     if rotary_cos is not None:
         _check_rotary(function, q, k, rotary_cos, rotary_sin)
+        _check_rotary_rows(function, k_cache, page_table, rotary_cos)
+
+
+def _check_rotary_rows(function: str, k_cache: Tensor, page_table: Tensor | None, rotary_cos: Tensor) -> None:
+    """Every key that the cache can hold has its angles: the last row of a table is no other position's."""
+    capacity = k_cache.shape[1] * (1 if page_table is None else page_table.shape[1])
+    if rotary_cos.shape[0] < capacity:
+        name = _names(function)[0][0]
+        held = name if page_table is None else f"page_table of {page_table.shape[1]} pages of {k_cache.shape[1]}"
+        raise InvalidArgumentError(
+            f"{function}: rotary_cos and rotary_sin must have a row for each key that the cache holds, {capacity} (from"
+            f" {held}), got {rotary_cos.shape[0]}; pass longer tables"
+        )
 
 
 def _check_rotary(function: str, q: Tensor, k: Tensor, rotary_cos: Any, rotary_sin: Any) -> None:
     name_k, _ = _names(function)[1]
-    for name, tensor in (("q", q), (name_k, k)):
-        if tensor.dtype in check.FLOAT8_DTYPES:
-            raise UnsupportedError(
-                f"{function}: rotary_cos and rotary_sin need q and {name_k} before they were rounded to 8 bits, got"
-                f" {name} of {tensor.dtype}; rotate before the conversion, or pass bf16 or fp16"
-            )
+    if q.dtype in check.FLOAT8_DTYPES and k.dtype != q.dtype:
+        raise UnsupportedError(
+            f"{function}: rotary_cos and rotary_sin turn q and {name_k} of one dtype, got q of {q.dtype} and {name_k}"
+            f" of {k.dtype}; pass both in 8 bits, or both in bf16 or fp16"
+        )
     check.check_same_dtype(function, name_k, k, q.dtype)
     spelled = "a floating-point tensor of shape (positions, rotary_dim / 2)"
     for name, value in (("rotary_cos", rotary_cos), ("rotary_sin", rotary_sin)):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["append", "apply_rotary", "apply_rotary_q"]
+__all__ = ["append", "apply_rotary", "apply_rotary_q", "lengths_after"]
 
 
 def apply_rotary(
@@ -40,7 +40,29 @@ def apply_rotary(
         turned = torch.stack((new_first, new_second), dim=-1).flatten(-2)
     else:
         turned = torch.cat((new_first, new_second), dim=-1)
-    return torch.cat((turned.to(dtype), rest.to(dtype)), dim=-1) if rest.shape[-1] else turned.to(dtype)
+    turned = _rounded(turned, dtype)
+    return torch.cat((turned, rest.to(dtype)), dim=-1) if rest.shape[-1] else turned
+
+
+def lengths_after(
+    k_cache: Tensor,
+    k_new: Tensor,
+    *,
+    cache_seqlens: Tensor,
+    page_table: Tensor | None = None,
+    cu_seqlens_k_new: Tensor | None = None,
+) -> Tensor:
+    """Keys of each sequence behind an append, int32 ``(B,)``: what does not fit the cache is not there.
+
+    Arguments as in `append`.
+    """
+    capacity = k_cache.shape[1] * (1 if page_table is None else page_table.shape[1])
+    if cu_seqlens_k_new is None:
+        added: int | Tensor = k_new.shape[1]
+    else:
+        offsets = cu_seqlens_k_new.clamp(0, k_new.shape[0])
+        added = (offsets[1:] - offsets[:-1]).clamp(min=0)
+    return (cache_seqlens.long() + added).clamp(0, capacity).to(torch.int32)
 
 
 def apply_rotary_q(
@@ -61,7 +83,7 @@ def apply_rotary_q(
     ``rotary_seqlens`` if given, else ``cache_seqlens`` (the lengths before the append, int32 ``(B,)``).
     Returns a new tensor like q.
     """
-    start = cache_seqlens if rotary_seqlens is None else rotary_seqlens
+    start = (cache_seqlens if rotary_seqlens is None else rotary_seqlens).long()
     if cu_seqlens_q is None:
         token = torch.arange(q.shape[1], device=q.device)
         positions = start[:, None] + token if causal_or_local else start[:, None].expand(q.shape[0], q.shape[1])
@@ -99,8 +121,8 @@ def append(
     no argument: ``cache_seqlens`` counts cache rows, padding included, for the destination and for the rotary
     position alike. rotary_seqlens: the rotary position of each sequence's first new key, instead of cache_seqlens.
 
-    Padding rows past ``cu_seqlens_k_new[-1]``, and rows that would land past the cache or on a page that does not
-    exist, are written nowhere. The caller then attends over ``cache_seqlens`` + the new lengths.
+    Padding rows past ``cu_seqlens_k_new[-1]``, and rows that would land past the cache, on a page that does not exist
+    or behind a batch index that is out of range, are written nowhere. The caller then attends over `lengths_after`.
     """
     if cu_seqlens_k_new is None:
         batch, num_new = k_new.shape[:2]
@@ -111,13 +133,13 @@ def append(
         k_new, v_new = k_new.flatten(0, 1), v_new.flatten(0, 1)
     else:
         sequence, token, live = _locate_tokens(cu_seqlens_k_new, k_new.shape[0])
-    no_place = k_cache.shape[0] == 0 or k_cache.shape[1] == 0 or (page_table is not None and page_table.shape[1] == 0)
+    no_place = 0 in k_cache.shape[:2] or (page_table is not None and page_table.numel() == 0)
     if k_new.shape[0] == 0 or no_place:
         return
 
-    row = cache_seqlens[sequence] + token
+    row = cache_seqlens[sequence].long() + token  # their sum may not fit 32 bits
     if rotary_cos is not None and rotary_sin is not None:
-        position = row if rotary_seqlens is None else rotary_seqlens[sequence] + token
+        position = row if rotary_seqlens is None else rotary_seqlens[sequence].long() + token
         # On the way to float8 there is one rounding, at the end.
         dtype = _compute_dtype(k_new) if _narrows(k_new, k_cache) else k_new.dtype
         k_new = apply_rotary(k_new, rotary_cos, rotary_sin, position, interleaved=rotary_interleaved, dtype=dtype)
@@ -129,6 +151,14 @@ def append(
     live = inside if live is None else inside & live
     _store(k_cache, k_new, block, slot, live)
     _store(v_cache, v_new, block, slot, live)
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` in ``dtype``; float8 saturates, as the kernel does."""
+    if dtype.itemsize > 1:
+        return x.to(dtype)
+    largest = torch.finfo(dtype).max
+    return x.clamp(-largest, largest).to(dtype)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -147,8 +177,7 @@ def _to_cache_dtype(new: Tensor, cache: Tensor, descale: Tensor | None, sequence
     wide = new.to(_compute_dtype(new))
     if descale is not None:
         wide = wide / descale[sequence].to(wide.dtype).unsqueeze(-1)
-    largest = torch.finfo(cache.dtype).max
-    return wide.clamp(-largest, largest).to(cache.dtype)
+    return _rounded(wide, cache.dtype)
 
 
 def _locate_tokens(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,19 +185,22 @@ def _locate_tokens(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor, Tens
     token = torch.arange(total, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     # Counting the sequences that end at or before the token passes over empty ones.
     sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
-    live = (token >= cu_seqlens[0]) & (token < cu_seqlens[-1])
     sequence = sequence.clamp(max=max(cu_seqlens.shape[0] - 2, 0))
-    return sequence, token - cu_seqlens[sequence], live
+    begin, end = cu_seqlens[:-1][sequence], cu_seqlens[1:][sequence]  # of an owner that offsets out of order made up
+    live = (token >= cu_seqlens[0]) & (token < cu_seqlens[-1]) & (token >= begin) & (token < end)
+    return sequence, token - begin, live
 
 
 def _destination(cache: Tensor, owner: Tensor, row: Tensor, page_table: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Indices into the first two dims of ``cache`` for row ``row`` of ``owner``, and whether that place exists."""
+    owners = cache.shape[0] if page_table is None else page_table.shape[0]
+    inside = (row >= 0) & (owner >= 0) & (owner < owners)
+    owner = owner.clamp(0, owners - 1)
     if page_table is None:
-        inside = (row >= 0) & (row < cache.shape[1])
-        return owner, row.clamp(0, cache.shape[1] - 1), inside
+        return owner, row.clamp(0, cache.shape[1] - 1), inside & (row < cache.shape[1])
     page_size, max_pages = cache.shape[1], page_table.shape[1]
     column = torch.div(row, page_size, rounding_mode="floor")
-    inside = (row >= 0) & (column < max_pages)
+    inside = inside & (column < max_pages)
     page = page_table[owner, column.clamp(0, max_pages - 1)]
     # The table may hold garbage where nothing was allocated.
     inside = inside & (page >= 0) & (page < cache.shape[0])
