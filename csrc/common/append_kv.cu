@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) append_kv_kernel(const _
   if (part.cu_seqlens != nullptr) {
     sequence = find_sequence(part.cu_seqlens, params.batch, token, sequence);
     if (sequence < 0) return;
-    index = token - part.cu_seqlens[sequence];
+    index = token - max_int(0, part.cu_seqlens[sequence]);
   }
   const std::int64_t cached = params.cache_seqlens[sequence];
   const bool is_turned[2] = {column[0] < part.turned_columns, pair.has_second && column[1] < part.turned_columns};

@@ -183,12 +183,13 @@ def _to_cache_dtype(new: Tensor, cache: Tensor, descale: Tensor | None, sequence
 def _locate_tokens(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor]:
     """For each of ``total`` packed tokens ``(T,)``: its sequence, its index there, and whether any sequence owns it."""
     token = torch.arange(total, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    # Counting the sequences that end at or before the token passes over empty ones.
-    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
-    sequence = sequence.clamp(max=max(cu_seqlens.shape[0] - 2, 0))
-    begin, end = cu_seqlens[:-1][sequence], cu_seqlens[1:][sequence]  # of an owner that offsets out of order made up
-    live = (token >= cu_seqlens[0]) & (token < cu_seqlens[-1]) & (token >= begin) & (token < end)
-    return sequence, token - begin, live
+    offsets = cu_seqlens.clamp(0, total)
+    begin, end = offsets[:-1], offsets[1:]
+    # The one that begins last at or before the token, of those that have rows; their offsets may be out of order.
+    begins, order = torch.where(begin < end, begin, total).sort(stable=True)
+    sequence = order[(torch.searchsorted(begins, token, right=True) - 1).clamp(min=0)]
+    live = (token >= begin[sequence]) & (token < end[sequence])
+    return sequence, token - begin[sequence], live
 
 
 def _destination(cache: Tensor, owner: Tensor, row: Tensor, page_table: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
