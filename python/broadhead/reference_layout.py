@@ -9,6 +9,7 @@ from torch import Tensor
 __all__ = [
     "accumulate",
     "find_pages",
+    "find_tokens",
     "heads_first",
     "put_rows",
     "select_rows",
@@ -113,19 +114,28 @@ def put_rows(
 def spread_rows(values: Tensor, begin: Tensor, length: Tensor, total: int) -> tuple[Tensor, Tensor]:
     """Padded ``values`` ``(B, n, ...)`` as packed ones ``(total, ...)``, and which of these rows a sequence owns.
 
-    Sequence b has rows ``[begin[b], begin[b] + length[b])``, none before those of the sequences in front of it. The
-    other rows hold anything. No tensor is read.
+    Sequence b has rows ``[begin[b], begin[b] + length[b])``. The other rows hold anything. No tensor is read.
     """
     batch, num_rows = values.shape[:2]
     if batch == 0 or num_rows == 0:
         return values.new_zeros((total, *values.shape[2:])), torch.zeros(total, dtype=torch.bool, device=values.device)
-    token = torch.arange(total, device=values.device, dtype=begin.dtype)
-    # Counting the sequences that end at or before the token passes over empty ones.
-    sequence = torch.searchsorted(begin + length, token, right=True).clamp(max=batch - 1)
-    row = token - begin[sequence]
-    live = (row >= 0) & (row < length[sequence])
+    sequence, row, live = find_tokens(begin, length, total)
     flat = sequence * num_rows + row.clamp(0, num_rows - 1)
     return values.reshape(batch * num_rows, *values.shape[2:]).index_select(0, flat), live
+
+
+def find_tokens(begin: Tensor, length: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each of ``total`` packed tokens ``(total,)``: its sequence, its row there, and whether a sequence owns it.
+
+    Sequence b, of at least one, has rows ``[begin[b], begin[b] + length[b])`` within the tokens. No tensor is read.
+    """
+    number = torch.arange(begin.shape[0], device=begin.device)
+    # Each sequence that has a row marks its first one; a token belongs to the last mark up to it.
+    place = torch.where(length > 0, begin, total).long()
+    marks = torch.zeros(total + 1, dtype=torch.long, device=begin.device).scatter_reduce(0, place, number, "amax")
+    sequence = marks[:total].cummax(0).values
+    row = torch.arange(total, device=begin.device) - begin[sequence]
+    return sequence, row, (row >= 0) & (row < length[sequence])
 
 
 def accumulate(target: Tensor, index: Tensor, values: Tensor) -> None:

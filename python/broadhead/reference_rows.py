@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .validation import MAX_SEQLEN_K
 
-__all__ = ["Rows", "group_by_length", "locate", "split_keys"]
+__all__ = ["Rows", "group_by_length", "locate", "packed_offsets", "split_keys"]
 
 #: A sequence of this many scores, or elements of k and v, is worth operations of its own; smaller ones share them.
 LARGE_SEQUENCE = 2**18
@@ -58,7 +58,7 @@ def locate(
         seqlen_q = max_queries
     else:
         batch, max_queries = cu_seqlens_q.shape[0] - 1, min(max_seqlen_q, q.shape[0])
-        begin_q, seqlen_q = _offsets(cu_seqlens_q, q.shape[0])
+        begin_q, seqlen_q = packed_offsets(cu_seqlens_q, q.shape[0])
     if seqused_q is not None:
         seqlen_q = _at_most(seqused_q, seqlen_q)
     if begin_q is not None:
@@ -70,7 +70,7 @@ def locate(
         row_end = max_rows = min(page_table.shape[1] * k.shape[1], MAX_SEQLEN_K)
     elif cu_seqlens_k is not None:
         max_rows = k.shape[0]
-        begin_k, row_end = _offsets(cu_seqlens_k, k.shape[0])
+        begin_k, row_end = packed_offsets(cu_seqlens_k, k.shape[0])
     else:
         row_end = max_rows = k.shape[1]
     if seqused_k is not None:
@@ -85,7 +85,7 @@ def locate(
     return Rows(batch, None, begin_q, seqlen_q, max_queries, begin_k, owner, row_begin, row_end, max_rows)
 
 
-def _offsets(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:
+def packed_offsets(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:
     """First rows and numbers of rows, ``(B,)`` each, within ``total`` rows."""
     inside = cu_seqlens.clamp(0, total)
     return inside[:-1], (inside[1:] - inside[:-1]).clamp(min=0)
