@@ -412,11 +412,10 @@ def test_lengths_behind_an_append_are_those_of_the_cache(pages: int) -> None:
     table = torch.zeros(4, pages, dtype=torch.int32) if pages else None
     capacity = 4 * max(pages, 1)
     before = int32(0, capacity - 1, capacity + 9, 2**31 - 1)
-    lengths = append_kv.lengths_after(cache, new, cache_seqlens=before, page_table=table)
+    lengths = append_kv.appended_lengths(cache, before, new, None, table)
     assert lengths.dtype == torch.int32 and lengths.tolist() == [3, capacity, capacity, capacity]
-    packed = append_kv.lengths_after(
-        cache, new.flatten(0, 1), cache_seqlens=before, page_table=table, cu_seqlens_k_new=int32(-2, 2, 1, 99, 12)
-    )
+    offsets = int32(-2, 2, 1, 99, 12)
+    packed = append_kv.appended_lengths(cache, before, new.flatten(0, 1), offsets, table)
     assert packed.tolist() == [2, capacity - 1, capacity, capacity]
 
 

@@ -128,11 +128,6 @@ def _run_torch(call: Append) -> tuple[Tensor | None, Tensor]:
         k_descale=call.k_descale,
         v_descale=call.v_descale,
     )
-    lengths = append_kv.lengths_after(
-        call.k_cache,
-        call.k_new,
-        cache_seqlens=call.cache_seqlens,
-        page_table=call.page_table,
-        cu_seqlens_k_new=call.cu_seqlens_k_new,
+    return q, append_kv.appended_lengths(
+        call.k_cache, call.cache_seqlens, call.k_new, call.cu_seqlens_k_new, call.page_table
     )
-    return q, lengths
