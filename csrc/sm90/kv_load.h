@@ -199,7 +199,7 @@ template <int kRows, int kWarps>
 struct GatheredRows {
   static constexpr int kGroups = (kRows / 8 + kWarps - 1) / kWarps;  // of a warp
   static constexpr int kReads = (kGroups + 3) / 4;
-  static constexpr long long kDead = -1;       // nobody sees the key
+  static constexpr long long kDead = -1;  // nobody sees the key
   static constexpr long long kLost = -(1 << 20);  // it lies on a page that the pool does not have
   int page[kReads];
   int slot[kReads];  // -1: dead
