@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import broadhead
 import pytest
 import torch
-
-#: Set where the packages of the demo must be there (CI): a missing one then fails, and nothing is skipped for it.
-REQUIRED_VARIABLE = "BROADHEAD_TEST_REQUIRES_TRANSFORMERS"
+from demo_packages import REQUIRED, import_package
 
 
 def import_transformers() -> Any:
-    """The module transformers; skips the calling test module without it, unless REQUIRED_VARIABLE is set."""
-    if os.environ.get(REQUIRED_VARIABLE, "0") == "0":
-        return pytest.importorskip("transformers", minversion="4.57")
-    import transformers
-
-    return transformers
+    """The module transformers, or a skip: see demo_packages."""
+    return import_package("transformers", minversion="4.57")
 
 
 VOCABULARY = 97
@@ -112,7 +105,7 @@ def make(name: str) -> Any:
     """A tiny random model, its weights large enough that a wrong mask shows."""
     transformers = import_transformers()
     model_class, config_class, options = MODELS[name]
-    if not hasattr(transformers, model_class) and os.environ.get(REQUIRED_VARIABLE, "0") == "0":
+    if not hasattr(transformers, model_class) and not REQUIRED:
         pytest.skip(f"transformers {transformers.__version__} has no {model_class}")
     common = dict(COMMON)
     if name == "hrm_text":

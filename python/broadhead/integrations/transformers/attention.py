@@ -206,17 +206,17 @@ def _run_gathered(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: dict[s
     seqlen_q, num_keys = q.shape[1], k.shape[1]
     order, count = mask[:, 0, 0, :num_keys], mask[:, 0, 0, num_keys]
     k, v = _rows(k, order), _rows(v, order)
-    lengths = {"seqused_k": count.contiguous()}
+    options = {**options, "seqused_k": count.contiguous()}
     positional = options["causal"] or options["window_size"] != (-1, -1)
     # A single query, or one without a position, sees all live keys: it may stay where it is.
     if seqlen_q == 1 or not positional:
-        return broadhead.mha_fwd(q, k, v, **lengths, **options)[0]
+        return broadhead.mha_fwd(q, k, v, **options)[0]
     inverse, query_end = mask[:, 1, 0, :num_keys], mask[:, 1, 0, num_keys]
     places = query_end[:, None] - seqlen_q + torch.arange(seqlen_q, device=q.device)
     live = inverse.gather(1, places.long().clamp(0, num_keys - 1)) < count[:, None]
     order_q = torch.argsort(~live, dim=1, stable=True)
     used = live.sum(1, dtype=torch.int32)
-    out, _ = broadhead.mha_fwd(_rows(q, order_q), k, v, seqused_q=used, **lengths, **options)
+    out, _ = broadhead.mha_fwd(_rows(q, order_q), k, v, seqused_q=used, **options)
     return _rows(_zero_dead(out, used), torch.argsort(order_q, dim=1))
 
 

@@ -63,7 +63,7 @@ def attention_mask(
     # A model that will join or compile its masks asks for one whose shape depends on no value.
     stable = traced or not kwargs.get("allow_is_bidirectional_skip" if bidirectional else "allow_is_causal_skip", True)
     chunked = not bidirectional and patterns.is_chunked(kwargs.get("config"), local_size)
-    if chunked and kv_offset and kv_offset + kv_length > local_size:
+    if chunked and local_size is not None and kv_offset and kv_offset + kv_length > local_size:
         raise UnsupportedError(
             f"{_FUNCTION}: chunked attention past one chunk ({local_size}) needs a cache that keeps all keys, because "
             "chunks begin at absolute positions; give the model a DynamicCache() made without its config, which keeps "
