@@ -8,10 +8,9 @@ from collections import Counter
 import broadhead
 import pytest
 import torch
-from demo_packages import import_package
 
-import_package("transformers", minversion="5.0")
-import_package("typer")
+pytest.importorskip("transformers", minversion="5.0")
+pytest.importorskip("typer")
 
 from broadhead import cli
 from broadhead.demo import models, run, verify

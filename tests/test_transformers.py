@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import broadhead
+import broadhead.integrations.transformers as integration
 import pytest
 import torch
 from transformers_models import (
@@ -12,15 +13,11 @@ from transformers_models import (
     assert_same_gradients,
     assert_same_tokens,
     ids,
-    import_transformers,
     make,
     output_of,
     padding,
+    transformers,
 )
-
-transformers = import_transformers()
-
-import broadhead.integrations.transformers as integration  # noqa: E402
 
 DECODERS = [name for name in MODELS if name != "t5gemma"]
 

@@ -5,16 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import broadhead
+import broadhead.integrations.transformers as integration
 import pytest
 import torch
 import torch._dynamo
+from broadhead.integrations.transformers import registration
 from torch._dynamo.testing import CompileCounter
-from transformers_models import ids, import_transformers, make, output_of, padding
-
-transformers = import_transformers()
-
-import broadhead.integrations.transformers as integration  # noqa: E402
-from broadhead.integrations.transformers import registration  # noqa: E402
+from transformers_models import ids, make, output_of, padding, transformers
 
 
 @pytest.fixture(scope="module", autouse=True)

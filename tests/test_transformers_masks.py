@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import broadhead
+import broadhead.integrations.transformers as integration
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,15 +15,11 @@ from transformers_models import (
     assert_same_gradients,
     assert_same_tokens,
     ids,
-    import_transformers,
     make,
     output_of,
     padding,
+    transformers,
 )
-
-transformers = import_transformers()
-
-import broadhead.integrations.transformers as integration  # noqa: E402
 
 
 @pytest.fixture(scope="module", autouse=True)
