@@ -11,6 +11,8 @@ from . import reference
 from . import validation as check
 from .errors import InvalidArgumentError
 from .forward import select
+from .inputs import read_tensors
+from .layout import refuse_strided
 from .problem import AttentionArgs, CheckedCall, check_forward, out_dtype, refuse_mixed_gradient
 
 
@@ -189,6 +191,9 @@ def mha_bwd(
         prefix_lens=prefix_lens,
         backend=backend,
     )
+    args = read_tensors(function, args)
+    for name, tensor in (("dq", dq), ("dk", dk), ("dv", dv)):
+        refuse_strided(function, name, tensor)
     gradients = run_backward(function, dout, dlse, args)
     return (
         store_gradient(function, "dq", dq, gradients.dq, cu_seqlens_q, seqused_q),
