@@ -187,6 +187,7 @@ def test_other_values_are_refused_by_name(value: str, on_cuda: None, monkeypatch
 
 # --- many shapes -----------------------------------------------------------------------------------------------------
 
+
 def shape(index: int) -> Any:
     return problem(seqlen_q=1 + index % 977, seqlen_k=100 + index, batch=1 + index % 7)
 

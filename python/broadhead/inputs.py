@@ -11,7 +11,7 @@ from . import validation as check
 from .cache_length import lengths_tensor
 from .layout import is_strided
 from .masking import normalize_window
-from .names import KVCACHE_FUNCTIONS
+from .names import KVCACHE_FUNCTIONS, shown_name
 from .problem import AttentionArgs
 
 #: Fields that may hold a scalar in a tensor.
@@ -81,9 +81,10 @@ def _changed(args: AttentionArgs, changes: dict[str, Any]) -> AttentionArgs:
     return AttentionArgs(*[changes.get(name, value) for name, value in zip(AttentionArgs._fields, args)])
 
 
-def _scalar(function: str, name: str, value: Any) -> Any:
-    if name in ("causal", "pack_gqa"):
+def _scalar(function: str, field: str, value: Any) -> Any:
+    name = shown_name(function, field)
+    if field in ("causal", "pack_gqa"):
         return check.check_bool(function, name, value)
-    if name in ("softmax_scale", "softcap"):
+    if field in ("softmax_scale", "softcap"):
         return check.check_number(function, name, value)
     return check.check_int(function, name, value)
