@@ -94,7 +94,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "q_descale": (
         {"q_descale": torch.ones(2, 2), "k_descale": torch.ones(2, 2)},
         InvalidArgumentError,
-        r"q_descale must be None with torch.bfloat16 q over torch.float8_e4m3fn k and v.*leave it out",
+        r"q_descale must be None with torch.bfloat16 q over torch.float8_e4m3fn k and v.*drop q_descale",
     ),
     "k_descale": ({"k_descale": torch.ones(2, 4)}, InvalidArgumentError, r"k_descale must have shape.*\(2, 4\)"),
     "v_descale": ({"v_descale": torch.ones(2, 2).double()}, InvalidTypeError, r"v_descale must be fp32"),

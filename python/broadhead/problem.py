@@ -332,10 +332,11 @@ def _check_extras(function: str, args: AttentionArgs, batch: int, head_dim_v: in
         value = getattr(args, name)
         if value is not None:
             check.check_descale(function, name, value, batch, num_heads_kv, q.device)
-    if args.q_descale is not None and q.dtype in check.QUERY_DTYPES_OF_E4M3_KEYS:
+    if args.q_descale is not None and args.k.dtype != q.dtype:
         raise InvalidArgumentError(
-            f"{function}: q_descale must be None with {q.dtype} q, got {check.describe_value(args.q_descale)}; it is a"
-            " factor of float8 q: drop q_descale (k_descale and v_descale stay), or pass q as torch.float8_e4m3fn"
+            f"{function}: q_descale must be None with {q.dtype} q over {args.k.dtype} k and v, got"
+            f" {check.describe_value(args.q_descale)}; it is a factor of float8 q: drop q_descale (k_descale and"
+            f" v_descale stay), or pass q as {args.k.dtype}"
         )
 
 
