@@ -163,7 +163,7 @@ def mha_bwd(
     Args:
         dout: of the shape and dtype of the output; dlse: fp32, of the shape of softmax_lse, if the loss depends on it.
         q, k, v: as for mha_fwd, dense or varlen. out, softmax_lse: accepted, not needed: the pass is recomputed.
-        dq, dk, dv: written if given; their rows past seqused or past ``cu_seqlens[-1]`` keep what they hold.
+        dq, dk, dv: written if given, with a contiguous last dimension; their rows past seqused or past ``cu_seqlens[-1]`` keep what they hold.
         The other arguments: as in the forward call. deterministic: accepted; the result always is.
 
     Raises:

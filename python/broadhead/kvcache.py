@@ -61,7 +61,8 @@ def flash_attn_with_kvcache(
     Args:
         q: ``(B, Sq, Hq, D)``, or ``(T, Hq, D)`` with cu_seqlens_q (int32 ``(B + 1,)``) and max_seqlen_q.
         k_cache, v_cache: ``(B, S, Hkv, D | Dv)``, or ``(num_pages, page_size, Hkv, D | Dv)`` with page_table, int32
-            ``(B, max_pages)``; any page_size >= 1, any strides with a contiguous last dimension. Of the dtype of q, or
+            ``(B, max_pages)``; any page_size >= 1, any strides with a contiguous last dimension, for they are never
+            copied. Of the dtype of q, or
             float8_e4m3fn under bf16 or fp16 q, with factors k_descale, v_descale, fp32 ``(B, Hkv)``.
         k, v: ``(B, S_new, Hkv, D | Dv)``, or ``(T_new, Hkv, D | Dv)`` with cu_seqlens_k_new (int32 ``(B + 1,)``):
             written to the cache from row ``cache_seqlens`` on, before attention. cu_seqlens_k_new without k and v is
@@ -69,6 +70,7 @@ def flash_attn_with_kvcache(
         rotary_cos, rotary_sin: ``(positions, rotary_dim / 2)``: rotate q and k; only with k and v. Fastest as fp32 or
             in the dtype of q.
         cache_seqlens: an int for all sequences or int32 ``(B,)``: cached keys before the append; None: the whole cache.
+            An int that the cache does not hold, new keys included, is refused on every device.
         cache_batch_idx: int32 ``(B,)``: row of the cache or page table of each sequence. cache_leftpad: int32 ``(B,)``:
             the keys of a sequence are cache rows ``[cache_leftpad, cache_seqlens)``.
         tokens_per_split: batch-invariant mode: the keys of every sequence are cut at multiples of this many, itself a
