@@ -1,4 +1,4 @@
-"""The build backend: scikit-build-core, with CUTLASS where kernels are built and a version label where one is asked for.
+"""The build backend: scikit-build-core, with CUTLASS where kernels are built and a version label where it is asked for.
 
 A CPU-only `pip install .` therefore needs a C++ compiler and nothing big. The decision mirrors CudaArchs.cmake.
 BROADHEAD_VERSION_LABEL=cu130 makes the wheel of version 0.1.0 one of 0.1.0+cu130.

@@ -21,7 +21,9 @@ def wanted_label() -> str:
     """The label that the environment asks for, or an empty string."""
     label = os.environ.get(VARIABLE, "")
     if label and not re.fullmatch(r"[a-z0-9]+(\.[a-z0-9]+)*", label):
-        raise SystemExit(f'{VARIABLE}="{label}" is no version label; accepted: letters a-z and digits, for example cu130')
+        raise SystemExit(
+            f'{VARIABLE}="{label}" is no version label; accepted: letters a-z and digits, for example cu130'
+        )
     return label
 
 
@@ -35,7 +37,7 @@ def label_metadata(text: str, label: str) -> str:
 
 
 def label_name(name: str, label: str) -> str:
-    """"broadhead-0.1.0.dist-info" or a wheel's file name, with the label behind the version."""
+    """ "broadhead-0.1.0.dist-info" or a wheel's file name, with the label behind the version."""
     return re.sub(r"^([^-]+-[^-+]+?)(?=-|\.dist-info)", rf"\g<1>+{label}", name, count=1)
 
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Reads the release builds of .github/cuda-matrix.json, the one list of CUDA versions and architectures.
 
-``cuda_matrix.py archs 13.0`` prints the architectures of that build for BROADHEAD_CUDA_ARCHS, ``label 13.0`` its version
-label, ``json`` all builds on one line. ``check`` fails when the documents, the workflows or ``.ci/run`` name other
-architectures than the release does.
+``cuda_matrix.py archs 13.0`` prints the architectures of that build for BROADHEAD_CUDA_ARCHS, ``label 13.0`` its
+version label, ``json`` all builds on one line. ``check`` fails when the documents name other architectures than the
+release has, or when a workflow or a script names any.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def drift(root: Path = ROOT) -> list[str]:
     problems = []
     for name in DOCUMENTS:
         found = {plain(text) for text in ARCH_LIST.findall((root / name).read_text(encoding="utf-8"))} - {EXAMPLE}
-        problems += [f"{name} names the architectures {text}, which no release has" for text in sorted(found - released)]
+        problems += [
+            f"{name} names the architectures {text}, which no release has" for text in sorted(found - released)
+        ]
         problems += [f"{name} does not name the architectures {text}" for text in sorted(released - found)]
     for pattern in AUTOMATION:
         for path in sorted(root.glob(pattern)):
