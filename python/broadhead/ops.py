@@ -14,7 +14,7 @@ from .errors import UnsupportedError
 from .forward import run_forward
 from .masking import normalize_window
 from .merge_states import run_merge
-from .problem import AttentionArgs, needs_gradients, out_dtype, refuse_mixed_gradient
+from .problem import AttentionArgs, needs_gradients, out_dtype, refuse_float8_gradient
 
 # The arguments that mha_fwd, mha_fwd_out and mha_bwd share, in one order.
 _INPUTS = (
@@ -102,20 +102,26 @@ def _(*inputs: Any) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op(
     "broadhead::mha_bwd",
     mutates_args=(),
-    schema=f"(Tensor? dout, Tensor? dlse, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=(
+        f"(Tensor? dout, Tensor? dlse, Tensor? out, Tensor? softmax_lse, {_INPUTS})"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
 )
-def mha_bwd(dout: Tensor | None, dlse: Tensor | None, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def mha_bwd(
+    dout: Tensor | None, dlse: Tensor | None, out: Tensor | None, softmax_lse: Tensor | None, *inputs: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     function, args = _arguments(*inputs)
-    # An operator runs below autograd, which the recomputed pass needs.
-    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):
-        gradients = run_backward(function, dout, dlse, args._replace(backend="torch", scheduler_metadata=None))
+    args = args._replace(backend="torch", scheduler_metadata=None)
+    gradients = run_backward(function, dout, dlse, args, out=out, softmax_lse=softmax_lse)
     return tuple(  # type: ignore[return-value]
         args.q.new_empty(0) if gradient is None else _canonical(gradient) for gradient in gradients
     )
 
 
 @mha_bwd.register_fake
-def _(dout: Tensor | None, dlse: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
+def _(
+    dout: Tensor | None, dlse: Tensor | None, out: Tensor | None, softmax_lse: Tensor | None, *inputs: Any
+) -> tuple[Tensor, ...]:
     q = inputs[0]
     return tuple(
         q.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
@@ -125,19 +131,23 @@ def _(dout: Tensor | None, dlse: Tensor | None, *inputs: Any) -> tuple[Tensor, .
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.set_materialize_grads(False)
-    ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
-    ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
-    ctx.save_for_backward(*[value for value in inputs if isinstance(value, Tensor)])
+    # The LSE is fp32. Gradients of fp64 are to be exact: there, both are computed again.
+    results = (None, None) if inputs[0].dtype == torch.float64 else output
+    saved = (*results, *inputs)
+    ctx.is_tensor = [isinstance(value, Tensor) for value in saved]
+    ctx.others = [None if isinstance(value, Tensor) else value for value in saved]
+    ctx.save_for_backward(*[value for value in saved if isinstance(value, Tensor)])
 
 
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
     tensors = iter(ctx.saved_tensors)
-    inputs = [next(tensors) if tensor else other for tensor, other in zip(ctx.is_tensor, ctx.others, strict=True)]
+    saved = [next(tensors) if tensor else other for tensor, other in zip(ctx.is_tensor, ctx.others, strict=True)]
+    inputs = saved[2:]
     rest: list[None] = [None] * (_NUM_INPUTS - _NUM_DIFFERENTIABLE)
     if dout is None and dlse is None:
         return (*[None] * _NUM_DIFFERENTIABLE, *rest)
     gradients = torch.ops.broadhead.mha_bwd(
-        None if dout is None else dout.contiguous(), None if dlse is None else dlse.contiguous(), *inputs
+        None if dout is None else dout.contiguous(), None if dlse is None else dlse.contiguous(), *saved
     )
     first = [
         gradient if value is not None and needed else None
@@ -171,7 +181,7 @@ def call_forward(function: str, args: AttentionArgs) -> tuple[Tensor, Tensor]:
     window_left, window_right = normalize_window(args.window_size, args.causal, function)
     backend = args.backend
     if needs_gradients(args.q, args.k, args.v, args.qv, args.sinks):
-        refuse_mixed_gradient(function, args.q.dtype, args.k.dtype)
+        refuse_float8_gradient(function, args.q.dtype, args.k.dtype)
         if args.out is not None:
             raise UnsupportedError(f"{function}: out= has no gradient; leave out away, or call under torch.no_grad()")
         if backend == "cuda":
