@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts/cuda_from_pypi.sh"
 
-#: A pip that unpacks what the packages of CUDA 13 hold: no lib64, no libcudart.so, and an nvcc that links by one folder.
+#: A pip that unpacks what the packages of CUDA 13 hold: no lib64, no libcudart.so, an nvcc that links by one folder.
 PIP = """\
 #!/bin/sh
 while [ $# -gt 0 ]; do [ "$1" = --target ] && root="$2/nvidia/cu13"; last="$1"; shift; done

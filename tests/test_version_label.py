@@ -1,4 +1,4 @@
-"""The build backend puts a version label into wheels and prepared metadata, so that builds of two CUDA versions differ."""
+"""The build backend puts a version label into wheels and prepared metadata: two CUDA versions make two file names."""
 
 from __future__ import annotations
 
