@@ -246,7 +246,9 @@ device_description = device.hypothetical((9, 0))
 
 
 def test_an_append_on_torch_ops_is_no_secret(obstructed: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.warns(FallbackWarning, match="f: .*the append of k and v: rotary_cos is torch.float64"):
+    with pytest.warns(
+        FallbackWarning, match="f: .*the append kernel does not take this call: rotary_cos is torch.float64"
+    ):
         append_new_keys("f", *on_device())
     with pytest.raises(UnsupportedError, match=r"^f: the append kernel does not take this call: rotary_cos is"):
         append_new_keys("f", *on_device(backend="cuda"))

@@ -13,8 +13,10 @@ from . import validation as check
 from .append_launch import Append, kernel_obstacle, launch_append, run_append
 from .device import describe
 from .errors import InvalidArgumentError, InvalidTypeError, UnsupportedError
-from .fallback_notice import is_strict, warn_fallback
+from .fallback_notice import settle_operation
 from .forward import check_only, runs_as_operator
+from .inputs import read_tensors
+from .layout import contiguous, refuse_strided
 from .masking import normalize_window
 from .problem import AttentionArgs, needs_gradients
 from .signature import signature_of
@@ -73,6 +75,9 @@ def append_new_keys(function: str, args: AttentionArgs, new: NewKeys) -> tuple[A
         q, lengths = launch_append(_describe(args, new, causal_or_local))
         return args.q if q is None else q, lengths
 
+    ready, ready_new = _readable(function, args, new)
+    if ready is not args or ready_new is not new:
+        return append_new_keys(function, ready, ready_new)
     attention_on_kernel = _validate(function, args, new)
     call = _describe(args, new, _causal_or_local(function, args))
     obstacle = kernel_obstacle(call)
@@ -86,8 +91,25 @@ def append_new_keys(function: str, args: AttentionArgs, new: NewKeys) -> tuple[A
     return args.q if q is None else q, lengths
 
 
+def _readable(function: str, args: AttentionArgs, new: NewKeys) -> tuple[AttentionArgs, NewKeys]:
+    """The arguments with scalars out of their tensors and copies of strided tensors; the same objects without any."""
+    ready = read_tensors(function, args)
+    for name, cache in zip(_names(function)[0], (args.k, args.v), strict=True):
+        if ready.page_table is None:  # else read_tensors knows that they are caches
+            refuse_strided(function, name, cache)
+    tensors = [contiguous(tensor) for tensor in new[:6]]
+    interleaved = new.rotary_interleaved
+    if type(interleaved) is not bool:
+        interleaved = check.check_bool(function, "rotary_interleaved", interleaved)
+    if interleaved is new.rotary_interleaved and all(a is b for a, b in zip(tensors, new[:6])):
+        return ready, new
+    k, v, cu_seqlens_k_new, cos, sin, seqlens = tensors
+    return ready, NewKeys(k, v, cu_seqlens_k_new, cos, sin, seqlens, interleaved)
+
+
 def _append_by_operator(function: str, args: AttentionArgs, new: NewKeys) -> tuple[Any, Any]:
     """append_new_keys through the operator; traceable, so it validates only what a schema needs."""
+    args, new = _readable(function, args, new)
     if is_compiling():
         _check_given(function, args, new)
         _check_no_gradient(function, args, new)
@@ -117,10 +139,7 @@ def _causal_or_local(function: str, args: AttentionArgs) -> bool:
 
 def _refuse_or_warn(function: str, obstacle: str, args: AttentionArgs) -> None:
     """Attention runs on a kernel, the append before it would not: as for attention, that is no secret."""
-    if args.backend == "cuda" or is_strict():
-        prefix = "" if args.backend == "cuda" else "BROADHEAD_STRICT=1: "
-        raise UnsupportedError(f"{prefix}{function}: the append kernel does not take this call: {obstacle}")
-    warn_fallback(function, describe(args.q.device).label(), f"the append of k and v: {obstacle}")
+    settle_operation(function, "append", describe(args.q.device), args.backend, obstacle)
 
 
 def _validate(function: str, args: AttentionArgs, new: NewKeys) -> bool:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from . import append_kv, native
-from .device import common_kernel_obstacle
-from .fallback_notice import Dispatch, state
+from .device import common_kernel_obstacle, describe
+from .fallback_notice import ASKED_FOR_TORCH, Dispatch, settle_operation, state
 from .metadata import CURRENT_STREAM
 
 _FLOAT8 = torch.float8_e4m3fn
@@ -67,11 +67,17 @@ def kernel_obstacle(call: Append) -> str | None:
     return None
 
 
-def run_append(call: Append, backend: str | None = None) -> tuple[Tensor | None, Tensor]:
-    """Write the new keys; ``(q rotated, or None where there is none, lengths after the append)``."""
-    obstacle = "backend='torch' was asked for" if backend == "torch" else kernel_obstacle(call)
+def run_append(call: Append, backend: str | None = None, function: str | None = None) -> tuple[Tensor | None, Tensor]:
+    """Write the new keys; ``(q rotated, or None where there is none, lengths after the append)``.
+
+    Args:
+        function: by this name a fallback is told, or refused; None: the caller has done that.
+    """
+    obstacle = ASKED_FOR_TORCH if backend == "torch" else kernel_obstacle(call)
     if obstacle is None:
         return launch_append(call)
+    if function is not None:
+        settle_operation(function, "append", describe(call.k_cache.device), backend, obstacle)
     state.append = ("torch", None, obstacle)
     return _run_torch(call)
 

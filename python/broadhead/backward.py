@@ -11,6 +11,8 @@ from . import reference
 from . import validation as check
 from .errors import InvalidArgumentError, InvalidTypeError
 from .forward import describe_call, select
+from .inputs import read_tensors
+from .layout import refuse_strided
 from .problem import AttentionArgs, CheckedCall, check_forward, out_dtype, refuse_float8_gradient
 
 
@@ -141,7 +143,8 @@ def mha_bwd(
         out, softmax_lse: the results of the forward call, of the shapes and dtypes that it returns. They are used as
             they are given: those of a whole whose keys q attends to in parts give each part its share of the gradient
             of the whole. A row whose softmax_lse is -inf has no gradient. None: computed.
-        dq, dk, dv: written if given; their rows past seqused or past ``cu_seqlens[-1]`` keep what they hold.
+        dq, dk, dv: written if given, with a contiguous last dimension; their rows past seqused or past
+            ``cu_seqlens[-1]`` keep what they hold.
         The other arguments: as in the forward call. deterministic: accepted; results always are, bit for bit.
 
     Raises:
@@ -169,6 +172,9 @@ def mha_bwd(
         prefix_lens=prefix_lens,
         backend=backend,
     )
+    args = read_tensors(function, args)
+    for name, tensor in (("dq", dq), ("dk", dk), ("dv", dv)):
+        refuse_strided(function, name, tensor)
     gradients = run_backward(function, dout, dlse, args, out=out, softmax_lse=softmax_lse)
     return (
         store_gradient(function, "dq", dq, gradients.dq, cu_seqlens_q, seqused_q),

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from . import metadata
+from . import validation as check
 from .append_launch import Append, run_append
 from .backward import run_backward
 from .errors import UnsupportedError
 from .forward import run_forward
+from .inputs import plain_scalars, read_tensors
 from .masking import normalize_window
 from .merge_states import run_merge
 from .problem import AttentionArgs, needs_gradients, out_dtype, refuse_float8_gradient
@@ -174,6 +176,7 @@ def _(*inputs_and_out: Any) -> Tensor:
 
 def call_forward(function: str, args: AttentionArgs) -> tuple[Tensor, Tensor]:
     """run_forward through the operators; traceable, so it validates only what a schema needs."""
+    args = plain_scalars(function, read_tensors(function, args))
     cu_seqlens_k, seqused_k = args.cu_seqlens_k, args.seqused_k
     if args.page_table is not None and cu_seqlens_k is not None:
         seqused_k = cu_seqlens_k[1:] - cu_seqlens_k[:-1] if seqused_k is None else seqused_k
@@ -238,7 +241,8 @@ def append(
             k_cache, v_cache, k_new, v_new, cache_seqlens, None if rotary_cos is None else q, rotary_cos, rotary_sin,
             rotary_seqlens, cu_seqlens_q, cu_seqlens_k_new, page_table, cache_batch_idx, k_descale, v_descale,
             rotary_interleaved, causal_or_local,
-        )
+        ),
+        function="append_kv",
     )  # fmt: skip
     return k_new.new_empty(0) if turned is None else _canonical(turned), lengths
 
@@ -268,28 +272,35 @@ def _(
 # --- merge_attn_states -----------------------------------------------------------------------------------------------
 
 _STATES = "Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b"
+_BACKEND = "str? backend=None"
 
 
-@torch.library.custom_op("broadhead::merge_states", mutates_args=(), schema=f"({_STATES}) -> (Tensor, Tensor)")
-def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    out, lse = run_merge(out_a, lse_a, out_b, lse_b, None)
+@torch.library.custom_op(
+    "broadhead::merge_states", mutates_args=(), schema=f"({_STATES}, {_BACKEND}) -> (Tensor, Tensor)"
+)
+def merge_states(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    out, lse = run_merge(out_a, lse_a, out_b, lse_b, None, backend)
     return _canonical(out), _canonical(lse)
 
 
 @merge_states.register_fake
-def _(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+def _(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, backend: str | None = None) -> tuple[Tensor, Tensor]:
     return out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
 
 
 @torch.library.custom_op(
-    "broadhead::merge_states_out", mutates_args=("out",), schema=f"({_STATES}, Tensor(a!) out) -> Tensor"
+    "broadhead::merge_states_out", mutates_args=("out",), schema=f"({_STATES}, Tensor(a!) out, {_BACKEND}) -> Tensor"
 )
-def merge_states_out(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor) -> Tensor:
-    return _canonical(run_merge(out_a, lse_a, out_b, lse_b, out)[1])
+def merge_states_out(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor, backend: str | None = None
+) -> Tensor:
+    return _canonical(run_merge(out_a, lse_a, out_b, lse_b, out, backend)[1])
 
 
 @merge_states_out.register_fake
-def _(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor) -> Tensor:
+def _(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor, backend: str | None = None) -> Tensor:
     return lse_a.new_empty(lse_a.shape)
 
 
@@ -367,7 +378,9 @@ def call_get_scheduler_metadata(
     sm_margin: Any, out: Any, page_table: Any, has_qv: Any, kv_dtype: Any, tokens_per_split: Any,
 ) -> Tensor:  # fmt: skip
     """get_scheduler_metadata through the operators; traceable."""
+    causal = check.check_bool(metadata.FUNCTION, "causal", causal)
     window_left, window_right = normalize_window(window_size, causal, metadata.FUNCTION)
+    attention_chunk = 0 if attention_chunk is None else attention_chunk
     inputs = (
         cache_seqlens, batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim,
         headdim if headdim_v is None else headdim_v, qkv_dtype, cu_seqlens_q, cache_leftpad, page_size,

@@ -410,6 +410,16 @@ def _sm90_rows() -> tuple[KernelRow, ...]:
 ROWS: tuple[KernelRow, ...] = (*_sm90_rows(), *_sm80_rows(), *_decode_rows())
 
 
+#: Major compute capabilities for which the kernels of a family are written. The portable ones run on all of
+#: CAPABILITIES, but use neither wgmma nor tcgen05, which Hopper and Blackwell need for their speed.
+NATIVE_MAJORS = {"sm80": (8, 12), "sm90": (9,)}
+
+
+def is_native(row: KernelRow, capability: tuple[int, int]) -> bool:
+    """Whether the row's kernel is written for the architecture of ``capability``, and not merely runs there."""
+    return capability[0] in NATIVE_MAJORS[row.family]
+
+
 def arch_covers(arch: str, capability: tuple[int, int]) -> bool:
     """Whether machine code of ``arch`` ("80", "90a", "100f-real") runs on ``capability``.
 
