@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 GENERATE = ROOT / "cmake/generate.py"
 #: What releases are built for.
 (ALL_ARCHS,) = {build["archs"] for build in json.loads((ROOT / ".github/cuda-matrix.json").read_text())}
-#: Rows by the architectures for which ptxas spills their registers, so that a build of them stops.
+#: Rows by the architectures where they have no register to spare, so that ptxas spills or may: then a build stops.
 SPILLS = {"sm80_fwd_d128": {"100", "103", "120", "121"}, "sm80_fwd_d128_n48": {"100"}}
 
 
