@@ -261,8 +261,8 @@ def _sm80_rows() -> tuple[KernelRow, ...]:
         # name, phase, capabilities, head_dim, smem_limit, tile
         ("d64", "prefill", CAPABILITIES, 64, SMEM_99KB, Tile(128, 96, 4, 1, 3, 64, 96, 64, 2)),
         ("d96", "prefill", CAPABILITIES, 96, SMEM_99KB, Tile(128, 64, 4, 1, 3, 128, 64, 128, 2)),
-        # ptxas spills the widest tile on 10.x and 12.x. The next one spills on 10.0 or takes all registers there, as the
-        # code around it happens to be; the smallest has some to spare. Code for 10.0 may serve 10.3.
+        # ptxas spills the widest tile on 10.x and 12.x. The next one spills on 10.0 or takes all registers there, as
+        # the code around it happens to be; the smallest has some to spare. Code for 10.0 may serve 10.3.
         ("d128", "prefill", BEFORE_SM100, 128, SMEM_99KB, Tile(128, 64, 4, 1, 3, 128, 64, 128, 2)),
         ("d128_n48", "prefill", BESIDE_SM100, 128, SMEM_99KB, Tile(128, 48, 4, 1, 4, 128, 48, 128, 2)),
         ("d128_n32", "prefill", CAPABILITIES, 128, SMEM_99KB, Tile(128, 32, 4, 1, 5, 128, 32, 128, 2)),
