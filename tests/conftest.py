@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
 import sys
@@ -28,6 +29,9 @@ if GPUS > 1 and WORKER.startswith("gw"):
 SEED_VARIABLE = "BROADHEAD_TEST_SEED"
 #: "3/8" runs the fourth eighth of the tests: for runs side by side where workers are not wanted, as in a sanitizer.
 SHARD_VARIABLE = "BROADHEAD_TEST_SHARD"
+#: Set to 1 where the packages of the demo extra must be there (CI): without it their tests skip when one is missing.
+DEMO_VARIABLE = "BROADHEAD_TEST_REQUIRES_DEMO"
+DEMO_PACKAGES = ("transformers", "gguf", "typer")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -36,6 +40,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: the long GPU set, on top of the curated one")
     config.addinivalue_line("markers", "curated: the few small GPU cases that also run under compute-sanitizer")
     os.environ.setdefault(SEED_VARIABLE, str(random.SystemRandom().randrange(2**31)))
+    missing = [name for name in DEMO_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing and os.environ.get(DEMO_VARIABLE) == "1":
+        raise pytest.UsageError(f"{DEMO_VARIABLE}=1, and not installed: {', '.join(missing)}; pip install '.[demo]'")
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
