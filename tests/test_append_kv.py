@@ -438,7 +438,7 @@ def test_rotary_tables_shorter_than_the_cache_are_refused(paged: bool, name: str
     lengths = int32(0, capacity - 1)
     for rows, words in (
         (capacity, ""),
-        (capacity - 1, f"rotary_cos and rotary_sin must have a row .* {capacity} .* got {capacity - 1}"),
+        (capacity - 1, f"rotary_cos and rotary_sin must have a row .* {capacity}.* got {capacity - 1}"),
     ):
         tables = {"rotary_cos": angle[:rows], "rotary_sin": angle[:rows]}
         k_cache, v_cache = cache.clone(), cache.clone()
