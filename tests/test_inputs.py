@@ -9,7 +9,7 @@ import broadhead
 import pytest
 import torch
 from broadhead import metadata as metadata_module
-from broadhead.scalars import MAX_SPLITS
+from broadhead.validation import MAX_SPLITS
 
 np = pytest.importorskip("numpy")
 
