@@ -9,7 +9,7 @@ import broadhead
 import pytest
 import torch
 from broadhead import metadata as metadata_module
-from broadhead.scalars import MAX_SPLITS
+from broadhead.validation import MAX_SPLITS
 
 np = pytest.importorskip("numpy")
 
@@ -479,3 +479,23 @@ def test_the_command_asks_all_that_explain_does() -> None:
     assert len(result.output.splitlines()) < 25
     result = runner.invoke(app, ["explain", "--window", "wide"])
     assert result.exit_code == 2 and "--window must be" in result.output
+
+
+# --- compiled --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "spelled, plain",
+    [
+        ({"causal": 1}, {"causal": True}),
+        ({"softcap": None, "attention_chunk": None}, {}),
+        ({"softcap": 3, "num_splits": 256}, {"softcap": 3.0}),
+        ({"window_size": [3, None]}, {"window_size": (3, -1)}),
+    ],
+    ids=str,
+)
+def test_compiled_calls_take_them_in_one_graph(spelled: dict[str, Any], plain: dict[str, Any]) -> None:
+    q, k, v = dense().values()
+    torch.compiler.reset()
+    compiled = torch.compile(broadhead.flash_attn_func, backend="aot_eager", fullgraph=True)
+    same(compiled(strided(q), k, v, **spelled), broadhead.flash_attn_func(q, k, v, **plain))
