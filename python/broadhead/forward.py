@@ -13,8 +13,8 @@ from . import validation as check
 from .cuda_backend import find_run_known, make_launch, run_new
 from .device import DeviceDescription, describe
 from .dispatch import Plan, refusal_text, resolve
-from .errors import UnsupportedError
-from .fallback_notice import is_strict, state, warn_fallback
+from .fallback_notice import ASKED_FOR_TORCH, settle_fallback, state
+from .inputs import read_tensors
 from .metadata import check_buffer, check_identity
 from .problem import AttentionArgs, AttentionProblem, CheckedCall, check_forward, out_dtype
 
@@ -50,7 +50,10 @@ def run_forward(function: str, call: tuple[Any, ...], need_lse: bool = True) -> 
     result = _run_known(function, need_lse, call)
     if result is not None:
         return result
-    args = AttentionArgs._make(call)
+    given = AttentionArgs._make(call)
+    args = read_tensors(function, given)
+    if args is not given:
+        return run_forward(function, args, need_lse)
     if args.page_table is not None and args.cu_seqlens_k is not None:
         lengths = _lengths_of_paged(function, args.q, args.cu_seqlens_k, args.seqused_k)
         return run_forward(function, args._replace(seqused_k=lengths, cu_seqlens_k=None), need_lse)
@@ -71,18 +74,15 @@ def select(function: str, problem: AttentionProblem, device: torch.device, backe
         UnsupportedError: ``backend="cuda"`` or BROADHEAD_STRICT=1 asks for a kernel, and there is none.
     """
     if backend == "torch":
-        state.last = ("torch", None, "backend='torch' was asked for")
+        state.last = ("torch", None, ASKED_FOR_TORCH)
         return None
     description = describe(device)
     plan = resolve(problem, description)
     if plan.row is not None:
         return plan
-    if backend == "cuda":
-        raise UnsupportedError(_cuda_refusal(function, problem, description, plan))
-    if device.type == "cuda":
-        if is_strict():
-            raise UnsupportedError("BROADHEAD_STRICT=1: " + _cuda_refusal(function, problem, description, plan))
-        warn_fallback(function, description.label(), plan.reason)
+    settle_fallback(
+        function, description, backend, plan.reason, lambda: _cuda_refusal(function, problem, description, plan)
+    )
     state.last = ("torch", None, plan.reason)
     return None
 
@@ -141,8 +141,13 @@ def _empty_result(args: AttentionArgs, call: CheckedCall) -> tuple[Tensor, Tenso
 
 
 def _run_reference(args: AttentionArgs, call: CheckedCall) -> tuple[Tensor, Tensor]:
+    return reference.run(describe_call(args, call), args.out)
+
+
+def describe_call(args: AttentionArgs, call: CheckedCall) -> reference.Call:
+    """A validated call as the torch fallback takes it."""
     problem = call.problem
-    return reference.attention(
+    return reference.describe(
         args.q,
         args.k,
         args.v,
@@ -166,5 +171,4 @@ def _run_reference(args: AttentionArgs, call: CheckedCall) -> tuple[Tensor, Tens
         q_descale=args.q_descale,
         k_descale=args.k_descale,
         v_descale=args.v_descale,
-        out=args.out,
     )

@@ -13,6 +13,7 @@ from . import validation as check
 from .device import describe
 from .dispatch import MetadataConfig, Plan, resolve
 from .errors import InvalidArgumentError, InvalidTypeError
+from .layout import contiguous, is_strided
 from .metadata_request import FUNCTION, MetadataRequest, describe_request
 from .problem import tensor_signature
 
@@ -247,7 +248,8 @@ def get_scheduler_metadata(
             plan depends on them, nor on descales.
         has_qv: whether the forward call passes qv; None: assumed where headdim <= 64 and headdim_v > 256.
         qkv_dtype, kv_dtype: the dtypes of q, and of k and v. Without kv_dtype qkv_dtype may be either.
-        num_splits: 0 for the heuristic, else the bound of every sequence, up to 128.
+        num_splits: 0 for the heuristic, else the bound of every sequence, up to 256, of which the kernels use up to
+            128.
         tokens_per_split: that of the forward call; see flash_attn_with_kvcache.
         out: int32 buffer of at least ``1 + 4 * round_up(batch, 4)`` elements; nothing is allocated then.
 
@@ -284,6 +286,10 @@ def get_scheduler_metadata(
         key = None  # not tensors, or unhashable values: validation names them
     if prepared is not None and cache_seqlens is not None:
         return fill(prepared, cache_seqlens, cu_seqlens_q, cache_leftpad, out)
+    read = (cache_seqlens, cu_seqlens_q, cache_leftpad, page_table)
+    if any(is_strided(tensor) for tensor in read):
+        cache_seqlens, cu_seqlens_q, cache_leftpad, page_table = map(contiguous, read)
+        key = None  # of other tensors
     lengths = _check_tensors(batch_size, cache_seqlens, cu_seqlens_q, cache_leftpad, out, page_table)
     request = describe_request(
         batch_size, max_seqlen_q, max_seqlen_k, heads_q, heads_kv, headdim, headdim_v, qkv_dtype, page_size,
@@ -291,11 +297,16 @@ def get_scheduler_metadata(
         has_qv, kv_dtype, tokens_per_split,
     )  # fmt: skip
     prepared = prepare(request, lengths.device)
-    if key is not None:
+    if key is not None and not any(isinstance(value, Tensor) for value in (*key, *_sides(window_size))):
+        # A tensor in the key would be found again after its value has changed.
         if len(_prepared) >= _MAX_PREPARED:
             _prepared.clear()
         _prepared[key] = prepared
     return fill(prepared, lengths, cu_seqlens_q, cache_leftpad, out)
+
+
+def _sides(window_size: Any) -> tuple[Any, ...]:
+    return tuple(window_size) if isinstance(window_size, (tuple, list)) else ()
 
 
 def _check_tensors(

@@ -8,13 +8,16 @@ import torch
 from torch import Tensor
 
 from . import metadata
+from . import validation as check
 from .append_launch import Append, run_append
 from .backward import run_backward
 from .errors import UnsupportedError
 from .forward import run_forward
+from .inputs import plain_scalars, read_tensors
 from .masking import normalize_window
 from .merge_states import run_merge
-from .problem import AttentionArgs, needs_gradients, out_dtype, refuse_mixed_gradient
+from .problem import AttentionArgs, needs_gradients, out_dtype, refuse_float8_gradient
+from .validation import clamped
 
 # The arguments that mha_fwd, mha_fwd_out and mha_bwd share, in one order.
 _INPUTS = (
@@ -88,6 +91,7 @@ def _fake_outputs(args: AttentionArgs) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("broadhead::mha_fwd", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)")
+@clamped()
 def mha_fwd(*inputs: Any) -> tuple[Tensor, Tensor]:
     function, args = _arguments(*inputs)
     out, lse = run_forward(function, args)
@@ -102,20 +106,27 @@ def _(*inputs: Any) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op(
     "broadhead::mha_bwd",
     mutates_args=(),
-    schema=f"(Tensor? dout, Tensor? dlse, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=(
+        f"(Tensor? dout, Tensor? dlse, Tensor? out, Tensor? softmax_lse, {_INPUTS})"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
 )
-def mha_bwd(dout: Tensor | None, dlse: Tensor | None, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+@clamped()
+def mha_bwd(
+    dout: Tensor | None, dlse: Tensor | None, out: Tensor | None, softmax_lse: Tensor | None, *inputs: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     function, args = _arguments(*inputs)
-    # An operator runs below autograd, which the recomputed pass needs.
-    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):
-        gradients = run_backward(function, dout, dlse, args._replace(backend="torch", scheduler_metadata=None))
+    args = args._replace(backend="torch", scheduler_metadata=None)
+    gradients = run_backward(function, dout, dlse, args, out=out, softmax_lse=softmax_lse)
     return tuple(  # type: ignore[return-value]
         args.q.new_empty(0) if gradient is None else _canonical(gradient) for gradient in gradients
     )
 
 
 @mha_bwd.register_fake
-def _(dout: Tensor | None, dlse: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
+def _(
+    dout: Tensor | None, dlse: Tensor | None, out: Tensor | None, softmax_lse: Tensor | None, *inputs: Any
+) -> tuple[Tensor, ...]:
     q = inputs[0]
     return tuple(
         q.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
@@ -125,19 +136,23 @@ def _(dout: Tensor | None, dlse: Tensor | None, *inputs: Any) -> tuple[Tensor, .
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.set_materialize_grads(False)
-    ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
-    ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
-    ctx.save_for_backward(*[value for value in inputs if isinstance(value, Tensor)])
+    # The LSE is fp32. Gradients of fp64 are to be exact: there, both are computed again.
+    results = (None, None) if inputs[0].dtype == torch.float64 else output
+    saved = (*results, *inputs)
+    ctx.is_tensor = [isinstance(value, Tensor) for value in saved]
+    ctx.others = [None if isinstance(value, Tensor) else value for value in saved]
+    ctx.save_for_backward(*[value for value in saved if isinstance(value, Tensor)])
 
 
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
     tensors = iter(ctx.saved_tensors)
-    inputs = [next(tensors) if tensor else other for tensor, other in zip(ctx.is_tensor, ctx.others, strict=True)]
+    saved = [next(tensors) if tensor else other for tensor, other in zip(ctx.is_tensor, ctx.others, strict=True)]
+    inputs = saved[2:]
     rest: list[None] = [None] * (_NUM_INPUTS - _NUM_DIFFERENTIABLE)
     if dout is None and dlse is None:
         return (*[None] * _NUM_DIFFERENTIABLE, *rest)
     gradients = torch.ops.broadhead.mha_bwd(
-        None if dout is None else dout.contiguous(), None if dlse is None else dlse.contiguous(), *inputs
+        None if dout is None else dout.contiguous(), None if dlse is None else dlse.contiguous(), *saved
     )
     first = [
         gradient if value is not None and needed else None
@@ -152,6 +167,7 @@ mha_fwd.register_autograd(_differentiate, setup_context=_save_inputs)
 @torch.library.custom_op(
     "broadhead::mha_fwd_out", mutates_args=("out",), schema=f"({_INPUTS}, Tensor(a!) out) -> Tensor"
 )
+@clamped()
 def mha_fwd_out(*inputs_and_out: Any) -> Tensor:
     function, args = _arguments(*inputs_and_out[:-1])
     return _canonical(run_forward(function, args._replace(out=inputs_and_out[-1]))[1])
@@ -164,6 +180,7 @@ def _(*inputs_and_out: Any) -> Tensor:
 
 def call_forward(function: str, args: AttentionArgs) -> tuple[Tensor, Tensor]:
     """run_forward through the operators; traceable, so it validates only what a schema needs."""
+    args = plain_scalars(function, read_tensors(function, args))
     cu_seqlens_k, seqused_k = args.cu_seqlens_k, args.seqused_k
     if args.page_table is not None and cu_seqlens_k is not None:
         seqused_k = cu_seqlens_k[1:] - cu_seqlens_k[:-1] if seqused_k is None else seqused_k
@@ -171,7 +188,7 @@ def call_forward(function: str, args: AttentionArgs) -> tuple[Tensor, Tensor]:
     window_left, window_right = normalize_window(args.window_size, args.causal, function)
     backend = args.backend
     if needs_gradients(args.q, args.k, args.v, args.qv, args.sinks):
-        refuse_mixed_gradient(function, args.q.dtype, args.k.dtype)
+        refuse_float8_gradient(function, args.q.dtype, args.k.dtype)
         if args.out is not None:
             raise UnsupportedError(f"{function}: out= has no gradient; leave out away, or call under torch.no_grad()")
         if backend == "cuda":
@@ -228,7 +245,8 @@ def append(
             k_cache, v_cache, k_new, v_new, cache_seqlens, None if rotary_cos is None else q, rotary_cos, rotary_sin,
             rotary_seqlens, cu_seqlens_q, cu_seqlens_k_new, page_table, cache_batch_idx, k_descale, v_descale,
             rotary_interleaved, causal_or_local,
-        )
+        ),
+        function="append_kv",
     )  # fmt: skip
     return k_new.new_empty(0) if turned is None else _canonical(turned), lengths
 
@@ -258,28 +276,35 @@ def _(
 # --- merge_attn_states -----------------------------------------------------------------------------------------------
 
 _STATES = "Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b"
+_BACKEND = "str? backend=None"
 
 
-@torch.library.custom_op("broadhead::merge_states", mutates_args=(), schema=f"({_STATES}) -> (Tensor, Tensor)")
-def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    out, lse = run_merge(out_a, lse_a, out_b, lse_b, None)
+@torch.library.custom_op(
+    "broadhead::merge_states", mutates_args=(), schema=f"({_STATES}, {_BACKEND}) -> (Tensor, Tensor)"
+)
+def merge_states(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    out, lse = run_merge(out_a, lse_a, out_b, lse_b, None, backend)
     return _canonical(out), _canonical(lse)
 
 
 @merge_states.register_fake
-def _(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+def _(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, backend: str | None = None) -> tuple[Tensor, Tensor]:
     return out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
 
 
 @torch.library.custom_op(
-    "broadhead::merge_states_out", mutates_args=("out",), schema=f"({_STATES}, Tensor(a!) out) -> Tensor"
+    "broadhead::merge_states_out", mutates_args=("out",), schema=f"({_STATES}, Tensor(a!) out, {_BACKEND}) -> Tensor"
 )
-def merge_states_out(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor) -> Tensor:
-    return _canonical(run_merge(out_a, lse_a, out_b, lse_b, out)[1])
+def merge_states_out(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor, backend: str | None = None
+) -> Tensor:
+    return _canonical(run_merge(out_a, lse_a, out_b, lse_b, out, backend)[1])
 
 
 @merge_states_out.register_fake
-def _(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor) -> Tensor:
+def _(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor, backend: str | None = None) -> Tensor:
     return lse_a.new_empty(lse_a.shape)
 
 
@@ -294,6 +319,7 @@ _METADATA = (
 )
 
 
+@clamped()
 def _metadata(out: Tensor | None, inputs: tuple[Any, ...]) -> Tensor:
     (
         cache_seqlens, batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim, headdim_v, qkv_dtype,
@@ -357,7 +383,9 @@ def call_get_scheduler_metadata(
     sm_margin: Any, out: Any, page_table: Any, has_qv: Any, kv_dtype: Any, tokens_per_split: Any,
 ) -> Tensor:  # fmt: skip
     """get_scheduler_metadata through the operators; traceable."""
+    causal = check.check_bool(metadata.FUNCTION, "causal", causal)
     window_left, window_right = normalize_window(window_size, causal, metadata.FUNCTION)
+    attention_chunk = 0 if attention_chunk is None else attention_chunk
     inputs = (
         cache_seqlens, batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim,
         headdim if headdim_v is None else headdim_v, qkv_dtype, cu_seqlens_q, cache_leftpad, page_size,

@@ -11,7 +11,9 @@ from . import validation as check
 from .errors import InvalidArgumentError
 from .fallback_notice import state
 from .forward import run_forward, runs_as_operator
+from .inputs import read_tensors
 from .kvcache import flash_attn_with_kvcache
+from .layout import contiguous
 from .merge_states import merge_attn_states
 from .problem import AttentionArgs
 from .shared_launch import COMPOSED, FUNCTION, Composed, decide, run_first, run_known
@@ -67,6 +69,8 @@ def flash_attn_with_shared_prefix(
         InvalidArgumentError, InvalidTypeError: an argument is wrong; the text names it.
         UnsupportedError: no kernel runs the call and falling back was forbidden.
     """
+    if type(prefix_len) is not int and not is_compiling():
+        prefix_len = check.check_int(FUNCTION, "prefix_len", prefix_len)
     by_length = prefix_page_table is None
     if by_length:
         if not is_compiling():
@@ -112,7 +116,7 @@ def flash_attn_with_shared_prefix(
     shared, shared_lse = shared[0].view(own.shape), shared_lse[0]
     if cu_seqlens_q is None:
         shared_lse = shared_lse.view(-1, q.shape[0], q.shape[1]).transpose(0, 1)
-    merged, lse = merge_attn_states(own, own_lse, shared, shared_lse, own)
+    merged, lse = merge_attn_states(own, own_lse, shared, shared_lse, own, backend=backend)
     return (merged, lse) if return_softmax_lse else merged
 
 
@@ -123,7 +127,10 @@ def _run_one_launch(
     result = run_known(need_lse, call, prefix_page_table, prefix_len)
     if result is not None:
         return result
-    args = AttentionArgs._make(call)
+    given = AttentionArgs._make(call)
+    args, pages = read_tensors(FUNCTION, given), contiguous(prefix_page_table)
+    if args is not given or pages is not prefix_page_table:
+        return _run_one_launch(args, pages, prefix_len, need_lse, unchecked)
     if unchecked:
         _check_prefix(args.q, args.k, args.page_table, args.seqused_k, prefix_len, prefix_page_table)
     decision = decide(args, prefix_len)
