@@ -188,6 +188,7 @@ struct Consumer final : ConsumerBase<Traits> {
   BROADHEAD_DEVICE bool start_tile(P& even_p, const SlotState& slot, const float (&lse)[2]) {
     barrier_wait(smem.tile_full[slot.stage()], slot.parity());
     const Slot& tile = smem.tiles[slot.stage()];
+    check_first_pages<Traits::kTileN>(args, smem, slot, 32 * Traits::kConsumerWarps);
     const bool has_keys = tile.valid && tile.state.range.begin < tile.state.range.end;
     if (has_keys) {
       wait_first();
