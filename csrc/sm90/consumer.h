@@ -35,11 +35,11 @@ template <int kKeyTiles, class Element>
 BROADHEAD_DEVICE void finish_scores(float (&s)[1][kKeyTiles][4], const AttnParams& params,
                                     const TileState<Element>& state, int key0, int warp_row) {
   if (state.scale.transform) transform_scores(s, state.scale);
-  if (key0 < state.unmasked.begin || key0 + 8 * kKeyTiles > state.unmasked.end) {
-    apply_mask(s, state.mask, state.unmasked, state.output.rows, warp_row, key0, threadIdx.x % 32);
+  const bool lost = state.lost_keys != 0;  // their K and V are zeros
+  if (lost || key0 < state.unmasked.begin || key0 + 8 * kKeyTiles > state.unmasked.end) {
+    apply_mask_and_pages(s, params, state.mask, state.unmasked, state.output.rows, warp_row, key0, threadIdx.x % 32,
+                         lost, state.pages());
   }
-  // Their K and V are zeros.
-  if (state.lost_keys != 0) hide_lost_keys(s, params, state.pages(), key0, threadIdx.x % 32);
 }
 
 // True for every block that some rows of the tile see whole.
