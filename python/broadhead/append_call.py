@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import validation as check
+from . import values
 from .append_launch import Append, kernel_obstacle, launch_append, run_append
 from .device import describe
 from .errors import InvalidArgumentError, InvalidTypeError, UnsupportedError
@@ -18,6 +19,7 @@ from .forward import check_only, runs_as_operator
 from .inputs import read_tensors
 from .layout import contiguous, refuse_strided
 from .masking import normalize_window
+from .names import shown_name
 from .problem import AttentionArgs, needs_gradients
 from .signature import signature_of
 
@@ -113,6 +115,8 @@ def _append_by_operator(function: str, args: AttentionArgs, new: NewKeys) -> tup
     if is_compiling():
         _check_given(function, args, new)
         _check_no_gradient(function, args, new)
+        if new.rotary_cos is not None:
+            _check_rotary_rows(function, args.k, args.page_table, new.rotary_cos)
     else:
         _validate(function, args, new)
     call = _describe(args, new, _causal_or_local(function, args))
@@ -145,7 +149,8 @@ def _refuse_or_warn(function: str, obstacle: str, args: AttentionArgs) -> None:
 def _validate(function: str, args: AttentionArgs, new: NewKeys) -> bool:
     """Check everything that the append and the attention behind it read; whether a kernel will run the attention."""
     attention = args if args.page_table is None else args._replace(cu_seqlens_k=None)
-    attention_on_kernel = check_only(function, attention)
+    with check.clamped():  # its lengths are those before the append; values.check_append knows those after it
+        attention_on_kernel = check_only(function, attention)
     _check_given(function, args, new)
     _check_append(
         function, args.q, args.k, args.v, new.k, new.v, new.rotary_cos, new.rotary_sin, args.seqused_k,
@@ -153,6 +158,10 @@ def _validate(function: str, args: AttentionArgs, new: NewKeys) -> bool:
         new.rotary_interleaved,
     )  # fmt: skip
     _check_no_gradient(function, args, new)
+    batch = args.q.shape[0] if args.cu_seqlens_q is None else args.cu_seqlens_q.shape[0] - 1
+    values.check_append(
+        function, attention, new, batch, lambda name: shown_name(function, name), _names(function)[1][0]
+    )
     return attention_on_kernel
 
 
@@ -276,16 +285,27 @@ def _check_append(
     check.check_bool(function, "rotary_interleaved", rotary_interleaved)
     if rotary_cos is not None:
         _check_rotary(function, q, k, rotary_cos, rotary_sin)
+        _check_rotary_rows(function, k_cache, page_table, rotary_cos)
+
+
+def _check_rotary_rows(function: str, k_cache: Tensor, page_table: Tensor | None, rotary_cos: Tensor) -> None:
+    """A row of the table for every key that the cache can hold: none is rotated by the angles of another position."""
+    capacity = k_cache.shape[1] * (1 if page_table is None else page_table.shape[1])
+    if rotary_cos.shape[0] < capacity:
+        length = "rows of the cache" if page_table is None else "page_table.size(1) * page_size"
+        raise InvalidArgumentError(
+            f"{function}: rotary_cos and rotary_sin must have a row for each position of the cache, {capacity}"
+            f" ({length}), got {rotary_cos.shape[0]}"
+        )
 
 
 def _check_rotary(function: str, q: Tensor, k: Tensor, rotary_cos: Any, rotary_sin: Any) -> None:
     name_k, _ = _names(function)[1]
-    for name, tensor in (("q", q), (name_k, k)):
-        if tensor.dtype in check.FLOAT8_DTYPES:
-            raise UnsupportedError(
-                f"{function}: rotary_cos and rotary_sin need q and {name_k} before they were rounded to 8 bits, got"
-                f" {name} of {tensor.dtype}; rotate before the conversion, or pass bf16 or fp16"
-            )
+    if q.dtype in check.FLOAT8_DTYPES and k.dtype != q.dtype:
+        raise UnsupportedError(
+            f"{function}: rotary_cos and rotary_sin turn q and {name_k} of one dtype, got q of {q.dtype} and {name_k}"
+            f" of {k.dtype}; pass both in 8 bits, or both in bf16 or fp16"
+        )
     check.check_same_dtype(function, name_k, k, q.dtype)
     spelled = "a floating-point tensor of shape (positions, rotary_dim / 2)"
     for name, value in (("rotary_cos", rotary_cos), ("rotary_sin", rotary_sin)):

@@ -7,7 +7,7 @@ import zlib
 from typing import NamedTuple
 
 from .device import DeviceDescription
-from .native import BuildDescription, build_description
+from .native import BuildDescription, build_description, build_help
 from .problem import ALIGNMENT_BYTES, AttentionProblem, canonical_right
 from .schedule import Schedule, plan_schedule
 from .support import ELEMENT_BYTES, EXTRA_FEATURES, FEATURES, ROWS, KernelRow
@@ -17,8 +17,6 @@ LENGTHS_ON_DEVICE = ("leftpad", "paged", "seqused", "varlen")
 
 #: Features of a problem that no row lists, with the words of the refusal.
 UNSERVED = {"gradients": "an input requires grad and this release has no CUDA backward kernel"}
-
-_BUILD_HELP = "install a CUDA wheel of broadhead, or build it with BROADHEAD_CUDA_ARCHS"
 
 #: head_dim above which a tile is chosen for the rows of a shared prefix as well. Below, tiles of 16 rows that find it
 #: in the L2 beat those of 32. PERF(H200, 4 sequences sharing 8k, us with 16 and 32 rows: 32/8 heads of 128 26.5, 30.9;
@@ -154,17 +152,17 @@ def _build_refusal(row: KernelRow, device: DeviceDescription, build: BuildDescri
     assert device.capability is not None
     arch = arch_for(device.capability)
     if not build.has_module:
-        return f'is left out of this build, the CPU package; {_BUILD_HELP}="{arch}"'
+        return f"is left out of this build, the CPU package; {build_help(arch)}"
     error = build.load_error(row.family)
     if error:
         return f"is left out: the library of {row.family} kernels did not load: {error}"
     family = build.family(row.family)
     if family is None or row.id not in family.kernels:
-        return f'is left out of this build; {_BUILD_HELP}="{arch}"'
+        return f"is left out of this build; {build_help(arch)}"
     if not family.covers(device.capability):
         return (
             f"is left out of this build for compute capability {_capability_text(device.capability)}: it was built for"
-            f' "{";".join(family.archs)}"; {_BUILD_HELP}="{arch}"'
+            f' "{";".join(family.archs)}"; {build_help(arch)}'
         )
     needed = (*family.cuda_version[:1], 0) if family.cuda_version else ()
     if needed and device.cuda_version is not None and device.cuda_version < needed:

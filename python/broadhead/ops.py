@@ -17,6 +17,7 @@ from .inputs import plain_scalars, read_tensors
 from .masking import normalize_window
 from .merge_states import run_merge
 from .problem import AttentionArgs, needs_gradients, out_dtype, refuse_float8_gradient
+from .validation import clamped
 
 # The arguments that mha_fwd, mha_fwd_out and mha_bwd share, in one order.
 _INPUTS = (
@@ -90,6 +91,7 @@ def _fake_outputs(args: AttentionArgs) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("broadhead::mha_fwd", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)")
+@clamped()
 def mha_fwd(*inputs: Any) -> tuple[Tensor, Tensor]:
     function, args = _arguments(*inputs)
     out, lse = run_forward(function, args)
@@ -109,6 +111,7 @@ def _(*inputs: Any) -> tuple[Tensor, Tensor]:
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 )
+@clamped()
 def mha_bwd(
     dout: Tensor | None, dlse: Tensor | None, out: Tensor | None, softmax_lse: Tensor | None, *inputs: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -164,6 +167,7 @@ mha_fwd.register_autograd(_differentiate, setup_context=_save_inputs)
 @torch.library.custom_op(
     "broadhead::mha_fwd_out", mutates_args=("out",), schema=f"({_INPUTS}, Tensor(a!) out) -> Tensor"
 )
+@clamped()
 def mha_fwd_out(*inputs_and_out: Any) -> Tensor:
     function, args = _arguments(*inputs_and_out[:-1])
     return _canonical(run_forward(function, args._replace(out=inputs_and_out[-1]))[1])
@@ -315,6 +319,7 @@ _METADATA = (
 )
 
 
+@clamped()
 def _metadata(out: Tensor | None, inputs: tuple[Any, ...]) -> Tensor:
     (
         cache_seqlens, batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim, headdim_v, qkv_dtype,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import validation as check
+from . import values
 from .errors import InvalidArgumentError, InvalidTypeError, UnsupportedError
 from .masking import normalize_chunk, normalize_window
 from .names import KVCACHE_FUNCTIONS, shown_name
@@ -147,9 +148,7 @@ def check_forward(function: str, args: AttentionArgs) -> CheckedCall:
     for name in ("seqused_q", "seqused_k", "kv_batch_idx", "leftpad_k", "prefix_lens"):
         value = getattr(args, name)
         if value is not None:
-            shown = shown_name(function, name)
-            check.check_int32(function, shown, value, (batch,), device, "(batch,)")
-            check.check_lengths_on_cpu(function, shown, value)
+            check.check_int32(function, shown_name(function, name), value, (batch,), device, "(batch,)")
     if args.cu_seqlens_k is not None and args.kv_batch_idx is not None:
         raise InvalidArgumentError(
             f"{function}: kv_batch_idx must be None with packed k (cu_seqlens_k): it selects rows of a cache"
@@ -170,6 +169,7 @@ def check_forward(function: str, args: AttentionArgs) -> CheckedCall:
     sm_margin = check.check_int(function, "sm_margin", args.sm_margin)
     _check_extras(function, args, batch, head_dim_v)
     _check_out(function, args, head_dim_v)
+    values.check_attention(function, args, batch, seqlen_k, lambda name: shown_name(function, name))
 
     problem = AttentionProblem(
         direction="forward",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import contextvars
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -210,6 +212,24 @@ def may_read(*values: Tensor | None) -> bool:
     return True
 
 
+_clamped: contextvars.ContextVar[bool] = contextvars.ContextVar("broadhead_clamped", default=False)
+
+
+@contextlib.contextmanager
+def clamped() -> Iterator[None]:
+    """Within, values out of range are clamped and not refused: for what runs below an operator, in compiled code."""
+    token = _clamped.set(True)
+    try:
+        yield
+    finally:
+        _clamped.reset(token)
+
+
+def are_checked(*values: Tensor | None) -> bool:
+    """Whether values of these tensors that are out of range are refused: on a CPU, in eager mode."""
+    return may_read(*values) and not _clamped.get()
+
+
 def _is_wrapped(value: Tensor) -> bool:
     """Whether functorch hides a tensor behind this one."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(value))
@@ -217,13 +237,13 @@ def _is_wrapped(value: Tensor) -> bool:
 
 def check_lengths_on_cpu(function: str, name: str, lengths: Tensor | None) -> None:
     """Negative lengths; only where reading the tensor costs no device synchronisation."""
-    if lengths is not None and lengths.device.type == "cpu" and bool((lengths < 0).any()):
+    if lengths is not None and are_checked(lengths) and bool((lengths < 0).any()):
         raise InvalidArgumentError(f"{function}: {name} must hold lengths >= 0, got {int(lengths.min())}")
 
 
 def check_cu_seqlens_on_cpu(function: str, name: str, cu_seqlens: Tensor | None, total: int) -> None:
     """Offsets start at >= 0, never decrease and end within the packed tensor; on CPU only."""
-    if cu_seqlens is None or cu_seqlens.device.type != "cpu":
+    if cu_seqlens is None or not are_checked(cu_seqlens):
         return
     if int(cu_seqlens[0]) < 0 or bool((cu_seqlens[1:] < cu_seqlens[:-1]).any()) or int(cu_seqlens[-1]) > total:
         raise InvalidArgumentError(
