@@ -81,8 +81,6 @@ BROADHEAD_DEVICE void consume_tiles(Consumer& consumer) {
     barrier_wait(smem.tile_full[slot.stage()], slot.parity());
     const auto& tile = smem.tiles[slot.stage()];
     if (!tile.valid) break;
-    check_first_pages<Traits::kTileN>(consumer.args, smem, slot, 32 * Traits::kConsumerWarps);
-    wait_pages(consumer.args.params, smem, slot);
     consumer.run_tile(tile.state);
     consumer.write_tile(tile.state, tile.split);
     slot.forget();

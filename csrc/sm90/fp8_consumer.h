@@ -47,38 +47,13 @@ struct Fp8Consumer final : ConsumerBase<Traits> {
     fence_registers(product);
   }
 
-  // finish_scores. Bits of keys that do not exist go through shared memory: in a loop over pages beside the scores, or
-  // in registers, ptxas serialises wgmma at head_dim 192 (C7511).
-  BROADHEAD_DEVICE void finish_fp8_scores(const TileState<Element>& state, int key0) {
-    if (state.scale.transform) transform_scores(s, state.scale);
-    const int lane = threadIdx.x % 32;
-    if (key0 < state.unmasked.begin || key0 + Traits::kTileN > state.unmasked.end) {
-      apply_mask(s, state.mask, state.unmasked, state.output.rows, warp_row(), key0, lane);
-    }
-    if (state.lost_keys == 0) return;
-    LostKeys& lost = smem.lost_keys[threadIdx.x / 32 - 4];
-    const KeyPages pages = state.pages();
-    __syncwarp();  // the words of the block before were read
-#pragma unroll 1
-    for (int n = 0; n < Traits::kKeyTiles; n += 4) {
-      lost.words[n / 4] = __ballot_sync(0xffffffffu, pages.lost(args.params, key0 + n * 8 + lane));
-    }
-    __syncwarp();
-    BROADHEAD_UNROLL
-    for (int n = 0; n < Traits::kKeyTiles; ++n) {
-      const std::uint32_t keys = lost.words[n / 4] >> (n % 4 * 8 + lane % 4 * 2);
-      if (keys & 1) s[0][n][0] = s[0][n][2] = -INFINITY;
-      if (keys & 2) s[0][n][1] = s[0][n][3] = -INFINITY;
-    }
-  }
-
   // P of the block whose S is in flight; waits for its V.
   BROADHEAD_DEVICE void take_scores(const TileState<Element>& state, const BlockKinds& kinds, int block) {
     wgmma_wait<0>();
     fence_registers(s[0]);
     release(smem.k_empty[ring.stage()]);
     ring.advance();
-    if (!kinds.plain(block)) finish_fp8_scores(state, block * Traits::kTileN);
+    if (!kinds.plain(block)) finish_scores(s, state, block * Traits::kTileN, warp_row());
     softmax.template compute_p_exactly<Element>(p, s, kinds.scale_log2, factor);
     fence_registers(p);  // or the compiler would move the exponentials into this warpgroup's turn
     barrier_wait(smem.transposed_full[ring.stage(1)], ring.parity(1));

@@ -8,11 +8,6 @@
 
 namespace broadhead::sm90 {
 
-// A bit for each key of a block that lies on a page that the pool does not have: scratch of one consumer warp.
-struct LostKeys {
-  std::uint32_t words[8];
-};
-
 template <class Element_, int kHeadDim_, int kHeadDimV_, int kTileM_, int kTileN_, int kSmemLimit_,
           ColumnTail kTail_ = ColumnTail::kNone>
 struct Fp8Traits {
@@ -56,14 +51,12 @@ struct Fp8Traits {
   static constexpr int kSchedulerWarp = 3;
 
   static_assert(kTileM % 64 == 0 && kTileN % 64 == 0 && kHeadDimV % 32 == 0);
-  static_assert(kTileN <= static_cast<int>(sizeof(LostKeys)) * 8);
 
   struct SharedStorage : WorkStorage<Element> {
     alignas(1024) Element q[kTileM * kHeadDim];
     alignas(1024) Element k[kStages][kTileN * kHeadDim];
     alignas(1024) Element v[kStages][kTileN * kHeadDimV];
     alignas(1024) Element transposed_v[kStages][kTileN * kHeadDimV];
-    LostKeys lost_keys[kConsumerWarps];
     Barrier q_full;   // 1 arrival + bytes
     Barrier q_empty;  // each consumer warp
     Barrier k_full[kStages];  // 1 arrival + bytes, or every gathering thread
