@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from . import reference
 from . import validation as check
 from .errors import InvalidArgumentError
 from .forward import select
+from .plain import plain, plain_fields, refuse_tangents, runs_as_operator
 from .problem import AttentionArgs, CheckedCall, check_forward, out_dtype, refuse_mixed_gradient
 
 
@@ -22,6 +24,19 @@ class Gradients(NamedTuple):
     dv: Tensor
     dqv: Tensor | None
     dsinks: Tensor | None
+
+
+def run_backward_below(function: str, outputs: tuple[Any, Any, Any, Any], args: AttentionArgs) -> Gradients:
+    """run_backward of ``(dout, dlse, out, softmax_lse)`` on arguments that no mode or subclass has a say in."""
+    refuse_tangents(function, *outputs)
+    dout, dlse, out, softmax_lse = (
+        plain(function, name, value)
+        for name, value in zip(("dout", "dlse", "out", "softmax_lse"), outputs, strict=True)
+    )
+    args = plain_fields(function, args)
+    # Operators run below autograd, which the recomputed pass needs.
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):
+        return run_backward(function, dout, dlse, args)
 
 
 def run_backward(
@@ -189,7 +204,13 @@ def mha_bwd(
         prefix_lens=prefix_lens,
         backend=backend,
     )
-    gradients = run_backward(function, dout, dlse, args)
+    outputs = (dout, dlse, out, softmax_lse)
+    if is_dynamo_compiling() or runs_as_operator(*outputs, *args):
+        from . import ops
+
+        gradients = Gradients(*ops.call_backward(function, outputs, args))
+    else:
+        gradients = run_backward_below(function, outputs, args)
     return (
         store_gradient(function, "dq", dq, gradients.dq, cu_seqlens_q, seqused_q),
         store_gradient(function, "dk", dk, gradients.dk, cu_seqlens_k, seqused_k),

@@ -6,14 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from . import native
 from .combine import check_floating, check_out, merge_parts
 from .device import common_kernel_obstacle
 from .errors import InvalidArgumentError, InvalidTypeError
 from .fallback_notice import Dispatch, state
-from .forward import runs_as_operator
 from .metadata import CURRENT_STREAM
+from .plain import has_tangent, is_transformed, mark_written, plain, runs_as_operator
 from .problem import needs_gradients
 from .signature import signature_of
 from .validation import INT32_MAX, check_shape
@@ -43,30 +44,49 @@ def merge_attn_states(
     Raises:
         InvalidArgumentError, InvalidTypeError: an argument is wrong; the text names it.
     """
-    if runs_as_operator(out_a):
-        _check(out_a, lse_a, out_b, lse_b, out)
-        if needs_gradients(out_a, lse_a, out_b, lse_b):
-            return _run_torch(out_a, lse_a, out_b, lse_b, out)
-        if out is None:
-            return torch.ops.broadhead.merge_states(out_a, lse_a, out_b, lse_b)
-        return out, torch.ops.broadhead.merge_states_out(out_a, lse_a, out_b, lse_b, out)
+    if is_dynamo_compiling():
+        return _merge_by_operator(out_a, lse_a, out_b, lse_b, out)
     key = None
     try:
-        if out_a.is_cuda and not needs_gradients(out_a, lse_a, out_b, lse_b):
+        if out_a.is_cuda and not needs_gradients(out_a, lse_a, out_b, lse_b, out):
             key = signature_of(out_a, out_b, out, lse_a, lse_b)
             if key in _known:
                 return _launch(out_a, lse_a, out_b, lse_b, out)
     except AttributeError:
         key = None  # not tensors: validation names them
+    if runs_as_operator(out_a, lse_a, out_b, lse_b, out):
+        return _merge_by_operator(out_a, lse_a, out_b, lse_b, out)
     _check(out_a, lse_a, out_b, lse_b, out)
-    if needs_gradients(out_a, lse_a, out_b, lse_b):
-        state.merge = ("torch", None, "an input requires grad")
+    out_a, lse_a, out_b, lse_b, out = plain_states(out_a, lse_a, out_b, lse_b, out)
+    tangent = has_tangent(out_a, lse_a, out_b, lse_b)
+    if tangent or needs_gradients(out_a, lse_a, out_b, lse_b, out):
+        state.merge = ("torch", None, "an input has a forward-mode tangent" if tangent else "an input requires grad")
         return _run_torch(out_a, lse_a, out_b, lse_b, out)
     if key is not None and kernel_obstacle(out_a, lse_a, out_b, lse_b, out) is None:
         if len(_known) >= _MAX_KNOWN:
             _known.clear()
         _known.add(key)
     return run_merge(out_a, lse_a, out_b, lse_b, out)
+
+
+def _merge_by_operator(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, out: Any) -> tuple[Tensor, Tensor]:
+    """merge_attn_states through the operators; torch ops know every derivative and transform."""
+    _check(out_a, lse_a, out_b, lse_b, out)
+    states = (out_a, lse_a, out_b, lse_b)
+    if needs_gradients(*states, out) or (not is_dynamo_compiling() and (is_transformed(*states) or has_tangent(*states))):
+        return _run_torch(*states, out)
+    if out is None:
+        return torch.ops.broadhead.merge_states(*states)
+    return out, torch.ops.broadhead.merge_states_out(*states, out)
+
+
+def plain_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor | None) -> tuple[Any, ...]:
+    """The arguments of a merge as plain memory."""
+    names = ("out_a", "lse_a", "out_b", "lse_b", "out")
+    return tuple(
+        plain("merge_attn_states", name, value, written=name == "out")
+        for name, value in zip(names, (out_a, lse_a, out_b, lse_b, out), strict=True)
+    )
 
 
 def run_merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -99,12 +119,15 @@ def _launch(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Ten
     if out_a.get_device() != torch.cuda.current_device():
         with torch.cuda.device(out_a.device):
             return _launch(out_a, lse_a, out_b, lse_b, out)
+    given = out
     if out is None:
         out = out_a.new_empty(out_a.shape)
     lse = lse_a.new_empty(lse_a.shape)
     module = native.extension()
     assert module is not None
     module.merge_states(out_a, lse_a, out_b, lse_b, out, lse, CURRENT_STREAM)
+    if given is not None:
+        mark_written(given)
     state.merge = BY_KERNEL
     return out, lse
 

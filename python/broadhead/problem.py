@@ -131,14 +131,14 @@ def canonical_right(seqlen_q: int, window_right: int) -> int:
     return -1 if seqlen_q <= 1 else window_right
 
 
-def _shown_name(function: str, name: str) -> str:
+def shown_name(function: str, name: str) -> str:
     """The name under which ``function`` takes the canonical argument ``name``."""
     return _KVCACHE_NAMES.get(name, name) if function in _KVCACHE_FUNCTIONS else name
 
 
 def tensor_signature(t: Tensor) -> tuple[Any, ...]:
     """What validation reads of a tensor, as a part of a key: calls with equal keys need not be validated again."""
-    return t.shape, t.stride(), t.dtype, t.get_device()
+    return type(t), t.shape, t.stride(), t.dtype, t.get_device()
 
 
 def needs_gradients(*tensors: Any) -> bool:
@@ -161,7 +161,7 @@ def check_forward(function: str, args: AttentionArgs) -> CheckedCall:
     for name in ("seqused_q", "seqused_k", "kv_batch_idx", "leftpad_k", "prefix_lens"):
         value = getattr(args, name)
         if value is not None:
-            shown = _shown_name(function, name)
+            shown = shown_name(function, name)
             check.check_int32(function, shown, value, (batch,), device, "(batch,)")
             check.check_lengths_on_cpu(function, shown, value)
     if args.cu_seqlens_k is not None and args.kv_batch_idx is not None:
@@ -231,7 +231,7 @@ def check_forward(function: str, args: AttentionArgs) -> CheckedCall:
         check.check_cells(function, tokens_per_split, seqlen_k, rows, head_dim_v, page_size)
     if "gradients" in problem.features:
         refuse_mixed_gradient(function, args.q.dtype, args.k.dtype)
-    if args.out is not None and "gradients" in problem.features:
+    if args.out is not None and ("gradients" in problem.features or needs_gradients(args.out)):
         raise UnsupportedError(
             f"{function}: out= has no gradient; leave out away, or call under torch.no_grad() (an input requires grad)"
         )
@@ -267,7 +267,7 @@ def _check_keys(function: str, args: AttentionArgs, batch: int) -> tuple[int, in
         ranks, layout = (4,), "(num_pages, page_size, heads_kv, head_dim) with page_table"
     else:
         ranks, layout = (4,), "(batch, seqlen_k, heads_kv, head_dim)"
-    shown_k, shown_v = _shown_name(function, "k"), _shown_name(function, "v")
+    shown_k, shown_v = shown_name(function, "k"), shown_name(function, "v")
     k = check.check_attention_tensor(function, shown_k, args.k, ranks, layout)
     v = check.check_attention_tensor(function, shown_v, args.v, ranks, layout)
     for name, tensor in ((shown_k, k), (shown_v, v)):
