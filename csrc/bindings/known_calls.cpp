@@ -163,8 +163,8 @@ py::object call_signature(ArgumentReader& reader) {
     if (modes_are_active()) return py::none();
     for (int argument = 0; argument < kArgumentCount; ++argument) {
       const py::handle object = call.arguments[argument];
-      const bool added = is_tensor(argument) ? add_plain_tensor(object, argument < kAlignedArguments, key)
-                                             : key.add_value(object);
+      const bool added =
+          is_tensor(argument) ? add_plain_tensor(object, argument < kAlignedArguments, key) : key.add_value(object);
       if (!added) return py::none();
     }
     for (const py::handle object : others) {

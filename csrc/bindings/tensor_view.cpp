@@ -54,7 +54,8 @@ struct TypeTraits {
   bool is_plain;
 };
 
-// The GIL guards what follows. Held for the life of the process: Python objects must not be freed after the interpreter.
+// The GIL guards what follows. Held for the life of the process: Python objects must not be freed after the
+// interpreter.
 py::object* plain_type_test = nullptr;
 PyTypeObject* last_type = nullptr;
 TypeTraits last_traits;

@@ -29,7 +29,7 @@ class Gradients(NamedTuple):
 def run_backward_below(function: str, outputs: tuple[Any, Any, Any, Any], args: AttentionArgs) -> Gradients:
     """run_backward of ``(dout, dlse, out, softmax_lse)`` on arguments that no mode or subclass has a say in."""
     refuse_tangents(function, *outputs)
-    dout, dlse, out, softmax_lse = (
+    dout, dlse, _out, _softmax_lse = (
         plain(function, name, value)
         for name, value in zip(("dout", "dlse", "out", "softmax_lse"), outputs, strict=True)
     )

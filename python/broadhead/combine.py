@@ -9,6 +9,8 @@ from . import native
 from . import validation as check
 from .errors import InvalidArgumentError, InvalidTypeError
 from .metadata import CURRENT_STREAM
+from .plain import has_tangent, mark_written, plain, runs_as_operator
+from .problem import needs_gradients
 from .validation import FLOAT_DTYPES
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -67,6 +69,13 @@ def flash_attn_combine(
         InvalidArgumentError, InvalidTypeError: an argument is wrong; the text names it.
     """
     function = "flash_attn_combine"
+    given = out
+    # Torch ops know every mode, derivative and transform.
+    by_torch = runs_as_operator(out_partial, lse_partial, out) or has_tangent(out_partial, lse_partial)
+    if not by_torch:
+        out_partial = plain(function, "out_partial", out_partial)
+        lse_partial = plain(function, "lse_partial", lse_partial)
+        out = plain(function, "out", out, written=True)
     out_partial = check_floating(function, "out_partial", out_partial)
     lse_partial = check_floating(function, "lse_partial", lse_partial)
     if out_partial.dim() not in (4, 5) or out_partial.shape[0] < 1:
@@ -91,7 +100,8 @@ def flash_attn_combine(
 
     module = native.extension()
     on_kernel = (
-        module is not None
+        not by_torch
+        and module is not None
         and hasattr(module, "combine")
         and out_partial.device.type == "cuda"
         and bool(native.build_description().families)
@@ -102,7 +112,7 @@ def flash_attn_combine(
         and out_partial.shape[0] <= check.MAX_SPLITS
         and _vectors_fit(out_partial)
         and (out is None or out.data_ptr() % 16 == 0)
-        and not (torch.is_grad_enabled() and (out_partial.requires_grad or lse_partial.requires_grad))
+        and not needs_gradients(out_partial, lse_partial, out)
         and (out is None or out.is_contiguous())
     )
     if on_kernel:
@@ -118,6 +128,10 @@ def flash_attn_combine(
                 lse.view(-1, heads),
                 CURRENT_STREAM,
             )
-        return result, lse
+        mark_written(out)
+        return result if given is None else given, lse
     merged, lse = merge_parts(out_partial, lse_partial)
-    return merged.to(dtype) if out is None else out.copy_(merged), lse
+    if out is None:
+        return merged.to(dtype), lse
+    out.copy_(merged)
+    return (out if given is None else given), lse

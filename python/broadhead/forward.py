@@ -19,6 +19,7 @@ from .metadata import check_buffer, check_identity
 from .plain import plain_fields, runs_as_operator
 from .problem import AttentionArgs, AttentionProblem, CheckedCall, check_forward, out_dtype
 
+
 def _find_run_known(*call: Any) -> Any:
     """Bound on first use: _C.run_known."""
     global _run_known

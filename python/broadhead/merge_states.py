@@ -73,7 +73,9 @@ def _merge_by_operator(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, out: Any)
     """merge_attn_states through the operators; torch ops know every derivative and transform."""
     _check(out_a, lse_a, out_b, lse_b, out)
     states = (out_a, lse_a, out_b, lse_b)
-    if needs_gradients(*states, out) or (not is_dynamo_compiling() and (is_transformed(*states) or has_tangent(*states))):
+    if needs_gradients(*states, out) or (
+        not is_dynamo_compiling() and (is_transformed(*states) or has_tangent(*states))
+    ):
         return _run_torch(*states, out)
     if out is None:
         return torch.ops.broadhead.merge_states(*states)

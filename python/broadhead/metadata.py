@@ -315,7 +315,8 @@ def compute(tensors: tuple[Any, ...], numbers: tuple[Any, ...], below: bool = Fa
         )
     )
     lengths = _check_tensors(numbers[0], cache_seqlens, cu_seqlens_q, cache_leftpad, plain_out, page_table)
-    request = describe_request(*numbers[:16], page_table, *numbers[16:])
+    described = (*numbers[:16], page_table, *numbers[16:])
+    request = describe_request(*described)
     prepared = prepare(request, lengths.device)
     if key is not None and all(value is None or is_plain_type(type(value)) for value in tensors):
         if len(_prepared) >= _MAX_PREPARED:

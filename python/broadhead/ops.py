@@ -15,7 +15,7 @@ from .errors import UnsupportedError
 from .forward import run_below
 from .masking import normalize_window
 from .merge_states import plain_states, run_merge
-from .plain import is_transformed, plain, plain_fields, refuse_tangents, refuse_transformed
+from .plain import is_transformed, plain_fields, refuse_tangents, refuse_transformed
 from .problem import AttentionArgs, check_forward, needs_gradients, out_dtype, refuse_mixed_gradient
 
 # The arguments that mha_fwd, mha_fwd_out and mha_bwd share, in one order.
@@ -200,7 +200,9 @@ def call_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """run_backward through the operators; traceable, so it validates only what a schema needs."""
     if args.backend == "cuda":
-        raise UnsupportedError(f"{function}: backend='cuda' has no backward kernel in this release; leave backend unset")
+        raise UnsupportedError(
+            f"{function}: backend='cuda' has no backward kernel in this release; leave backend unset"
+        )
     if not is_compiling():
         refuse_tangents(function, *outputs, *args)
         if any(isinstance(x, Tensor) and x.device.type == "meta" for x in (*outputs, *args)):

@@ -99,7 +99,7 @@ def plain(function: str, name: str, value: Any, written: bool = False) -> Any:
         return value
     if not is_plain_type(type(value)):
         # Below the operators a subclass has had its say.
-        with torch._C.DisableTorchFunctionSubclass(), torch._C._DisableTorchDispatch():  # type: ignore[no-untyped-call]
+        with torch._C.DisableTorchFunctionSubclass(), torch._C._DisableTorchDispatch():
             value = _unwrapped(function, name, value)
     if value.layout != torch.strided:
         raise UnsupportedError(

@@ -54,5 +54,5 @@ def signature_of(*tensors: Any) -> Any:
 
 
 def call_signature_of(call: tuple[Any, ...], others: tuple[Any, ...]) -> Any:
-    """What validation reads of the fields of AttentionArgs and of ``others``, numbers by type and value; None: no key."""
+    """What validation reads of the fields of AttentionArgs and of ``others``, values by type too; None: no key."""
     return _call_signature(call, others)
