@@ -78,7 +78,7 @@ def test_opcheck_backward_and_out() -> None:
     inputs = dense()
     out, lse = torch.ops.broadhead.mha_fwd(*inputs)
     gradients = (torch.randn_like(out), torch.randn_like(lse))
-    torch.library.opcheck(torch.ops.broadhead.mha_bwd.default, (*gradients, *inputs), test_utils=SCHEMA_TESTS)
+    torch.library.opcheck(torch.ops.broadhead.mha_bwd.default, (*gradients, out, lse, *inputs), test_utils=SCHEMA_TESTS)
     torch.library.opcheck(
         torch.ops.broadhead.mha_fwd_out.default, (*inputs, torch.empty_like(out)), test_utils=SCHEMA_TESTS
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 from typing import Any
 
@@ -67,18 +68,23 @@ OPTIONS = {
 }
 
 
-def run(case: Case, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    return reference.attention(**case.arguments(), out=out)
+#: As on a CPU in eager mode, where lengths are read, and as on a device, where none is.
+on_a_cpu = functools.partial(reference.attention, read_lengths=True)
+on_a_device = functools.partial(reference.attention, read_lengths=False)
 
 
-def check_forward(case: Case) -> None:
+def run(case: Case, out: Tensor | None = None, fn: Any = on_a_cpu) -> tuple[Tensor, Tensor]:
+    return fn(**case.arguments(), out=out)
+
+
+def check_forward(case: Case, fn: Any = on_a_cpu) -> None:
     """Without and with a poisoned ``out=``."""
-    out, lse = run(case)
+    out, lse = run(case, fn=fn)
     compare.assert_attention(case, out, lse)
     compare.assert_dead_rows(case, out, None, lse)
     poisoned = torch.full_like(out, float("nan"))
     before = poisoned.clone()
-    same, lse_again = run(case, poisoned)
+    same, lse_again = run(case, poisoned, fn)
     assert same is poisoned
     compare.assert_dead_rows(case, poisoned, before)
     live = case.live_rows()
@@ -86,7 +92,7 @@ def check_forward(case: Case) -> None:
     torch.testing.assert_close(lse_again, lse, rtol=0, atol=0)
 
 
-def gradients(case: Case, through_lse: bool = True, fn: Any = reference.attention) -> None:
+def gradients(case: Case, through_lse: bool = True, fn: Any = on_a_cpu) -> None:
     """Backward with NaN coming in at the rows that no sequence owns."""
     leaves = case.requires_grad()
     out, lse = fn(**case.arguments())
@@ -100,8 +106,9 @@ def gradients(case: Case, through_lse: bool = True, fn: Any = reference.attentio
 
 
 def check(case: Case) -> None:
-    check_forward(case)
-    gradients(case)
+    for fn in (on_a_cpu, on_a_device):
+        check_forward(case, fn)
+        gradients(case, fn=fn)
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -242,7 +249,7 @@ def test_32k_is_chunked() -> None:
     q = torch.empty(1, 1, 16, 8).expand(1, n, 16, 8)
     for device in ("cpu", "meta"):
         x = reference_core.Operands(q.to(device), k, k, None, None, 16)
-        assert reference_core._chunk_size(x, mask) * 16 * n <= reference_core.MAX_SCORES
+        assert reference_core.chunk_size(x, mask) * 16 * n <= reference_core.MAX_SCORES
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -284,7 +291,7 @@ def test_no_tensor_is_read(layout: str, seed: int) -> None:
 
     case = build(Spec(**LAYOUTS[layout], window_left=9, window_right=0, prefix=True, sinks=True, seqused_q=True), seed)
     with NoSync():
-        run(case)
+        run(case, fn=on_a_device)
 
 
 def test_autocast_does_not_lower_the_precision(seed: int) -> None:

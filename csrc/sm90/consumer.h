@@ -69,11 +69,11 @@ template <class Layout>
 BROADHEAD_DEVICE void clear_rows(char* stage, int begin, int end, const ClearShare& share) {
   constexpr int kPartsPerSubtile = Layout::kRowBytes / 16;
   for (int row = begin + share.warp; row < end; row += share.warps) {
-    char* target = stage + row / 8 * Layout::kSlabBytes + row % 8 * Layout::kRowBytes;
+    char* target = stage + row / 8 * Layout::kSlabStride + row % 8 * Layout::kRowBytes;
     for (int i = static_cast<int>(threadIdx.x % 32); i < share.parts; i += 32) {
       const int part = share.first_part + i;
-      *reinterpret_cast<uint4*>(target + part / kPartsPerSubtile * Layout::kAtomBytes + part % kPartsPerSubtile * 16) =
-          uint4{0, 0, 0, 0};
+      *reinterpret_cast<uint4*>(target + part / kPartsPerSubtile * Layout::kSubtileStride +
+                                part % kPartsPerSubtile * 16) = uint4{0, 0, 0, 0};
     }
   }
 }

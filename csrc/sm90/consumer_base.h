@@ -56,14 +56,14 @@ struct ConsumerBase {
     using Descriptor = MatrixDescriptor<QLayout::kRowBytes>;
     const std::uint64_t a =
         Descriptor::make(smem_address(smem.q) + warpgroup * 8 * QLayout::kAtomBytes, 0, QLayout::kAtomBytes);
-    const std::uint64_t b = Descriptor::make(smem_address(smem.k[stage]), 0, KLayout::kSlabBytes);
+    const std::uint64_t b = Descriptor::make(smem_address(smem.k[stage]), 0, KLayout::kSlabStride);
     clear_registers(s[0]);
     wgmma_fence();
     BROADHEAD_UNROLL
-    for (int step = 0; step < QLayout::kSteps; ++step) {
+    for (int step = 0; step < Traits::kHeadDim * static_cast<int>(sizeof(Element)) / 32; ++step) {
       wgmma_ss<Element, Traits::kTileN, Major::K>(
           s[0], a + (QLayout::step_offset(step, Traits::kTileM * QLayout::kRowBytes) >> 4),
-          b + (KLayout::step_offset(step, KLayout::kAtomBytes) >> 4), step > 0);
+          b + (KLayout::step_offset(step, KLayout::kSubtileStride) >> 4), step > 0);
     }
     wgmma_commit();
     fence_registers(s[0]);

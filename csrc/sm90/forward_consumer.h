@@ -27,12 +27,12 @@ struct Consumer final : ConsumerBase<Traits> {
   BROADHEAD_DEVICE void issue_pv(P& p, std::uint32_t stage) {
     fence_registers(o);
     fence_registers(p);
-    const std::uint64_t b = MatrixDescriptor<VLayout::kRowBytes>::make(smem_address(smem.v[stage]), VLayout::kAtomBytes,
-                                                                       VLayout::kSlabBytes);
+    const std::uint64_t b = MatrixDescriptor<VLayout::kRowBytes>::make(smem_address(smem.v[stage]),
+                                                                       VLayout::kSubtileStride, VLayout::kSlabStride);
     wgmma_fence();
     BROADHEAD_UNROLL
     for (int step = 0; step < Traits::kTileN / 16; ++step) {
-      wgmma_rs<Element, Traits::kHeadDimV, Major::MN>(o, p[step], b + (step * 2 * VLayout::kSlabBytes >> 4), true);
+      wgmma_rs<Element, Traits::kHeadDimV, Major::MN>(o, p[step], b + (step * 2 * VLayout::kSlabStride >> 4), true);
     }
     wgmma_commit();
     fence_registers(o);

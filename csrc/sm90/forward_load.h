@@ -39,9 +39,9 @@ BROADHEAD_DEVICE void load_tiles(const KernelArgs& args, typename Traits::Shared
     if (range.begin >= range.end) return;
     const QCoordinates q_at = q_coordinates(args.maps.q, state);
     if (leader && loads_k) prefetch_q<typename Traits::QLayout>(args.maps.q, q_at);
-    BoxLoader<typename Traits::KLayout, Traits::kTileN, Traits::kTileN, 1> k_boxes(
+    BoxLoader<typename Traits::KLayout, Traits::kTileN, Traits::kTileN, 1, Traits::kTail> k_boxes(
         args.maps.k, kv_coordinates(args.maps.k, params, state), paged, 0);
-    BoxLoader<typename Traits::VLayout, Traits::kTileN, Traits::kTileN, 1> v_boxes(
+    BoxLoader<typename Traits::VLayout, Traits::kTileN, Traits::kTileN, 1, Traits::kTail> v_boxes(
         args.maps.v, kv_coordinates(args.maps.v, params, state), paged, 0);
     const int box_rows = args.maps.k.box_rows;  // V's, too
     const auto place_of = [&](int block) {

@@ -1,7 +1,8 @@
 // Compile-time shape of the Hopper kernels, derived from a row of python/broadhead/support.py.
 //
 // K and V tiles lie in shared memory as [keys / 8][subtiles][8][kRowBytes]: a TMA box of any number of 8-row groups
-// fills whole units, whatever the page size. Q lies as [subtiles][rows][kRowBytes].
+// fills whole units, whatever the page size. Q lies as [subtiles][rows][kRowBytes], and so do K and V of kernels for
+// head dims that end within a subtile (ColumnTail::kSubtiles).
 #pragma once
 
 #include "common/math.h"
@@ -10,8 +11,9 @@
 
 namespace broadhead::sm90 {
 
-// A matrix of kCols columns in shared memory, in units of 8 rows.
-template <class Element, int kCols>
+// A matrix of kCols columns in shared memory, in units of 8 rows. kSubtileRows: rows that each subtile has in one
+// piece; 0: 8, the subtiles of a unit lie side by side.
+template <class Element, int kCols, int kSubtileRows = 0>
 struct TileLayout {
   static constexpr int kBytes = kCols * static_cast<int>(sizeof(Element));  // of a row
   static constexpr int kRowBytes = kBytes % 128 == 0 ? 128 : 64;  // of a row of a subtile
@@ -19,6 +21,9 @@ struct TileLayout {
   static constexpr int kSubtileCols = kRowBytes / static_cast<int>(sizeof(Element));
   static constexpr int kAtomBytes = 8 * kRowBytes;
   static constexpr int kSlabBytes = kSubtiles * kAtomBytes;  // 8 rows
+  static constexpr bool kBySubtile = kSubtileRows > 0;
+  static constexpr int kSlabStride = kBySubtile ? kAtomBytes : kSlabBytes;  // from 8 rows to the next 8
+  static constexpr int kSubtileStride = kBySubtile ? kSubtileRows * kRowBytes : kAtomBytes;
   static constexpr int kSteps = kBytes / 32;                 // wgmma steps along the columns
   static constexpr int kStepsPerSubtile = kRowBytes / 32;
   static_assert(kBytes % kRowBytes == 0);
@@ -43,7 +48,7 @@ struct WorkStorage {
 constexpr int kBlocksAhead = 4;
 
 template <class Element_, int kHeadDim_, int kHeadDimV_, int kTileM_, int kTileN_, int kStages_, int kOverlap_,
-          int kSmemLimit_>
+          int kSmemLimit_, ColumnTail kTail_ = ColumnTail::kNone>
 struct ForwardTraits {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
@@ -56,6 +61,10 @@ struct ForwardTraits {
   static_assert(kOverlap_ == 1 || kOverlap_ == 2);
   static constexpr bool kTwoP = kOverlap_ == 2;
   static constexpr int kCluster = 1;
+  static constexpr ColumnTail kTail = kTail_;
+  // The kernel for head dims that end within a subtile. Strides known at run time would cost registers that it has not.
+  using WithTail = ForwardTraits<Element_, kHeadDim_, kHeadDimV_, kTileM_, kTileN_, kStages_, kOverlap_, kSmemLimit_,
+                                 ColumnTail::kSubtiles>;
   static constexpr bool kDependentLaunch = true;  // the kernel waits for what is in front of it
 
   static constexpr int kConsumers = kTileM / 64;  // warpgroups of 64 rows
@@ -69,9 +78,14 @@ struct ForwardTraits {
   // Turns between warpgroups. With 256 columns of O the tensor cores are kept busy without.
   static constexpr bool kTurns = kConsumers > 1 && kHeadDim <= 128;
 
-  using QLayout = TileLayout<Element, kHeadDim>;
-  using KLayout = TileLayout<Element, kHeadDim>;
-  using VLayout = TileLayout<Element, kHeadDimV>;
+  // Before a tail subtiles are as wide as they can be, though head_dim 96 is no multiple of that: fewer boxes, and fewer
+  // sectors of a row whose address is no multiple of 32 bytes.
+  static constexpr int kSubtileRows = kTail == ColumnTail::kSubtiles ? kTileN : 0;
+  static constexpr int kColumns = kSubtileRows > 0 ? round_up(kHeadDim, 64) : kHeadDim;
+  static constexpr int kColumnsV = kSubtileRows > 0 ? round_up(kHeadDimV, 64) : kHeadDimV;
+  using QLayout = TileLayout<Element, kColumns>;
+  using KLayout = TileLayout<Element, kColumns, kSubtileRows>;
+  using VLayout = TileLayout<Element, kColumnsV, kSubtileRows>;
   static constexpr int kVKeys = kTileN;  // of a stage of V
   static constexpr int kKeyTiles = kTileN / 8;
   static constexpr int kOTiles = kHeadDimV / 8;
@@ -81,9 +95,9 @@ struct ForwardTraits {
   static_assert(kTileM % 64 == 0 && kTileN % 16 == 0 && kHeadDimV % 32 == 0);
 
   struct SharedStorage : WorkStorage<Element> {
-    alignas(1024) Element q[kTileM * kHeadDim];
-    alignas(1024) Element k[kStages][kTileN * kHeadDim];
-    alignas(1024) Element v[kStages][kTileN * kHeadDimV];
+    alignas(1024) Element q[kTileM * kColumns];
+    alignas(1024) Element k[kStages][kTileN * kColumns];
+    alignas(1024) Element v[kStages][kTileN * kColumnsV];
     Barrier q_full;   // 1 arrival + bytes
     Barrier q_empty;  // each consumer warp
     Barrier k_full[kStages];  // 1 arrival + bytes, or every gathering thread

@@ -39,10 +39,10 @@ BROADHEAD_DEVICE void gather_fp8_tiles(const KernelArgs& args, typename Traits::
         GatheredRows<kKeys, 1> rows;
         rows.read(source, block * Traits::kTileN + piece * kKeys, params.page_size, 0);
         gather_stage<KLayout>(rows, source.k, params.k_strides, 0, kKeys / 8, 0, params.head_dim,
-                              smem_address(smem.k[stage]) + piece * (kKeys / 8 * KLayout::kSlabBytes),
+                              smem_address(smem.k[stage]) + piece * (kKeys / 8 * KLayout::kSlabStride),
                               smem.k_full[stage], 0);
         gather_stage<VLayout>(rows, source.v, params.v_strides, 0, kKeys / 8, 0, params.head_dim_v,
-                              smem_address(smem.v[stage]) + piece * (kKeys / 8 * VLayout::kSlabBytes),
+                              smem_address(smem.v[stage]) + piece * (kKeys / 8 * VLayout::kSlabStride),
                               smem.v_full[stage], 0);
       }
       ring.advance();

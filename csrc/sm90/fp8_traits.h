@@ -8,7 +8,8 @@
 
 namespace broadhead::sm90 {
 
-template <class Element_, int kHeadDim_, int kHeadDimV_, int kTileM_, int kTileN_, int kSmemLimit_>
+template <class Element_, int kHeadDim_, int kHeadDimV_, int kTileM_, int kTileN_, int kSmemLimit_,
+          ColumnTail kTail_ = ColumnTail::kNone>
 struct Fp8Traits {
   using Element = Element_;
   using OutElement = cutlass::bfloat16_t;
@@ -19,6 +20,8 @@ struct Fp8Traits {
   static constexpr int kTileN = kTileN_;
   static constexpr int kStages = 2;
   static constexpr int kCluster = 1;
+  static constexpr ColumnTail kTail = kTail_;
+  using WithTail = Fp8Traits<Element_, kHeadDim_, kHeadDimV_, kTileM_, kTileN_, kSmemLimit_, ColumnTail::kSubtiles>;
   // ptxas 13.0 serialises the wgmma of head_dim 192 wherever griddepcontrol stands in the kernel.
   static constexpr bool kDependentLaunch = false;
 
@@ -37,8 +40,9 @@ struct Fp8Traits {
   static constexpr bool kTurns = kConsumers > 1;
 
   using QLayout = TileLayout<Element, kHeadDim>;
-  using KLayout = TileLayout<Element, kHeadDim>;
-  using VLayout = TileLayout<Element, kHeadDimV>;            // as it comes
+  static constexpr int kSubtileRows = kTail == ColumnTail::kSubtiles ? kTileN : 0;
+  using KLayout = TileLayout<Element, kHeadDim, kSubtileRows>;
+  using VLayout = TileLayout<Element, kHeadDimV, kSubtileRows>;  // as it comes
   using TransposedLayout = TileLayout<Element, kTileN>;      // kHeadDimV rows of kTileN keys
   static constexpr int kVKeys = kTileN;  // of a stage of V
   static constexpr int kKeyTiles = kTileN / 8;

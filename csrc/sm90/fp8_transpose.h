@@ -51,7 +51,7 @@ struct Transposer {
     const int row = lane % 8;
     const int matrix = lane / 8;
     // Loaded: keys 0-7 and 8-15 of the first 16 columns, the same of the second.
-    source_row = matrix % 2 * VLayout::kSlabBytes + row * VLayout::kRowBytes;
+    source_row = matrix % 2 * VLayout::kSlabStride + row * VLayout::kRowBytes;
     // A lane of row r holds columns 2 r and 2 r + 1. Stored: even columns from the first four rows and odd ones from
     // the others, then the reverse, so that the eight rows of a matrix lie in different banks.
     const int column = matrix / 2 * 16 + 2 * row + (row / 4 ^ matrix % 2);
@@ -80,13 +80,13 @@ struct Transposer {
       const int part = columns / 16 + lane / 16;
       const int swizzle = VLayout::kRowBytes == 128 ? lane % 8 : lane % 8 / 2;
       const std::uint32_t from =
-          v + source_row + part / kParts * VLayout::kAtomBytes + ((part % kParts ^ swizzle) * 16);
+          v + source_row + part / kParts * VLayout::kSubtileStride + ((part % kParts ^ swizzle) * 16);
       const std::uint32_t to = target + target_row + columns / 8 * Layout::kSlabBytes;
       if constexpr (kMasked) {
 #pragma unroll 1
         for (int group = 0; group < kKeyGroups; ++group) {
           std::uint32_t x[4];
-          load_transposed(x, from + group * 2 * VLayout::kSlabBytes);
+          load_transposed(x, from + group * 2 * VLayout::kSlabStride);
           store(to, group, x, live_bytes(source, key0 + group * 16));
         }
       } else {
@@ -94,12 +94,12 @@ struct Transposer {
         std::uint32_t x[kAhead + 1][4];
         BROADHEAD_UNROLL
         for (int group = 0; group < kAhead; ++group) {
-          load_transposed(x[group], from + group * 2 * VLayout::kSlabBytes);
+          load_transposed(x[group], from + group * 2 * VLayout::kSlabStride);
         }
         BROADHEAD_UNROLL
         for (int group = 0; group < kKeyGroups; ++group) {
           const int next = group + kAhead;
-          if (next < kKeyGroups) load_transposed(x[next % (kAhead + 1)], from + next * 2 * VLayout::kSlabBytes);
+          if (next < kKeyGroups) load_transposed(x[next % (kAhead + 1)], from + next * 2 * VLayout::kSlabStride);
           store(to, group, x[group % (kAhead + 1)], ~0u);
         }
       }

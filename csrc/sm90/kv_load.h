@@ -72,24 +72,26 @@ BROADHEAD_DEVICE BoxPlace box_place(const KvSource<Element>& source, int key0, i
 // PERF(H200, head_dim 512, page 64: 418 TFLOP/s, not paged 640, when one lane took the boxes from the others by
 // shuffles behind the wait for each stage): nothing is left to work out behind a wait, where every instruction counts.
 // The compiler loops over the lanes that have a box, 8 instructions each.
-template <class Layout, int kBlockKeys, int kStageKeys, int kCluster>
+template <class Layout, int kBlockKeys, int kStageKeys, int kCluster, ColumnTail kTail>
 class BoxLoader {
   static_assert(kBlockKeys <= 32 * 8, "a lane has one box");
+  static_assert(Layout::kBySubtile == (kTail == ColumnTail::kSubtiles));
+  static constexpr bool kAllColumns = kStageKeys < kBlockKeys;  // in each stage, which the block fills with some keys
 
   const KvMap& map_;
   const KvCoordinates at_;
   const bool paged_;
   // Of the lane's box:
-  const int stage_;             // of the block
+  const int stage_;  // of the block
   const std::uint32_t offset_;  // in the stage
-  const bool own_;              // not another block's of the cluster
+  const bool own_;  // not another block's of the cluster
   int x_;
   int row_;
-  int groups_;   // of 8 rows; 0: nobody needs it, or it lies past the end of the rows
+  int groups_;  // of 8 rows; 0: nobody needs it, or it lies past the end of the rows
   bool crosses_;  // the end of the rows
   // Of the stage that comes next:
   std::uint32_t bytes_;  // from all blocks of the cluster
-  int pieces_;           // in which the lane issues its box: 0: not at all; 1; 2: group by group
+  int pieces_;  // in which the lane issues its box: 0: not at all; 1; 2: group by group or by subtiles
 
   BROADHEAD_DEVICE static int lane() { return threadIdx.x % 32; }
 
@@ -102,17 +104,34 @@ class BoxLoader {
     }
   }
 
-  // A box that crosses the end of the rows, or columns that no box of several subtiles fits.
+  // A box that crosses the end of the rows, or with a tail of columns.
   BROADHEAD_DEVICE void issue_groups(std::uint32_t target, Barrier& full, int subtile0) const {
-    const bool by_column = map_.by_column;
+    const bool tail = kTail == ColumnTail::kGroups && map_.whole_subtiles > 0;
 #pragma unroll 1
     for (int group = 0; group < groups_; ++group) {
       const std::uint32_t address = target + group * Layout::kSlabBytes;
-#pragma unroll 1
-      for (int s = 0; s < (by_column ? Layout::kSubtiles : 1); ++s) {
-        issue(map_.group, address + s * Layout::kAtomBytes, full, by_column ? (subtile0 + s) * Layout::kSubtileCols : 0,
-              row_ + group * 8, by_column ? 0 : subtile0, x_);
+      const int row = row_ + group * 8;
+      if (!tail) {
+        issue(map_.group, address, full, 0, row, subtile0, x_);
+        continue;
       }
+      int s = 0;
+      if (kAllColumns) {
+        issue(map_.box, address, full, 0, row, 0, x_);
+        s = min_int(map_.whole_subtiles, Layout::kSubtiles);
+      }
+#pragma unroll 1
+      for (; s < Layout::kSubtiles; ++s) {
+        issue(map_.group, address + s * Layout::kAtomBytes, full, (subtile0 + s) * Layout::kSubtileCols, row, 0, x_);
+      }
+    }
+  }
+
+  // The whole box, whose rows past the end become zeros.
+  BROADHEAD_DEVICE void issue_subtiles(std::uint32_t target, Barrier& full) const {
+#pragma unroll 1
+    for (int s = 0; s < Layout::kSubtiles; ++s) {
+      issue(map_.box, target + s * Layout::kSubtileStride, full, s * Layout::kSubtileCols, row_, 0, x_);
     }
   }
 
@@ -122,7 +141,7 @@ class BoxLoader {
         at_(at),
         paged_(paged),
         stage_(kStageKeys == kBlockKeys ? 0 : lane() / map.boxes),
-        offset_((lane() - stage_ * map.boxes) * map.box_rows * (Layout::kSlabBytes / 8)),
+        offset_((lane() - stage_ * map.boxes) * map.box_rows * (Layout::kSlabStride / 8)),
         own_(lane() % kCluster == static_cast<int>(rank)) {}
 
   // Goes to the block from `key0` on. `place`: read a block ahead.
@@ -139,6 +158,7 @@ class BoxLoader {
       row_ = at_.row0 + key0 + offset;
       const int left = map_.rows - row_;
       groups_ = offset < kBlockKeys ? (min_int(rows, max_int(0, left)) + 7) / 8 : 0;
+      if (Layout::kBySubtile && groups_ > 0) groups_ = rows / 8;
       crosses_ = left < rows;
     }
   }
@@ -147,14 +167,22 @@ class BoxLoader {
   BROADHEAD_DEVICE void prepare(int stage) {
     const int groups = stage_ == stage ? groups_ : 0;
     bytes_ = __reduce_add_sync(0xffffffffu, groups) * Layout::kSlabBytes;
-    pieces_ = !own_ || groups == 0 ? 0 : crosses_ || map_.by_column ? 2 : 1;
+    const bool tail = kTail == ColumnTail::kGroups && kAllColumns && map_.whole_subtiles > 0;
+    pieces_ = !own_ || groups == 0 ? 0 : crosses_ || tail || Layout::kBySubtile ? 2 : 1;
   }
 
   // Behind the wait: the stage's columns from subtile `subtile0` on.
   BROADHEAD_DEVICE void load(int subtile0, std::uint32_t target, Barrier& full) const {
     if (lane() == 0) barrier_expect(full, bytes_);
-    if (pieces_ == 1) issue(map_.box, target + offset_, full, 0, row_, subtile0, x_);
-    if (pieces_ == 2) issue_groups(target + offset_, full, subtile0);
+    if constexpr (Layout::kBySubtile) {
+      if (pieces_ != 0) issue_subtiles(target + offset_, full);
+    } else {
+      // Of stages that differ in columns the last ones may hold a tail.
+      const bool tail = kTail == ColumnTail::kGroups && !kAllColumns && map_.whole_subtiles > 0 &&
+                        subtile0 + Layout::kSubtiles > map_.whole_subtiles;
+      if (pieces_ == 1 && !tail) issue(map_.box, target + offset_, full, 0, row_, subtile0, x_);
+      if (pieces_ == 2 || (pieces_ == 1 && tail)) issue_groups(target + offset_, full, subtile0);
+    }
   }
 };
 
@@ -211,11 +239,11 @@ BROADHEAD_DEVICE void gather_stage(const GatheredRows<kRows, kWarps>& rows, cons
       const int group = (read * 4 + g) * kWarps + warp - first_group;
       if (group < 0 || group >= groups || offset[g] < 0) continue;
       const Element* source = lane_base + offset[g];
-      const std::uint32_t to = lane_target + group * Layout::kSlabBytes;
+      const std::uint32_t to = lane_target + group * Layout::kSlabStride;
       BROADHEAD_UNROLL
       for (int i = 0; i < kParts; i += 4) {
         // The parts of a subtile of eight: the upper four differ from the lower in one bit.
-        cp_async_16((to ^ (i % kPartsPerSubtile * 16)) + i / kPartsPerSubtile * Layout::kAtomBytes,
+        cp_async_16((to ^ (i % kPartsPerSubtile * 16)) + i / kPartsPerSubtile * Layout::kSubtileStride,
                     source + i * kPartCols, i < parts);
       }
     }

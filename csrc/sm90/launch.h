@@ -18,9 +18,10 @@ struct MapShape {
   int row_bytes_v;
   int cluster;  // blocks that load a box of each stage
   int k_rows;   // keys of a stage
-  int k_box_subtiles;
+  int k_subtiles;
   int v_rows;
-  int v_box_subtiles;
+  int v_subtiles;
+  ColumnTail tail;
 };
 
 template <class Traits>
@@ -29,9 +30,10 @@ constexpr MapShape map_shape() {
           .row_bytes_v = Traits::VLayout::kRowBytes,
           .cluster = Traits::kCluster,
           .k_rows = Traits::kTileN,
-          .k_box_subtiles = Traits::KLayout::kSubtiles,
+          .k_subtiles = Traits::KLayout::kSubtiles,
           .v_rows = Traits::kVKeys,
-          .v_box_subtiles = Traits::VLayout::kSubtiles};
+          .v_subtiles = Traits::VLayout::kSubtiles,
+          .tail = Traits::kTail};
 }
 
 // Fills `maps`; a CUresult.
@@ -67,9 +69,20 @@ inline int make_maps(TensorMaps& maps, const AttnParams& params, const WorkPlan&
   const OperandShape v{params.v, params.v_strides,    element_bytes, params.head_dim_v,
                        rows,     params.num_heads_kv, batches};
   if (maps.gather) return 0;
-  int error = make_kv_map(maps.k, k, {shape.row_bytes, shape.k_box_subtiles, box_rows(shape.k_rows), shape.k_rows});
-  if (error == 0)
-    error = make_kv_map(maps.v, v, {shape.row_bytes_v, shape.v_box_subtiles, box_rows(shape.v_rows), shape.v_rows});
+  const KvStage k_stage{.row_bytes = shape.row_bytes,
+                        .subtiles = shape.k_subtiles,
+                        .box_rows = box_rows(shape.k_rows),
+                        .stage_rows = shape.k_rows,
+                        .all_columns = false,
+                        .tail = shape.tail};
+  const KvStage v_stage{.row_bytes = shape.row_bytes_v,
+                        .subtiles = shape.v_subtiles,
+                        .box_rows = box_rows(shape.v_rows),
+                        .stage_rows = shape.v_rows,
+                        .all_columns = shape.v_rows < shape.k_rows,
+                        .tail = shape.tail};
+  int error = make_kv_map(maps.k, k, k_stage);
+  if (error == 0) error = make_kv_map(maps.v, v, v_stage);
   if (error != 0 && paged) {  // strides beyond what a map can say
     maps.gather = 1;
     error = 0;
@@ -90,6 +103,17 @@ inline WorkPlan make_plan(const AttnParams& params, int tile_m, int cluster) {
   const long long tiles = static_cast<long long>(plan.m_blocks) * plan.heads * params.batch * params.num_splits;
   plan.tiles = tiles < 0x7fff0000LL ? static_cast<std::int32_t>(tiles) : -1;
   return plan;
+}
+
+template <class Traits>
+constexpr bool kCanHaveTail = Traits::KLayout::kSubtiles > 1 || Traits::VLayout::kSubtiles > 1;
+
+// Whether K or V ends within a subtile of columns.
+template <class Traits>
+bool has_column_tail(const AttnParams& params) {
+  constexpr int kElementBytes = sizeof(typename Traits::Element);
+  return has_column_tail(params.head_dim, Traits::KLayout::kRowBytes, kElementBytes) ||
+         has_column_tail(params.head_dim_v, Traits::VLayout::kRowBytes, kElementBytes);
 }
 
 // `kernel`: of Traits, taking KernelArgs.

@@ -99,8 +99,8 @@ struct WideLoader {
   template <class Layout, int kStageKeys>
   BROADHEAD_DEVICE auto boxes_of(const TileState<Element>& state, const KvMap& map) const {
     const AttnParams& params = args.params;
-    return BoxLoader<Layout, Traits::kTileN, kStageKeys, Traits::kCluster>(map, kv_coordinates(map, params, state),
-                                                                           params.page_table != nullptr, rank);
+    return BoxLoader<Layout, Traits::kTileN, kStageKeys, Traits::kCluster, Traits::kTail>(
+        map, kv_coordinates(map, params, state), params.page_table != nullptr, rank);
   }
 
   BROADHEAD_DEVICE void load_k_tile(const TileState<Element>& state, bool leader) {

@@ -9,7 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["append", "apply_rotary", "apply_rotary_q"]
+from .reference_layout import find_tokens
+from .reference_rows import packed_offsets
+from .validation import INT32_MAX
+
+__all__ = ["append", "appended_lengths", "apply_rotary", "apply_rotary_q"]
 
 
 def apply_rotary(
@@ -40,7 +44,15 @@ def apply_rotary(
         turned = torch.stack((new_first, new_second), dim=-1).flatten(-2)
     else:
         turned = torch.cat((new_first, new_second), dim=-1)
-    return torch.cat((turned.to(dtype), rest.to(dtype)), dim=-1) if rest.shape[-1] else turned.to(dtype)
+    turned = _round(turned, dtype)
+    return _join(turned, rest.to(dtype)) if rest.shape[-1] else turned
+
+
+def _join(a: Tensor, b: Tensor) -> Tensor:
+    """Columns of a, then those of b; 8-bit floats as bytes."""
+    if a.dtype.itemsize > 1:
+        return torch.cat((a, b), dim=-1)
+    return torch.cat((a.view(torch.uint8), b.view(torch.uint8)), dim=-1).view(a.dtype)
 
 
 def apply_rotary_q(
@@ -67,6 +79,7 @@ def apply_rotary_q(
         positions = start[:, None] + token if causal_or_local else start[:, None].expand(q.shape[0], q.shape[1])
     else:
         sequence, token, _ = _locate_tokens(cu_seqlens_q, q.shape[0])
+        start = start.long()
         positions = start[sequence] + token if causal_or_local else start[sequence]
     return apply_rotary(q, rotary_cos, rotary_sin, positions, interleaved=rotary_interleaved)
 
@@ -99,8 +112,8 @@ def append(
     no argument: ``cache_seqlens`` counts cache rows, padding included, for the destination and for the rotary
     position alike. rotary_seqlens: the rotary position of each sequence's first new key, instead of cache_seqlens.
 
-    Padding rows past ``cu_seqlens_k_new[-1]``, and rows that would land past the cache or on a page that does not
-    exist, are written nowhere. The caller then attends over ``cache_seqlens`` + the new lengths.
+    Padding rows past ``cu_seqlens_k_new[-1]``, and rows that would land past the cache, on a page or in a row of the
+    cache that does not exist, are written nowhere. The caller then attends over ``appended_lengths``.
     """
     if cu_seqlens_k_new is None:
         batch, num_new = k_new.shape[:2]
@@ -111,24 +124,36 @@ def append(
         k_new, v_new = k_new.flatten(0, 1), v_new.flatten(0, 1)
     else:
         sequence, token, live = _locate_tokens(cu_seqlens_k_new, k_new.shape[0])
-    no_place = k_cache.shape[0] == 0 or k_cache.shape[1] == 0 or (page_table is not None and page_table.shape[1] == 0)
+    no_place = k_cache.shape[0] == 0 or k_cache.shape[1] == 0 or (page_table is not None and page_table.numel() == 0)
     if k_new.shape[0] == 0 or no_place:
         return
 
-    row = cache_seqlens[sequence] + token
+    row = cache_seqlens.long()[sequence] + token
+    divides = _narrows(k_new, k_cache)  # float8 keys have been divided already
     if rotary_cos is not None and rotary_sin is not None:
-        position = row if rotary_seqlens is None else rotary_seqlens[sequence] + token
+        position = row if rotary_seqlens is None else rotary_seqlens.long()[sequence] + token
         # On the way to float8 there is one rounding, at the end.
-        dtype = _compute_dtype(k_new) if _narrows(k_new, k_cache) else k_new.dtype
+        dtype = _compute_dtype(k_new) if k_cache.dtype.itemsize == 1 else k_new.dtype
         k_new = apply_rotary(k_new, rotary_cos, rotary_sin, position, interleaved=rotary_interleaved, dtype=dtype)
-    k_new = _to_cache_dtype(k_new, k_cache, k_descale, sequence)
-    v_new = _to_cache_dtype(v_new, v_cache, v_descale, sequence)
+    k_new = _to_cache_dtype(k_new, k_cache, k_descale if divides else None, sequence)
+    v_new = _to_cache_dtype(v_new, v_cache, v_descale if divides else None, sequence)
 
     owner = sequence if cache_batch_idx is None else cache_batch_idx[sequence]
     block, slot, inside = _destination(k_cache, owner, row, page_table)
     live = inside if live is None else inside & live
     _store(k_cache, k_new, block, slot, live)
     _store(v_cache, v_new, block, slot, live)
+
+
+def appended_lengths(
+    k_cache: Tensor, cache_seqlens: Tensor, k_new: Tensor, cu_seqlens_k_new: Tensor | None, page_table: Tensor | None
+) -> Tensor:
+    """The lengths of the sequences after ``append``, int32 ``(B,)``: of the keys that fit into the cache."""
+    capacity = k_cache.shape[1] * (1 if page_table is None else page_table.shape[1])
+    added: Tensor | int = k_new.shape[1]
+    if cu_seqlens_k_new is not None:
+        added = packed_offsets(cu_seqlens_k_new, k_new.shape[0])[1]
+    return (cache_seqlens.long() + added).clamp(0, min(capacity, INT32_MAX)).to(torch.int32)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -147,28 +172,35 @@ def _to_cache_dtype(new: Tensor, cache: Tensor, descale: Tensor | None, sequence
     wide = new.to(_compute_dtype(new))
     if descale is not None:
         wide = wide / descale[sequence].to(wide.dtype).unsqueeze(-1)
-    largest = torch.finfo(cache.dtype).max
-    return wide.clamp(-largest, largest).to(cache.dtype)
+    return _round(wide, cache.dtype)
+
+
+def _round(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` in dtype; float8 saturates."""
+    if dtype.itemsize > 1:
+        return x.to(dtype)
+    largest = torch.finfo(dtype).max
+    return x.clamp(-largest, largest).to(dtype)
 
 
 def _locate_tokens(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor]:
     """For each of ``total`` packed tokens ``(T,)``: its sequence, its index there, and whether any sequence owns it."""
-    token = torch.arange(total, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    # Counting the sequences that end at or before the token passes over empty ones.
-    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
-    live = (token >= cu_seqlens[0]) & (token < cu_seqlens[-1])
-    sequence = sequence.clamp(max=max(cu_seqlens.shape[0] - 2, 0))
-    return sequence, token - cu_seqlens[sequence], live
+    if cu_seqlens.shape[0] < 2:
+        nothing = torch.zeros(total, dtype=torch.long, device=cu_seqlens.device)
+        return nothing, nothing, nothing > 0
+    return find_tokens(*packed_offsets(cu_seqlens, total), total)
 
 
 def _destination(cache: Tensor, owner: Tensor, row: Tensor, page_table: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Indices into the first two dims of ``cache`` for row ``row`` of ``owner``, and whether that place exists."""
+    pool = cache.shape[0] if page_table is None else page_table.shape[0]
+    inside = (row >= 0) & (owner >= 0) & (owner < pool)
+    owner = owner.clamp(0, pool - 1)
     if page_table is None:
-        inside = (row >= 0) & (row < cache.shape[1])
-        return owner, row.clamp(0, cache.shape[1] - 1), inside
+        return owner, row.clamp(0, cache.shape[1] - 1), inside & (row < cache.shape[1])
     page_size, max_pages = cache.shape[1], page_table.shape[1]
     column = torch.div(row, page_size, rounding_mode="floor")
-    inside = (row >= 0) & (column < max_pages)
+    inside = inside & (column < max_pages)
     page = page_table[owner, column.clamp(0, max_pages - 1)]
     # The table may hold garbage where nothing was allocated.
     inside = inside & (page >= 0) & (page < cache.shape[0])

@@ -129,6 +129,6 @@ def _run_torch(call: Append) -> tuple[Tensor | None, Tensor]:
         k_descale=call.k_descale,
         v_descale=call.v_descale,
     )
-    cu = call.cu_seqlens_k_new
-    new = call.k_new.shape[1] if cu is None else cu[1:] - cu[:-1]
-    return q, call.cache_seqlens + new
+    return q, append_kv.appended_lengths(
+        call.k_cache, call.cache_seqlens, call.k_new, call.cu_seqlens_k_new, call.page_table
+    )

@@ -1,4 +1,4 @@
-"""Gradients of attention: mha_bwd recomputes the forward pass on the torch fallback and differentiates it."""
+"""Gradients of attention: mha_bwd, on the torch fallback, from out and softmax_lse as they are given."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch.compiler import is_dynamo_compiling
 
 from . import reference
 from . import validation as check
-from .errors import InvalidArgumentError
-from .forward import select
+from .errors import InvalidArgumentError, InvalidTypeError
+from .forward import describe_call, select
 from .plain import plain, plain_fields, refuse_tangents, runs_as_operator
-from .problem import AttentionArgs, CheckedCall, check_forward, out_dtype, refuse_mixed_gradient
+from .problem import AttentionArgs, CheckedCall, check_forward, out_dtype, refuse_float8_gradient
 
 
 class Gradients(NamedTuple):
@@ -29,86 +29,60 @@ class Gradients(NamedTuple):
 def run_backward_below(function: str, outputs: tuple[Any, Any, Any, Any], args: AttentionArgs) -> Gradients:
     """run_backward of ``(dout, dlse, out, softmax_lse)`` on arguments that no mode or subclass has a say in."""
     refuse_tangents(function, *outputs)
-    dout, dlse, _out, _softmax_lse = (
+    dout, dlse, out, softmax_lse = (
         plain(function, name, value)
         for name, value in zip(("dout", "dlse", "out", "softmax_lse"), outputs, strict=True)
     )
-    args = plain_fields(function, args)
-    # Operators run below autograd, which the recomputed pass needs.
-    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):
-        return run_backward(function, dout, dlse, args)
+    return run_backward(function, dout, dlse, plain_fields(function, args), out=out, softmax_lse=softmax_lse)
 
 
 def run_backward(
-    function: str, dout: Any, dlse: Any, args: AttentionArgs, checked: CheckedCall | None = None
+    function: str,
+    dout: Any,
+    dlse: Any,
+    args: AttentionArgs,
+    checked: CheckedCall | None = None,
+    *,
+    out: Any = None,
+    softmax_lse: Any = None,
 ) -> Gradients:
-    """Gradients of ``out`` and ``softmax_lse`` with respect to q, k, v, qv and sinks. Rows that nobody owns get 0."""
+    """Gradients of ``out`` and ``softmax_lse`` with respect to q, k, v, qv and sinks. Rows that nobody owns get 0.
+
+    out, softmax_lse: results of the call, or of one that its keys are a part of; None: they are computed.
+    """
     backend = check.check_backend(function, args.backend)
     with torch.no_grad():
         call = check_forward(function, args._replace(out=None)) if checked is None else checked
-        refuse_mixed_gradient(function, args.q.dtype, args.k.dtype)
-        _check_output_gradients(function, dout, dlse, args, call)
+        refuse_float8_gradient(function, args.q.dtype, args.k.dtype)
+        _check_results(function, dout, dlse, out, softmax_lse, args, call)
     problem = call.problem._replace(direction="backward")
     select(function, problem, args.q.device, backend)
-
-    inputs = {name: getattr(args, name) for name in ("q", "k", "v", "qv", "sinks")}
-    leaves = {name: t.detach().requires_grad_(True) for name, t in inputs.items() if t is not None}
-    with torch.enable_grad():
-        out, lse = reference.attention(
-            leaves["q"],
-            leaves["k"],
-            leaves["v"],
-            qv=leaves.get("qv"),
-            softmax_scale=call.softmax_scale,
-            window_left=problem.window_left,
-            window_right=problem.window_right,
-            attention_chunk=problem.attention_chunk,
-            softcap=call.softcap,
-            sinks=leaves.get("sinks"),
-            prefix_lens=args.prefix_lens,
-            cu_seqlens_q=args.cu_seqlens_q,
-            cu_seqlens_k=args.cu_seqlens_k,
-            max_seqlen_q=problem.seqlen_q,
-            max_seqlen_k=problem.seqlen_k,
-            seqused_q=args.seqused_q,
-            seqused_k=args.seqused_k,
-            leftpad_k=args.leftpad_k,
-            kv_batch_idx=args.kv_batch_idx,
-            page_table=args.page_table,
-            q_descale=args.q_descale,
-            k_descale=args.k_descale,
-            v_descale=args.v_descale,
-        )
-        pairs = [(result, grad) for result, grad in ((out, dout), (lse, dlse)) if grad is not None]
-        found = torch.autograd.grad(
-            [result for result, _ in pairs],
-            list(leaves.values()),
-            [grad for _, grad in pairs],
-            allow_unused=True,
-        )
-    gradients = {
-        name: torch.zeros_like(leaf) if grad is None else grad
-        for (name, leaf), grad in zip(leaves.items(), found, strict=True)
-    }
-    return Gradients(gradients["q"], gradients["k"], gradients["v"], gradients.get("qv"), gradients.get("sinks"))
+    return Gradients(*reference.gradients(describe_call(args, call), dout, dlse, out, softmax_lse))
 
 
-def _check_output_gradients(function: str, dout: Any, dlse: Any, args: AttentionArgs, call: CheckedCall) -> None:
+def _check_results(
+    function: str, dout: Any, dlse: Any, out: Any, softmax_lse: Any, args: AttentionArgs, call: CheckedCall
+) -> None:
+    """The gradients that come in, and the results that they are of."""
     q = args.q
     if dout is None and dlse is None:
         raise InvalidArgumentError(f"{function}: dout must be a tensor of the shape of out, got None")
-    if dout is not None:
-        shape = (*q.shape[:-1], call.problem.head_dim_v)
-        tensor = check.check_tensor(function, "dout", dout, f"a tensor of shape {shape}")
-        check.check_shape(function, "dout", tensor, shape, "that of out")
-        check.check_device(function, "dout", tensor, q.device)
-        check.check_same_dtype(function, "dout", tensor, out_dtype(q.dtype))
-    if dlse is not None:
-        heads = call.problem.num_heads_q
-        shape = (heads, q.shape[0]) if args.cu_seqlens_q is not None else (q.shape[0], heads, q.shape[1])
-        tensor = check.check_tensor(function, "dlse", dlse, f"a tensor of shape {shape}")
-        check.check_shape(function, "dlse", tensor, shape, "that of softmax_lse")
-        check.check_device(function, "dlse", tensor, q.device)
+    heads = call.problem.num_heads_q
+    shape = (*q.shape[:-1], call.problem.head_dim_v)
+    for name, value in (("dout", dout), ("out", out)):
+        if value is not None:
+            tensor = check.check_tensor(function, name, value, f"a tensor of shape {shape}")
+            check.check_shape(function, name, tensor, shape, "q.shape[:-1] + (head_dim_v,)")
+            check.check_device(function, name, tensor, q.device)
+            check.check_same_dtype(function, name, tensor, out_dtype(q.dtype))
+    rows = (heads, q.shape[0]) if args.cu_seqlens_q is not None else (q.shape[0], heads, q.shape[1])
+    for name, value in (("dlse", dlse), ("softmax_lse", softmax_lse)):
+        if value is not None:
+            tensor = check.check_tensor(function, name, value, f"a tensor of shape {rows}")
+            check.check_shape(function, name, tensor, rows, "(batch, heads_q, seqlen_q) or (heads_q, total_q)")
+            check.check_device(function, name, tensor, q.device)
+            if tensor.dtype not in (torch.float32, torch.float64):
+                raise InvalidTypeError(f"{function}: {name} must be fp32 or fp64, got {tensor.dtype}")
 
 
 def live_rows(x: Tensor, cu_seqlens: Tensor | None, seqused: Tensor | None) -> Tensor | None:
@@ -175,9 +149,12 @@ def mha_bwd(
 
     Args:
         dout: of the shape and dtype of the output; dlse: fp32, of the shape of softmax_lse, if the loss depends on it.
-        q, k, v: as for mha_fwd, dense or varlen. out, softmax_lse: accepted, not needed: the pass is recomputed.
+        q, k, v: as for mha_fwd, dense or varlen.
+        out, softmax_lse: the results of the forward call, of the shapes and dtypes that it returns. They are used as
+            they are given: those of a whole whose keys q attends to in parts give each part its share of the gradient
+            of the whole. A row whose softmax_lse is -inf has no gradient. None: computed.
         dq, dk, dv: written if given; their rows past seqused or past ``cu_seqlens[-1]`` keep what they hold.
-        The other arguments: as in the forward call. deterministic: accepted; the result always is.
+        The other arguments: as in the forward call. deterministic: accepted; results always are, bit for bit.
 
     Raises:
         UnsupportedError: ``backend="cuda"``: this release has no CUDA backward kernel.

@@ -170,8 +170,13 @@ def _empty_result(args: AttentionArgs, call: CheckedCall) -> tuple[Tensor, Tenso
 
 
 def _run_reference(args: AttentionArgs, call: CheckedCall) -> tuple[Tensor, Tensor]:
+    return reference.run(describe_call(args, call), args.out)
+
+
+def describe_call(args: AttentionArgs, call: CheckedCall) -> reference.Call:
+    """A validated call as the torch fallback takes it."""
     problem = call.problem
-    return reference.attention(
+    return reference.describe(
         args.q,
         args.k,
         args.v,
@@ -195,5 +200,4 @@ def _run_reference(args: AttentionArgs, call: CheckedCall) -> tuple[Tensor, Tens
         q_descale=args.q_descale,
         k_descale=args.k_descale,
         v_descale=args.v_descale,
-        out=args.out,
     )

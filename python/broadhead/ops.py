@@ -16,7 +16,7 @@ from .forward import run_below
 from .masking import normalize_window
 from .merge_states import plain_states, run_merge
 from .plain import is_transformed, plain_fields, refuse_tangents, refuse_transformed
-from .problem import AttentionArgs, check_forward, needs_gradients, out_dtype, refuse_mixed_gradient
+from .problem import AttentionArgs, check_forward, needs_gradients, out_dtype, refuse_float8_gradient
 
 # The arguments that mha_fwd, mha_fwd_out and mha_bwd share, in one order.
 _INPUTS = (
@@ -175,7 +175,7 @@ def call_forward(function: str, args: AttentionArgs) -> tuple[Tensor, Tensor]:
         if any(isinstance(x, Tensor) and x.device.type == "meta" for x in args):
             check_forward(function, args)  # nothing behind this will
     if needs_gradients(args.q, args.k, args.v, args.qv, args.sinks, args.out):
-        refuse_mixed_gradient(function, args.q.dtype, args.k.dtype)
+        refuse_float8_gradient(function, args.q.dtype, args.k.dtype)
         if args.out is not None:
             raise UnsupportedError(f"{function}: out= has no gradient; leave out away, or call under torch.no_grad()")
         if backend == "cuda":

@@ -230,7 +230,7 @@ def check_forward(function: str, args: AttentionArgs) -> CheckedCall:
         rows = batch * seqlen_q * num_heads_q
         check.check_cells(function, tokens_per_split, seqlen_k, rows, head_dim_v, page_size)
     if "gradients" in problem.features:
-        refuse_mixed_gradient(function, args.q.dtype, args.k.dtype)
+        refuse_float8_gradient(function, args.q.dtype, args.k.dtype)
     if args.out is not None and ("gradients" in problem.features or needs_gradients(args.out)):
         raise UnsupportedError(
             f"{function}: out= has no gradient; leave out away, or call under torch.no_grad() (an input requires grad)"
@@ -351,8 +351,13 @@ def name_kv_dtype(q_dtype: torch.dtype, kv_dtype: torch.dtype) -> str:
     return "" if kv_dtype == q_dtype else DTYPE_NAMES[kv_dtype]
 
 
-def refuse_mixed_gradient(function: str, q_dtype: torch.dtype, kv_dtype: torch.dtype) -> None:
-    """Raise where a gradient is asked for through k and v of another dtype than q: a quantised cache has none."""
+def refuse_float8_gradient(function: str, q_dtype: torch.dtype, kv_dtype: torch.dtype) -> None:
+    """Raise where a gradient is asked for through 8-bit inputs: what was rounded to 8 bits has none."""
+    if q_dtype in check.FLOAT8_DTYPES:
+        raise UnsupportedError(
+            f"{function}: attention of {q_dtype} inputs has no gradient, and an input requires grad; call it under"
+            " torch.no_grad(), or pass q, k and v as torch.bfloat16"
+        )
     if kv_dtype != q_dtype:
         raise UnsupportedError(
             f"{function}: attention of {q_dtype} q over {kv_dtype} k and v has no gradient, and one is asked for; call"

@@ -1,22 +1,38 @@
 """The torch fallback: exact attention of every layout on torch ops, on any device, with gradients.
 
-Pads the layout (linear in the number of tokens), runs reference_core, and puts the rows back. No host sync, no loop
-over sequences or heads, traceable by torch.compile(fullgraph=True).
+Pads the rows of each sequence (reference_rows.py), runs reference_core, and puts the rows back. No loop over heads.
+Where the lengths may be read, which is on a CPU in eager mode, like sequences are computed together and the time
+follows the tokens. Elsewhere no tensor is read: the call can be captured in a CUDA graph and traced by
+torch.compile(fullgraph=True).
+
+Values that are out of range (lengths, offsets, page ids, batch indices) are clamped here, as kernels do; what a CPU in
+eager mode refuses by name is refused before (validation.py).
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .reference_core import Operands, ScoreRule, attend, attend_differentiable
-from .reference_layout import gather, heads_first, key_rows, packed_rows, per_sequence, scatter_dense, scatter_packed
-from .reference_mask import KeyMask
+from .errors import UnsupportedError
+from .reference_padded import Call
+from .reference_run import backward, forward
+from .validation import may_read
 
-__all__ = ["attention"]
+__all__ = ["Call", "attention", "describe", "gradients", "run"]
 
 
-def attention(
+_NUM_DIFFERENTIABLE = 5  # q, k, v, qv, sinks come first
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, out: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
+    """``run`` of the call that ``describe`` makes of the other arguments."""
+    return run(describe(q, k, v, **options), out)
+
+
+def describe(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -41,81 +57,109 @@ def attention(
     q_descale: Tensor | None = None,
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
-    out: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Returns ``(out, softmax_lse)``; arguments are normalised and validated by the caller.
+    read_lengths: bool | None = None,
+) -> Call:
+    """A call; its arguments are normalised and validated by the caller, but for the values of tensors.
 
     q: ``(B, Sq, Hq, D)``, or ``(T, Hq, D)`` with cu_seqlens_q; qv as q with Dv. k, v: ``(B, Sk, Hkv, D | Dv)``,
     ``(Tk, Hkv, D | Dv)`` with cu_seqlens_k, or ``(pages, page_size, Hkv, D | Dv)`` with page_table ``(B, max_pages)``.
     fp16, bf16, fp32, fp64 or float8_e4m3fn; any strides. Index tensors are int32; a window of -1 is unbounded.
-    out: q's dtype (bf16 for fp8 q), ``(B, Sq, Hq, Dv)`` or ``(T, Hq, Dv)``; softmax_lse: fp32, natural log,
-    ``(B, Hq, Sq)`` or ``(Hq, T)``. The arithmetic is fp32 (fp64 for fp64 q).
-
-    Rows that no sequence owns are 0 with LSE -inf; a given ``out`` keeps what it holds there. Differentiable in q, k,
-    v, qv and sinks unless ``out`` is given.
+    read_lengths: whether index tensors may be read to save time; None: where they are on a CPU and nothing is traced.
     """
-    wanted = out is None and torch.is_grad_enabled()
-    differentiable = wanted and any(x is not None and x.requires_grad for x in (q, k, v, qv, sinks))
-    with torch.set_grad_enabled(differentiable):
-        batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-        compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-        rule = ScoreRule(softmax_scale, softcap, torch.bfloat16 if q.dtype.itemsize == 1 else q.dtype)
+    index = (prefix_lens, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k, kv_batch_idx, page_table)
+    if read_lengths is None:
+        read_lengths = q.device.type == "cpu" and may_read(*index)
+    return Call(
+        q, k, v, qv, sinks, *index, q_descale, k_descale, v_descale, softmax_scale, window_left, window_right,
+        attention_chunk, softcap, max_seqlen_q, max_seqlen_k, read_lengths,
+    )  # fmt: skip
 
-        total_q = q.shape[0]
-        seqlen_q: Tensor | int = q.shape[1]
-        if cu_seqlens_q is not None:
-            seqlen_q = cu_seqlens_q[1:] - cu_seqlens_q[:-1]
-            index_q = packed_rows(cu_seqlens_q, max(max_seqlen_q, 1), total_q)
-            q = gather(q, index_q)
-            qv = None if qv is None else gather(qv, index_q)
-        if seqused_q is not None:
-            seqlen_q = seqused_q
-        num_queries = q.shape[1]
-        live = None
-        if isinstance(seqlen_q, Tensor) and (differentiable or cu_seqlens_q is None):
-            live = torch.arange(num_queries, device=q.device) < seqlen_q[:, None]
-        if live is not None and differentiable:
-            # The backward pass multiplies what a dead row holds by zero; forward, a row keeps its NaN to itself.
-            dead = ~live[:, :, None, None]
-            q = q.masked_fill(dead, 0.0)
-            qv = None if qv is None else qv.masked_fill(dead, 0.0)
 
-        index, row_end = key_rows(k, batch, max_seqlen_k, cu_seqlens_k, seqused_k, leftpad_k, kv_batch_idx, page_table)
-        k, v = gather(k, index), gather(v, index)
-        mask = KeyMask(
-            row_begin=0 if leftpad_k is None else per_sequence(leftpad_k),
-            row_end=per_sequence(row_end),
-            offset=per_sequence(row_end - seqlen_q),
-            prefix_lens=None if prefix_lens is None else prefix_lens.view(-1, 1, 1, 1, 1),
-            window_left=window_left,
-            window_right=window_right,
-            attention_chunk=attention_chunk,
-            num_queries=num_queries,
-            num_rows=k.shape[1],
-            has_queries=seqlen_q.view(-1, 1, 1, 1, 1) > 0 if isinstance(seqlen_q, Tensor) else None,
+def run(call: Call, out: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``(out, softmax_lse)``: ``out`` of q's dtype (bf16 for fp8 q), ``(B, Sq, Hq, Dv)`` or ``(T, Hq, Dv)``.
+
+    softmax_lse: fp32, natural log, ``(B, Hq, Sq)`` or ``(Hq, T)``. The arithmetic is fp32 (fp64 for fp64 q). Rows that
+    no sequence owns are 0 with LSE -inf; a given ``out`` keeps what it holds there. Differentiable in q, k, v, qv and
+    sinks unless ``out`` is given.
+    """
+    differentiable = (call.q, call.k, call.v, call.qv, call.sinks)
+    if out is None and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable):
+        result, softmax_lse, _ = _Attention.apply(*call)
+        return result, softmax_lse
+    with torch.no_grad():
+        result, lse = forward(call, out)
+        return result, lse.float()
+
+
+def gradients(
+    call: Call, grad_out: Tensor | None, grad_lse: Tensor | None, out: Tensor | None, lse: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of q, k, v, qv and sinks in their dtypes, from out and softmax_lse as they are given.
+
+    grad_out, out: of the shape of the output; grad_lse, lse: of the shape of softmax_lse, fp32 or fp64. A grad of None
+    is 0; out or lse of None is computed. Every sum is fp32 (fp64 for fp64 q), in an order that is the same in every
+    run, and rounded once.
+    """
+    with torch.no_grad():
+        return backward(call, grad_out, grad_lse, out, lse)
+
+
+# --- autograd --------------------------------------------------------------------------------------------------------
+
+
+class _Attention(torch.autograd.Function):
+    """``(out, softmax_lse, softmax_lse in fp64 for fp64 q, else None)`` of the fields of Call."""
+
+    @staticmethod
+    def forward(*fields: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        call = Call(*fields)
+        out, lse = forward(call, None)
+        return out, lse.float(), (lse if call.compute == torch.float64 else None)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:
+        ctx.set_materialize_grads(False)
+        out, lse, exact_lse = output
+        if exact_lse is not None:
+            ctx.mark_non_differentiable(exact_lse)
+        _save(ctx, (out, lse if exact_lse is None else exact_lse, *inputs))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        fields = (grads[0], grads[1], *_saved(ctx))
+        if grads[0] is None and grads[1] is None:
+            return (None,) * len(Call._fields)
+        found = _Gradients.apply(*fields) if torch.is_grad_enabled() else _Gradients.forward(*fields)
+        wanted = [grad if needed else None for grad, needed in zip(found, ctx.needs_input_grad)]
+        return (*wanted, *([None] * (len(Call._fields) - _NUM_DIFFERENTIABLE)))
+
+
+class _Gradients(torch.autograd.Function):
+    """The backward pass as a function of its own, which says that it has no derivative."""
+
+    @staticmethod
+    def forward(*fields: Any) -> tuple[Tensor | None, ...]:
+        grad_out, grad_lse, out, lse = fields[:4]
+        return gradients(Call(*fields[4:]), grad_out, grad_lse, out, lse)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.num_inputs = len(inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[None, ...]:
+        raise UnsupportedError(
+            "broadhead: attention has no second derivative (double backward); differentiate it once, or compute the"
+            " second derivative through torch.nn.functional.scaled_dot_product_attention with its math backend"
         )
-        unused = mask.unused(k.device)
-        x = Operands(
-            q=q if q_descale is None else _descale(q, q_descale, compute),
-            # Forward, what an unused row of k holds is hidden among the scores.
-            k=heads_first(_descale(k, k_descale, compute), compute, unused if differentiable else None),
-            v=heads_first(_descale(v, v_descale, compute), compute, unused),
-            qv=qv,
-            sinks=sinks,
-            num_heads_kv=k.shape[2],
-        )
-        result, softmax_lse = attend_differentiable(x, mask, rule) if differentiable else attend(x, mask, rule)
-        if cu_seqlens_q is None:
-            return scatter_dense(result, softmax_lse, live, out)
-        assert isinstance(seqlen_q, Tensor)
-        return scatter_packed(result, softmax_lse, cu_seqlens_q, seqlen_q, total_q, out)
 
 
-def _descale(x: Tensor, descale: Tensor | None, compute: torch.dtype) -> Tensor:
-    """``x`` ``(B, S, H, D)`` times descale ``(B, Hkv)``, each factor for its H / Hkv heads."""
-    if descale is None:
-        return x
-    factor = descale.to(compute)
-    if x.shape[2] != factor.shape[1]:
-        factor = factor.repeat_interleave(x.shape[2] // factor.shape[1], dim=1)
-    return x.to(compute) * factor[:, None, :, None]
+def _save(ctx: Any, fields: tuple[Any, ...]) -> None:
+    ctx.is_tensor = [isinstance(field, Tensor) for field in fields]
+    ctx.constants = [None if isinstance(field, Tensor) else field for field in fields]
+    ctx.save_for_backward(*[field for field in fields if isinstance(field, Tensor)])
+
+
+def _saved(ctx: Any) -> list[Any]:
+    tensors = iter(ctx.saved_tensors)
+    return [next(tensors) if is_tensor else field for is_tensor, field in zip(ctx.is_tensor, ctx.constants)]

@@ -1,4 +1,4 @@
-"""Layouts of the torch fallback: dense, packed and paged tensors to padded ones, and results back to their rows."""
+"""Layouts of the torch fallback: dense, packed and paged rows to padded ones, and results back to their rows."""
 
 from __future__ import annotations
 
@@ -6,67 +6,62 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["gather", "heads_first", "key_rows", "packed_rows", "per_sequence", "scatter_dense", "scatter_packed"]
+__all__ = [
+    "accumulate",
+    "find_pages",
+    "find_tokens",
+    "heads_first",
+    "put_rows",
+    "select_rows",
+    "spread_rows",
+    "take_pages",
+    "take_rows",
+]
 
 
-def packed_rows(cu_seqlens: Tensor, num_rows: int, total: int) -> Tensor:
-    """Index ``(B, num_rows)`` that pads packed sequences to num_rows each; rows past a sequence's end repeat others."""
-    row = cu_seqlens[:-1, None] + torch.arange(num_rows, device=cu_seqlens.device)
-    return row.clamp(0, max(total - 1, 0))
+def take_rows(x: Tensor, begin: Tensor | int | None, index: Tensor | int | None, first: int, last: int) -> Tensor:
+    """Rows ``[first, last)`` of sequences, ``(B, last - first, ...)``; a view where it can be.
 
-
-def key_rows(
-    k: Tensor,
-    batch: int,
-    max_seqlen_k: int,
-    cu_seqlens_k: Tensor | None,
-    seqused_k: Tensor | None,
-    leftpad_k: Tensor | None,
-    kv_batch_idx: Tensor | None,
-    page_table: Tensor | None,
-) -> tuple[Tensor | None, Tensor | int]:
-    """Which rows of k's and v's first dim make the padded keys, and where each sequence ends in them.
-
-    The first is ``(B, rows)`` of tokens or pages, ``(B,)`` of cache rows, or None: k and v are padded already.
-    The page table may hold garbage past the pages a sequence needs: clamped, it names pages that the mask hides.
+    begin: first rows of packed sequences in ``x`` ``(T, ...)``; rows past the tensor repeat its last. None: ``x`` is
+    ``(B, S, ...)`` and index says which of its sequences are meant.
     """
-    row_end: Tensor | int
-    index: Tensor | None = kv_batch_idx
-    if page_table is not None:
-        page_size, max_pages = k.shape[1], page_table.shape[1]
-        # With left padding the last key may lie beyond row max_seqlen_k.
-        num_pages = max_pages if leftpad_k is not None else min(max_pages, -(-max_seqlen_k // page_size))
-        table = page_table[:batch] if kv_batch_idx is None else page_table.index_select(0, kv_batch_idx)
-        table = table[:, :num_pages] if num_pages > 0 else table.new_zeros((batch, 1))
-        index = table.clamp(0, max(k.shape[0] - 1, 0))
-        row_end = min(max_seqlen_k, max_pages * page_size)
-    elif cu_seqlens_k is not None:
-        index = packed_rows(cu_seqlens_k, max(max_seqlen_k, 1), k.shape[0])
-        row_end = 0
-    else:
-        row_end = k.shape[1]
-    if seqused_k is not None:
-        row_end = seqused_k
-    elif cu_seqlens_k is not None:
-        row_end = cu_seqlens_k[1:] - cu_seqlens_k[:-1]
-    return index, row_end
+    if isinstance(begin, int):
+        return x[begin + first : begin + last].unsqueeze(0)
+    if begin is None:
+        if first > 0 or last != x.shape[1]:
+            x = x[:, first:last]
+        if isinstance(index, int):
+            return x[index : index + 1]
+        return x if index is None else select_rows(x, index)
+    row = begin[:, None] + torch.arange(first, last, device=x.device)
+    row = row.clamp(0, max(x.shape[0] - 1, 0))
+    return select_rows(x, row.view(-1)).view(*row.shape, *x.shape[1:])
 
 
-def gather(x: Tensor, index: Tensor | None) -> Tensor:
-    """Rows ``index`` (see key_rows) of x's first dim as ``(B, rows, H, D)`` with at least one row."""
+def find_pages(table: Tensor, owner: Tensor | int | None, num_pages: int, pool: int) -> tuple[Tensor, Tensor]:
+    """The ids ``(B, num_pages)`` in the first columns of the owners' rows, within the pool, and which of them exist."""
+    if isinstance(owner, int):
+        table = table[owner : owner + 1]
+    elif owner is not None:
+        table = select_rows(table, owner)
+    table = table[:, :num_pages]
+    return table.clamp(0, max(pool - 1, 0)), (table >= 0) & (table < pool)
+
+
+def take_pages(cache: Tensor, pages: Tensor) -> Tensor:
+    """Pages ``(B, P)`` of ``cache`` ``(pages, page_size, H, D)`` one after the other: ``(B, P * page_size, H, D)``."""
+    rows = select_rows(cache, pages.reshape(-1))
+    return rows.view(pages.shape[0], pages.shape[1] * cache.shape[1], *cache.shape[2:])
+
+
+def select_rows(x: Tensor, index: Tensor) -> Tensor:
+    """``x.index_select(0, index)``, also of 8-bit floats; an ``x`` without rows is taken for one row of zeros."""
     dtype = x.dtype
     if dtype.itemsize == 1:  # fp8: indexing moves bytes
         x = x.view(torch.uint8)
-    if x.dim() == 4 and x.shape[1] == 0:
-        x = F.pad(x, (0, 0, 0, 0, 0, 1))
-    if index is not None:
-        if x.shape[0] == 0:
-            x = F.pad(x, (0,) * (2 * x.dim() - 1) + (1,))
-        rows = x.index_select(0, index.reshape(-1))
-        if index.dim() == 2:
-            page_size = x.shape[1] if x.dim() == 4 else 1
-            rows = rows.view(index.shape[0], index.shape[1] * page_size, x.shape[-2], x.shape[-1])
-        x = rows
+    if x.shape[0] == 0:
+        x = F.pad(x, (0,) * (2 * x.dim() - 1) + (1,))
+    x = x.index_select(0, index)
     return x.view(dtype) if x.dtype != dtype else x
 
 
@@ -84,48 +79,73 @@ def heads_first(x: Tensor, compute: torch.dtype, unused: Tensor | None) -> Tenso
     return x.reshape(batch * num_heads, rows, head_dim)
 
 
-def per_sequence(x: Tensor | int) -> Tensor | int:
-    """``(B,)`` shaped to broadcast against scores ``(B, Hkv, G, Sq, Sk)``; an int as it is."""
-    return x.view(-1, 1, 1, 1, 1) if isinstance(x, Tensor) else x
+def put_rows(
+    target: Tensor,
+    values: Tensor,
+    begin: Tensor | int | None,
+    index: Tensor | int | None,
+    first: int,
+    live: Tensor | None,
+) -> None:
+    """Undoes ``take_rows``: writes ``values`` ``(B, n, ...)`` at rows ``[first, first + n)`` where live ``(B, n)``.
 
-
-def scatter_dense(
-    result: Tensor, softmax_lse: Tensor, live: Tensor | None, out: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The padded result where live ``(B, Sq)`` is true (None: everywhere); elsewhere 0 and -inf, or what out holds."""
-    if live is not None:
-        softmax_lse = softmax_lse.masked_fill(~live[:, None, :], float("-inf"))
-        live = live[:, :, None, None]
-    return _write(result, live, out), softmax_lse
-
-
-def scatter_packed(
-    result: Tensor, softmax_lse: Tensor, cu_seqlens_q: Tensor, seqlen_q: Tensor, total_q: int, out: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The padded result ``(B, Sq, Hq, Dv)``, ``(B, Hq, Sq)`` as ``(T, Hq, Dv)``, ``(Hq, T)``.
-
-    Rows that no sequence owns, or past the live ones of a sequence, are as in ``scatter_dense``.
+    live None: everywhere. With packed sequences of several lengths it reads tensors.
     """
-    batch, num_queries, num_heads_q, head_dim_v = result.shape
-    if batch == 0:
-        # Padding keeps the (empty) results in the autograd graph.
-        empty = F.pad(result.reshape(0, num_heads_q, head_dim_v), (0, 0, 0, 0, 0, total_q))
-        lse = F.pad(softmax_lse.reshape(num_heads_q, 0), (0, total_q), value=float("-inf"))
-        return (empty if out is None else out), lse
-    token = torch.arange(total_q, device=result.device, dtype=cu_seqlens_q.dtype)
-    # Counting the sequences that end at or before the token passes over empty ones.
-    sequence = torch.searchsorted(cu_seqlens_q[1:], token, right=True).clamp(max=batch - 1)
-    row = token - cu_seqlens_q[sequence]
-    # Rows before cu_seqlens_q[0] belong to nobody either: the second pass of a prefix-LM starts behind the prefix.
-    live = (row >= 0) & (row < seqlen_q[sequence].clamp(max=num_queries))
-    index = sequence * num_queries + row.clamp(0, num_queries - 1)
-    packed = result.reshape(batch * num_queries, num_heads_q, head_dim_v).index_select(0, index)
-    lse = softmax_lse.transpose(0, 1).reshape(num_heads_q, batch * num_queries).index_select(1, index)
-    return _write(packed, live[:, None, None], out), lse.masked_fill(~live, float("-inf"))
+    last = first + values.shape[1]
+    values = values.to(target.dtype)
+    if isinstance(begin, Tensor):
+        row = begin[:, None] + torch.arange(first, last, device=target.device)
+        if live is None:
+            target.index_copy_(0, row.view(-1), values.flatten(0, 1))
+        else:
+            target.index_copy_(0, row[live], values[live])
+        return
+    view = target[begin + first : begin + last].unsqueeze(0) if isinstance(begin, int) else target[:, first:last]
+    if begin is None and isinstance(index, int):
+        view = view[index : index + 1]
+    if begin is None and isinstance(index, Tensor):
+        if live is not None:
+            values = torch.where(_trailing(live, values), values, view.index_select(0, index))
+        view.index_copy_(0, index, values)
+        return
+    view.copy_(values if live is None else torch.where(_trailing(live, values), values, view))
 
 
-def _write(result: Tensor, live: Tensor | None, out: Tensor | None) -> Tensor:
-    """Live rows of result, in ``out`` if there is one."""
-    if out is None:
-        return result if live is None else result.masked_fill(~live, 0.0)
-    return out.copy_(result if live is None else torch.where(live, result.to(out.dtype), out))
+def spread_rows(values: Tensor, begin: Tensor, length: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """Padded ``values`` ``(B, n, ...)`` as packed ones ``(total, ...)``, and which of these rows a sequence owns.
+
+    Sequence b has rows ``[begin[b], begin[b] + length[b])``. The other rows hold anything. No tensor is read.
+    """
+    batch, num_rows = values.shape[:2]
+    if batch == 0 or num_rows == 0:
+        return values.new_zeros((total, *values.shape[2:])), torch.zeros(total, dtype=torch.bool, device=values.device)
+    sequence, row, live = find_tokens(begin, length, total)
+    flat = sequence * num_rows + row.clamp(0, num_rows - 1)
+    return values.reshape(batch * num_rows, *values.shape[2:]).index_select(0, flat), live
+
+
+def find_tokens(begin: Tensor, length: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each of ``total`` packed tokens ``(total,)``: its sequence, its row there, and whether a sequence owns it.
+
+    Sequence b, of at least one, has rows ``[begin[b], begin[b] + length[b])`` within the tokens. No tensor is read.
+    """
+    number = torch.arange(begin.shape[0], device=begin.device)
+    # Each sequence that has a row marks its first one; a token belongs to the last mark up to it.
+    place = torch.where(length > 0, begin, total).long()
+    marks = torch.zeros(total + 1, dtype=torch.long, device=begin.device).scatter_reduce(0, place, number, "amax")
+    sequence = marks[:total].cummax(0).values
+    row = torch.arange(total, device=begin.device) - begin[sequence]
+    return sequence, row, (row >= 0) & (row < length[sequence])
+
+
+def accumulate(target: Tensor, index: Tensor, values: Tensor) -> None:
+    """``target[index[i]] += values[i]``, in an order that is the same in every run."""
+    if target.device.type == "cpu":
+        target.index_add_(0, index, values)
+    else:  # sorts the index; index_add_ adds in any order
+        target.index_put_((index,), values, accumulate=True)
+
+
+def _trailing(live: Tensor, like: Tensor) -> Tensor:
+    """``(B, n)`` shaped to broadcast against ``like`` ``(B, n, ...)``."""
+    return live.view(*live.shape, *([1] * (like.dim() - 2)))

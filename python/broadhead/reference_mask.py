@@ -28,6 +28,7 @@ class KeyMask(NamedTuple):
     num_queries: int  # most queries of a sequence
     num_rows: int  # rows of the gathered keys
     has_queries: Tensor | None  # whether the sequence has a query; None: every one has
+    absent: Tensor | None  # rows of pages that do not exist, (B, 1, 1, 1, num_rows); None: every row exists
 
     def rows_read(self, i0: int, i1: int) -> tuple[int, int]:
         """The rows ``[j0, j1)`` that some query in ``[i0, i1)`` may see, as far as is known without reading tensors."""
@@ -64,7 +65,7 @@ class KeyMask(NamedTuple):
             if self.attention_chunk > 0:
                 begin = self._chunk_begin(position)
                 result = _either(result, (row < begin) | (row >= begin + self.attention_chunk))
-        return self._outside_sequence(row, result)
+        return self._outside_sequence(row, j0, j1, result)
 
     def unused(self, device: torch.device) -> Tensor | None:
         """True at rows that no query of the sequence sees, ``(B | 1, 1, 1, 1, num_rows | 1)``; None if there is none.
@@ -80,7 +81,7 @@ class KeyMask(NamedTuple):
             result = row < self.offset - self.window_left
         if self.attention_chunk > 0:
             result = _either(result, row < self._chunk_begin(self.offset))
-        result = self._outside_sequence(row, result)
+        result = self._outside_sequence(row, 0, self.num_rows, result)
         if self.has_queries is not None:
             result = _either(result, ~self.has_queries)
         if result is None:
@@ -90,7 +91,7 @@ class KeyMask(NamedTuple):
     def _is_static(self) -> bool:
         """Whether the mask is the same for every sequence and known without reading tensors."""
         lengths = (self.row_begin, self.row_end, self.offset)
-        return self.prefix_lens is None and not any(isinstance(x, Tensor) for x in lengths)
+        return self.prefix_lens is self.absent is None and not any(isinstance(x, Tensor) for x in lengths)
 
     def _chunk_begin(self, position: Tensor | int) -> Tensor | int:
         """First row of the attention chunk that holds row ``position``."""
@@ -99,14 +100,16 @@ class KeyMask(NamedTuple):
             return torch.div(key, chunk, rounding_mode="floor") * chunk + self.row_begin
         return key // chunk * chunk + self.row_begin
 
-    def _outside_sequence(self, row: Tensor, hidden: Tensor | None) -> Tensor | None:
-        """Adds to ``hidden`` what the prefix shows and what the ends of the sequence hide."""
+    def _outside_sequence(self, row: Tensor, j0: int, j1: int, hidden: Tensor | None) -> Tensor | None:
+        """Adds to ``hidden`` of rows ``[j0, j1)`` what the prefix shows and what is no key of the sequence."""
         if hidden is not None and self.prefix_lens is not None:
             hidden = hidden & (row >= self.prefix_lens + self.row_begin)
         if isinstance(self.row_end, Tensor) or self.row_end < self.num_rows:
             hidden = _either(hidden, row >= self.row_end)
-        if isinstance(self.row_begin, Tensor):
+        if isinstance(self.row_begin, Tensor) or self.row_begin > 0:
             hidden = _either(hidden, row < self.row_begin)
+        if self.absent is not None:
+            hidden = _either(hidden, self.absent[..., j0:j1])
         return hidden
 
 

@@ -36,14 +36,14 @@ def _map_entries(function: Any, batch_size: int, in_dims: tuple[int | None, ...]
 
 def differentiate(backward: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
     """The gradients of the arguments of broadhead::mha_fwd that ``ctx`` keeps, by ``backward``."""
-    out, softmax_lse, *saved = ctx.saved_tensors
-    tensors = iter(saved)
-    inputs = [next(tensors) if tensor else other for tensor, other in zip(ctx.is_tensor, ctx.others, strict=True)]
+    tensors = iter(ctx.saved_tensors)
+    saved = [next(tensors) if tensor else other for tensor, other in zip(ctx.is_tensor, ctx.others, strict=True)]
+    inputs = saved[2:]
     nothing: list[Tensor | None] = [None] * len(inputs)
     if dout is None and dlse is None:
         return tuple(nothing)
     dout, dlse = (None if grad is None else grad.contiguous() for grad in (dout, dlse))
-    found = backward(dout, dlse, out, softmax_lse, *inputs)
+    found = backward(dout, dlse, *saved)
     wanted = [
         gradient if value is not None and needed else None
         for gradient, value, needed in zip(found, inputs, ctx.needs_input_grad, strict=False)
@@ -62,9 +62,12 @@ class Forward(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.set_materialize_grads(False)
         ctx.function = inputs[-1]
-        ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
-        ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
-        ctx.save_for_backward(*output, *[value for value in inputs if isinstance(value, Tensor)])
+        # The LSE is fp32. Gradients of fp64 are to be exact: there, both results are computed again.
+        results = (None, None) if inputs[0].dtype == torch.float64 else output
+        saved = (*results, *inputs)
+        ctx.is_tensor = [isinstance(value, Tensor) for value in saved]
+        ctx.others = [None if isinstance(value, Tensor) else value for value in saved]
+        ctx.save_for_backward(*[value for value in saved if isinstance(value, Tensor)])
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:

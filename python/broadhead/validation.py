@@ -27,6 +27,7 @@ FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 #: Queries of these dtypes also attend over keys and values of float8_e4m3fn.
 QUERY_DTYPES_OF_E4M3_KEYS = (torch.bfloat16, torch.float16)
 BACKENDS = (None, "cuda", "torch")
+_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 
 def describe_value(value: object) -> str:
@@ -220,6 +221,26 @@ def check_shape(function: str, name: str, value: Tensor, shape: Sequence[int], s
         raise InvalidArgumentError(
             f"{function}: {name} must have shape {spelled} = {tuple(shape)}, got {tuple(value.shape)}"
         )
+
+
+def may_read(*values: Tensor | None) -> bool:
+    """Whether the values of tensors may be read: none of them is on a device, traced, or a subclass's or functorch's.
+
+    Reading a tensor of a device waits for it; one that is traced has no values.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    for value in values:
+        if value is None:
+            continue
+        if value.device.type != "cpu" or type(value) not in _PLAIN_TENSORS or _is_wrapped(value):
+            return False
+    return True
+
+
+def _is_wrapped(value: Tensor) -> bool:
+    """Whether functorch hides a tensor behind this one."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(value))
 
 
 def check_lengths_on_cpu(function: str, name: str, lengths: Tensor | None) -> None:

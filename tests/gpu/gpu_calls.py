@@ -12,8 +12,8 @@ from calls import Built, Call
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float8_e4m3fn": torch.float8_e4m3fn}
 ROWS = tuple(row for row in support.ROWS if row.direction == "forward")
-#: The rows whose kernels are written for one architecture: the portable ones have less to get wrong at their edges.
-ARCH_ROWS = tuple(row for row in ROWS if row.phase == "prefill" and len(row.capabilities) == 1)
+#: Portable rows too: dispatch never chooses them on a device that has rows of its own; every other device runs them.
+PREFILL_ROWS = tuple(row for row in ROWS if row.phase == "prefill")
 DECODE_ROWS = tuple(row for row in ROWS if row.phase == "decode")
 #: The feature that a row must have for each mask of a Call.
 MASK_FEATURES = {
@@ -60,7 +60,7 @@ EXTRAS = {
 def absorbed_phase(call: Call, rows: int, planned: bool) -> str:
     """The phase of a call with qv of ``rows`` query rows; ``planned``: it brings metadata."""
     capability = torch.cuda.get_device_capability()
-    if not any("qv" in row.requires and capability in row.capabilities for row in ARCH_ROWS):
+    if not any("qv" in row.requires and capability in row.capabilities for row in PREFILL_ROWS):
         return "decode"  # of any number of rows
     even = not call.tokens_per_split and (planned or call.function == "func")  # or the host knows the lengths
     return "prefill" if rows > MOST_DECODE or (rows > SURELY_DECODE and even) else "decode"
@@ -107,7 +107,7 @@ def row_call(row: support.KernelRow, function: str, seqlens_q: tuple, seqlens_k:
     return within(row, call)
 
 
-def row_cases(masks: dict[str, dict], rows: tuple = ARCH_ROWS) -> list:
+def row_cases(masks: dict[str, dict], rows: tuple = PREFILL_ROWS) -> list:
     """pytest parameters (row, name) of every row with every mask of the table that it has."""
     pairs = [(row, name) for row in rows for name, options in masks.items() if supports(row, options)]
     return [pytest.param(row, name, id=f"{row.id}-{name}") for row, name in pairs]

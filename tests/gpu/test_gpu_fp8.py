@@ -11,14 +11,14 @@ import torch
 from broadhead import support
 from calls import Call, build
 from checks import check_against, check_call, check_equal
-from gpu_calls import ARCH_ROWS, capture, decode_call, prefill_call, row_call, row_id, shortened
+from gpu_calls import PREFILL_ROWS, capture, decode_call, prefill_call, row_call, row_id, shortened
 from judge import judge
 from layouts import E4M3_NAN, bytes_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.full]
 
 FP8 = {"dtype": torch.float8_e4m3fn, "descale": "each"}
-FP8_ROWS = tuple(row for row in ARCH_ROWS if row.dtype == "float8_e4m3fn")
+FP8_ROWS = tuple(row for row in PREFILL_ROWS if row.dtype == "float8_e4m3fn")
 HEAD_DIMS = (16, 48, 64, 80, 96, 128, 144, 192, 208, 256)
 PAIRS = ((192, 128), (128, 192), (64, 256), (256, 64), (16, 256), (240, 16), (144, 128), (96, 48))
 

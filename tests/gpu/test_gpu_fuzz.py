@@ -5,6 +5,7 @@ BROADHEAD_FUZZ_CALLS sets the calls of each test (`scripts/gpu_check.sh OUT stre
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 from collections.abc import Callable
@@ -15,10 +16,11 @@ import torch
 from broadhead import support
 from calls import Call, build
 from checks import check_call
+from edge_rows import run_edge, shape_of, suited, takes
 from gpu_calls import (
-    ARCH_ROWS,
     DECODE_ROWS,
     MASK_FEATURES,
+    PREFILL_ROWS,
     TORCH_DTYPES,
     cache_dtype,
     column_step,
@@ -27,12 +29,38 @@ from gpu_calls import (
     within,
 )
 from random_calls import LEGAL, random_call, wrong_mutations
+from random_edges import random_edge
 
 pytestmark = [pytest.mark.gpu, pytest.mark.full]
 
 #: What every device has kernels for; 8-bit inputs and qv come to their rows in test_row.
 DTYPES = (torch.bfloat16, torch.float16)
-HEAD_DIMS = (8, 16, 24, 40, 64, 72, 80, 96, 104, 128, 136, 160, 192, 256, 264, 320, 512)
+HEAD_DIMS = (
+    8,
+    16,
+    24,
+    40,
+    56,
+    64,
+    72,
+    80,
+    88,
+    96,
+    104,
+    120,
+    128,
+    136,
+    160,
+    168,
+    192,
+    208,
+    232,
+    256,
+    264,
+    320,
+    360,
+    512,
+)
 CHUNKS, CALLS = 10, int(os.environ.get("BROADHEAD_FUZZ_CALLS", "60"))
 GROUPS = ((8, 8), (6, 2), (12, 2), (8, 1), (16, 1), (15, 3), (24, 1), (64, 1))
 
@@ -98,7 +126,7 @@ def random_row_call(row: support.KernelRow, rng: random.Random) -> Call:
     return within(row, call.with_(head_dim_v=head_dim_v, qv="qv" in row.requires, **changes))
 
 
-@pytest.mark.parametrize("row", ARCH_ROWS + DECODE_ROWS, ids=row_id)
+@pytest.mark.parametrize("row", PREFILL_ROWS + DECODE_ROWS, ids=row_id)
 def test_row(row: support.KernelRow, seed: int, cuda: torch.device, only_row: Callable, row_ran: Callable) -> None:
     """Any call that the row claims to run, on that very row: single queries too, which prefill rows seldom see, and
     long ones, of which decode rows see none."""
@@ -112,6 +140,27 @@ def test_row(row: support.KernelRow, seed: int, cuda: torch.device, only_row: Ca
         else:
             refused += 1
     assert refused < max(CALLS // 2, 5)
+
+
+@pytest.mark.parametrize("row", PREFILL_ROWS + DECODE_ROWS, ids=row_id)
+def test_row_out_of_range(
+    row: support.KernelRow, seed: int, cuda: torch.device, only_row: Callable, row_ran: Callable
+) -> None:
+    """Lengths, offsets, page ids and batch indices that are anything, on that very row, at any of its head dims."""
+    only_row(row)
+    step = column_step(row)
+    for i in range(CALLS):
+        rng = random.Random(seed + i)
+        torch.manual_seed(seed + i)
+        edge = suited(row, random_edge(rng, packed_k=not row.kv_dtype))
+        if not takes(row, edge):
+            continue
+        shape = shape_of(row, i, edge)
+        if rng.random() < 0.5:
+            head_dim = rng.randrange(step, row.head_dim + 1, step)
+            shape = dataclasses.replace(shape, head_dim=head_dim)
+        run_edge(edge.with_(name=f"case {i} (seed {seed + i}) on {row.id}"), shape, cuda, rng)
+        assert edge.rows_q == 0 or row_ran().id == row.id
 
 
 def test_mistakes_raise(seed: int, cuda: torch.device) -> None:

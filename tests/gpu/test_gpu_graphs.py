@@ -12,7 +12,7 @@ import torch
 from broadhead import support
 from calls import Call, build
 from checks import check_against, check_equal
-from gpu_calls import ARCH_ROWS, capture, decode_call, prefill_call, row_call, row_id, shortened
+from gpu_calls import PREFILL_ROWS, capture, decode_call, prefill_call, row_call, row_id, shortened
 
 pytestmark = [pytest.mark.gpu, pytest.mark.full]
 
@@ -71,7 +71,7 @@ def test_append_in_a_graph(cuda: torch.device, rng: random.Random) -> None:
     check_against(built, built.out)
 
 
-@pytest.mark.parametrize("row", [row for row in ARCH_ROWS if row.dtype != "fp16"], ids=row_id)
+@pytest.mark.parametrize("row", [row for row in PREFILL_ROWS if row.dtype != "fp16"], ids=row_id)
 def test_prefill_in_a_graph(row: support.KernelRow, only_row: Callable, cuda: torch.device, rng: random.Random) -> None:
     """A captured prefill replays, for other lengths too: its scratch memory starts afresh each time."""
     only_row(row)

@@ -12,7 +12,7 @@ import torch
 from broadhead import support
 from calls import Call, build
 from checks import LSE_ATOL, check_call, check_equal
-from gpu_calls import ARCH_ROWS, decode_call, prefill_call, row_call, row_cases, row_id
+from gpu_calls import PREFILL_ROWS, decode_call, prefill_call, row_call, row_cases, row_id
 
 pytestmark = [pytest.mark.gpu, pytest.mark.full]
 
@@ -131,7 +131,8 @@ def test_8192_keys(row: support.KernelRow, mask: str, only_row: Callable, cuda: 
 
 # --- repeats ----------------------------------------------------------------------------------------------------------
 
-REPEATS = 1000
+#: Of kernels whose copies and products run asynchronously; portable ones have fewer orders to get wrong.
+REPEATS, PORTABLE_REPEATS = 1000, 250
 REPEATED = {
     "full": {},
     "causal": {"causal": True},
@@ -141,7 +142,7 @@ REPEATED = {
 
 
 @pytest.mark.parametrize("row, name", row_cases(REPEATED))
-def test_a_thousand_repeats_agree_bit_for_bit(
+def test_repeats_agree_bit_for_bit(
     row: support.KernelRow, name: str, only_row: Callable, cuda: torch.device, rng: random.Random
 ) -> None:
     """More tiles than multiprocessors, in whatever order they finish: a race shows as another bit, sooner or later."""
@@ -152,14 +153,15 @@ def test_a_thousand_repeats_agree_bit_for_bit(
     out, lse = check_call(built)
     first_out, first_lse = out.clone(), lse.clone()
     differ = torch.zeros((), dtype=torch.int64, device=cuda)
-    for _ in range(REPEATS):
+    repeats = REPEATS if len(row.capabilities) == 1 else PORTABLE_REPEATS
+    for _ in range(repeats):
         out.fill_(float("nan"))
         out, lse = built.run()
         differ += (out != first_out).any() | (lse != first_lse).any()
-    assert int(differ) == 0, f"{int(differ)} of {REPEATS} runs differ: {built.call}"
+    assert int(differ) == 0, f"{int(differ)} of {repeats} runs differ: {built.call}"
 
 
-@pytest.mark.parametrize("row", ARCH_ROWS, ids=row_id)
+@pytest.mark.parametrize("row", PREFILL_ROWS, ids=row_id)
 def test_neighbours_on_the_device_change_nothing(
     row: support.KernelRow, only_row: Callable, cuda: torch.device, rng: random.Random
 ) -> None:

@@ -28,7 +28,7 @@ def test_prefill_mask(head_dim: int, mask: str, extra: str, run_call: Callable) 
 
 @pytest.mark.parametrize("row, mask", row_cases(MASKS))
 def test_row_mask(row: support.KernelRow, mask: str, run_row: Callable) -> None:
-    """Every row of one architecture: lengths around its own tile, steps wholly inside, at and past the mask's edge."""
+    """Every prefill row: lengths around its own tile, steps wholly inside, at and past the mask's edge."""
     m, n = row.tile.tile_m, row.tile.tile_n
     extras = list(EXTRAS.values())
     extra = extras[(list(MASKS).index(mask) + row.head_dim // 8) % len(extras)]

@@ -1,4 +1,4 @@
-"""Full GPU set: the rows of one architecture on every layout: pages, strides, left padding, freed and shared keys."""
+"""Full GPU set: every prefill row on every layout: pages, strides, left padding, freed and shared keys."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from broadhead import support
 from calls import build
-from gpu_calls import ARCH_ROWS, row_call, row_cases, row_id
+from gpu_calls import PREFILL_ROWS, row_call, row_cases, row_id
 from random_calls import broadcast_keys, repeated_heads
 
 pytestmark = [pytest.mark.gpu, pytest.mark.full]
@@ -19,7 +19,7 @@ K_LAYOUTS = ("plain", "interleaved", "heads_first", "rows", "gapped", "overlappi
 Q_LAYOUTS = ("packed", "heads_first", "gapped", "plain")
 OUT_LAYOUTS = ("gapped", "plain", "heads_first")
 
-each_row = pytest.mark.parametrize("row", ARCH_ROWS, ids=row_id)
+each_row = pytest.mark.parametrize("row", PREFILL_ROWS, ids=row_id)
 
 
 def page_rows(row: support.KernelRow, page_size: int | str) -> int:
@@ -33,7 +33,7 @@ def page_rows(row: support.KernelRow, page_size: int | str) -> int:
 def test_pages(row: support.KernelRow, page_size: int | str, run_row: Callable) -> None:
     """Shuffled tables with garbage behind their used entries; each page size meets each layout in some row."""
     m, n, size = row.tile.tile_m, row.tile.tile_n, page_rows(row, page_size)
-    turn = PAGE_SIZES.index(page_size) + ARCH_ROWS.index(row)
+    turn = PAGE_SIZES.index(page_size) + PREFILL_ROWS.index(row)
     first, second = (K_LAYOUTS[(turn + shift) % len(K_LAYOUTS)] for shift in (0, 3))
     options = {"page_size": size, "slack_k": size + 1, "heads_q": 4}
     lengths = {"seqlens_q": (m + 1, 1, 0, 70), "seqlens_k": (2 * n + 3, 40, 9, 5 * n + 1)}
@@ -46,7 +46,7 @@ def test_pages(row: support.KernelRow, page_size: int | str, run_row: Callable) 
 @each_row
 def test_strides(row: support.KernelRow, turn: int, run_row: Callable) -> None:
     """Slices and transposes of wider tensors on every side, with poison in the gaps."""
-    m, n, turn = row.tile.tile_m, row.tile.tile_n, turn + ARCH_ROWS.index(row)
+    m, n, turn = row.tile.tile_m, row.tile.tile_n, turn + PREFILL_ROWS.index(row)
     layouts = {
         "q_layout": Q_LAYOUTS[turn % 4],
         "k_layout": K_LAYOUTS[turn % 5],  # overlapping views are of pages

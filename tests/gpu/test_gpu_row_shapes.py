@@ -1,4 +1,4 @@
-"""Full GPU set: the rows of one architecture around their tiles: lengths, head groups, head dims, many tiles."""
+"""Full GPU set: every prefill row around its tiles: lengths, head groups, head dims, many tiles."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import pytest
 import torch
 from broadhead import support
 from calls import build
-from gpu_calls import ARCH_ROWS, dims_within, row_call, row_cases, row_id
+from gpu_calls import PREFILL_ROWS, dims_within, row_call, row_cases, row_id
 
 pytestmark = [pytest.mark.gpu, pytest.mark.full]
 
 GROUPS = (1, 2, 3, 6, 8, 16, 64)
 
-each_row = pytest.mark.parametrize("row", ARCH_ROWS, ids=row_id)
+each_row = pytest.mark.parametrize("row", PREFILL_ROWS, ids=row_id)
 
 
 def packed_rows(row: support.KernelRow, group: int) -> int:
@@ -47,7 +47,7 @@ def test_groups_larger_than_a_tile(row: support.KernelRow, heads: int, run_row: 
 
 @pytest.mark.parametrize(
     "row, head_dim, head_dim_v",
-    [pytest.param(row, d, dv, id=f"{row.id}-{d}-{dv}") for row in ARCH_ROWS for d, dv in dims_within(row)],
+    [pytest.param(row, d, dv, id=f"{row.id}-{d}-{dv}") for row in PREFILL_ROWS for d, dv in dims_within(row)],
 )
 def test_head_dims(row: support.KernelRow, head_dim: int, head_dim_v: int, run_row: Callable) -> None:
     """NaN lies behind the last column of each head, or the next tensor does: neither is read nor overwritten."""

@@ -11,7 +11,7 @@ import torch
 from broadhead import support
 from calls import build
 from checks import check_call, check_equal, check_split
-from gpu_calls import ARCH_ROWS, decode_call, prefill_call, row_call, row_id
+from gpu_calls import PREFILL_ROWS, decode_call, prefill_call, row_call, row_id
 from judge import judge
 
 pytestmark = [pytest.mark.gpu, pytest.mark.full]
@@ -26,7 +26,7 @@ def test_splits(num_splits: int, head_dim: int, run_call: Callable) -> None:
 
 
 @pytest.mark.parametrize("num_splits", range(2, 9))
-@pytest.mark.parametrize("row", ARCH_ROWS, ids=row_id)
+@pytest.mark.parametrize("row", PREFILL_ROWS, ids=row_id)
 def test_prefill_splits(row: support.KernelRow, num_splits: int, run_row: Callable) -> None:
     """Prefill kernels split too: sequences of fewer steps than splits, of none, rows that see no key of a share."""
     m, n = row.tile.tile_m, row.tile.tile_n
