@@ -18,6 +18,7 @@ check mypy
 check clang-format --dry-run -Werror "${cpp[@]}"
 check gersemi --check "${cmake[@]}"
 check python3 cmake/generate.py readme README.md --check
+check python3 scripts/cuda_matrix.py check
 if command -v actionlint >/dev/null; then
   check actionlint -color
 elif command -v npx >/dev/null; then

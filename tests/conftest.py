@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
 import sys
@@ -19,7 +20,18 @@ from broadhead import dispatch as dispatch_module
 from broadhead import support
 from broadhead.problem import DTYPE_NAMES
 
+#: One process of many: each takes a GPU of its own among this many, before CUDA is asked for anything.
+GPUS = int(os.environ.get("BROADHEAD_TEST_GPUS", "1"))
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
+if GPUS > 1 and WORKER.startswith("gw"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(int(WORKER[2:]) % GPUS)
+
 SEED_VARIABLE = "BROADHEAD_TEST_SEED"
+#: "3/8" runs the fourth eighth of the tests: for runs side by side where workers are not wanted, as in a sanitizer.
+SHARD_VARIABLE = "BROADHEAD_TEST_SHARD"
+#: Set to 1 where the packages of the demo extra must be there (CI): without it their tests skip when one is missing.
+DEMO_VARIABLE = "BROADHEAD_TEST_REQUIRES_DEMO"
+DEMO_PACKAGES = ("transformers", "gguf", "typer")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -28,6 +40,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: the long GPU set, on top of the curated one")
     config.addinivalue_line("markers", "curated: the few small GPU cases that also run under compute-sanitizer")
     os.environ.setdefault(SEED_VARIABLE, str(random.SystemRandom().randrange(2**31)))
+    missing = [name for name in DEMO_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing and os.environ.get(DEMO_VARIABLE) == "1":
+        raise pytest.UsageError(f"{DEMO_VARIABLE}=1, and not installed: {', '.join(missing)}; pip install '.[demo]'")
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -40,7 +55,14 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip the GPU tests where no device is visible. A device with no working kernels fails them: it never skips."""
+    """Keep one shard if one is asked for. Skip the GPU tests where no device is visible; a device with no working
+    kernels fails them: it never skips."""
+    shard = os.environ.get(SHARD_VARIABLE)
+    if shard:
+        index, count = map(int, shard.split("/"))
+        assert 0 <= index < count, f"{SHARD_VARIABLE}={shard} must be index/count, index from 0"
+        config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % count != index])
+        items[:] = items[index::count]
     if torch.cuda.is_available():
         return
     reason = pytest.mark.skip(reason="torch.cuda.is_available() is False: this test needs a CUDA device")

@@ -30,8 +30,16 @@ def test_case_names() -> None:
     assert "paged B2 S8192 H16 Hkv8 D128 page1" in names["paged"]
     assert "win B1 S16384 H32 Hkv16 D256 window1024" in names["window"]
     assert "fp8 B2 S8192 H8 Hkv8 D256 causal" in names["fp8"]
+    assert "fwd B2 S4096 H16 Hkv16 D80 full" in names["odd"]
+    assert "fwd B2 S4096 H12 Hkv12 D160 causal" in names["odd"]
+    assert "varlen N2 T8192 H16 Hkv16 D72 full" in names["odd-varlen"]
+    assert "paged B2 S4096 H12 Hkv12 D160 page64" in names["odd-paged"]
+    assert "paged B2 S4096 H16 Hkv16 D80 page64 full" in names["odd-paged"]
     assert {area: len(names[area]) for area in cases.AREAS} == {
         "forward": 18,
+        "odd": 18,
+        "odd-varlen": 3,
+        "odd-paged": 3,
         "chunked": 12,
         "varlen": 3,
         "paged": 12,
@@ -69,6 +77,14 @@ def test_visible_pairs(seqlen_q: int, seqlen_k: int, window: int | None) -> None
     distance = torch.arange(seqlen_k - seqlen_q, seqlen_k)[:, None] - torch.arange(seqlen_k)[None, :]
     visible = (distance >= 0) & (distance < (window or seqlen_k))
     assert cases.causal_pairs(seqlen_q, seqlen_k, window) == visible.sum()
+
+
+def test_counts_without_a_causal_mask() -> None:
+    packed = cases.VarlenCase((3, 5), 2, 1, 72, causal=False)
+    assert packed.flops == 4 * 2 * 72 * (9 + 25)
+    assert packed._replace(causal=True).flops == 4 * 2 * 72 * (6 + 15)
+    paged = cases.PagedCase("odd-paged", 2, 3, 7, 4, 2, 80, 16, causal=False)
+    assert paged.flops == 4 * 2 * 4 * 80 * 21
 
 
 def test_ragged_lengths_are_seeded() -> None:

@@ -25,6 +25,8 @@ PARTS = {
     # Rows of fp16 and bf16 differ in their numbers alone; test_curated.test_row takes them all.
     "test_gpu_graphs.test_prefill_in_a_graph": lambda row: row.dtype != "fp16",
     "test_curated.test_prefill_row": lambda row: row.dtype != "fp16" or bool(row.requires),
+    # Sanitizers take seconds a call; test_gpu_edges takes every row.
+    "test_curated.test_edges": lambda row: row in importlib.import_module("edge_rows").ONE_OF_A_KIND,
 }
 
 ParameterSet = type(pytest.param())

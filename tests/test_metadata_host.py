@@ -147,7 +147,7 @@ def test_a_wrong_guess_about_qv_is_no_error_and_a_wrong_word_is() -> None:
     with pytest.raises(broadhead.InvalidArgumentError, match="was made for has_qv=False"):
         run(args, plan_of(headdim_v=512, has_qv=False), qv=qv)
     with pytest.raises(broadhead.InvalidTypeError, match="has_qv must be True or False"):
-        plan_of(has_qv=1)
+        plan_of(has_qv=1.0)
     with pytest.raises(broadhead.InvalidArgumentError, match="was made for headdim_v=512"):
         run(paged_call(), plan_of(headdim_v=512), qv=q)
 
@@ -288,7 +288,7 @@ def test_inference_tensors() -> None:
         ({"batch_size": -1}, "batch_size"),
         ({"max_seqlen_q": -1}, "max_seqlen_q"),
         ({"max_seqlen_k": 2.0}, "max_seqlen_k"),
-        ({"max_seqlen_k": torch.tensor(3)}, "max_seqlen_k"),
+        ({"max_seqlen_k": torch.tensor(3.0)}, "max_seqlen_k"),
         ({"num_heads_q": 3}, "num_heads_q"),
         ({"num_heads_kv": 0}, "num_heads_kv"),
         ({"num_heads_q": None}, "num_heads_q"),
@@ -303,14 +303,14 @@ def test_inference_tensors() -> None:
         ({"qkv_dtype": "bf16"}, "qkv_dtype"),
         ({"page_size": 0}, "page_size"),
         ({"max_seqlen_k_new": -1}, "max_seqlen_k_new"),
-        ({"causal": 1}, "causal"),
+        ({"causal": 1.0}, "causal"),
         ({"window_size": (1, 2, 3)}, "window_size"),
         ({"window_size": "3"}, "window_size"),
         ({"window_size": (1.0, 2)}, "window_size"),
         ({"attention_chunk": -1}, "attention_chunk"),
-        ({"num_splits": 129}, "num_splits"),
+        ({"num_splits": 257}, "num_splits"),
         ({"num_splits": -1}, "num_splits"),
-        ({"pack_gqa": 1}, "pack_gqa"),
+        ({"pack_gqa": 1.0}, "pack_gqa"),
         ({"sm_margin": -1}, "sm_margin"),
         ({"page_table": torch.zeros(2, 3)}, "page_table"),
         ({"page_table": torch.zeros(2, 3, dtype=torch.int64)}, "page_table"),

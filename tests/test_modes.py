@@ -63,7 +63,7 @@ def qkv(*lead: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
 def test_forward_mode_is_right_or_refused(name: str) -> None:
     entry = entry_of(name)
     for argument in floats(entry):
-        if name in BY_TORCH_OPS and argument in entry.written:
+        if argument in entry.written and (name in BY_TORCH_OPS or name.startswith("mha_bwd")):
             continue
         with forward_ad.dual_level():
             given = entry.clone()
@@ -127,19 +127,18 @@ def test_gradients_by_transforms(transform: str) -> None:
     torch.testing.assert_close(gradients(attention), gradients(sdpa))
 
 
-def test_double_backward_is_refused() -> None:
+@pytest.mark.parametrize("path", ["eager", "operator", "compiled", "transform"])
+def test_double_backward_is_refused(path: str) -> None:
     q, k, v = (x.requires_grad_() for x in qkv())
-    for run in (
-        attention,
-        torch.compile(attention, backend="aot_eager"),
-        lambda *x: attention(x[0], x[1].as_subclass(Subclass), x[2]),
-    ):
-        (grad,) = torch.autograd.grad(run(q, k, v).square().sum(), q, create_graph=run is not None)
-        if grad.requires_grad:
-            with pytest.raises((UnsupportedError, RuntimeError), match="second derivative|double backward"):
-                torch.autograd.grad(grad.sum(), q)
+    if path == "transform":
+        with pytest.raises(UnsupportedError, match="second derivative"):
+            torch.func.grad(lambda x: torch.func.grad(lambda y: attention(y, k, v).sum())(x).sum())(q)
+        return
+    function = torch.compile(attention, backend="eager") if path == "compiled" else attention
+    out = function(q, k.as_subclass(Subclass) if path == "operator" else k, v)
+    (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
     with pytest.raises(UnsupportedError, match="second derivative"):
-        torch.func.grad(lambda x: torch.func.grad(lambda y: attention(y, k, v).sum())(x).sum())(q.detach())
+        torch.autograd.grad(grad.sum(), q)
 
 
 # --- vmap ------------------------------------------------------------------------------------------------------------
@@ -186,10 +185,6 @@ def test_vmap_of_any_call_is_right_or_refused(name: str) -> None:
             got = torch.vmap(call)(copies)
         except UnsupportedError as refusal:
             assert str(refusal).startswith(f"{entry.function.__name__}: "), (argument, refusal)
-            continue
-        except RuntimeError as refusal:
-            # What torch refuses by itself: a plain tensor can not take the results of several entries.
-            assert argument not in entry.written and "in-place" in str(refusal), (argument, refusal)
             continue
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, torch.stack([b] * 2), equal_nan=True)
@@ -259,13 +254,15 @@ def test_inference_mode(name: str) -> None:
     entry = entry_of(name)
     expected, written = entry.run(entry.clone())
     with torch.inference_mode():
-        for given in (entry.clone(), dict(entry.clone().items())):
-            got, got_written = entry.run(given)
-            torch.testing.assert_close([x.clone() for x in got], expected, equal_nan=True)
-            torch.testing.assert_close(got_written, written)
-    plain = entry_of(name)
+        got, got_written = entry.run(entry.clone())
+        torch.testing.assert_close(got, expected, equal_nan=True)
+        torch.testing.assert_close(got_written, written)
+    # Tensors of before the mode have a version, which must not be in the way.
+    given = entry.clone()
     with torch.inference_mode():
-        entry_of(name).run(plain.clone() if False else {key: x for key, x in plain.tensors.items()})
+        got, got_written = entry.run(given)
+        torch.testing.assert_close(got, expected, equal_nan=True)
+        torch.testing.assert_close(got_written, written)
 
 
 def test_metadata_that_was_overwritten_is_not_refused_in_inference_mode() -> None:

@@ -127,7 +127,9 @@ def test_normalize_window(window: Any, causal: bool, expected: tuple[int, int]) 
     assert normalize_window(window, causal) == expected
 
 
-@pytest.mark.parametrize("window", [(1,), (1, 2, 3), (1.5, 2), "1", (True, 1), True, {1: 2}, torch.tensor([1, 2]), 3.0])
+@pytest.mark.parametrize(
+    "window", [(1,), (1, 2, 3), (1.5, 2), "1", (True, 1), True, {1: 2}, torch.tensor([1.0, 2.0]), torch.zeros(3), 3.0]
+)
 def test_bad_windows(window: Any) -> None:
     with pytest.raises(broadhead.BroadheadError, match="f: window_size must be"):
         check_forward("f", dense(window_size=window))
@@ -193,7 +195,7 @@ BAD_DENSE: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "scale NaN": ({"softmax_scale": NAN}, InvalidArgumentError, r"softmax_scale must be a finite.*nan"),
     "scale inf": ({"softmax_scale": float("inf")}, InvalidArgumentError, r"softmax_scale.*inf"),
-    "scale tensor": ({"softmax_scale": torch.tensor(1.0)}, InvalidTypeError, r"softmax_scale.*tensor"),
+    "scale tensor": ({"softmax_scale": torch.tensor([1.0])}, InvalidTypeError, r"softmax_scale.*tensor"),
     "scale text": (
         {"softmax_scale": "1"},
         InvalidTypeError,
@@ -204,13 +206,13 @@ BAD_DENSE: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "causal": ({"causal": int32(1)}, InvalidTypeError, r"causal must be True or False"),
     "chunk": ({"attention_chunk": -2}, InvalidArgumentError, r"attention_chunk.*-2"),
     "splits high": (
-        {"num_splits": 129},
+        {"num_splits": 257},
         InvalidArgumentError,
-        r"num_splits must be an int in \[0, 128\], got 129",
+        r"num_splits must be an int in \[0, 256\], got 257",
     ),
     "splits low": ({"num_splits": -1}, InvalidArgumentError, r"num_splits.*-1"),
     "splits float": ({"num_splits": 2.0}, InvalidTypeError, r"num_splits must be a Python int"),
-    "pack_gqa": ({"pack_gqa": 1}, InvalidTypeError, r"pack_gqa must be True or False"),
+    "pack_gqa": ({"pack_gqa": 1.0}, InvalidTypeError, r"pack_gqa must be True or False"),
     "sm_margin": ({"sm_margin": -1}, InvalidArgumentError, r"sm_margin.*-1"),
     "sinks shape": (
         {"sinks": randn(2)},
@@ -258,7 +260,7 @@ BAD_VARLEN: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "cu_k batch": ({"cu_seqlens_k": int32(0, 11)}, InvalidArgumentError, r"cu_seqlens_k.*\(3,\).*\(2,\)"),
     "max_q missing": ({"max_seqlen_q": None}, InvalidArgumentError, r"max_seqlen_q must be given"),
     "max_k missing": ({"max_seqlen_k": None}, InvalidArgumentError, r"max_seqlen_k must be given"),
-    "max_q tensor": ({"max_seqlen_q": torch.tensor(6)}, InvalidTypeError, r"max_seqlen_q.*read back"),
+    "max_q tensor": ({"max_seqlen_q": torch.tensor(6, device="meta")}, InvalidTypeError, r"max_seqlen_q.*read back"),
     "max_k negative": ({"max_seqlen_k": -1}, InvalidArgumentError, r"max_seqlen_k.*-1"),
     "batch index": ({"kv_batch_idx": int32(0, 1)}, InvalidArgumentError, r"kv_batch_idx"),
 }

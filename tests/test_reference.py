@@ -13,6 +13,7 @@ import torch
 from broadhead import reference, reference_core
 from cases import Case, Spec, build
 from torch import Tensor
+from torch.fx.experimental import _config as shape_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 LAYOUTS = {
@@ -266,7 +267,7 @@ def test_compiles_in_one_graph(layout: str, seed: int) -> None:
 
 
 # Sizes that happen to be equal in the first call need not be in the second.
-@torch.fx.experimental._config.patch(use_duck_shape=False)
+@shape_config.patch(use_duck_shape=False)
 def test_compiles_with_dynamic_shapes(seed: int) -> None:
     """One compiled graph serves another batch, other lengths and another pool."""
     torch._dynamo.reset()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from broadhead import cuda_backend, shared_launch
 from broadhead import validation as check
-from broadhead.dispatch import resolve
+from broadhead.dispatch import refusals, resolve
 from broadhead.problem import AttentionArgs
 from broadhead.shared_launch import MAX_ELEMENTS, MAX_WORK, Composed, OneLaunch, decide
 from described import FULL, h200, problem, schedule
@@ -109,7 +109,7 @@ def test_other_rows_do_not_read_it() -> None:
     asked = problem(seqlen_q=1, shared_tokens=40)
     plan = resolve(asked, h200(), FULL)
     assert plan.row is not None and plan.row.phase == "decode"
-    refused = {refusal.row_id for refusal in plan.refusals if "all sequences share" in refusal.reason}
+    refused = {refusal.row_id for refusal in refusals(asked, h200(), FULL) if "all sequences share" in refusal.reason}
     assert "sm90_fwd_d128_bf16" in refused and not any("decode" in row_id for row_id in refused)
     # More than 32 rows go to a Hopper kernel otherwise.
     assert schedule(seqlen_q=9, head_dim=512)[1].family == "sm90"

@@ -1,56 +1,25 @@
-"""The transformers integration: models give the logits, gradients and tokens of eager attention, or are refused."""
+"""The transformers integration: models give the logits, gradients and tokens of eager attention."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import broadhead
+import broadhead.integrations.transformers as integration
 import pytest
 import torch
+from transformers_models import (
+    MODELS,
+    VOCABULARY,
+    assert_same,
+    assert_same_gradients,
+    assert_same_tokens,
+    ids,
+    make,
+    output_of,
+    padding,
+    transformers,
+)
 
-transformers = pytest.importorskip("transformers", minversion="5.0")
-
-import broadhead.integrations.transformers as integration  # noqa: E402
-
-VOCABULARY = 97
-COMMON = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-#: Model class, config class and what the config adds: each has another mask or another argument of attention.
-MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "llama": ("LlamaForCausalLM", "LlamaConfig", {}),
-    "mistral": ("MistralForCausalLM", "MistralConfig", {"sliding_window": 5}),
-    "gemma2": (
-        "Gemma2ForCausalLM",
-        "Gemma2Config",
-        {"sliding_window": 6, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 16},
-    ),
-    "gpt_oss": (
-        "GptOssForCausalLM",
-        "GptOssConfig",
-        {"sliding_window": 6, "num_local_experts": 2, "num_experts_per_tok": 1},
-    ),
-    "gemma4": (
-        "Gemma4ForCausalLM",
-        "Gemma4TextConfig",
-        {
-            "global_head_dim": 32,
-            "sliding_window": 6,
-            "layer_types": ["sliding_attention", "full_attention"],
-            "hidden_size_per_layer_input": 0,
-            "vocab_size_per_layer_input": VOCABULARY,
-        },
-    ),
-}
+DECODERS = [name for name in MODELS if name != "t5gemma"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -58,79 +27,78 @@ def registered() -> None:
     integration.register()
 
 
-def make(name: str) -> Any:
-    """A tiny random model, its weights large enough that a wrong mask shows."""
-    model_class, config_class, options = MODELS[name]
-    if not hasattr(transformers, model_class):
-        pytest.skip(f"transformers {transformers.__version__} has no {model_class}")
-    torch.manual_seed(3)
-    model = getattr(transformers, model_class)(getattr(transformers, config_class)(**{**COMMON, **options})).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(4)
-    return model
-
-
-def output_of(model: Any, attention: str, **inputs: Any) -> torch.Tensor:
-    model.set_attn_implementation(attention)
-    output = model(**inputs)
-    return output.logits if hasattr(output, "logits") else output.last_hidden_state
-
-
-def assert_same(model: Any, rows: torch.Tensor | None = None, **inputs: Any) -> None:
-    """Outputs of broadhead and eager attention agree on ``rows`` (bool ``(B, S)``, default all)."""
-    with torch.no_grad():
-        expected, got = output_of(model, "eager", **inputs), output_of(model, "broadhead", **inputs)
-    assert broadhead.last_dispatch()[0] == "torch"
-    if rows is not None:
-        expected, got = expected[rows], got[rows]
-    torch.testing.assert_close(got, expected, rtol=0, atol=2e-4 * expected.abs().max().item())
-
-
-def ids(batch: int, length: int) -> torch.Tensor:
-    return torch.randint(3, VOCABULARY, (batch, length))
-
-
-def padding(batch: int, length: int, side: str) -> torch.Tensor:
-    """int64 ``(B, S)``: row i lacks 2 i + 1 tokens, the first row none."""
-    places = torch.arange(length)
-    cut = torch.tensor([0, *(2 * i + 1 for i in range(1, batch))])[:, None]
-    live = places >= cut if side == "left" else places < length - cut
-    return live.long()
-
-
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", DECODERS)
 def test_logits(name: str) -> None:
     assert_same(make(name), input_ids=ids(2, 19), use_cache=False)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", DECODERS)
 def test_padded_batch(name: str, side: str) -> None:
     mask = padding(3, 17, side)
     assert_same(make(name), mask.bool(), input_ids=ids(3, 17), attention_mask=mask, use_cache=False)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_encoder_and_decoder_padded(side: str) -> None:
+    """T5Gemma: a bidirectional encoder with a window, a causal decoder, and attention from one to the other."""
+    encoder, decoder = padding(3, 17, side), padding(3, 11, "right")
+    inputs = {"input_ids": ids(3, 17), "attention_mask": encoder, "decoder_input_ids": ids(3, 11)}
+    assert_same(make("t5gemma"), decoder.bool(), **inputs, decoder_attention_mask=decoder, use_cache=False)
+
+
 @pytest.mark.parametrize("cache", [None, "static"])
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma4"])
+@pytest.mark.parametrize("name", MODELS)
 def test_generate_left_padded(name: str, cache: str | None) -> None:
-    model = make(name)
+    options = {"disable_compile": True} if cache == "static" else {}
     mask = padding(2, 11, "left")
-    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "cache_implementation": cache}
-    if cache == "static":
-        options["disable_compile"] = True
-    prompt = ids(2, 11)
-    tokens = []
-    for attention in ("eager", "broadhead"):
-        model.set_attn_implementation(attention)
-        tokens.append(model.generate(prompt, attention_mask=mask, **options))
-    assert torch.equal(*tokens)
+    assert_same_tokens(make(name), ids(2, 11), attention_mask=mask, cache_implementation=cache, **options)
 
 
-def test_packed_sequences_by_position_ids() -> None:
-    positions = torch.cat([torch.arange(7), torch.arange(9), torch.arange(3)])[None]
-    assert_same(make("llama"), input_ids=ids(1, 19), position_ids=positions, use_cache=False)
+def continue_padded(name: str, new: int, attention: str) -> torch.Tensor:
+    """Logits of ``new`` tokens after a cached prompt that ends in padding, so that padding lies between the tokens."""
+    model, mask = make(name), padding(2, 9, "right")
+    model.set_attn_implementation(attention)
+    torch.manual_seed(5)
+    prompt, more = ids(2, 9), ids(2, new)
+    cache = transformers.DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=prompt, attention_mask=mask, past_key_values=cache)
+        longer = torch.cat([mask, torch.ones_like(more)], dim=1)
+        return model(input_ids=more, attention_mask=longer, past_key_values=cache).logits
+
+
+@pytest.mark.parametrize(("name", "new"), [("llama", 1), ("llama", 4), ("mistral", 1), ("gemma4_shared", 1)])
+def test_padding_between_tokens(name: str, new: int) -> None:
+    expected = continue_padded(name, new, "eager")
+    got = continue_padded(name, new, "broadhead")
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-4 * expected.abs().max().item())
+
+
+def test_padding_between_tokens_of_a_window_refused() -> None:
+    """A window counts positions, among which padding lies for some queries and not for others."""
+    with pytest.raises(broadhead.UnsupportedError, match="padding lies between the tokens"):
+        continue_padded("mistral", 4, "broadhead")
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "gemma4_shared", "qwen3_5", "hrm_text"])
+def test_gradients(name: str) -> None:
+    tokens, mask = ids(2, 13), padding(2, 13, "right")
+    labels = tokens.masked_fill(mask == 0, -100)
+    assert_same_gradients(name, input_ids=tokens, attention_mask=mask, labels=labels, use_cache=False)
+
+
+def test_gradients_left_padded() -> None:
+    tokens, mask = ids(2, 13), padding(2, 13, "left")
+    # The token before the first one is padding, whose logits nobody asks for.
+    first = mask.cumsum(1) <= 1
+    labels = tokens.masked_fill(first, -100)
+    assert_same_gradients("mistral", input_ids=tokens, attention_mask=mask, labels=labels, use_cache=False)
+
+
+def test_gradients_of_encoder_and_decoder() -> None:
+    mask = padding(2, 13, "right")
+    assert_same_gradients("t5gemma", input_ids=ids(2, 13), attention_mask=mask, labels=ids(2, 9), use_cache=False)
 
 
 def test_packed_sequences_by_cu_seqlens() -> None:
@@ -176,80 +144,3 @@ def test_bidirectional_window(padded: bool) -> None:
     model = transformers.ModernBertModel(config).eval()
     mask = padding(2, 21, "right") if padded else torch.ones(2, 21, dtype=torch.long)
     assert_same(model, mask.bool(), input_ids=ids(2, 21), attention_mask=mask)
-
-
-def test_cross_attention_with_padded_keys() -> None:
-    """As many queries as keys, of which the last are padding: the queries are not."""
-    layer = torch.nn.Module()
-    layer.is_causal = False
-    q, k, v = (torch.randn(2, 4, 9, 16) for _ in range(3))
-    mask = padding(2, 9, "right").bool()
-    out, _ = integration.attention_forward(layer, q, k, v, mask, sliding_window=None)
-    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
-    torch.testing.assert_close(out, expected.transpose(1, 2), rtol=0, atol=1e-5)
-
-
-def test_chunked_attention() -> None:
-    layer = torch.nn.Module()
-    layer.config = transformers.LlamaConfig(**COMMON)
-    layer.config.layer_types = ["chunked_attention"]
-    layer.config.attention_chunk_size = 4
-    layer.layer_idx, layer.is_causal = 0, True
-    q, k, v = (torch.randn(1, 2, 11, 16) for _ in range(3))
-    out, _ = integration.attention_forward(layer, q, k, v, None)
-    place = torch.arange(11)
-    mask = (place[:, None] >= place) & (place[:, None] // 4 == place // 4)
-    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    torch.testing.assert_close(out, expected.transpose(1, 2), rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
-def test_gradients(name: str) -> None:
-    tokens, mask = ids(2, 13), padding(2, 13, "right")
-    labels = tokens.masked_fill(mask == 0, -100)
-    gradients = []
-    for attention in ("eager", "broadhead"):
-        model = make(name)
-        model.set_attn_implementation(attention)
-        model(input_ids=tokens, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
-        gradients.append({key: p.grad for key, p in model.named_parameters() if p.grad is not None})
-    assert gradients[0].keys() == gradients[1].keys()
-    for key, expected in gradients[0].items():
-        error = (gradients[1][key] - expected).norm() / expected.norm().clamp_min(1e-12)
-        assert error < 1e-3, f"{key}: {error:.2e}"
-
-
-def test_mixed_dtypes_take_the_lowest() -> None:
-    """Norms kept in fp32 upcast q and k, not v."""
-    layer = torch.nn.Module()
-    q, k = (torch.randn(1, 2, 5, 16) for _ in range(2))
-    v = torch.randn(1, 2, 5, 16, dtype=torch.bfloat16)
-    out, _ = integration.attention_forward(layer, q, k, v, None)
-    assert out.dtype == torch.bfloat16
-
-
-REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
-    "four_dimensional_mask": ({"attention_mask": torch.ones(1, 1, 6, 6, dtype=torch.bool)}, "attention_mask"),
-    "output_attentions": ({"output_attentions": True}, "output_attentions"),
-    "dropout": ({"dropout": 0.1}, "dropout"),
-    "position_bias": ({"position_bias": torch.zeros(1, 2, 6, 6)}, "position_bias"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSALS)
-def test_refused_by_name(case: str) -> None:
-    options, name = REFUSALS[case]
-    q, k, v = (torch.randn(1, 2, 6, 16) for _ in range(3))
-    with pytest.raises(broadhead.UnsupportedError, match=name):
-        integration.attention_forward(torch.nn.Module(), q, k, v, **{"attention_mask": None, **options})
-
-
-def test_custom_mask_function_refused() -> None:
-    from transformers.masking_utils import create_causal_mask
-
-    model = make("llama")
-    model.set_attn_implementation("broadhead")
-    with pytest.raises(broadhead.UnsupportedError, match="attention mask"):
-        create_causal_mask(
-            model.config, torch.zeros(1, 6, 64), None, None, and_mask_function=lambda b, h, q, k: q - k != 2
-        )

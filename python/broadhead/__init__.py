@@ -8,7 +8,6 @@ from importlib.metadata import version as _installed_version
 from . import ops, reference, support
 from .backward import mha_bwd
 from .combine import flash_attn_combine
-from .dispatch import _validate_head_dims
 from .errors import (
     BroadheadError,
     FallbackWarning,
@@ -19,6 +18,7 @@ from .errors import (
 )
 from .explain import SupportEntry, explain, is_supported, support_matrix
 from .fallback_notice import last_dispatch
+from .head_dims import _validate_head_dims
 from .interface import flash_attn_func, flash_attn_varlen_func, maybe_contiguous, mha_fwd
 from .interface_packed import flash_attn_kvpacked_func, flash_attn_qkvpacked_func, flash_attn_varlen_qkvpacked_func
 from .kvcache import flash_attn_with_kvcache

@@ -9,13 +9,17 @@ from torch import Tensor
 from torch.compiler import is_compiling, is_dynamo_compiling
 
 from . import validation as check
+from . import values
 from .append_launch import Append, kernel_obstacle, launch_append, run_append
 from .device import describe
 from .errors import InvalidArgumentError, InvalidTypeError, UnsupportedError
-from .fallback_notice import is_strict, warn_fallback
+from .fallback_notice import settle_operation
 from .forward import check_only, metadata_identity
+from .inputs import read_tensors
+from .layout import contiguous, refuse_strided
 from .masking import normalize_window
 from .metadata import check_identity, filled
+from .names import shown_name
 from .plain import plain, plain_fields, refuse_tangents, refuse_transformed, runs_as_operator
 from .problem import AttentionArgs, needs_gradients
 from .signature import call_signature_of
@@ -86,7 +90,9 @@ def append_new_keys(function: str, args: AttentionArgs, new: NewKeys) -> tuple[A
         return _append_by_operator(function, args, new)
     given = args
     args = plain_fields(function, args, written=("k", "v", "out"))
-    new = _plain_new(function, new)
+    ready, ready_new = _readable(function, args, _plain_new(function, new))
+    if any(a is not b for a, b in zip((*ready, *ready_new), (*given, *new), strict=True)):
+        return append_new_keys(function, ready, ready_new)
     attention_on_kernel = _validate(function, args, new)
     call = _describe(args, new, _causal_or_local(function, args))
     obstacle = kernel_obstacle(call)
@@ -98,7 +104,7 @@ def append_new_keys(function: str, args: AttentionArgs, new: NewKeys) -> tuple[A
         identity = () if args.scheduler_metadata is None else metadata_identity(function, args)
         _known[key] = _KnownAppend(call.causal_or_local, identity)
     q, lengths = run_append(call, args.backend)
-    return given.q if q is None else q, lengths
+    return args.q if q is None else q, lengths
 
 
 def _plain_new(function: str, new: NewKeys) -> NewKeys:
@@ -108,11 +114,30 @@ def _plain_new(function: str, new: NewKeys) -> NewKeys:
     return NewKeys(*(plain(function, names.get(name, name), value) for name, value in new._asdict().items()))
 
 
+def _readable(function: str, args: AttentionArgs, new: NewKeys) -> tuple[AttentionArgs, NewKeys]:
+    """The arguments with scalars out of their tensors and copies of strided tensors; the same objects without any."""
+    ready = read_tensors(function, args)
+    for name, cache in zip(_names(function)[0], (args.k, args.v), strict=True):
+        if ready.page_table is None:  # else read_tensors knows that they are caches
+            refuse_strided(function, name, cache)
+    tensors = [contiguous(tensor) for tensor in new[:6]]
+    interleaved = new.rotary_interleaved
+    if type(interleaved) is not bool:
+        interleaved = check.check_bool(function, "rotary_interleaved", interleaved)
+    if interleaved is new.rotary_interleaved and all(a is b for a, b in zip(tensors, new[:6])):
+        return ready, new
+    k, v, cu_seqlens_k_new, cos, sin, seqlens = tensors
+    return ready, NewKeys(k, v, cu_seqlens_k_new, cos, sin, seqlens, interleaved)
+
+
 def _append_by_operator(function: str, args: AttentionArgs, new: NewKeys) -> tuple[Any, Any]:
     """append_new_keys through the operator; traceable, so it validates only what a schema needs."""
+    args, new = _readable(function, args, new)
     if is_compiling():
         _check_given(function, args, new)
         _check_no_gradient(function, args, new)
+        if new.rotary_cos is not None:
+            _check_rotary_rows(function, args.k, args.page_table, new.rotary_cos)
     else:
         refuse_tangents(function, *args, *new)
         refuse_transformed(function, "appending to a cache", *args, *new)
@@ -141,16 +166,14 @@ def _causal_or_local(function: str, args: AttentionArgs) -> bool:
 
 def _refuse_or_warn(function: str, obstacle: str, args: AttentionArgs) -> None:
     """Attention runs on a kernel, the append before it would not: as for attention, that is no secret."""
-    if args.backend == "cuda" or is_strict():
-        prefix = "" if args.backend == "cuda" else "BROADHEAD_STRICT=1: "
-        raise UnsupportedError(f"{prefix}{function}: the append kernel does not take this call: {obstacle}")
-    warn_fallback(function, describe(args.q.device).label(), f"the append of k and v: {obstacle}")
+    settle_operation(function, "append", describe(args.q.device), args.backend, obstacle)
 
 
 def _validate(function: str, args: AttentionArgs, new: NewKeys) -> bool:
     """Check everything that the append and the attention behind it read; whether a kernel will run the attention."""
     attention = args if args.page_table is None else args._replace(cu_seqlens_k=None)
-    attention_on_kernel = check_only(function, attention)
+    with check.clamped():  # its lengths are those before the append; values.check_append knows those after it
+        attention_on_kernel = check_only(function, attention)
     _check_given(function, args, new)
     _check_append(
         function, args.q, args.k, args.v, new.k, new.v, new.rotary_cos, new.rotary_sin, args.seqused_k,
@@ -158,6 +181,10 @@ def _validate(function: str, args: AttentionArgs, new: NewKeys) -> bool:
         new.rotary_interleaved,
     )  # fmt: skip
     _check_no_gradient(function, args, new)
+    batch = args.q.shape[0] if args.cu_seqlens_q is None else args.cu_seqlens_q.shape[0] - 1
+    values.check_append(
+        function, attention, new, batch, lambda name: shown_name(function, name), _names(function)[1][0]
+    )
     return attention_on_kernel
 
 
@@ -281,16 +308,27 @@ def _check_append(
     check.check_bool(function, "rotary_interleaved", rotary_interleaved)
     if rotary_cos is not None:
         _check_rotary(function, q, k, rotary_cos, rotary_sin)
+        _check_rotary_rows(function, k_cache, page_table, rotary_cos)
+
+
+def _check_rotary_rows(function: str, k_cache: Tensor, page_table: Tensor | None, rotary_cos: Tensor) -> None:
+    """A row of the table for every key that the cache can hold: none is rotated by the angles of another position."""
+    capacity = k_cache.shape[1] * (1 if page_table is None else page_table.shape[1])
+    if rotary_cos.shape[0] < capacity:
+        length = "rows of the cache" if page_table is None else "page_table.size(1) * page_size"
+        raise InvalidArgumentError(
+            f"{function}: rotary_cos and rotary_sin must have a row for each position of the cache, {capacity}"
+            f" ({length}), got {rotary_cos.shape[0]}"
+        )
 
 
 def _check_rotary(function: str, q: Tensor, k: Tensor, rotary_cos: Any, rotary_sin: Any) -> None:
     name_k, _ = _names(function)[1]
-    for name, tensor in (("q", q), (name_k, k)):
-        if tensor.dtype in check.FLOAT8_DTYPES:
-            raise UnsupportedError(
-                f"{function}: rotary_cos and rotary_sin need q and {name_k} before they were rounded to 8 bits, got"
-                f" {name} of {tensor.dtype}; rotate before the conversion, or pass bf16 or fp16"
-            )
+    if q.dtype in check.FLOAT8_DTYPES and k.dtype != q.dtype:
+        raise UnsupportedError(
+            f"{function}: rotary_cos and rotary_sin turn q and {name_k} of one dtype, got q of {q.dtype} and {name_k}"
+            f" of {k.dtype}; pass both in 8 bits, or both in bf16 or fp16"
+        )
     check.check_same_dtype(function, name_k, k, q.dtype)
     spelled = "a floating-point tensor of shape (positions, rotary_dim / 2)"
     for name, value in (("rotary_cos", rotary_cos), ("rotary_sin", rotary_sin)):

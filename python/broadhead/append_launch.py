@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from . import append_kv, native
-from .device import common_kernel_obstacle
-from .fallback_notice import Dispatch, state
+from .device import common_kernel_obstacle, describe
+from .fallback_notice import ASKED_FOR_TORCH, Dispatch, settle_operation, state
 from .metadata import CURRENT_STREAM
 from .plain import mark_written
 
@@ -59,7 +59,8 @@ def kernel_obstacle(call: Append) -> str | None:
     for name, angles in (("rotary_cos", call.rotary_cos), ("rotary_sin", call.rotary_sin)):
         if angles is None or call.rotary_cos is None:
             continue
-        if angles.dtype not in (torch.float32, call.k_new.dtype) or angles.dtype != call.rotary_cos.dtype:
+        taken = (torch.float32, *((torch.bfloat16, torch.float16) if call.k_new.dtype == _FLOAT8 else ()))
+        if angles.dtype not in (*taken, call.k_new.dtype) or angles.dtype != call.rotary_cos.dtype:
             return f"{name} is {angles.dtype}; the kernel takes rotary tables of one dtype, fp32 or that of q"
         if angles.shape[1] > 1 and angles.stride(1) != 1:
             return f"{name} has strides {angles.stride()}; the kernel takes a contiguous last dimension"
@@ -68,11 +69,17 @@ def kernel_obstacle(call: Append) -> str | None:
     return None
 
 
-def run_append(call: Append, backend: str | None = None) -> tuple[Tensor | None, Tensor]:
-    """Write the new keys; ``(q rotated, or None where there is none, lengths after the append)``."""
-    obstacle = "backend='torch' was asked for" if backend == "torch" else kernel_obstacle(call)
+def run_append(call: Append, backend: str | None = None, function: str | None = None) -> tuple[Tensor | None, Tensor]:
+    """Write the new keys; ``(q rotated, or None where there is none, lengths after the append)``.
+
+    Args:
+        function: by this name a fallback is told, or refused; None: the caller has done that.
+    """
+    obstacle = ASKED_FOR_TORCH if backend == "torch" else kernel_obstacle(call)
     if obstacle is None:
         return launch_append(call)
+    if function is not None:
+        settle_operation(function, "append", describe(call.k_cache.device), backend, obstacle)
     state.append = ("torch", None, obstacle)
     return _run_torch(call)
 

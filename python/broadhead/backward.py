@@ -12,7 +12,9 @@ from . import reference
 from . import validation as check
 from .errors import InvalidArgumentError, InvalidTypeError
 from .forward import describe_call, select
-from .plain import plain, plain_fields, refuse_tangents, runs_as_operator
+from .inputs import read_tensors
+from .layout import refuse_strided
+from .plain import plain, plain_fields, refuse_tangents, refuse_transformed, runs_as_operator
 from .problem import AttentionArgs, CheckedCall, check_forward, out_dtype, refuse_float8_gradient
 
 
@@ -33,7 +35,8 @@ def run_backward_below(function: str, outputs: tuple[Any, Any, Any, Any], args: 
         plain(function, name, value)
         for name, value in zip(("dout", "dlse", "out", "softmax_lse"), outputs, strict=True)
     )
-    return run_backward(function, dout, dlse, plain_fields(function, args), out=out, softmax_lse=softmax_lse)
+    args = read_tensors(function, plain_fields(function, args))
+    return run_backward(function, dout, dlse, args, out=out, softmax_lse=softmax_lse)
 
 
 def run_backward(
@@ -153,7 +156,8 @@ def mha_bwd(
         out, softmax_lse: the results of the forward call, of the shapes and dtypes that it returns. They are used as
             they are given: those of a whole whose keys q attends to in parts give each part its share of the gradient
             of the whole. A row whose softmax_lse is -inf has no gradient. None: computed.
-        dq, dk, dv: written if given; their rows past seqused or past ``cu_seqlens[-1]`` keep what they hold.
+        dq, dk, dv: written if given, with a contiguous last dimension; their rows past seqused or past
+            ``cu_seqlens[-1]`` keep what they hold.
         The other arguments: as in the forward call. deterministic: accepted; results always are, bit for bit.
 
     Raises:
@@ -181,10 +185,14 @@ def mha_bwd(
         prefix_lens=prefix_lens,
         backend=backend,
     )
+    for name, tensor in (("dq", dq), ("dk", dk), ("dv", dv)):
+        refuse_strided(function, name, tensor)
     outputs = (dout, dlse, out, softmax_lse)
     if is_dynamo_compiling() or runs_as_operator(*outputs, *args):
         from . import ops
 
+        if not is_dynamo_compiling() and any(x is not None for x in (dq, dk, dv)):
+            refuse_transformed(function, "dq=, dk= and dv=", *outputs, *args, dq, dk, dv)
         gradients = Gradients(*ops.call_backward(function, outputs, args))
     else:
         gradients = run_backward_below(function, outputs, args)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any
 
 import torch
@@ -78,18 +77,27 @@ def explain(
     seqlen_q: Annotated[int, typer.Option(help="Longest query.")] = 1,
     seqlen_k: Annotated[int, typer.Option(help="Longest key sequence.")] = 8192,
     causal: Annotated[bool, typer.Option(help="Causal mask.")] = False,
-    window: Annotated[int | None, typer.Option(help="Keys seen to the left (and right, unless causal).")] = None,
+    window: Annotated[
+        str | None,
+        typer.Option(help="Keys seen to the left and right, as 128 or 128,0; -1: all; with --causal the right is 0."),
+    ] = None,
+    attention_chunk: Annotated[int, typer.Option(help="Positions of a chunk, which is seen alone; 0: none.")] = 0,
     softcap: Annotated[float, typer.Option(help="tanh cap of the scores; 0: none.")] = 0.0,
     page_size: Annotated[int | None, typer.Option(help="Tokens a page; default: not paged.")] = None,
     varlen: Annotated[bool, typer.Option(help="Packed sequences.")] = False,
     sinks: Annotated[bool, typer.Option(help="Learnable sinks.")] = False,
     prefix_lens: Annotated[bool, typer.Option(help="Prefix-LM mask.")] = False,
+    qv: Annotated[bool, typer.Option(help="A second query for v: absorbed MLA.")] = False,
+    descale: Annotated[bool, typer.Option(help="Factors of float8 q, k or v.")] = False,
+    requires_grad: Annotated[bool, typer.Option(help="A gradient will be asked for.")] = False,
+    num_splits: Annotated[int, typer.Option(help="Bound of the splits of a row of keys; 0: the heuristic.")] = 0,
+    tokens_per_split: Annotated[int, typer.Option(help="Cut keys at multiples of this many; 0: off.")] = 0,
     direction: Annotated[str, typer.Option(help="forward or backward.")] = "forward",
     device: Annotated[
         str | None, typer.Option(help="cuda, cpu, or a compute capability such as 8.9; default: this machine.")
     ] = None,
 ) -> None:
-    """Say which kernel a call runs, or why each refuses it."""
+    """Say which kernel a call runs, and why others refuse it."""
     try:
         text = broadhead.explain(
             head_dim=head_dim,
@@ -102,14 +110,20 @@ def explain(
             seqlen_q=seqlen_q,
             seqlen_k=seqlen_k,
             causal=causal,
-            window_size=window,
+            window_size=_parse_window(window),
+            attention_chunk=attention_chunk,
             softcap=softcap,
             page_size=page_size,
             varlen=varlen,
             sinks=sinks,
             prefix_lens=prefix_lens,
+            qv=qv,
+            descale=descale,
+            requires_grad=requires_grad,
+            num_splits=num_splits,
+            tokens_per_split=tokens_per_split,
             direction=direction,
-            device=_parse_device(device),
+            device=device,
         )
     except (broadhead.BroadheadError, ValueError) as error:
         typer.echo(f"broadhead explain: {error}", err=True)
@@ -146,9 +160,14 @@ def _parse_dtype(option: str, name: str) -> torch.dtype:
     return _DTYPES[name]
 
 
-def _parse_device(name: str | None) -> Any:
-    """A device name as it is, "8.9" as the capability ``(8, 9)``."""
-    if name and re.fullmatch(r"\d+\.\d+", name):
-        major, minor = name.split(".")
-        return (int(major), int(minor))
-    return name
+def _parse_window(text: str | None) -> Any:
+    """ "128" as both sides, "128,0" as (left, right)."""
+    if text is None:
+        return None
+    try:
+        sides = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        sides = ()
+    if len(sides) not in (1, 2):
+        raise ValueError(f"--window must be one or two ints such as 128 or 128,0, got {text!r}")
+    return sides if len(sides) == 2 else sides[0]

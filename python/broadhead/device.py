@@ -89,12 +89,12 @@ def default_device() -> DeviceDescription:
 
 def common_kernel_obstacle(device: torch.device) -> str | None:
     """Why the kernels that every library holds (csrc/common) can not run on tensors there; None: they can."""
-    if device.type != "cuda":
-        return f"the tensors are on {device.type}"
+    description = describe(device)
+    if description.type != "cuda":
+        return f"the tensors are on {description.type}"
     family = build_description().common_family()
     if family is None:
         return "this installation holds no kernels"
-    description = describe(device)
     if description.capability is None or not family.covers(description.capability):
         return f'the kernels were built for "{";".join(family.archs)}", not for {description.label()}'
     return None

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 import zlib
 from typing import NamedTuple
 
 from .device import DeviceDescription
-from .native import BuildDescription, build_description
+from .native import BuildDescription, build_description, build_help
 from .problem import ALIGNMENT_BYTES, AttentionProblem, canonical_right
 from .schedule import Schedule, plan_schedule
 from .support import ELEMENT_BYTES, EXTRA_FEATURES, FEATURES, ROWS, KernelRow
-from .validation import describe_value
 
 #: Features of calls whose sequences differ in length, or may: the host does not know the lengths.
 LENGTHS_ON_DEVICE = ("leftpad", "paged", "seqused", "varlen")
 
 #: Features of a problem that no row lists, with the words of the refusal.
 UNSERVED = {"gradients": "an input requires grad and this release has no CUDA backward kernel"}
-
-_BUILD_HELP = "install a CUDA wheel of broadhead, or build it with BROADHEAD_CUDA_ARCHS"
 
 #: head_dim above which a tile is chosen for the rows of a shared prefix as well. Below, tiles of 16 rows that find it
 #: in the L2 beat those of 32. PERF(H200, 4 sequences sharing 8k, us with 16 and 32 rows: 32/8 heads of 128 26.5, 30.9;
@@ -60,8 +58,7 @@ class Plan(NamedTuple):
     schedule: Schedule | None  # None with row
     metadata_tag: int  # non-zero
     metadata_config: MetadataConfig
-    refusals: tuple[Refusal, ...]  # of the rows that were not taken
-    reason: str  # why row is None, else why it was chosen
+    reason: str  # why row is None, else why it was chosen; one text for all plans that it holds for
     left_out: bool  # a kernel exists, but this build leaves it out or can not load it
 
 
@@ -155,17 +152,17 @@ def _build_refusal(row: KernelRow, device: DeviceDescription, build: BuildDescri
     assert device.capability is not None
     arch = arch_for(device.capability)
     if not build.has_module:
-        return f'is left out of this build, the CPU package; {_BUILD_HELP}="{arch}"'
+        return f"is left out of this build, the CPU package; {build_help(arch)}"
     error = build.load_error(row.family)
     if error:
         return f"is left out: the library of {row.family} kernels did not load: {error}"
     family = build.family(row.family)
     if family is None or row.id not in family.kernels:
-        return f'is left out of this build; {_BUILD_HELP}="{arch}"'
+        return f"is left out of this build; {build_help(arch)}"
     if not family.covers(device.capability):
         return (
             f"is left out of this build for compute capability {_capability_text(device.capability)}: it was built for"
-            f' "{";".join(family.archs)}"; {_BUILD_HELP}="{arch}"'
+            f' "{";".join(family.archs)}"; {build_help(arch)}'
         )
     needed = (*family.cuda_version[:1], 0) if family.cuda_version else ()
     if needed and device.cuda_version is not None and device.cuda_version < needed:
@@ -194,9 +191,9 @@ def _short_rows(problem: AttentionProblem) -> list[str]:
     ]
 
 
-def _nothing_computes(problem: AttentionProblem, rows: list[KernelRow]) -> str:
+def _nothing_computes(problem: AttentionProblem) -> str:
     """The first property of the problem that no row has."""
-    rows = [row for row in rows if row.direction == problem.direction]
+    rows = [row for row in ROWS if row.direction == problem.direction]
     if not rows:
         return f"this release has no CUDA {problem.direction} kernel"
     dtypes = sorted({dtypes_text(row.dtype, row.kv_dtype) for row in rows})
@@ -235,57 +232,79 @@ def _head_dims(problem: AttentionProblem) -> str:
     return text if problem.head_dim == problem.head_dim_v else f"{text}, head_dim_v {problem.head_dim_v}"
 
 
+def _rows_of(problem: AttentionProblem) -> list[KernelRow]:
+    """The rows of the problem's direction and dtypes."""
+    global _rows_by_dtypes
+    if _rows_by_dtypes[0] is not ROWS:  # at first, and where a test hands in others
+        by_dtypes: dict[tuple[str, str, str], list[KernelRow]] = {}
+        for row in ROWS:
+            by_dtypes.setdefault((row.direction, row.dtype, row.kv_dtype), []).append(row)
+        _rows_by_dtypes = (ROWS, by_dtypes)
+    return _rows_by_dtypes[1].get((problem.direction, problem.dtype, problem.kv_dtype), [])
+
+
+_rows_by_dtypes: tuple[tuple[KernelRow, ...], dict[tuple[str, str, str], list[KernelRow]]] = ((), {})
+
+
 def _decide(problem: AttentionProblem, device: DeviceDescription, build: BuildDescription) -> Plan:
-    rows = sorted(
-        ROWS,
+    general = _general_refusals(problem, device)
+    if general:
+        return _no_plan(problem, "; ".join(general), False)
+    needed = _needed_features(problem)
+    able = [row for row in _rows_of(problem) if not _request_refusal(row, problem, needed)]
+    running = sorted(
+        (row for row in able if not _device_refusal(row, device)),
         key=lambda row: (_preference(row, problem), row.head_dim + row.head_dim_v, _tile_fit(row, problem)),
     )
-    needed = _needed_features(problem)
-    refusals = [Refusal("", reason) for reason in _general_refusals(problem, device)]
-    general = bool(refusals)
-    chosen: KernelRow | None = None
-    computable = False  # a kernel computes the problem, on some device
     left_out: dict[str, str] = {}  # why the build has not what would be better: reason -> the best such kernel
-    for row in rows:
+    chosen: KernelRow | None = None
+    for row in running:
+        reason = _build_refusal(row, device, build)
+        if not reason:
+            chosen = row
+            break
+        left_out.setdefault(reason, row.id)
+    missing = "; ".join(f"kernel {row_id} {reason}" for reason, row_id in left_out.items())
+    if chosen is None:
+        why = missing or (_device_reason(device, able, problem) if able else _nothing_computes(problem))
+        return _no_plan(problem, why, bool(missing))
+    schedule = plan_schedule(problem, chosen, device)
+    why = f"{chosen.id}: the first {chosen.phase} row for {_head_dims(problem)}"
+    if missing:
+        why += f" that this build holds: {missing}"
+    if problem.shared_tokens:
+        why += "; the shared prefix in the same launch"
+    tag, config = metadata_identity(problem, chosen, schedule.pack_gqa)
+    return Plan(chosen, schedule, tag, config, sys.intern(why), False)
+
+
+def _no_plan(problem: AttentionProblem, reason: str, left_out: bool) -> Plan:
+    tag, config = metadata_identity(problem, None, False)
+    return Plan(None, None, tag, config, sys.intern(reason), left_out)
+
+
+def refusals(
+    problem: AttentionProblem, device: DeviceDescription, build: BuildDescription | None = None
+) -> tuple[Refusal, ...]:
+    """Why each row that does not serve ``problem`` refuses it. Plans do not keep these texts: there is one a row.
+
+    Args:
+        build: as for resolve.
+    """
+    build = build_description() if build is None else build
+    needed = _needed_features(problem)
+    found = [Refusal("", reason) for reason in _general_refusals(problem, device)]
+    for row in ROWS:
         reason = _request_refusal(row, problem, needed)
         if not reason and device.type == "cuda":
-            computable = True
-            reason = _device_refusal(row, device)
-            if not reason:
-                reason = _build_refusal(row, device, build)
-                if reason and chosen is None:
-                    left_out.setdefault(reason, row.id)
+            reason = _device_refusal(row, device) or _build_refusal(row, device, build)
         if reason:
-            refusals.append(Refusal(row.id, reason))
-        elif chosen is None and not general:
-            chosen = row
-    missing = "; ".join(f"kernel {row_id} {reason}" for reason, row_id in left_out.items())
-    if chosen is not None:
-        schedule = plan_schedule(problem, chosen, device)
-        why = f"{chosen.id}: the first {chosen.phase} row for {_head_dims(problem)}"
-        if missing:
-            why += f" that this build holds: {missing}"
-        if problem.shared_tokens:
-            why += "; the shared prefix in the same launch"
-        tag, config = metadata_identity(problem, chosen, schedule.pack_gqa)
-        return Plan(chosen, schedule, tag, config, tuple(refusals), why, False)
-    if general:
-        why = "; ".join(refusal.reason for refusal in refusals if not refusal.row_id)
-    elif missing:
-        why = missing
-    elif computable:
-        why = _device_reason(problem, device, rows, needed)
-    else:
-        why = _nothing_computes(problem, rows)
-    tag, config = metadata_identity(problem, None, False)
-    return Plan(None, None, tag, config, tuple(refusals), why, bool(missing) and not general)
+            found.append(Refusal(row.id, reason))
+    return tuple(found)
 
 
-def _device_reason(
-    problem: AttentionProblem, device: DeviceDescription, rows: list[KernelRow], needed: tuple[str, ...]
-) -> str:
+def _device_reason(device: DeviceDescription, able: list[KernelRow], problem: AttentionProblem) -> str:
     """Kernels compute the problem, but none on this device."""
-    able = [row for row in rows if not _request_refusal(row, problem, needed)]
     capabilities = sorted({capability for row in able for capability in row.capabilities})
     if device.capability not in capabilities:
         known = ", ".join(map(_capability_text, capabilities))
@@ -321,7 +340,8 @@ def metadata_identity(problem: AttentionProblem, row: KernelRow | None, pack_gqa
 
 
 _plans: dict[tuple[AttentionProblem, DeviceDescription, BuildDescription], Plan] = {}
-_MAX_PLANS = 16384
+#: About 2 KB each, with its key: 8 MB. A plan costs less than 0.1 ms to make again.
+_MAX_PLANS = 4096
 
 
 def resolve(problem: AttentionProblem, device: DeviceDescription, build: BuildDescription | None = None) -> Plan:
@@ -359,28 +379,3 @@ def refusal_text(function: str, problem: AttentionProblem, device: DeviceDescrip
         f"{function}: {head}: {plan.reason}. Asked: {asked}. Device: {device.label()}."
         " Remedy: leave backend and BROADHEAD_STRICT unset to run on the torch fallback"
     )
-
-
-def _validate_head_dims(
-    head_dim: int, head_dim_v: int, compute_capability: int | tuple[int, int], alignment: int = 8
-) -> None:
-    """Assert that a forward kernel exists for the head dims on a compute capability (major, or (major, minor)).
-
-    Raises:
-        AssertionError: with the reason, as FlashAttention-4's function of this name does.
-    """
-    assert isinstance(compute_capability, (int, tuple)), (
-        f"compute_capability must be a major version or (major, minor), got {describe_value(compute_capability)}"
-    )
-    wanted = (compute_capability,) if isinstance(compute_capability, int) else tuple(compute_capability)
-    rows = [
-        row for row in ROWS if row.direction == "forward" and any(c[: len(wanted)] == wanted for c in row.capabilities)
-    ]
-    shown = ".".join(map(str, wanted))
-    assert rows, f"no kernel for compute capability {shown}"
-    for name, size, largest in (
-        ("head_dim", head_dim, max(row.head_dim for row in rows)),
-        ("head_dim_v", head_dim_v, max(row.head_dim_v for row in rows)),
-    ):
-        assert size > 0 and size % alignment == 0, f"{name} must be a positive multiple of {alignment}, got {size}"
-        assert size <= largest, f"{name} must be at most {largest} on compute capability {shown}, got {size}"

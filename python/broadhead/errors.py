@@ -24,4 +24,4 @@ class KernelError(BroadheadError, RuntimeError):
 
 
 class FallbackWarning(UserWarning):
-    """A call on a CUDA device ran on the torch fallback; issued once per reason."""
+    """A call on a CUDA device ran on the torch fallback; issued once per kind of reason."""

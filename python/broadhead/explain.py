@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple
 
 import torch
@@ -9,12 +10,16 @@ from torch import Tensor
 
 from . import validation as check
 from .device import DeviceDescription, default_device, describe, hypothetical
-from .dispatch import Plan, dtypes_text, resolve
+from .dispatch import Plan, Refusal, dtypes_text, refusals, resolve
 from .errors import InvalidArgumentError, InvalidTypeError
+from .layout import is_strided
 from .masking import normalize_chunk, normalize_window
 from .native import BuildDescription, build_description
 from .problem import DTYPE_NAMES, AttentionProblem, collect_features, name_kv_dtype
 from .support import ROWS
+
+#: Kernels that a line of refusals names.
+_MAX_SHOWN = 2
 
 
 def _device(function: str, device: Any) -> DeviceDescription:
@@ -24,20 +29,34 @@ def _device(function: str, device: Any) -> DeviceDescription:
         return device
     if isinstance(device, tuple) and len(device) == 2 and all(isinstance(part, int) for part in device):
         return hypothetical(device)
+    if isinstance(device, str) and re.fullmatch(r"\d+\.\d+", device.strip()):
+        major, minor = device.strip().split(".")
+        return hypothetical((int(major), int(minor)))
     if isinstance(device, (str, torch.device)):
         try:
             return describe(torch.device(device))
         except (RuntimeError, AssertionError) as error:
-            raise InvalidArgumentError(f"{function}: device {device!r} is not available: {error}") from error
+            words = str(error).partition("\n")[0]
+            raise InvalidArgumentError(
+                f"{function}: device must be a device that is here, or a compute capability such as (8, 9) or '8.9',"
+                f" got {device!r}: {words}"
+            ) from error
     raise InvalidTypeError(
-        f"{function}: device must be None, a torch.device or its name, a compute capability (major, minor) or a"
-        f" DeviceDescription, got {check.describe_value(device)}"
+        f"{function}: device must be None, a torch.device or its name, a compute capability such as (8, 9) or '8.9', or"
+        f" a DeviceDescription, got {check.describe_value(device)}"
     )
+
+
+def _is_given(function: str, name: str, value: Any) -> bool:
+    """Whether the call has an optional argument: said by a bool, or by the tensor itself."""
+    if isinstance(value, Tensor) and value.dim() > 0:
+        return True
+    return value is not None and check.check_bool(function, name, value)
 
 
 def _plan(function: str, device: DeviceDescription, build: BuildDescription | None, **asked: Any) -> tuple[Any, Plan]:
     q, k, v = asked["q"], asked["k"], asked["v"]
-    varlen, page_size = asked["varlen"], asked["page_size"]
+    varlen, page_size = False, asked["page_size"]
     if isinstance(q, Tensor):
         if not isinstance(k, Tensor) or not isinstance(v, Tensor):
             raise InvalidArgumentError(
@@ -52,12 +71,15 @@ def _plan(function: str, device: DeviceDescription, build: BuildDescription | No
             num_heads_q=q.shape[-2],
             num_heads_kv=k.shape[-2],
         )
-        varlen = varlen or packed
+        varlen = packed
         if not packed:
             asked["batch_size"], asked["seqlen_q"] = q.shape[0], q.shape[1]
         if k.dim() == 4 and page_size is None:
             asked["seqlen_k"] = k.shape[1]
-        asked["requires_grad"] = asked["requires_grad"] or any(t.requires_grad for t in (q, k, v))
+        learned = (q, k, v, asked["qv"], asked["sinks"])
+        asked["requires_grad"] = asked["requires_grad"] or any(
+            t.requires_grad for t in learned if isinstance(t, Tensor)
+        )
     if asked["head_dim"] is None:
         raise InvalidArgumentError(f"{function}: head_dim must be given, or the tensors q, k and v, got None")
     head_dim = check.check_int(function, "head_dim", asked["head_dim"], 1)
@@ -83,8 +105,13 @@ def _plan(function: str, device: DeviceDescription, build: BuildDescription | No
     direction = asked["direction"]
     if direction not in ("forward", "backward"):
         raise InvalidArgumentError(f"{function}: direction must be 'forward' or 'backward', got {direction!r}")
-    attention_chunk = normalize_chunk(check.check_int(function, "attention_chunk", asked["attention_chunk"]))
-    num_splits = check.check_int(function, "num_splits", asked["num_splits"], 0, check.MAX_SPLITS)
+    attention_chunk = normalize_chunk(check.check_attention_chunk(function, asked["attention_chunk"]))
+    softcap = check.check_softcap(function, asked["softcap"])
+    num_splits = check.check_num_splits(function, asked["num_splits"])
+    given = {
+        name: _is_given(function, name, asked[name])
+        for name in ("varlen", "sinks", "prefix_lens", "qv", "descale", "requires_grad")
+    }
     # A head_dim that is no multiple of 8 is refused by every function: say so instead of choosing a row.
     odd = tuple(f"head_dim must be a multiple of 8, got {d}" for d in sorted({head_dim, head_dim_v}) if d % 8)
     problem = AttentionProblem(
@@ -105,17 +132,17 @@ def _plan(function: str, device: DeviceDescription, build: BuildDescription | No
             causal=right == 0,
             window=left >= 0 or right > 0,
             attention_chunk=attention_chunk > 0,
-            softcap=bool(asked["softcap"]),
-            sinks=bool(asked["sinks"]),
-            prefix_lens=bool(asked["prefix_lens"]),
-            varlen=bool(varlen),
+            softcap=softcap > 0,
+            sinks=given["sinks"],
+            prefix_lens=given["prefix_lens"],
+            varlen=given["varlen"] or varlen,
             gqa=num_heads_q != num_heads_kv,
             paged=page_size is not None,
             split_kv=num_splits > 1,
             lse=True,
-            qv=bool(asked["qv"]),
-            descale=bool(asked["descale"]),
-            gradients=bool(asked["requires_grad"]) and direction == "forward",
+            qv=given["qv"],
+            descale=given["descale"],
+            gradients=given["requires_grad"] and direction == "forward",
         ),
         num_splits=num_splits,
         pack_gqa=None,
@@ -144,14 +171,14 @@ def is_supported(
     seqlen_k: int = 1,
     causal: bool = False,
     window_size: Any = (-1, -1),
-    attention_chunk: int = 0,
-    softcap: float = 0.0,
+    attention_chunk: int | None = 0,
+    softcap: float | None = 0.0,
     page_size: int | None = None,
     varlen: bool = False,
-    sinks: bool = False,
-    prefix_lens: bool = False,
-    qv: bool = False,
-    descale: bool = False,
+    sinks: bool | Tensor = False,
+    prefix_lens: bool | Tensor = False,
+    qv: bool | Tensor = False,
+    descale: bool | Tensor = False,
     requires_grad: bool = False,
     num_splits: int = 0,
     tokens_per_split: int = 0,
@@ -165,10 +192,11 @@ def is_supported(
         q, k, v: the tensors of the call; or describe them by head_dim, head_dim_v, dtype, kv_dtype (of k and v; None:
             dtype), num_heads_q, num_heads_kv, batch_size, seqlen_q and seqlen_k.
         device: None for the device of q, else the current CUDA device, else the CPU; a torch.device or its name; a
-            compute capability such as ``(8, 9)``; or a DeviceDescription.
+            compute capability such as ``(8, 9)`` or ``"8.9"``; or a DeviceDescription.
         build: the kernels to look at; None for those of this installation.
-        The other arguments: what the call asks for, as in flash_attn_func (sinks, prefix_lens, qv and
-            descale: whether). The call is taken to bring no scheduler metadata.
+        sinks, prefix_lens, qv, descale: whether the call has them, or the tensors themselves.
+        The other arguments: what the call asks for, as in flash_attn_func. The call is taken to bring no scheduler
+            metadata.
 
     Raises:
         InvalidArgumentError, InvalidTypeError: the description makes no sense; the text names the argument.
@@ -202,14 +230,14 @@ def explain(
     seqlen_k: int = 1,
     causal: bool = False,
     window_size: Any = (-1, -1),
-    attention_chunk: int = 0,
-    softcap: float = 0.0,
+    attention_chunk: int | None = 0,
+    softcap: float | None = 0.0,
     page_size: int | None = None,
     varlen: bool = False,
-    sinks: bool = False,
-    prefix_lens: bool = False,
-    qv: bool = False,
-    descale: bool = False,
+    sinks: bool | Tensor = False,
+    prefix_lens: bool | Tensor = False,
+    qv: bool | Tensor = False,
+    descale: bool | Tensor = False,
     requires_grad: bool = False,
     num_splits: int = 0,
     tokens_per_split: int = 0,
@@ -217,9 +245,10 @@ def explain(
     device: Any = None,
     build: BuildDescription | None = None,
 ) -> str:
-    """Where a call runs and why, as text: the backend, the kernel and its plan, and what every other kernel refused.
+    """Where a call runs and why, as text: the backend, the kernel and its plan, and why other kernels refuse it.
 
-    Args and errors as for is_supported.
+    A line says which tensors are copied because their last dimension is not contiguous; kernels that refuse for one
+    reason share a line. Args and errors as for is_supported.
     """
     function = "explain"
     where = _device(function, q.device if device is None and isinstance(q, Tensor) else device)
@@ -251,8 +280,36 @@ def explain(
         )
     else:
         lines.append(f"runs on: the torch fallback, because {plan.reason}")
-    lines += [f"refused: {refusal.row_id or 'every kernel'}: {refusal.reason}" for refusal in plan.refusals]
+    lines += _copies(q, k, v, qv, page_size)
+    lines += _grouped(refusals(problem, where, build))
     return "\n".join(lines)
+
+
+def _copies(q: Any, k: Any, v: Any, qv: Any, page_size: Any) -> list[str]:
+    """Which tensors of the call are copied before it runs, and why."""
+    read = {"q": q, "k": k, "v": v, "qv": qv}
+    lines = []
+    for name, tensor in read.items():
+        if is_strided(tensor):
+            layout = f"its last dimension is not contiguous, it has strides {tensor.stride()}"
+            if page_size is not None and name in ("k", "v"):
+                lines.append(f"refused: {name} is a cache, which is never copied: {layout}")
+            else:
+                lines.append(f"copied: {name}, in every call: {layout}; a cache would be refused")
+    return lines
+
+
+def _grouped(found: tuple[Refusal, ...]) -> list[str]:
+    """A line for each reason with the kernels that have it."""
+    by_reason: dict[str, list[str]] = {}
+    for refusal in found:
+        by_reason.setdefault(refusal.reason, []).append(refusal.row_id or "every kernel")
+    lines = []
+    for reason, rows in by_reason.items():
+        shown = ", ".join(rows[:_MAX_SHOWN])
+        more = f" and {len(rows) - _MAX_SHOWN} more" if len(rows) > _MAX_SHOWN else ""
+        lines.append(f"refused: {shown}{more}: {reason}")
+    return lines
 
 
 class SupportEntry(NamedTuple):

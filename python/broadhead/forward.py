@@ -13,8 +13,8 @@ from . import validation as check
 from .cuda_backend import find_run_known, make_launch, run_new
 from .device import DeviceDescription, describe
 from .dispatch import Plan, refusal_text, resolve
-from .errors import UnsupportedError
-from .fallback_notice import is_strict, state, warn_fallback
+from .fallback_notice import ASKED_FOR_TORCH, settle_fallback, state
+from .inputs import read_tensors
 from .metadata import check_buffer, check_identity
 from .plain import plain_fields, runs_as_operator
 from .problem import AttentionArgs, AttentionProblem, CheckedCall, check_forward, out_dtype
@@ -62,7 +62,7 @@ def _run_operator(function: str, call: tuple[Any, ...]) -> tuple[Tensor, Tensor]
 
 def _run_plain(function: str, given: AttentionArgs, need_lse: bool) -> tuple[Tensor, Any]:
     """A call that is not known, on arguments that no mode or subclass has a say in."""
-    args = plain_fields(function, given, written=("out",))
+    args = read_tensors(function, plain_fields(function, given, written=("out",)))
     if args.page_table is not None and args.cu_seqlens_k is not None:
         lengths = _lengths_of_paged(function, args.q, args.cu_seqlens_k, args.seqused_k)
         args = args._replace(seqused_k=lengths, cu_seqlens_k=None)
@@ -92,18 +92,15 @@ def select(function: str, problem: AttentionProblem, device: torch.device, backe
         UnsupportedError: ``backend="cuda"`` or BROADHEAD_STRICT=1 asks for a kernel, and there is none.
     """
     if backend == "torch":
-        state.last = ("torch", None, "backend='torch' was asked for")
+        state.last = ("torch", None, ASKED_FOR_TORCH)
         return None
     description = describe(device)
     plan = resolve(problem, description)
     if plan.row is not None:
         return plan
-    if backend == "cuda":
-        raise UnsupportedError(_cuda_refusal(function, problem, description, plan))
-    if device.type == "cuda":
-        if is_strict():
-            raise UnsupportedError("BROADHEAD_STRICT=1: " + _cuda_refusal(function, problem, description, plan))
-        warn_fallback(function, description.label(), plan.reason)
+    settle_fallback(
+        function, description, backend, plan.reason, lambda: _cuda_refusal(function, problem, description, plan)
+    )
     state.last = ("torch", None, plan.reason)
     return None
 

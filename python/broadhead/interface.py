@@ -52,21 +52,26 @@ def flash_attn_func(
         q: ``(B, Sq, Hq, D)``; k: ``(B, Sk, Hkv, D)``; v: ``(B, Sk, Hkv, Dv)``. Hq is a multiple of Hkv; D and Dv are
             multiples of 8. bf16 or fp16 on the kernels, float8_e4m3fn (D and Dv multiples of 16) on those of Hopper;
             also fp32, fp64 and float8 on the torch fallback. k and v alone may be float8_e4m3fn under bf16 or fp16 q:
-            without gradients. Any strides with a contiguous last dimension.
+            without gradients. Any strides; a tensor whose last dimension is not contiguous is copied in every call.
         softmax_scale: ``D ** -0.5`` by default, ``(D + Dv) ** -0.5`` with qv.
         causal, window_size: query i sits at position ``i + Sk - Sq`` and sees keys from ``left`` before to ``right``
             after it; None, an int, or (left, right), negative or None = unbounded; causal clamps right to 0.
         qv: ``(B, Sq, Hq, Dv)``, adds ``qv . v`` to the scores. q_descale, k_descale, v_descale: fp32 ``(B, Hkv)``,
             factors of float8 q, k and v; None: 1. q_descale must be None where k and v alone are float8.
-        attention_chunk: queries see keys of their own chunk of this many positions; 0: off.
-        softcap: ``softcap * tanh(score / softcap)``; 0: off.
-        num_splits: blocks that share the keys of a row: 0 for the heuristic, up to 128. pack_gqa: let query heads share
-            a tile; None decides by shape. sm_margin: multiprocessors to leave free. deterministic: accepted.
+        attention_chunk: queries see keys of their own chunk of this many positions; 0 or None: off.
+        softcap: ``softcap * tanh(score / softcap)``; 0 or None: off.
+        num_splits: at most so many blocks share the keys of a row, 0 for the heuristic. Up to 256 may be asked for; the
+            kernels use up to 128.
+        pack_gqa: let query heads share a tile; None decides by shape. sm_margin: multiprocessors to leave free.
+            deterministic: accepted.
         sinks: ``(Hq,)`` fp32 or the dtype of out, a logit in the softmax denominator; also s_aux, learnable_sink.
         prefix_lens: int32 ``(B,)``: keys below it are visible to every query; needs causal.
         out: written if given, ``(B, Sq, Hq, Dv)``; excludes gradients.
         backend: None (a kernel if there is one, else the torch fallback, with a warning on a CUDA device), "cuda" or
             "torch".
+
+    A scalar may also be a NumPy scalar or a 0-dim tensor on the CPU, window_size a CPU tensor of two; causal may be an
+    int. On another device they would have to be read back: such tensors are refused by name.
 
     Returns:
         out ``(B, Sq, Hq, Dv)`` of the dtype of q, bf16 for float8; with return_attn_probs ``(out, softmax_lse)``,
@@ -134,7 +139,8 @@ def flash_attn_varlen_func(
         q: ``(T, Hq, D)``, sequence b in rows ``[cu_seqlens_q[b], cu_seqlens_q[b + 1])``; T may exceed
             ``cu_seqlens_q[-1]``.
         k, v: ``(Tk, Hkv, D | Dv)`` with cu_seqlens_k, or ``(num_pages, page_size, Hkv, D | Dv)`` with page_table (int32
-            ``(B, max_pages)``, also block_table) and seqused_k (or cu_seqlens_k, for its lengths).
+            ``(B, max_pages)``, also block_table) and seqused_k (or cu_seqlens_k, for its lengths). Pages are never
+            copied: their last dimension must be contiguous.
         cu_seqlens_q, cu_seqlens_k: int32 ``(B + 1,)``. max_seqlen_q, max_seqlen_k: ints; with a page table the
             length is ``page_table.size(1) * page_size`` and max_seqlen_k is ignored.
         seqused_q, seqused_k: int32 ``(B,)``, live rows of each sequence; out keeps what it holds in the other rows.

@@ -8,17 +8,17 @@ from torch import Tensor
 
 from . import validation as check
 from .errors import InvalidArgumentError
-from .interface import flash_attn_func, flash_attn_varlen_func
+from .forward import run_forward
 
 
-def _split(function: str, name: str, packed: Any, rank: int, num_heads_q: int | None) -> tuple[Tensor, Tensor, Tensor]:
+def _split(function: str, packed: Any, rank: int, num_heads_q: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """Views of q, k, v in ``(..., 3, H, D)``, or in ``(..., Hq + 2 Hkv, D)`` with num_heads_q."""
-    tensor = check.check_tensor(function, name, packed, "a tensor that holds q, k and v")
+    tensor = check.check_tensor(function, "qkv", packed, "a tensor that holds q, k and v")
     lead = "batch, seqlen" if rank == 2 else "total"
     if num_heads_q is None:
         if tensor.dim() != rank + 3 or tensor.shape[rank] != 3:
             raise InvalidArgumentError(
-                f"{function}: {name} must be ({lead}, 3, heads, head_dim), got {tuple(tensor.shape)}; with num_heads_q"
+                f"{function}: qkv must be ({lead}, 3, heads, head_dim), got {tuple(tensor.shape)}; with num_heads_q"
                 f" it is ({lead}, heads_q + 2 * heads_kv, head_dim)"
             )
         q, k, v = tensor.unbind(rank)
@@ -26,10 +26,15 @@ def _split(function: str, name: str, packed: Any, rank: int, num_heads_q: int | 
     heads_q = check.check_int(function, "num_heads_q", num_heads_q, 1, check.MAX_NUM_HEADS)
     if tensor.dim() != rank + 2 or tensor.shape[rank] <= heads_q or (tensor.shape[rank] - heads_q) % 2:
         raise InvalidArgumentError(
-            f"{function}: {name} must be ({lead}, heads_q + 2 * heads_kv, head_dim) with num_heads_q {heads_q}, got"
+            f"{function}: qkv must be ({lead}, heads_q + 2 * heads_kv, head_dim) with num_heads_q {heads_q}, got"
             f" {tuple(tensor.shape)}"
         )
     heads_kv = (tensor.shape[rank] - heads_q) // 2
+    if heads_q % heads_kv:
+        raise InvalidArgumentError(
+            f"{function}: num_heads_q must be a multiple of the key heads that it leaves in qkv, got {heads_q} and"
+            f" {heads_kv} (qkv {tuple(tensor.shape)})"
+        )
     q, k, v = tensor.split([heads_q, heads_kv, heads_kv], dim=rank)
     return q, k, v
 
@@ -61,31 +66,18 @@ def flash_attn_qkvpacked_func(
 
     Returns and raises as flash_attn_func.
     """
-    q, k, v = _split("flash_attn_qkvpacked_func", "qkv", qkv, 2, num_heads_q)
-    return flash_attn_func(
-        q,
-        k,
-        v,
-        softmax_scale,
-        causal,
-        None,
-        q_descale,
-        k_descale,
-        v_descale,
-        window_size,
-        attention_chunk,
-        softcap,
-        deterministic=deterministic,
-        sm_margin=sm_margin,
-        return_attn_probs=return_attn_probs,
-        sinks=sinks,
-        prefix_lens=prefix_lens,
-        out=out,
-        backend=backend,
-        s_aux=s_aux,
-        learnable_sink=learnable_sink,
-        return_softmax_lse=return_softmax_lse,
-    )
+    function = "flash_attn_qkvpacked_func"
+    if s_aux is not None or learnable_sink is not None:
+        sinks = check.pick_sinks(function, sinks, s_aux, learnable_sink)
+    q, k, v = _split(function, qkv, 2, num_heads_q)
+    need_lse = return_attn_probs or return_softmax_lse
+    call = (
+        q, k, v, None, out, None, None, None, None, None, None, None, None, None, q_descale, k_descale, v_descale,
+        softmax_scale, causal, window_size, attention_chunk, softcap, None, 1, None, sm_margin, sinks, prefix_lens,
+        backend, 0,
+    )  # fmt: skip
+    result = run_forward(function, call, need_lse)
+    return result if need_lse else result[0]
 
 
 def flash_attn_kvpacked_func(
@@ -118,27 +110,16 @@ def flash_attn_kvpacked_func(
         raise InvalidArgumentError(
             f"{function}: kv must be (batch, seqlen, 2, heads_kv, head_dim), got {tuple(tensor.shape)}"
         )
+    if s_aux is not None or learnable_sink is not None:
+        sinks = check.pick_sinks(function, sinks, s_aux, learnable_sink)
     k, v = tensor.unbind(2)
-    return flash_attn_func(
-        q,
-        k,
-        v,
-        softmax_scale,
-        causal,
-        window_size=window_size,
-        attention_chunk=attention_chunk,
-        softcap=softcap,
-        deterministic=deterministic,
-        sm_margin=sm_margin,
-        return_attn_probs=return_attn_probs,
-        sinks=sinks,
-        prefix_lens=prefix_lens,
-        out=out,
-        backend=backend,
-        s_aux=s_aux,
-        learnable_sink=learnable_sink,
-        return_softmax_lse=return_softmax_lse,
-    )
+    need_lse = return_attn_probs or return_softmax_lse
+    call = (
+        q, k, v, None, out, None, None, None, None, None, None, None, None, None, None, None, None, softmax_scale,
+        causal, window_size, attention_chunk, softcap, None, 1, None, sm_margin, sinks, prefix_lens, backend, 0,
+    )  # fmt: skip
+    result = run_forward(function, call, need_lse)
+    return result if need_lse else result[0]
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -167,28 +148,17 @@ def flash_attn_varlen_qkvpacked_func(
 
     cu_seqlens: int32 ``(B + 1,)``, of queries and keys alike. Returns and raises as flash_attn_varlen_func.
     """
-    q, k, v = _split("flash_attn_varlen_qkvpacked_func", "qkv", qkv, 1, num_heads_q)
-    return flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        cu_seqlens,
-        cu_seqlens,
-        max_seqlen,
-        max_seqlen,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=window_size,
-        attention_chunk=attention_chunk,
-        softcap=softcap,
-        deterministic=deterministic,
-        sm_margin=sm_margin,
-        return_attn_probs=return_attn_probs,
-        sinks=sinks,
-        prefix_lens=prefix_lens,
-        out=out,
-        backend=backend,
-        s_aux=s_aux,
-        learnable_sink=learnable_sink,
-        return_softmax_lse=return_softmax_lse,
-    )
+    function = "flash_attn_varlen_qkvpacked_func"
+    if s_aux is not None or learnable_sink is not None:
+        sinks = check.pick_sinks(function, sinks, s_aux, learnable_sink)
+    if cu_seqlens is None:
+        raise InvalidArgumentError(f"{function}: cu_seqlens must be an int32 tensor of shape (batch + 1,), got None")
+    q, k, v = _split(function, qkv, 1, num_heads_q)
+    need_lse = return_attn_probs or return_softmax_lse
+    call = (
+        q, k, v, None, out, cu_seqlens, cu_seqlens, None, None, max_seqlen, max_seqlen, None, None, None, None, None,
+        None, softmax_scale, causal, window_size, attention_chunk, softcap, None, 1, None, sm_margin, sinks,
+        prefix_lens, backend, 0,
+    )  # fmt: skip
+    result = run_forward(function, call, need_lse)
+    return result if need_lse else result[0]

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from . import validation as check
 from .append_call import NewKeys, append_new_keys
-from .errors import InvalidTypeError
+from .cache_length import lengths_tensor
 from .forward import run_forward
 from .problem import AttentionArgs
 
@@ -63,7 +61,8 @@ def flash_attn_with_kvcache(
     Args:
         q: ``(B, Sq, Hq, D)``, or ``(T, Hq, D)`` with cu_seqlens_q (int32 ``(B + 1,)``) and max_seqlen_q.
         k_cache, v_cache: ``(B, S, Hkv, D | Dv)``, or ``(num_pages, page_size, Hkv, D | Dv)`` with page_table, int32
-            ``(B, max_pages)``; any page_size >= 1, any strides with a contiguous last dimension. Of the dtype of q, or
+            ``(B, max_pages)``; any page_size >= 1, any strides with a contiguous last dimension, for they are never
+            copied. Of the dtype of q, or
             float8_e4m3fn under bf16 or fp16 q, with factors k_descale, v_descale, fp32 ``(B, Hkv)``.
         k, v: ``(B, S_new, Hkv, D | Dv)``, or ``(T_new, Hkv, D | Dv)`` with cu_seqlens_k_new (int32 ``(B + 1,)``):
             written to the cache from row ``cache_seqlens`` on, before attention. cu_seqlens_k_new without k and v is
@@ -71,6 +70,7 @@ def flash_attn_with_kvcache(
         rotary_cos, rotary_sin: ``(positions, rotary_dim / 2)``: rotate q and k; only with k and v. Fastest as fp32 or
             in the dtype of q.
         cache_seqlens: an int for all sequences or int32 ``(B,)``: cached keys before the append; None: the whole cache.
+            An int that the cache does not hold, new keys included, is refused on every device.
         cache_batch_idx: int32 ``(B,)``: row of the cache or page table of each sequence. cache_leftpad: int32 ``(B,)``:
             the keys of a sequence are cache rows ``[cache_leftpad, cache_seqlens)``.
         tokens_per_split: batch-invariant mode: the keys of every sequence are cut at multiples of this many, itself a
@@ -101,7 +101,9 @@ def flash_attn_with_kvcache(
     if q_v is not None:
         qv = check.pick_synonym("flash_attn_with_kvcache", "qv", qv, "q_v", q_v)  # type: ignore[assignment]
     if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
-        cache_seqlens = _lengths_tensor("flash_attn_with_kvcache", q, cu_seqlens_q, cache_seqlens)
+        cache_seqlens = lengths_tensor(
+            "flash_attn_with_kvcache", q, cu_seqlens_q, cache_seqlens, k_cache, page_table, k, cu_seqlens_k_new
+        )
     if k is not None or v is not None or rotary_cos is not None or rotary_sin is not None:
         q, cache_seqlens = append_new_keys(
             "flash_attn_with_kvcache",
@@ -122,18 +124,3 @@ def flash_attn_with_kvcache(
     )  # fmt: skip
     result = run_forward("flash_attn_with_kvcache", call, need_lse)
     return result if need_lse else result[0]
-
-
-def _lengths_tensor(function: str, q: Any, cu_seqlens_q: Any, length: Any) -> Tensor:
-    """One cache length for all sequences, as a tensor on the device of q."""
-    if isinstance(length, bool) or not isinstance(length, (int, torch.SymInt)):
-        raise InvalidTypeError(
-            f"{function}: cache_seqlens must be an int or an int32 tensor of shape (batch,), got"
-            f" {check.describe_value(length)}"
-        )
-    if not is_compiling():
-        check.check_int(function, "cache_seqlens", length)
-    check.check_tensor(function, "q", q, "a tensor")
-    batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-    fill_value: Any = length
-    return torch.full((batch,), fill_value, dtype=torch.int32, device=q.device)

@@ -2,22 +2,45 @@
 
 from __future__ import annotations
 
+import numbers
+from typing import Any
+
+import torch
+from torch import Tensor
+
 from .errors import InvalidArgumentError, InvalidTypeError
+from .scalars import read_scalar
 
 #: A window side this large is unbounded: no sequence is that long, and kernels add it to 32-bit positions.
 UNBOUNDED_WINDOW = 1 << 30
 
-_ACCEPTED = "None, an int, or a list or tuple (left, right) of ints (None or negative = unbounded)"
+_ACCEPTED = "None, an int, or a list, tuple or CPU tensor (left, right) of ints (None or negative = unbounded)"
 
 
-def _side(value: object, function: str) -> int:
+def _side(value: Any, function: str) -> int:
     if value is None:
         return -1
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidTypeError(
-            f"{function}: window_size must be {_ACCEPTED}, got a side of type {type(value).__name__}"
-        )
+    if type(value) is not int:
+        read = read_scalar(function, "window_size", value, _ACCEPTED)
+        # Shapes that are traced are ints by their behaviour.
+        if isinstance(read, bool) or not isinstance(read, (numbers.Integral, torch.SymInt)):
+            raise InvalidTypeError(
+                f"{function}: window_size must be {_ACCEPTED}, got a side of type {type(value).__name__}"
+            )
+        value = int(read) if isinstance(read, numbers.Integral) else read
     return -1 if value < 0 or value >= UNBOUNDED_WINDOW else value
+
+
+def _sides(window_size: Any, function: str) -> Any:
+    """``window_size`` with a tensor or an array of two sides as a list."""
+    if getattr(window_size, "ndim", 0) == 0:
+        return window_size
+    if isinstance(window_size, Tensor) and window_size.device.type != "cpu":
+        raise InvalidTypeError(
+            f"{function}: window_size must be {_ACCEPTED}, got a tensor on {window_size.device}: it would have to be"
+            " read back from the device, which waits for it"
+        )
+    return window_size.tolist()
 
 
 def normalize_chunk(attention_chunk: int) -> int:
@@ -25,14 +48,16 @@ def normalize_chunk(attention_chunk: int) -> int:
     return 0 if attention_chunk >= UNBOUNDED_WINDOW else attention_chunk
 
 
-def normalize_window(window_size: object, causal: bool, function: str = "normalize_window") -> tuple[int, int]:
+def normalize_window(window_size: Any, causal: bool, function: str = "normalize_window") -> tuple[int, int]:
     """Turn any accepted ``window_size`` and ``causal`` into ``(left, right)``.
 
-    -1 is unbounded. An int is both sides. ``causal`` clamps the right side to 0, so causal attention is ``(-1, 0)``.
+    -1 is unbounded. An int is both sides. Tensors are read, so they must be on the CPU. ``causal`` clamps the right
+    side to 0, so causal attention is ``(-1, 0)``.
 
     Raises:
         InvalidTypeError, InvalidArgumentError: ``window_size`` is none of None, int, pair of ints.
     """
+    window_size = _sides(window_size, function)
     if window_size is None:
         left, right = -1, -1
     elif isinstance(window_size, (tuple, list)):

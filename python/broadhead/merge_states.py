@@ -9,15 +9,19 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from . import native
-from .combine import check_floating, check_out, merge_parts
-from .device import common_kernel_obstacle
-from .errors import InvalidArgumentError, InvalidTypeError
-from .fallback_notice import Dispatch, state
+from .combine import NO_BACKWARD, check_floating, check_out, merge_parts
+from .device import common_kernel_obstacle, describe
+from .errors import InvalidArgumentError, InvalidTypeError, UnsupportedError
+from .fallback_notice import ASKED_FOR_TORCH, Dispatch, settle_operation, state
 from .metadata import CURRENT_STREAM
-from .plain import has_tangent, is_transformed, mark_written, plain, runs_as_operator
+from .plain import has_tangent, is_transformed, mark_written, plain, refuse_transformed, runs_as_operator
 from .problem import needs_gradients
 from .signature import signature_of
-from .validation import INT32_MAX, check_shape
+from .validation import INT32_MAX, check_backend, check_shape
+
+FUNCTION = "merge_attn_states"
+
+NO_TANGENT = "an input is transformed or has a forward-mode tangent, which it does not propagate"
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -29,7 +33,13 @@ _MAX_KNOWN = 8192
 
 
 def merge_attn_states(
-    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor | None = None
+    out_a: Tensor,
+    lse_a: Tensor,
+    out_b: Tensor,
+    lse_b: Tensor,
+    out: Tensor | None = None,
+    *,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Merge two attention results of the same queries over disjoint keys: ``(out, softmax_lse)``. Differentiable.
 
@@ -37,67 +47,82 @@ def merge_attn_states(
         out_a, out_b: ``(B, S, H, Dv)`` or ``(T, H, Dv)``, of one dtype.
         lse_a, lse_b: fp32 ``(B, H, S)`` or ``(H, T)``, natural log; -inf where a part saw no key.
         out: written if given, of the shape and dtype of out_a; may be out_a or out_b itself.
+        backend: as for flash_attn_func; without a kernel, or where a gradient is asked for, torch ops merge.
 
     Returns:
         out, and softmax_lse of the shape of lse_a.
 
     Raises:
         InvalidArgumentError, InvalidTypeError: an argument is wrong; the text names it.
+        UnsupportedError: the kernel does not take the call, and backend="cuda" or BROADHEAD_STRICT=1 asks for it.
     """
     if is_dynamo_compiling():
-        return _merge_by_operator(out_a, lse_a, out_b, lse_b, out)
+        return _merge_by_operator(out_a, lse_a, out_b, lse_b, out, backend)
     key = None
     try:
-        if out_a.is_cuda and not needs_gradients(out_a, lse_a, out_b, lse_b, out):
+        if backend != "torch" and out_a.is_cuda and not needs_gradients(out_a, lse_a, out_b, lse_b, out):
             key = signature_of(out_a, out_b, out, lse_a, lse_b)
             if key in _known:
                 return _launch(out_a, lse_a, out_b, lse_b, out)
     except AttributeError:
         key = None  # not tensors: validation names them
     if runs_as_operator(out_a, lse_a, out_b, lse_b, out):
-        return _merge_by_operator(out_a, lse_a, out_b, lse_b, out)
-    _check(out_a, lse_a, out_b, lse_b, out)
+        return _merge_by_operator(out_a, lse_a, out_b, lse_b, out, backend)
+    _check(out_a, lse_a, out_b, lse_b, out, backend)
     out_a, lse_a, out_b, lse_b, out = plain_states(out_a, lse_a, out_b, lse_b, out)
-    tangent = has_tangent(out_a, lse_a, out_b, lse_b)
-    if tangent or needs_gradients(out_a, lse_a, out_b, lse_b, out):
-        state.merge = ("torch", None, "an input has a forward-mode tangent" if tangent else "an input requires grad")
-        return _run_torch(out_a, lse_a, out_b, lse_b, out)
+    if has_tangent(out_a, lse_a, out_b, lse_b):
+        return _fall_back(NO_TANGENT, backend, out_a, lse_a, out_b, lse_b, out)
+    if needs_gradients(out_a, lse_a, out_b, lse_b, out):
+        return _fall_back(NO_BACKWARD, backend, out_a, lse_a, out_b, lse_b, out)
     if key is not None and kernel_obstacle(out_a, lse_a, out_b, lse_b, out) is None:
         if len(_known) >= _MAX_KNOWN:
             _known.clear()
         _known.add(key)
-    return run_merge(out_a, lse_a, out_b, lse_b, out)
+    return run_merge(out_a, lse_a, out_b, lse_b, out, backend)
 
 
-def _merge_by_operator(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, out: Any) -> tuple[Tensor, Tensor]:
+def _merge_by_operator(
+    out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, out: Any, backend: str | None
+) -> tuple[Tensor, Tensor]:
     """merge_attn_states through the operators; torch ops know every derivative and transform."""
-    _check(out_a, lse_a, out_b, lse_b, out)
+    _check(out_a, lse_a, out_b, lse_b, out, backend)
     states = (out_a, lse_a, out_b, lse_b)
-    if needs_gradients(*states, out) or (
-        not is_dynamo_compiling() and (is_transformed(*states) or has_tangent(*states))
-    ):
+    eager = not is_dynamo_compiling()
+    if eager and out is not None:
+        refuse_transformed(FUNCTION, "out=", *states, out)
+    has_no_kernel = NO_BACKWARD if needs_gradients(*states, out) else None
+    if eager and (is_transformed(*states) or has_tangent(*states)):
+        has_no_kernel = NO_TANGENT
+    if has_no_kernel is not None:
+        if backend == "cuda":
+            raise UnsupportedError(f"{FUNCTION}: the merge kernel does not take this call: {has_no_kernel}")
         return _run_torch(*states, out)
     if out is None:
-        return torch.ops.broadhead.merge_states(*states)
-    return out, torch.ops.broadhead.merge_states_out(*states, out)
+        return torch.ops.broadhead.merge_states(*states, backend)
+    return out, torch.ops.broadhead.merge_states_out(*states, out, backend)
 
 
-def plain_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor | None) -> tuple[Any, ...]:
+def plain_states(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, out: Any) -> tuple[Any, Any, Any, Any, Any]:
     """The arguments of a merge as plain memory."""
-    names = ("out_a", "lse_a", "out_b", "lse_b", "out")
-    return tuple(
-        plain("merge_attn_states", name, value, written=name == "out")
-        for name, value in zip(names, (out_a, lse_a, out_b, lse_b, out), strict=True)
-    )
+    states = (("out_a", out_a), ("lse_a", lse_a), ("out_b", out_b), ("lse_b", lse_b))
+    a, lse_of_a, b, lse_of_b = (plain(FUNCTION, name, value) for name, value in states)
+    return a, lse_of_a, b, lse_of_b, plain(FUNCTION, "out", out, written=True)
 
 
-def run_merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
+def run_merge(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor | None, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
     """A checked merge that needs no gradient."""
-    obstacle = kernel_obstacle(out_a, lse_a, out_b, lse_b, out)
+    obstacle = ASKED_FOR_TORCH if backend == "torch" else kernel_obstacle(out_a, lse_a, out_b, lse_b, out)
     if obstacle is None:
         return _launch(out_a, lse_a, out_b, lse_b, out)
+    return _fall_back(obstacle, backend, out_a, lse_a, out_b, lse_b, out)
+
+
+def _fall_back(obstacle: str, backend: str | None, *states: Any) -> tuple[Tensor, Tensor]:
+    settle_operation(FUNCTION, "merge", describe(states[0].device), backend, obstacle)
     state.merge = ("torch", None, obstacle)
-    return _run_torch(out_a, lse_a, out_b, lse_b, out)
+    return _run_torch(*states)
 
 
 def kernel_obstacle(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor | None) -> str | None:
@@ -142,8 +167,9 @@ def _run_torch(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: 
     return merged.to(out_a.dtype) if out is None else out.copy_(merged), lse
 
 
-def _check(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, out: Any) -> None:
-    function = "merge_attn_states"
+def _check(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, out: Any, backend: Any) -> None:
+    function = FUNCTION
+    check_backend(function, backend)
     out_a = check_floating(function, "out_a", out_a)
     out_b = check_floating(function, "out_b", out_b)
     if out_a.dim() not in (3, 4):

@@ -14,8 +14,9 @@ from . import validation as check
 from .device import describe
 from .dispatch import MetadataConfig, Plan, resolve
 from .errors import InvalidArgumentError, InvalidTypeError
+from .layout import contiguous, is_strided
 from .metadata_request import FUNCTION, MetadataRequest, describe_request
-from .plain import count_dispatch_modes, is_plain_type, mark_written, plain, refuse_transformed, runs_as_operator
+from .plain import count_dispatch_modes, mark_written, plain, refuse_transformed, runs_as_operator
 from .problem import tensor_signature
 
 CURRENT_STREAM = -1  # the binding takes torch's current stream
@@ -261,7 +262,8 @@ def get_scheduler_metadata(
             plan depends on them, nor on descales.
         has_qv: whether the forward call passes qv; None: assumed where headdim <= 64 and headdim_v > 256.
         qkv_dtype, kv_dtype: the dtypes of q, and of k and v. Without kv_dtype qkv_dtype may be either.
-        num_splits: 0 for the heuristic, else the bound of every sequence, up to 128.
+        num_splits: 0 for the heuristic, else the bound of every sequence, up to 256, of which the kernels use up to
+            128.
         tokens_per_split: that of the forward call; see flash_attn_with_kvcache.
         out: int32 buffer of at least ``1 + 4 * round_up(batch, 4)`` elements; nothing is allocated then.
 
@@ -308,22 +310,30 @@ def compute(tensors: tuple[Any, ...], numbers: tuple[Any, ...], below: bool = Fa
         key = None  # not tensors, or unhashable values: validation names them
     if not below and runs_as_operator(*tensors):
         return _run_operator(tensors, numbers)
-    cache_seqlens, cu_seqlens_q, cache_leftpad, plain_out, page_table = (
+    ready = tuple(
         plain(FUNCTION, name, value, written=name == "out")
         for name, value in zip(
             ("cache_seqlens", "cu_seqlens_q", "cache_leftpad", "out", "page_table"), tensors, strict=True
         )
     )
-    lengths = _check_tensors(numbers[0], cache_seqlens, cu_seqlens_q, cache_leftpad, plain_out, page_table)
+    given_out, (cache_seqlens, cu_seqlens_q, cache_leftpad, out, page_table) = out, ready
+    read = (cache_seqlens, cu_seqlens_q, cache_leftpad, page_table)
+    if any(is_strided(tensor) for tensor in read):
+        cache_seqlens, cu_seqlens_q, cache_leftpad, page_table = map(contiguous, read)
+        key = None  # of other tensors
+    if any(a is not b for a, b in zip(ready, tensors, strict=True)):
+        key = None
+    lengths = _check_tensors(numbers[0], cache_seqlens, cu_seqlens_q, cache_leftpad, out, page_table)
     described = (*numbers[:16], page_table, *numbers[16:])
     request = describe_request(*described)
     prepared = prepare(request, lengths.device)
-    if key is not None and all(value is None or is_plain_type(type(value)) for value in tensors):
+    if key is not None and not any(isinstance(value, Tensor) for value in (*numbers, *_sides(numbers[11]))):
+        # A tensor in the key would be found again after its value has changed.
         if len(_prepared) >= _MAX_PREPARED:
             _prepared.clear()
         _prepared[key] = prepared
-    metadata = fill(prepared, lengths, cu_seqlens_q, cache_leftpad, plain_out)
-    return metadata if out is None else out
+    metadata = fill(prepared, lengths, cu_seqlens_q, cache_leftpad, out)
+    return metadata if given_out is None else given_out
 
 
 def _run_operator(tensors: tuple[Any, ...], numbers: tuple[Any, ...]) -> Tensor:
@@ -343,6 +353,10 @@ def _run_operator(tensors: tuple[Any, ...], numbers: tuple[Any, ...]) -> Tensor:
         cu_seqlens_q, cache_leftpad, page_size, max_seqlen_k_new, causal, window_size, attention_chunk, num_splits,
         pack_gqa, sm_margin, out, page_table, has_qv, kv_dtype, tokens_per_split,
     )  # fmt: skip
+
+
+def _sides(window_size: Any) -> tuple[Any, ...]:
+    return tuple(window_size) if isinstance(window_size, (tuple, list)) else ()
 
 
 def _check_tensors(

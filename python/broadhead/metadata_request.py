@@ -76,10 +76,11 @@ def describe_request(
     max_seqlen_k_new = check.check_int(FUNCTION, "max_seqlen_k_new", max_seqlen_k_new)
     causal = check.check_bool(FUNCTION, "causal", causal)
     window_left, window_right = normalize_window(window_size, causal, FUNCTION)
-    attention_chunk = normalize_chunk(check.check_int(FUNCTION, "attention_chunk", attention_chunk))
-    num_splits = check.check_int(FUNCTION, "num_splits", num_splits, 0, check.MAX_SPLITS)
+    attention_chunk = normalize_chunk(check.check_attention_chunk(FUNCTION, attention_chunk))
+    num_splits = check.check_num_splits(FUNCTION, num_splits)
     tokens_per_split = check.check_tokens_per_split(FUNCTION, tokens_per_split, num_splits)
-    guessed_qv = check.check_optional_bool(FUNCTION, "has_qv", has_qv) is None
+    has_qv = check.check_optional_bool(FUNCTION, "has_qv", has_qv)
+    guessed_qv = has_qv is None
     if guessed_qv:
         has_qv = headdim <= ABSORBED_HEAD_DIMS[0] and headdim_v > ABSORBED_HEAD_DIMS[1]
     if page_table is not None:

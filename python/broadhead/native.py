@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from .errors import FallbackWarning
 from .support import arch_covers
 
 
@@ -76,8 +78,33 @@ def extension() -> ModuleType | None:
     return _C
 
 
+def build_help(arch: str) -> str:
+    """What to do about a kernel that this installation lacks. No package index has broadhead with kernels yet."""
+    return f'build broadhead where its source is, with nvcc: BROADHEAD_CUDA_ARCHS="{arch}" pip install .'
+
+
 @functools.lru_cache(maxsize=1)
 def build_description() -> BuildDescription:
     """What this installation holds; loads the kernel libraries on first use."""
     module = extension()
-    return NO_KERNELS if module is None else parse_build_info(module.build_info())
+    build = NO_KERNELS if module is None else parse_build_info(module.build_info())
+    if not build.families and not build.errors:
+        _note_missing_kernels()
+    return build
+
+
+def _note_missing_kernels() -> None:
+    """Tell that the installation is the CPU package on a machine with a GPU: pip hides that the build said so."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return
+    from .dispatch import arch_for
+
+    warnings.warn(
+        "broadhead: torch sees a CUDA device, but this installation holds no kernels (they were left out when it was "
+        "built): calls on CUDA tensors run on the torch fallback. To have kernels "
+        + build_help(arch_for(torch.cuda.get_device_capability())),
+        FallbackWarning,
+        stacklevel=3,
+    )

@@ -9,14 +9,17 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import metadata, transforms
+from . import validation as check
 from .append_launch import Append, run_append
 from .backward import run_backward_below
 from .errors import UnsupportedError
 from .forward import run_below
+from .inputs import plain_scalars, read_tensors
 from .masking import normalize_window
 from .merge_states import plain_states, run_merge
 from .plain import is_transformed, plain_fields, refuse_tangents, refuse_transformed
 from .problem import AttentionArgs, check_forward, needs_gradients, out_dtype, refuse_float8_gradient
+from .validation import clamped
 
 # The arguments that mha_fwd, mha_fwd_out and mha_bwd share, in one order.
 _INPUTS = (
@@ -91,6 +94,7 @@ def _fake_outputs(args: AttentionArgs) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("broadhead::mha_fwd", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)")
+@clamped()
 def mha_fwd(*inputs: Any) -> tuple[Tensor, Tensor]:
     function, args = _arguments(*inputs)
     out, lse = run_below(function, args)
@@ -107,6 +111,7 @@ def _(*inputs: Any) -> tuple[Tensor, Tensor]:
     mutates_args=(),
     schema=f"({_OUTPUTS}, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
+@clamped()
 def mha_bwd(
     dout: Tensor | None, dlse: Tensor | None, out: Tensor | None, softmax_lse: Tensor | None, *inputs: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -141,6 +146,7 @@ mha_fwd.register_autograd(_differentiate, setup_context=transforms.Forward.setup
 @torch.library.custom_op(
     "broadhead::mha_fwd_out", mutates_args=("out",), schema=f"({_INPUTS}, Tensor(a!) out) -> Tensor"
 )
+@clamped()
 def mha_fwd_out(*inputs_and_out: Any) -> Tensor:
     function, args = _arguments(*inputs_and_out[:-1])
     return _canonical(run_below(function, args._replace(out=inputs_and_out[-1]))[1])
@@ -151,7 +157,7 @@ def _(*inputs_and_out: Any) -> Tensor:
     return _fake_outputs(_arguments(*inputs_and_out[:-1])[1])[1]
 
 
-def _operator_inputs(function: str, args: AttentionArgs) -> tuple[Any, ...]:
+def _operator_inputs(function: str, args: AttentionArgs, backend: str | None) -> tuple[Any, ...]:
     """The arguments of an operator, of those of run_forward."""
     cu_seqlens_k, seqused_k = args.cu_seqlens_k, args.seqused_k
     if args.page_table is not None and cu_seqlens_k is not None:
@@ -163,12 +169,13 @@ def _operator_inputs(function: str, args: AttentionArgs) -> tuple[Any, ...]:
         args.max_seqlen_q, args.max_seqlen_k, args.page_table, args.kv_batch_idx, args.leftpad_k, args.q_descale,
         args.k_descale, args.v_descale, args.softmax_scale, args.causal, window_left, window_right,
         args.attention_chunk, args.softcap, args.scheduler_metadata, args.num_splits, args.pack_gqa, args.sm_margin,
-        args.prefix_lens, args.tokens_per_split, args.backend, function,
+        args.prefix_lens, args.tokens_per_split, backend, function,
     )  # fmt: skip
 
 
 def call_forward(function: str, args: AttentionArgs) -> tuple[Tensor, Tensor]:
     """run_forward through the operators; traceable, so it validates only what a schema needs."""
+    args = plain_scalars(function, read_tensors(function, args))
     backend = args.backend
     if not is_compiling():
         refuse_tangents(function, *args)
@@ -184,7 +191,7 @@ def call_forward(function: str, args: AttentionArgs) -> tuple[Tensor, Tensor]:
                 " leave backend unset, or call under torch.no_grad()"
             )
         backend = "torch"
-    inputs = _operator_inputs(function, args._replace(backend=backend))
+    inputs = _operator_inputs(function, args, backend)
     if not is_compiling() and is_transformed(*args):
         if args.out is not None:
             refuse_transformed(function, "out=", *args)
@@ -199,6 +206,7 @@ def call_backward(
     function: str, outputs: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None], args: AttentionArgs
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """run_backward through the operators; traceable, so it validates only what a schema needs."""
+    args = plain_scalars(function, read_tensors(function, args))
     if args.backend == "cuda":
         raise UnsupportedError(
             f"{function}: backend='cuda' has no backward kernel in this release; leave backend unset"
@@ -207,7 +215,7 @@ def call_backward(
         refuse_tangents(function, *outputs, *args)
         if any(isinstance(x, Tensor) and x.device.type == "meta" for x in (*outputs, *args)):
             check_forward(function, args)  # nothing behind this will
-    inputs = _operator_inputs(function, args)
+    inputs = _operator_inputs(function, args, args.backend)
     # The result has no derivative: like that of an eager call, it is a leaf.
     with torch.no_grad():
         if not is_compiling() and is_transformed(*outputs, *args):
@@ -254,7 +262,8 @@ def append(
         rotary_seqlens, cu_seqlens_q, cu_seqlens_k_new, page_table, cache_batch_idx, k_descale, v_descale,
         rotary_interleaved, causal_or_local,
     )  # fmt: skip
-    turned, lengths = run_append(plain_fields("append_kv", call, written=("k_cache", "v_cache")))
+    call = plain_fields("append_kv", call, written=("k_cache", "v_cache"))
+    turned, lengths = run_append(call, function="append_kv")
     return k_new.new_empty(0) if turned is None else _canonical(turned), lengths
 
 
@@ -283,29 +292,35 @@ def _(
 # --- merge_attn_states -----------------------------------------------------------------------------------------------
 
 _STATES = "Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b"
+_BACKEND = "str? backend=None"
 
 
-@torch.library.custom_op("broadhead::merge_states", mutates_args=(), schema=f"({_STATES}) -> (Tensor, Tensor)")
-def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    states = plain_states(out_a, lse_a, out_b, lse_b, None)
-    out, lse = run_merge(*states)
+@torch.library.custom_op(
+    "broadhead::merge_states", mutates_args=(), schema=f"({_STATES}, {_BACKEND}) -> (Tensor, Tensor)"
+)
+def merge_states(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    out, lse = run_merge(*plain_states(out_a, lse_a, out_b, lse_b, None), backend)
     return _canonical(out), _canonical(lse)
 
 
 @merge_states.register_fake
-def _(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+def _(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, backend: str | None = None) -> tuple[Tensor, Tensor]:
     return out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
 
 
 @torch.library.custom_op(
-    "broadhead::merge_states_out", mutates_args=("out",), schema=f"({_STATES}, Tensor(a!) out) -> Tensor"
+    "broadhead::merge_states_out", mutates_args=("out",), schema=f"({_STATES}, Tensor(a!) out, {_BACKEND}) -> Tensor"
 )
-def merge_states_out(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor) -> Tensor:
-    return _canonical(run_merge(*plain_states(out_a, lse_a, out_b, lse_b, out))[1])
+def merge_states_out(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor, backend: str | None = None
+) -> Tensor:
+    return _canonical(run_merge(*plain_states(out_a, lse_a, out_b, lse_b, out), backend)[1])
 
 
 @merge_states_out.register_fake
-def _(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor) -> Tensor:
+def _(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor, backend: str | None = None) -> Tensor:
     return lse_a.new_empty(lse_a.shape)
 
 
@@ -320,6 +335,7 @@ _METADATA = (
 )
 
 
+@clamped()
 def _metadata(out: Tensor | None, inputs: tuple[Any, ...]) -> Tensor:
     (
         cache_seqlens, batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim, headdim_v, qkv_dtype,
@@ -363,7 +379,9 @@ def call_get_scheduler_metadata(
     sm_margin: Any, out: Any, page_table: Any, has_qv: Any, kv_dtype: Any, tokens_per_split: Any,
 ) -> Tensor:  # fmt: skip
     """get_scheduler_metadata through the operators; traceable."""
+    causal = check.check_bool(metadata.FUNCTION, "causal", causal)
     window_left, window_right = normalize_window(window_size, causal, metadata.FUNCTION)
+    attention_chunk = 0 if attention_chunk is None else attention_chunk
     inputs = (
         cache_seqlens, batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim,
         headdim if headdim_v is None else headdim_v, qkv_dtype, cu_seqlens_q, cache_leftpad, page_size,

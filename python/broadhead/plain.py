@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from .errors import InvalidTypeError, UnsupportedError
-from .problem import shown_name
+from .names import shown_name
 
 _Fields = TypeVar("_Fields", bound=tuple[Any, ...])
 

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from . import validation as check
+from . import values
 from .errors import InvalidArgumentError, InvalidTypeError, UnsupportedError
 from .masking import normalize_chunk, normalize_window
+from .names import KVCACHE_FUNCTIONS, shown_name
 from .support import DECODE_MAX_ROWS
 
 DTYPE_NAMES: dict[torch.dtype, str] = {
@@ -19,16 +21,6 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.float64: "fp64",
     torch.float8_e4m3fn: "float8_e4m3fn",
     torch.float8_e5m2: "float8_e5m2",
-}
-
-#: What the functions over a cache call the canonical arguments: errors speak the caller's names.
-_KVCACHE_FUNCTIONS = ("flash_attn_with_kvcache", "flash_attn_with_shared_prefix")
-_KVCACHE_NAMES = {
-    "k": "k_cache",
-    "v": "v_cache",
-    "seqused_k": "cache_seqlens",
-    "leftpad_k": "cache_leftpad",
-    "kv_batch_idx": "cache_batch_idx",
 }
 
 #: Kernels move 16 bytes at a time.
@@ -131,11 +123,6 @@ def canonical_right(seqlen_q: int, window_right: int) -> int:
     return -1 if seqlen_q <= 1 else window_right
 
 
-def shown_name(function: str, name: str) -> str:
-    """The name under which ``function`` takes the canonical argument ``name``."""
-    return _KVCACHE_NAMES.get(name, name) if function in _KVCACHE_FUNCTIONS else name
-
-
 def tensor_signature(t: Tensor) -> tuple[Any, ...]:
     """What validation reads of a tensor, as a part of a key: calls with equal keys need not be validated again."""
     return type(t), t.shape, t.stride(), t.dtype, t.get_device()
@@ -161,9 +148,7 @@ def check_forward(function: str, args: AttentionArgs) -> CheckedCall:
     for name in ("seqused_q", "seqused_k", "kv_batch_idx", "leftpad_k", "prefix_lens"):
         value = getattr(args, name)
         if value is not None:
-            shown = shown_name(function, name)
-            check.check_int32(function, shown, value, (batch,), device, "(batch,)")
-            check.check_lengths_on_cpu(function, shown, value)
+            check.check_int32(function, shown_name(function, name), value, (batch,), device, "(batch,)")
     if args.cu_seqlens_k is not None and args.kv_batch_idx is not None:
         raise InvalidArgumentError(
             f"{function}: kv_batch_idx must be None with packed k (cu_seqlens_k): it selects rows of a cache"
@@ -171,19 +156,20 @@ def check_forward(function: str, args: AttentionArgs) -> CheckedCall:
 
     causal = check.check_bool(function, "causal", args.causal)
     window_left, window_right = normalize_window(args.window_size, causal, function)
-    attention_chunk = normalize_chunk(check.check_int(function, "attention_chunk", args.attention_chunk))
-    softcap = check.check_number(function, "softcap", args.softcap, minimum=0.0)
+    attention_chunk = normalize_chunk(check.check_attention_chunk(function, args.attention_chunk))
+    softcap = check.check_softcap(function, args.softcap)
     scale_dim = head_dim if args.qv is None else head_dim + head_dim_v
     scale = args.softmax_scale
     scale = scale_dim**-0.5 if scale is None else check.check_number(function, "softmax_scale", scale)
     if args.prefix_lens is not None and window_right != 0:
         raise InvalidArgumentError(f"{function}: prefix_lens requires causal=True, got causal=False")
-    num_splits = check.check_int(function, "num_splits", args.num_splits, 0, check.MAX_SPLITS)
+    num_splits = check.check_num_splits(function, args.num_splits)
     tokens_per_split = check.check_tokens_per_split(function, args.tokens_per_split, num_splits)
     pack_gqa = check.check_optional_bool(function, "pack_gqa", args.pack_gqa)
     sm_margin = check.check_int(function, "sm_margin", args.sm_margin)
     _check_extras(function, args, batch, head_dim_v)
     _check_out(function, args, head_dim_v)
+    values.check_attention(function, args, batch, seqlen_k, lambda name: shown_name(function, name))
 
     problem = AttentionProblem(
         direction="forward",
@@ -241,21 +227,24 @@ def check_forward(function: str, args: AttentionArgs) -> CheckedCall:
 def _check_queries(function: str, args: AttentionArgs) -> tuple[int, int, int]:
     """-> (batch, seqlen_q, total_q)"""
     varlen = args.cu_seqlens_q is not None
-    layout = "(total_q, heads, head_dim) with cu_seqlens_q" if varlen else "(batch, seqlen_q, heads, head_dim)"
-    q = check.check_attention_tensor(function, "q", args.q, (3,) if varlen else (4,), layout)
+    shown_q, shown_cu = shown_name(function, "q"), shown_name(function, "cu_seqlens_q")
+    layout = f"(total_q, heads, head_dim) with {shown_cu}" if varlen else "(batch, seqlen_q, heads, head_dim)"
+    q = check.check_attention_tensor(function, shown_q, args.q, (3,) if varlen else (4,), layout)
     if not 1 <= q.shape[-2] <= check.MAX_NUM_HEADS:
         raise InvalidArgumentError(
-            f"{function}: q must have 1 to {check.MAX_NUM_HEADS} heads, got {q.shape[-2]} (shape {tuple(q.shape)})"
+            f"{function}: {shown_q} must have 1 to {check.MAX_NUM_HEADS} heads, got {q.shape[-2]} (shape"
+            f" {tuple(q.shape)})"
         )
     if not varlen:
         return q.shape[0], q.shape[1], q.shape[0] * q.shape[1]
-    cu_seqlens_q = check.check_int32(function, "cu_seqlens_q", args.cu_seqlens_q, (None,), q.device, "(batch + 1,)")
+    cu_seqlens_q = check.check_int32(function, shown_cu, args.cu_seqlens_q, (None,), q.device, "(batch + 1,)")
     if cu_seqlens_q.shape[0] < 1:
-        raise InvalidArgumentError(f"{function}: cu_seqlens_q must have batch + 1 >= 1 entries, got 0")
+        raise InvalidArgumentError(f"{function}: {shown_cu} must have batch + 1 >= 1 entries, got 0")
+    shown_max = shown_name(function, "max_seqlen_q")
     if args.max_seqlen_q is None:
-        raise InvalidArgumentError(f"{function}: max_seqlen_q must be given with cu_seqlens_q, got None")
-    check.check_cu_seqlens_on_cpu(function, "cu_seqlens_q", cu_seqlens_q, q.shape[0])
-    return cu_seqlens_q.shape[0] - 1, check.check_int(function, "max_seqlen_q", args.max_seqlen_q), q.shape[0]
+        raise InvalidArgumentError(f"{function}: {shown_max} must be given with {shown_cu}, got None")
+    check.check_cu_seqlens_on_cpu(function, shown_cu, cu_seqlens_q, q.shape[0])
+    return cu_seqlens_q.shape[0] - 1, check.check_int(function, shown_max, args.max_seqlen_q), q.shape[0]
 
 
 def _check_keys(function: str, args: AttentionArgs, batch: int) -> tuple[int, int]:
@@ -275,18 +264,22 @@ def _check_keys(function: str, args: AttentionArgs, batch: int) -> tuple[int, in
     check.check_key_dtypes(function, shown_k, k, shown_v, v, q.dtype)
     if k.shape[:-1] != v.shape[:-1]:
         raise InvalidArgumentError(
-            f"{function}: v must agree with k but for the last dimension, got k {tuple(k.shape)} and v {tuple(v.shape)}"
+            f"{function}: {shown_v} must agree with {shown_k} but for the last dimension, got {shown_k}"
+            f" {tuple(k.shape)} and {shown_v} {tuple(v.shape)}"
         )
     if k.shape[-1] != q.shape[-1]:
         raise InvalidArgumentError(
-            f"{function}: k must have the head_dim of q, {q.shape[-1]}, got {k.shape[-1]} (shape {tuple(k.shape)})"
+            f"{function}: {shown_k} must have the head_dim of q, {q.shape[-1]}, got {k.shape[-1]} (shape"
+            f" {tuple(k.shape)})"
         )
     if k.shape[-2] < 1 or q.shape[-2] % k.shape[-2] != 0:
         raise InvalidArgumentError(
-            f"{function}: the heads of q must be a multiple of the heads of k, got {q.shape[-2]} and {k.shape[-2]}"
+            f"{function}: the heads of q must be a multiple of the heads of {shown_k}, got {q.shape[-2]} and"
+            f" {k.shape[-2]}"
         )
-    if args.max_seqlen_k is not None:
-        check.check_int(function, "max_seqlen_k", args.max_seqlen_k)
+    max_seqlen_k = args.max_seqlen_k
+    if max_seqlen_k is not None:
+        max_seqlen_k = check.check_int(function, shown_name(function, "max_seqlen_k"), max_seqlen_k)
     if args.page_table is not None:
         rows = batch if args.kv_batch_idx is None else None
         spelled = "(batch, max_pages)"
@@ -298,19 +291,20 @@ def _check_keys(function: str, args: AttentionArgs, batch: int) -> tuple[int, in
         cu_seqlens_k = check.check_int32(
             function, "cu_seqlens_k", args.cu_seqlens_k, (batch + 1,), q.device, "(batch + 1,)"
         )
-        if args.max_seqlen_k is None:
+        if max_seqlen_k is None:
             raise InvalidArgumentError(f"{function}: max_seqlen_k must be given with cu_seqlens_k, got None")
         check.check_cu_seqlens_on_cpu(function, "cu_seqlens_k", cu_seqlens_k, k.shape[0])
-        return check.clamp_seqlen_k(args.max_seqlen_k), 0
+        return check.clamp_seqlen_k(max_seqlen_k), 0
     if k.shape[1] > check.MAX_SEQLEN_K:
         raise InvalidArgumentError(
             f"{function}: {shown_k} must have at most {check.MAX_SEQLEN_K} keys a sequence, got {k.shape[1]} (shape"
             f" {tuple(k.shape)})"
         )
     if args.kv_batch_idx is None and k.shape[0] != batch:
+        takes_rows = function == "mha_fwd" or function in KVCACHE_FUNCTIONS
         raise InvalidArgumentError(
-            f"{function}: k must have the batch of q, {batch}, got {k.shape[0]} (shape {tuple(k.shape)});"
-            " a larger cache needs cache_batch_idx"
+            f"{function}: {shown_k} must have the batch of q, {batch}, got {k.shape[0]} (shape {tuple(k.shape)})"
+            + (f"; a larger cache needs {shown_name(function, 'kv_batch_idx')}" if takes_rows else "")
         )
     return k.shape[1], 0
 
@@ -341,8 +335,8 @@ def _check_extras(function: str, args: AttentionArgs, batch: int, head_dim_v: in
     if args.q_descale is not None and args.k.dtype != q.dtype:
         raise InvalidArgumentError(
             f"{function}: q_descale must be None with {q.dtype} q over {args.k.dtype} k and v, got"
-            f" {check.describe_value(args.q_descale)}; it is a factor of float8 q: leave it out, or pass q as"
-            f" {args.k.dtype}"
+            f" {check.describe_value(args.q_descale)}; it is a factor of float8 q: drop q_descale (k_descale and"
+            f" v_descale stay), or pass q as {args.k.dtype}"
         )
 
 

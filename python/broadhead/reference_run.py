@@ -50,14 +50,15 @@ def _forward_groups(call: Call, rows: Rows, out: Tensor | None) -> tuple[Tensor,
         return _attend(call, groups[0])
     if out is None:
         out = call.q.new_zeros((*call.q.shape[:-1], call.v.shape[-1]), dtype=call.out_dtype)
-    # Rows before heads, as everywhere else.
-    lse = call.q.new_full(call.q.shape[:-1], float("-inf"), dtype=call.compute)
+    *batch, total, heads = call.q.shape[:-1]
+    lse = call.q.new_full((*batch, heads, total), float("-inf"), dtype=call.compute)
+    rows_first = lse.transpose(-1, -2)
     for group in groups:
         result, result_lse = _attend(call, group)
         live = live_queries(group, call.q.device)
         put_rows(out, result, group.begin_q, group.sequences, 0, live)
-        put_rows(lse, result_lse.transpose(1, 2), group.begin_q, group.sequences, 0, live)
-    return out, lse.transpose(-1, -2).contiguous()
+        put_rows(rows_first, result_lse.transpose(1, 2), group.begin_q, group.sequences, 0, live)
+    return out, lse
 
 
 def _covers(rows: Rows, seqlen_q: int) -> bool:

@@ -11,9 +11,11 @@ from . import validation as check
 from .errors import InvalidArgumentError
 from .fallback_notice import state
 from .forward import check_only, run_forward
+from .inputs import changed, read_tensors
 from .kvcache import flash_attn_with_kvcache
+from .layout import contiguous
 from .merge_states import merge_attn_states
-from .plain import plain, plain_fields, runs_as_operator
+from .plain import plain, plain_fields, refuse_transformed, runs_as_operator
 from .problem import AttentionArgs
 from .shared_launch import COMPOSED, FUNCTION, Composed, decide, run_first, run_known
 
@@ -68,6 +70,8 @@ def flash_attn_with_shared_prefix(
         InvalidArgumentError, InvalidTypeError: an argument is wrong; the text names it.
         UnsupportedError: no kernel runs the call and falling back was forbidden.
     """
+    if type(prefix_len) is not int and not is_compiling():
+        prefix_len = check.check_int(FUNCTION, "prefix_len", prefix_len)
     by_length = prefix_page_table is None
     if by_length:
         if not is_compiling():
@@ -90,6 +94,8 @@ def flash_attn_with_shared_prefix(
         composed = result
     elif not by_length and not is_compiling():
         _check_prefix(q, k_cache, page_table, cache_seqlens, prefix_len, prefix_page_table)
+    if out is not None and not is_dynamo_compiling():
+        refuse_transformed(FUNCTION, "out=", *call, prefix_page_table)
 
     own_call = AttentionArgs(*call)
     if prefix_len == 0:
@@ -99,7 +105,7 @@ def flash_attn_with_shared_prefix(
     # The first part goes to a tensor of its own: what refuses the second must find out as it was.
     if out is not None and not is_compiling():
         check_only(FUNCTION, own_call)
-    own, own_lse = run_forward(FUNCTION, own_call._replace(sinks=None, out=None))
+    own, own_lse = run_forward(FUNCTION, changed(own_call, {"sinks": None, "out": None}))
     # The queries of all sequences are those of one sequence here: every one of them sees the whole prefix.
     tokens = q.flatten(0, 1) if cu_seqlens_q is None else q
     own_row = None if composed is None else state.last[1]
@@ -116,7 +122,7 @@ def flash_attn_with_shared_prefix(
     shared, shared_lse = shared[0].view(own.shape), shared_lse[0]
     if cu_seqlens_q is None:
         shared_lse = shared_lse.view(-1, q.shape[0], q.shape[1]).transpose(0, 1)
-    merged, lse = merge_attn_states(own, own_lse, shared, shared_lse, own if out is None else out)
+    merged, lse = merge_attn_states(own, own_lse, shared, shared_lse, own if out is None else out, backend=backend)
     return (merged, lse) if return_softmax_lse else merged
 
 
@@ -128,15 +134,17 @@ def _run_one_launch(
     if result is not None:
         return result
     given = AttentionArgs(*call)
-    args = plain_fields(FUNCTION, given, written=("out",))
-    prefix_page_table = plain(FUNCTION, "prefix_page_table", prefix_page_table)
+    args = read_tensors(FUNCTION, plain_fields(FUNCTION, given, written=("out",)))
+    pages = contiguous(plain(FUNCTION, "prefix_page_table", prefix_page_table))
+    if args is not given or pages is not prefix_page_table:
+        found = _run_one_launch(args, pages, prefix_len, need_lse, unchecked)
+        return found if isinstance(found, Composed) or given.out is None else (given.out, found[1])
     if unchecked:
         _check_prefix(args.q, args.k, args.page_table, args.seqused_k, prefix_len, prefix_page_table)
     decision = decide(args, prefix_len)
     if isinstance(decision, Composed):
         return decision
-    result = run_first(decision, need_lse, args, prefix_page_table, prefix_len)
-    return result if given.out is None else (given.out, result[1])
+    return run_first(decision, need_lse, args, prefix_page_table, prefix_len)
 
 
 def _first(descale: Tensor | None) -> Tensor | None:

@@ -32,6 +32,8 @@ LARGE_SMEM = tuple(c for c, size in SMEM_BY_CAPABILITY.items() if size >= SMEM_1
 HUGE_SMEM = tuple(c for c, size in SMEM_BY_CAPABILITY.items() if size >= SMEM_227KB)
 #: Capabilities whose kernels ptxas compiles as it does for 8.0.
 BEFORE_SM100 = tuple(c for c in CAPABILITIES if c < (10, 0))
+#: All but 10.x, whose kernels take the most registers.
+BESIDE_SM100 = tuple(c for c in CAPABILITIES if c[0] != 10)
 
 DTYPES = ("bf16", "fp16")
 #: What ends the id of a row of each dtype a kernel can take.
@@ -259,9 +261,11 @@ def _sm80_rows() -> tuple[KernelRow, ...]:
         # name, phase, capabilities, head_dim, smem_limit, tile
         ("d64", "prefill", CAPABILITIES, 64, SMEM_99KB, Tile(128, 96, 4, 1, 3, 64, 96, 64, 2)),
         ("d96", "prefill", CAPABILITIES, 96, SMEM_99KB, Tile(128, 64, 4, 1, 3, 128, 64, 128, 2)),
-        # ptxas spills the wider tile on 10.x and 12.x.
+        # ptxas spills the widest tile on 10.x and 12.x. The next one spills on 10.0 or takes all registers there, as
+        # the code around it happens to be; the smallest has some to spare. Code for 10.0 may serve 10.3.
         ("d128", "prefill", BEFORE_SM100, 128, SMEM_99KB, Tile(128, 64, 4, 1, 3, 128, 64, 128, 2)),
-        ("d128_n48", "prefill", CAPABILITIES, 128, SMEM_99KB, Tile(128, 48, 4, 1, 4, 128, 48, 128, 2)),
+        ("d128_n48", "prefill", BESIDE_SM100, 128, SMEM_99KB, Tile(128, 48, 4, 1, 4, 128, 48, 128, 2)),
+        ("d128_n32", "prefill", CAPABILITIES, 128, SMEM_99KB, Tile(128, 32, 4, 1, 5, 128, 32, 128, 2)),
         ("d192", "prefill", HUGE_SMEM, 192, SMEM_227KB, Tile(128, 128, 4, 2, 2, 192, 128, 192, 1)),
         ("d192_smem163", "prefill", LARGE_SMEM, 192, SMEM_163KB, Tile(128, 64, 4, 2, 3, 192, 64, 192, 1)),
         ("d192_smem99", "prefill", CAPABILITIES, 192, SMEM_99KB, Tile(64, 64, 2, 2, 2, 192, 64, 192, 1)),
@@ -405,6 +409,16 @@ def _sm90_rows() -> tuple[KernelRow, ...]:
 
 #: Of rows that serve a request equally tightly dispatch takes the first.
 ROWS: tuple[KernelRow, ...] = (*_sm90_rows(), *_sm80_rows(), *_decode_rows())
+
+
+#: Major compute capabilities for which the kernels of a family are written. The portable ones run on all of
+#: CAPABILITIES, but use neither wgmma nor tcgen05, which Hopper and Blackwell need for their speed.
+NATIVE_MAJORS = {"sm80": (8, 12), "sm90": (9,)}
+
+
+def is_native(row: KernelRow, capability: tuple[int, int]) -> bool:
+    """Whether the row's kernel is written for the architecture of ``capability``, and not merely runs there."""
+    return capability[0] in NATIVE_MAJORS[row.family]
 
 
 def arch_covers(arch: str, capability: tuple[int, int]) -> bool:

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-import math
-import numbers
-from collections.abc import Sequence
+import contextlib
+import contextvars
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from .errors import InvalidArgumentError, InvalidTypeError
+from .names import shown_name
+from .scalars import INT32_MAX as INT32_MAX
+from .scalars import MAX_SPLITS as MAX_SPLITS
+from .scalars import check_attention_chunk as check_attention_chunk
+from .scalars import check_bool as check_bool
+from .scalars import check_int as check_int
+from .scalars import check_num_splits as check_num_splits
+from .scalars import check_number as check_number
+from .scalars import check_optional_bool as check_optional_bool
+from .scalars import check_softcap as check_softcap
+from .scalars import describe_value as describe_value
 
-INT32_MAX = 2**31 - 1
 #: Keys of a sequence: kernels add a window side or a chunk (masking.UNBOUNDED_WINDOW) to a position in 32 bits.
 MAX_SEQLEN_K = 1 << 30
-MAX_SPLITS = 128
 MAX_NUM_HEADS = 65535  # grid dimensions of a launch
 #: Cuts of a sequence lie between whole tiles of keys.
 TOKENS_PER_SPLIT_STEP = 64
@@ -30,13 +39,6 @@ BACKENDS = (None, "cuda", "torch")
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 
-def describe_value(value: object) -> str:
-    """What came, in a few words."""
-    if isinstance(value, Tensor):
-        return f"a {value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
-    return f"{value!r} ({type(value).__name__})"
-
-
 def check_tensor(function: str, name: str, value: object, accepted: str) -> Tensor:
     """A tensor, whatever its shape."""
     if not isinstance(value, Tensor):
@@ -46,39 +48,9 @@ def check_tensor(function: str, name: str, value: object, accepted: str) -> Tens
 
 def check_device(function: str, name: str, value: Tensor, device: torch.device) -> None:
     if value.device != device:
-        raise InvalidArgumentError(f"{function}: {name} must be on the device of q, {device}, got {value.device}")
-
-
-def check_int(function: str, name: str, value: object, low: int = 0, high: int = INT32_MAX) -> int:
-    """A Python int in [low, high]; a tensor is refused because reading it would wait for the device."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        hint = "; a tensor would have to be read back from the device" if isinstance(value, Tensor) else ""
-        raise InvalidTypeError(f"{function}: {name} must be a Python int, got {describe_value(value)}{hint}")
-    number = int(value)
-    if not low <= number <= high:
-        raise InvalidArgumentError(f"{function}: {name} must be an int in [{low}, {high}], got {number}")
-    return number
-
-
-def check_bool(function: str, name: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise InvalidTypeError(f"{function}: {name} must be True or False, got {describe_value(value)}")
-    return value
-
-
-def check_optional_bool(function: str, name: str, value: object) -> bool | None:
-    return None if value is None else check_bool(function, name, value)
-
-
-def check_number(function: str, name: str, value: object, *, minimum: float | None = None) -> float:
-    """A finite number, at least ``minimum``."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise InvalidTypeError(f"{function}: {name} must be a Python number, got {describe_value(value)}")
-    number = float(value)
-    if not math.isfinite(number) or (minimum is not None and number < minimum):
-        accepted = "a finite number" if minimum is None else f"a finite number >= {minimum}"
-        raise InvalidArgumentError(f"{function}: {name} must be {accepted}, got {value}")
-    return number
+        raise InvalidArgumentError(
+            f"{function}: {name} must be on the device of {shown_name(function, 'q')}, {device}, got {value.device}"
+        )
 
 
 def check_backend(function: str, backend: object) -> str | None:
@@ -131,14 +103,16 @@ def check_attention_tensor(function: str, name: str, value: object, ranks: Seque
     if tensor.stride(-1) != 1:
         raise InvalidArgumentError(
             f"{function}: {name} must be contiguous in its last dimension, got strides {tensor.stride()};"
-            " use broadhead.maybe_contiguous"
+            " a cache is never copied: copy it once, with broadhead.maybe_contiguous"
         )
     return tensor
 
 
 def check_same_dtype(function: str, name: str, value: Tensor, dtype: torch.dtype) -> None:
     if value.dtype != dtype:
-        raise InvalidTypeError(f"{function}: {name} must have the dtype of q, {dtype}, got {value.dtype}")
+        raise InvalidTypeError(
+            f"{function}: {name} must have the dtype of {shown_name(function, 'q')}, {dtype}, got {value.dtype}"
+        )
 
 
 def keys_fit_queries(kv_dtype: torch.dtype, q_dtype: torch.dtype) -> bool:
@@ -238,6 +212,24 @@ def may_read(*values: Tensor | None) -> bool:
     return True
 
 
+_clamped: contextvars.ContextVar[bool] = contextvars.ContextVar("broadhead_clamped", default=False)
+
+
+@contextlib.contextmanager
+def clamped() -> Iterator[None]:
+    """Within, values out of range are clamped and not refused: for what runs below an operator, in compiled code."""
+    token = _clamped.set(True)
+    try:
+        yield
+    finally:
+        _clamped.reset(token)
+
+
+def are_checked(*values: Tensor | None) -> bool:
+    """Whether values of these tensors that are out of range are refused: on a CPU, in eager mode."""
+    return may_read(*values) and not _clamped.get()
+
+
 def _is_wrapped(value: Tensor) -> bool:
     """Whether functorch hides a tensor behind this one."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(value))
@@ -245,13 +237,13 @@ def _is_wrapped(value: Tensor) -> bool:
 
 def check_lengths_on_cpu(function: str, name: str, lengths: Tensor | None) -> None:
     """Negative lengths; only where reading the tensor costs no device synchronisation."""
-    if lengths is not None and lengths.device.type == "cpu" and bool((lengths < 0).any()):
+    if lengths is not None and are_checked(lengths) and bool((lengths < 0).any()):
         raise InvalidArgumentError(f"{function}: {name} must hold lengths >= 0, got {int(lengths.min())}")
 
 
 def check_cu_seqlens_on_cpu(function: str, name: str, cu_seqlens: Tensor | None, total: int) -> None:
     """Offsets start at >= 0, never decrease and end within the packed tensor; on CPU only."""
-    if cu_seqlens is None or cu_seqlens.device.type != "cpu":
+    if cu_seqlens is None or not are_checked(cu_seqlens):
         return
     if int(cu_seqlens[0]) < 0 or bool((cu_seqlens[1:] < cu_seqlens[:-1]).any()) or int(cu_seqlens[-1]) > total:
         raise InvalidArgumentError(

@@ -9,7 +9,7 @@ import torch
 from broadhead import support
 from edge_calls import Shape, build, check
 from edges import Edge
-from gpu_calls import TORCH_DTYPES, cache_dtype, column_step, supports
+from gpu_calls import ROWS, TORCH_DTYPES, cache_dtype, column_step, supports
 
 #: How a call may be launched; metadata only over a cache.
 LAUNCHES = (
@@ -19,6 +19,8 @@ LAUNCHES = (
     {"num_splits": 8, "metadata": True},
     {"num_splits": 2, "pack_gqa": True},
 )
+#: A row of every kind of kernel, the smallest there is: for runs that take seconds a call.
+ONE_OF_A_KIND = tuple({(type(row.tile), row.kv_dtype): row for row in reversed(ROWS) if row.dtype != "fp16"}.values())
 #: Seconds after which a launch counts as hanging.
 PATIENCE = 60.0
 

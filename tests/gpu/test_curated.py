@@ -11,6 +11,8 @@ import torch
 from broadhead import support
 from calls import Call, build
 from checks import check_against, check_call
+from edge_cases import BASE
+from edge_rows import ONE_OF_A_KIND, run_edge, shape_of, suited, takes
 from gpu_calls import (
     PREFILL_ROWS,
     ROWS,
@@ -80,6 +82,22 @@ def test_prefill_row(row: support.KernelRow, name: str, run_row: Callable) -> No
     """A few small calls of every prefill kernel; those of fp16 differ in their numbers alone."""
     m, n = row.tile.tile_m, row.tile.tile_n
     run_row(row, row_call(row, "varlen", (m + 5, 1, 0, 9), (2 * n + 5, 40, 7, n), **ROW_CALLS[name]))
+
+
+#: Values that point past each tensor, and the kinds of kernels that must not follow them.
+EDGES = ("cu_seqlens_q_256_beyond", "cu_seqlens_k_extreme", "cache_seqlens_int_max", "batch_idx_extreme", "varlen_16",
+         "bad_first_middle_last_1", "past_the_table_and_bad_64", "append_past_the_table_16")  # fmt: skip
+
+
+@pytest.mark.parametrize("row", ONE_OF_A_KIND, ids=row_id)
+def test_edges(row: support.KernelRow, only_row: Callable, cuda: torch.device, rng: random.Random) -> None:
+    """Lengths, offsets, page ids and indices out of range: nothing outside the tensors is read or written."""
+    only_row(row)
+    by_name = {edge.name: edge for edge in BASE}
+    for turn, name in enumerate(EDGES):
+        edge = suited(row, by_name[name].with_(causal=turn % 2 == 0))
+        if takes(row, edge):
+            run_edge(edge, shape_of(row, turn, edge), cuda, rng)
 
 
 FEATURES = {

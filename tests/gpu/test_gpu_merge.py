@@ -98,10 +98,15 @@ def test_merge_in_a_graph(cuda: torch.device) -> None:
     torch.testing.assert_close(results[-1][1].double(), expected_lse, atol=1e-5, rtol=1e-6)
 
 
-def test_gradients_take_torch_ops(cuda: torch.device) -> None:
+def test_gradients_take_torch_ops(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fallback_notice, "_warned", set())
     states = [x.nan_to_num(0.0).clamp(min=-50).requires_grad_(True) for x in draw((5, 3, 64), torch.float32, cuda)]
-    out, lse = broadhead.merge_attn_states(*states)
-    assert fallback_notice.state.merge == ("torch", None, "an input requires grad")
+    with pytest.raises(broadhead.UnsupportedError, match=r"BROADHEAD_STRICT=1: merge_attn_states: .* requires grad"):
+        broadhead.merge_attn_states(*states)
+    monkeypatch.delenv("BROADHEAD_STRICT")
+    with pytest.warns(broadhead.FallbackWarning, match="merge_attn_states: .*an input requires grad"):
+        out, lse = broadhead.merge_attn_states(*states)
+    assert fallback_notice.state.merge[0] == "torch"
     (out.square().sum() + lse.sum()).backward()
     assert all(x.grad is not None and x.grad.abs().sum() > 0 for x in states)
 

@@ -119,7 +119,7 @@ def test_repeated_runs_agree_bit_for_bit(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(1, 1, 1, 8), (2, 5, 3, 64), (1, 130, 4, 128), (3, 1, 16, 512), (2, 7, 2, 72)])
-@pytest.mark.parametrize("splits", [1, 2, 7, 32, 100])
+@pytest.mark.parametrize("splits", [1, 2, 7, 32, 100, 128, 129, 256])
 def test_combine(splits: int, shape: tuple[int, ...], dtype: torch.dtype, cuda: torch.device) -> None:
     batch, seqlen, heads, _head_dim_v = shape
     partial = torch.randn(splits, *shape, device=cuda)

@@ -95,7 +95,7 @@ def varlen_error(case: VarlenCase, inputs: VarlenInputs, out: Tensor) -> float:
     for index in torch.linspace(0, len(starts) - 1, count).long().tolist():
         tokens = slice(starts[index], starts[index] + case.seqlens[index])
         rows = _checked_rows(case.seqlens[index], out.device)
-        visible = _visible(rows, case.seqlens[index])
+        visible = _visible(rows, case.seqlens[index]) if case.causal else None
         squares.add(inputs.q[tokens][rows], inputs.k[tokens], inputs.v[tokens], out[tokens][rows], visible)
     return squares.relative()
 
@@ -114,7 +114,8 @@ class PagedReference:
             pages = inputs.page_table[index, : -(-length // case.page_size)].long()
             keys = inputs.k_cache[pages].flatten(0, 1)[:length]
             values = inputs.v_cache[pages].flatten(0, 1)[:length]
-            visible = _visible(self._rows + length - case.seqlen_q, length)
+            positions = self._rows + length - case.seqlen_q
+            visible = None if isinstance(case, PagedCase) and not case.causal else _visible(positions, length)
             self._expected[index] = _attention_of_heads(inputs.q[index, self._rows], keys, values, visible)
 
     def error(self, out: Tensor) -> float:

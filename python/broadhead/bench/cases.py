@@ -15,6 +15,10 @@ PREFIXES = {
     "fp8": "fp8",
     "chunked": "chunk",
     "paged": "paged",
+    "varlen": "varlen",
+    "odd": "fwd",
+    "odd-varlen": "varlen",
+    "odd-paged": "paged",
 }
 
 
@@ -30,7 +34,7 @@ def causal_pairs(seqlen_q: int, seqlen_k: int, window: int | None = None) -> int
 class DenseCase(NamedTuple):
     """Self-attention over dense tensors: forward, backward, with a window, or of e4m3 inputs."""
 
-    area: str  # "forward", "backward", "window" or "fp8"
+    area: str  # "forward", "backward", "window", "fp8" or "odd"
     batch: int
     seqlen: int
     num_heads_q: int
@@ -69,9 +73,9 @@ class DenseCase(NamedTuple):
 
 
 class PagedCase(NamedTuple):
-    """Causal prefill over a paged cache: the last ``seqlen_q`` of a sequence's ``context`` tokens are queries."""
+    """Prefill over a paged cache: the last ``seqlen_q`` of a sequence's ``context`` tokens are queries."""
 
-    area: str  # "chunked" or "paged"
+    area: str  # "chunked", "paged" or "odd-paged"
     batch: int
     seqlen_q: int
     context: int
@@ -79,13 +83,14 @@ class PagedCase(NamedTuple):
     num_heads_kv: int
     head_dim: int
     page_size: int
+    causal: bool = True
 
     @property
     def name(self) -> str:
         tokens = f"S{self.context}" if self.seqlen_q == self.context else f"Sq{self.seqlen_q} Sk{self.context}"
         return (
             f"{PREFIXES[self.area]} B{self.batch} {tokens} H{self.num_heads_q} Hkv{self.num_heads_kv} "
-            f"D{self.head_dim} page{self.page_size}"
+            f"D{self.head_dim} page{self.page_size}{'' if self.causal else ' full'}"
         )
 
     @property
@@ -100,28 +105,32 @@ class PagedCase(NamedTuple):
     @property
     def flops(self) -> float:
         """4 D for each visible pair of a query and a key."""
-        return 4.0 * self.batch * self.num_heads_q * self.head_dim * causal_pairs(self.seqlen_q, self.context)
+        pairs = causal_pairs(self.seqlen_q, self.context) if self.causal else self.seqlen_q * self.context
+        return 4.0 * self.batch * self.num_heads_q * self.head_dim * pairs
 
 
 class VarlenCase(NamedTuple):
-    """Causal self-attention over packed sequences of different lengths."""
+    """Self-attention over packed sequences."""
 
     seqlens: tuple[int, ...]
     num_heads_q: int
     num_heads_kv: int
     head_dim: int
+    causal: bool = True
+    area: str = "varlen"  # or "odd-varlen"
 
     @property
     def name(self) -> str:
         return (
             f"varlen N{len(self.seqlens)} T{sum(self.seqlens)} H{self.num_heads_q} Hkv{self.num_heads_kv} "
-            f"D{self.head_dim} causal"
+            f"D{self.head_dim} {'causal' if self.causal else 'full'}"
         )
 
     @property
     def flops(self) -> float:
         """4 D for each visible pair of a query and a key."""
-        return 4.0 * self.num_heads_q * self.head_dim * sum(causal_pairs(n, n) for n in self.seqlens)
+        pairs = sum(causal_pairs(n, n) if self.causal else n * n for n in self.seqlens)
+        return 4.0 * self.num_heads_q * self.head_dim * pairs
 
 
 class HostCase(NamedTuple):
@@ -161,14 +170,20 @@ PAGED_SHAPES = ((2, 8192, (4, 4, 512)), (1, 8192, (32, 4, 512)), (2, 8192, (16, 
 PAGED_PAGE_SIZES = (16, 64, 128, 1)
 WINDOW, WINDOW_SHAPES = 1024, ((1, 16384, 32, 16, 256), (1, 16384, 32, 8, 128))
 FP8_SHAPES = ((2, 8192, 16, 16, 128), (2, 8192, 8, 8, 256))
+#: Heads and head_dim where that is no multiple of 64 columns, the width of a box or a tile's side: full and causal.
+ODD_BATCH, ODD_SEQLEN, ODD_PAGE_SIZE = 2, 4096, 64
+ODD_HEADS = ((16, 40), (16, 72), (16, 80), (16, 104), (12, 136), (12, 160), (12, 168), (8, 208), (8, 232))
+#: Those that are packed and paged as well: heads, head_dim, causal.
+ODD_LAYOUTS = ((16, 72, False), (16, 80, False), (12, 160, True))
 
 #: What a CPU can do in seconds: the torch fallback is a reference, not something to time.
 CPU_DENSE_SHAPES = ((1, 128, 4, 2, 64, None), (1, 64, 2, 1, 512, None))
 CPU_FORWARD_SHAPES = (*CPU_DENSE_SHAPES, (1, 64, 2, 2, 192, 128))
 
-AREAS = ("forward", "chunked", "varlen", "paged", "window", "fp8", "backward", *DECODE_AREAS, "host")
+ODD_AREAS = ("odd", "odd-varlen", "odd-paged")
+AREAS = ("forward", *ODD_AREAS, "chunked", "varlen", "paged", "window", "fp8", "backward", *DECODE_AREAS, "host")
 #: Names that stand for several areas on the command line.
-GROUPS = {"decode-all": (*DECODE_AREAS, "host")}
+GROUPS = {"decode-all": (*DECODE_AREAS, "host"), "odd-all": ODD_AREAS}
 
 
 def ragged_lengths(count: int, shortest: int, longest: int, seed: int = 0) -> tuple[int, ...]:
@@ -190,6 +205,8 @@ def cases_of(area: str, on_cpu: bool = False) -> list[Case]:
     if area == "backward":
         shapes = CPU_DENSE_SHAPES if on_cpu else BACKWARD_SHAPES
         return [DenseCase(area, *shape[:5], causal) for shape in shapes for causal in (False, True)]
+    if area in ODD_AREAS:
+        return _odd_cases(area, on_cpu)
     if area in DECODE_AREAS:
         return list(decode_cases(area, on_cpu))
     if area == "host":
@@ -201,6 +218,23 @@ def cases_of(area: str, on_cpu: bool = False) -> list[Case]:
             HostCase("host dense", "dense", DenseCase("forward", 1, 128, 8, 8, 128, True)),
         ]
     return _masked_cases(area, on_cpu)
+
+
+def _odd_cases(area: str, on_cpu: bool) -> list[Case]:
+    """Forward of head_dims that are no multiple of 64."""
+    batch, seqlen = (1, 64) if on_cpu else (ODD_BATCH, ODD_SEQLEN)
+    if area == "odd":
+        shapes = ((2, 72),) if on_cpu else ODD_HEADS
+        return [
+            DenseCase(area, batch, seqlen, heads, heads, head_dim, causal)
+            for heads, head_dim in shapes
+            for causal in (False, True)
+        ]
+    layouts = ((2, 72, False), (2, 40, True)) if on_cpu else ODD_LAYOUTS
+    if area == "odd-varlen":
+        return [VarlenCase((seqlen,) * batch, heads, heads, dim, causal, area) for heads, dim, causal in layouts]
+    pages = (batch, seqlen, seqlen)
+    return [PagedCase(area, *pages, heads, heads, dim, ODD_PAGE_SIZE, causal) for heads, dim, causal in layouts]
 
 
 def _masked_cases(area: str, on_cpu: bool) -> list[Case]:

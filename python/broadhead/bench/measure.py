@@ -59,7 +59,7 @@ class VarlenTask(Task):
     """Forward of packed sequences."""
 
     def __init__(self, case: VarlenCase, device: torch.device) -> None:
-        super().__init__("varlen", device)
+        super().__init__(case.area, device)
         self.case = case
         self.inputs = varlen_inputs(case, device)
 

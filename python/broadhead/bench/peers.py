@@ -116,7 +116,7 @@ class Peer:
 class TorchSdpa(Peer):
     """One backend of torch.nn.functional.scaled_dot_product_attention."""
 
-    areas = ("forward", "window", "backward", "host")
+    areas = ("forward", "odd", "window", "backward", "host")
 
     def __init__(self, name: str, backend: SDPBackend) -> None:
         self.name = name

@@ -46,11 +46,11 @@ class Broadhead(Peer):
     def varlen(self, case: VarlenCase, inputs: VarlenInputs) -> Callable[[], Tensor]:
         q, k, v, cu_seqlens, max_seqlen = inputs
         return lambda: broadhead.flash_attn_varlen_func(
-            q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=True, backend=self._backend
+            q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=case.causal, backend=self._backend
         )
 
     def paged(self, case: PagedCase, inputs: PagedInputs) -> Callable[[], Tensor]:
-        return self._over_pages(inputs)
+        return self._over_pages(inputs, causal=case.causal)
 
     def decode(self, case: DecodeCase, inputs: PagedInputs) -> Callable[[], Tensor]:
         return self._over_pages(inputs, scheduler_metadata=self.plan(case, inputs)(), **_split_options(case))
@@ -109,7 +109,8 @@ class Broadhead(Peer):
 
     def _over_pages(self, inputs: PagedInputs, **options: Any) -> Callable[[], Tensor]:
         q, k_cache, v_cache, page_table, cache_seqlens = inputs
-        options |= {"cache_seqlens": cache_seqlens, "page_table": page_table, "causal": True, "backend": self._backend}
+        given = {"cache_seqlens": cache_seqlens, "page_table": page_table, "backend": self._backend}
+        options = {"causal": True} | options | given
         return lambda: broadhead.flash_attn_with_kvcache(q, k_cache, v_cache, **options)
 
 

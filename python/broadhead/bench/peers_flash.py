@@ -80,10 +80,12 @@ class FlashAttention3(PackagePeer):
     def varlen(self, case: VarlenCase, inputs: VarlenInputs) -> Callable[[], Tensor]:
         function = self._module.flash_attn_varlen_func
         q, k, v, cu_seqlens, max_seqlen = inputs
-        return lambda: first_output(function(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=True))
+        return lambda: first_output(
+            function(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=case.causal)
+        )
 
     def paged(self, case: PagedCase, inputs: PagedInputs) -> Callable[[], Tensor]:
-        return self._over_pages(inputs)
+        return self._over_pages(inputs, causal=case.causal)
 
     def decode(self, case: DecodeCase, inputs: PagedInputs) -> Callable[[], Tensor]:
         return self._over_pages(inputs, scheduler_metadata=self.plan(case, inputs)())
@@ -167,22 +169,22 @@ class FlashAttention4(PackagePeer):
         q, k, v, cu_seqlens, max_seqlen = inputs
         lengths = {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
         return lambda: first_output(
-            function(q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, causal=True, **lengths)
+            function(q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, causal=case.causal, **lengths)
         )
 
     def paged(self, case: PagedCase, inputs: PagedInputs) -> Callable[[], Tensor]:
-        return self._over_pages(inputs)
+        return self._over_pages(inputs, case.causal)
 
     def decode(self, case: DecodeCase, inputs: PagedInputs) -> Callable[[], Tensor]:
         return self._over_pages(inputs)
 
-    def _over_pages(self, inputs: PagedInputs) -> Callable[[], Tensor]:
+    def _over_pages(self, inputs: PagedInputs, causal: bool = True) -> Callable[[], Tensor]:
         function = self._module.flash_attn_varlen_func
         if "page_table" not in inspect.signature(function).parameters:
             raise Skip("this build takes no page_table")
         q, k_cache, v_cache, page_table, cache_seqlens = inputs
         return lambda: first_output(
-            function(q, k_cache, v_cache, seqused_k=cache_seqlens, page_table=page_table, causal=True)
+            function(q, k_cache, v_cache, seqused_k=cache_seqlens, page_table=page_table, causal=causal)
         )
 
 
@@ -213,7 +215,7 @@ class Ffpa(PackagePeer):
         q, k, v, cu_seqlens, max_seqlen = inputs
         gqa = case.num_heads_q != case.num_heads_kv
         return lambda: first_output(
-            function(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=True, enable_gqa=gqa)
+            function(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=case.causal, enable_gqa=gqa)
         )
 
     def paged(self, case: PagedCase, inputs: PagedInputs) -> Callable[[], Tensor]:

@@ -57,7 +57,7 @@ class FlashInfer(PackagePeer):
             case.num_heads_q,
             case.num_heads_kv,
             case.head_dim,
-            causal=True,
+            causal=case.causal,
             q_data_type=q.dtype,
             kv_data_type=k.dtype,
         )
@@ -76,7 +76,7 @@ class FlashInfer(PackagePeer):
             case.num_heads_kv,
             case.head_dim,
             case.page_size,
-            causal=True,
+            causal=case.causal,
             q_data_type=q.dtype,
             kv_data_type=k_cache.dtype,
         )

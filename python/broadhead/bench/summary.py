@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
+from broadhead.bench.cases import ODD_AREAS
 from broadhead.bench.records import IMPLEMENTATIONS, UNITS
 
 #: Beside whom a result stands, and the ratio it should reach.
@@ -12,6 +13,8 @@ BAR_UP_TO_256 = ("best peer", 0.97)
 BAR_ABOVE_256 = ("ffpa", 1.05)
 BAR_PAGED = ("baseline", 0.93)
 BAR_FP8 = ("baseline", 1.4)
+#: Of fa3, which pads such head_dims, by head_dim.
+BARS_ODD = {72: 1.0, 80: 1.0, 160: 0.9}
 #: Time over the time that the visible operations would take at the causal rate.
 BAR_WINDOW = 1.15
 
@@ -96,6 +99,8 @@ def _rival(area: str, case: str, values: dict[str, float]) -> tuple[str | None, 
         return "baseline", None, None
     if area == "window":
         return "baseline", None, BAR_WINDOW
+    if area in ODD_AREAS:
+        return ("fa3", BARS_ODD.get(head_dim(case)), None)
     if area in ("paged", "fp8"):
         return (*(BAR_PAGED if area == "paged" else BAR_FP8), None)
     peers = {impl: value for impl, value in values.items() if impl != "baseline"}

@@ -1,0 +1,22 @@
+"""Registers broadhead as an attention implementation of Hugging Face transformers, for models on its interface.
+
+    import broadhead.integrations.transformers as broadhead_transformers
+
+    broadhead_transformers.register()
+    model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="broadhead")
+
+A padded batch runs with the lengths of its rows: no key is copied, and rows of padding give zeros. Static caches run
+inside ``torch.compile(fullgraph=True)``. Continuous batching (``generate_batch``) takes only names with "flash" in
+them: it finds the same attention as ``attn_implementation="broadhead_flash_3"``.
+
+What cannot be expressed exactly (a custom 4-D mask, dropout, a position bias) is refused by name: it never runs with
+another mask than the model's.
+"""
+
+from __future__ import annotations
+
+from .attention import attention_forward
+from .masks import attention_mask
+from .registration import register
+
+__all__ = ["attention_forward", "attention_mask", "register"]

@@ -1,0 +1,73 @@
+"""Makes the attention function, its mask function and its flash functions known to transformers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import broadhead
+
+from .attention import attention_forward
+from .masks import attention_mask
+
+#: Continuous batching reads "flash" as "builds no mask", and "flash...3" as "reads and writes pages of the cache".
+_FLASH_SUFFIX = "_flash_3"
+#: The names whose flash functions are broadhead's.
+_flash_names: set[str] = set()
+
+
+def register(name: str = "broadhead") -> None:
+    """Make ``attn_implementation=name`` available to transformers, and ``name + "_flash_3"`` for continuous batching.
+
+    ``generate_batch`` takes only names with "flash" in them. A name that has it is registered alone. A model class that
+    lists ``_compatible_flash_implementations`` (gpt-oss) replaces all other flash names: add this one to its list.
+
+    Args:
+        name: how models ask for it.
+
+    Raises:
+        ImportError: transformers is missing, or older than the interface that this uses.
+    """
+    try:
+        from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
+
+        accepted = inspect.signature(masking_utils.flash_attention_mask).parameters
+        if "q_offset" not in accepted and "cache_position" not in accepted:
+            raise ImportError("its mask functions take neither q_offset nor cache_position")
+    except ImportError as error:
+        raise ImportError(
+            f"broadhead.integrations.transformers.register: a newer transformers is needed ({error}); install it with: "
+            "pip install 'transformers>=4.57'"
+        ) from error
+    flash_name = name if "flash" in name else name + _FLASH_SUFFIX
+    for each in {name, flash_name}:
+        AttentionInterface.register(each, attention_forward)
+        AttentionMaskInterface.register(each, attention_mask)
+    _register_flash_functions(flash_name)
+
+
+def _register_flash_functions(name: str) -> None:
+    """Answer for ``name`` where transformers imports the functions of a flash implementation.
+
+    It does so for every name with "flash" in it, and knows those of its own list and of its hub alone. There is no
+    public way to add one.
+    """
+    from transformers import modeling_flash_attention_utils as utils
+
+    lazy_imports: Callable[..., Any] | None = getattr(utils, "_lazy_imports", None)
+    already = bool(_flash_names)
+    _flash_names.add(name)
+    if lazy_imports is None or (already and getattr(lazy_imports, "answers_for_broadhead", False)):
+        return
+
+    def answer(implementation: str | None, *args: Any, **kwargs: Any) -> Any:
+        if implementation not in _flash_names:
+            return lazy_imports(implementation, *args, **kwargs)
+        functions: tuple[Any, ...] = (broadhead.flash_attn_func, broadhead.flash_attn_varlen_func)
+        if hasattr(utils, "_flash_with_kvcache_fn"):
+            functions += (broadhead.flash_attn_with_kvcache,)
+        return (*functions, utils._pad_input, utils._unpad_input)
+
+    answer.answers_for_broadhead = True  # type: ignore[attr-defined]
+    utils._lazy_imports = answer

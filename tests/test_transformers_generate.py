@@ -1,0 +1,147 @@
+"""Generation of transformers through broadhead: static caches under torch.compile, and continuous batching."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import broadhead
+import broadhead.integrations.transformers as integration
+import pytest
+import torch
+import torch._dynamo
+from broadhead.integrations.transformers import registration
+from torch._dynamo.testing import CompileCounter
+from transformers_models import ids, make, output_of, padding, transformers
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered() -> None:
+    integration.register()
+
+
+@pytest.fixture(autouse=True)
+def _forget_graphs() -> Any:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def decode_compiled(name: str, attention: str, compiled: bool) -> tuple[torch.Tensor, int]:
+    """Tokens of a left-padded prompt by a compiled step over a static cache, and the number of graphs."""
+    model, mask = make(name), padding(2, 7, "left")
+    model.set_attn_implementation(attention)
+    counter = CompileCounter()
+    step = torch.compile(model, backend=counter, fullgraph=True) if compiled else model
+    torch.manual_seed(5)
+    cache = transformers.StaticCache(config=model.config, max_cache_len=12)
+    with torch.no_grad():
+        logits = model(input_ids=ids(2, 7), attention_mask=mask, past_key_values=cache).logits
+        tokens = [logits[:, -1:].argmax(-1)]
+        longer = torch.nn.functional.pad(mask, (0, 5), value=1)
+        for _ in range(3):
+            logits = step(input_ids=tokens[-1], attention_mask=longer, past_key_values=cache).logits
+            tokens.append(logits[:, -1:].argmax(-1))
+    return torch.cat(tokens, dim=1), counter.frame_count
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma4"])
+def test_static_cache_compiles_into_as_many_graphs_as_sdpa(name: str) -> None:
+    expected, _ = decode_compiled(name, "eager", compiled=False)
+    _, graphs_of_sdpa = decode_compiled(name, "sdpa", compiled=True)
+    torch._dynamo.reset()
+    tokens, graphs = decode_compiled(name, "broadhead", compiled=True)
+    assert torch.equal(tokens, expected)
+    assert graphs == graphs_of_sdpa
+
+
+def test_generate_compiles_the_static_cache() -> None:
+    """The masks of generate are made outside of the graph, which they must not change from step to step."""
+    model, mask, prompt = make("llama"), padding(2, 7, "left"), ids(2, 7)
+    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    model.set_attn_implementation("eager")
+    expected = model.generate(prompt, **options)
+    model.set_attn_implementation("broadhead")
+    config = transformers.CompileConfig(fullgraph=True, dynamic=None, backend="eager", mode=None)
+    config._compile_all_devices = True
+    torch._dynamo.utils.counters.clear()
+    tokens = model.generate(prompt, cache_implementation="static", compile_config=config, **options)
+    assert torch.equal(tokens, expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_forward_compiles_without_a_cache() -> None:
+    """As in training: unpadded, and padded at the ends of rows. What the graph cannot know it asserts."""
+    model, tokens, mask = make("mistral"), ids(2, 9), padding(2, 9, "right")
+    with torch.no_grad():
+        expected = [output_of(model, "eager", input_ids=tokens, use_cache=False)]
+        expected.append(output_of(model, "eager", input_ids=tokens, attention_mask=mask, use_cache=False))
+        model.set_attn_implementation("broadhead")
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        got = [compiled(input_ids=tokens, use_cache=False).logits]
+        got.append(compiled(input_ids=tokens, attention_mask=mask, use_cache=False).logits)
+        torch.testing.assert_close(got[0], expected[0], rtol=0, atol=2e-4 * expected[0].abs().max().item())
+        live = mask.bool()
+        torch.testing.assert_close(got[1][live], expected[1][live], rtol=0, atol=2e-4 * expected[1].abs().max().item())
+
+        torn = torch.ones_like(mask)
+        torn[1, 3:5] = 0
+        with pytest.raises(RuntimeError, match="padding must lie at the ends"):
+            compiled(input_ids=tokens, attention_mask=torn, use_cache=False)
+        positions = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4]).expand(2, -1)
+        with pytest.raises(RuntimeError, match="cu_seq_lens_q"):
+            compiled(input_ids=tokens, position_ids=positions, use_cache=False)
+
+
+def test_packed_sequences_compile_by_their_offsets() -> None:
+    model, tokens = make("llama"), ids(1, 9)
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    offsets = torch.tensor([0, 4, 9], dtype=torch.int32)
+    with torch.no_grad():
+        expected = output_of(model, "eager", input_ids=tokens, position_ids=positions, use_cache=False)
+        model.set_attn_implementation("broadhead")
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        given = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": 5, "max_length_k": 5}
+        got = compiled(input_ids=tokens, position_ids=positions, use_cache=False, **given).logits
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-4 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_continuous_batching(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """generate_batch takes the flash name, runs broadhead's attention, and gives the tokens of eager attention."""
+    calls = []
+    varlen = broadhead.flash_attn_varlen_func
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return varlen(*args, **kwargs)
+
+    monkeypatch.setattr(broadhead, "flash_attn_varlen_func", counted)
+    model = make(name)
+    prompts = [ids(1, length)[0].tolist() for length in (5, 11, 3)]
+    model.set_attn_implementation("eager")
+    options = {"max_new_tokens": 4, "do_sample": False}
+    expected = [model.generate(torch.tensor([p]), eos_token_id=None, **options)[0, len(p) :].tolist() for p in prompts]
+    model.set_attn_implementation("broadhead_flash_3")
+    config = transformers.GenerationConfig(eos_token_id=-1, pad_token_id=0, **options)
+    batching = transformers.ContinuousBatchingConfig(page_size=4, num_blocks=32, max_batch_tokens=64)
+    results = model.generate_batch(
+        inputs=prompts, generation_config=config, continuous_batching_config=batching, progress_bar=False
+    )
+    assert [result.generated_tokens for result in results.values()] == expected
+    assert len(calls) >= model.config.num_hidden_layers * 4
+
+
+def test_flash_functions_of_the_registered_name() -> None:
+    from transformers import modeling_flash_attention_utils as utils
+
+    integration.register("other")
+    integration.register("my_flash_2")
+    wrapper = utils._lazy_imports
+    integration.register()
+    assert utils._lazy_imports is wrapper
+    for name in ("broadhead_flash_3", "other_flash_3", "my_flash_2"):
+        assert utils._lazy_imports(name)[:2] == (broadhead.flash_attn_func, broadhead.flash_attn_varlen_func)
+        assert name in registration._flash_names
+    with pytest.raises((ImportError, ValueError)):
+        utils._lazy_imports("flash_of_nobody")

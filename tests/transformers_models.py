@@ -1,0 +1,167 @@
+"""Tiny random models of transformers, and the comparison with their eager attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import broadhead
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", minversion="4.57")
+
+VOCABULARY = 97
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_T5GEMMA_HALF = {
+    **COMMON,
+    "sliding_window": 6,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "query_pre_attn_scalar": 16,
+    "attn_logit_softcapping": 5.0,
+    "dropout_rate": 0.0,
+}
+_GEMMA4 = {"sliding_window": 6, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY}
+#: Model class, config class and what the config adds: each has another mask or another argument of attention.
+MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", "LlamaConfig", {}),
+    "mistral": ("MistralForCausalLM", "MistralConfig", {"sliding_window": 5}),
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        "Gemma2Config",
+        {"sliding_window": 6, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 16},
+    ),
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        {"sliding_window": 6, "num_local_experts": 2, "num_experts_per_tok": 1},
+    ),
+    "gemma4": (
+        "Gemma4ForCausalLM",
+        "Gemma4TextConfig",
+        {**_GEMMA4, "global_head_dim": 32, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    # The heads of E2B, and its layers that read the keys of earlier ones: the last two.
+    "gemma4_shared": (
+        "Gemma4ForCausalLM",
+        "Gemma4TextConfig",
+        {
+            **_GEMMA4,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_kv_shared_layers": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 256,
+            "global_head_dim": 512,
+        },
+    ),
+    "qwen3_5": (
+        "Qwen3_5ForCausalLM",
+        "Qwen3_5TextConfig",
+        {
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [1, 1, 0],
+                "mrope_interleaved": True,
+                "partial_rotary_factor": 0.25,
+            },
+        },
+    ),
+    "hrm_text": (
+        "HrmTextForCausalLM",
+        "HrmTextConfig",
+        {"num_hidden_layers": 4, "num_layers_per_stack": 1, "H_cycles": 2, "L_cycles": 1, "prefix_lm": True},
+    ),
+    "t5gemma": (
+        "T5GemmaForConditionalGeneration",
+        "T5GemmaConfig",
+        {"encoder": _T5GEMMA_HALF, "decoder": {**_T5GEMMA_HALF, "cross_attention_hidden_size": 32}},
+    ),
+}
+
+
+def make(name: str) -> Any:
+    """A tiny random model, its weights large enough that a wrong mask shows."""
+    model_class, config_class, options = MODELS[name]
+    if not hasattr(transformers, model_class):
+        pytest.skip(f"transformers {transformers.__version__} has no {model_class}")
+    common = dict(COMMON)
+    if name == "hrm_text":
+        del common["num_key_value_heads"]
+    if name == "t5gemma":
+        common = {key: COMMON[key] for key in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")}
+    torch.manual_seed(3)
+    model = getattr(transformers, model_class)(getattr(transformers, config_class)(**{**common, **options})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    return model
+
+
+def output_of(model: Any, attention: str, **inputs: Any) -> torch.Tensor:
+    model.set_attn_implementation(attention)
+    output = model(**inputs)
+    return output.logits if hasattr(output, "logits") else output.last_hidden_state
+
+
+def assert_same(model: Any, rows: torch.Tensor | None = None, **inputs: Any) -> None:
+    """Outputs of broadhead and eager attention agree on ``rows`` (bool ``(B, S)``, default all)."""
+    with torch.no_grad():
+        expected, got = output_of(model, "eager", **inputs), output_of(model, "broadhead", **inputs)
+    assert broadhead.last_dispatch()[0] == "torch"
+    if rows is not None:
+        expected, got = expected[rows], got[rows]
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-4 * expected.abs().max().item())
+
+
+def assert_same_gradients(name: str, **inputs: Any) -> None:
+    """The loss of ``inputs``, which hold labels, has the gradients of eager attention in every parameter."""
+    gradients = []
+    for attention in ("eager", "broadhead"):
+        model = make(name)
+        model.set_attn_implementation(attention)
+        model(**inputs).loss.backward()
+        gradients.append({key: p.grad for key, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for key, expected in gradients[0].items():
+        error = (gradients[1][key] - expected).norm() / expected.norm().clamp_min(1e-12)
+        assert error < 1e-3, f"{key}: {error:.2e}"
+
+
+def assert_same_tokens(model: Any, prompt: torch.Tensor, **options: Any) -> None:
+    """Greedy generation gives the tokens of eager attention."""
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, **options}
+    tokens = []
+    for attention in ("eager", "broadhead"):
+        model.set_attn_implementation(attention)
+        tokens.append(model.generate(prompt, **options))
+    assert torch.equal(*tokens)
+
+
+def ids(batch: int, length: int) -> torch.Tensor:
+    return torch.randint(3, VOCABULARY, (batch, length))
+
+
+def padding(batch: int, length: int, side: str) -> torch.Tensor:
+    """int64 ``(B, S)``: row i lacks 2 i + 1 tokens, the first row none."""
+    places = torch.arange(length)
+    cut = torch.tensor([0, *(2 * i + 1 for i in range(1, batch))])[:, None]
+    live = places >= cut if side == "left" else places < length - cut
+    return live.long()
