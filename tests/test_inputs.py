@@ -354,6 +354,19 @@ def test_metadata_of_strided_lengths() -> None:
     )
 
 
+def test_merges_copy_what_they_read_and_nothing_else() -> None:
+    outs, lses = randn(3, 5, 4, 16), randn(3, 5, 4)
+    expected = broadhead.flash_attn_combine(outs, lses)
+    same(broadhead.flash_attn_combine(strided(outs), strided(lses)), expected)
+    states = [outs[0], lses[0].T.contiguous(), outs[1], lses[1].T.contiguous()]
+    merged = broadhead.merge_attn_states(*states)
+    same(broadhead.merge_attn_states(*map(strided, states)), merged)
+    with pytest.raises(broadhead.InvalidArgumentError, match="flash_attn_combine: out must be contiguous"):
+        broadhead.flash_attn_combine(outs, lses, strided(outs[0]))
+    with pytest.raises(broadhead.InvalidArgumentError, match="merge_attn_states: out must be contiguous"):
+        broadhead.merge_attn_states(*states, strided(outs[0]))
+
+
 def test_explain_tells_the_copy() -> None:
     q, k, v = dense().values()
     assert "copied" not in broadhead.explain(q, k, v)

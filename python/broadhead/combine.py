@@ -9,8 +9,9 @@ from torch.compiler import is_dynamo_compiling
 from . import native
 from . import validation as check
 from .device import common_kernel_obstacle, describe
-from .errors import InvalidArgumentError, InvalidTypeError
+from .errors import InvalidArgumentError, InvalidTypeError, UnsupportedError
 from .fallback_notice import settle_operation
+from .layout import contiguous, refuse_strided
 from .metadata import CURRENT_STREAM
 from .plain import has_tangent, mark_written, plain, refuse_transformed, runs_as_operator
 from .problem import needs_gradients
@@ -112,7 +113,8 @@ def flash_attn_combine(
     """Merge the results of splits of the keys: ``(out, softmax_lse)``.
 
     Args:
-        out_partial: fp32 ``(splits, B, S, H, Dv)`` or ``(splits, T, H, Dv)``, each split normalised by its own sum.
+        out_partial: fp32 ``(splits, B, S, H, Dv)`` or ``(splits, T, H, Dv)``, each split normalised by its own sum;
+            copied where the last dimension is not contiguous.
         lse_partial: fp32 ``(splits, B, S, H)`` or ``(splits, T, H)``, natural log; -inf: the split saw no key.
         out: written if given, ``(B, S, H, Dv)`` or ``(T, H, Dv)``; out_dtype: of a new output, fp32 by default.
         backend: as for flash_attn_func; where the kernel does not take the call torch ops merge.
@@ -135,7 +137,7 @@ def flash_attn_combine(
         out = plain(function, "out", out, written=True)
     elif out is not None and not is_dynamo_compiling():
         refuse_transformed(function, "out=", out_partial, lse_partial, out)
-    out_partial = check_floating(function, "out_partial", out_partial)
+    out_partial = contiguous(check_floating(function, "out_partial", out_partial))
     lse_partial = check_floating(function, "lse_partial", lse_partial)
     if out_partial.dim() not in (4, 5) or out_partial.shape[0] < 1:
         raise InvalidArgumentError(
@@ -152,11 +154,17 @@ def flash_attn_combine(
     if out is not None:
         dtype = out.dtype if out_dtype is None and isinstance(out, Tensor) else (out_dtype or out_partial.dtype)
         out = check_out(function, out, shape, dtype, out_partial.device)
+        refuse_strided(function, "out", out)
     else:
         dtype = out_dtype or out_partial.dtype
     if dtype not in FLOAT_DTYPES:
         raise InvalidTypeError(f"{function}: out_dtype must be bf16, fp16, fp32 or fp64, got {dtype}")
 
+    if by_torch and backend == "cuda":
+        raise UnsupportedError(
+            f"{function}: the combine kernel does not take this call: it is traced, or a tensor is a subclass or"
+            " transformed; leave backend unset"
+        )
     if out_partial.numel() > 0 and backend != "torch" and not by_torch:
         obstacle = _kernel_obstacle(out_partial, lse_partial, out, dtype)
         if obstacle is None:
