@@ -310,6 +310,153 @@ def test_fp8_keys_are_copied_whatever_the_factors(seed: int) -> None:
         assert torch.equal(stored.view(torch.uint8), k_new[b].view(torch.uint8))
 
 
+FP8 = torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize("rotary", ["halves", "interleaved", "partial", "partial_interleaved", "own_positions"])
+@pytest.mark.parametrize("ragged", [False, True], ids=["dense", "ragged"])
+def test_fp8_keys_are_rotated_in_fp32(ragged: bool, rotary: str, seed: int) -> None:
+    """8-bit keys are rotated in fp32 and rounded once, and saturate; other columns and values are copied bit by bit."""
+    call = build(seed, "paged", rotary, ragged, FP8)
+    k_new, v_new = ((x * 400).clamp(-448, 448).to(FP8) for x in (call.k_new, call.v_new))
+    factors = torch.full((4, HEADS), 0.25)  # say what the numbers mean, before and after the rotation alike
+    call.options |= {"k_descale": factors, "v_descale": factors}
+    append_kv.append(call.k_cache, call.v_cache, k_new, v_new, **call.options)
+    columns = 2 * call.options["rotary_cos"].shape[1]
+    for b, length in enumerate(call.seqlens):
+        first = int(call.options["rotary_seqlens"][b]) if rotary == "own_positions" else length
+        for i in range(call.num_new[b]):
+            place = call.places[b][length + i]
+            k, v = (x.flatten(0, -3)[call.first_new[b] + i] for x in (k_new, v_new))
+            cos, sin = (call.options[name][first + i] for name in ("rotary_cos", "rotary_sin"))
+            turned = rotate_fp32(k.float(), cos, sin, call.options["rotary_interleaved"])
+            assert torch.equal(call.k_cache[place].double()[:, :columns], e4m3(turned)[:, :columns])
+            rest = (call.k_cache[place][:, columns:], k[:, columns:])
+            for stored, given in (rest, (call.v_cache[place], v)):
+                assert torch.equal(stored.view(torch.uint8), given.view(torch.uint8))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_fp8_queries_are_rotated_in_fp32(interleaved: bool, seed: int) -> None:
+    q = (torch.randn(2, 3, HEADS, HEAD_DIM) * 150).clamp(-448, 448).to(FP8)
+    q[0, 0] = 448.0
+    angle = torch.rand(POSITIONS, 12) * 6.28
+    angle[5] = 0.785  # the sum of sine and cosine is largest
+    starts = torch.tensor([5, 90], dtype=torch.int32)
+    result = append_kv.apply_rotary_q(
+        q, angle.cos(), angle.sin(), cache_seqlens=starts, causal_or_local=True, rotary_interleaved=interleaved
+    )
+    assert result.dtype == FP8
+    assert (result[0, 0].double() == 448).any(), "a number past the range of float8 saturates"
+    for b in range(2):
+        for i in range(3):
+            position = int(starts[b]) + i
+            turned = rotate_fp32(q[b, i].float(), angle[position].cos(), angle[position].sin(), interleaved)
+            assert torch.equal(result[b, i].double()[:, :24], e4m3(turned)[:, :24])
+            assert torch.equal(result[b, i, :, 24:].view(torch.uint8), q[b, i, :, 24:].view(torch.uint8))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_public_function_rotates_fp8(compiled: bool, seed: int) -> None:
+    """What FlashAttention-3 takes: q, k, v and the caches of 8 bits, rotary tables of 16."""
+    q, new = torch.randn(2, 1, 4, 32).to(FP8), torch.randn(2, 1, 2, 32).to(FP8)
+    cache = torch.randn(2, 8, 2, 32).to(FP8)
+    angle = torch.rand(8, 16) * 6.28
+    cos, sin = angle.cos().bfloat16(), angle.sin().bfloat16()
+    lengths = torch.tensor([3, 7], dtype=torch.int32)
+    k_cache, v_cache = cache.clone(), cache.clone()
+    function = broadhead.flash_attn_with_kvcache
+    if compiled:
+        torch._dynamo.reset()
+        function = torch.compile(function, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        out = function(
+            q, k_cache, v_cache, new, new, rotary_cos=cos, rotary_sin=sin, cache_seqlens=lengths, causal=True,
+            rotary_interleaved=False,
+        )  # fmt: skip
+        turned_q = torch.stack(
+            [rotate_fp32(q[b, 0].float(), cos[n].float(), sin[n].float(), False) for b, n in ((0, 3), (1, 7))]
+        )
+        expected = broadhead.flash_attn_with_kvcache(
+            turned_q[:, None].to(FP8), k_cache, v_cache, cache_seqlens=lengths + 1, causal=True
+        )
+    for b, row in ((0, 3), (1, 7)):
+        turned = rotate_fp32(new[b, 0].float(), cos[row].float(), sin[row].float(), False)
+        assert torch.equal(k_cache[b, row].double(), e4m3(turned))
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+
+
+# --- values out of range, which a device does not refuse ---
+
+
+def int32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("paged", [False, True], ids=["dense", "paged"])
+def test_batch_indices_that_do_not_exist(paged: bool, seed: int) -> None:
+    """Their sequences are written nowhere; the others are."""
+    k_cache, v_cache = torch.zeros(3, 4, 1, 8), torch.zeros(3, 4, 1, 8)
+    new = torch.randn(5, 1, 1, 8)
+    options: dict[str, Any] = {"page_table": torch.arange(3, dtype=torch.int32)[:, None]} if paged else {}
+    index = int32(1, 3, -1, 2**31 - 1, 0)
+    append_kv.append(k_cache, v_cache, new, new, cache_seqlens=int32(2, 0, 0, 1, 3), cache_batch_idx=index, **options)
+    expected = torch.zeros(3, 4, 1, 8)
+    expected[1, 2], expected[0, 3] = new[0, 0], new[4, 0]
+    assert torch.equal(k_cache, expected) and torch.equal(v_cache, expected)
+
+
+@pytest.mark.parametrize("pages", [0, 3])
+def test_lengths_behind_an_append_are_those_of_the_cache(pages: int) -> None:
+    cache, new = torch.zeros(4, 4, 1, 8), torch.zeros(4, 3, 1, 8)
+    table = torch.zeros(4, pages, dtype=torch.int32) if pages else None
+    capacity = 4 * max(pages, 1)
+    before = int32(0, capacity - 1, capacity + 9, 2**31 - 1)
+    lengths = append_kv.appended_lengths(cache, before, new, None, table)
+    assert lengths.dtype == torch.int32 and lengths.tolist() == [3, capacity, capacity, capacity]
+    offsets = int32(-2, 2, 1, 99, 12)
+    packed = append_kv.appended_lengths(cache, before, new.flatten(0, 1), offsets, table)
+    assert packed.tolist() == [2, capacity - 1, capacity, capacity]
+
+
+def test_offsets_out_of_order_write_only_what_they_own() -> None:
+    k_cache, v_cache = torch.zeros(3, 8, 1, 8), torch.zeros(3, 8, 1, 8)
+    new = torch.arange(1.0, 9).view(8, 1, 1).expand(8, 1, 8)
+    append_kv.append(k_cache, v_cache, new, new, cache_seqlens=int32(0, 0, 0), cu_seqlens_k_new=int32(0, 2, 1, 8))
+    assert torch.equal(k_cache, v_cache) and not k_cache[1].any()
+    assert torch.equal(k_cache[2, 1:7, 0, 0], torch.arange(3.0, 9)), "rows 2 to 7 are the third sequence's alone"
+
+
+@pytest.mark.parametrize("name", ["flash_attn_with_kvcache", "mha_fwd"])
+@pytest.mark.parametrize("paged", [False, True], ids=["dense", "paged"])
+def test_rotary_tables_shorter_than_the_cache_are_refused(paged: bool, name: str) -> None:
+    q, cache, new = torch.randn(2, 1, 2, 16), torch.zeros(4, 8, 2, 16), torch.randn(2, 1, 2, 16)
+    table = int32(0, 1, 2, 3).view(2, 2) if paged else None
+    capacity = 16 if paged else 8
+    cache = cache if paged else cache[:2].clone()
+    angle = torch.rand(capacity, 4)
+    lengths = int32(0, capacity - 1)
+    for rows, words in (
+        (capacity, ""),
+        (capacity - 1, f"rotary_cos and rotary_sin must have a row .* {capacity}.* got {capacity - 1}"),
+    ):
+        tables = {"rotary_cos": angle[:rows], "rotary_sin": angle[:rows]}
+        k_cache, v_cache = cache.clone(), cache.clone()
+        if name == "mha_fwd":
+            call = dict(q=q, k=k_cache, v=v_cache, k_new=new, v_new=new, seqused_k=lengths, page_table=table, **tables)
+        else:
+            call = dict(
+                q=q, k_cache=k_cache, v_cache=v_cache, k=new, v=new, cache_seqlens=lengths, page_table=table, **tables
+            )
+        if not words:
+            getattr(broadhead, name)(**call)
+            assert k_cache.any()
+            continue
+        with pytest.raises(broadhead.InvalidArgumentError, match=f"{name}: {words}"):
+            getattr(broadhead, name)(**call)
+        assert not k_cache.any(), "a refused call wrote into the cache"
+
+
 @pytest.mark.parametrize("cache", ["contiguous", "paged"])
 def test_nothing_to_append(cache: str, seed: int) -> None:
     """Every sequence appends nothing, but the packed tensors have padding rows; and no rows at all."""

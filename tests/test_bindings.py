@@ -152,7 +152,7 @@ expected = {{name: page << 12 for name, page in pages.items()}} | dict(
     head_dim_v=32, page_size=16, window_left=7, window_right=0, attention_chunk=9, sinks_are_fp32=1, num_splits=6,
     pack_gqa=1, metadata_tag=77, heads_per_section=2, softmax_scale=0.125, softcap=30, tile_counter=0,
     max_blocks=5, cell_blocks=11, q_dtype=1, workspace_bytes=6 * 4 * 6 * 33 * 4,
-    total_k=0, num_pages=5, num_kv_batches=0,
+    total_k=0, num_pages=5, num_kv_batches=2,
     qv=0, qv_strides="0,0,0", q_descale=0, k_descale=0, v_descale=0, q_descale_strides="0,0", k_descale_strides="0,0",
     v_descale_strides="0,0", shared_page_table=0, shared_seqlen_k=0)
 assert got == {{name: str(value) for name, value in expected.items()}}, got

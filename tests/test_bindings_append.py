@@ -58,7 +58,7 @@ expected = {{name: page << 12 for name, page in pages.items()}} | dict(
     q_strides="1280,256,64", q_out_strides="1280,256,64", cos_stride=16, sin_stride=8, k_descale_strides="0,0",
     v_descale_strides="0,0", page_table_batch_stride=11, num_blocks=7, num_owners=3, block_size=16, max_pages=9,
     batch=2, seqlen_q=5, seqlen_new=3, total_q=10, total_new=6, num_heads_q=4, num_heads_kv=2, head_dim=64,
-    head_dim_v=32, rotary_dim=16, num_positions=100, rotary_interleaved=1, causal_or_local=1, angles_are_fp32=1,
+    head_dim_v=32, rotary_dim=16, num_positions=100, rotary_interleaved=1, causal_or_local=1, angles_dtype=0,
     dtype=1, cache_dtype=1)
 assert got == {{name: str(value) for name, value in expected.items()}}, got
 """,
@@ -79,7 +79,7 @@ packed = dict(k_new=T(3 << 12, (9, 2, 64), F16), v_new=T(4 << 12, (9, 2, 32), F1
               cache_batch_idx=None, k_cache=T(1 << 12, (2, 16, 2, 64), FP8), v_cache=T(2 << 12, (2, 16, 2, 32), FP8),
               k_descale=T(16 << 12, (2, 2), F32), v_descale=T(17 << 12, (2, 2), F32, strides=(0, 0)))
 check(append(T, **packed), k_new_strides="0,128,64", q_strides="0,256,64", cu_seqlens_q=14 << 12,
-      cu_seqlens_k_new=15 << 12, total_new=9, total_q=11, seqlen_new=0, seqlen_q=0, batch=2, angles_are_fp32=0,
+      cu_seqlens_k_new=15 << 12, total_new=9, total_q=11, seqlen_new=0, seqlen_q=0, batch=2, angles_dtype=2,
       dtype=2, cache_dtype=3, num_owners=2, max_pages=0, page_table=0, k_descale=16 << 12, v_descale=17 << 12,
       k_descale_strides="2,1", v_descale_strides="0,0", rotary_dim=64, num_positions=1, cos_stride=0,
       rotary_interleaved=0, causal_or_local=0)
@@ -131,18 +131,25 @@ def test_append_refuses(stub: Path, changes: str, words: list[str]) -> None:  # 
     assert all(word in text for word in words), text
 
 
-def test_append_of_8_bits_refuses_rotary(stub: Path) -> None:  # noqa: F811
-    text = run(
+def test_append_of_8_bits_takes_rotary(stub: Path) -> None:  # noqa: F811
+    """With tables of fp32, bf16 or fp16; q is of 8 bits, too."""
+    run(
         stub,
         APPEND
         + """
-T = ExchangeTensor
+T, F16 = ExchangeTensor, "torch.float16"
 fp8 = dict(k_cache=T(1 << 12, (7, 16, 2, 64), FP8), v_cache=T(2 << 12, (7, 16, 2, 32), FP8),
-           k_new=T(3 << 12, (2, 3, 2, 64), FP8), v_new=T(4 << 12, (2, 3, 2, 32), FP8))
-print(error(lambda: append(T, **fp8)))
+           k_new=T(3 << 12, (2, 3, 2, 64), FP8), v_new=T(4 << 12, (2, 3, 2, 32), FP8),
+           q=T(5 << 12, (2, 5, 4, 64), FP8), q_out=T(6 << 12, (2, 5, 4, 64), FP8))
+for dtype, number in ((F32, 0), ("torch.bfloat16", 1), (F16, 2)):
+    angles = dict(rotary_cos=T(7 << 12, (100, 8), dtype), rotary_sin=T(8 << 12, (100, 8), dtype))
+    got = append(T, **fp8, **angles)
+    assert (got["angles_dtype"], got["dtype"], got["cache_dtype"]) == (str(number), "3", "3"), got
+eight = dict(rotary_cos=T(7 << 12, (100, 8), FP8), rotary_sin=T(8 << 12, (100, 8), FP8))
+text = error(lambda: append(T, **fp8, **eight))
+assert "rotary_cos must be" in text and "float8_e4m3fn" in text, text
 """,
     )
-    assert "k_new must be bf16 or fp16 with rotary_cos" in text
 
 
 @pytest.mark.parametrize("kind", ["AttributeTensor", "ExchangeTensor"])

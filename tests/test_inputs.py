@@ -9,7 +9,7 @@ import broadhead
 import pytest
 import torch
 from broadhead import metadata as metadata_module
-from broadhead.scalars import MAX_SPLITS
+from broadhead.validation import MAX_SPLITS
 
 np = pytest.importorskip("numpy")
 
@@ -354,6 +354,19 @@ def test_metadata_of_strided_lengths() -> None:
     )
 
 
+def test_merges_copy_what_they_read_and_nothing_else() -> None:
+    outs, lses = randn(3, 5, 4, 16), randn(3, 5, 4)
+    expected = broadhead.flash_attn_combine(outs, lses)
+    same(broadhead.flash_attn_combine(strided(outs), strided(lses)), expected)
+    states = [outs[0], lses[0].T.contiguous(), outs[1], lses[1].T.contiguous()]
+    merged = broadhead.merge_attn_states(*states)
+    same(broadhead.merge_attn_states(*map(strided, states)), merged)
+    with pytest.raises(broadhead.InvalidArgumentError, match="flash_attn_combine: out must be contiguous"):
+        broadhead.flash_attn_combine(outs, lses, strided(outs[0]))
+    with pytest.raises(broadhead.InvalidArgumentError, match="merge_attn_states: out must be contiguous"):
+        broadhead.merge_attn_states(*states, strided(outs[0]))
+
+
 def test_explain_tells_the_copy() -> None:
     q, k, v = dense().values()
     assert "copied" not in broadhead.explain(q, k, v)
@@ -479,3 +492,23 @@ def test_the_command_asks_all_that_explain_does() -> None:
     assert len(result.output.splitlines()) < 25
     result = runner.invoke(app, ["explain", "--window", "wide"])
     assert result.exit_code == 2 and "--window must be" in result.output
+
+
+# --- compiled --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "spelled, plain",
+    [
+        ({"causal": 1}, {"causal": True}),
+        ({"softcap": None, "attention_chunk": None}, {}),
+        ({"softcap": 3, "num_splits": 256}, {"softcap": 3.0}),
+        ({"window_size": [3, None]}, {"window_size": (3, -1)}),
+    ],
+    ids=str,
+)
+def test_compiled_calls_take_them_in_one_graph(spelled: dict[str, Any], plain: dict[str, Any]) -> None:
+    q, k, v = dense().values()
+    torch.compiler.reset()
+    compiled = torch.compile(broadhead.flash_attn_func, backend="aot_eager", fullgraph=True)
+    same(compiled(strided(q), k, v, **spelled), broadhead.flash_attn_func(q, k, v, **plain))

@@ -36,18 +36,20 @@ int read_rotary(ArgumentReader& reader, const TensorView& k_new, AppendKvParams&
   reader.require(q_out.present() == q.present(), "q_out", "given with q", q_out);
   reader.require(cos.present() || !q.present(), "rotary_cos", "given with q", cos);
   if (!cos.present()) return 0;
-  reader.require(is_16_bit(k_new.type()), "k_new", "bf16 or fp16 with rotary_cos", k_new);
-  reader.require(cos.ndim() == 2 && (cos.type() == ElementType::kFloat32 || cos.type() == k_new.type()) &&
-                     cos.size(0) >= 1 && 2 * cos.size(1) <= k_new.size(-1),
+  const bool any_angles = k_new.type() == ElementType::kFloat8E4M3 && is_16_bit(cos.type());
+  reader.require(cos.ndim() == 2 && (cos.type() == ElementType::kFloat32 || cos.type() == k_new.type() || any_angles) &&
+                     cos.type() != ElementType::kFloat8E4M3 && cos.size(0) >= 1 && 2 * cos.size(1) <= k_new.size(-1),
                  "rotary_cos",
-                 "[positions, rotary_dim / 2], fp32 or of the dtype of k_new, rotary_dim at most head_dim", cos);
+                 "[positions, rotary_dim / 2], fp32 or of the dtype of k_new (of 8-bit ones bf16 or fp16), rotary_dim"
+                 " at most head_dim",
+                 cos);
   reader.require(same_shape(sin, cos) && sin.type() == cos.type(), "rotary_sin", "of the shape and dtype of rotary_cos",
                  sin);
   params.rotary_cos = cos.data();
   params.rotary_sin = sin.data();
   params.cos_stride = cos.size(0) == 1 ? 0 : cos.stride(0);
   params.sin_stride = sin.size(0) == 1 ? 0 : sin.stride(0);
-  params.angles_are_fp32 = cos.type() == ElementType::kFloat32;
+  params.angles_dtype = data_type(cos.type());
   params.rotary_dim = static_cast<std::int32_t>(2 * cos.size(1));
   params.num_positions = static_cast<std::int32_t>(cos.size(0));
   if (!q.present()) return 0;

@@ -1,6 +1,7 @@
 // Packs the tensors of a forward call into AttnParams, all but their addresses.
 //
 // The Python side has validated the call; what is checked here keeps a mistake there from reading foreign memory.
+#include <algorithm>
 #include <utility>
 
 #include "bindings/argument_reader.h"
@@ -37,7 +38,8 @@ void pack_key_layout(const ForwardCall& call, const TensorView& k, const TensorV
                     k);
     params.page_table_batch_stride = page_table.stride(0);
     params.page_size = static_cast<std::int32_t>(k.size(1));
-    params.num_pages = k.size(0);
+    params.num_pages = std::min<std::int64_t>(k.size(0), 1ll << 31);
+    params.num_kv_batches = page_table.size(0);
     return;
   }
   checker.require(

@@ -6,6 +6,7 @@
 #include <initializer_list>
 
 #include "common/append_kv.h"
+#include "common/seqlen_info.h"
 #include "common/vector.h"
 #include "host/cuda_check.h"
 
@@ -45,15 +46,24 @@ struct AppendArgs {
 BROADHEAD_DEVICE void write_lengths(const AppendKvParams& params, int sequence) {
   if (sequence >= params.batch) return;
   const int added = params.cu_seqlens_k_new != nullptr
-                        ? params.cu_seqlens_k_new[sequence + 1] - params.cu_seqlens_k_new[sequence]
+                        ? packed_rows(params.cu_seqlens_k_new, sequence, params.total_new).rows
                         : params.seqlen_new;
-  params.seqlens_out[sequence] = params.cache_seqlens[sequence] + added;
+  // What does not fit is not written.
+  const std::int64_t capacity = std::int64_t{params.block_size} * (params.page_table != nullptr ? params.max_pages : 1);
+  const std::int64_t length = std::int64_t{params.cache_seqlens[sequence]} + added;
+  params.seqlens_out[sequence] = static_cast<int>(length < 0 ? 0 : length < capacity ? length : capacity);
 }
 
-// kCount neighbouring cosines or sines as fp32.
+// kCount neighbouring cosines or sines as fp32. 16-bit ones are of type Element, but for 8-bit keys of either.
 template <class Element, int kCount>
 BROADHEAD_DEVICE void load_angles(const AppendKvParams& params, const void* table, std::int64_t offset, float* angles) {
-  if (params.angles_are_fp32) {
+  if constexpr (std::is_same_v<Element, E4m3>) {
+    if (params.angles_dtype == DataType::kFloat16) {
+      load_angles<__half, kCount>(params, table, offset, angles);
+    } else {
+      load_angles<__nv_bfloat16, kCount>(params, table, offset, angles);
+    }
+  } else if (params.angles_dtype == DataType::kFloat32) {
     constexpr int kStep = kCount < 4 ? kCount : 4;
     BROADHEAD_UNROLL
     for (int i = 0; i < kCount; i += kStep) {
@@ -120,19 +130,23 @@ BROADHEAD_DEVICE void turn_pair(float (&y)[2][kVec], const VectorPair& pair, con
   }
 }
 
+// Whether a kernel that moves vectors of kVec turns them. Those of 16 numbers leave no registers for their angles.
+template <int kVec>
+constexpr bool kTurns = kVec <= 8;
+
 // Stores a vector: bit by bit as it came (`x`), or its numbers `y` when they were turned or the type changes.
 template <class To, class From, int kVec>
 BROADHEAD_DEVICE void put(To* target, const Vector<From, kVec>& x, const float (&y)[kVec], bool is_turned,
                           float divisor) {
   if constexpr (std::is_same_v<To, From>) {
-    if (!is_turned) return store_vector(target, x);
+    if (!kTurns<kVec> || !is_turned) return store_vector(target, x);
   }
-  if constexpr (!std::is_same_v<From, E4m3>) {
-    float scaled[kVec];
-    BROADHEAD_UNROLL
-    for (int i = 0; i < kVec; ++i) scaled[i] = std::is_same_v<To, E4m3> ? __fdiv_rn(y[i], divisor) : y[i];
-    store_vector(target, pack<To>(scaled));
-  }
+  // 8-bit keys have been divided by the descale already.
+  constexpr bool kDivides = std::is_same_v<To, E4m3> && !std::is_same_v<From, E4m3>;
+  float scaled[kVec];
+  BROADHEAD_UNROLL
+  for (int i = 0; i < kVec; ++i) scaled[i] = kDivides ? __fdiv_rn(y[i], divisor) : y[i];
+  store_vector(target, pack<To>(scaled));
 }
 
 BROADHEAD_DEVICE std::int64_t row_offset(const Part& part, const TensorStrides& strides, int token, int sequence,
@@ -180,15 +194,17 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) append_kv_kernel(const _
   if (part.cu_seqlens != nullptr) {
     sequence = find_sequence(part.cu_seqlens, params.batch, token, sequence);
     if (sequence < 0) return;
-    index = token - part.cu_seqlens[sequence];
+    index = token - max_int(0, part.cu_seqlens[sequence]);
   }
   const std::int64_t cached = params.cache_seqlens[sequence];
   const bool is_turned[2] = {column[0] < part.turned_columns, pair.has_second && column[1] < part.turned_columns};
   Angles<kVec> angles;
-  if (!std::is_same_v<New, E4m3> && is_turned[0]) {
-    const std::int64_t start = params.rotary_seqlens != nullptr ? params.rotary_seqlens[sequence] : cached;
-    const bool moves = part_index == kNewKeys || params.causal_or_local;
-    angles = load_pair_angles<New, kVec>(params, pair, is_turned, start + (moves ? index : 0));
+  if constexpr (kTurns<kVec>) {
+    if (is_turned[0]) {
+      const std::int64_t start = params.rotary_seqlens != nullptr ? params.rotary_seqlens[sequence] : cached;
+      const bool moves = part_index == kNewKeys || params.causal_or_local;
+      angles = load_pair_angles<New, kVec>(params, pair, is_turned, start + (moves ? index : 0));
+    }
   }
 
   std::int64_t offset;
@@ -202,7 +218,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) append_kv_kernel(const _
   }
 
   float y[2][kVec];
-  if constexpr (!std::is_same_v<New, E4m3>) {
+  if constexpr (kTurns<kVec>) {
     unpack(x[0], y[0]);
     unpack(x[1], y[1]);
     if (is_turned[0]) turn_pair(y, pair, is_turned, angles);
@@ -243,7 +259,7 @@ bool vectors_fit(const AppendKvParams& params, int count, int new_bytes, int cac
   }
   if (params.rotary_dim == 0) return fit;
   const int pair_columns = params.rotary_interleaved ? params.rotary_dim : params.rotary_dim / 2;
-  const int angle_step = kVectorBytes / (params.angles_are_fp32 ? 4 : 2);
+  const int angle_step = kVectorBytes / (params.angles_dtype == DataType::kFloat32 ? 4 : 2);
   return fit && pair_columns % count == 0 && params.cos_stride % angle_step == 0 &&
          params.sin_stride % angle_step == 0 && is_aligned(params.rotary_cos, kVectorBytes) &&
          is_aligned(params.rotary_sin, kVectorBytes);
@@ -260,8 +276,10 @@ std::int64_t share_rows(const AppendKvParams& params, int vec, int columns, Part
 
 template <class New, class Cache>
 cudaError_t launch(const AppendKvParams& params, cudaStream_t stream) {
-  constexpr int kVec = kVectorBytes / static_cast<int>(sizeof(New));
-  const int vec = vectors_fit(params, kVec, sizeof(New), sizeof(Cache)) ? kVec : 1;
+  constexpr int kLongest = kVectorBytes / static_cast<int>(sizeof(New));
+  constexpr int kTurned = min_int(kLongest, 8);
+  int vec = params.rotary_dim > 0 ? kTurned : kLongest;
+  if (!vectors_fit(params, vec, sizeof(New), sizeof(Cache))) vec = 1;
   AppendArgs args{};
   args.params = params;
   const int seqlen_new =
@@ -312,7 +330,9 @@ cudaError_t launch(const AppendKvParams& params, cudaStream_t stream) {
   v.first_block = static_cast<int>(first_v);
   q.first_block = static_cast<int>(first_q);
   args.lengths_block = static_cast<int>(lengths_block);
-  const auto kernel = vec == 1 ? append_kv_kernel<New, Cache, 1> : append_kv_kernel<New, Cache, kVec>;
+  const auto kernel = vec == 1          ? append_kv_kernel<New, Cache, 1>
+                      : vec == kLongest ? append_kv_kernel<New, Cache, kLongest>
+                                        : append_kv_kernel<New, Cache, kTurned>;
   kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(args);
   return cudaGetLastError();
 }

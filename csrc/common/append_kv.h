@@ -11,10 +11,22 @@ struct CUstream_st;
 
 namespace broadhead {
 
+// Of the sequences that have rows, the one that begins last at or in front of `token`, if it is the token's; else -1.
+BROADHEAD_HOST_DEVICE int find_disordered_sequence(const std::int32_t* cu_seqlens, int batch, int token) {
+  int owner = -1, first = 0;
+  for (int b = 0; b < batch; ++b) {
+    const int begin = max_int(0, cu_seqlens[b]);
+    if (begin < first || begin > token || begin >= cu_seqlens[b + 1]) continue;
+    owner = b;
+    first = begin;
+  }
+  return owner >= 0 && token < cu_seqlens[owner + 1] ? owner : -1;
+}
+
 // The sequence that owns packed token `token`, -1: none (padding). `guess` is tried first: it is right where all
 // sequences have the same length.
 BROADHEAD_HOST_DEVICE int find_sequence(const std::int32_t* cu_seqlens, int batch, int token, int guess) {
-  if (batch == 0 || token < cu_seqlens[0]) return -1;
+  if (batch == 0) return -1;
   int begin = 0, end = batch;  // the owner is in [begin, end), or there is none
   guess = min_int(guess, batch - 1);
   if (token < cu_seqlens[guess]) {
@@ -33,7 +45,9 @@ BROADHEAD_HOST_DEVICE int find_sequence(const std::int32_t* cu_seqlens, int batc
       end = middle;
     }
   }
-  return begin < last ? begin : -1;
+  if (begin < last && cu_seqlens[begin] <= token && token < cu_seqlens[begin + 1]) return begin;
+  // Offsets out of order lead the search astray. Rows behind the last one are padding.
+  return token < cu_seqlens[batch] ? find_disordered_sequence(cu_seqlens, batch, token) : -1;
 }
 
 // A row of the caches; `exists` is false past the cache, past the page table and on pages that the pool does not have.

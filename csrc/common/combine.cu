@@ -52,6 +52,8 @@ BROADHEAD_DEVICE float warp_sum(float x) {
 }
 
 struct CombineShared {
+  SeqlenInfo seqlen;  // of the block's sequence
+  int splits;
   float weight[kMaxSplits];
   float4 partial[kWarps][32];
 };
@@ -171,9 +173,15 @@ __global__ void __launch_bounds__(32 * kWarps)
   __shared__ CombineShared smem;
   wait_for_predecessor();
   const int batch = blockIdx.x / chunks;
-  const int splits = sequence_splits(params, batch);
+  // Read once a block: another stream may change them, and the warps must agree.
+  if (threadIdx.x == 0) {
+    smem.splits = sequence_splits(params, batch);
+    smem.seqlen = make_seqlen_info(params, batch);
+  }
+  __syncthreads();
+  const int splits = smem.splits;
   if (splits == 1) return;
-  const SeqlenInfo seqlen = make_seqlen_info(params, batch);
+  const SeqlenInfo seqlen = smem.seqlen;
   const int first_row = blockIdx.x % chunks * rows_per_block;
   const int seqlen_q = min_int(seqlen.seqlen_q, params.seqlen_q);
   const int end_row = min_int(first_row + rows_per_block, seqlen_q * params.num_heads_q);

@@ -9,6 +9,8 @@ BROADHEAD_HOST_DEVICE constexpr int ceil_div(int a, int b) { return (a + b - 1) 
 BROADHEAD_HOST_DEVICE constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
 BROADHEAD_HOST_DEVICE constexpr int min_int(int a, int b) { return a < b ? a : b; }
 BROADHEAD_HOST_DEVICE constexpr int max_int(int a, int b) { return a > b ? a : b; }
+// low <= high.
+BROADHEAD_HOST_DEVICE constexpr int clamp_int(int x, int low, int high) { return max_int(low, min_int(x, high)); }
 
 // Rounds towards minus infinity: a query position is negative when seqlen_q > seqlen_k.
 BROADHEAD_HOST_DEVICE constexpr int floor_div(int a, int b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }

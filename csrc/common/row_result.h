@@ -40,9 +40,9 @@ struct RowResult {
 template <class Element>
 BROADHEAD_DEVICE RowResult finish_row(const AttnParams& params, const RowPlace& row, RowStats stats,
                                       const ScoreScale& scale, int split) {
-  // A row of NaN scores has no maximum either, but its sum is NaN.
+  // A row of NaN scores has no maximum either, but its sum is NaN: no sink makes it a number.
   const bool empty = stats.max == -INFINITY && stats.sum == 0.f;
-  if (params.sinks != nullptr && split < 0 && row.live && !empty) {
+  if (params.sinks != nullptr && split < 0 && row.live && stats.sum > 0.f) {
     // The sink's term relative to the running reference; it is far out of range only when it dominates the row.
     const float sink = load_sink<Element>(params, row.head);
     const float reference = stats.max * scale.scale;

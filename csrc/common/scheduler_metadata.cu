@@ -14,6 +14,7 @@ namespace broadhead {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kMaxKeys = 1 << 30;  // of a sequence, new ones included
 
 struct Work {
   int tiles;   // query tiles x heads
@@ -29,8 +30,9 @@ BROADHEAD_DEVICE Work sequence_work(const SchedulerMetadataParams& params, int b
   lengths.seqused_q = params.seqused_q;
   lengths.seqused_k = params.seqused_k;
   lengths.leftpad_k = params.leftpad_k;
+  lengths.total_q = lengths.total_k = INT32_MAX;  // the request does not tell
   SeqlenInfo info = make_seqlen_info(lengths, batch);
-  info.seqlen_k += params.seqlen_k_new;
+  info.seqlen_k = min_int(info.seqlen_k, kMaxKeys - params.seqlen_k_new) + params.seqlen_k_new;
   if (info.seqlen_q == 0) return {0, 0};
   const AttentionMask mask{info.seqlen_q,       info.seqlen_k,          params.window_left,
                            params.window_right, params.attention_chunk, 0};

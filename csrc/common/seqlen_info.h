@@ -16,35 +16,77 @@ struct SeqlenInfo {
   int batch_k;  // multiplies k_strides.batch, or page_table_batch_stride when paged (0 when packed)
 };
 
-// Lengths are clamped to what the tensors hold, so that a wrong length can not read past a page table or a cache.
+struct RowSpan {
+  int begin;
+  int rows;
+};
+
+// Rows of sequence `batch` among the `total` packed rows that there are.
+BROADHEAD_HOST_DEVICE RowSpan packed_rows(const std::int32_t* cu_seqlens, int batch, std::int64_t total) {
+  const int most = total < INT32_MAX ? static_cast<int>(total) : INT32_MAX;
+  const int begin = clamp_int(cu_seqlens[batch], 0, most);
+  return {begin, max_int(0, clamp_int(cu_seqlens[batch + 1], 0, most) - begin)};
+}
+
+// The host sees none of these values. Whatever they are, and whatever another stream makes of them meanwhile, the
+// result lies within the tensors: lengths are clamped to what these hold, offsets to the rows that exist, and there is
+// no key behind a batch index that is out of range. Rows of q from max_seqlen_q on are as those past seqused_q.
 BROADHEAD_HOST_DEVICE SeqlenInfo make_seqlen_info(const AttnParams& params, int batch) {
   SeqlenInfo info;
   int capacity_q = params.seqlen_q;
   info.row_q = 0;
   info.batch_q = batch;
   if (params.cu_seqlens_q) {
-    info.row_q = params.cu_seqlens_q[batch];
-    capacity_q = params.cu_seqlens_q[batch + 1] - params.cu_seqlens_q[batch];
+    const RowSpan rows = packed_rows(params.cu_seqlens_q, batch, params.total_q);
+    info.row_q = rows.begin;
+    capacity_q = min_int(rows.rows, capacity_q);
     info.batch_q = 0;
   }
-  info.seqlen_q = max_int(0, params.seqused_q ? min_int(params.seqused_q[batch], capacity_q) : capacity_q);
+  info.seqlen_q = params.seqused_q ? clamp_int(params.seqused_q[batch], 0, capacity_q) : capacity_q;
 
   int capacity_k = params.seqlen_k;
   info.row_k = 0;
-  info.batch_k = params.kv_batch_idx ? params.kv_batch_idx[batch] : batch;
+  info.batch_k = batch;
+  if (params.kv_batch_idx) {
+    info.batch_k = params.kv_batch_idx[batch];
+    if (info.batch_k < 0 || info.batch_k >= params.num_kv_batches) info.batch_k = capacity_k = 0;
+  }
   if (params.cu_seqlens_k) {
-    info.row_k = params.cu_seqlens_k[batch];
-    capacity_k = params.cu_seqlens_k[batch + 1] - params.cu_seqlens_k[batch];
+    const RowSpan rows = packed_rows(params.cu_seqlens_k, batch, params.total_k);
+    info.row_k = rows.begin;
+    capacity_k = rows.rows;
     info.batch_k = 0;
   }
-  int seqlen_k = params.seqused_k ? min_int(params.seqused_k[batch], capacity_k) : capacity_k;
+  info.seqlen_k = params.seqused_k ? clamp_int(params.seqused_k[batch], 0, capacity_k) : capacity_k;
   if (params.leftpad_k) {
-    const int leftpad = max_int(0, params.leftpad_k[batch]);
+    const int leftpad = clamp_int(params.leftpad_k[batch], 0, info.seqlen_k);
     info.row_k += leftpad;
-    seqlen_k -= leftpad;
+    info.seqlen_k -= leftpad;
   }
-  info.seqlen_k = max_int(0, seqlen_k);
   return info;
+}
+
+// Whether the pool has page `page`. Keys behind an id that it does not have do not exist; they keep their positions.
+BROADHEAD_HOST_DEVICE bool page_exists(const AttnParams& params, int page) {
+  return static_cast<unsigned>(page) < static_cast<unsigned>(params.num_pages);
+}
+
+// The pages of a sequence.
+struct KeyPages {
+  const std::int32_t* table;  // its row of the page table
+  int leftpad;                // logical row of key 0
+  int seqlen_k;
+
+  // Whether `key`, at least 0, is a key of the sequence that does not exist.
+  BROADHEAD_HOST_DEVICE bool lost(const AttnParams& params, int key) const {
+    return key < seqlen_k &&
+           !page_exists(params, table[static_cast<unsigned>(leftpad + key) / static_cast<unsigned>(params.page_size)]);
+  }
+};
+
+// Keys that every query of a sequence of `seqlen_k` keys sees.
+BROADHEAD_HOST_DEVICE int sequence_prefix(const AttnParams& params, int batch, int seqlen_k) {
+  return params.prefix_lens ? clamp_int(params.prefix_lens[batch], 0, seqlen_k) : 0;
 }
 
 }  // namespace broadhead

@@ -61,7 +61,8 @@ struct ScoreScale {
   float v_factor;    // 8-bit V: its descale
 
   BROADHEAD_DEVICE void set(float softmax_scale, float softcap_) {
-    softcap = softcap_;
+    // No score comes near the bound: it keeps `inner` a normal number where softcap is as large as "off".
+    softcap = fminf(softcap_, 1e30f);
     transform = softcap > 0.f || !(softmax_scale > 0.f);
     scale = transform ? 1.f : softmax_scale;
     scale_log2 = scale * kLog2e;
@@ -77,11 +78,15 @@ struct ScoreScale {
     scale_log2 *= inverse;
   }
 
-  // tanh(x) = 1 - 2 / (exp(2x) + 1); two special-function instructions, absolute error near 1e-6.
+  // tanh(x) = 1 - 2 / (exp(2x) + 1), two special-function instructions. Its error is one of softcap, not of the score:
+  // near 0, where a large softcap leaves all scores, x - x^3 / 3 is closer, so that the error is 3e-6 of the score
+  // everywhere.
   BROADHEAD_DEVICE float apply(float s) const {
     const float x = s * inner;
     if (softcap <= 0.f) return x;
-    return softcap * (1.f - __fdividef(2.f, exp2_approx(2.f * kLog2e * x) + 1.f));
+    const float near = fmaf(x * x * x, -1.f / 3.f, x);
+    const float far = 1.f - __fdividef(2.f, exp2_approx(2.f * kLog2e * x) + 1.f);
+    return softcap * (fabsf(x) < 0.05f ? near : far);
   }
 };
 
@@ -94,8 +99,11 @@ struct TileState {
   BlockRange range;      // key blocks of this block's share
   BlockRange whole;      // key blocks that are copied without any check: all keys live, all columns there, not paged
   int splits;            // shares of this sequence
+  int lost_keys;         // 1: some keys of the share may lie on pages that the pool does not have
   KvSource<Element> source;
   ScoreScale scale;
+
+  BROADHEAD_DEVICE KeyPages pages() const { return {source.table, source.leftpad, seqlen.seqlen_k}; }
 };
 
 // What a kernel's tiles are made of.
@@ -111,18 +119,37 @@ struct TileShape {
 // same reason the steps below take what they need from `state` again.
 BROADHEAD_DEVICE void compile_barrier() { asm volatile("" ::: "memory"); }
 
+// All that is read of what another stream could change: once a tile, so that its warps agree. What the steps below make
+// of it takes its place.
+struct TileLengths {
+  SeqlenInfo seqlen;
+  int prefix_len;
+  int splits;
+};
+
+BROADHEAD_DEVICE TileLengths read_lengths(const AttnParams& params, int batch) {
+  const SeqlenInfo seqlen = make_seqlen_info(params, batch);
+  return {seqlen, sequence_prefix(params, batch, seqlen.seqlen_k), sequence_splits(params, batch)};
+}
+
+template <class Element>
+BROADHEAD_DEVICE void set_lengths(TileState<Element>& state, const TileLengths& lengths) {
+  state.seqlen = lengths.seqlen;
+  state.mask.prefix_len = lengths.prefix_len;
+  state.splits = lengths.splits;
+  state.lost_keys = 0;
+}
+
 // A tile without live rows or a share that the sequence does not use gets splits = 0; in a cluster the tiles of a pair
 // agree on both, a tile past the sequence's end just has no live row.
 template <class Element>
 BROADHEAD_DEVICE void set_tile_rows(TileState<Element>& state, const AttnParams& params, const WorkTile& tile,
                                     int split, const TileShape& shape) {
   const int rows_per_token = params.pack_gqa ? params.num_heads_q / params.num_heads_kv : 1;
-  const SeqlenInfo seqlen = make_seqlen_info(params, tile.batch);
-  const int num_rows = seqlen.seqlen_q * rows_per_token;
+  const int num_rows = state.seqlen.seqlen_q * rows_per_token;
   const int first_row = tile.m_block * shape.rows;
-  state.seqlen = seqlen;
   state.output = {{first_row, rows_per_token, min_int(first_row + shape.rows, num_rows)}, tile.head};
-  const int splits = sequence_splits(params, tile.batch);
+  const int splits = state.splits;
   const int cluster_row = tile.m_block / shape.cluster * shape.cluster * shape.rows;
   state.splits = cluster_row < num_rows && split < splits ? splits : 0;
 }
@@ -133,12 +160,8 @@ BROADHEAD_DEVICE void set_tile_keys(TileState<Element>& state, const AttnParams&
                                     int split, const TileShape& shape) {
   const int seqlen_q = state.seqlen.seqlen_q;
   const int seqlen_k = state.seqlen.seqlen_k;
-  const AttentionMask mask{seqlen_q,
-                           seqlen_k,
-                           params.window_left,
-                           params.window_right,
-                           params.attention_chunk,
-                           params.prefix_lens ? min_int(params.prefix_lens[tile.batch], seqlen_k) : 0};
+  const AttentionMask mask{
+      seqlen_q, seqlen_k, params.window_left, params.window_right, params.attention_chunk, state.mask.prefix_len};
   state.mask = mask;
   const int rows_per_token = state.output.rows.rows_per_token;
   const int cluster_row = tile.m_block / shape.cluster * shape.cluster * shape.rows;
@@ -196,6 +219,7 @@ BROADHEAD_DEVICE void set_tile_source(TileState<Element>& state, const AttnParam
   }
 }
 
+// Behind set_lengths.
 template <class Element>
 BROADHEAD_DEVICE void make_tile_state(TileState<Element>& state, const AttnParams& params, const WorkTile& tile,
                                       int split, const TileShape& shape) {

@@ -59,6 +59,9 @@ BROADHEAD_DEVICE void store_vector(T* target, const Vector<T, kCount>& x) {
 
 BROADHEAD_DEVICE float to_fp32(float, unsigned bits) { return __uint_as_float(bits); }
 BROADHEAD_DEVICE float to_fp32(__nv_bfloat16, unsigned bits) { return __uint_as_float(bits << 16); }
+BROADHEAD_DEVICE float to_fp32(E4m3, unsigned bits) {
+  return __half2float(__half(__nv_cvt_fp8_to_halfraw(static_cast<E4m3>(bits & 0xff), __NV_E4M3)));
+}
 BROADHEAD_DEVICE float to_fp32(__half, unsigned bits) {
   return __half2float(__ushort_as_half(static_cast<unsigned short>(bits & 0xffff)));
 }

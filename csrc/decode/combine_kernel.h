@@ -64,7 +64,7 @@ BROADHEAD_DEVICE SplitRow find_split_row(const DecodeParams& params, const Works
     const BlockParts own = workspace.blocks[block];
     const int passes = read_passes(workspace, block);
     if (own.batch < 0) return found;
-    const RowParts parts = balanced_parts(count_parts(workspace, block, passes), row, block);
+    const RowParts parts = balanced_parts(workspace, count_parts(workspace, block, passes), row, block);
     return {own.seqlen, own.batch, own.head, own.m_block, parts, {}};
   }
   const TileParts noted = workspace.tiles != nullptr ? workspace.tiles[block] : TileParts{};

@@ -64,6 +64,20 @@ BROADHEAD_DEVICE void prefetch_inputs(const DecodeParams& params) {
   }
 }
 
+// The pages of an item's keys.
+BROADHEAD_DEVICE KeyPages pages_of(const DecodeParams& params, const LineItem& item) {
+  const std::int32_t* table = is_shared(params, item.batch)
+                                  ? params.shared_page_table
+                                  : params.page_table + item.seqlen.batch_k * params.page_table_batch_stride;
+  return {table, static_cast<int>(item.seqlen.row_k), item.seqlen.seqlen_k};
+}
+
+// Whether the lane's word of two items is the same. Both lie in shared memory.
+BROADHEAD_DEVICE bool same_item(const LineItem& a, const LineItem& b, int lane) {
+  if (lane >= kItemWords) return true;
+  return reinterpret_cast<const int*>(&a)[lane] == reinterpret_cast<const int*>(&b)[lane];
+}
+
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     decode_kernel(const __grid_constant__ DecodeParams params, const __grid_constant__ Workspace workspace) {
@@ -131,7 +145,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
       q_tile.copy(params, item, q_scale, smem);
     }
     if (Traits::k8Bit && threadIdx.x == 0) smem.tile.scale.divide(q_scale);
-    __syncthreads();
+    // Warps find their items by themselves, from lengths that another stream may have changed in between. Those that
+    // have found different ones would wait for each other for ever: the block ends instead.
+    if (__syncthreads_count(same_item(smem.queue[0].items[queue.taken % kQueueItems], item, lane)) !=
+        Traits::kThreads) {
+      break;
+    }
     const std::uint32_t q = kept(q_lane_address<Traits>(smem, Traits::col_group(warp) * Traits::kCols, lane));
     QFragments<Traits> q_registers;
     if constexpr (Traits::kQInRegisters) {
@@ -165,18 +184,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
       }
       if (__builtin_expect(transform, 0)) {
         const ScoreScale scale = smem.tile.scale;
-        BROADHEAD_UNROLL
-        for (int m = 0; m < Traits::kMmaM; ++m) {
-          BROADHEAD_UNROLL
-          for (int n = 0; n < Traits::kMmaN; ++n) {
-            BROADHEAD_UNROLL
-            for (int c = 0; c < 4; ++c) s[m][n][c] = scale.apply(s[m][n][c]);
-          }
-        }
+        transform_scores(s, scale);
       }
       const int key0 = block * Traits::kKeys;
       if (__builtin_expect(key0 < unmasked.begin || key0 + Traits::kKeys > unmasked.end, 0)) {
         apply_mask(s, smem.tile.mask, unmasked, smem.tile.rows, 0, key0, lane);
+      }
+      if (__builtin_expect(loader.has_lost_keys(), 0)) {
+        hide_lost_keys(s, params, pages_of(params, smem.queue[warp].items[queue.taken % kQueueItems]), key0, lane);
       }
       float block_max[2 * Traits::kMmaM], factor[2 * Traits::kMmaM];
       softmax.block_max(s, block_max);

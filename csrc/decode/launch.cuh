@@ -67,6 +67,7 @@ inline DecodeParams make_decode_params(const AttnParams& params, int tile_cost) 
   result.heads_in_grid = params.pack_gqa ? params.num_heads_kv : params.num_heads_q;
   result.heads_per_kv = params.pack_gqa ? 1 : group;
   result.tile_cost = tile_cost;
+  result.pages = params.page_table == nullptr ? 1 : static_cast<unsigned>(params.num_pages);
   result.sees_all = sees_all(params);
   const std::int64_t token = static_cast<std::int64_t>(params.num_heads_q) * params.head_dim;
   const std::int64_t tokens = params.cu_seqlens_q ? params.total_q : params.batch * std::int64_t{params.seqlen_q};

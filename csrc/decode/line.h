@@ -30,6 +30,7 @@ struct DecodeParams : AttnParams {
   int heads_in_grid;  // KV heads when packed
   int heads_per_kv;  // of those in the grid
   int tile_cost;  // what a tile costs besides its key blocks (Q, the merge of the warps, the output), in key blocks
+  unsigned pages;  // page ids below exist; 1 when not paged
   int sees_all;  // masks need not be worked out: what runs before the first copies is cold code, and slow
   // Of q and the page table when they are one piece, else 0: what the grid asks the L2 for before it knows what it
   // needs.
@@ -73,9 +74,8 @@ BROADHEAD_HOST_DEVICE int sequence_rows(const DecodeParams& params, const Seqlen
 // Every query sees all shared keys; calls with such have no window but the causal one, no chunks and no prefix_lens.
 BROADHEAD_HOST_DEVICE AttentionMask make_mask(const DecodeParams& params, const SeqlenInfo& seqlen, int batch) {
   const int window_right = is_shared(params, batch) ? -1 : params.window_right;
-  return {seqlen.seqlen_q,        seqlen.seqlen_k,
-          params.window_left,     window_right,
-          params.attention_chunk, params.prefix_lens ? min_int(params.prefix_lens[batch], seqlen.seqlen_k) : 0};
+  return {seqlen.seqlen_q, seqlen.seqlen_k,        params.window_left,
+          window_right,    params.attention_chunk, sequence_prefix(params, batch, seqlen.seqlen_k)};
 }
 
 // The tiles of one sequence; every tile visits the same key blocks.
@@ -130,6 +130,10 @@ struct LineItem {
   int is_part;  // 0: the whole tile, written at once; with shared keys always 1
   int goes_on;  // balanced: the tile does not end in this part
 };
+
+// Whether two warps of a block have found the same; `word` in [0, kItemWords): the part that is compared.
+constexpr int kItemWords = sizeof(LineItem) / 4;
+static_assert(sizeof(LineItem) % 4 == 0 && kItemWords <= 32, "a lane compares a word");
 
 BROADHEAD_HOST_DEVICE int kv_head_of(const DecodeParams& params, const LineItem& item) {
   return params.heads_per_kv == 1 ? item.head : item.head / params.heads_per_kv;
@@ -317,12 +321,15 @@ BROADHEAD_DEVICE void search(const DecodeParams& params, LineCursor& cursor) {
     }
     const long long upto = prefix.positions(cursor.tile_cost);
     const unsigned behind = __ballot_sync(0xffffffffu, cursor.offset < upto);
-    if (behind == 0 && cursor.batch + 32 < sequences(params)) {
+    if (behind == 0) {
+      // The line ends in front of the interval's end when another stream has shortened it since the plan.
+      if (cursor.batch + 32 >= sequences(params)) cursor.left = 0;
+      if (cursor.left == 0) return;
       cursor.offset -= all.positions(cursor.tile_cost);
       cursor.batch += 32;
       continue;
     }
-    const int source = max_int(0, __ffs(behind) - 1);
+    const int source = __ffs(behind) - 1;
     cursor.offset -= __shfl_sync(0xffffffffu, upto - own.positions(cursor.tile_cost), source);
     cursor.batch += source;
     cursor.work = {shuffle(work.seqlen, source), __shfl_sync(0xffffffffu, work.m_blocks, source),

@@ -85,16 +85,20 @@ struct RowParts {
   BROADHEAD_HOST_DEVICE int slot(int part) const { return part == 0 ? first : rest + (part - 1) * step; }
 };
 
-// Of the tile whose first part block `first` of the decode grid computes, which goes on in the blocks behind.
-BROADHEAD_HOST_DEVICE RowParts balanced_parts(int parts, int row, int first) {
-  return {parts, row, 2 * first + 1, 2 * first + 2, 2};
+// Of the tile whose first part block `first` of the decode grid computes, which goes on in the blocks behind: as many
+// as there are, should their notes contradict each other because the lengths were changed in the midst of the run.
+BROADHEAD_HOST_DEVICE RowParts balanced_parts(const Workspace& workspace, int parts, int row, int first) {
+  return {min_int(parts, workspace.num_blocks - first), row, 2 * first + 1, 2 * first + 2, 2};
 }
 
 // Of tile `tile`, in dense order.
 BROADHEAD_HOST_DEVICE RowParts noted_parts(const Workspace& workspace, long long tile, const TileParts& blocks,
                                            int row) {
-  if (blocks.first == blocks.last) return {1, row, static_cast<int>(workspace.whole_slot(tile)), 0, 0};
-  return balanced_parts(blocks.last - blocks.first + 1, row, blocks.first);
+  // Likewise a tile that no block has noted.
+  const int first = clamp_int(blocks.first, 0, workspace.num_blocks - 1);
+  const int last = clamp_int(blocks.last, first, workspace.num_blocks - 1);
+  if (first == last) return {1, row, static_cast<int>(workspace.whole_slot(tile)), 0, 0};
+  return balanced_parts(workspace, last - first + 1, row, first);
 }
 
 // Of row `row` of a sequence (its tokens, then the heads of a token) over the shared keys. No parts when the lengths of

@@ -10,7 +10,7 @@
 namespace broadhead {
 
 // Raised whenever a field below is added, removed or changes meaning; libraries of another version are refused.
-constexpr std::uint32_t kAbiVersion = 4;
+constexpr std::uint32_t kAbiVersion = 5;
 
 // Element types where an argument block has a choice.
 enum class DataType : std::int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat8E4M3 = 3 };
@@ -74,8 +74,8 @@ struct AttnParams {
   std::int32_t seqlen_k;  // max over the batch; page_table.size(1) * page_size when paged
   std::int64_t total_q;  // R
   std::int64_t total_k;  // rows of packed k (cu_seqlens_k), else 0
-  std::int64_t num_pages;  // of the pool; 0: not paged
-  std::int64_t num_kv_batches;  // k.size(0) of dense k, else 0
+  std::int64_t num_pages;  // of the pool, at most 2^31: more than that no page id tells; 0: not paged
+  std::int64_t num_kv_batches;  // k.size(0) of dense k; rows of the page table when paged; 0: packed
   std::int32_t num_heads_q;
   std::int32_t num_heads_kv;
   std::int32_t head_dim;
@@ -163,7 +163,7 @@ struct AppendKvParams {
   const void* v_new;  // as k_new with Dv
   const void* q;  // [B, Sq, Hq, D] or [T, Hq, D], dtype; nullable: only new keys are rotated
   void* q_out;  // as q; nullable with q
-  const void* rotary_cos;  // [positions, rotary_dim / 2], fp32 or dtype; nullable: nothing is rotated
+  const void* rotary_cos;  // [positions, rotary_dim / 2], angles_dtype; nullable: nothing is rotated
   const void* rotary_sin;  // likewise
   TensorStrides k_cache_strides;
   TensorStrides v_cache_strides;
@@ -205,7 +205,7 @@ struct AppendKvParams {
   std::int32_t num_positions;
   std::int32_t rotary_interleaved;
   std::int32_t causal_or_local;  // q token i is at the position of new token i; else all are at that of the first
-  std::int32_t angles_are_fp32;  // else dtype
+  DataType angles_dtype;  // fp32, bf16 or fp16
   DataType dtype;
   DataType cache_dtype;
 };

@@ -60,6 +60,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   if (thread == 0) {
     const WorkTile tile = work_tile(blockIdx.x, m_blocks, params.pack_gqa ? params.num_heads_kv : params.num_heads_q,
                                     params.batch, params.heads_per_section);
+    set_lengths(smem.state, read_lengths(params, tile.batch));
     make_tile_state(smem.state, params, tile, split,
                     {.rows = Traits::kTileM,
                      .keys = Traits::kTileN,
@@ -81,8 +82,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   };
   const auto store_page = [&](int block, int page) {
     const int slot = (source.leftpad + block * Traits::kTileN + thread) % params.page_size;
-    page_buffer(block)[thread] = {page * params.k_strides.batch + slot * params.k_strides.row,
-                                  page * params.v_strides.batch + slot * params.v_strides.row};
+    if (page_exists(params, page)) {
+      page_buffer(block)[thread] = {page * params.k_strides.batch + slot * params.k_strides.row,
+                                    page * params.v_strides.batch + slot * params.v_strides.row};
+    } else {
+      page_buffer(block)[thread] = {-1, -1};
+      smem.state.lost_keys = 1;
+    }
   };
   if (paged && thread < Traits::kTileN) {
     BROADHEAD_UNROLL
@@ -199,20 +205,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
       }
     }
 
-    if (scale.transform) {
-      BROADHEAD_UNROLL
-      for (int m = 0; m < Traits::kMmaM; ++m) {
-        BROADHEAD_UNROLL
-        for (int n = 0; n < Traits::kMmaN; ++n) {
-          BROADHEAD_UNROLL
-          for (int c = 0; c < 4; ++c) s[m][n][c] = scale.apply(s[m][n][c]);
-        }
-      }
-    }
+    if (scale.transform) transform_scores(s, scale);
     const int key0 = block * Traits::kTileN;
     if (key0 < state.unmasked.begin || key0 + Traits::kTileN > state.unmasked.end) {
       apply_mask(s, state.mask, state.unmasked, state.output.rows, warp_row, key0 + warp_n * Traits::kKeysPerWarp,
                  lane);
+    }
+    if (paged && state.lost_keys != 0) {
+      hide_lost_keys(s, params, state.pages(), key0 + warp_n * Traits::kKeysPerWarp, lane);
     }
 
     float block_max[2 * Traits::kMmaM];

@@ -73,10 +73,12 @@ struct ChunkCopier {
 #pragma unroll 1
     for (int i = 0; i < Plan::kRowSteps; ++i) {
       const int row = row_slot() + i * Plan::kRowSlots;
-      const bool row_live = source.is_live(key0 + row);
+      bool row_live = source.is_live(key0 + row);
       long long offset = 0;
       if (source.table != nullptr) {
-        offset = kIsK ? pages[row0 + row].k : pages[row0 + row].v;
+        const long long place = kIsK ? pages[row0 + row].k : pages[row0 + row].v;
+        row_live = row_live && place >= 0;
+        if (row_live) offset = place;
       } else if (row_live) {
         offset = (key0 + row) * (kIsK ? source.k_row_stride : source.v_row_stride);
       }

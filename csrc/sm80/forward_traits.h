@@ -75,7 +75,7 @@ struct ForwardTraits {
   static_assert((kVSubtiles * kShare) % kWarpsN == 0 && kPartTiles >= 1);
   static_assert(kTileN <= kThreads && kStages >= 2);
 
-  // Where a key lies in global memory, in elements from the head's base.
+  // Where a key lies in global memory, in elements from the head's base; -1: on a page that the pool does not have.
   struct PagedRow {
     long long k;
     long long v;

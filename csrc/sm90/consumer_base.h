@@ -81,6 +81,7 @@ BROADHEAD_DEVICE void consume_tiles(Consumer& consumer) {
     barrier_wait(smem.tile_full[slot.stage()], slot.parity());
     const auto& tile = smem.tiles[slot.stage()];
     if (!tile.valid) break;
+    wait_pages(consumer.args.params, smem, slot);
     consumer.run_tile(tile.state);
     consumer.write_tile(tile.state, tile.split);
     slot.forget();

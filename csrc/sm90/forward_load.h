@@ -47,10 +47,11 @@ BROADHEAD_DEVICE void load_tiles(const KernelArgs& args, typename Traits::Shared
     const auto place_of = [&](int block) {
       return paged && block >= range.begin
                  ? box_place(state.source, block * Traits::kTileN, Traits::kTileN, box_rows, params.page_size)
-                 : BoxPlace{-1, 0};
+                 : BoxPlace{0, -1};
     };
     BoxPlace place = place_of(range.end - 1);
     for (int block = range.end - 1; block >= range.begin; --block) {
+      if (paged) place = existing_place(params, place);
       if (loads_k) {
         k_boxes.take(place, block * Traits::kTileN);
         k_boxes.prepare(0);
@@ -98,13 +99,13 @@ BROADHEAD_DEVICE void gather_tiles(const KernelArgs& args, typename Traits::Shar
     if (first) prefetch_q<typename Traits::QLayout>(args.maps.q, q_at);
     const auto load_k = [&](const Rows& rows) {
       barrier_wait(smem.k_empty[k_ring.stage()], k_ring.parity() ^ 1);
-      gather_stage<typename Traits::KLayout>(rows, source.k, params.k_strides, 0, kGroups, 0, params.head_dim,
+      gather_stage<typename Traits::KLayout>(params, rows, source.k, params.k_strides, 0, kGroups, 0, params.head_dim,
                                              smem_address(smem.k[k_ring.stage()]), smem.k_full[k_ring.stage()], warp);
       k_ring.advance();
     };
     const auto load_v = [&](const Rows& rows) {
       barrier_wait(smem.v_empty[v_ring.stage()], v_ring.parity() ^ 1);
-      gather_stage<typename Traits::VLayout>(rows, source.v, params.v_strides, 0, kGroups, 0, params.head_dim_v,
+      gather_stage<typename Traits::VLayout>(params, rows, source.v, params.v_strides, 0, kGroups, 0, params.head_dim_v,
                                              smem_address(smem.v[v_ring.stage()]), smem.v_full[v_ring.stage()], warp);
       v_ring.advance();
     };

@@ -40,7 +40,9 @@ struct WorkStorage {
   TileSlot<Element> tiles[kTileSlots];
   Barrier tile_full[kTileSlots];   // 1 arrival: the scheduler
   Barrier tile_empty[kTileSlots];  // each reading warp
+  Barrier pages_checked[kTileSlots];  // 1 arrival: the scheduler, of paged calls
   Barrier next_wanted;             // 1 arrival a tile: its loader is near the end
+  CheckedPages checked;  // the scheduler's
 };
 
 // Blocks before the end of a tile's loads at which the next tile is taken: late, so that the longest waiting block of
@@ -78,8 +80,8 @@ struct ForwardTraits {
   // Turns between warpgroups. With 256 columns of O the tensor cores are kept busy without.
   static constexpr bool kTurns = kConsumers > 1 && kHeadDim <= 128;
 
-  // Before a tail subtiles are as wide as they can be, though head_dim 96 is no multiple of that: fewer boxes, and fewer
-  // sectors of a row whose address is no multiple of 32 bytes.
+  // Before a tail subtiles are as wide as they can be, though head_dim 96 is no multiple of that: fewer boxes, and
+  // fewer sectors of a row whose address is no multiple of 32 bytes.
   static constexpr int kSubtileRows = kTail == ColumnTail::kSubtiles ? kTileN : 0;
   static constexpr int kColumns = kSubtileRows > 0 ? round_up(kHeadDim, 64) : kHeadDim;
   static constexpr int kColumnsV = kSubtileRows > 0 ? round_up(kHeadDimV, 64) : kHeadDimV;

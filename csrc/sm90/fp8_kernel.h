@@ -38,10 +38,10 @@ BROADHEAD_DEVICE void gather_fp8_tiles(const KernelArgs& args, typename Traits::
         using VLayout = typename Traits::VLayout;
         GatheredRows<kKeys, 1> rows;
         rows.read(source, block * Traits::kTileN + piece * kKeys, params.page_size, 0);
-        gather_stage<KLayout>(rows, source.k, params.k_strides, 0, kKeys / 8, 0, params.head_dim,
+        gather_stage<KLayout>(params, rows, source.k, params.k_strides, 0, kKeys / 8, 0, params.head_dim,
                               smem_address(smem.k[stage]) + piece * (kKeys / 8 * KLayout::kSlabStride),
                               smem.k_full[stage], 0);
-        gather_stage<VLayout>(rows, source.v, params.v_strides, 0, kKeys / 8, 0, params.head_dim_v,
+        gather_stage<VLayout>(params, rows, source.v, params.v_strides, 0, kKeys / 8, 0, params.head_dim_v,
                               smem_address(smem.v[stage]) + piece * (kKeys / 8 * VLayout::kSlabStride),
                               smem.v_full[stage], 0);
       }
@@ -59,6 +59,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) fp8_kernel(const __grid_c
     const int fills = args.maps.gather ? 32 * Traits::kGatherPieces : 1;
     for (int i = 0; i < kTileSlots; ++i) {
       barrier_init(smem.tile_full[i], 1);
+      barrier_init(smem.pages_checked[i], 1);
       barrier_init(smem.tile_empty[i], Traits::kConsumerWarps + 1 + Traits::kTransposeWarps);
     }
     barrier_init(smem.next_wanted, 1);

@@ -49,11 +49,18 @@ BROADHEAD_DEVICE KvCoordinates kv_coordinates(const KvMap& map, const AttnParams
   return {static_cast<int>(state.seqlen.row_k), head * map.head_step + state.seqlen.batch_k * map.batch_step};
 }
 
-// What lane u reads from the page table for its box of a block. page -1: nobody needs the box.
+// What lane u reads from the page table for its box of a block.
 struct BoxPlace {
   int page;
-  int slot;  // of its first row in the page
+  int slot;  // of its first row in the page; -1: nobody needs the box
 };
+
+// A box of a page that the pool does not have moves to a row that no page has: TMA fills it with zeros. Behind the
+// latency of box_place.
+BROADHEAD_DEVICE BoxPlace existing_place(const AttnParams& params, BoxPlace place) {
+  if (place.slot < 0) return {-1, 0};
+  return page_exists(params, place.page) ? place : BoxPlace{0, params.page_size};
+}
 
 // Lane u's share of the `keys` keys from `key0` on. Entries of boxes that no query sees are never read: they may be
 // garbage.
@@ -61,7 +68,7 @@ template <class Element>
 BROADHEAD_DEVICE BoxPlace box_place(const KvSource<Element>& source, int key0, int keys, int box_rows, int page_size) {
   const int offset = static_cast<int>(threadIdx.x % 32) * box_rows;
   const int key = key0 + offset;
-  if (offset >= keys || !any_live(source, key, box_rows)) return {-1, 0};
+  if (offset >= keys || !any_live(source, key, box_rows)) return {0, -1};
   const int entry = static_cast<unsigned>(key) / static_cast<unsigned>(page_size);
   return {source.table[entry], key - entry * page_size};
 }
@@ -192,8 +199,10 @@ template <int kRows, int kWarps>
 struct GatheredRows {
   static constexpr int kGroups = (kRows / 8 + kWarps - 1) / kWarps;  // of a warp
   static constexpr int kReads = (kGroups + 3) / 4;
-  int page[kReads];  // -1: not live
-  int slot[kReads];
+  static constexpr long long kDead = -1;  // nobody sees the key
+  static constexpr long long kLost = -(1 << 20);  // it lies on a page that the pool does not have
+  int page[kReads];
+  int slot[kReads];  // -1: dead
 
   template <class Element>
   BROADHEAD_DEVICE void read(const KvSource<Element>& source, int key0, int page_size, int warp) {
@@ -203,20 +212,28 @@ struct GatheredRows {
       const int row = ((lane / 8 + i * 4) * kWarps + warp) * 8 + lane % 8;  // of the block
       const unsigned at = source.leftpad + key0 + row;
       const unsigned entry = at / static_cast<unsigned>(page_size);
-      page[i] = row < kRows && source.is_live(key0 + row) ? source.table[entry] : -1;
-      slot[i] = at - entry * page_size;
+      const bool live = row < kRows && source.is_live(key0 + row);
+      page[i] = live ? source.table[entry] : 0;
+      slot[i] = live ? static_cast<int>(at - entry * page_size) : -1;
     }
+  }
+
+  // Where the lane's row of read `i` begins, kDead or kLost.
+  BROADHEAD_DEVICE long long offset(const AttnParams& params, const TensorStrides& strides, int i) const {
+    if (slot[i] < 0) return kDead;
+    return page_exists(params, page[i]) ? page[i] * strides.batch + slot[i] * strides.row : kLost;
   }
 };
 
 // Copies rows of Layout's columns from column `col0` on: the groups [first_group, first_group + groups) of `rows` into
 // a stage. Lane l copies every fourth 16-byte part, from part l % 4 on, of row l / 4 of a group: the row's address
 // comes from its lane once, the parts differ by constants. Rows that are not live keep what the stage held, as with
-// TMA; columns past the end become zeros, since those of K are multiplied by zeros of Q.
+// TMA; columns past the end become zeros, since those of K are multiplied by zeros of Q, and so do lost rows.
 template <class Layout, class Element, int kRows, int kWarps>
-BROADHEAD_DEVICE void gather_stage(const GatheredRows<kRows, kWarps>& rows, const Element* base, TensorStrides strides,
-                                   int first_group, int groups, int col0, int columns, std::uint32_t target,
-                                   Barrier& full, int warp) {
+BROADHEAD_DEVICE void gather_stage(const AttnParams& params, const GatheredRows<kRows, kWarps>& rows,
+                                   const Element* base, const TensorStrides& strides, int first_group, int groups,
+                                   int col0, int columns, std::uint32_t target, Barrier& full, int warp) {
+  using Rows = GatheredRows<kRows, kWarps>;
   constexpr int kParts = Layout::kBytes / 16;
   constexpr int kPartsPerSubtile = Layout::kRowBytes / 16;
   constexpr int kPartCols = 16 / static_cast<int>(sizeof(Element));
@@ -228,8 +245,8 @@ BROADHEAD_DEVICE void gather_stage(const GatheredRows<kRows, kWarps>& rows, cons
   const Element* lane_base = base + col0 + lane % 4 * kPartCols;
   const int parts = (columns - col0 + kPartCols - 1) / kPartCols - lane % 4;  // the lane's are 0, 4, 8, ... of them
   BROADHEAD_UNROLL
-  for (int read = 0; read < GatheredRows<kRows, kWarps>::kReads; ++read) {
-    const long long own = rows.page[read] < 0 ? -1 : rows.page[read] * strides.batch + rows.slot[read] * strides.row;
+  for (int read = 0; read < Rows::kReads; ++read) {
+    const long long own = rows.offset(params, strides, read);
     long long offset[4];
     BROADHEAD_UNROLL
     for (int g = 0; g < 4; ++g) offset[g] = __shfl_sync(0xffffffffu, own, g * 8 + row);
@@ -237,14 +254,14 @@ BROADHEAD_DEVICE void gather_stage(const GatheredRows<kRows, kWarps>& rows, cons
     for (int g = 0; g < 4; ++g) {
       if ((read * 4 + g) * kWarps >= kRows / 8) break;
       const int group = (read * 4 + g) * kWarps + warp - first_group;
-      if (group < 0 || group >= groups || offset[g] < 0) continue;
+      if (group < 0 || group >= groups || offset[g] == Rows::kDead) continue;
       const Element* source = lane_base + offset[g];
       const std::uint32_t to = lane_target + group * Layout::kSlabStride;
       BROADHEAD_UNROLL
       for (int i = 0; i < kParts; i += 4) {
         // The parts of a subtile of eight: the upper four differ from the lower in one bit.
         cp_async_16((to ^ (i % kPartsPerSubtile * 16)) + i / kPartsPerSubtile * Layout::kSubtileStride,
-                    source + i * kPartCols, i < parts);
+                    source + i * kPartCols, offset[g] >= 0 && i < parts);
       }
     }
   }

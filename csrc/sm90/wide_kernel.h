@@ -93,7 +93,7 @@ struct WideLoader {
     const AttnParams& params = args.params;
     return params.page_table != nullptr && block >= state.range.begin
                ? box_place(state.source, block * Traits::kTileN, Traits::kTileN, map.box_rows, params.page_size)
-               : BoxPlace{-1, 0};
+               : BoxPlace{0, -1};
   }
 
   template <class Layout, int kStageKeys>
@@ -111,7 +111,7 @@ struct WideLoader {
     if constexpr (!Traits::kWithQv) load_q(state, leader);
     auto boxes = boxes_of<Layout, Traits::kTileN>(state, map);
     for (int block = range.end - 1; block >= range.begin; --block) {
-      boxes.take(place, block * Traits::kTileN);
+      boxes.take(existing_place(args.params, place), block * Traits::kTileN);
       boxes.prepare(0);
       place = place_of(state, map, block - 1);  // a block ahead, so that its latency is hidden
       if (leader) want_next(smem.next_wanted, range, block);
@@ -136,7 +136,7 @@ struct WideLoader {
     if constexpr (Traits::kWithQv) load_q(state, leader);
     auto boxes = boxes_of<Layout, Traits::kVKeys>(state, map);
     for (int block = range.end - 1; block >= range.begin; --block) {
-      boxes.take(place, block * Traits::kTileN);
+      boxes.take(existing_place(args.params, place), block * Traits::kTileN);
       place = place_of(state, map, block - 1);
 #pragma unroll 1
       for (int chunk = 0; chunk < Traits::kVChunks; ++chunk) {
@@ -187,8 +187,8 @@ struct WideLoader {
         target = smem_address(smem.ring[stage]);
         full = &smem.full[stage];
       }
-      gather_stage<Layout>(rows, state.source.k, params.k_strides, 0, Traits::kTileN / 8, chunk * Traits::kKChunk,
-                           params.head_dim, target, *full, warp);
+      gather_stage<Layout>(params, rows, state.source.k, params.k_strides, 0, Traits::kTileN / 8,
+                           chunk * Traits::kKChunk, params.head_dim, target, *full, warp);
     }
   }
 
@@ -197,7 +197,7 @@ struct WideLoader {
     for (int chunk = 0; chunk < Traits::kVChunks; ++chunk) {
       constexpr int kGroups = Traits::kVKeys / 8;
       const std::uint32_t stage = next_stage(v_ring);
-      gather_stage<typename Traits::VLayout>(rows, state.source.v, params.v_strides,
+      gather_stage<typename Traits::VLayout>(params, rows, state.source.v, params.v_strides,
                                              Traits::kWithQv ? 0 : chunk * kGroups, kGroups,
                                              Traits::kWithQv ? chunk * Traits::kScoreCols : 0, params.head_dim_v,
                                              smem_address(smem.ring[stage]), smem.full[stage], warp);
@@ -245,9 +245,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) wide_kernel(const __grid_
     const int loaders = args.maps.gather ? Traits::kLoaderWarps : 2;
     for (int i = 0; i < kTileSlots; ++i) {
       barrier_init(smem.tile_full[i], 1);
+      barrier_init(smem.pages_checked[i], 1);
       barrier_init(smem.tile_empty[i], 12 + loaders);
       barrier_init(smem.mailbox.full[i], 1);
-      barrier_init(smem.mailbox.empty[i], Traits::kCluster);
+      barrier_init(smem.mailbox.empty[i], max_int(1, Traits::kCluster - 1));
       barrier_init(smem.p_full[i], 4);
       barrier_init(smem.p_empty[i], 8);
       barrier_init(smem.inverse_full[i], 4);

@@ -88,12 +88,113 @@ struct WorkCursor {
   }
 };
 
-// What the blocks of a cluster tell each other: the index of the next tile.
-struct Mailbox {
-  std::uint32_t index[kTileSlots];
-  Barrier full[kTileSlots];   // 1 arrival (own scheduler) + 4 bytes from the leader
-  Barrier empty[kTileSlots];  // leader's: 1 arrival of each block's scheduler
+// The entries of a page table that were looked at last, and what was found: tiles one after the other are mostly of one
+// sequence.
+struct CheckedPages {
+  const std::int32_t* table;
+  int first;
+  int last;
+  int lost;
 };
+
+// Whether any of entries [first, last] of a page table lies outside the pool; `thread` of `threads`, which look
+// together.
+BROADHEAD_DEVICE bool finds_lost_page(const AttnParams& params, const std::int32_t* table, int first, int last,
+                                      int thread, int threads) {
+  unsigned largest = 0;  // negative ids are large ones
+#pragma unroll 8
+  for (int i = first + thread; i <= last; i += threads) {
+    const unsigned page = static_cast<unsigned>(table[i]);
+    largest = page > largest ? page : largest;
+  }
+  return !page_exists(params, static_cast<int>(largest));
+}
+
+// Looks at the pages of a tile's keys, besides everything else: what loads K and V does not wait for it, only who masks
+// scores (wait_pages). All lanes of the scheduler's warp.
+template <class Element>
+BROADHEAD_DEVICE void check_pages(TileState<Element>& state, const AttnParams& params, CheckedPages& checked,
+                                  int keys) {
+  const int lane = threadIdx.x % 32;
+  __syncwarp();  // one lane has made the state
+  if (state.range.begin >= state.range.end) return;
+  const std::int32_t* table = state.source.table;
+  const unsigned leftpad = state.source.leftpad, page_size = params.page_size;
+  const int first = static_cast<int>((leftpad + state.range.begin * keys) / page_size);
+  const int end = min_int(state.range.end * keys, state.seqlen.seqlen_k);
+  const int last = static_cast<int>((leftpad + end - 1) / page_size);
+  const bool known = checked.table == table && checked.first <= first && checked.last >= last;
+  bool lost = known && checked.lost != 0;
+  if (!known) lost = __any_sync(0xffffffffu, finds_lost_page(params, table, first, last, lane, 32));
+  if (lane == 0) {
+    if (!known) checked = {table, first, last, lost};
+    state.lost_keys = lost;
+  }
+  __syncwarp();
+}
+
+// Before a tile's lost_keys is read.
+template <class Storage>
+BROADHEAD_DEVICE void wait_pages(const AttnParams& params, Storage& smem, const SlotState& slot) {
+  if (params.page_table != nullptr) barrier_wait(smem.pages_checked[slot.stage()], slot.parity());
+}
+
+// What the leader of a cluster, rank 0, tells the others of the next tile. It alone reads the lengths: with others of
+// their own, which another stream could have changed, the blocks would wait for each other for ever.
+struct WorkMessage {
+  static constexpr int kWords = 12;
+  std::int32_t words[kWords];
+
+  BROADHEAD_DEVICE void set(const WorkItem& work, const TileLengths& lengths) {
+    const SeqlenInfo& seqlen = lengths.seqlen;
+    const std::int32_t all[kWords] = {work.tile.m_block, work.tile.head, work.tile.batch, work.split, work.valid,
+                                      // Rows of a map: they fit.
+                                      static_cast<std::int32_t>(seqlen.row_q), static_cast<std::int32_t>(seqlen.row_k),
+                                      seqlen.seqlen_q, seqlen.seqlen_k, seqlen.batch_k, lengths.prefix_len,
+                                      lengths.splits};
+    BROADHEAD_UNROLL
+    for (int i = 0; i < kWords; ++i) words[i] = all[i];
+  }
+
+  BROADHEAD_DEVICE void get(const AttnParams& params, WorkItem& work, TileLengths& lengths) const {
+    std::int32_t all[kWords];
+    BROADHEAD_UNROLL
+    for (int i = 0; i < kWords; ++i) all[i] = const_cast<const volatile std::int32_t&>(words[i]);
+    work = {{all[0], all[1], all[2]}, all[3], all[4] != 0};
+    const int batch_q = params.cu_seqlens_q == nullptr ? work.tile.batch : 0;
+    lengths = {{all[5], all[6], all[7], all[8], batch_q, all[9]}, all[10], all[11]};
+  }
+};
+
+struct Mailbox {
+  WorkMessage message[kTileSlots];
+  Barrier full[kTileSlots];   // 1 arrival (own scheduler) + a message from the leader
+  Barrier empty[kTileSlots];  // leader's: 1 arrival of the scheduler of each other block
+};
+
+// One thread of each block of the cluster: what the leader found goes to all.
+template <int kCluster>
+BROADHEAD_DEVICE void share_work(const AttnParams& params, Mailbox& mailbox, SlotState& mail, std::uint32_t rank,
+                                 WorkItem& work, TileLengths& lengths) {
+  const std::uint32_t stage = mail.stage();
+  if (rank == 0) {
+    WorkMessage message;
+    message.set(work, lengths);
+    barrier_wait(mailbox.empty[stage], mail.parity() ^ 1);
+    for (int peer = 1; peer < kCluster; ++peer) {
+      BROADHEAD_UNROLL
+      for (int i = 0; i < WorkMessage::kWords; ++i) {
+        store_async(smem_address(&mailbox.message[stage].words[i]), message.words[i], mailbox.full[stage], peer);
+      }
+    }
+  } else {
+    barrier_expect(mailbox.full[stage], sizeof(WorkMessage));
+    barrier_wait(mailbox.full[stage], mail.parity());
+    mailbox.message[stage].get(params, work, lengths);
+    barrier_arrive_cluster(mailbox.empty[stage], 0);
+  }
+  mail.advance();
+}
 
 // Runs on one warp until the work ends; posts a slot with valid = 0 last.
 template <class Traits, class SharedStorage, class Args>
@@ -103,12 +204,20 @@ BROADHEAD_DEVICE void post_tiles(const Args& args, SharedStorage& smem) {
   const WorkPlan& plan = args.plan;
   const int lane = threadIdx.x % 32;
   const std::uint32_t rank = kCluster > 1 ? cluster_rank() : 0;
+  if (lane == 0) smem.checked.table = nullptr;
   WorkCursor cursor;
   SlotState slot;
   SlotState mail;
   int index = blockIdx.x / kCluster;
   while (true) {
-    const WorkItem work = cursor.find(params, plan, index, kCluster);
+    WorkItem work{};  // of a cluster: where rank is not 0 in one lane alone
+    TileLengths lengths{};
+    if (rank == 0) work = cursor.find(params, plan, index, kCluster);
+    if (lane == 0) {
+      if (rank == 0 && work.valid) lengths = read_lengths(params, work.tile.batch);
+      if constexpr (kCluster > 1) share_work<kCluster>(params, smem.mailbox, mail, rank, work, lengths);
+    }
+    if constexpr (kCluster > 1) work.valid = __shfl_sync(0xffffffffu, static_cast<int>(work.valid), 0) != 0;
     const int m_block = work.tile.m_block * kCluster + static_cast<int>(rank);
     barrier_wait(smem.tile_empty[slot.stage()], slot.parity() ^ 1);
     auto& posted = smem.tiles[slot.stage()];
@@ -117,6 +226,7 @@ BROADHEAD_DEVICE void post_tiles(const Args& args, SharedStorage& smem) {
       posted.valid = work.valid;
       if (work.valid) {
         posted.split = work.split;
+        set_lengths(posted.state, lengths);
         make_tile_state(posted.state, params, {m_block, work.tile.head, work.tile.batch}, work.split,
                         {.rows = plan.rows_per_tile,
                          .keys = Traits::kTileN,
@@ -132,31 +242,19 @@ BROADHEAD_DEVICE void post_tiles(const Args& args, SharedStorage& smem) {
     splits = __shfl_sync(0xffffffffu, splits, 0);
     if (!work.valid) return;
     if (splits > 0) {
+      if (params.page_table != nullptr) {
+        check_pages(posted.state, params, smem.checked, Traits::kTileN);
+        if (lane == 0) barrier_arrive(smem.pages_checked[slot.stage()]);
+      }
       slot.advance();
       // A tile taken now would wait in this block while others run dry.
       // It has as many phases as tiles were posted.
       if (rank == 0) barrier_wait(smem.next_wanted, slot.stage() ^ 1);
     }
 
+    if (rank != 0) continue;
     unsigned next = 0;
-    if constexpr (kCluster == 1) {
-      if (lane == 0) next = atomicAdd(reinterpret_cast<unsigned*>(params.tile_counter), 1u);
-    } else {
-      if (lane == 0) {
-        barrier_expect(smem.mailbox.full[mail.stage()], 4);
-        if (rank == 0) {
-          barrier_wait(smem.mailbox.empty[mail.stage()], mail.parity() ^ 1);
-          const unsigned taken = atomicAdd(reinterpret_cast<unsigned*>(params.tile_counter), 1u);
-          for (int peer = 0; peer < kCluster; ++peer) {
-            store_async(smem_address(&smem.mailbox.index[mail.stage()]), taken, smem.mailbox.full[mail.stage()], peer);
-          }
-        }
-        barrier_wait(smem.mailbox.full[mail.stage()], mail.parity());
-        next = *const_cast<volatile std::uint32_t*>(&smem.mailbox.index[mail.stage()]);
-        barrier_arrive_cluster(smem.mailbox.empty[mail.stage()], 0);
-      }
-      mail.advance();
-    }
+    if (lane == 0) next = atomicAdd(reinterpret_cast<unsigned*>(params.tile_counter), 1u);
     index = static_cast<int>(__shfl_sync(0xffffffffu, next, 0)) + gridDim.x / kCluster;
   }
 }

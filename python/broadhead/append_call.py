@@ -301,12 +301,11 @@ def _check_rotary_rows(function: str, k_cache: Tensor, page_table: Tensor | None
 
 def _check_rotary(function: str, q: Tensor, k: Tensor, rotary_cos: Any, rotary_sin: Any) -> None:
     name_k, _ = _names(function)[1]
-    for name, tensor in (("q", q), (name_k, k)):
-        if tensor.dtype in check.FLOAT8_DTYPES:
-            raise UnsupportedError(
-                f"{function}: rotary_cos and rotary_sin need q and {name_k} before they were rounded to 8 bits, got"
-                f" {name} of {tensor.dtype}; rotate before the conversion, or pass bf16 or fp16"
-            )
+    if q.dtype in check.FLOAT8_DTYPES and k.dtype != q.dtype:
+        raise UnsupportedError(
+            f"{function}: rotary_cos and rotary_sin turn q and {name_k} of one dtype, got q of {q.dtype} and {name_k}"
+            f" of {k.dtype}; pass both in 8 bits, or both in bf16 or fp16"
+        )
     check.check_same_dtype(function, name_k, k, q.dtype)
     spelled = "a floating-point tensor of shape (positions, rotary_dim / 2)"
     for name, value in (("rotary_cos", rotary_cos), ("rotary_sin", rotary_sin)):

@@ -58,7 +58,8 @@ def kernel_obstacle(call: Append) -> str | None:
     for name, angles in (("rotary_cos", call.rotary_cos), ("rotary_sin", call.rotary_sin)):
         if angles is None or call.rotary_cos is None:
             continue
-        if angles.dtype not in (torch.float32, call.k_new.dtype) or angles.dtype != call.rotary_cos.dtype:
+        taken = (torch.float32, *((torch.bfloat16, torch.float16) if call.k_new.dtype == _FLOAT8 else ()))
+        if angles.dtype not in (*taken, call.k_new.dtype) or angles.dtype != call.rotary_cos.dtype:
             return f"{name} is {angles.dtype}; the kernel takes rotary tables of one dtype, fp32 or that of q"
         if angles.shape[1] > 1 and angles.stride(1) != 1:
             return f"{name} has strides {angles.stride()}; the kernel takes a contiguous last dimension"

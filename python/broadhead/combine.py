@@ -10,6 +10,7 @@ from . import validation as check
 from .device import common_kernel_obstacle, describe
 from .errors import InvalidArgumentError, InvalidTypeError
 from .fallback_notice import settle_operation
+from .layout import contiguous, refuse_strided
 from .metadata import CURRENT_STREAM
 from .problem import needs_gradients
 from .validation import FLOAT_DTYPES
@@ -110,7 +111,8 @@ def flash_attn_combine(
     """Merge the results of splits of the keys: ``(out, softmax_lse)``.
 
     Args:
-        out_partial: fp32 ``(splits, B, S, H, Dv)`` or ``(splits, T, H, Dv)``, each split normalised by its own sum.
+        out_partial: fp32 ``(splits, B, S, H, Dv)`` or ``(splits, T, H, Dv)``, each split normalised by its own sum;
+            copied where the last dimension is not contiguous.
         lse_partial: fp32 ``(splits, B, S, H)`` or ``(splits, T, H)``, natural log; -inf: the split saw no key.
         out: written if given, ``(B, S, H, Dv)`` or ``(T, H, Dv)``; out_dtype: of a new output, fp32 by default.
         backend: as for flash_attn_func; where the kernel does not take the call torch ops merge.
@@ -124,7 +126,7 @@ def flash_attn_combine(
     """
     function = "flash_attn_combine"
     check.check_backend(function, backend)
-    out_partial = check_floating(function, "out_partial", out_partial)
+    out_partial = contiguous(check_floating(function, "out_partial", out_partial))
     lse_partial = check_floating(function, "lse_partial", lse_partial)
     if out_partial.dim() not in (4, 5) or out_partial.shape[0] < 1:
         raise InvalidArgumentError(
@@ -141,6 +143,7 @@ def flash_attn_combine(
     if out is not None:
         dtype = out.dtype if out_dtype is None and isinstance(out, Tensor) else (out_dtype or out_partial.dtype)
         out = check_out(function, out, shape, dtype, out_partial.device)
+        refuse_strided(function, "out", out)
     else:
         dtype = out_dtype or out_partial.dtype
     if dtype not in FLOAT_DTYPES:

@@ -38,6 +38,8 @@ struct Call {
     params.seqused_q = data(used_q);
     params.seqused_k = data(used_k);
     params.prefix_lens = data(prefixes);
+    if (params.total_q == 0) params.total_q = cu_q.empty() ? params.batch * params.seqlen_q : cu_q.back();
+    if (!cu_k.empty()) params.total_k = cu_k.back();
   }
 
   void set_heads(int kv_heads, int group, bool packed) {

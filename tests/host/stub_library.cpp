@@ -128,7 +128,8 @@ int broadhead_append_kv(const broadhead::AppendKvParams* params, void* stream, c
   PUT(cu_seqlens_k_new), PUT(page_table), PUT(cache_batch_idx), PUT(page_table_batch_stride), PUT(num_blocks);
   PUT(num_owners), PUT(block_size), PUT(max_pages), PUT(batch), PUT(seqlen_q), PUT(seqlen_new), PUT(total_q);
   PUT(total_new), PUT(num_heads_q), PUT(num_heads_kv), PUT(head_dim), PUT(head_dim_v), PUT(rotary_dim);
-  PUT(num_positions), PUT(rotary_interleaved), PUT(causal_or_local), PUT(angles_are_fp32);
+  PUT(num_positions), PUT(rotary_interleaved), PUT(causal_or_local);
+  put("angles_dtype", static_cast<long long>(p.angles_dtype));
   put("dtype", static_cast<long long>(p.dtype));
   put("cache_dtype", static_cast<long long>(p.cache_dtype));
   return 0;

@@ -1,4 +1,5 @@
 // common/append_kv.h: the owner of a packed token, the place of a cache row, and how threads share a row.
+#include <climits>
 #include <vector>
 
 #include "check.h"
@@ -22,6 +23,27 @@ void check_owners() {
       for (int guess = 0; guess < batch + 3; ++guess) {
         const int found = find_sequence(cu.data(), batch, token, guess);
         CHECK(found == owner, "token %d of %d sequences, guess %d: %d, expected %d", token, batch, guess, found, owner);
+      }
+    }
+  }
+  // Out of order: the sequence that begins last has the row.
+  const std::vector<std::vector<std::int32_t>> disordered = {{6, 2, 0, 6},   {0, 5, 3, 8}, {-3, 4, 5, 9},
+                                                             {20, 5, 0, 20}, {4, 0, 9},    {INT_MIN, 3, INT_MAX, 7}};
+  for (const auto& cu : disordered) {
+    const int batch = static_cast<int>(cu.size()) - 1;
+    for (int token = 0; token < 24; ++token) {
+      int owner = -1, begins = -1, owners = 0;
+      for (int b = 0; b < batch; ++b) {
+        const int begin = cu[b] < 0 ? 0 : cu[b];
+        const bool owns = begin <= token && token < cu[b + 1];
+        owners += owns;
+        if (owns && begin >= begins) owner = b, begins = begin;
+      }
+      for (int guess = 0; guess < batch + 3; ++guess) {
+        const int found = find_sequence(cu.data(), batch, token, guess);
+        const bool owns = found >= 0 && (cu[found] < 0 ? 0 : cu[found]) <= token && token < cu[found + 1];
+        CHECK(found < 0 || owns, "token %d, guess %d: %d does not own it", token, guess, found);
+        if (owners == 1 && token < cu.back()) CHECK(found == owner, "token %d of %d, guess %d", token, owner, guess);
       }
     }
   }

@@ -276,7 +276,10 @@ void check_work(const Call& call, const SequenceWork& work, int batch) {
 
 void check_call(const Call& call, Random& random) {
   const Line line(call);
-  for (int b = 0; b < call.params.batch; ++b) check_work(call, line.works[b], b);
+  for (int b = 0; b < call.params.batch; ++b) {
+    check_work(call, line.works[b], b);
+    seen.long_q += !call.cu_q.empty() && call.cu_q[b + 1] - call.cu_q[b] > call.params.seqlen_q;
+  }
   check_intervals(line);
   check_coverage(line);
   if (line.in_cells()) {
@@ -286,7 +289,7 @@ void check_call(const Call& call, Random& random) {
   }
   if (line.tile_cost() == 0) check_equal_tiles(line);
   for (const SequenceWork& work : line.works) {
-    seen.long_q += work.seqlen.seqlen_q > call.params.seqlen_q;
+    CHECK(work.seqlen.seqlen_q <= call.params.seqlen_q, "rows from max_seqlen_q on; %s", call.words().c_str());
     seen.long_k += work.seqlen.seqlen_k > call.params.seqlen_k;
   }
 }

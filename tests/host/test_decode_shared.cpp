@@ -1,6 +1,7 @@
 // Keys that all sequences share on the decode kernels' line: for every query row the combine finds, by what the blocks
 // noted of their parts, all key blocks of its own sequence and all shared ones, each once.
 #include <algorithm>
+#include <climits>
 #include <vector>
 
 #include "decode/workspace.h"
@@ -139,8 +140,41 @@ void check_contradiction() {
   share(call);
   Workspace workspace{};
   workspace.m_blocks = workspace.shared_m_blocks = 1;
-  const auto info = broadhead::decode::sequence_info(call.params, 1);
-  CHECK(shared_parts(call.params, workspace, info, 0, 0, call.tile_m).parts == 0, "a row far outside");
+  workspace.num_blocks = 7;
+  std::vector<TileParts> noted(3, TileParts{0, 0});
+  workspace.tiles = noted.data();
+  for (int b = 0; b < 2; ++b) {
+    const auto info = broadhead::decode::sequence_info(call.params, b);
+    CHECK(info.row_q >= 0 && info.row_q + info.seqlen_q <= 4, "rows of sequence %d", b);
+    for (int row = 0; row < 8; ++row) {
+      const auto parts = shared_parts(call.params, workspace, info, 0, row, call.tile_m);
+      CHECK(parts.parts <= 1, "row %d of sequence %d", row, b);
+    }
+  }
+}
+
+// What blocks of the grid noted of a tile when another stream changed the lengths meanwhile, or that none did: parts
+// are looked for in slots that there are.
+void check_notes() {
+  Workspace workspace{};
+  workspace.num_blocks = 5;
+  for (int first : {INT_MIN, -1, 0, 3, 4, 5, INT_MAX}) {
+    for (int last : {INT_MIN, -1, 0, 2, 4, 5, INT_MAX}) {
+      const RowParts parts = noted_parts(workspace, 2, {first, last}, 3);
+      CHECK(parts.parts >= 1, "parts of [%d, %d]", first, last);
+      for (int part = 0; part < parts.parts; ++part) {
+        const bool whole = parts.parts == 1;
+        CHECK(parts.slot(part) >= 0 && parts.slot(part) < 2 * 5 + (whole ? 3 : 0), "slot of part %d of [%d, %d]", part,
+              first, last);
+      }
+    }
+  }
+  for (int first = 0; first < 5; ++first) {
+    for (int noted = 1; noted <= 7; ++noted) {
+      const RowParts parts = broadhead::decode::balanced_parts(workspace, noted, 0, first);
+      for (int part = 0; part < parts.parts; ++part) CHECK(parts.slot(part) < 10, "part %d from block %d", part, first);
+    }
+  }
 }
 
 }  // namespace
@@ -152,6 +186,7 @@ int main() {
     check_call(call);
   }
   check_contradiction();
+  check_notes();
   CHECK(seen.whole && seen.split && seen.passes && seen.straddling && seen.padded && seen.empty && seen.many,
         "a kind of call was never drawn");
   return host_test::finish();
