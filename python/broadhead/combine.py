@@ -22,12 +22,15 @@ NO_BACKWARD = "an input requires grad, and it has no backward"
 
 def merge_parts(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     """``outs`` (n, ..., Dv) weighted by ``lses`` (n, ...): the merged output and LSE. Empty parts count for nothing."""
-    lse = torch.logsumexp(lses, dim=0)
-    empty = lse == float("-inf")
-    weights = torch.exp(lses - lse.masked_fill(empty, 0.0))
+    absent = lses == float("-inf")
+    empty = absent.all(dim=0)
+    # Where every part is empty the sum has no logarithm, and its gradient would be NaN.
+    summed = lses.masked_fill(empty, 0.0)
+    lse = torch.logsumexp(summed, dim=0)
+    weights = torch.exp(summed - lse)
     # A part without keys may hold anything, NaN included.
-    parts = outs.masked_fill((lses == float("-inf")).unsqueeze(-1), 0.0)
-    return (weights.unsqueeze(-1) * parts).sum(dim=0), lse
+    parts = outs.masked_fill(absent.unsqueeze(-1), 0.0)
+    return (weights.unsqueeze(-1) * parts).sum(dim=0), lse.masked_fill(empty, float("-inf"))
 
 
 def check_floating(function: str, name: str, value: object) -> Tensor:
