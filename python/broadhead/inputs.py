@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import validation as check
 from .cache_length import lengths_tensor
-from .layout import is_strided
+from .layout import contiguous, is_strided
 from .masking import normalize_window
 from .names import KVCACHE_FUNCTIONS, shown_name
 from .problem import AttentionArgs
@@ -54,8 +54,8 @@ def read_tensors(function: str, args: AttentionArgs) -> AttentionArgs:
     for name in _COPIED if are_caches(function, args) else (*_COPIED, "k", "v"):
         value = getattr(args, name)
         if is_strided(value):
-            changes[name] = value.contiguous()
-    return _changed(args, changes)
+            changes[name] = contiguous(value)
+    return changed(args, changes)
 
 
 def plain_scalars(function: str, args: AttentionArgs) -> AttentionArgs:
@@ -71,11 +71,11 @@ def plain_scalars(function: str, args: AttentionArgs) -> AttentionArgs:
         changes["softcap"] = 0.0
     if args.attention_chunk is None:
         changes["attention_chunk"] = 0
-    return _changed(args, changes)
+    return changed(args, changes)
 
 
-def _changed(args: AttentionArgs, changes: dict[str, Any]) -> AttentionArgs:
-    # Without _replace, which torch.compile of older torch can not trace.
+def changed(args: AttentionArgs, changes: dict[str, Any]) -> AttentionArgs:
+    """``args`` with other values; without _replace, which torch.compile of older torch can not trace."""
     if not changes:
         return args
     return AttentionArgs(*[changes.get(name, value) for name, value in zip(AttentionArgs._fields, args)])
