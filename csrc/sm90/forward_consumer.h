@@ -188,7 +188,6 @@ struct Consumer final : ConsumerBase<Traits> {
   BROADHEAD_DEVICE bool start_tile(P& even_p, const SlotState& slot, const float (&lse)[2]) {
     barrier_wait(smem.tile_full[slot.stage()], slot.parity());
     const Slot& tile = smem.tiles[slot.stage()];
-    check_first_pages<Traits::kTileN>(args, smem, slot, 32 * Traits::kConsumerWarps);
     const bool has_keys = tile.valid && tile.state.range.begin < tile.state.range.end;
     if (has_keys) {
       wait_first();
@@ -209,6 +208,7 @@ struct Consumer final : ConsumerBase<Traits> {
   }
 
   BROADHEAD_DEVICE void run() {
+    check_first_pages<Traits::kTileN>(args, smem, 32 * Traits::kConsumerWarps);
     Base::give_first_turn();
     P even_p, odd_p;  // of every other block: one is read by wgmma while the other is computed
     SlotState slot;

@@ -230,12 +230,12 @@ struct ScoreWarpgroup {
   }
 
   BROADHEAD_DEVICE void run() {
+    check_first_pages<Traits::kTileN>(args, smem, 128);
     SlotState slot;
     while (true) {
       barrier_wait(smem.tile_full[slot.stage()], slot.parity());
       const TileSlot<Element>& tile = smem.tiles[slot.stage()];
       if (!tile.valid) break;
-      check_first_pages<Traits::kTileN>(args, smem, slot, 128);
       wait_pages(args.params, smem, slot);
       run_tile(tile.state);
       finish_tile(tile.state, tile.split);
