@@ -98,7 +98,7 @@ def test_a_cpu_is_silent(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"out_partial": torch.randn(2, 5, 4, 16).double()}, "it combines fp32 into"),
         ({"out_dtype": torch.float64}, "it combines fp32 into"),
         ({"out_partial": torch.randn(2, 5, 4, 18)}, "whole fours"),
-        ({"out_partial": torch.randn(2, 5, 16, 4).mT}, "whole fours"),
+        ({"out_partial": torch.randn(2, 5, 4, 18)[..., :16]}, "whole fours"),
         ({"out": torch.empty(4, 5, 16).transpose(0, 1)}, "out must be contiguous"),
         ({"out_partial": torch.randn(2, 5, 4, 16, requires_grad=True)}, "an input requires grad"),
     ],

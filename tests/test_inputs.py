@@ -233,16 +233,13 @@ def test_metadata_takes_the_same() -> None:
 
 def test_metadata_is_not_remembered_by_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     """The value of a tensor may change between two calls; the metadata of a device is remembered by its arguments."""
-
-    class OnDevice(torch.Tensor):
-        is_cuda = True
-
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
     monkeypatch.setattr(metadata_module, "_prepared", {})
     sizes = []
     monkeypatch.setattr(
         metadata_module, "fill", lambda prepared, *_: sizes.append(prepared.request.problem.window_left)
     )
-    lengths, left = int32(7, 5).as_subclass(OnDevice), torch.tensor(3)
+    lengths, left = int32(7, 5), torch.tensor(3)
     for window in ((left, 0), (left, 0), torch.tensor([8, 0])):
         broadhead.get_scheduler_metadata(**{**metadata(), "cache_seqlens": lengths}, window_size=window)
         left += 1
@@ -306,6 +303,13 @@ def test_other_strided_tensors_are_copied() -> None:
             )
 
 
+def test_strided_tensors_without_elements() -> None:
+    q, k, v = randn(2, 0, 4, 16), randn(2, 0, 2, 16), randn(2, 0, 2, 16)
+    assert broadhead.flash_attn_func(strided(q), strided(k), strided(v)).shape == q.shape
+    assert broadhead.flash_attn_func(randn(2, 3, 4, 16), strided(k), v).eq(0).all()
+    assert broadhead.merge_attn_states(strided(q), randn(2, 4, 0), q, randn(2, 4, 0))[0].shape == q.shape
+
+
 def test_gradients_pass_through_the_copy() -> None:
     q, k, v = (x.requires_grad_(True) for x in dense().values())
     expected = torch.autograd.grad(broadhead.flash_attn_func(q, k, v).square().sum(), (q, k, v))
@@ -352,6 +356,19 @@ def test_metadata_of_strided_lengths() -> None:
         broadhead.get_scheduler_metadata(**{**arguments, "cache_seqlens": strided(arguments["cache_seqlens"])}),
         expected,
     )
+
+
+def test_merges_copy_what_they_read_and_nothing_else() -> None:
+    outs, lses = randn(3, 5, 4, 16), randn(3, 5, 4)
+    expected = broadhead.flash_attn_combine(outs, lses)
+    same(broadhead.flash_attn_combine(strided(outs), strided(lses)), expected)
+    states = [outs[0], lses[0].T.contiguous(), outs[1], lses[1].T.contiguous()]
+    merged = broadhead.merge_attn_states(*states)
+    same(broadhead.merge_attn_states(*map(strided, states)), merged)
+    with pytest.raises(broadhead.InvalidArgumentError, match="flash_attn_combine: out must be contiguous"):
+        broadhead.flash_attn_combine(outs, lses, strided(outs[0]))
+    with pytest.raises(broadhead.InvalidArgumentError, match="merge_attn_states: out must be contiguous"):
+        broadhead.merge_attn_states(*states, strided(outs[0]))
 
 
 def test_explain_tells_the_copy() -> None:

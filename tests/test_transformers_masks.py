@@ -281,13 +281,6 @@ def test_custom_mask_function_refused() -> None:
         )
 
 
-def test_chunk_past_the_keys_that_a_cache_keeps_refused() -> None:
-    config = transformers.LlamaConfig(**COMMON)
-    config.attention_chunk_size = 4
-    with pytest.raises(broadhead.UnsupportedError, match="made without its config"):
-        integration.attention_mask(1, 1, 4, q_offset=9, kv_offset=6, local_size=4, config=config)
-
-
 def test_block_table_writes_and_reads_pages() -> None:
     """Continuous batching decodes over pages: the new key of each sequence is written, then all keys are seen."""
     page_size, lengths = 4, [5, 9, 0]

@@ -7,6 +7,7 @@ import csv
 import hashlib
 import importlib.util
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -101,3 +102,14 @@ def test_the_backend_asks_the_environment(
     assert f"\nVersion: {version}\n" in (tmp_path / name / "METADATA").read_text()
     for notice in ("LICENSE", "THIRD_PARTY_NOTICES.txt"):
         assert (tmp_path / name / "licenses" / notice).exists()
+
+
+def test_an_sdist_holds_what_its_tests_and_builds_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("scikit_build_core")
+    monkeypatch.syspath_prepend(str(ROOT / "cmake"))
+    monkeypatch.chdir(ROOT)
+    name = load("build_backend").build_sdist(str(tmp_path))
+    with tarfile.open(tmp_path / name) as archive:
+        names = {path.partition("/")[2] for path in archive.getnames()}
+    wanted = {".ci/run", ".github/cuda-matrix.json", ".github/workflows/wheels.yml", "scripts/build_wheels.sh"}
+    assert names >= {*wanted, "LICENSE", "THIRD_PARTY_NOTICES.txt", "cmake/version_label.py"}

@@ -8,7 +8,7 @@ import broadhead
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", minversion="4.57")
+transformers = pytest.importorskip("transformers", minversion="5.0")
 
 VOCABULARY = 97
 COMMON = {
@@ -81,6 +81,17 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
                 "mrope_interleaved": True,
                 "partial_rotary_factor": 0.25,
             },
+        },
+    ),
+    "llama4": (
+        "Llama4ForCausalLM",
+        "Llama4TextConfig",
+        {
+            "attention_chunk_size": 4,
+            "layer_types": ["chunked_attention", "full_attention"],
+            "no_rope_layers": [1, 0],
+            "num_local_experts": 2,
+            "intermediate_size_mlp": 48,
         },
     ),
     "hrm_text": (

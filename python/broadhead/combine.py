@@ -10,6 +10,7 @@ from . import validation as check
 from .device import common_kernel_obstacle, describe
 from .errors import InvalidArgumentError, InvalidTypeError
 from .fallback_notice import settle_operation
+from .layout import contiguous, refuse_strided
 from .metadata import CURRENT_STREAM
 from .problem import needs_gradients
 from .validation import FLOAT_DTYPES
@@ -21,12 +22,15 @@ NO_BACKWARD = "an input requires grad, and it has no backward"
 
 def merge_parts(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     """``outs`` (n, ..., Dv) weighted by ``lses`` (n, ...): the merged output and LSE. Empty parts count for nothing."""
-    lse = torch.logsumexp(lses, dim=0)
-    empty = lse == float("-inf")
-    weights = torch.exp(lses - lse.masked_fill(empty, 0.0))
+    absent = lses == float("-inf")
+    empty = absent.all(dim=0)
+    # Where every part is empty the sum has no logarithm, and its gradient would be NaN.
+    summed = lses.masked_fill(empty, 0.0)
+    lse = torch.logsumexp(summed, dim=0)
+    weights = torch.exp(summed - lse)
     # A part without keys may hold anything, NaN included.
-    parts = outs.masked_fill((lses == float("-inf")).unsqueeze(-1), 0.0)
-    return (weights.unsqueeze(-1) * parts).sum(dim=0), lse
+    parts = outs.masked_fill(absent.unsqueeze(-1), 0.0)
+    return (weights.unsqueeze(-1) * parts).sum(dim=0), lse.masked_fill(empty, float("-inf"))
 
 
 def check_floating(function: str, name: str, value: object) -> Tensor:
@@ -110,7 +114,8 @@ def flash_attn_combine(
     """Merge the results of splits of the keys: ``(out, softmax_lse)``.
 
     Args:
-        out_partial: fp32 ``(splits, B, S, H, Dv)`` or ``(splits, T, H, Dv)``, each split normalised by its own sum.
+        out_partial: fp32 ``(splits, B, S, H, Dv)`` or ``(splits, T, H, Dv)``, each split normalised by its own sum;
+            copied where the last dimension is not contiguous.
         lse_partial: fp32 ``(splits, B, S, H)`` or ``(splits, T, H)``, natural log; -inf: the split saw no key.
         out: written if given, ``(B, S, H, Dv)`` or ``(T, H, Dv)``; out_dtype: of a new output, fp32 by default.
         backend: as for flash_attn_func; where the kernel does not take the call torch ops merge.
@@ -124,7 +129,7 @@ def flash_attn_combine(
     """
     function = "flash_attn_combine"
     check.check_backend(function, backend)
-    out_partial = check_floating(function, "out_partial", out_partial)
+    out_partial = contiguous(check_floating(function, "out_partial", out_partial))
     lse_partial = check_floating(function, "lse_partial", lse_partial)
     if out_partial.dim() not in (4, 5) or out_partial.shape[0] < 1:
         raise InvalidArgumentError(
@@ -141,6 +146,7 @@ def flash_attn_combine(
     if out is not None:
         dtype = out.dtype if out_dtype is None and isinstance(out, Tensor) else (out_dtype or out_partial.dtype)
         out = check_out(function, out, shape, dtype, out_partial.device)
+        refuse_strided(function, "out", out)
     else:
         dtype = out_dtype or out_partial.dtype
     if dtype not in FLOAT_DTYPES:

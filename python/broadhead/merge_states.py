@@ -13,6 +13,7 @@ from .device import common_kernel_obstacle, describe
 from .errors import InvalidArgumentError, InvalidTypeError, UnsupportedError
 from .fallback_notice import ASKED_FOR_TORCH, Dispatch, settle_operation, state
 from .forward import runs_as_operator
+from .layout import contiguous, refuse_strided
 from .metadata import CURRENT_STREAM
 from .problem import needs_gradients
 from .signature import signature_of
@@ -41,7 +42,8 @@ def merge_attn_states(
     """Merge two attention results of the same queries over disjoint keys: ``(out, softmax_lse)``. Differentiable.
 
     Args:
-        out_a, out_b: ``(B, S, H, Dv)`` or ``(T, H, Dv)``, of one dtype.
+        out_a, out_b: ``(B, S, H, Dv)`` or ``(T, H, Dv)``, of one dtype; copied where the last dimension is not
+            contiguous.
         lse_a, lse_b: fp32 ``(B, H, S)`` or ``(H, T)``, natural log; -inf where a part saw no key.
         out: written if given, of the shape and dtype of out_a; may be out_a or out_b itself.
         backend: as for flash_attn_func; without a kernel, or where a gradient is asked for, torch ops merge.
@@ -84,6 +86,7 @@ def run_merge(
     out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor | None, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """A checked merge that needs no gradient."""
+    out_a, out_b = contiguous(out_a), contiguous(out_b)
     obstacle = ASKED_FOR_TORCH if backend == "torch" else kernel_obstacle(out_a, lse_a, out_b, lse_b, out)
     if obstacle is None:
         return _launch(out_a, lse_a, out_b, lse_b, out)
@@ -159,3 +162,4 @@ def _check(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, out: Any, backend: An
             )
     if out is not None:
         check_out(function, out, tuple(out_a.shape), out_a.dtype, out_a.device)
+        refuse_strided(function, "out", out)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from . import reference_sdpa
 from .reference_core import ScoreRule, attend
-from .reference_gradient import RowTerms, attend_backward, row_terms, sink_gradient
-from .reference_keys import add_keys, new_gradient
+from .reference_gradient import Gradients, RowTerms, attend_backward, row_terms, sink_gradient
+from .reference_keys import KeyPlace, add_keys, new_gradient
 from .reference_layout import accumulate, put_rows, spread_rows
 from .reference_padded import Call, choose, descale, live_queries, locate_call, pad, take_queries
 from .reference_parts import merge_key_parts
@@ -116,12 +116,7 @@ def backward(
         )
         if dsinks is not None and sinks is not None:
             dsinks = dsinks + sink_gradient(sinks, terms)
-        padded = pad(call, group, alive)
-        part_terms, sequence = terms, padded.sequence
-        if sequence is not None:
-            part_terms = RowTerms(*(x[sequence] for x in terms))
-        rule = ScoreRule(call.softmax_scale, call.softcap, call.out_dtype)
-        found = attend_backward(padded.x, padded.mask, rule, part_terms)
+        found, place, sequence = _differentiate(call, group, terms, alive, out if grad_lse is None else None)
 
         grad_q = descale(_whole(found.q, sequence, group.batch), choose(call.q_descale, group.sequences), compute)
         dq = _put_queries(dq, grad_q, group, live, call.read_lengths)
@@ -130,10 +125,28 @@ def backward(
         of_part = group.sequences if sequence is None else sequence
         grad_k = descale(_rows_first(found.k, call.k.shape[-2]), choose(call.k_descale, of_part), compute)
         grad_v = descale(_rows_first(found.v, call.v.shape[-2]), choose(call.v_descale, of_part), compute)
-        dk = add_keys(dk, grad_k, padded.place, call.read_lengths)
-        dv = add_keys(dv, grad_v, padded.place, call.read_lengths)
+        dk = add_keys(dk, grad_k, place, call.read_lengths)
+        dv = add_keys(dv, grad_v, place, call.read_lengths)
     dsinks = None if dsinks is None or sinks is None else dsinks.to(sinks.dtype)
     return dq, dk.to(call.k.dtype), dv.to(call.v.dtype), dqv, dsinks
+
+
+def _differentiate(
+    call: Call, rows: Rows, terms: RowTerms, alive: Tensor, out: Tensor | None
+) -> tuple[Gradients, KeyPlace, Tensor | None]:
+    """Gradients of the padded operands, where the keys lie, and whose part of the keys each is (None: all are whole).
+
+    out: the output of the whole call, None where the loss depends on the LSE as well.
+    """
+    if out is not None:
+        by_torch = reference_sdpa.differentiate(call, rows, terms, take_queries(out, rows))
+        if by_torch is not None:
+            return (*by_torch, None)
+    padded = pad(call, rows, alive)
+    if padded.sequence is not None:
+        terms = RowTerms(*(x[padded.sequence] for x in terms))
+    rule = ScoreRule(call.softmax_scale, call.softcap, call.out_dtype)
+    return attend_backward(padded.x, padded.mask, rule, terms), padded.place, padded.sequence
 
 
 def _whole(grad: Tensor, sequence: Tensor | None, batch: int) -> Tensor:
