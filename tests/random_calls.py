@@ -152,7 +152,23 @@ def broadcast_keys(built: Built, rng: random.Random) -> None:
         logical[:] = logical[:1] * len(logical)
 
 
-LEGAL: tuple[Callable[[Built, random.Random], None], ...] = (odd_strides, odd_out, repeated_heads, broadcast_keys)
+def _every_second(x: torch.Tensor) -> torch.Tensor:
+    return x.repeat_interleave(2, dim=-1)[..., ::2]
+
+
+def _has_cache(built: Built) -> bool:
+    return built.call.function == "kvcache" or built.kwargs.get("page_table") is not None
+
+
+def strided_last_dim(built: Built, rng: random.Random) -> None:
+    """Legal: a last dimension that is not contiguous, of q, or of k or v where they are no cache: it is copied."""
+    name = rng.choice(("q",) if _has_cache(built) else ("q", *_keys(built)))
+    built.kwargs[name] = _every_second(built.kwargs[name])
+
+
+LEGAL: tuple[Callable[[Built, random.Random], None], ...] = (
+    odd_strides, odd_out, repeated_heads, broadcast_keys, strided_last_dim,
+)  # fmt: skip
 
 
 def _set(name: str, make: Callable[[Built], Any]) -> Callable[[Built, random.Random], None]:
@@ -174,14 +190,8 @@ def _wrong_key(
     return mutate
 
 
-def _every_second(x: torch.Tensor) -> torch.Tensor:
-    return x.repeat_interleave(2, dim=-1)[..., ::2]
-
-
 #: Mistakes: each must raise a BroadheadError, whatever else the call holds.
 WRONG: dict[str, Callable[[Built, random.Random], None]] = {
-    "strided last dim of q": _set("q", lambda b: _every_second(b.kwargs["q"])),
-    "strided last dim of a key": _wrong_key(_every_second),
     "head_dim not a multiple of 8": _set("q", lambda b: b.kwargs["q"][..., :-4]),
     "head_dim of k": _wrong_key(lambda x: torch.cat((x, x), dim=-1), both=True),
     "rank of q": _set("q", lambda b: b.kwargs["q"][None]),
@@ -233,6 +243,8 @@ WRONG_OFFSETS: dict[str, Callable[[Built, random.Random], None]] = {
 def wrong_mutations(built: Built) -> dict[str, Callable[[Built, random.Random], None]]:
     """The mistakes that can be made in this call."""
     names = dict(WRONG)
+    if _has_cache(built):
+        names["strided last dim of a cache"] = _wrong_key(_every_second)
     if _has_table(built):
         names |= WRONG_TABLE
     if built.call.function == "kvcache":

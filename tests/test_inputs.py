@@ -233,16 +233,13 @@ def test_metadata_takes_the_same() -> None:
 
 def test_metadata_is_not_remembered_by_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     """The value of a tensor may change between two calls; the metadata of a device is remembered by its arguments."""
-
-    class OnDevice(torch.Tensor):
-        is_cuda = True
-
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
     monkeypatch.setattr(metadata_module, "_prepared", {})
     sizes = []
     monkeypatch.setattr(
         metadata_module, "fill", lambda prepared, *_: sizes.append(prepared.request.problem.window_left)
     )
-    lengths, left = int32(7, 5).as_subclass(OnDevice), torch.tensor(3)
+    lengths, left = int32(7, 5), torch.tensor(3)
     for window in ((left, 0), (left, 0), torch.tensor([8, 0])):
         broadhead.get_scheduler_metadata(**{**metadata(), "cache_seqlens": lengths}, window_size=window)
         left += 1
@@ -304,6 +301,13 @@ def test_other_strided_tensors_are_copied() -> None:
             same(
                 (got[0, :5], got[1, :3], lse[0, :, :5]), (expected[0][0, :5], expected[0][1, :3], expected[1][0, :, :5])
             )
+
+
+def test_strided_tensors_without_elements() -> None:
+    q, k, v = randn(2, 0, 4, 16), randn(2, 0, 2, 16), randn(2, 0, 2, 16)
+    assert broadhead.flash_attn_func(strided(q), strided(k), strided(v)).shape == q.shape
+    assert broadhead.flash_attn_func(randn(2, 3, 4, 16), strided(k), v).eq(0).all()
+    assert broadhead.merge_attn_states(strided(q), randn(2, 4, 0), q, randn(2, 4, 0))[0].shape == q.shape
 
 
 def test_gradients_pass_through_the_copy() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import validation as check
 from .cache_length import lengths_tensor
-from .layout import is_strided
+from .layout import contiguous, is_strided
 from .masking import normalize_window
 from .names import KVCACHE_FUNCTIONS, shown_name
 from .problem import AttentionArgs
@@ -54,7 +54,7 @@ def read_tensors(function: str, args: AttentionArgs) -> AttentionArgs:
     for name in _COPIED if are_caches(function, args) else (*_COPIED, "k", "v"):
         value = getattr(args, name)
         if is_strided(value):
-            changes[name] = value.contiguous()
+            changes[name] = contiguous(value)
     return _changed(args, changes)
 
 

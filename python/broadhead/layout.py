@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .errors import InvalidArgumentError
@@ -16,7 +17,8 @@ def is_strided(value: Any) -> bool:
 
 def contiguous(value: Any) -> Any:
     """A tensor with a contiguous last dimension, copied if it has none; anything else as it is."""
-    return value.contiguous() if is_strided(value) else value
+    # Not contiguous(), which gives an empty tensor back as it is.
+    return value.clone(memory_format=torch.contiguous_format) if is_strided(value) else value
 
 
 def refuse_strided(function: str, name: str, value: Any) -> None:
