@@ -1,4 +1,4 @@
-"""The time of the torch reference on a CPU: it follows the tokens, not the bounds, and is about that of torch's SDPA."""
+"""The time of the torch reference on a CPU: it follows tokens, not bounds, and is about that of torch's SDPA."""
 
 from __future__ import annotations
 
