@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .errors import UnsupportedError
-from .reference_padded import Call
+from .reference_padded import Call, compute_dtype
 from .reference_run import backward, forward
 from .validation import may_read
 
@@ -114,7 +114,7 @@ class _Attention(torch.autograd.Function):
     def forward(*fields: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         call = Call(*fields)
         out, lse = forward(call, None)
-        return out, lse.float(), (lse if call.compute == torch.float64 else None)
+        return out, lse.float(), (lse if compute_dtype(call) == torch.float64 else None)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:
