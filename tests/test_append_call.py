@@ -162,7 +162,7 @@ def validated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return True
 
     monkeypatch.setattr(append_call, "_known", {})
-    monkeypatch.setattr(signature, "_signature", signature._signature_in_python)
+    monkeypatch.setattr(signature, "_call_signature", signature._call_signature_in_python)
     monkeypatch.setattr(append_call, "_validate", validate)
     monkeypatch.setattr(append_call, "kernel_obstacle", lambda call: None)
     monkeypatch.setattr(append_call, "run_append", lambda call, backend: ("first", call.causal_or_local))

@@ -46,6 +46,7 @@ class Hooks:
     def __init__(self):
         self.records, self.identities, self.devices, self.grad = {{}}, [], [0], False
         self.last = None
+        self.modes, self.forward_ad, self.written = 0, {{"_current_level": -1}}, []
     def check_identity(self, function, metadata, *identity):
         self.identities.append((function, metadata, *identity))
         return self.records[metadata.data_ptr()]
@@ -54,10 +55,23 @@ class Hooks:
         return self.devices[-2]
     def is_grad_enabled(self):
         return self.grad
+    def is_plain_type(self, kind):
+        return kind in (AttributeTensor, ExchangeTensor)
+    def is_negative(self, tensor):
+        return getattr(tensor, "is_negative", False)
+    def count_modes(self):
+        return self.modes
+    def increment_version(self, tensors):
+        self.written += [tensor.data_ptr() for tensor in tensors]
+
+def connect(**changes):
+    names = ("records", "check_identity", "exchange_device", "is_grad_enabled", "is_plain_type", "is_negative",
+             "count_modes", "forward_ad", "increment_version")
+    _C.connect(**(dict(state=hooks, restore_device=hooks.exchange_device) | {{n: getattr(hooks, n) for n in names}}
+                  | changes))
 
 hooks = Hooks()
-_C.connect(records=hooks.records, check_identity=hooks.check_identity, exchange_device=hooks.exchange_device,
-           restore_device=hooks.exchange_device, is_grad_enabled=hooks.is_grad_enabled, state=hooks)
+connect()
 
 def error(function, *arguments):
     try:

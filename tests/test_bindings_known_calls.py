@@ -154,7 +154,8 @@ def test_gradients_are_not_for_kernels(stub: Path) -> None:  # noqa: F811
 T = ExchangeTensor
 qv = T(1 << 12, (2, 3, 4, 32))
 remember(T, qv=qv)
-for name, needed in (("q", True), ("k", True), ("v", True), ("qv", True), ("sinks", True), ("out", False)):
+for name, needed in (("q", True), ("k", True), ("v", True), ("qv", True), ("sinks", True), ("out", True),
+                     ("seqused_k", False)):
     given = dict(zip(ARGUMENTS, arguments(T, qv=T(1 << 12, (2, 3, 4, 32)))))
     given[name].requires_grad = True
     hooks.grad = True
@@ -182,8 +183,7 @@ hooks.records[address] = "second"
 assert known(T) and known(T) and len(hooks.identities) == 2
 def refuse(*arguments):
     raise ValueError("made for another call")
-_C.connect(records=hooks.records, check_identity=refuse, exchange_device=hooks.exchange_device,
-           restore_device=hooks.exchange_device, is_grad_enabled=hooks.is_grad_enabled, state=hooks)
+connect(check_identity=refuse)
 hooks.records[address] = "third"
 for _ in range(2):
     try:

@@ -350,3 +350,42 @@ def test_compile_refuses_what_eager_refuses() -> None:
     compiled = torch.compile(broadhead.flash_attn_func, backend="aot_eager")
     with pytest.raises(broadhead.BroadheadError, match="softmax_scale"):
         compiled(q, q, q, softmax_scale=float("nan"))
+
+
+# --- mha_bwd as an operator ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "varlen"])
+def test_compiled_mha_bwd(packed: bool) -> None:
+    cu = int32(0, 3, 9)
+    lengths = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": 6, "max_seqlen_k": 6} if packed else {}
+    q, k, v = (randn(9, 4, 16) for _ in range(3)) if packed else (randn(2, 5, 4, 16) for _ in range(3))
+    out, lse = broadhead.mha_fwd(q, k, v, causal=True, **lengths)
+
+    def function(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Any:
+        return broadhead.mha_bwd(dout, q, k, v, out, lse, causal=True, **lengths)[:3]
+
+    check_compiled(function, torch.randn_like(out), q, k, v, out, lse, backend="aot_eager")
+    torch.compiler.reset()
+    _, operators = graph_of(function, torch.randn_like(out), q, k, v, out, lse)
+    assert "broadhead.mha_bwd" in operators
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "varlen"])
+def test_mha_bwd_below_autograd(packed: bool) -> None:
+    """Inside an operator of somebody else, where torch records no derivative."""
+    cu = int32(0, 3, 9)
+    lengths = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": 6, "max_seqlen_k": 6} if packed else {}
+    q, k, v = (randn(9, 4, 16) for _ in range(3)) if packed else (randn(2, 5, 4, 16) for _ in range(3))
+    dout = torch.randn_like(q)
+    name = f"broadhead_tests::backward_{'varlen' if packed else 'dense'}"
+
+    @torch.library.custom_op(name, mutates_args=())
+    def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        out, lse = broadhead.mha_fwd(q, k, v, causal=True, **lengths)
+        dq, dk, dv, _ = broadhead.mha_bwd(dout, q, k, v, out, lse, causal=True, **lengths)
+        return dq, dk, dv
+
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    out, _ = broadhead.mha_fwd(*leaves, causal=True, **lengths)
+    torch.testing.assert_close(backward(dout, q, k, v), torch.autograd.grad(out, leaves, dout))

@@ -106,6 +106,24 @@ def test_packed_sequences_compile_by_their_offsets() -> None:
     torch.testing.assert_close(got, expected, rtol=0, atol=2e-4 * expected.abs().max().item())
 
 
+def test_prefix_under_compile() -> None:
+    """With a padding mask a compiled model has its prefix; without one it cannot be found, and is not left out."""
+    model, tokens, mask = make("hrm_text"), ids(2, 9), padding(2, 9, "right")
+    types = torch.zeros(2, 9, dtype=torch.long)
+    types[:, :4] = 1
+    with torch.no_grad():
+        expected = output_of(
+            model, "eager", input_ids=tokens, attention_mask=mask, token_type_ids=types, use_cache=False
+        )
+        model.set_attn_implementation("broadhead")
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        got = compiled(input_ids=tokens, attention_mask=mask, token_type_ids=types, use_cache=False).logits
+        live = mask.bool()
+        torch.testing.assert_close(got[live], expected[live], rtol=0, atol=2e-4 * expected.abs().max().item())
+        with pytest.raises(RuntimeError, match="cannot find a prefix"):
+            compiled(input_ids=tokens, token_type_ids=types, use_cache=False)
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_continuous_batching(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """generate_batch takes the flash name, runs broadhead's attention, and gives the tokens of eager attention."""

@@ -180,6 +180,35 @@ def test_prefix_of_packed_sequences() -> None:
     assert_same_gradients("hrm_text", labels=tokens, **inputs)
 
 
+def test_prefix_of_packed_sequences_whose_offsets_are_given() -> None:
+    """Offsets alone tell no prefix: the mask does, or the call is refused."""
+    types = torch.zeros(1, 19, dtype=torch.long)
+    types[0, :4] = types[0, 7:12] = 1
+    offsets = torch.tensor([0, 7, 16, 19], dtype=torch.int32)
+    given = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": 9, "max_length_k": 9}
+    inputs = {"input_ids": ids(1, 19), "token_type_ids": types, "use_cache": False}
+    model = make("hrm_text")
+    with torch.no_grad():
+        expected = output_of(model, "eager", position_ids=RANKS[2], **inputs)
+        got = output_of(model, "broadhead", position_ids=RANKS[2], **given, **inputs)
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-4 * expected.abs().max().item())
+    types[0, 4:] = 0
+    with pytest.raises(broadhead.UnsupportedError, match="cu_seq_lens_q and a prefix"):
+        output_of(model, "broadhead", **given, **inputs)
+
+
+def test_blocks_that_reach_into_other_sequences_are_refused() -> None:
+    """Blocks joined to a mask of packed sequences, and not cut by it, see the blocks of other sequences."""
+    masks = transformers.masking_utils
+    owner, block = torch.tensor([[0, 0, 0, 1, 1, 1]]), torch.tensor([[0, 0, -1, 0, 0, -1]])
+    separate, blocks = masks.packed_sequence_mask_function(owner), masks.blockwise_overlay(block)
+    joined_last = masks.or_masks(masks.and_masks(masks.causal_mask_function, separate), blocks)
+    joined_first = masks.and_masks(masks.or_masks(masks.causal_mask_function, blocks), separate)
+    with pytest.raises(broadhead.UnsupportedError, match="blocks of tokens that see each other"):
+        integration.attention_mask(1, 6, 6, mask_function=joined_last)
+    assert integration.attention_mask(1, 6, 6, mask_function=joined_first) is not None
+
+
 @pytest.mark.parametrize("block", [[3, 4, 5], [0, 1, 5, 6], [0, 1, 6]])
 def test_blocks_that_are_no_prefix_are_refused(block: list[int]) -> None:
     """A block between text, two blocks of one kind, and a single token that a prefix sees ahead."""

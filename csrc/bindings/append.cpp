@@ -142,9 +142,9 @@ void append_kv(ArgumentReader& reader) {
   params.rotary_interleaved = reader.integer("rotary_interleaved");
   params.causal_or_local = reader.integer("causal_or_local");
 
-  char error[kErrorSize] = "";
   void* stream = reader.stream(like, k_cache.device());
-  if (common_library().append_kv(&params, stream, error, kErrorSize) != 0) throw BindingError(error);
+  const KernelLibrary& library = common_library();
+  run_without_gil(false, [&](char* error) { return library.append_kv(&params, stream, error, kErrorSize); });
 }
 
 }  // namespace broadhead

@@ -67,7 +67,11 @@ struct ForwardCall {
   // Reads the tensors; throws when an argument is neither a tensor nor None, or q is None.
   void read();
 
-  // Whether autograd is on and asks for a gradient: no kernel has one.
+  // Whether a kernel may read the tensors as they are. False where a type overrides what torch does with it, where a
+  // lazily negated view waits to be resolved, and while a dispatch mode or forward-mode AD is active.
+  bool is_plain() const;
+
+  // Whether autograd is on and asks for a gradient, which no kernel has, or watches `out`.
   bool wants_gradient() const;
 
   bool is_shared() const { return shared_length != nullptr; }
@@ -123,9 +127,24 @@ struct Hooks {
   pybind11::object restore_device;  // likewise, but makes no context on a device that has none
   pybind11::object is_grad_enabled;
   pybind11::object state;  // its `last` is what last_dispatch() returns
+  pybind11::object is_plain_type;  // whether a type's tensors are plain memory; asked once a type
+  pybind11::object is_negative;  // whether a tensor is a lazily negated view
+  pybind11::object count_modes;  // the dispatch modes that are active, as an int
+  pybind11::dict forward_ad;  // its `_current_level` is -1 outside forward-mode AD
+  pybind11::object increment_version;  // tells autograd that the tensors of a tuple were written
 };
 
+const Hooks& hooks();
+
 void connect(const Hooks& hooks);
+
+// Whether dispatch modes or forward-mode AD see what torch functions do now: then no kernel may run unseen.
+bool modes_are_active();
+
+bool is_negative(pybind11::handle tensor);
+
+// Tells autograd that `tensor`, which the caller gave, was written.
+void mark_written(pybind11::handle tensor);
 
 // Runs a call that was read: allocates what the kernel writes, and launches it: (out, softmax_lse or None). `is_first`:
 // the launch is not packed yet.

@@ -11,11 +11,6 @@ namespace {
 // Held for the life of the process: Python objects must not be freed after the interpreter.
 Hooks* connected = nullptr;
 
-const Hooks& hooks() {
-  if (connected == nullptr) throw BindingError("_C.connect was not called");
-  return *connected;
-}
-
 py::object checked(PyObject* result) {
   if (result == nullptr) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(result);
@@ -139,6 +134,31 @@ void set_addresses(const TensorView* tensors, AttnParams& params) {
 
 }  // namespace
 
+const Hooks& hooks() {
+  if (connected == nullptr) throw BindingError("_C.connect was not called");
+  return *connected;
+}
+
+bool modes_are_active() {
+  static PyObject* const level = PyUnicode_InternFromString("_current_level");
+  PyObject* current = PyDict_GetItemWithError(hooks().forward_ad.ptr(), level);
+  if (current == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+  if (current != nullptr && PyLong_Check(current) && PyLong_AsLong(current) >= 0) return true;
+  return PyObject_IsTrue(checked(PyObject_CallNoArgs(hooks().count_modes.ptr())).ptr()) != 0;
+}
+
+bool is_negative(py::handle tensor) {
+  return checked(PyObject_CallOneArg(hooks().is_negative.ptr(), tensor.ptr())).ptr() == Py_True;
+}
+
+void mark_written(py::handle tensor) {
+  PyObject* tuple = PyTuple_Pack(1, tensor.ptr());
+  if (tuple == nullptr) throw py::error_already_set();
+  PyObject* result = PyObject_CallOneArg(hooks().increment_version.ptr(), tuple);
+  Py_DECREF(tuple);
+  checked(result);
+}
+
 const char* name_of(Argument argument) {
   static const char* const names[] = {
       "q",
@@ -188,10 +208,22 @@ ForwardCall::ForwardCall(py::handle tuple, py::handle page_table, py::handle len
   shared_length = length.ptr();
 }
 
+bool ForwardCall::is_plain() const {
+  for (int argument = 0; argument < kArgumentCount; ++argument) {
+    if (is_tensor(argument) && tensors[argument].present() && !tensors[argument].is_plain()) return false;
+  }
+  if ((is_shared() && !shared_page_table.is_plain()) || modes_are_active()) return false;
+  for (int argument = 0; argument < kArgumentCount; ++argument) {
+    if (!is_tensor(argument) || !tensors[argument].present() || !tensors[argument].is_floating()) continue;
+    if (is_negative(arguments[argument])) return false;
+  }
+  return true;
+}
+
 bool ForwardCall::wants_gradient() const {
   static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
   if (checked(PyObject_CallNoArgs(hooks().is_grad_enabled.ptr())).ptr() != Py_True) return false;
-  for (const Argument argument : {kQ, kK, kV, kQv, kSinks}) {
+  for (const Argument argument : {kQ, kK, kV, kQv, kSinks, kOut}) {
     if (!tensors[argument].present()) continue;
     if (checked(PyObject_GetAttr(arguments[argument], requires_grad)).ptr() == Py_True) return true;
   }
@@ -224,6 +256,7 @@ py::object Allocation::make(py::handle q) const {
 void connect(const Hooks& hooks) {
   delete connected;
   connected = new Hooks(hooks);
+  set_plain_type_test(hooks.is_plain_type);
 }
 
 py::object run(Launch& launch, ForwardCall& call, py::handle function, bool need_lse, bool is_first) {
@@ -252,12 +285,11 @@ py::object run(Launch& launch, ForwardCall& call, py::handle function, bool need
   params.shared_page_table = call.shared_page_table.as<const std::int32_t>();
   set_lse(lse_view, q.ndim(), params);
   set_scratch(scratch.data(), launch.scratch_size, launch.kernel, params);
-  char error[kErrorSize];
-  error[0] = '\0';
   void* stream = current_stream(q_object, q.device());
-  if (launch.kernel.library->forward(launch.kernel.index, &params, stream, error, kErrorSize) != 0) {
-    throw BindingError(error);
-  }
+  run_without_gil(is_first, [&](char* error) {
+    return launch.kernel.library->forward(launch.kernel.index, &params, stream, error, kErrorSize);
+  });
+  if (!py::handle(call.arguments[kOut]).is_none()) mark_written(out);
   return py::make_tuple(out, lse);
 }
 

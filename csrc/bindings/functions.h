@@ -14,6 +14,8 @@ void forget_calls();
 // bytes that tell apart calls that validation could tell apart by these tensors, the first five also by alignment; None
 // when a tensor can not be read.
 pybind11::object signature(PyObject* const* tensors, Py_ssize_t count);
+// The same of a whole call and of what else belongs to it: (a tuple with an item for each Argument, a tuple).
+pybind11::object call_signature(ArgumentReader& reader);
 
 void append_kv(ArgumentReader& reader);
 void merge_states(ArgumentReader& reader);

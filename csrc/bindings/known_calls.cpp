@@ -70,9 +70,12 @@ py::object run_if_known(py::handle function, bool need_lse, ForwardCall& call) {
   }
   if (!call.tensors[kQ].on_cuda() || !add_call(call, key)) return py::none();
   const KnownCall* known = find(key);
-  if (known == nullptr || call.wants_gradient()) return py::none();
-  const py::object keep = known->launch;  // Python code that runs meanwhile may forget the call
-  return run(*known->target, call, function, need_lse, false);
+  if (known == nullptr) return py::none();
+  // From here on Python code may run, and another thread with it, which may forget the call.
+  const py::object keep = known->launch;
+  Launch& launch = *known->target;
+  if (!call.is_plain() || call.wants_gradient()) return py::none();
+  return run(launch, call, function, need_lse, false);
 }
 
 py::object run_and_remember(py::handle target, py::handle function, bool need_lse, ForwardCall& call) {
@@ -123,18 +126,57 @@ void forget_calls() {
   forgotten.swap(known_calls());
 }
 
+namespace {
+
+// Adds what validation reads of a tensor or None; false when there is no key for it, as when it is no plain memory.
+bool add_plain_tensor(py::handle object, bool alignment, CallKey& key) {
+  TensorView tensor;
+  if (!tensor.read(object)) return false;
+  if (!tensor.present()) return key.add_tensor(tensor, false);
+  return tensor.is_plain() && !(tensor.is_floating() && is_negative(object)) && key.add_tensor(tensor, alignment);
+}
+
+py::object to_bytes(const CallKey& key) {
+  return py::bytes(reinterpret_cast<const char*>(key.words()), sizeof(std::uint64_t) * key.size());
+}
+
+}  // namespace
+
 py::object signature(PyObject* const* tensors, Py_ssize_t count) {
   CallKey key;
-  for (Py_ssize_t i = 0; i < count; ++i) {
-    TensorView tensor;
-    try {
-      if (!tensor.read(tensors[i])) return py::none();
-    } catch (const std::exception&) {
-      return py::none();
+  try {
+    if (modes_are_active()) return py::none();
+    for (Py_ssize_t i = 0; i < count; ++i) {
+      if (!add_plain_tensor(tensors[i], i < kAlignedArguments, key)) return py::none();
     }
-    if (!key.add_tensor(tensor, i < kAlignedArguments)) return py::none();
+  } catch (const std::exception&) {  // Python's among them. Whoever validates the call finds better words
+    return py::none();
   }
-  return py::bytes(reinterpret_cast<const char*>(key.words()), sizeof(std::uint64_t) * key.size());
+  return to_bytes(key);
+}
+
+py::object call_signature(ArgumentReader& reader) {
+  const ForwardCall call(reader.object());
+  const auto others = py::reinterpret_borrow<py::tuple>(reader.object());
+  CallKey key;
+  try {
+    if (modes_are_active()) return py::none();
+    for (int argument = 0; argument < kArgumentCount; ++argument) {
+      const py::handle object = call.arguments[argument];
+      const bool added =
+          is_tensor(argument) ? add_plain_tensor(object, argument < kAlignedArguments, key) : key.add_value(object);
+      if (!added) return py::none();
+    }
+    for (const py::handle object : others) {
+      const bool is_value = object.is_none() || PyBool_Check(object.ptr());
+      const bool may_be_tensor = !is_value && (exchange_api(object) != nullptr || py::hasattr(object, "data_ptr"));
+      if (!(may_be_tensor ? add_plain_tensor(object, false, key) : key.add_value(object))) return py::none();
+    }
+  } catch (const std::exception&) {
+    return py::none();
+  }
+  // The bytes keep no type alive by whose address the key tells numbers apart.
+  return key.type_count() > 0 ? py::none() : to_bytes(key);
 }
 
 }  // namespace broadhead

@@ -61,9 +61,9 @@ void merge_states(ArgumentReader& reader) {
   params.head_dim_v = static_cast<std::int32_t>(out_a.size(-1));
   params.dtype = data_type(out_a.type());
 
-  char error[kErrorSize] = "";
   void* stream = reader.stream(like, out_a.device());
-  if (common_library().merge_states(&params, stream, error, kErrorSize) != 0) throw BindingError(error);
+  const KernelLibrary& library = common_library();
+  run_without_gil(false, [&](char* error) { return library.merge_states(&params, stream, error, kErrorSize); });
 }
 
 }  // namespace broadhead

@@ -46,9 +46,9 @@ void scheduler_metadata(ArgumentReader& reader) {
   params.target_ctas = reader.integer("target_ctas");
   params.metadata_tag = reader.integer("metadata_tag");
 
-  char error[kErrorSize] = "";
   void* stream = reader.stream(like, metadata.device());
-  if (common_library().scheduler_metadata(&params, stream, error, kErrorSize) != 0) throw BindingError(error);
+  const KernelLibrary& library = common_library();
+  run_without_gil(false, [&](char* error) { return library.scheduler_metadata(&params, stream, error, kErrorSize); });
 }
 
 void combine(ArgumentReader& reader) {
@@ -92,9 +92,9 @@ void combine(ArgumentReader& reader) {
   params.num_splits = static_cast<std::int32_t>(out_partial.size(0));
   params.out_dtype = out.type() == ElementType::kFloat32 ? 0 : out.type() == ElementType::kBFloat16 ? 1 : 2;
 
-  char error[kErrorSize] = "";
   void* stream = reader.stream(like, out.device());
-  if (common_library().combine(&params, stream, error, kErrorSize) != 0) throw BindingError(error);
+  const KernelLibrary& library = common_library();
+  run_without_gil(false, [&](char* error) { return library.combine(&params, stream, error, kErrorSize); });
 }
 
 py::dict build_info() {
@@ -195,6 +195,7 @@ constexpr char kRunKnown[] = "run_known";
 constexpr char kRunNew[] = "run_new";
 constexpr char kRunKnownShared[] = "run_known_shared";
 constexpr char kRunNewShared[] = "run_new_shared";
+constexpr char kCallSignature[] = "call_signature";
 constexpr char kSchedulerMetadata[] = "scheduler_metadata";
 constexpr char kCombine[] = "combine";
 constexpr char kAppendKv[] = "append_kv";
@@ -212,6 +213,7 @@ PyMethodDef methods[] = {
     method<kRunNew, &run_new, 4>("Runs a call by its Launch, which all calls like it then run by."),
     method<kRunKnownShared, &run_known_shared, 5>("As run_known, over keys that all sequences share."),
     method<kRunNewShared, &run_new_shared, 6>("As run_new, over keys that all sequences share."),
+    method<kCallSignature, &call_signature, 2>("What validation reads of a call and of further values, as bytes."),
     method<kSchedulerMetadata, &scheduler_metadata, 21>("Fills scheduler metadata on the device."),
     method<kCombine, &combine, 5>("Merges partial results into one."),
     method<kAppendKv, &append_kv, 20>("Appends new keys and values to a cache, with rotary embedding."),
@@ -239,11 +241,15 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "connect",
       [](py::dict records, py::object check_identity, py::object exchange_device, py::object restore_device,
-         py::object is_grad_enabled, py::object state) {
-        broadhead::connect({records, check_identity, exchange_device, restore_device, is_grad_enabled, state});
+         py::object is_grad_enabled, py::object state, py::object is_plain_type, py::object is_negative,
+         py::object count_modes, py::dict forward_ad, py::object increment_version) {
+        broadhead::connect({records, check_identity, exchange_device, restore_device, is_grad_enabled, state,
+                            is_plain_type, is_negative, count_modes, forward_ad, increment_version});
       },
       py::kw_only(), py::arg("records"), py::arg("check_identity"), py::arg("exchange_device"),
-      py::arg("restore_device"), py::arg("is_grad_enabled"), py::arg("state"), "What running a call needs of Python.");
+      py::arg("restore_device"), py::arg("is_grad_enabled"), py::arg("state"), py::arg("is_plain_type"),
+      py::arg("is_negative"), py::arg("count_modes"), py::arg("forward_ad"), py::arg("increment_version"),
+      "What running a call needs of Python.");
   module.def("forget_calls", &broadhead::forget_calls, "Forgets every call that run_known knows.");
   py::register_local_exception_translator([](std::exception_ptr exception) {
     try {

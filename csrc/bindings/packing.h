@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <mutex>
 #include <string>
 
 #include "bindings/argument_reader.h"
@@ -13,6 +14,24 @@ constexpr std::size_t kErrorSize = 1024;
 
 // Entries of scheduler metadata: common/scheduler_metadata.h.
 constexpr std::int64_t metadata_size(std::int64_t batch) { return 1 + 4 * ((batch + 3) / 4 * 4); }
+
+// Launches with the GIL released: a launch waits while the queue of the device is full. `launch(error)` returns 0, or
+// writes why not. First launches, in which a kernel is prepared for its device, run one after the other.
+template <class Launch>
+void run_without_gil(bool is_first, const Launch& launch) {
+  static std::mutex first_launches;
+  char error[kErrorSize];
+  error[0] = '\0';
+  PyThreadState* const state = PyEval_SaveThread();
+  int status;
+  {
+    std::unique_lock<std::mutex> lock(first_launches, std::defer_lock);
+    if (is_first) lock.lock();
+    status = launch(error);
+  }
+  PyEval_RestoreThread(state);
+  if (status != 0) throw BindingError(error);
+}
 
 template <class Params>
 Params make_params() {

@@ -2,6 +2,7 @@
 #include "bindings/tensor_view.h"
 
 #include <unordered_map>
+#include <utility>
 
 namespace py = pybind11;
 
@@ -47,25 +48,60 @@ ElementType element_type(const std::string& name) {
   return ElementType::kOther;
 }
 
+// What the bindings know of a Python type.
+struct TypeTraits {
+  const DLPackExchangeAPI* api;  // null: it has none
+  bool is_plain;
+};
+
+// The GIL guards what follows. Held for the life of the process: Python objects must not be freed after the
+// interpreter.
+py::object* plain_type_test = nullptr;
+PyTypeObject* last_type = nullptr;
+TypeTraits last_traits;
+
+std::unordered_map<PyTypeObject*, TypeTraits>& known_types() {
+  static auto* types = new std::unordered_map<PyTypeObject*, TypeTraits>();
+  return *types;
+}
+
+TypeTraits find_traits(PyTypeObject* type) {
+  TypeTraits traits{find_exchange_api(type), true};
+  if (plain_type_test != nullptr) {
+    const py::object test = *plain_type_test;
+    traits.is_plain = py::cast<bool>(test(py::handle(reinterpret_cast<PyObject*>(type))));
+  }
+  return traits;
+}
+
+// Looked up once a type.
+const TypeTraits& traits_of(py::handle tensor) {
+  PyTypeObject* type = Py_TYPE(tensor.ptr());
+  if (type == last_type) return last_traits;
+  auto found = known_types().find(type);
+  if (found == known_types().end()) {
+    const TypeTraits traits = find_traits(type);  // may run Python code, and that another thread
+    found = known_types().find(type);
+    if (found == known_types().end()) {
+      Py_INCREF(type);  // a type that is a key must not be freed and its address reused
+      found = known_types().emplace(type, traits).first;
+    }
+  }
+  last_traits = found->second;
+  last_type = type;
+  return last_traits;
+}
+
 }  // namespace
 
-// Looked up once a type; the GIL guards the cache.
-const DLPackExchangeAPI* exchange_api(py::handle tensor) {
-  static PyTypeObject* last_type = nullptr;
-  static const DLPackExchangeAPI* last_api = nullptr;
-  PyTypeObject* type = Py_TYPE(tensor.ptr());
-  if (type == last_type) return last_api;
-
-  static auto* cache = new std::unordered_map<PyTypeObject*, const DLPackExchangeAPI*>();
-  auto found = cache->find(type);
-  if (found == cache->end()) {
-    Py_INCREF(type);  // a type that is a key must not be freed and its address reused
-    found = cache->emplace(type, find_exchange_api(type)).first;
-  }
-  last_type = type;
-  last_api = found->second;
-  return last_api;
+void set_plain_type_test(py::object is_plain_type) {
+  delete plain_type_test;
+  plain_type_test = new py::object(std::move(is_plain_type));
+  last_type = nullptr;
+  known_types().clear();
 }
+
+const DLPackExchangeAPI* exchange_api(py::handle tensor) { return traits_of(tensor).api; }
 
 const char* name_of(ElementType type) {
   switch (type) {
@@ -96,15 +132,22 @@ TensorView::TensorView(py::handle tensor, const char* function, const char* name
 bool TensorView::read(py::handle tensor) {
   present_ = false;
   if (tensor.is_none()) return true;
-  const DLPackExchangeAPI* api = exchange_api(tensor);
-  if (api != nullptr && api->dltensor_from_py_object_no_sync != nullptr) {
+  const TypeTraits traits = traits_of(tensor);
+  if (traits.api != nullptr && traits.api->dltensor_from_py_object_no_sync != nullptr) {
     DLTensor dltensor;
-    if (api->dltensor_from_py_object_no_sync(tensor.ptr(), &dltensor) != 0) throw py::error_already_set();
+    if (traits.api->dltensor_from_py_object_no_sync(tensor.ptr(), &dltensor) != 0) throw py::error_already_set();
     read_dlpack(dltensor);
   } else if (py::hasattr(tensor, "data_ptr")) {
     read_attributes(tensor);
   } else {
     return false;
+  }
+  is_plain_ = traits.is_plain;
+  if (data_ == nullptr && numel() > 0) {
+    throw BindingError("a tensor of type " + std::string(Py_TYPE(tensor.ptr())->tp_name) + " has " +
+                       std::to_string(numel()) +
+                       " elements and no memory of its own: it wraps other tensors, or is a fake one; pass the tensor "
+                       "inside it");
   }
   present_ = true;
   return true;
@@ -121,7 +164,7 @@ void TensorView::check(const char* function, const char* name, ElementType type,
 
 void TensorView::read_dlpack(const DLTensor& tensor) {
   if (tensor.ndim > kMaxDims) throw BindingError("a tensor has " + std::to_string(tensor.ndim) + " dimensions");
-  data_ = static_cast<char*>(tensor.data) + tensor.byte_offset;
+  data_ = tensor.data == nullptr ? nullptr : static_cast<char*>(tensor.data) + tensor.byte_offset;
   ndim_ = tensor.ndim;
   type_ = element_type(tensor.dtype);
   on_cuda_ = tensor.device.device_type == kDLCUDA || tensor.device.device_type == kDLCUDAManaged;

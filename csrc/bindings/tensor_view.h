@@ -32,8 +32,8 @@ class TensorView {
   TensorView(const TensorView&) = delete;
   TensorView& operator=(const TensorView&) = delete;
 
-  // Reads `tensor` by the DLPack exchange API of its type, else by its attributes; None gives an absent tensor. False
-  // when it is no tensor.
+  // Reads `tensor` by the DLPack exchange API of its type, else by its attributes; None gives an absent tensor. Returns
+  // false when it is no tensor. Throws when it has elements and no address: a tensor that wraps others has none.
   bool read(pybind11::handle tensor);
 
   // Throws BindingError, naming `function` and `name`, unless it is absent or a CUDA tensor of `type` (kOther: any) and
@@ -42,6 +42,9 @@ class TensorView {
 
   bool present() const { return present_; }
   bool on_cuda() const { return on_cuda_; }
+  // Whether the type of the tensor is one whose memory holds its values; see is_plain in Hooks.
+  bool is_plain() const { return is_plain_; }
+  bool is_floating() const { return type_ != ElementType::kInt32; }
   void* data() const { return present_ ? data_ : nullptr; }
   int ndim() const { return ndim_; }
   ElementType type() const { return type_; }
@@ -65,6 +68,7 @@ class TensorView {
   bool present_ = false;
   // The rest means something once a tensor was read. A call has room for many that are absent: nothing is cleared.
   bool on_cuda_;
+  bool is_plain_;
   int ndim_;
   int device_;
   ElementType type_;
@@ -78,6 +82,9 @@ class TensorView {
 
 // The exchange API of a tensor's type, null when it has none.
 const DLPackExchangeAPI* exchange_api(pybind11::handle tensor);
+
+// Sets the function that tells of a type whether its tensors are plain memory. Until then all are.
+void set_plain_type_test(pybind11::object is_plain_type);
 
 // The stream that torch works on at `device`: by the exchange API of the tensor's type, else from torch.cuda.
 void* current_stream(pybind11::handle tensor, int device);

@@ -66,6 +66,11 @@ def connect(
     restore_device: Callable[[int], int],  # likewise, but makes no context on a device that has none
     is_grad_enabled: Callable[[], bool],
     state: Any,  # its `last` becomes the dispatch of a call that runs
+    is_plain_type: Callable[[type], bool],  # whether tensors of a type are plain memory; asked once a type
+    is_negative: Callable[[Tensor], bool],  # whether a tensor is a lazily negated view
+    count_modes: Callable[[], int],  # dispatch modes that are active
+    forward_ad: dict[str, Any],  # its "_current_level" is -1 outside forward-mode AD
+    increment_version: Callable[[tuple[Tensor, ...]], None],  # tells autograd that tensors were written
 ) -> None: ...  # before any call is run
 def run_known(function: str, need_lse: bool, call: Call, /) -> tuple[Tensor, Tensor | None] | None: ...
 def run_new(launch: Launch, function: str, need_lse: bool, call: Call, /) -> tuple[Tensor, Tensor | None]: ...
@@ -88,6 +93,7 @@ def run_new_shared(
 ) -> tuple[Tensor, Tensor | None]: ...
 def forget_calls() -> None: ...
 def signature(*tensors: Tensor | None) -> bytes | None: ...  # the first five also by alignment
+def call_signature(call: Call, others: tuple[Any, ...], /) -> bytes | None: ...  # q, k, v, qv, out also by alignment
 def scheduler_metadata(
     metadata: Tensor,  # int32 (1 + 4 * round_up(batch, 4),)
     seqused_k: Tensor | None,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from . import validation as check
 from . import values
@@ -15,13 +14,15 @@ from .append_launch import Append, kernel_obstacle, launch_append, run_append
 from .device import describe
 from .errors import InvalidArgumentError, InvalidTypeError, UnsupportedError
 from .fallback_notice import settle_operation
-from .forward import check_only, runs_as_operator
+from .forward import check_only, metadata_identity
 from .inputs import read_tensors
 from .layout import contiguous, refuse_strided
 from .masking import normalize_window
+from .metadata import check_identity, filled
 from .names import shown_name
+from .plain import plain, plain_fields, refuse_tangents, refuse_transformed, runs_as_operator
 from .problem import AttentionArgs, needs_gradients
-from .signature import signature_of
+from .signature import call_signature_of
 
 
 class NewKeys(NamedTuple):
@@ -36,17 +37,26 @@ class NewKeys(NamedTuple):
     rotary_interleaved: Any
 
 
-#: causal_or_local of calls that were validated and that the kernels take, by everything that validation looked at.
-_known: dict[tuple[Any, ...], bool] = {}
-_MAX_KNOWN = 8192
+class _KnownAppend:
+    """What calls of a kind have in common that were validated and that the kernels take."""
 
-# The first five are those that attention takes aligned alone.
-_TENSOR_FIELDS = (
-    "q", "k", "v", "out", "qv", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "page_table", "kv_batch_idx",
-    "leftpad_k", "q_descale", "k_descale", "v_descale", "scheduler_metadata", "sinks", "prefix_lens",
-)  # fmt: skip
-_tensors_of = itemgetter(*(AttentionArgs._fields.index(name) for name in _TENSOR_FIELDS))
-_flags_of = itemgetter(*(i for i, name in enumerate(AttentionArgs._fields) if name not in _TENSOR_FIELDS))
+    __slots__ = ("accepted_record", "causal_or_local", "identity")
+
+    def __init__(self, causal_or_local: bool, identity: tuple[Any, ...]) -> None:
+        self.causal_or_local = causal_or_local
+        self.identity = identity  # what scheduler metadata must have been made for: arguments of check_identity
+        self.accepted_record: Any = None  # of the metadata that was checked last
+
+    def check_metadata(self, function: str, metadata: Tensor) -> None:
+        """Refuse metadata of another call, which attention would refuse when the new keys are written."""
+        record = filled.get(metadata.data_ptr())
+        if record is not None and record is not self.accepted_record:
+            self.accepted_record = check_identity(function, metadata, *self.identity)
+
+
+#: By everything that validation looked at.
+_known: dict[Any, _KnownAppend] = {}
+_MAX_KNOWN = 8192
 
 
 def clear_known() -> None:
@@ -59,26 +69,29 @@ def append_new_keys(function: str, args: AttentionArgs, new: NewKeys) -> tuple[A
 
     Nothing is written unless the attention of ``args`` that follows is accepted too.
     """
-    if runs_as_operator(args.q):
+    if is_dynamo_compiling():
         return _append_by_operator(function, args, new)
-    if type(args.window_size) is list:
-        args = args._replace(window_size=tuple(args.window_size))
-    key: tuple[Any, ...] | None = None
-    causal_or_local: bool | None = None
+    key: Any = None
+    known: _KnownAppend | None = None
     try:
-        if args.q.is_cuda and not needs_gradients(args.q, args.k, args.v, new.k, new.v, args.sinks, args.qv):
-            signature = signature_of(*_tensors_of(args), *new[:6])
-            if signature is not None:
-                key = (signature, _flags_of(args), new.rotary_interleaved)
-                causal_or_local = _known.get(key)
+        if args.q.is_cuda and not needs_gradients(args.q, args.k, args.v, new.k, new.v, args.sinks, args.qv, args.out):
+            key = call_signature_of(args, new)
+            if key is not None:
+                known = _known.get(key)
     except (AttributeError, TypeError):
         key = None  # not tensors, or unhashable values: validation names them
-    if causal_or_local is not None:
-        q, lengths = launch_append(_describe(args, new, causal_or_local))
+    if known is not None:
+        if args.scheduler_metadata is not None:
+            known.check_metadata(function, args.scheduler_metadata)
+        q, lengths = launch_append(_describe(args, new, known.causal_or_local))
         return args.q if q is None else q, lengths
 
-    ready, ready_new = _readable(function, args, new)
-    if ready is not args or ready_new is not new:
+    if runs_as_operator(*args, *new):
+        return _append_by_operator(function, args, new)
+    given = args
+    args = plain_fields(function, args, written=("k", "v", "out"))
+    ready, ready_new = _readable(function, args, _plain_new(function, new))
+    if any(a is not b for a, b in zip((*ready, *ready_new), (*given, *new), strict=True)):
         return append_new_keys(function, ready, ready_new)
     attention_on_kernel = _validate(function, args, new)
     call = _describe(args, new, _causal_or_local(function, args))
@@ -88,9 +101,17 @@ def append_new_keys(function: str, args: AttentionArgs, new: NewKeys) -> tuple[A
     if attention_on_kernel and obstacle is None and key is not None:
         if len(_known) >= _MAX_KNOWN:
             _known.clear()
-        _known[key] = call.causal_or_local
+        identity = () if args.scheduler_metadata is None else metadata_identity(function, args)
+        _known[key] = _KnownAppend(call.causal_or_local, identity)
     q, lengths = run_append(call, args.backend)
     return args.q if q is None else q, lengths
+
+
+def _plain_new(function: str, new: NewKeys) -> NewKeys:
+    """The new keys and what belongs to them as plain memory."""
+    names = dict(zip(("k", "v"), _names(function)[1], strict=True))
+    refuse_tangents(function, *new)
+    return NewKeys(*(plain(function, names.get(name, name), value) for name, value in new._asdict().items()))
 
 
 def _readable(function: str, args: AttentionArgs, new: NewKeys) -> tuple[AttentionArgs, NewKeys]:
@@ -118,6 +139,8 @@ def _append_by_operator(function: str, args: AttentionArgs, new: NewKeys) -> tup
         if new.rotary_cos is not None:
             _check_rotary_rows(function, args.k, args.page_table, new.rotary_cos)
     else:
+        refuse_tangents(function, *args, *new)
+        refuse_transformed(function, "appending to a cache", *args, *new)
         _validate(function, args, new)
     call = _describe(args, new, _causal_or_local(function, args))
     q, lengths = torch.ops.broadhead.append_kv(

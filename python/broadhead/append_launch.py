@@ -11,6 +11,7 @@ from . import append_kv, native
 from .device import common_kernel_obstacle, describe
 from .fallback_notice import ASKED_FOR_TORCH, Dispatch, settle_operation, state
 from .metadata import CURRENT_STREAM
+from .plain import mark_written
 
 _FLOAT8 = torch.float8_e4m3fn
 #: (dtype of the cache, of the new keys) that the kernel stores.
@@ -101,6 +102,7 @@ def launch_append(call: Append) -> tuple[Tensor | None, Tensor]:
         None if q is None else cu_seqlens_q, cu_seqlens_k_new, page_table, cache_batch_idx, k_descale, v_descale,
         int(rotary_interleaved), int(causal_or_local), CURRENT_STREAM,
     )  # fmt: skip
+    mark_written(k_cache, v_cache)
     state.append = BY_KERNEL
     return q_out, lengths
 

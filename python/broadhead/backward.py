@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from . import reference
 from . import validation as check
@@ -13,6 +14,7 @@ from .errors import InvalidArgumentError, InvalidTypeError
 from .forward import describe_call, select
 from .inputs import read_tensors
 from .layout import refuse_strided
+from .plain import plain, plain_fields, refuse_tangents, refuse_transformed, runs_as_operator
 from .problem import AttentionArgs, CheckedCall, check_forward, out_dtype, refuse_float8_gradient
 
 
@@ -24,6 +26,17 @@ class Gradients(NamedTuple):
     dv: Tensor
     dqv: Tensor | None
     dsinks: Tensor | None
+
+
+def run_backward_below(function: str, outputs: tuple[Any, Any, Any, Any], args: AttentionArgs) -> Gradients:
+    """run_backward of ``(dout, dlse, out, softmax_lse)`` on arguments that no mode or subclass has a say in."""
+    refuse_tangents(function, *outputs)
+    dout, dlse, out, softmax_lse = (
+        plain(function, name, value)
+        for name, value in zip(("dout", "dlse", "out", "softmax_lse"), outputs, strict=True)
+    )
+    args = read_tensors(function, plain_fields(function, args))
+    return run_backward(function, dout, dlse, args, out=out, softmax_lse=softmax_lse)
 
 
 def run_backward(
@@ -89,19 +102,24 @@ def live_rows(x: Tensor, cu_seqlens: Tensor | None, seqused: Tensor | None) -> T
     return live[:, None, None]
 
 
-def store_gradient(
-    function: str, name: str, out: Any, grad: Tensor, cu_seqlens: Tensor | None, seqused: Tensor | None
-) -> Tensor:
+def check_stored(function: str, name: str, out: Any, like: Any) -> None:
+    """A tensor that takes the gradient of ``like``, before any is written."""
+    if out is None or not isinstance(like, Tensor):
+        return
+    tensor = check.check_tensor(function, name, out, f"a tensor of shape {tuple(like.shape)}")
+    check.check_shape(function, name, tensor, like.shape, f"that of {name[1:]}")
+    check.check_device(function, name, tensor, like.device)
+    check.check_same_dtype(function, name, tensor, like.dtype)
+    refuse_strided(function, name, tensor)
+
+
+def store_gradient(out: Tensor | None, grad: Tensor, cu_seqlens: Tensor | None, seqused: Tensor | None) -> Tensor:
     """``grad``, or ``out`` with the rows that a sequence owns replaced by those of ``grad``."""
     if out is None:
         return grad
-    tensor = check.check_tensor(function, name, out, f"a tensor of shape {tuple(grad.shape)}")
-    check.check_shape(function, name, tensor, grad.shape, f"that of {name[1:]}")
-    check.check_device(function, name, tensor, grad.device)
-    check.check_same_dtype(function, name, tensor, grad.dtype)
     live = live_rows(grad, cu_seqlens, seqused)
     with torch.no_grad():
-        return tensor.copy_(grad if live is None else torch.where(live, grad, tensor))
+        return out.copy_(grad if live is None else torch.where(live, grad, out))
 
 
 def mha_bwd(
@@ -172,13 +190,20 @@ def mha_bwd(
         prefix_lens=prefix_lens,
         backend=backend,
     )
-    args = read_tensors(function, args)
-    for name, tensor in (("dq", dq), ("dk", dk), ("dv", dv)):
-        refuse_strided(function, name, tensor)
-    gradients = run_backward(function, dout, dlse, args, out=out, softmax_lse=softmax_lse)
+    for name, tensor, like in (("dq", dq, q), ("dk", dk, k), ("dv", dv, v)):
+        check_stored(function, name, tensor, like)
+    outputs = (dout, dlse, out, softmax_lse)
+    if is_dynamo_compiling() or runs_as_operator(*outputs, *args):
+        from . import ops
+
+        if not is_dynamo_compiling() and any(x is not None for x in (dq, dk, dv)):
+            refuse_transformed(function, "dq=, dk= and dv=", *outputs, *args, dq, dk, dv)
+        gradients = Gradients(*ops.call_backward(function, outputs, args))
+    else:
+        gradients = run_backward_below(function, outputs, args)
     return (
-        store_gradient(function, "dq", dq, gradients.dq, cu_seqlens_q, seqused_q),
-        store_gradient(function, "dk", dk, gradients.dk, cu_seqlens_k, seqused_k),
-        store_gradient(function, "dv", dv, gradients.dv, cu_seqlens_k, seqused_k),
+        store_gradient(dq, gradients.dq, cu_seqlens_q, seqused_q),
+        store_gradient(dk, gradients.dk, cu_seqlens_k, seqused_k),
+        store_gradient(dv, gradients.dv, cu_seqlens_k, seqused_k),
         gradients.dsinks,
     )

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from . import native
 from . import validation as check
 from .device import common_kernel_obstacle, describe
-from .errors import InvalidArgumentError, InvalidTypeError
+from .errors import InvalidArgumentError, InvalidTypeError, UnsupportedError
 from .fallback_notice import settle_operation
 from .layout import contiguous, refuse_strided
 from .metadata import CURRENT_STREAM
+from .plain import has_tangent, mark_written, plain, refuse_transformed, runs_as_operator
 from .problem import needs_gradients
 from .validation import FLOAT_DTYPES
 
@@ -54,7 +56,7 @@ def _kernel_obstacle(out_partial: Tensor, lse_partial: Tensor, out: Tensor | Non
     obstacle = common_kernel_obstacle(out_partial.device)
     if obstacle is not None:
         return obstacle
-    if needs_gradients(out_partial, lse_partial):
+    if needs_gradients(out_partial, lse_partial, out):
         return NO_BACKWARD
     if not out_partial.dtype == lse_partial.dtype == torch.float32 or dtype not in _KERNEL_DTYPES:
         return (
@@ -129,6 +131,15 @@ def flash_attn_combine(
     """
     function = "flash_attn_combine"
     check.check_backend(function, backend)
+    given = out
+    # Torch ops know every mode, derivative and transform.
+    by_torch = runs_as_operator(out_partial, lse_partial, out) or has_tangent(out_partial, lse_partial)
+    if not by_torch:
+        out_partial = plain(function, "out_partial", out_partial)
+        lse_partial = plain(function, "lse_partial", lse_partial)
+        out = plain(function, "out", out, written=True)
+    elif out is not None and not is_dynamo_compiling():
+        refuse_transformed(function, "out=", out_partial, lse_partial, out)
     out_partial = contiguous(check_floating(function, "out_partial", out_partial))
     lse_partial = check_floating(function, "lse_partial", lse_partial)
     if out_partial.dim() not in (4, 5) or out_partial.shape[0] < 1:
@@ -152,11 +163,21 @@ def flash_attn_combine(
     if dtype not in FLOAT_DTYPES:
         raise InvalidTypeError(f"{function}: out_dtype must be bf16, fp16, fp32 or fp64, got {dtype}")
 
-    if out_partial.numel() > 0 and backend != "torch":
+    if by_torch and backend == "cuda":
+        raise UnsupportedError(
+            f"{function}: the combine kernel does not take this call: it is traced, or a tensor is a subclass or"
+            " transformed; leave backend unset"
+        )
+    if out_partial.numel() > 0 and backend != "torch" and not by_torch:
         obstacle = _kernel_obstacle(out_partial, lse_partial, out, dtype)
         if obstacle is None:
             result = out_partial.new_empty(shape, dtype=dtype) if out is None else out
-            return result, _launch(out_partial, lse_partial, result)
+            lse = _launch(out_partial, lse_partial, result)
+            mark_written(out)
+            return result if given is None else given, lse
         settle_operation(function, "combine", describe(out_partial.device), backend, obstacle)
     merged, lse = merge_parts(out_partial, lse_partial)
-    return merged.to(dtype) if out is None else out.copy_(merged), lse
+    if out is None:
+        return merged.to(dtype), lse
+    out.copy_(merged)
+    return (out if given is None else given), lse

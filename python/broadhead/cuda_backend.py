@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import native
 from .dispatch import Plan
 from .errors import KernelError
 from .fallback_notice import state
 from .metadata import check_identity, filled
+from .plain import count_dispatch_modes, is_plain_type
 from .problem import AttentionArgs, AttentionProblem, CheckedCall, out_dtype
 from .schedule import Schedule
 from .support import KernelRow
@@ -66,7 +68,7 @@ def make_launch(args: AttentionArgs, call: CheckedCall, plan: Plan) -> Any:
     # Rows exist that no sequence may own: outputs allocated here are cleared first.
     clear = args.seqused_q is not None
     lse_shape = (heads, q.shape[0]) if args.cu_seqlens_q is not None else (q.shape[0], heads, q.shape[1])
-    return _module().Launch(
+    return connected_module().Launch(
         kernel_id=plan.row.id,
         device=q.device.index,
         out=_allocation(q, (*q.shape[:-1], problem.head_dim_v), out_dtype(q.dtype), 0.0 if clear else None),
@@ -106,7 +108,7 @@ def _allocation(q: Tensor, shape: tuple[int, ...], dtype: torch.dtype, fill: flo
     return torch.empty_strided, (shape, strides), options
 
 
-def _module() -> ModuleType:
+def connected_module() -> ModuleType:
     """The compiled module, once it has what its calls need of Python."""
     global _connected
     module = native.extension()
@@ -120,6 +122,11 @@ def _module() -> ModuleType:
             restore_device=torch.cuda._maybe_exchange_device,
             is_grad_enabled=torch.is_grad_enabled,
             state=state,
+            is_plain_type=is_plain_type,
+            is_negative=torch.Tensor.is_neg,
+            count_modes=count_dispatch_modes,
+            forward_ad=vars(forward_ad),
+            increment_version=torch._C._increment_version,
         )
         _connected = module
     return module
@@ -130,12 +137,12 @@ _connected: ModuleType | None = None
 
 def find_run_known() -> Any:
     """_C.run_known, or without the compiled module what knows no call."""
-    return _know_nothing if native.extension() is None else _module().run_known
+    return _know_nothing if native.extension() is None else connected_module().run_known
 
 
 def find_run_known_shared() -> Any:
     """_C.run_known_shared, likewise."""
-    return _know_nothing if native.extension() is None else _module().run_known_shared
+    return _know_nothing if native.extension() is None else connected_module().run_known_shared
 
 
 def _know_nothing(*call: Any) -> None:
@@ -144,17 +151,17 @@ def _know_nothing(*call: Any) -> None:
 
 def run_new(launch: Any, function: str, need_lse: bool, args: AttentionArgs) -> tuple[Tensor, Tensor | None]:
     """Run the first call of a kind, for which ``launch`` was made: _C.run_known runs those that follow."""
-    return _module().run_new(launch, function, need_lse, args)
+    return connected_module().run_new(launch, function, need_lse, args)
 
 
 def run_new_shared(
     launch: Any, function: str, need_lse: bool, args: AttentionArgs, page_table: Tensor, length: int
 ) -> tuple[Tensor, Tensor | None]:
     """As run_new, over ``length`` keys that all sequences share."""
-    return _module().run_new_shared(launch, function, need_lse, args, page_table, length)
+    return connected_module().run_new_shared(launch, function, need_lse, args, page_table, length)
 
 
 def forget_calls() -> None:
     """Forget every decision; for tests that change the device or the build."""
     if native.extension() is not None:
-        _module().forget_calls()
+        connected_module().forget_calls()

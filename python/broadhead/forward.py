@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from . import reference
 from . import validation as check
@@ -16,9 +16,8 @@ from .dispatch import Plan, refusal_text, resolve
 from .fallback_notice import ASKED_FOR_TORCH, settle_fallback, state
 from .inputs import read_tensors
 from .metadata import check_buffer, check_identity
+from .plain import plain_fields, runs_as_operator
 from .problem import AttentionArgs, AttentionProblem, CheckedCall, check_forward, out_dtype
-
-_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 
 def _find_run_known(*call: Any) -> Any:
@@ -31,11 +30,6 @@ def _find_run_known(*call: Any) -> Any:
 _run_known: Any = _find_run_known
 
 
-def runs_as_operator(tensor: Any) -> bool:
-    """Whether a call on ``tensor`` goes through the operators: it is traced, or a subclass overrides them."""
-    return is_compiling() or (type(tensor) not in _PLAIN_TENSORS and isinstance(tensor, Tensor))
-
-
 def run_forward(function: str, call: tuple[Any, ...], need_lse: bool = True) -> tuple[Tensor, Any]:
     """``(out, softmax_lse)`` of a call; ``function`` names the public function in errors.
 
@@ -43,21 +37,45 @@ def run_forward(function: str, call: tuple[Any, ...], need_lse: bool = True) -> 
     with more arguments than that, or a longer tuple, Python collects in a list first, which takes 0.3 us.
     Without ``need_lse`` softmax_lse may be None: a kernel then neither allocates nor writes it.
     """
-    if runs_as_operator(call[0]):
-        from . import ops
-
-        return ops.call_forward(function, AttentionArgs._make(call))
+    # Dynamo knows this function for a constant. Eagerly it takes a third of the time of is_compiling(), and what else
+    # traces calls shows in their tensors.
+    if is_dynamo_compiling():
+        return _run_operator(function, call)
     result = _run_known(function, need_lse, call)
     if result is not None:
         return result
-    given = AttentionArgs._make(call)
-    args = read_tensors(function, given)
-    if args is not given:
-        return run_forward(function, args, need_lse)
+    args = AttentionArgs(*call)
+    return _run_operator(function, call) if runs_as_operator(*args) else _run_plain(function, args, need_lse)
+
+
+def run_below(function: str, args: AttentionArgs) -> tuple[Tensor, Any]:
+    """run_forward for the operators themselves: what comes to them is never sent to them again."""
+    result = _run_known(function, True, args)
+    return _run_plain(function, args, True) if result is None else result
+
+
+def _run_operator(function: str, call: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    from . import ops
+
+    return ops.call_forward(function, AttentionArgs(*call))
+
+
+def _run_plain(function: str, given: AttentionArgs, need_lse: bool) -> tuple[Tensor, Any]:
+    """A call that is not known, on arguments that no mode or subclass has a say in."""
+    args = read_tensors(function, plain_fields(function, given, written=("out",)))
     if args.page_table is not None and args.cu_seqlens_k is not None:
         lengths = _lengths_of_paged(function, args.q, args.cu_seqlens_k, args.seqused_k)
-        return run_forward(function, args._replace(seqused_k=lengths, cu_seqlens_k=None), need_lse)
-    return _decide_and_run(function, args, need_lse)
+        args = args._replace(seqused_k=lengths, cu_seqlens_k=None)
+    if args is not given:
+        result = _run_known(function, need_lse, args)
+        if result is not None:
+            return _as_given(result, given)
+    return _as_given(_decide_and_run(function, args, need_lse), given)
+
+
+def _as_given(result: tuple[Tensor, Any], given: AttentionArgs) -> tuple[Tensor, Any]:
+    """The result with the very object that was given as out."""
+    return result if given.out is None else (given.out, result[1])
 
 
 def _lengths_of_paged(function: str, q: Any, cu_seqlens_k: Any, seqused_k: Any) -> Any:
@@ -96,7 +114,18 @@ def check_only(function: str, args: AttentionArgs) -> bool:
     problem = check_forward(function, args).problem
     if args.scheduler_metadata is not None:
         check_buffer(function, "scheduler_metadata", args.scheduler_metadata, problem.batch, args.q.device)
+        check_identity(function, args.scheduler_metadata, *_identity_of(problem, args.q.device))
     return select(function, problem, args.q.device, backend) is not None
+
+
+def metadata_identity(function: str, args: AttentionArgs) -> tuple[Any, ...]:
+    """What scheduler metadata of a call must have been made for: the last arguments of check_identity."""
+    return _identity_of(check_forward(function, args).problem, args.q.device)
+
+
+def _identity_of(problem: AttentionProblem, device: torch.device) -> tuple[Any, ...]:
+    config = resolve(problem, describe(device)).metadata_config
+    return config, problem.page_size, problem.seqlen_k, problem.num_splits
 
 
 def _cuda_refusal(function: str, problem: AttentionProblem, device: DeviceDescription, plan: Plan) -> str:
@@ -118,10 +147,7 @@ def _decide_and_run(function: str, args: AttentionArgs, need_lse: bool) -> tuple
     plan = select(function, problem, device, backend)
     if plan is None:
         if args.scheduler_metadata is not None:
-            config = resolve(problem, describe(device)).metadata_config
-            check_identity(
-                function, args.scheduler_metadata, config, problem.page_size, problem.seqlen_k, problem.num_splits
-            )
+            check_identity(function, args.scheduler_metadata, *_identity_of(problem, device))
         return _run_reference(args, call)
     if call.total_q == 0 or problem.batch == 0:
         assert plan.row is not None

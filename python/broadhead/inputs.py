@@ -55,7 +55,7 @@ def read_tensors(function: str, args: AttentionArgs) -> AttentionArgs:
         value = getattr(args, name)
         if is_strided(value):
             changes[name] = contiguous(value)
-    return _changed(args, changes)
+    return changed(args, changes)
 
 
 def plain_scalars(function: str, args: AttentionArgs) -> AttentionArgs:
@@ -71,11 +71,11 @@ def plain_scalars(function: str, args: AttentionArgs) -> AttentionArgs:
         changes["softcap"] = 0.0
     if args.attention_chunk is None:
         changes["attention_chunk"] = 0
-    return _changed(args, changes)
+    return changed(args, changes)
 
 
-def _changed(args: AttentionArgs, changes: dict[str, Any]) -> AttentionArgs:
-    # Without _replace, which torch.compile of older torch can not trace.
+def changed(args: AttentionArgs, changes: dict[str, Any]) -> AttentionArgs:
+    """``args`` with other values; without _replace, which torch.compile of older torch can not trace."""
     if not changes:
         return args
     return AttentionArgs(*[changes.get(name, value) for name, value in zip(AttentionArgs._fields, args)])

@@ -6,20 +6,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from . import native
 from .combine import NO_BACKWARD, check_floating, check_out, merge_parts
 from .device import common_kernel_obstacle, describe
 from .errors import InvalidArgumentError, InvalidTypeError, UnsupportedError
 from .fallback_notice import ASKED_FOR_TORCH, Dispatch, settle_operation, state
-from .forward import runs_as_operator
 from .layout import contiguous, refuse_strided
 from .metadata import CURRENT_STREAM
+from .plain import has_tangent, is_transformed, mark_written, plain, refuse_transformed, runs_as_operator
 from .problem import needs_gradients
 from .signature import signature_of
 from .validation import INT32_MAX, check_backend, check_shape
 
 FUNCTION = "merge_attn_states"
+
+NO_TANGENT = "an input is transformed or has a forward-mode tangent, which it does not propagate"
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -55,31 +58,57 @@ def merge_attn_states(
         InvalidArgumentError, InvalidTypeError: an argument is wrong; the text names it.
         UnsupportedError: the kernel does not take the call, and backend="cuda" or BROADHEAD_STRICT=1 asks for it.
     """
-    if runs_as_operator(out_a):
-        _check(out_a, lse_a, out_b, lse_b, out, backend)
-        if needs_gradients(out_a, lse_a, out_b, lse_b):
-            if backend == "cuda":
-                raise UnsupportedError(f"{FUNCTION}: the merge kernel does not take this call: {NO_BACKWARD}")
-            return _run_torch(out_a, lse_a, out_b, lse_b, out)
-        if out is None:
-            return torch.ops.broadhead.merge_states(out_a, lse_a, out_b, lse_b, backend)
-        return out, torch.ops.broadhead.merge_states_out(out_a, lse_a, out_b, lse_b, out, backend)
+    if is_dynamo_compiling():
+        return _merge_by_operator(out_a, lse_a, out_b, lse_b, out, backend)
     key = None
     try:
-        if backend != "torch" and out_a.is_cuda and not needs_gradients(out_a, lse_a, out_b, lse_b):
+        if backend != "torch" and out_a.is_cuda and not needs_gradients(out_a, lse_a, out_b, lse_b, out):
             key = signature_of(out_a, out_b, out, lse_a, lse_b)
             if key in _known:
                 return _launch(out_a, lse_a, out_b, lse_b, out)
     except AttributeError:
         key = None  # not tensors: validation names them
+    if runs_as_operator(out_a, lse_a, out_b, lse_b, out):
+        return _merge_by_operator(out_a, lse_a, out_b, lse_b, out, backend)
     _check(out_a, lse_a, out_b, lse_b, out, backend)
-    if needs_gradients(out_a, lse_a, out_b, lse_b):
+    out_a, lse_a, out_b, lse_b, out = plain_states(out_a, lse_a, out_b, lse_b, out)
+    if has_tangent(out_a, lse_a, out_b, lse_b):
+        return _fall_back(NO_TANGENT, backend, out_a, lse_a, out_b, lse_b, out)
+    if needs_gradients(out_a, lse_a, out_b, lse_b, out):
         return _fall_back(NO_BACKWARD, backend, out_a, lse_a, out_b, lse_b, out)
     if key is not None and kernel_obstacle(out_a, lse_a, out_b, lse_b, out) is None:
         if len(_known) >= _MAX_KNOWN:
             _known.clear()
         _known.add(key)
     return run_merge(out_a, lse_a, out_b, lse_b, out, backend)
+
+
+def _merge_by_operator(
+    out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, out: Any, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """merge_attn_states through the operators; torch ops know every derivative and transform."""
+    _check(out_a, lse_a, out_b, lse_b, out, backend)
+    states = (out_a, lse_a, out_b, lse_b)
+    eager = not is_dynamo_compiling()
+    if eager and out is not None:
+        refuse_transformed(FUNCTION, "out=", *states, out)
+    has_no_kernel = NO_BACKWARD if needs_gradients(*states, out) else None
+    if eager and (is_transformed(*states) or has_tangent(*states)):
+        has_no_kernel = NO_TANGENT
+    if has_no_kernel is not None:
+        if backend == "cuda":
+            raise UnsupportedError(f"{FUNCTION}: the merge kernel does not take this call: {has_no_kernel}")
+        return _run_torch(*states, out)
+    if out is None:
+        return torch.ops.broadhead.merge_states(*states, backend)
+    return out, torch.ops.broadhead.merge_states_out(*states, out, backend)
+
+
+def plain_states(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, out: Any) -> tuple[Any, Any, Any, Any, Any]:
+    """The arguments of a merge as plain memory."""
+    states = (("out_a", out_a), ("lse_a", lse_a), ("out_b", out_b), ("lse_b", lse_b))
+    a, lse_of_a, b, lse_of_b = (plain(FUNCTION, name, value) for name, value in states)
+    return a, lse_of_a, b, lse_of_b, plain(FUNCTION, "out", out, written=True)
 
 
 def run_merge(
@@ -120,12 +149,15 @@ def _launch(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Ten
     if out_a.get_device() != torch.cuda.current_device():
         with torch.cuda.device(out_a.device):
             return _launch(out_a, lse_a, out_b, lse_b, out)
+    given = out
     if out is None:
         out = out_a.new_empty(out_a.shape)
     lse = lse_a.new_empty(lse_a.shape)
     module = native.extension()
     assert module is not None
     module.merge_states(out_a, lse_a, out_b, lse_b, out, lse, CURRENT_STREAM)
+    if given is not None:
+        mark_written(given)
     state.merge = BY_KERNEL
     return out, lse
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from . import native
 from . import validation as check
@@ -15,6 +16,7 @@ from .dispatch import MetadataConfig, Plan, resolve
 from .errors import InvalidArgumentError, InvalidTypeError
 from .layout import contiguous, is_strided
 from .metadata_request import FUNCTION, MetadataRequest, describe_request
+from .plain import count_dispatch_modes, mark_written, plain, refuse_transformed, runs_as_operator
 from .problem import tensor_signature
 
 CURRENT_STREAM = -1  # the binding takes torch's current stream
@@ -110,7 +112,7 @@ def fill(
     out: Tensor | None,
 ) -> Tensor:
     """Compute the metadata on the device of ``cache_seqlens`` without waiting for it; into ``out`` if given."""
-    metadata = cache_seqlens.new_empty(prepared.size) if out is None else out
+    metadata = _allocate(cache_seqlens, prepared.size) if out is None else out
     if prepared.numbers is not None:
         module = native.extension()
         assert module is not None
@@ -122,6 +124,8 @@ def fill(
         else:
             with torch.cuda.device(index):
                 module.scheduler_metadata(*tensors, *prepared.numbers)
+        if out is not None:
+            mark_written(out)
     else:
         batch = prepared.request.problem.batch
         slots = round_up_4(batch)
@@ -130,6 +134,14 @@ def fill(
         metadata[slots : slots + batch] = prepared.plan.metadata_tag
     _remember(metadata, prepared.request, prepared.plan)
     return metadata
+
+
+def _allocate(cache_seqlens: Tensor, size: int) -> Tensor:
+    """A buffer with a version counter, by which check_identity tells that somebody else wrote it."""
+    if torch.is_inference_mode_enabled():
+        with torch._C._InferenceMode(False):
+            return cache_seqlens.new_empty(size)
+    return cache_seqlens.new_empty(size)
 
 
 def _version(tensor: Tensor) -> int | None:
@@ -171,8 +183,10 @@ def check_identity(
     if entry is None:
         return None
     owner = entry.buffer()
-    if owner is None or (metadata is not owner and metadata._base is not owner) or _version(owner) != entry.version:
-        return None  # freed, or overwritten since
+    if owner is None or (metadata is not owner and metadata._base is not owner):
+        return None  # freed
+    if entry.version is None or _version(owner) != entry.version:
+        return None  # overwritten since, or nobody counts what is written to it
     made_for = entry.config
     mixed = config.qkv_dtype != config.kv_dtype
     if entry.guessed_kv and mixed and made_for.qkv_dtype in (config.qkv_dtype, config.kv_dtype):
@@ -261,48 +275,84 @@ def get_scheduler_metadata(
     """
     heads_q = check.pick_synonym(FUNCTION, "num_heads_q", num_heads_q, "num_heads", num_heads)
     heads_kv = check.pick_synonym(FUNCTION, "num_heads_kv", num_heads_kv, "num_heads_k", num_heads_k)
-    if torch.compiler.is_compiling():
-        from . import ops
+    if type(window_size) is list:
+        window_size = tuple(window_size)
+    numbers = (
+        batch_size, max_seqlen_q, max_seqlen_k, heads_q, heads_kv, headdim, headdim_v, qkv_dtype, page_size,
+        max_seqlen_k_new, causal, window_size, attention_chunk, num_splits, pack_gqa, sm_margin, has_qv, kv_dtype,
+        tokens_per_split,
+    )  # fmt: skip
+    tensors = (cache_seqlens, cu_seqlens_q, cache_leftpad, out, page_table)
+    return _run_operator(tensors, numbers) if is_dynamo_compiling() else compute(tensors, numbers)
 
-        return ops.call_get_scheduler_metadata(
-            batch_size, max_seqlen_q, max_seqlen_k, heads_q, heads_kv, headdim, cache_seqlens, qkv_dtype, headdim_v,
-            cu_seqlens_q, cache_leftpad, page_size, max_seqlen_k_new, causal, window_size, attention_chunk, num_splits,
-            pack_gqa, sm_margin, out, page_table, has_qv, kv_dtype, tokens_per_split,
-        )  # fmt: skip
+
+def compute(tensors: tuple[Any, ...], numbers: tuple[Any, ...], below: bool = False) -> Tensor:
+    """get_scheduler_metadata of ``(cache_seqlens, cu_seqlens_q, cache_leftpad, out, page_table)`` and its other values.
+
+    Args:
+        below: the operator itself asks, so that the call is not sent to it again.
+    """
+    cache_seqlens, cu_seqlens_q, cache_leftpad, out, page_table = tensors
     key: tuple[Any, ...] | None = None
-    prepared: Prepared | None = None
     try:
-        if cache_seqlens is not None and cache_seqlens.is_cuda:
+        if cache_seqlens is not None and cache_seqlens.is_cuda and count_dispatch_modes() == 0:
+            # Integers are negated lazily by no public function: their types say whether they are plain memory.
             key = (
-                batch_size, max_seqlen_q, max_seqlen_k, heads_q, heads_kv, headdim, tensor_signature(cache_seqlens),
-                qkv_dtype, headdim_v, None if cu_seqlens_q is None else tensor_signature(cu_seqlens_q),
-                None if cache_leftpad is None else tensor_signature(cache_leftpad), page_size, max_seqlen_k_new, causal,
-                tuple(window_size) if type(window_size) is list else window_size, attention_chunk, num_splits, pack_gqa,
-                sm_margin, None if out is None else tensor_signature(out),
-                None if page_table is None else tensor_signature(page_table), has_qv, kv_dtype, tokens_per_split,
+                tensor_signature(cache_seqlens), None if cu_seqlens_q is None else tensor_signature(cu_seqlens_q),
+                None if cache_leftpad is None else tensor_signature(cache_leftpad),
+                None if out is None else tensor_signature(out),
+                None if page_table is None else tensor_signature(page_table), numbers,
             )  # fmt: skip
             prepared = _prepared.get(key)
+            if prepared is not None:
+                return fill(prepared, cache_seqlens, cu_seqlens_q, cache_leftpad, out)
     except (AttributeError, TypeError):
         key = None  # not tensors, or unhashable values: validation names them
-    if prepared is not None and cache_seqlens is not None:
-        return fill(prepared, cache_seqlens, cu_seqlens_q, cache_leftpad, out)
+    if not below and runs_as_operator(*tensors):
+        return _run_operator(tensors, numbers)
+    ready = tuple(
+        plain(FUNCTION, name, value, written=name == "out")
+        for name, value in zip(
+            ("cache_seqlens", "cu_seqlens_q", "cache_leftpad", "out", "page_table"), tensors, strict=True
+        )
+    )
+    given_out, (cache_seqlens, cu_seqlens_q, cache_leftpad, out, page_table) = out, ready
     read = (cache_seqlens, cu_seqlens_q, cache_leftpad, page_table)
     if any(is_strided(tensor) for tensor in read):
         cache_seqlens, cu_seqlens_q, cache_leftpad, page_table = map(contiguous, read)
         key = None  # of other tensors
-    lengths = _check_tensors(batch_size, cache_seqlens, cu_seqlens_q, cache_leftpad, out, page_table)
-    request = describe_request(
-        batch_size, max_seqlen_q, max_seqlen_k, heads_q, heads_kv, headdim, headdim_v, qkv_dtype, page_size,
-        max_seqlen_k_new, causal, window_size, attention_chunk, num_splits, pack_gqa, sm_margin, page_table,
-        has_qv, kv_dtype, tokens_per_split,
-    )  # fmt: skip
+    if any(a is not b for a, b in zip(ready, tensors, strict=True)):
+        key = None
+    lengths = _check_tensors(numbers[0], cache_seqlens, cu_seqlens_q, cache_leftpad, out, page_table)
+    described = (*numbers[:16], page_table, *numbers[16:])
+    request = describe_request(*described)
     prepared = prepare(request, lengths.device)
-    if key is not None and not any(isinstance(value, Tensor) for value in (*key, *_sides(window_size))):
+    if key is not None and not any(isinstance(value, Tensor) for value in (*numbers, *_sides(numbers[11]))):
         # A tensor in the key would be found again after its value has changed.
         if len(_prepared) >= _MAX_PREPARED:
             _prepared.clear()
         _prepared[key] = prepared
-    return fill(prepared, lengths, cu_seqlens_q, cache_leftpad, out)
+    metadata = fill(prepared, lengths, cu_seqlens_q, cache_leftpad, out)
+    return metadata if given_out is None else given_out
+
+
+def _run_operator(tensors: tuple[Any, ...], numbers: tuple[Any, ...]) -> Tensor:
+    """get_scheduler_metadata through the operators; traceable."""
+    from . import ops
+
+    cache_seqlens, cu_seqlens_q, cache_leftpad, out, page_table = tensors
+    (
+        batch_size, max_seqlen_q, max_seqlen_k, heads_q, heads_kv, headdim, headdim_v, qkv_dtype, page_size,
+        max_seqlen_k_new, causal, window_size, attention_chunk, num_splits, pack_gqa, sm_margin, has_qv, kv_dtype,
+        tokens_per_split,
+    ) = numbers  # fmt: skip
+    if not is_dynamo_compiling():
+        refuse_transformed(FUNCTION, "planning the splits", *tensors)
+    return ops.call_get_scheduler_metadata(
+        batch_size, max_seqlen_q, max_seqlen_k, heads_q, heads_kv, headdim, cache_seqlens, qkv_dtype, headdim_v,
+        cu_seqlens_q, cache_leftpad, page_size, max_seqlen_k_new, causal, window_size, attention_chunk, num_splits,
+        pack_gqa, sm_margin, out, page_table, has_qv, kv_dtype, tokens_per_split,
+    )  # fmt: skip
 
 
 def _sides(window_size: Any) -> tuple[Any, ...]:

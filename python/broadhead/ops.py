@@ -6,17 +6,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from . import metadata
+from . import metadata, transforms
 from . import validation as check
 from .append_launch import Append, run_append
-from .backward import run_backward
+from .backward import run_backward_below
 from .errors import UnsupportedError
-from .forward import run_forward
+from .forward import run_below
 from .inputs import plain_scalars, read_tensors
 from .masking import normalize_window
-from .merge_states import run_merge
-from .problem import AttentionArgs, needs_gradients, out_dtype, refuse_float8_gradient
+from .merge_states import plain_states, run_merge
+from .plain import is_transformed, plain_fields, refuse_tangents, refuse_transformed
+from .problem import AttentionArgs, check_forward, needs_gradients, out_dtype, refuse_float8_gradient
 from .validation import clamped
 
 # The arguments that mha_fwd, mha_fwd_out and mha_bwd share, in one order.
@@ -29,8 +31,9 @@ _INPUTS = (
     " Tensor? prefix_lens, SymInt tokens_per_split,"
     " str? backend, str function"
 )
+# What mha_bwd takes besides: the gradients of out and softmax_lse, and these themselves.
+_OUTPUTS = "Tensor? dout, Tensor? dlse, Tensor? out, Tensor? softmax_lse"
 _NUM_DIFFERENTIABLE = 5  # q, k, v, qv, sinks come first
-_NUM_INPUTS = _INPUTS.count(",") + 1
 
 
 def _arguments(
@@ -94,7 +97,7 @@ def _fake_outputs(args: AttentionArgs) -> tuple[Tensor, Tensor]:
 @clamped()
 def mha_fwd(*inputs: Any) -> tuple[Tensor, Tensor]:
     function, args = _arguments(*inputs)
-    out, lse = run_forward(function, args)
+    out, lse = run_below(function, args)
     return _canonical(out), _canonical(lse)
 
 
@@ -106,27 +109,23 @@ def _(*inputs: Any) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op(
     "broadhead::mha_bwd",
     mutates_args=(),
-    schema=(
-        f"(Tensor? dout, Tensor? dlse, Tensor? out, Tensor? softmax_lse, {_INPUTS})"
-        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-    ),
+    schema=f"({_OUTPUTS}, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 @clamped()
 def mha_bwd(
     dout: Tensor | None, dlse: Tensor | None, out: Tensor | None, softmax_lse: Tensor | None, *inputs: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, qv and sinks; empty where the input was not given."""
     function, args = _arguments(*inputs)
     args = args._replace(backend="torch", scheduler_metadata=None)
-    gradients = run_backward(function, dout, dlse, args, out=out, softmax_lse=softmax_lse)
+    gradients = run_backward_below(function, (dout, dlse, out, softmax_lse), args)
     return tuple(  # type: ignore[return-value]
         args.q.new_empty(0) if gradient is None else _canonical(gradient) for gradient in gradients
     )
 
 
 @mha_bwd.register_fake
-def _(
-    dout: Tensor | None, dlse: Tensor | None, out: Tensor | None, softmax_lse: Tensor | None, *inputs: Any
-) -> tuple[Tensor, ...]:
+def _(dout: Any, dlse: Any, out: Any, softmax_lse: Any, *inputs: Any) -> tuple[Tensor, ...]:
     q = inputs[0]
     return tuple(
         q.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
@@ -134,34 +133,14 @@ def _(
     )
 
 
-def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.set_materialize_grads(False)
-    # The LSE is fp32. Gradients of fp64 are to be exact: there, both are computed again.
-    results = (None, None) if inputs[0].dtype == torch.float64 else output
-    saved = (*results, *inputs)
-    ctx.is_tensor = [isinstance(value, Tensor) for value in saved]
-    ctx.others = [None if isinstance(value, Tensor) else value for value in saved]
-    ctx.save_for_backward(*[value for value in saved if isinstance(value, Tensor)])
+mha_bwd.register_autograd(transforms.refuse_second_derivative)
 
 
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-    tensors = iter(ctx.saved_tensors)
-    saved = [next(tensors) if tensor else other for tensor, other in zip(ctx.is_tensor, ctx.others, strict=True)]
-    inputs = saved[2:]
-    rest: list[None] = [None] * (_NUM_INPUTS - _NUM_DIFFERENTIABLE)
-    if dout is None and dlse is None:
-        return (*[None] * _NUM_DIFFERENTIABLE, *rest)
-    gradients = torch.ops.broadhead.mha_bwd(
-        None if dout is None else dout.contiguous(), None if dlse is None else dlse.contiguous(), *saved
-    )
-    first = [
-        gradient if value is not None and needed else None
-        for gradient, value, needed in zip(gradients, inputs, ctx.needs_input_grad, strict=False)
-    ]
-    return (*first, *rest)
+    return transforms.differentiate(torch.ops.broadhead.mha_bwd, ctx, dout, dlse)
 
 
-mha_fwd.register_autograd(_differentiate, setup_context=_save_inputs)
+mha_fwd.register_autograd(_differentiate, setup_context=transforms.Forward.setup_context)
 
 
 @torch.library.custom_op(
@@ -170,7 +149,7 @@ mha_fwd.register_autograd(_differentiate, setup_context=_save_inputs)
 @clamped()
 def mha_fwd_out(*inputs_and_out: Any) -> Tensor:
     function, args = _arguments(*inputs_and_out[:-1])
-    return _canonical(run_forward(function, args._replace(out=inputs_and_out[-1]))[1])
+    return _canonical(run_below(function, args._replace(out=inputs_and_out[-1]))[1])
 
 
 @mha_fwd_out.register_fake
@@ -178,16 +157,31 @@ def _(*inputs_and_out: Any) -> Tensor:
     return _fake_outputs(_arguments(*inputs_and_out[:-1])[1])[1]
 
 
-def call_forward(function: str, args: AttentionArgs) -> tuple[Tensor, Tensor]:
-    """run_forward through the operators; traceable, so it validates only what a schema needs."""
-    args = plain_scalars(function, read_tensors(function, args))
+def _operator_inputs(function: str, args: AttentionArgs, backend: str | None) -> tuple[Any, ...]:
+    """The arguments of an operator, of those of run_forward."""
     cu_seqlens_k, seqused_k = args.cu_seqlens_k, args.seqused_k
     if args.page_table is not None and cu_seqlens_k is not None:
         seqused_k = cu_seqlens_k[1:] - cu_seqlens_k[:-1] if seqused_k is None else seqused_k
         cu_seqlens_k = None
     window_left, window_right = normalize_window(args.window_size, args.causal, function)
+    return (
+        args.q, args.k, args.v, args.qv, args.sinks, args.cu_seqlens_q, cu_seqlens_k, args.seqused_q, seqused_k,
+        args.max_seqlen_q, args.max_seqlen_k, args.page_table, args.kv_batch_idx, args.leftpad_k, args.q_descale,
+        args.k_descale, args.v_descale, args.softmax_scale, args.causal, window_left, window_right,
+        args.attention_chunk, args.softcap, args.scheduler_metadata, args.num_splits, args.pack_gqa, args.sm_margin,
+        args.prefix_lens, args.tokens_per_split, backend, function,
+    )  # fmt: skip
+
+
+def call_forward(function: str, args: AttentionArgs) -> tuple[Tensor, Tensor]:
+    """run_forward through the operators; traceable, so it validates only what a schema needs."""
+    args = plain_scalars(function, read_tensors(function, args))
     backend = args.backend
-    if needs_gradients(args.q, args.k, args.v, args.qv, args.sinks):
+    if not is_compiling():
+        refuse_tangents(function, *args)
+        if any(isinstance(x, Tensor) and x.device.type == "meta" for x in args):
+            check_forward(function, args)  # nothing behind this will
+    if needs_gradients(args.q, args.k, args.v, args.qv, args.sinks, args.out):
         refuse_float8_gradient(function, args.q.dtype, args.k.dtype)
         if args.out is not None:
             raise UnsupportedError(f"{function}: out= has no gradient; leave out away, or call under torch.no_grad()")
@@ -197,16 +191,39 @@ def call_forward(function: str, args: AttentionArgs) -> tuple[Tensor, Tensor]:
                 " leave backend unset, or call under torch.no_grad()"
             )
         backend = "torch"
-    inputs = (
-        args.q, args.k, args.v, args.qv, args.sinks, args.cu_seqlens_q, cu_seqlens_k, args.seqused_q, seqused_k,
-        args.max_seqlen_q, args.max_seqlen_k, args.page_table, args.kv_batch_idx, args.leftpad_k, args.q_descale,
-        args.k_descale, args.v_descale, args.softmax_scale, args.causal, window_left, window_right,
-        args.attention_chunk, args.softcap, args.scheduler_metadata, args.num_splits, args.pack_gqa, args.sm_margin,
-        args.prefix_lens, args.tokens_per_split, backend, function,
-    )  # fmt: skip
+    inputs = _operator_inputs(function, args, backend)
+    if not is_compiling() and is_transformed(*args):
+        if args.out is not None:
+            refuse_transformed(function, "out=", *args)
+        if not any(torch._is_functional_tensor(x) for x in args if isinstance(x, Tensor)):
+            return transforms.Forward.apply(*inputs)
     if args.out is None:
         return torch.ops.broadhead.mha_fwd(*inputs)
     return args.out, torch.ops.broadhead.mha_fwd_out(*inputs, args.out)
+
+
+def call_backward(
+    function: str, outputs: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None], args: AttentionArgs
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """run_backward through the operators; traceable, so it validates only what a schema needs."""
+    args = plain_scalars(function, read_tensors(function, args))
+    if args.backend == "cuda":
+        raise UnsupportedError(
+            f"{function}: backend='cuda' has no backward kernel in this release; leave backend unset"
+        )
+    if not is_compiling():
+        refuse_tangents(function, *outputs, *args)
+        if any(isinstance(x, Tensor) and x.device.type == "meta" for x in (*outputs, *args)):
+            check_forward(function, args)  # nothing behind this will
+    inputs = _operator_inputs(function, args, args.backend)
+    # The result has no derivative: like that of an eager call, it is a leaf.
+    with torch.no_grad():
+        if not is_compiling() and is_transformed(*outputs, *args):
+            found = transforms.Backward.apply(*outputs, *inputs)
+        else:
+            found = torch.ops.broadhead.mha_bwd(*outputs, *inputs)
+    dq, dk, dv, dqv, dsinks = found
+    return dq, dk, dv, None if args.qv is None else dqv, None if args.sinks is None else dsinks
 
 
 # --- append_kv -------------------------------------------------------------------------------------------------------
@@ -240,14 +257,13 @@ def append(
     v_descale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``(q rotated, empty without q; lengths after the append)``."""
-    turned, lengths = run_append(
-        Append(
-            k_cache, v_cache, k_new, v_new, cache_seqlens, None if rotary_cos is None else q, rotary_cos, rotary_sin,
-            rotary_seqlens, cu_seqlens_q, cu_seqlens_k_new, page_table, cache_batch_idx, k_descale, v_descale,
-            rotary_interleaved, causal_or_local,
-        ),
-        function="append_kv",
+    call = Append(
+        k_cache, v_cache, k_new, v_new, cache_seqlens, None if rotary_cos is None else q, rotary_cos, rotary_sin,
+        rotary_seqlens, cu_seqlens_q, cu_seqlens_k_new, page_table, cache_batch_idx, k_descale, v_descale,
+        rotary_interleaved, causal_or_local,
     )  # fmt: skip
+    call = plain_fields("append_kv", call, written=("k_cache", "v_cache"))
+    turned, lengths = run_append(call, function="append_kv")
     return k_new.new_empty(0) if turned is None else _canonical(turned), lengths
 
 
@@ -285,7 +301,7 @@ _BACKEND = "str? backend=None"
 def merge_states(
     out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    out, lse = run_merge(out_a, lse_a, out_b, lse_b, None, backend)
+    out, lse = run_merge(*plain_states(out_a, lse_a, out_b, lse_b, None), backend)
     return _canonical(out), _canonical(lse)
 
 
@@ -300,7 +316,7 @@ def _(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, backend: str |
 def merge_states_out(
     out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor, backend: str | None = None
 ) -> Tensor:
-    return _canonical(run_merge(out_a, lse_a, out_b, lse_b, out, backend)[1])
+    return _canonical(run_merge(*plain_states(out_a, lse_a, out_b, lse_b, out), backend)[1])
 
 
 @merge_states_out.register_fake
@@ -326,32 +342,12 @@ def _metadata(out: Tensor | None, inputs: tuple[Any, ...]) -> Tensor:
         cu_seqlens_q, cache_leftpad, page_size, max_seqlen_k_new, causal, window_left, window_right, attention_chunk,
         num_splits, pack_gqa, sm_margin, page_table, has_qv, kv_dtype, tokens_per_split,
     ) = inputs  # fmt: skip
-    return metadata.get_scheduler_metadata(
-        batch_size,
-        max_seqlen_q,
-        max_seqlen_k,
-        num_heads_q,
-        num_heads_kv,
-        headdim,
-        cache_seqlens,
-        qkv_dtype=qkv_dtype,
-        headdim_v=headdim_v,
-        cu_seqlens_q=cu_seqlens_q,
-        cache_leftpad=cache_leftpad,
-        page_size=page_size,
-        max_seqlen_k_new=max_seqlen_k_new,
-        causal=causal,
-        window_size=(window_left, window_right),
-        attention_chunk=attention_chunk,
-        num_splits=num_splits,
-        pack_gqa=pack_gqa,
-        sm_margin=sm_margin,
-        out=out,
-        page_table=page_table,
-        has_qv=has_qv,
-        kv_dtype=kv_dtype,
-        tokens_per_split=tokens_per_split,
-    )
+    numbers = (
+        batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim, headdim_v, qkv_dtype, page_size,
+        max_seqlen_k_new, causal, (window_left, window_right), attention_chunk, num_splits, pack_gqa, sm_margin, has_qv,
+        kv_dtype, tokens_per_split,
+    )  # fmt: skip
+    return metadata.compute((cache_seqlens, cu_seqlens_q, cache_leftpad, out, page_table), numbers, below=True)
 
 
 @torch.library.custom_op("broadhead::get_scheduler_metadata", mutates_args=(), schema=f"({_METADATA}) -> Tensor")

@@ -125,7 +125,7 @@ def canonical_right(seqlen_q: int, window_right: int) -> int:
 
 def tensor_signature(t: Tensor) -> tuple[Any, ...]:
     """What validation reads of a tensor, as a part of a key: calls with equal keys need not be validated again."""
-    return t.shape, t.stride(), t.dtype, t.get_device()
+    return type(t), t.shape, t.stride(), t.dtype, t.get_device()
 
 
 def needs_gradients(*tensors: Any) -> bool:
@@ -217,7 +217,7 @@ def check_forward(function: str, args: AttentionArgs) -> CheckedCall:
         check.check_cells(function, tokens_per_split, seqlen_k, rows, head_dim_v, page_size)
     if "gradients" in problem.features:
         refuse_float8_gradient(function, args.q.dtype, args.k.dtype)
-    if args.out is not None and "gradients" in problem.features:
+    if args.out is not None and ("gradients" in problem.features or needs_gradients(args.out)):
         raise UnsupportedError(
             f"{function}: out= has no gradient; leave out away, or call under torch.no_grad() (an input requires grad)"
         )

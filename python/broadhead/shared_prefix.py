@@ -5,16 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from . import validation as check
 from .errors import InvalidArgumentError
 from .fallback_notice import state
-from .forward import run_forward, runs_as_operator
-from .inputs import read_tensors
+from .forward import check_only, run_forward
+from .inputs import changed, read_tensors
 from .kvcache import flash_attn_with_kvcache
 from .layout import contiguous
 from .merge_states import merge_attn_states
+from .plain import plain, plain_fields, refuse_transformed, runs_as_operator
 from .problem import AttentionArgs
 from .shared_launch import COMPOSED, FUNCTION, Composed, decide, run_first, run_known
 
@@ -80,26 +81,31 @@ def flash_attn_with_shared_prefix(
         cache_seqlens = cache_seqlens - prefix_len
     assert prefix_page_table is not None
     # The fields of AttentionArgs.
-    before_sinks = (
+    call = (
         q, k_cache, v_cache, None, out, cu_seqlens_q, None, None, cache_seqlens, max_seqlen_q, None, page_table, None,
         None, q_descale, k_descale, v_descale, softmax_scale, causal, (-1, -1), 0, softcap, scheduler_metadata,
-        num_splits, None, 0,
+        num_splits, None, 0, sinks, None, backend, 0,
     )  # fmt: skip
     composed: Composed | None = None
-    if not runs_as_operator(q):
-        result = _run_one_launch(
-            (*before_sinks, sinks, None, backend, 0), prefix_page_table, prefix_len, return_softmax_lse, not by_length
-        )
+    if not is_dynamo_compiling() and not runs_as_operator(*call, prefix_page_table):
+        result = _run_one_launch(call, prefix_page_table, prefix_len, return_softmax_lse, not by_length)
         if not isinstance(result, Composed):
             return result if return_softmax_lse else result[0]
         composed = result
     elif not by_length and not is_compiling():
         _check_prefix(q, k_cache, page_table, cache_seqlens, prefix_len, prefix_page_table)
+    if out is not None and not is_dynamo_compiling():
+        refuse_transformed(FUNCTION, "out=", *call, prefix_page_table)
 
-    # Every query sees the prefix: there the sinks join. What follows it may be empty, and have no denominator.
-    own, own_lse = run_forward(FUNCTION, (*before_sinks, None if prefix_len else sinks, None, backend, 0))
+    own_call = AttentionArgs(*call)
     if prefix_len == 0:
+        own, own_lse = run_forward(FUNCTION, own_call)
         return (own, own_lse) if return_softmax_lse else own
+    # Every query sees the prefix: there the sinks join. What follows it may be empty, and have no denominator.
+    # The first part goes to a tensor of its own: what refuses the second must find out as it was.
+    if out is not None and not is_compiling():
+        check_only(FUNCTION, own_call)
+    own, own_lse = run_forward(FUNCTION, changed(own_call, {"sinks": None, "out": None}))
     # The queries of all sequences are those of one sequence here: every one of them sees the whole prefix.
     tokens = q.flatten(0, 1) if cu_seqlens_q is None else q
     own_row = None if composed is None else state.last[1]
@@ -116,7 +122,7 @@ def flash_attn_with_shared_prefix(
     shared, shared_lse = shared[0].view(own.shape), shared_lse[0]
     if cu_seqlens_q is None:
         shared_lse = shared_lse.view(-1, q.shape[0], q.shape[1]).transpose(0, 1)
-    merged, lse = merge_attn_states(own, own_lse, shared, shared_lse, own, backend=backend)
+    merged, lse = merge_attn_states(own, own_lse, shared, shared_lse, own if out is None else out, backend=backend)
     return (merged, lse) if return_softmax_lse else merged
 
 
@@ -127,10 +133,12 @@ def _run_one_launch(
     result = run_known(need_lse, call, prefix_page_table, prefix_len)
     if result is not None:
         return result
-    given = AttentionArgs._make(call)
-    args, pages = read_tensors(FUNCTION, given), contiguous(prefix_page_table)
+    given = AttentionArgs(*call)
+    args = read_tensors(FUNCTION, plain_fields(FUNCTION, given, written=("out",)))
+    pages = contiguous(plain(FUNCTION, "prefix_page_table", prefix_page_table))
     if args is not given or pages is not prefix_page_table:
-        return _run_one_launch(args, pages, prefix_len, need_lse, unchecked)
+        found = _run_one_launch(args, pages, prefix_len, need_lse, unchecked)
+        return found if isinstance(found, Composed) or given.out is None else (given.out, found[1])
     if unchecked:
         _check_prefix(args.q, args.k, args.page_table, args.seqused_k, prefix_len, prefix_page_table)
     decision = decide(args, prefix_len)

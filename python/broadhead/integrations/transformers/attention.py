@@ -77,24 +77,30 @@ def attention_forward(
     attention_mask, kind = _read_mask(attention_mask, q, k, window or chunk)
     if kwargs.get("block_table") is not None:
         return _run_paged(q, k, v, kwargs, options), None
-    if kwargs.get("cu_seq_lens_q") is not None:
-        return _run_given(q, k, v, kwargs, options), None
-    if attention_mask is None:
+    if attention_mask is not None and kind == "unless packed":
+        _assert_plain(attention_mask, given=kwargs.get("cu_seq_lens_q") is not None)
+        attention_mask = None
+    elif attention_mask is None and kwargs.get("cu_seq_lens_q") is None:
         attention_mask = packed_by_positions(module, kwargs.get("position_ids"), q, k)
         kind = None if attention_mask is None else "packed"
+    has_prefix = attention_mask is not None and (
+        (kind == "packed" and attention_mask.shape[1] == forms.PACKED_PREFIX_ROWS)
+        or (kind == "ranges" and attention_mask.shape[3] == forms.PREFIX_COLUMNS)
+    )
+    # Offsets that are given say less than a mask with prefixes does, which is made of the positions of the same rows.
+    if kwargs.get("cu_seq_lens_q") is not None and not (has_prefix and kind == "packed"):
+        if has_prefix:
+            raise UnsupportedError(
+                f"{_FUNCTION}: cu_seq_lens_q and a prefix (token_type_ids) need position_ids that start again with "
+                "each sequence, so that the prefix of each is known; pass them, or leave cu_seq_lens_q away"
+            )
+        return _run_given(q, k, v, kwargs, options), None
     if attention_mask is not None and kind == "ranges":
         return _run_ranges(q, k, v, attention_mask, options), None
     if attention_mask is not None and kind == "gathered":
         return _run_gathered(q, k, v, attention_mask, options), None
-    if attention_mask is not None and kind == "packed":
+    if attention_mask is not None:
         return _run_packed(q, k, v, attention_mask, options), None
-    if attention_mask is not None:  # "unless packed"
-        torch._assert_async(
-            ~attention_mask.any(),
-            f"{_FUNCTION}: compiled code cannot find packed sequences in position_ids; pass cu_seq_lens_q, "
-            "cu_seq_lens_k, max_length_q and max_length_k, as DataCollatorWithFlattening(return_flash_attn_kwargs=True)"
-            " gives them",
-        )
     return broadhead.flash_attn_func(q, k, v, num_splits=0, **options), None
 
 
@@ -179,6 +185,22 @@ def _read_mask(mask: Any, q: Tensor, k: Tensor, local_size: int | None) -> tuple
             " pass the 2-D mask and let the model build its own, or use attn_implementation='sdpa'"
         )
     return mask, kind
+
+
+def _assert_plain(mask: Tensor, given: bool) -> None:
+    """Assert on the device what traced code took for granted of the unless-packed form; given: offsets came as well."""
+    torch._assert_async(
+        ~mask[..., 1].any(),
+        f"{_FUNCTION}: compiled code cannot find a prefix (token_type_ids) by itself; pass attention_mask too, or make "
+        "the masks outside of what is compiled, as generate does",
+    )
+    if not given:
+        torch._assert_async(
+            ~mask[..., 0].any(),
+            f"{_FUNCTION}: compiled code cannot find packed sequences in position_ids; pass cu_seq_lens_q, "
+            "cu_seq_lens_k, max_length_q and max_length_k, as DataCollatorWithFlattening(return_flash_attn_kwargs=True)"
+            " gives them",
+        )
 
 
 def _run_ranges(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: dict[str, Any]) -> Tensor:

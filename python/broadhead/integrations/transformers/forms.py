@@ -7,8 +7,8 @@ joins masks is refused.
 
 - ranges ``(B, 1, 1, C)``: row b sees keys ``[begin, end)`` of its cache. Columns: end; rows of padding behind the last
   live query; begin (from C = 6 on); prefix (C = 7): keys after begin that every query sees.
-- unless packed ``(B, 1, 1, 4)``: column 0 counts the packed sequences that start inside row b. Only traced code has
-  it, where nothing may depend on values: all keys are live, and the count must be 0.
+- unless packed ``(B, 1, 1, 4)``: column 0 counts the packed sequences that start inside row b, column 1 the tokens that
+  see the next one. Only traced code has it, where nothing may depend on values: all keys are live, the counts are 0.
 - gathered ``(B, 2, 1, Sk + 1)``: padding lies between live keys. Row 0 is the order that brings the live keys to the
   front, and ends with their number; row 1 is its inverse, and ends with one past the position of the last query.
 - packed ``(1, 3, 1, N + 1)`` or ``(1, 4, 1, N + 1)``: the rows hold N sequences. Row 0 is cu_seqlens over all rows of

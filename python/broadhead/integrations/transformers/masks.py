@@ -90,7 +90,10 @@ def attention_mask(
     if keys is None and not bidirectional and 1 < q_length == kv_length and kv_offset == 0 and local_size != 1:
         starts = patterns.find_starts(mask_function, batch_size, q_length, device)
         if traced and not blocks:
-            return forms.make_ranges(batch_size, forms.COUNT_COLUMNS, _count(starts, local_size if chunked else None))
+            # Traced functions do not tell their parts: blocks inside a packed mask show by what tokens see ahead.
+            ahead = patterns.sees_ahead(mask_function, batch_size, q_length, device).sum(1)
+            count = _count(starts, local_size if chunked else None)
+            return forms.make_ranges(batch_size, forms.COUNT_COLUMNS, count, ahead)
         if not bool(_count(starts, local_size if chunked else None).any()):
             starts = None
     if blocks:
@@ -185,11 +188,14 @@ def _with_prefix(
         "each sequence runs (a prefix, no longer than the layer's window, with padding at the ends of rows only); for "
         "other blocks, such as those of images between text, use attn_implementation='sdpa'"
     )
+    packed = starts.sum(1) > 1
+    if getattr(mask_function, "__name__", "") == "or_mask" or traced:
+        wrong = wrong | packed  # blocks joined after the sequences were separated reach from one into another
     if traced:
         torch._assert_async(~wrong.any(), text)
     elif bool(wrong.any()):
         raise UnsupportedError(text)
-    if not traced and bool(starts.sum() > batch):
+    if not traced and bool(packed.any()):
         lengths = torch.zeros_like(starts, dtype=torch.int64).flatten()
         owner = starts.flatten().cumsum(0) - 1
         lengths = lengths.index_add(0, owner, in_prefix.flatten().long())

@@ -23,7 +23,7 @@ def is_chunked(config: Any, local_size: int | None) -> bool:
 def has_blocks(mask_function: Callable[..., Any] | None) -> bool:
     """Whether the function is a union: transformers joins blocks of tokens that see each other so, and nothing else."""
     if torch.compiler.is_compiling():
-        # The tracer knows no closures; packed sequences with blocks, which hide the union in one, have no other name.
+        # The tracer knows no closures: a union inside another function is found by sees_ahead.
         return getattr(mask_function, "__name__", "") == "or_mask"
     return any(getattr(part, "__name__", "") == "or_mask" for part in _parts(mask_function))
 
@@ -56,6 +56,14 @@ def find_starts(
     else:
         starts = ~_sees(mask_function, batch, place, place - 1)
     return torch.nn.functional.pad(starts, (1, 0), value=True)
+
+
+def sees_ahead(mask_function: Callable[..., Any] | None, batch: int, length: int, device: torch.device | str) -> Tensor:
+    """bool ``(B, length - 1)``: tokens that see the one after them, as those of a block do."""
+    place = torch.arange(length - 1, device=device)[None]
+    if mask_function is None:
+        return torch.zeros((batch, length - 1), dtype=torch.bool, device=device)
+    return _sees(mask_function, batch, place, place + 1)
 
 
 def find_prefix(
