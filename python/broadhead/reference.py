@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import UnsupportedError
 from .reference_padded import Call, compute_dtype
 from .reference_run import backward, forward
+from .transforms import refuse_second_derivative
 from .validation import may_read
 
 __all__ = ["Call", "attention", "describe", "gradients", "run"]
@@ -147,10 +147,7 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[None, ...]:
-        raise UnsupportedError(
-            "broadhead: attention has no second derivative (double backward); differentiate it once, or compute the"
-            " second derivative through torch.nn.functional.scaled_dot_product_attention with its math backend"
-        )
+        return refuse_second_derivative()
 
 
 def _save(ctx: Any, fields: tuple[Any, ...]) -> None:
