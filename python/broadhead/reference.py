@@ -108,21 +108,21 @@ def gradients(
 
 
 class _Attention(torch.autograd.Function):
-    """``(out, softmax_lse, softmax_lse in fp64 for fp64 q, else None)`` of the fields of Call."""
+    """``(out, softmax_lse, softmax_lse in fp64)`` of the fields of Call; the last is empty unless q is fp64."""
 
     @staticmethod
-    def forward(*fields: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(*fields: Any) -> tuple[Tensor, Tensor, Tensor]:
         call = Call(*fields)
         out, lse = forward(call, None)
-        return out, lse.float(), (lse if call.compute == torch.float64 else None)
+        # torch 2.6 traces no function that returns None beside tensors.
+        return out, lse.float(), (lse if call.compute() == torch.float64 else lse.new_empty(0))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         ctx.set_materialize_grads(False)
         out, lse, exact_lse = output
-        if exact_lse is not None:
-            ctx.mark_non_differentiable(exact_lse)
-        _save(ctx, (out, lse if exact_lse is None else exact_lse, *inputs))
+        ctx.mark_non_differentiable(exact_lse)
+        _save(ctx, (out, exact_lse if exact_lse.dtype == torch.float64 else lse, *inputs))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

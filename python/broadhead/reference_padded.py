@@ -45,11 +45,10 @@ class Call(NamedTuple):
     max_seqlen_k: int
     read_lengths: bool
 
-    @property
+    # Methods: torch 2.6 does not trace the properties of a NamedTuple.
     def compute(self) -> torch.dtype:
         return torch.float64 if self.q.dtype == torch.float64 else torch.float32
 
-    @property
     def out_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.q.dtype.itemsize == 1 else self.q.dtype
 
@@ -80,7 +79,7 @@ def locate_call(call: Call) -> Rows:
 
 def pad(call: Call, rows: Rows, alive: Tensor | None = None) -> Padded:
     """alive: ``(B, Hq, Sq)``, for the backward pass: rows of q that have a gradient; the others are read as 0."""
-    compute, num_queries = call.compute, rows.max_queries
+    compute, num_queries = call.compute(), rows.max_queries
     q = take_queries(call.q, rows)
     qv = None if call.qv is None else take_queries(call.qv, rows)
     if alive is not None:

@@ -49,9 +49,9 @@ def _forward_groups(call: Call, rows: Rows, out: Tensor | None) -> tuple[Tensor,
     if whole and out is None and _covers(groups[0], call.q.shape[1]):
         return _attend(call, groups[0])
     if out is None:
-        out = call.q.new_zeros((*call.q.shape[:-1], call.v.shape[-1]), dtype=call.out_dtype)
+        out = call.q.new_zeros((*call.q.shape[:-1], call.v.shape[-1]), dtype=call.out_dtype())
     *batch, total, heads = call.q.shape[:-1]
-    lse = call.q.new_full((*batch, heads, total), float("-inf"), dtype=call.compute)
+    lse = call.q.new_full((*batch, heads, total), float("-inf"), dtype=call.compute())
     rows_first = lse.transpose(-1, -2)
     for group in groups:
         result, result_lse = _attend(call, group)
@@ -76,12 +76,12 @@ def _attend(call: Call, rows: Rows) -> tuple[Tensor, Tensor]:
     if found is not None:
         return found
     padded = pad(call, rows)
-    rule = ScoreRule(call.softmax_scale, call.softcap, call.out_dtype)
+    rule = ScoreRule(call.softmax_scale, call.softcap, call.out_dtype())
     if padded.sequence is None:
         return attend(padded.x, padded.mask, rule)
-    outs, lses = attend(padded.x._replace(sinks=None), padded.mask, rule._replace(out_dtype=call.compute))
+    outs, lses = attend(padded.x._replace(sinks=None), padded.mask, rule._replace(out_dtype=call.compute()))
     result, lse = merge_key_parts(outs, lses, padded.sequence, rows.batch, call.sinks)
-    return result.to(call.out_dtype), lse
+    return result.to(call.out_dtype()), lse
 
 
 def backward(
@@ -92,7 +92,7 @@ def backward(
         computed_out, computed_lse = forward(call, None)
         out = computed_out if out is None else out
         lse = computed_lse if lse is None else lse
-    compute, q, qv, sinks = call.compute, call.q, call.qv, call.sinks
+    compute, q, qv, sinks = call.compute(), call.q, call.qv, call.sinks
     if grad_out is None:
         grad_out = out.new_zeros(()).expand(out.shape)
     lse = lse.transpose(-1, -2)
@@ -145,7 +145,7 @@ def _differentiate(
     padded = pad(call, rows, alive)
     if padded.sequence is not None:
         terms = RowTerms(*(x[padded.sequence] for x in terms))
-    rule = ScoreRule(call.softmax_scale, call.softcap, call.out_dtype)
+    rule = ScoreRule(call.softmax_scale, call.softcap, call.out_dtype())
     return attend_backward(padded.x, padded.mask, rule, terms), padded.place, padded.sequence
 
 
