@@ -46,8 +46,8 @@ BROADHEAD_HOST_DEVICE int find_sequence(const std::int32_t* cu_seqlens, int batc
     }
   }
   if (begin < last && cu_seqlens[begin] <= token && token < cu_seqlens[begin + 1]) return begin;
-  // Offsets out of order lead the search astray. Rows behind the last one are padding.
-  return token < cu_seqlens[batch] ? find_disordered_sequence(cu_seqlens, batch, token) : -1;
+  // Padding, or offsets out of order have led the search astray.
+  return find_disordered_sequence(cu_seqlens, batch, token);
 }
 
 // A row of the caches; `exists` is false past the cache, past the page table and on pages that the pool does not have.

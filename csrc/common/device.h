@@ -34,6 +34,20 @@ BROADHEAD_DEVICE float exp2_approx(float x) {
   return y;
 }
 
+// x < bound ? below : other, both of which are computed: the compiler would rather branch around what is dear, number
+// by number.
+BROADHEAD_DEVICE float select_below(float x, float bound, float below, float other) {
+  float selected;
+  asm("{\n"
+      ".reg .pred p;\n"
+      "setp.lt.f32 p, %1, %2;\n"
+      "selp.f32 %0, %3, %4, p;\n"
+      "}"
+      : "=f"(selected)
+      : "f"(x), "f"(bound), "f"(below), "f"(other));
+  return selected;
+}
+
 // Two numbers rounded to nearest even, `lo` in the low half.
 template <class Element>
 BROADHEAD_DEVICE std::uint32_t pack_pair(float lo, float hi) {

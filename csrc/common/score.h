@@ -8,13 +8,20 @@ namespace broadhead {
 // Scores of the scale and softcap of a tile; only where scale.transform.
 template <int kMmaM, int kMmaN>
 BROADHEAD_DEVICE void transform_scores(float (&s)[kMmaM][kMmaN][4], const ScoreScale& scale) {
-  BROADHEAD_UNROLL
-  for (int m = 0; m < kMmaM; ++m) {
+  const auto each = [&](const auto& apply) {
     BROADHEAD_UNROLL
-    for (int n = 0; n < kMmaN; ++n) {
+    for (int m = 0; m < kMmaM; ++m) {
       BROADHEAD_UNROLL
-      for (int c = 0; c < 4; ++c) s[m][n][c] = scale.apply(s[m][n][c]);
+      for (int n = 0; n < kMmaN; ++n) {
+        BROADHEAD_UNROLL
+        for (int c = 0; c < 4; ++c) s[m][n][c] = apply(s[m][n][c]);
+      }
     }
+  };
+  if (scale.softcap > 0.f) {
+    each([&](float x) { return scale.cap(x); });
+  } else {
+    each([&](float x) { return x * scale.inner; });
   }
 }
 

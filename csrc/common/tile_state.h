@@ -81,12 +81,11 @@ struct ScoreScale {
   // tanh(x) = 1 - 2 / (exp(2x) + 1), two special-function instructions. Its error is one of softcap, not of the score:
   // near 0, where a large softcap leaves all scores, x - x^3 / 3 is closer, so that the error is 3e-6 of the score
   // everywhere.
-  BROADHEAD_DEVICE float apply(float s) const {
+  BROADHEAD_DEVICE float cap(float s) const {
     const float x = s * inner;
-    if (softcap <= 0.f) return x;
     const float near = fmaf(x * x * x, -1.f / 3.f, x);
     const float far = 1.f - __fdividef(2.f, exp2_approx(2.f * kLog2e * x) + 1.f);
-    return softcap * (fabsf(x) < 0.05f ? near : far);
+    return softcap * select_below(fabsf(x), 0.05f, near, far);
   }
 };
 

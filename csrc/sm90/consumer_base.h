@@ -75,6 +75,7 @@ template <class Consumer>
 BROADHEAD_DEVICE void consume_tiles(Consumer& consumer) {
   using Traits = typename Consumer::Traits;
   auto& smem = consumer.smem;
+  check_first_pages<Traits::kTileN>(consumer.args, smem, 32 * Traits::kConsumerWarps);
   consumer.give_first_turn();
   SlotState slot;
   while (true) {

@@ -208,6 +208,7 @@ struct Consumer final : ConsumerBase<Traits> {
   }
 
   BROADHEAD_DEVICE void run() {
+    check_first_pages<Traits::kTileN>(args, smem, 32 * Traits::kConsumerWarps);
     Base::give_first_turn();
     P even_p, odd_p;  // of every other block: one is read by wgmma while the other is computed
     SlotState slot;

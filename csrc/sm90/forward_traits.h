@@ -45,10 +45,6 @@ struct WorkStorage {
   CheckedPages checked;  // the scheduler's
 };
 
-// Blocks before the end of a tile's loads at which the next tile is taken: late, so that the longest waiting block of
-// the grid gets it, but early enough to hide the 2 us until it is posted.
-constexpr int kBlocksAhead = 4;
-
 template <class Element_, int kHeadDim_, int kHeadDimV_, int kTileM_, int kTileN_, int kStages_, int kOverlap_,
           int kSmemLimit_, ColumnTail kTail_ = ColumnTail::kNone>
 struct ForwardTraits {

@@ -200,7 +200,8 @@ struct GatheredRows {
   static constexpr int kGroups = (kRows / 8 + kWarps - 1) / kWarps;  // of a warp
   static constexpr int kReads = (kGroups + 3) / 4;
   static constexpr long long kDead = -1;  // nobody sees the key
-  static constexpr long long kLost = -(1 << 20);  // it lies on a page that the pool does not have
+  // It lies on a page that the pool does not have. Odd, as the begin of no row is.
+  static constexpr long long kLost = 1;
   int page[kReads];
   int slot[kReads];  // -1: dead
 
@@ -255,13 +256,14 @@ BROADHEAD_DEVICE void gather_stage(const AttnParams& params, const GatheredRows<
       if ((read * 4 + g) * kWarps >= kRows / 8) break;
       const int group = (read * 4 + g) * kWarps + warp - first_group;
       if (group < 0 || group >= groups || offset[g] == Rows::kDead) continue;
-      const Element* source = lane_base + offset[g];
+      const bool exists = (offset[g] & Rows::kLost) == 0;
+      const Element* source = lane_base + (offset[g] & ~Rows::kLost);
       const std::uint32_t to = lane_target + group * Layout::kSlabStride;
       BROADHEAD_UNROLL
       for (int i = 0; i < kParts; i += 4) {
         // The parts of a subtile of eight: the upper four differ from the lower in one bit.
         cp_async_16((to ^ (i % kPartsPerSubtile * 16)) + i / kPartsPerSubtile * Layout::kSubtileStride,
-                    source + i * kPartCols, offset[g] >= 0 && i < parts);
+                    source + i * kPartCols, exists && i < parts);
       }
     }
   }

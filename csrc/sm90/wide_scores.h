@@ -230,6 +230,7 @@ struct ScoreWarpgroup {
   }
 
   BROADHEAD_DEVICE void run() {
+    check_first_pages<Traits::kTileN>(args, smem, 128);
     SlotState slot;
     while (true) {
       barrier_wait(smem.tile_full[slot.stage()], slot.parity());

@@ -11,6 +11,10 @@ namespace broadhead::sm90 {
 
 constexpr int kTileSlots = 2;
 
+// Blocks before the end of a tile's loads at which the next tile is taken: late, so that the longest waiting block of
+// the grid gets it, but early enough to hide the 2 us until it is posted.
+constexpr int kBlocksAhead = 4;
+
 // How the launcher divides a call; constant for all of its tiles.
 struct WorkPlan {
   std::int32_t rows_per_tile;  // query rows a tile holds: whole tokens, or a part of one
@@ -97,14 +101,31 @@ struct CheckedPages {
   int lost;
 };
 
-// Whether any of entries [first, last] of a page table lies outside the pool; `thread` of `threads`, which look
-// together.
-BROADHEAD_DEVICE bool finds_lost_page(const AttnParams& params, const std::int32_t* table, int first, int last,
-                                      int thread, int threads) {
+// Named barrier of those that check the first tile's pages.
+constexpr int kPagesBarrier = 8;
+
+// Entries of the page table with the keys that a tile visits; it visits some.
+struct TilePages {
+  const std::int32_t* table;
+  int first;
+  int last;
+
+  template <class Element>
+  BROADHEAD_DEVICE TilePages(const TileState<Element>& state, const AttnParams& params, int keys)
+      : table(state.source.table) {
+    const unsigned leftpad = state.source.leftpad, page_size = params.page_size;
+    const int end = min_int(state.range.end * keys, state.seqlen.seqlen_k);
+    first = static_cast<int>((leftpad + state.range.begin * keys) / page_size);
+    last = static_cast<int>((leftpad + end - 1) / page_size);
+  }
+};
+
+// Whether any of them lies outside the pool; `thread` of `threads`, which look together.
+BROADHEAD_DEVICE bool finds_lost_page(const AttnParams& params, const TilePages& pages, int thread, int threads) {
   unsigned largest = 0;  // negative ids are large ones
 #pragma unroll 8
-  for (int i = first + thread; i <= last; i += threads) {
-    const unsigned page = static_cast<unsigned>(table[i]);
+  for (int i = pages.first + thread; i <= pages.last; i += threads) {
+    const unsigned page = static_cast<unsigned>(pages.table[i]);
     largest = page > largest ? page : largest;
   }
   return !page_exists(params, static_cast<int>(largest));
@@ -116,21 +137,33 @@ template <class Element>
 BROADHEAD_DEVICE void check_pages(TileState<Element>& state, const AttnParams& params, CheckedPages& checked,
                                   int keys) {
   const int lane = threadIdx.x % 32;
-  __syncwarp();  // one lane has made the state
   if (state.range.begin >= state.range.end) return;
-  const std::int32_t* table = state.source.table;
-  const unsigned leftpad = state.source.leftpad, page_size = params.page_size;
-  const int first = static_cast<int>((leftpad + state.range.begin * keys) / page_size);
-  const int end = min_int(state.range.end * keys, state.seqlen.seqlen_k);
-  const int last = static_cast<int>((leftpad + end - 1) / page_size);
-  const bool known = checked.table == table && checked.first <= first && checked.last >= last;
+  const TilePages pages(state, params, keys);
+  const bool known = checked.table == pages.table && checked.first <= pages.first && checked.last >= pages.last;
   bool lost = known && checked.lost != 0;
-  if (!known) lost = __any_sync(0xffffffffu, finds_lost_page(params, table, first, last, lane, 32));
+  if (!known) lost = __any_sync(0xffffffffu, finds_lost_page(params, pages, lane, 32));
   if (lane == 0) {
-    if (!known) checked = {table, first, last, lost};
+    if (!known) checked = {pages.table, pages.first, pages.last, lost};
     state.lost_keys = lost;
   }
   __syncwarp();
+}
+
+// The same of a block's first tile by those that would wait for it, `threads` of them, while its K is on its way: where
+// pages are so small that K is gathered, one warp would take longer. In front of the loop over tiles, where registers
+// are free.
+template <int kKeys, class Args, class Storage>
+BROADHEAD_DEVICE void check_first_pages(const Args& args, Storage& smem, int threads) {
+  if (!args.maps.gather) return;
+  barrier_wait(smem.tile_full[0], 0);
+  auto& tile = smem.tiles[0];
+  if (tile.valid && tile.state.range.begin < tile.state.range.end) {
+    const int thread = static_cast<int>(threadIdx.x) - 128;
+    if (finds_lost_page(args.params, TilePages(tile.state, args.params, kKeys), thread, threads)) {
+      tile.state.lost_keys = 1;
+    }
+  }
+  named_barrier_sync(kPagesBarrier, threads);
 }
 
 // Before a tile's lost_keys is read.
@@ -202,6 +235,7 @@ BROADHEAD_DEVICE void post_tiles(const Args& args, SharedStorage& smem) {
   constexpr int kCluster = Traits::kCluster;
   const AttnParams& params = args.params;
   const WorkPlan& plan = args.plan;
+  const bool paged = params.page_table != nullptr;
   const int lane = threadIdx.x % 32;
   const std::uint32_t rank = kCluster > 1 ? cluster_rank() : 0;
   if (lane == 0) smem.checked.table = nullptr;
@@ -240,22 +274,24 @@ BROADHEAD_DEVICE void post_tiles(const Args& args, SharedStorage& smem) {
       if (!work.valid || splits > 0) barrier_arrive(smem.tile_full[slot.stage()]);
     }
     splits = __shfl_sync(0xffffffffu, splits, 0);
+    __syncwarp();  // one lane has made the state
     if (!work.valid) return;
-    if (splits > 0) {
-      if (params.page_table != nullptr) {
-        check_pages(posted.state, params, smem.checked, Traits::kTileN);
-        if (lane == 0) barrier_arrive(smem.pages_checked[slot.stage()]);
-      }
-      slot.advance();
-      // A tile taken now would wait in this block while others run dry.
-      // It has as many phases as tiles were posted.
-      if (rank == 0) barrier_wait(smem.next_wanted, slot.stage() ^ 1);
-    }
-
-    if (rank != 0) continue;
+    const auto check = [&] {
+      if (!args.maps.gather || slot.advanced()) check_pages(posted.state, params, smem.checked, Traits::kTileN);
+      if (lane == 0) barrier_arrive(smem.pages_checked[slot.stage()]);
+    };
+    // Of a tile whose loads begin near their end the next is drawn first: its index is on its way meanwhile.
+    const bool checks = paged && splits > 0;
+    const bool checks_late = checks && rank == 0 && posted.state.range.end - posted.state.range.begin <= kBlocksAhead;
+    if (checks && !checks_late) check();
+    // A tile taken now would wait in this block while others run dry.
+    // It has as many phases as tiles were posted.
+    if (splits > 0 && rank == 0) barrier_wait(smem.next_wanted, slot.stage());
     unsigned next = 0;
-    if (lane == 0) next = atomicAdd(reinterpret_cast<unsigned*>(params.tile_counter), 1u);
-    index = static_cast<int>(__shfl_sync(0xffffffffu, next, 0)) + gridDim.x / kCluster;
+    if (rank == 0 && lane == 0) next = atomicAdd(reinterpret_cast<unsigned*>(params.tile_counter), 1u);
+    if (checks_late) check();
+    if (splits > 0) slot.advance();
+    if (rank == 0) index = static_cast<int>(__shfl_sync(0xffffffffu, next, 0)) + gridDim.x / kCluster;
   }
 }
 
