@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .errors import UnsupportedError
-from .reference_padded import Call
+from .reference_padded import Call, compute_dtype
 from .reference_run import backward, forward
 from .validation import may_read
 
@@ -84,8 +84,8 @@ def run(call: Call, out: Tensor | None) -> tuple[Tensor, Tensor]:
     """
     differentiable = (call.q, call.k, call.v, call.qv, call.sinks)
     if out is None and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable):
-        result, softmax_lse, _ = _Attention.apply(*call)
-        return result, softmax_lse
+        results = _Attention.apply(*call)
+        return results[0], results[1]
     with torch.no_grad():
         result, lse = forward(call, out)
         return result, lse.float()
@@ -108,21 +108,20 @@ def gradients(
 
 
 class _Attention(torch.autograd.Function):
-    """``(out, softmax_lse, softmax_lse in fp64)`` of the fields of Call; the last is empty unless q is fp64."""
+    """``(out, softmax_lse)`` of the fields of Call, and for fp64 q the softmax_lse in fp64."""
 
     @staticmethod
-    def forward(*fields: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(*fields: Any) -> tuple[Tensor, ...]:
         call = Call(*fields)
         out, lse = forward(call, None)
-        # torch 2.6 traces no function that returns None beside tensors.
-        return out, lse.float(), (lse if call.compute() == torch.float64 else lse.new_empty(0))
+        return (out, lse.float(), lse) if compute_dtype(call) == torch.float64 else (out, lse)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)
-        out, lse, exact_lse = output
-        ctx.mark_non_differentiable(exact_lse)
-        _save(ctx, (out, exact_lse if exact_lse.dtype == torch.float64 else lse, *inputs))
+        if len(output) == 3:
+            ctx.mark_non_differentiable(output[2])
+        _save(ctx, (output[0], output[-1], *inputs))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
