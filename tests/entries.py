@@ -258,3 +258,28 @@ def memory_of(x: Tensor) -> Tensor:
         return memory_of(x.inner)
     with torch._C.DisableTorchFunctionSubclass(), torch._C._DisableTorchDispatch():  # type: ignore[no-untyped-call]
         return x.as_subclass(torch.Tensor).resolve_neg()
+
+
+def check_kind(entry: Entry, arguments: list[str], kind: str) -> None:
+    """``arguments`` as tensors of ``kind`` give what plain tensors give, or are refused before anything is written."""
+    expected, written = entry.run(entry.clone())
+    given = entry.clone()
+    given |= {argument: KINDS[kind](given[argument]) for argument in arguments}
+    before = {name: memory_of(x).clone() for name, x in given.items()}
+    try:
+        got, got_written = entry.run(given)
+    except broadhead.UnsupportedError as refusal:
+        assert kind == "negated", f"{arguments} as {kind}: {refusal}"
+        assert "is written" in str(refusal) and any(str(refusal).split()[1] == name for name in arguments), refusal
+        for name, x in given.items():
+            assert torch.equal(memory_of(x), before[name]), f"{name} was written by a call that was refused"
+        return
+    tolerance = {"atol": 1e-2, "rtol": 1e-2} if expected[0].dtype.itemsize == 2 else {}
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(
+            memory_of(a), b, equal_nan=True, **tolerance, msg=lambda text: f"{arguments} as {kind}: {text}"
+        )
+    for name, x in got_written.items():
+        torch.testing.assert_close(
+            memory_of(x).float(), written[name].float(), **tolerance, msg=f"{name} is wrong with {arguments} as {kind}"
+        )

@@ -6,6 +6,7 @@ Every call is right, or refused by a text that names the function.
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -202,7 +203,8 @@ def test_functionalize() -> None:
 def test_fake_and_meta_tensors_have_the_shapes_of_real_ones(name: str) -> None:
     entry = entry_of(name)
     expected, _ = entry.run(entry.clone())
-    with FakeTensorMode() as mode:
+    with FakeTensorMode() as mode, warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns who looks for the memory of a fake tensor
         fake, _ = entry.run({key: mode.from_tensor(x) for key, x in entry.tensors.items()})
     meta, _ = entry.run({key: x.to("meta") for key, x in entry.tensors.items()})
     for kind, found in (("fake", fake), ("meta", meta)):

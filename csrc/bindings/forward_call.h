@@ -67,8 +67,11 @@ struct ForwardCall {
   // Reads the tensors; throws when an argument is neither a tensor nor None, or q is None.
   void read();
 
-  // Whether a kernel may read the tensors as they are. False where a type overrides what torch does with it, where a
-  // lazily negated view waits to be resolved, and while a dispatch mode or forward-mode AD is active.
+  // Whether no type of a tensor overrides what torch does with it.
+  bool has_plain_types() const;
+
+  // Whether a kernel may read the tensors, of plain types, as they are. False where a lazily negated view waits to be
+  // resolved, and while a dispatch mode or forward-mode AD is active.
   bool is_plain() const;
 
   // Whether autograd is on and asks for a gradient, which no kernel has, or watches `out`.

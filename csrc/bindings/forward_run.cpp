@@ -208,11 +208,16 @@ ForwardCall::ForwardCall(py::handle tuple, py::handle page_table, py::handle len
   shared_length = length.ptr();
 }
 
-bool ForwardCall::is_plain() const {
+bool ForwardCall::has_plain_types() const {
   for (int argument = 0; argument < kArgumentCount; ++argument) {
-    if (is_tensor(argument) && tensors[argument].present() && !tensors[argument].is_plain()) return false;
+    const py::handle object = arguments[argument];
+    if (is_tensor(argument) && !object.is_none() && !has_plain_type(object)) return false;
   }
-  if ((is_shared() && !shared_page_table.is_plain()) || modes_are_active()) return false;
+  return !is_shared() || has_plain_type(shared_page_table_object);
+}
+
+bool ForwardCall::is_plain() const {
+  if (modes_are_active()) return false;
   for (int argument = 0; argument < kArgumentCount; ++argument) {
     if (!is_tensor(argument) || !tensors[argument].present() || !tensors[argument].is_floating()) continue;
     if (is_negative(arguments[argument])) return false;

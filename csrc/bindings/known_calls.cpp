@@ -64,6 +64,7 @@ void remember(const CallKey& key, py::object launch) {
 py::object run_if_known(py::handle function, bool need_lse, ForwardCall& call) {
   CallKey key;
   try {
+    if (!call.has_plain_types()) return py::none();
     call.read();
   } catch (const std::exception&) {  // Python's among them. Whoever validates the call finds better words
     return py::none();
@@ -131,9 +132,9 @@ namespace {
 // Adds what validation reads of a tensor or None; false when there is no key for it, as when it is no plain memory.
 bool add_plain_tensor(py::handle object, bool alignment, CallKey& key) {
   TensorView tensor;
-  if (!tensor.read(object)) return false;
-  if (!tensor.present()) return key.add_tensor(tensor, false);
-  return tensor.is_plain() && !(tensor.is_floating() && is_negative(object)) && key.add_tensor(tensor, alignment);
+  if (object.is_none()) return key.add_tensor(tensor, false);
+  return has_plain_type(object) && tensor.read(object) && !(tensor.is_floating() && is_negative(object)) &&
+         key.add_tensor(tensor, alignment);
 }
 
 py::object to_bytes(const CallKey& key) {

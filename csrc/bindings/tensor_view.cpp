@@ -101,6 +101,8 @@ void set_plain_type_test(py::object is_plain_type) {
   known_types().clear();
 }
 
+bool has_plain_type(py::handle tensor) { return traits_of(tensor).is_plain; }
+
 const DLPackExchangeAPI* exchange_api(py::handle tensor) { return traits_of(tensor).api; }
 
 const char* name_of(ElementType type) {
@@ -142,7 +144,6 @@ bool TensorView::read(py::handle tensor) {
   } else {
     return false;
   }
-  is_plain_ = traits.is_plain;
   if (data_ == nullptr && numel() > 0) {
     throw BindingError("a tensor of type " + std::string(Py_TYPE(tensor.ptr())->tp_name) + " has " +
                        std::to_string(numel()) +

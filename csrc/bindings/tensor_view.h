@@ -42,8 +42,6 @@ class TensorView {
 
   bool present() const { return present_; }
   bool on_cuda() const { return on_cuda_; }
-  // Whether the type of the tensor is one whose memory holds its values; see is_plain in Hooks.
-  bool is_plain() const { return is_plain_; }
   bool is_floating() const { return type_ != ElementType::kInt32; }
   void* data() const { return present_ ? data_ : nullptr; }
   int ndim() const { return ndim_; }
@@ -68,7 +66,6 @@ class TensorView {
   bool present_ = false;
   // The rest means something once a tensor was read. A call has room for many that are absent: nothing is cleared.
   bool on_cuda_;
-  bool is_plain_;
   int ndim_;
   int device_;
   ElementType type_;
@@ -85,6 +82,9 @@ const DLPackExchangeAPI* exchange_api(pybind11::handle tensor);
 
 // Sets the function that tells of a type whether its tensors are plain memory. Until then all are.
 void set_plain_type_test(pybind11::object is_plain_type);
+
+// Whether that function said so of the type of `tensor`. Reading another one may warn, and gives no memory.
+bool has_plain_type(pybind11::handle tensor);
 
 // The stream that torch works on at `device`: by the exchange API of the tensor's type, else from torch.cuda.
 void* current_stream(pybind11::handle tensor, int device);
