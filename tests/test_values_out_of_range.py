@@ -35,6 +35,11 @@ def varlen(cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, **kwargs: Any) ->
     return broadhead.flash_attn_varlen_func(q, k, k, cu_q, cu_k, max_q, max_k, **kwargs)
 
 
+def shared_prefix(**kwargs: Any) -> Any:
+    q, pool = torch.randn(2, 1, 4, 64), torch.randn(6, 16, 2, 64)
+    return broadhead.flash_attn_with_shared_prefix(q, pool, pool, **kwargs)
+
+
 NEW = {"k": torch.randn(2, 4, 2, 64), "v": torch.randn(2, 4, 2, 64)}
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "length past the cache": (
@@ -105,6 +110,16 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         ),
         r"rotary_seqlens .*sequence 1 are at positions 30 to 33, and rotary_cos and rotary_sin have 32 rows",
     ),
+    "shared prefix": (
+        lambda: shared_prefix(
+            prefix_len=20, page_table=table((2,), (3,)), cache_seqlens=int32(5, 5), prefix_page_table=int32(0, 9)
+        ),
+        r"flash_attn_with_shared_prefix: prefix_page_table must hold ids in \[0, 5\], .* got 9 at \[0, 1\]",
+    ),
+    "behind a shared prefix": (
+        lambda: shared_prefix(prefix_len=16, page_table=table((0, 2), (0, -1)), cache_seqlens=int32(20, 20)),
+        r"flash_attn_with_shared_prefix: page_table must hold ids in \[0, 5\], .* got -1",
+    ),
     "backward": (
         lambda: broadhead.mha_bwd(
             *[torch.randn(2, 2, 64), torch.randn(2, 2, 64)], torch.randn(52, 2, 64), torch.randn(52, 2, 64), None, None,
@@ -135,6 +150,16 @@ def test_a_refused_append_has_written_nothing(case: str) -> None:
         patch.setattr(broadhead, "flash_attn_with_kvcache", on_this_cache)
         REFUSED[case][0]()
     assert torch.equal(cache, before)
+
+
+def test_a_refused_shared_prefix_has_written_nothing() -> None:
+    out = torch.full((2, 1, 4, 64), 7.0)
+    real = broadhead.flash_attn_with_shared_prefix
+    for name in ("shared prefix", "behind a shared prefix"):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(broadhead.InvalidArgumentError):
+            patch.setattr(broadhead, "flash_attn_with_shared_prefix", lambda *a, **k: real(*a, **k, out=out))
+            REFUSED[name][0]()
+    assert (out == 7.0).all()
 
 
 def test_pages_that_nobody_sees_may_have_any_id() -> None:

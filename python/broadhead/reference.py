@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import UnsupportedError
-from .reference_padded import Call
+from .reference_padded import Call, compute_dtype
 from .reference_run import backward, forward
+from .transforms import refuse_second_derivative
 from .validation import may_read
 
 __all__ = ["Call", "attention", "describe", "gradients", "run"]
@@ -84,8 +84,8 @@ def run(call: Call, out: Tensor | None) -> tuple[Tensor, Tensor]:
     """
     differentiable = (call.q, call.k, call.v, call.qv, call.sinks)
     if out is None and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable):
-        result, softmax_lse, _ = _Attention.apply(*call)
-        return result, softmax_lse
+        results = _Attention.apply(*call)
+        return results[0], results[1]
     with torch.no_grad():
         result, lse = forward(call, out)
         return result, lse.float()
@@ -108,21 +108,20 @@ def gradients(
 
 
 class _Attention(torch.autograd.Function):
-    """``(out, softmax_lse, softmax_lse in fp64 for fp64 q, else None)`` of the fields of Call."""
+    """``(out, softmax_lse)`` of the fields of Call, and for fp64 q the softmax_lse in fp64."""
 
     @staticmethod
-    def forward(*fields: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(*fields: Any) -> tuple[Tensor, ...]:
         call = Call(*fields)
         out, lse = forward(call, None)
-        return out, lse.float(), (lse if call.compute == torch.float64 else None)
+        return (out, lse.float(), lse) if compute_dtype(call) == torch.float64 else (out, lse)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)
-        out, lse, exact_lse = output
-        if exact_lse is not None:
-            ctx.mark_non_differentiable(exact_lse)
-        _save(ctx, (out, lse if exact_lse is None else exact_lse, *inputs))
+        if len(output) == 3:
+            ctx.mark_non_differentiable(output[2])
+        _save(ctx, (output[0], output[-1], *inputs))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -148,10 +147,7 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[None, ...]:
-        raise UnsupportedError(
-            "broadhead: attention has no second derivative (double backward); differentiate it once, or compute the"
-            " second derivative through torch.nn.functional.scaled_dot_product_attention with its math backend"
-        )
+        return refuse_second_derivative()
 
 
 def _save(ctx: Any, fields: tuple[Any, ...]) -> None:

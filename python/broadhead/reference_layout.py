@@ -143,7 +143,7 @@ def accumulate(target: Tensor, index: Tensor, values: Tensor) -> None:
     if target.device.type == "cpu":
         target.index_add_(0, index, values)
     else:  # sorts the index; index_add_ adds in any order
-        target.index_put_((index,), values, accumulate=True)
+        target.index_put_((index.long(),), values, accumulate=True)
 
 
 def _trailing(live: Tensor, like: Tensor) -> Tensor:

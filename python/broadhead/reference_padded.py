@@ -14,7 +14,18 @@ from .reference_mask import KeyMask
 from .reference_rows import Rows, locate, split_keys
 from .validation import MAX_SEQLEN_K
 
-__all__ = ["Call", "Padded", "choose", "descale", "live_queries", "locate_call", "pad", "take_queries"]
+__all__ = [
+    "Call",
+    "Padded",
+    "choose",
+    "compute_dtype",
+    "descale",
+    "live_queries",
+    "locate_call",
+    "output_dtype",
+    "pad",
+    "take_queries",
+]
 
 
 class Call(NamedTuple):
@@ -45,13 +56,15 @@ class Call(NamedTuple):
     max_seqlen_k: int
     read_lengths: bool
 
-    @property
-    def compute(self) -> torch.dtype:
-        return torch.float64 if self.q.dtype == torch.float64 else torch.float32
 
-    @property
-    def out_dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.q.dtype.itemsize == 1 else self.q.dtype
+# Functions: torch 2.6 can not trace a property of a tuple.
+def compute_dtype(call: Call) -> torch.dtype:
+    """What the arithmetic of a call is done in."""
+    return torch.float64 if call.q.dtype == torch.float64 else torch.float32
+
+
+def output_dtype(call: Call) -> torch.dtype:
+    return torch.bfloat16 if call.q.dtype.itemsize == 1 else call.q.dtype
 
 
 class Padded(NamedTuple):
@@ -80,7 +93,7 @@ def locate_call(call: Call) -> Rows:
 
 def pad(call: Call, rows: Rows, alive: Tensor | None = None) -> Padded:
     """alive: ``(B, Hq, Sq)``, for the backward pass: rows of q that have a gradient; the others are read as 0."""
-    compute, num_queries = call.compute, rows.max_queries
+    compute, num_queries = compute_dtype(call), rows.max_queries
     q = take_queries(call.q, rows)
     qv = None if call.qv is None else take_queries(call.qv, rows)
     if alive is not None:

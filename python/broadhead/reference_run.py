@@ -10,7 +10,17 @@ from .reference_core import ScoreRule, attend
 from .reference_gradient import Gradients, RowTerms, attend_backward, row_terms, sink_gradient
 from .reference_keys import KeyPlace, add_keys, new_gradient
 from .reference_layout import accumulate, put_rows, spread_rows
-from .reference_padded import Call, choose, descale, live_queries, locate_call, pad, take_queries
+from .reference_padded import (
+    Call,
+    choose,
+    compute_dtype,
+    descale,
+    live_queries,
+    locate_call,
+    output_dtype,
+    pad,
+    take_queries,
+)
 from .reference_parts import merge_key_parts
 from .reference_rows import Rows, group_by_length
 
@@ -49,9 +59,9 @@ def _forward_groups(call: Call, rows: Rows, out: Tensor | None) -> tuple[Tensor,
     if whole and out is None and _covers(groups[0], call.q.shape[1]):
         return _attend(call, groups[0])
     if out is None:
-        out = call.q.new_zeros((*call.q.shape[:-1], call.v.shape[-1]), dtype=call.out_dtype)
+        out = call.q.new_zeros((*call.q.shape[:-1], call.v.shape[-1]), dtype=output_dtype(call))
     *batch, total, heads = call.q.shape[:-1]
-    lse = call.q.new_full((*batch, heads, total), float("-inf"), dtype=call.compute)
+    lse = call.q.new_full((*batch, heads, total), float("-inf"), dtype=compute_dtype(call))
     rows_first = lse.transpose(-1, -2)
     for group in groups:
         result, result_lse = _attend(call, group)
@@ -76,12 +86,12 @@ def _attend(call: Call, rows: Rows) -> tuple[Tensor, Tensor]:
     if found is not None:
         return found
     padded = pad(call, rows)
-    rule = ScoreRule(call.softmax_scale, call.softcap, call.out_dtype)
+    rule = ScoreRule(call.softmax_scale, call.softcap, output_dtype(call))
     if padded.sequence is None:
         return attend(padded.x, padded.mask, rule)
-    outs, lses = attend(padded.x._replace(sinks=None), padded.mask, rule._replace(out_dtype=call.compute))
+    outs, lses = attend(padded.x._replace(sinks=None), padded.mask, rule._replace(out_dtype=compute_dtype(call)))
     result, lse = merge_key_parts(outs, lses, padded.sequence, rows.batch, call.sinks)
-    return result.to(call.out_dtype), lse
+    return result.to(output_dtype(call)), lse
 
 
 def backward(
@@ -92,7 +102,7 @@ def backward(
         computed_out, computed_lse = forward(call, None)
         out = computed_out if out is None else out
         lse = computed_lse if lse is None else lse
-    compute, q, qv, sinks = call.compute, call.q, call.qv, call.sinks
+    compute, q, qv, sinks = compute_dtype(call), call.q, call.qv, call.sinks
     if grad_out is None:
         grad_out = out.new_zeros(()).expand(out.shape)
     lse = lse.transpose(-1, -2)
@@ -145,7 +155,7 @@ def _differentiate(
     padded = pad(call, rows, alive)
     if padded.sequence is not None:
         terms = RowTerms(*(x[padded.sequence] for x in terms))
-    rule = ScoreRule(call.softmax_scale, call.softcap, call.out_dtype)
+    rule = ScoreRule(call.softmax_scale, call.softcap, output_dtype(call))
     return attend_backward(padded.x, padded.mask, rule, terms), padded.place, padded.sequence
 
 

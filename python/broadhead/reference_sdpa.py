@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .reference_gradient import Gradients, RowTerms
 from .reference_keys import KeyPlace, place_keys, take_keys
-from .reference_padded import Call, take_queries
+from .reference_padded import Call, compute_dtype, output_dtype, take_queries
 from .reference_rows import Rows
 
 __all__ = ["attend", "differentiate"]
@@ -40,8 +40,8 @@ def attend(call: Call, rows: Rows) -> tuple[Tensor, Tensor] | None:
     if plan is None:
         return None
     # In 16 bits the kernels take a coarse exponential, which shows in the LSE.
-    q = take_queries(call.q, rows).to(call.compute)
-    k, v = (take_keys(x, plan.place).to(call.compute) for x in (call.k, call.v))
+    q = take_queries(call.q, rows).to(compute_dtype(call))
+    k, v = (take_keys(x, plan.place).to(compute_dtype(call)) for x in (call.k, call.v))
     # The kernels make a row of NaN scores 0 with an LSE of 0; infinite or NaN keys show in the LSE.
     if not bool(q.isfinite().all()):
         return None
@@ -61,7 +61,7 @@ def attend(call: Call, rows: Rows) -> tuple[Tensor, Tensor] | None:
     if blind:
         out = torch.nn.functional.pad(out, (0, 0, 0, 0, blind, 0))
         lse = torch.nn.functional.pad(lse, (blind, 0), value=float("-inf"))
-    return out.to(call.out_dtype).contiguous(), lse.contiguous()
+    return out.to(output_dtype(call)).contiguous(), lse.contiguous()
 
 
 def differentiate(call: Call, rows: Rows, terms: RowTerms, out: Tensor) -> tuple[Gradients, KeyPlace] | None:
@@ -75,7 +75,7 @@ def differentiate(call: Call, rows: Rows, terms: RowTerms, out: Tensor) -> tuple
     blind = plan.parts[0].first_row
     if not bool(terms.lse[:, :, blind:].isfinite().all()):
         return None
-    compute = call.compute
+    compute = compute_dtype(call)
     q, out = take_queries(call.q, rows).to(compute), out.to(compute)
     k, v = take_keys(call.k, plan.place).to(compute), take_keys(call.v, plan.place).to(compute)
     # Sums over several queries, heads and parts are of the compute dtype.
@@ -109,7 +109,7 @@ def _plan(call: Call, rows: Rows) -> _Plan | None:
         return None
     seqlen_k = rows.row_end - rows.row_begin
     same_dims = call.q.shape[-1] == call.v.shape[-1]
-    if not same_dims or rows.batch == 0 or seqlen_q < 1 or seqlen_k < 1 or not _is_available(call.compute):
+    if not same_dims or rows.batch == 0 or seqlen_q < 1 or seqlen_k < 1 or not _is_available(compute_dtype(call)):
         return None
     parts = _cut(seqlen_q, seqlen_k, call.window_left, call.window_right, call.attention_chunk)
     if not parts:

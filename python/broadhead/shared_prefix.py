@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.compiler import is_compiling, is_dynamo_compiling
 
 from . import validation as check
+from . import values
 from .errors import InvalidArgumentError
 from .fallback_notice import state
 from .forward import check_only, run_forward
@@ -172,6 +173,7 @@ def _check_prefix(
                 f"{FUNCTION}: prefix_len must be at most what prefix_page_table holds, {prefix_page_table.shape[0]}"
                 f" pages of {page_size} = {held}, got {prefix_len}"
             )
+        _check_prefix_pages("prefix_page_table", prefix_page_table, k_cache, prefix_len)
         return
     if prefix_len % page_size:
         raise InvalidArgumentError(
@@ -182,4 +184,13 @@ def _check_prefix(
         raise InvalidArgumentError(
             f"{FUNCTION}: prefix_len must be at most page_table.size(1) * page_size = {table.shape[1] * page_size}, got"
             f" {prefix_len}"
+        )
+    _check_prefix_pages("page_table", table[:1].flatten(), k_cache, prefix_len)
+
+
+def _check_prefix_pages(name: str, pages: Tensor, k_cache: Tensor, prefix_len: int) -> None:
+    """Refuse ids that no page has before anything is written; where they may be read."""
+    if check.are_checked(pages):
+        values.check_pages(
+            FUNCTION, pages.view(1, -1), k_cache, [(0, 0, prefix_len)] if pages.numel() else [], None, name
         )
