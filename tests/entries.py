@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import broadhead
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 FP8 = torch.float8_e4m3fn
 PAGES = ((3, 0, 1), (2, 5, 4))
@@ -238,12 +239,25 @@ class Watching(torch.Tensor):
             return function(*args, **(kwargs or {}))
 
 
+class Passing(TorchDispatchMode):
+    """A mode that sees every operator, and passes it on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
 KINDS: dict[str, Callable[[Tensor], Tensor]] = {
     "wrapper": Wrapper,
     "subclass": lambda x: x.as_subclass(Subclass),
     "quiet": lambda x: torch.Tensor._make_subclass(Quiet, x),
     "watching": lambda x: torch.Tensor._make_subclass(Watching, x),
-    "negated": lambda x: torch._neg_view(negative(x)),
+    # Nothing negates 8 bits, lazily or not.
+    "negated": lambda x: x if x.dtype == FP8 else torch._neg_view(negative(x)),
     "parameter": lambda x: torch.nn.Parameter(x, requires_grad=False),
 }
 

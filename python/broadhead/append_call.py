@@ -20,7 +20,15 @@ from .layout import contiguous, refuse_strided
 from .masking import normalize_window
 from .metadata import check_identity, filled
 from .names import shown_name
-from .plain import plain, plain_fields, refuse_tangents, refuse_transformed, runs_as_operator
+from .plain import (
+    plain,
+    plain_fields,
+    refuse_tangents,
+    refuse_transformed,
+    resolved,
+    resolved_fields,
+    runs_as_operator,
+)
 from .problem import AttentionArgs, needs_gradients
 from .signature import call_signature_of
 
@@ -87,7 +95,10 @@ def append_new_keys(function: str, args: AttentionArgs, new: NewKeys) -> tuple[A
         return args.q if q is None else q, lengths
 
     if runs_as_operator(*args, *new):
-        return _append_by_operator(function, args, new)
+        refuse_tangents(function, *args, *new)
+        refuse_transformed(function, "appending to a cache", *args, *new)
+        args = resolved_fields(function, args, written=("k", "v", "out"))
+        return _append_by_operator(function, args, _resolved_new(function, new))
     given = args
     args = plain_fields(function, args, written=("k", "v", "out"))
     ready, ready_new = _readable(function, args, _plain_new(function, new))
@@ -114,17 +125,24 @@ def _plain_new(function: str, new: NewKeys) -> NewKeys:
     return NewKeys(*(plain(function, names.get(name, name), value) for name, value in new._asdict().items()))
 
 
+def _resolved_new(function: str, new: NewKeys) -> NewKeys:
+    names = dict(zip(("k", "v"), _names(function)[1], strict=True))
+    return NewKeys(*(resolved(function, names.get(name, name), value) for name, value in new._asdict().items()))
+
+
 def _readable(function: str, args: AttentionArgs, new: NewKeys) -> tuple[AttentionArgs, NewKeys]:
     """The arguments with scalars out of their tensors and copies of strided tensors; the same objects without any."""
     ready = read_tensors(function, args)
     for name, cache in zip(_names(function)[0], (args.k, args.v), strict=True):
         if ready.page_table is None:  # else read_tensors knows that they are caches
             refuse_strided(function, name, cache)
-    tensors = [contiguous(tensor) for tensor in new[:6]]
+    # One by one: torch.compile of older torch does not trace slices of a named tuple.
+    given = (new.k, new.v, new.cu_seqlens_k_new, new.rotary_cos, new.rotary_sin, new.rotary_seqlens)
+    tensors = [contiguous(tensor) for tensor in given]
     interleaved = new.rotary_interleaved
     if type(interleaved) is not bool:
         interleaved = check.check_bool(function, "rotary_interleaved", interleaved)
-    if interleaved is new.rotary_interleaved and all(a is b for a, b in zip(tensors, new[:6])):
+    if interleaved is new.rotary_interleaved and all(a is b for a, b in zip(tensors, given)):
         return ready, new
     k, v, cu_seqlens_k_new, cos, sin, seqlens = tensors
     return ready, NewKeys(k, v, cu_seqlens_k_new, cos, sin, seqlens, interleaved)
@@ -139,8 +157,6 @@ def _append_by_operator(function: str, args: AttentionArgs, new: NewKeys) -> tup
         if new.rotary_cos is not None:
             _check_rotary_rows(function, args.k, args.page_table, new.rotary_cos)
     else:
-        refuse_tangents(function, *args, *new)
-        refuse_transformed(function, "appending to a cache", *args, *new)
         _validate(function, args, new)
     call = _describe(args, new, _causal_or_local(function, args))
     q, lengths = torch.ops.broadhead.append_kv(

@@ -13,7 +13,7 @@ from .errors import InvalidArgumentError, InvalidTypeError, UnsupportedError
 from .fallback_notice import settle_operation
 from .layout import contiguous, refuse_strided
 from .metadata import CURRENT_STREAM
-from .plain import has_tangent, mark_written, plain, refuse_transformed, runs_as_operator
+from .plain import has_tangent, is_autocast, mark_written, plain, refuse_transformed, runs_as_operator
 from .problem import needs_gradients
 from .validation import FLOAT_DTYPES
 
@@ -24,6 +24,9 @@ NO_BACKWARD = "an input requires grad, and it has no backward"
 
 def merge_parts(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     """``outs`` (n, ..., Dv) weighted by ``lses`` (n, ...): the merged output and LSE. Empty parts count for nothing."""
+    if is_autocast(outs):
+        with torch.autocast(outs.device.type, enabled=False):
+            return merge_parts(outs, lses)
     absent = lses == float("-inf")
     empty = absent.all(dim=0)
     # Where every part is empty the sum has no logarithm, and its gradient would be NaN.

@@ -15,7 +15,7 @@ from .errors import InvalidArgumentError, InvalidTypeError, UnsupportedError
 from .fallback_notice import ASKED_FOR_TORCH, Dispatch, settle_operation, state
 from .layout import contiguous, refuse_strided
 from .metadata import CURRENT_STREAM
-from .plain import has_tangent, is_transformed, mark_written, plain, refuse_transformed, runs_as_operator
+from .plain import has_tangent, is_transformed, mark_written, plain, refuse_transformed, resolved, runs_as_operator
 from .problem import needs_gradients
 from .signature import signature_of
 from .validation import INT32_MAX, check_backend, check_shape
@@ -88,8 +88,10 @@ def _merge_by_operator(
 ) -> tuple[Tensor, Tensor]:
     """merge_attn_states through the operators; torch ops know every derivative and transform."""
     _check(out_a, lse_a, out_b, lse_b, out, backend)
-    states = (out_a, lse_a, out_b, lse_b)
     eager = not is_dynamo_compiling()
+    if eager:
+        out_a, lse_a, out_b, lse_b, out = _map_states(resolved, out_a, lse_a, out_b, lse_b, out)
+    states = (out_a, lse_a, out_b, lse_b)
     if eager and out is not None:
         refuse_transformed(FUNCTION, "out=", *states, out)
     has_no_kernel = NO_BACKWARD if needs_gradients(*states, out) else None
@@ -106,9 +108,15 @@ def _merge_by_operator(
 
 def plain_states(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, out: Any) -> tuple[Any, Any, Any, Any, Any]:
     """The arguments of a merge as plain memory."""
+    return _map_states(plain, out_a, lse_a, out_b, lse_b, out)
+
+
+def _map_states(
+    change: Any, out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, out: Any
+) -> tuple[Any, Any, Any, Any, Any]:
     states = (("out_a", out_a), ("lse_a", lse_a), ("out_b", out_b), ("lse_b", lse_b))
-    a, lse_of_a, b, lse_of_b = (plain(FUNCTION, name, value) for name, value in states)
-    return a, lse_of_a, b, lse_of_b, plain(FUNCTION, "out", out, written=True)
+    a, lse_of_a, b, lse_of_b = (change(FUNCTION, name, value) for name, value in states)
+    return a, lse_of_a, b, lse_of_b, change(FUNCTION, "out", out, written=True)
 
 
 def run_merge(
@@ -163,6 +171,9 @@ def _launch(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Ten
 
 
 def _run_torch(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
+    if torch.is_autocast_enabled(out_a.device.type):
+        with torch.autocast(out_a.device.type, enabled=False):
+            return _run_torch(out_a, lse_a, out_b, lse_b, out)
     compute = torch.float64 if out_a.dtype == torch.float64 else torch.float32
     lses = torch.stack((lse_a, lse_b)).to(compute)
     merged, lse = merge_parts(torch.stack((out_a, out_b)).to(compute), lses.transpose(-1, -2))

@@ -16,7 +16,7 @@ from .dispatch import MetadataConfig, Plan, resolve
 from .errors import InvalidArgumentError, InvalidTypeError
 from .layout import contiguous, is_strided
 from .metadata_request import FUNCTION, MetadataRequest, describe_request
-from .plain import count_dispatch_modes, mark_written, plain, refuse_transformed, runs_as_operator
+from .plain import count_dispatch_modes, mark_written, plain, refuse_transformed, resolved, runs_as_operator
 from .problem import tensor_signature
 
 CURRENT_STREAM = -1  # the binding takes torch's current stream
@@ -340,7 +340,6 @@ def _run_operator(tensors: tuple[Any, ...], numbers: tuple[Any, ...]) -> Tensor:
     """get_scheduler_metadata through the operators; traceable."""
     from . import ops
 
-    cache_seqlens, cu_seqlens_q, cache_leftpad, out, page_table = tensors
     (
         batch_size, max_seqlen_q, max_seqlen_k, heads_q, heads_kv, headdim, headdim_v, qkv_dtype, page_size,
         max_seqlen_k_new, causal, window_size, attention_chunk, num_splits, pack_gqa, sm_margin, has_qv, kv_dtype,
@@ -348,6 +347,11 @@ def _run_operator(tensors: tuple[Any, ...], numbers: tuple[Any, ...]) -> Tensor:
     ) = numbers  # fmt: skip
     if not is_dynamo_compiling():
         refuse_transformed(FUNCTION, "planning the splits", *tensors)
+        names = ("cache_seqlens", "cu_seqlens_q", "cache_leftpad", "out", "page_table")
+        tensors = tuple(
+            resolved(FUNCTION, name, value, written=name == "out") for name, value in zip(names, tensors, strict=True)
+        )
+    cache_seqlens, cu_seqlens_q, cache_leftpad, out, page_table = tensors
     return ops.call_get_scheduler_metadata(
         batch_size, max_seqlen_q, max_seqlen_k, heads_q, heads_kv, headdim, cache_seqlens, qkv_dtype, headdim_v,
         cu_seqlens_q, cache_leftpad, page_size, max_seqlen_k_new, causal, window_size, attention_chunk, num_splits,

@@ -17,7 +17,7 @@ from .forward import run_below
 from .inputs import plain_scalars, read_tensors
 from .masking import normalize_window
 from .merge_states import plain_states, run_merge
-from .plain import is_transformed, plain_fields, refuse_tangents, refuse_transformed
+from .plain import is_transformed, plain_fields, refuse_tangents, refuse_transformed, resolved, resolved_fields
 from .problem import AttentionArgs, check_forward, needs_gradients, out_dtype, refuse_float8_gradient
 from .validation import clamped
 
@@ -179,6 +179,7 @@ def call_forward(function: str, args: AttentionArgs) -> tuple[Tensor, Tensor]:
     backend = args.backend
     if not is_compiling():
         refuse_tangents(function, *args)
+        args = resolved_fields(function, args, written=("out",))
         if any(isinstance(x, Tensor) and x.device.type == "meta" for x in args):
             check_forward(function, args)  # nothing behind this will
     if needs_gradients(args.q, args.k, args.v, args.qv, args.sinks, args.out):
@@ -213,6 +214,14 @@ def call_backward(
         )
     if not is_compiling():
         refuse_tangents(function, *outputs, *args)
+        args = resolved_fields(function, args)
+        dout, dlse, out, softmax_lse = outputs
+        outputs = (
+            resolved(function, "dout", dout),
+            resolved(function, "dlse", dlse),
+            resolved(function, "out", out),
+            resolved(function, "softmax_lse", softmax_lse),
+        )
         if any(isinstance(x, Tensor) and x.device.type == "meta" for x in (*outputs, *args)):
             check_forward(function, args)  # nothing behind this will
     inputs = _operator_inputs(function, args, args.backend)

@@ -8,6 +8,7 @@ operators (ops.py), which every mode and subclass of torch understands, or is re
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -57,13 +58,26 @@ def runs_as_operator(*values: Any) -> bool:
 
 
 def has_tangent(*values: Any) -> bool:
-    """Whether forward-mode AD (torch.autograd.forward_ad) follows one of these tensors."""
-    if forward_ad._current_level < 0:
+    """Whether forward-mode AD (torch.autograd.forward_ad) follows one of these tensors.
+
+    What a transform of torch.func hides is asked when the transform has unwrapped it.
+    """
+    if forward_ad._current_level < 0 or torch.is_inference_mode_enabled():
         return False
-    return any(
-        isinstance(value, Tensor) and value.is_floating_point() and forward_ad.unpack_dual(value).tangent is not None
-        for value in values
-    )
+    # Operators run below autograd, which knows the tangents.
+    keys = torch._C.DispatchKey
+    with (
+        torch._C._SetExcludeDispatchKeyGuard(keys.AutogradFunctionality, False),
+        torch._C._SetExcludeDispatchKeyGuard(keys.ADInplaceOrView, False),
+    ):
+        return any(
+            isinstance(value, Tensor)
+            and value.is_floating_point()
+            and not torch._C._functorch.is_functorch_wrapped_tensor(value)
+            and not value.is_inference()
+            and forward_ad.unpack_dual(value).tangent is not None
+            for value in values
+        )
 
 
 def refuse_tangents(function: str, *values: Any) -> None:
@@ -106,7 +120,12 @@ def plain(function: str, name: str, value: Any, written: bool = False) -> Any:
             f"{function}: {name} must be a strided tensor, got layout {value.layout}; pass {name}.to_dense(), or the"
             " values of a nested tensor with cu_seqlens_q and cu_seqlens_k"
         )
-    if not (value.is_neg() or value.is_conj()):
+    return resolved(function, name, value, written)
+
+
+def resolved(function: str, name: str, value: Any, written: bool = False) -> Any:
+    """``value`` without pending negation or conjugation, which operators that write do not take; see plain."""
+    if not isinstance(value, Tensor) or not (value.is_neg() or value.is_conj()):
         return value
     if written:
         raise UnsupportedError(
@@ -130,14 +149,28 @@ def _unwrapped(function: str, name: str, value: Tensor) -> Tensor:
 def plain_fields(function: str, fields: _Fields, written: tuple[str, ...] = ()) -> _Fields:
     """A named tuple of arguments with its tensors as plain memory; the same object where all are."""
     refuse_tangents(function, *fields)
+    return _map_fields(plain, function, fields, written)
+
+
+def resolved_fields(function: str, fields: _Fields, written: tuple[str, ...] = ()) -> _Fields:
+    """A named tuple of arguments with its tensors as resolved makes them, likewise."""
+    return _map_fields(resolved, function, fields, written)
+
+
+def _map_fields(change: Callable[..., Any], function: str, fields: _Fields, written: tuple[str, ...]) -> _Fields:
     names: tuple[str, ...] = fields._fields  # type: ignore[attr-defined]
     found = [
-        plain(function, shown_name(function, name), value, name in written)
+        change(function, shown_name(function, name), value, name in written)
         for name, value in zip(names, fields, strict=True)
     ]
     if all(a is b for a, b in zip(found, fields, strict=True)):
         return fields
     return type(fields)(*found)
+
+
+def is_autocast(x: Tensor) -> bool:
+    """Whether torch.autocast changes the dtypes of torch ops on ``x``."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 def mark_written(*tensors: Tensor | None) -> None:
