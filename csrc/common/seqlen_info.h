@@ -66,7 +66,7 @@ BROADHEAD_HOST_DEVICE SeqlenInfo make_seqlen_info(const AttnParams& params, int 
   return info;
 }
 
-// Whether the pool has page `page`. Keys behind an id that it does not have do not exist; they keep their positions.
+// Whether the pool has page `page`. Nothing behind an id that it does not have is read: its K and V are zeros.
 BROADHEAD_HOST_DEVICE bool page_exists(const AttnParams& params, int page) {
   return static_cast<unsigned>(page) < static_cast<unsigned>(params.num_pages);
 }
