@@ -1,4 +1,4 @@
-// What happens to raw scores before the softmax: softcap (or a scale that is not positive), the mask, missing pages.
+// What happens to raw scores before the softmax: softcap (or a scale that is not positive) and the mask.
 #pragma once
 
 #include "common/tile_state.h"
@@ -58,33 +58,6 @@ BROADHEAD_DEVICE void apply_mask(float (&s)[kMmaM][kMmaN][4], const AttentionMas
     for (int n = 0; n < kMmaN; ++n) {
       if (n * 8 >= prefix && (n * 8 < begin || n * 8 >= end)) s[m][n][c] = -INFINITY;
       if (n * 8 + 1 >= prefix && (n * 8 + 1 < begin || n * 8 + 1 >= end)) s[m][n][c + 1] = -INFINITY;
-    }
-  }
-}
-
-// Sets scores of keys that do not exist to -inf. All lanes of a warp, for the block of 8 * kMmaN keys from key0 on of
-// which some may be lost: the table is read again, a key a lane.
-template <int kMmaM, int kMmaN>
-BROADHEAD_DEVICE void hide_lost_keys(float (&s)[kMmaM][kMmaN][4], const AttnParams& params, const KeyPages& pages,
-                                     int key0, int lane) {
-  static_assert(kMmaN <= 32);
-  std::uint32_t lost[2] = {0, 0};  // bit n: the lane's first and second key of tile n
-#pragma unroll 1
-  for (int n = 0; n < kMmaN; n += 4) {
-    const std::uint32_t keys = __ballot_sync(0xffffffffu, pages.lost(params, key0 + n * 8 + lane)) >> (lane % 4 * 2);
-    BROADHEAD_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      lost[0] |= (keys >> (i * 8) & 1) << (n + i);
-      lost[1] |= (keys >> (i * 8 + 1) & 1) << (n + i);
-    }
-  }
-  BROADHEAD_UNROLL
-  for (int n = 0; n < kMmaN; ++n) {
-    BROADHEAD_UNROLL
-    for (int c = 0; c < 2; ++c) {
-      if ((lost[c] >> n & 1) == 0) continue;
-      BROADHEAD_UNROLL
-      for (int m = 0; m < kMmaM; ++m) s[m][n][c] = s[m][n][c + 2] = -INFINITY;
     }
   }
 }

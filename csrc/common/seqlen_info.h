@@ -71,19 +71,6 @@ BROADHEAD_HOST_DEVICE bool page_exists(const AttnParams& params, int page) {
   return static_cast<unsigned>(page) < static_cast<unsigned>(params.num_pages);
 }
 
-// The pages of a sequence.
-struct KeyPages {
-  const std::int32_t* table;  // its row of the page table
-  int leftpad;                // logical row of key 0
-  int seqlen_k;
-
-  // Whether `key`, at least 0, is a key of the sequence that does not exist.
-  BROADHEAD_HOST_DEVICE bool lost(const AttnParams& params, int key) const {
-    return key < seqlen_k &&
-           !page_exists(params, table[static_cast<unsigned>(leftpad + key) / static_cast<unsigned>(params.page_size)]);
-  }
-};
-
 // Keys that every query of a sequence of `seqlen_k` keys sees.
 BROADHEAD_HOST_DEVICE int sequence_prefix(const AttnParams& params, int batch, int seqlen_k) {
   return params.prefix_lens ? clamp_int(params.prefix_lens[batch], 0, seqlen_k) : 0;

@@ -98,11 +98,8 @@ struct TileState {
   BlockRange range;      // key blocks of this block's share
   BlockRange whole;      // key blocks that are copied without any check: all keys live, all columns there, not paged
   int splits;            // shares of this sequence
-  int lost_keys;         // 1: some keys of the share may lie on pages that the pool does not have
   KvSource<Element> source;
   ScoreScale scale;
-
-  BROADHEAD_DEVICE KeyPages pages() const { return {source.table, source.leftpad, seqlen.seqlen_k}; }
 };
 
 // What a kernel's tiles are made of.
@@ -136,7 +133,6 @@ BROADHEAD_DEVICE void set_lengths(TileState<Element>& state, const TileLengths& 
   state.seqlen = lengths.seqlen;
   state.mask.prefix_len = lengths.prefix_len;
   state.splits = lengths.splits;
-  state.lost_keys = 0;
 }
 
 // A tile without live rows or a share that the sequence does not use gets splits = 0; in a cluster the tiles of a pair

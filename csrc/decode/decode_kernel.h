@@ -64,14 +64,6 @@ BROADHEAD_DEVICE void prefetch_inputs(const DecodeParams& params) {
   }
 }
 
-// The pages of an item's keys.
-BROADHEAD_DEVICE KeyPages pages_of(const DecodeParams& params, const LineItem& item) {
-  const std::int32_t* table = is_shared(params, item.batch)
-                                  ? params.shared_page_table
-                                  : params.page_table + item.seqlen.batch_k * params.page_table_batch_stride;
-  return {table, static_cast<int>(item.seqlen.row_k), item.seqlen.seqlen_k};
-}
-
 // Whether the lane's word of two items is the same. Both lie in shared memory.
 BROADHEAD_DEVICE bool same_item(const LineItem& a, const LineItem& b, int lane) {
   if (lane >= kItemWords) return true;
@@ -189,9 +181,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
       const int key0 = block * Traits::kKeys;
       if (__builtin_expect(key0 < unmasked.begin || key0 + Traits::kKeys > unmasked.end, 0)) {
         apply_mask(s, smem.tile.mask, unmasked, smem.tile.rows, 0, key0, lane);
-      }
-      if (__builtin_expect(loader.has_lost_keys(), 0)) {
-        hide_lost_keys(s, params, pages_of(params, smem.queue[warp].items[queue.taken % kQueueItems]), key0, lane);
       }
       float block_max[2 * Traits::kMmaM], factor[2 * Traits::kMmaM];
       softmax.block_max(s, block_max);

@@ -53,9 +53,6 @@ class Loader {
     advance();
   }
 
-  // Whether a key of the blocks issued so far lies on a page that the pool does not have. Its K and V are zeros.
-  BROADHEAD_DEVICE bool has_lost_keys() const { return lost_keys_; }
-
   // Key blocks that were copied, or are being, and have not been multiplied.
   BROADHEAD_DEVICE int ahead() const { return ahead_; }
   BROADHEAD_DEVICE void block_done() { --ahead_; }
@@ -173,7 +170,6 @@ class Loader {
     if (__builtin_expect(!even_, 0)) {
       const unsigned live = __ballot_sync(0xffffffffu, from.is_live(key));
       alive_ = live & __ballot_sync(0xffffffffu, exists);
-      lost_keys_ |= alive_ != live;
       if (!exists) page_ = 0;
     }
     int slot = key;
@@ -257,7 +253,6 @@ class Loader {
   // Of the block whose slices are being issued. Even: all keys are alive and at equal distances, the rows are those of
   // the first; else they are those of the lane's key, and dead keys become zero.
   bool even_ = true;
-  bool lost_keys_ = false;
   unsigned alive_ = 0;
   const KvElement* k_row_ = nullptr;
   const KvElement* v_row_ = nullptr;

@@ -87,7 +87,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
                                     page * params.v_strides.batch + slot * params.v_strides.row};
     } else {
       page_buffer(block)[thread] = {-1, -1};
-      smem.state.lost_keys = 1;
     }
   };
   if (paged && thread < Traits::kTileN) {
@@ -210,9 +209,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     if (key0 < state.unmasked.begin || key0 + Traits::kTileN > state.unmasked.end) {
       apply_mask(s, state.mask, state.unmasked, state.output.rows, warp_row, key0 + warp_n * Traits::kKeysPerWarp,
                  lane);
-    }
-    if (paged && state.lost_keys != 0) {
-      hide_lost_keys(s, params, state.pages(), key0 + warp_n * Traits::kKeysPerWarp, lane);
     }
 
     float block_max[2 * Traits::kMmaM];

@@ -24,7 +24,7 @@ struct BlockKinds {
   template <class Element>
   BROADHEAD_DEVICE BlockKinds(const TileState<Element>& state, int keys)
       : plain_begin(ceil_div(state.unmasked.begin, keys)),
-        plain_end(state.scale.transform || state.lost_keys != 0 ? 0 : state.unmasked.end / keys),
+        plain_end(state.scale.transform ? 0 : state.unmasked.end / keys),
         scale_log2(state.scale.scale_log2) {}
 
   BROADHEAD_DEVICE bool plain(int block) const { return block >= plain_begin && block < plain_end; }
@@ -32,14 +32,12 @@ struct BlockKinds {
 
 // Scale, softcap and mask of a block's raw scores. `warp_row`: the warp's first row in the tile.
 template <int kKeyTiles, class Element>
-BROADHEAD_DEVICE void finish_scores(float (&s)[1][kKeyTiles][4], const AttnParams& params,
-                                    const TileState<Element>& state, int key0, int warp_row) {
+BROADHEAD_DEVICE void finish_scores(float (&s)[1][kKeyTiles][4], const TileState<Element>& state, int key0,
+                                    int warp_row) {
   if (state.scale.transform) transform_scores(s, state.scale);
   if (key0 < state.unmasked.begin || key0 + 8 * kKeyTiles > state.unmasked.end) {
     apply_mask(s, state.mask, state.unmasked, state.output.rows, warp_row, key0, threadIdx.x % 32);
   }
-  // Their K and V are zeros.
-  if (state.lost_keys != 0) hide_lost_keys(s, params, state.pages(), key0, threadIdx.x % 32);
 }
 
 // True for every block that some rows of the tile see whole.

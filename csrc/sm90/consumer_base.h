@@ -75,14 +75,12 @@ template <class Consumer>
 BROADHEAD_DEVICE void consume_tiles(Consumer& consumer) {
   using Traits = typename Consumer::Traits;
   auto& smem = consumer.smem;
-  check_first_pages<Traits::kTileN>(consumer.args, smem, 32 * Traits::kConsumerWarps);
   consumer.give_first_turn();
   SlotState slot;
   while (true) {
     barrier_wait(smem.tile_full[slot.stage()], slot.parity());
     const auto& tile = smem.tiles[slot.stage()];
     if (!tile.valid) break;
-    wait_pages(consumer.args.params, smem, slot);
     consumer.run_tile(tile.state);
     consumer.write_tile(tile.state, tile.split);
     slot.forget();

@@ -53,7 +53,7 @@ struct Consumer final : ConsumerBase<Traits> {
   }
 
   BROADHEAD_DEVICE void mask_scores(const Slot& tile, int block) {
-    finish_scores(s, args.params, tile.state, block * Traits::kTileN, warp_row());
+    finish_scores(s, tile.state, block * Traits::kTileN, warp_row());
   }
 
   // P of the block from S. True when O must be multiplied by `factor` before this block's P V is added.
@@ -198,7 +198,6 @@ struct Consumer final : ConsumerBase<Traits> {
       wgmma_wait<0>();
       fence_registers(s[0]);
       softmax = Softmax();
-      wait_pages(args.params, smem, slot);
       first_block(even_p, smem.tiles[slot.stage()]);
     } else {
       if (slot.advanced()) write_tile(slot, lse);
@@ -208,7 +207,6 @@ struct Consumer final : ConsumerBase<Traits> {
   }
 
   BROADHEAD_DEVICE void run() {
-    check_first_pages<Traits::kTileN>(args, smem, 32 * Traits::kConsumerWarps);
     Base::give_first_turn();
     P even_p, odd_p;  // of every other block: one is read by wgmma while the other is computed
     SlotState slot;

@@ -21,7 +21,6 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) forward_kernel(const __gr
     const int fills = args.maps.gather ? Traits::kLoaderWarps * 32 : 1;
     for (int i = 0; i < kTileSlots; ++i) {
       barrier_init(smem.tile_full[i], 1);
-      barrier_init(smem.pages_checked[i], 1);
       barrier_init(smem.tile_empty[i], Traits::kConsumerWarps + loaders);
     }
     barrier_init(smem.next_wanted, 1);

@@ -40,10 +40,12 @@ struct WorkStorage {
   TileSlot<Element> tiles[kTileSlots];
   Barrier tile_full[kTileSlots];   // 1 arrival: the scheduler
   Barrier tile_empty[kTileSlots];  // each reading warp
-  Barrier pages_checked[kTileSlots];  // 1 arrival: the scheduler, of paged calls
   Barrier next_wanted;             // 1 arrival a tile: its loader is near the end
-  CheckedPages checked;  // the scheduler's
 };
+
+// Blocks before the end of a tile's loads at which the next tile is taken: late, so that the longest waiting block of
+// the grid gets it, but early enough to hide the 2 us until it is posted.
+constexpr int kBlocksAhead = 4;
 
 template <class Element_, int kHeadDim_, int kHeadDimV_, int kTileM_, int kTileN_, int kStages_, int kOverlap_,
           int kSmemLimit_, ColumnTail kTail_ = ColumnTail::kNone>

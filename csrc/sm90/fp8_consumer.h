@@ -53,7 +53,7 @@ struct Fp8Consumer final : ConsumerBase<Traits> {
     fence_registers(s[0]);
     release(smem.k_empty[ring.stage()]);
     ring.advance();
-    if (!kinds.plain(block)) finish_scores(s, args.params, state, block * Traits::kTileN, warp_row());
+    if (!kinds.plain(block)) finish_scores(s, state, block * Traits::kTileN, warp_row());
     softmax.template compute_p_exactly<Element>(p, s, kinds.scale_log2, factor);
     fence_registers(p);  // or the compiler would move the exponentials into this warpgroup's turn
     barrier_wait(smem.transposed_full[ring.stage(1)], ring.parity(1));

@@ -59,7 +59,6 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) fp8_kernel(const __grid_c
     const int fills = args.maps.gather ? 32 * Traits::kGatherPieces : 1;
     for (int i = 0; i < kTileSlots; ++i) {
       barrier_init(smem.tile_full[i], 1);
-      barrier_init(smem.pages_checked[i], 1);
       barrier_init(smem.tile_empty[i], Traits::kConsumerWarps + 1 + Traits::kTransposeWarps);
     }
     barrier_init(smem.next_wanted, 1);

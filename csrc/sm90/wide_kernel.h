@@ -245,7 +245,6 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) wide_kernel(const __grid_
     const int loaders = args.maps.gather ? Traits::kLoaderWarps : 2;
     for (int i = 0; i < kTileSlots; ++i) {
       barrier_init(smem.tile_full[i], 1);
-      barrier_init(smem.pages_checked[i], 1);
       barrier_init(smem.tile_empty[i], 12 + loaders);
       barrier_init(smem.mailbox.full[i], 1);
       barrier_init(smem.mailbox.empty[i], max_int(1, Traits::kCluster - 1));

@@ -159,7 +159,7 @@ struct ScoreWarpgroup {
 
   // Softmax of S; P and the factors of O into the next slot, which the O warpgroups are not told of yet.
   BROADHEAD_DEVICE void store_p(const TileState<Element>& state, const BlockKinds& kinds, int block, bool first) {
-    if (!kinds.plain(block)) finish_scores(s, args.params, state, block * Traits::kTileN, warp_row);
+    if (!kinds.plain(block)) finish_scores(s, state, block * Traits::kTileN, warp_row);
     std::uint32_t p[Traits::kKeyTiles / 2][4];
     float factor[2];
     const bool raised = softmax.compute_p<Element>(p, s, kinds.scale_log2, factor, first);
@@ -230,13 +230,11 @@ struct ScoreWarpgroup {
   }
 
   BROADHEAD_DEVICE void run() {
-    check_first_pages<Traits::kTileN>(args, smem, 128);
     SlotState slot;
     while (true) {
       barrier_wait(smem.tile_full[slot.stage()], slot.parity());
       const TileSlot<Element>& tile = smem.tiles[slot.stage()];
       if (!tile.valid) break;
-      wait_pages(args.params, smem, slot);
       run_tile(tile.state);
       finish_tile(tile.state, tile.split);
       __syncwarp();

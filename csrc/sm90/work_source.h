@@ -11,10 +11,6 @@ namespace broadhead::sm90 {
 
 constexpr int kTileSlots = 2;
 
-// Blocks before the end of a tile's loads at which the next tile is taken: late, so that the longest waiting block of
-// the grid gets it, but early enough to hide the 2 us until it is posted.
-constexpr int kBlocksAhead = 4;
-
 // How the launcher divides a call; constant for all of its tiles.
 struct WorkPlan {
   std::int32_t rows_per_tile;  // query rows a tile holds: whole tokens, or a part of one
@@ -92,86 +88,6 @@ struct WorkCursor {
   }
 };
 
-// The entries of a page table that were looked at last, and what was found: tiles one after the other are mostly of one
-// sequence.
-struct CheckedPages {
-  const std::int32_t* table;
-  int first;
-  int last;
-  int lost;
-};
-
-// Named barrier of those that check the first tile's pages.
-constexpr int kPagesBarrier = 8;
-
-// Entries of the page table with the keys that a tile visits; it visits some.
-struct TilePages {
-  const std::int32_t* table;
-  int first;
-  int last;
-
-  template <class Element>
-  BROADHEAD_DEVICE TilePages(const TileState<Element>& state, const AttnParams& params, int keys)
-      : table(state.source.table) {
-    const unsigned leftpad = state.source.leftpad, page_size = params.page_size;
-    const int end = min_int(state.range.end * keys, state.seqlen.seqlen_k);
-    first = static_cast<int>((leftpad + state.range.begin * keys) / page_size);
-    last = static_cast<int>((leftpad + end - 1) / page_size);
-  }
-};
-
-// Whether any of them lies outside the pool; `thread` of `threads`, which look together.
-BROADHEAD_DEVICE bool finds_lost_page(const AttnParams& params, const TilePages& pages, int thread, int threads) {
-  unsigned largest = 0;  // negative ids are large ones
-#pragma unroll 8
-  for (int i = pages.first + thread; i <= pages.last; i += threads) {
-    const unsigned page = static_cast<unsigned>(pages.table[i]);
-    largest = page > largest ? page : largest;
-  }
-  return !page_exists(params, static_cast<int>(largest));
-}
-
-// Looks at the pages of a tile's keys, besides everything else: what loads K and V does not wait for it, only who masks
-// scores (wait_pages). All lanes of the scheduler's warp.
-template <class Element>
-BROADHEAD_DEVICE void check_pages(TileState<Element>& state, const AttnParams& params, CheckedPages& checked,
-                                  int keys) {
-  const int lane = threadIdx.x % 32;
-  if (state.range.begin >= state.range.end) return;
-  const TilePages pages(state, params, keys);
-  const bool known = checked.table == pages.table && checked.first <= pages.first && checked.last >= pages.last;
-  bool lost = known && checked.lost != 0;
-  if (!known) lost = __any_sync(0xffffffffu, finds_lost_page(params, pages, lane, 32));
-  if (lane == 0) {
-    if (!known) checked = {pages.table, pages.first, pages.last, lost};
-    state.lost_keys = lost;
-  }
-  __syncwarp();
-}
-
-// The same of a block's first tile by those that would wait for it, `threads` of them, while its K is on its way: where
-// pages are so small that K is gathered, one warp would take longer. In front of the loop over tiles, where registers
-// are free.
-template <int kKeys, class Args, class Storage>
-BROADHEAD_DEVICE void check_first_pages(const Args& args, Storage& smem, int threads) {
-  if (!args.maps.gather) return;
-  barrier_wait(smem.tile_full[0], 0);
-  auto& tile = smem.tiles[0];
-  if (tile.valid && tile.state.range.begin < tile.state.range.end) {
-    const int thread = static_cast<int>(threadIdx.x) - 128;
-    if (finds_lost_page(args.params, TilePages(tile.state, args.params, kKeys), thread, threads)) {
-      tile.state.lost_keys = 1;
-    }
-  }
-  named_barrier_sync(kPagesBarrier, threads);
-}
-
-// Before a tile's lost_keys is read.
-template <class Storage>
-BROADHEAD_DEVICE void wait_pages(const AttnParams& params, Storage& smem, const SlotState& slot) {
-  if (params.page_table != nullptr) barrier_wait(smem.pages_checked[slot.stage()], slot.parity());
-}
-
 // What the leader of a cluster, rank 0, tells the others of the next tile. It alone reads the lengths: with others of
 // their own, which another stream could have changed, the blocks would wait for each other for ever.
 struct WorkMessage {
@@ -235,10 +151,8 @@ BROADHEAD_DEVICE void post_tiles(const Args& args, SharedStorage& smem) {
   constexpr int kCluster = Traits::kCluster;
   const AttnParams& params = args.params;
   const WorkPlan& plan = args.plan;
-  const bool paged = params.page_table != nullptr;
   const int lane = threadIdx.x % 32;
   const std::uint32_t rank = kCluster > 1 ? cluster_rank() : 0;
-  if (lane == 0) smem.checked.table = nullptr;
   WorkCursor cursor;
   SlotState slot;
   SlotState mail;
@@ -274,24 +188,18 @@ BROADHEAD_DEVICE void post_tiles(const Args& args, SharedStorage& smem) {
       if (!work.valid || splits > 0) barrier_arrive(smem.tile_full[slot.stage()]);
     }
     splits = __shfl_sync(0xffffffffu, splits, 0);
-    __syncwarp();  // one lane has made the state
     if (!work.valid) return;
-    const auto check = [&] {
-      if (!args.maps.gather || slot.advanced()) check_pages(posted.state, params, smem.checked, Traits::kTileN);
-      if (lane == 0) barrier_arrive(smem.pages_checked[slot.stage()]);
-    };
-    // Of a tile whose loads begin near their end the next is drawn first: its index is on its way meanwhile.
-    const bool checks = paged && splits > 0;
-    const bool checks_late = checks && rank == 0 && posted.state.range.end - posted.state.range.begin <= kBlocksAhead;
-    if (checks && !checks_late) check();
-    // A tile taken now would wait in this block while others run dry.
-    // It has as many phases as tiles were posted.
-    if (splits > 0 && rank == 0) barrier_wait(smem.next_wanted, slot.stage());
+    if (splits > 0) {
+      slot.advance();
+      // A tile taken now would wait in this block while others run dry.
+      // It has as many phases as tiles were posted.
+      if (rank == 0) barrier_wait(smem.next_wanted, slot.stage() ^ 1);
+    }
+
+    if (rank != 0) continue;
     unsigned next = 0;
-    if (rank == 0 && lane == 0) next = atomicAdd(reinterpret_cast<unsigned*>(params.tile_counter), 1u);
-    if (checks_late) check();
-    if (splits > 0) slot.advance();
-    if (rank == 0) index = static_cast<int>(__shfl_sync(0xffffffffu, next, 0)) + gridDim.x / kCluster;
+    if (lane == 0) next = atomicAdd(reinterpret_cast<unsigned*>(params.tile_counter), 1u);
+    index = static_cast<int>(__shfl_sync(0xffffffffu, next, 0)) + gridDim.x / kCluster;
   }
 }
 
