@@ -146,6 +146,6 @@ def call_mapped(entry: Entry, given: dict[str, Any], rng: random.Random) -> tupl
     if not name or name in entry.written:
         got, written = entry.run(given)
         return [memory_of(x).clone() for x in got], written
-    copies = torch.stack([given[name]] * 2)
+    copies = given[name].expand(2, *given[name].shape)
     got = torch.vmap(lambda x: tuple(entry.run(given | {name: x})[0]))(copies)
     return [memory_of(x[rng.randrange(2)]).clone() for x in got], {key: given[key] for key in entry.written}

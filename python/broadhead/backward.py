@@ -14,7 +14,7 @@ from .errors import InvalidArgumentError, InvalidTypeError
 from .forward import describe_call, select
 from .inputs import read_tensors
 from .layout import refuse_strided
-from .plain import plain, plain_fields, refuse_tangents, refuse_transformed, runs_as_operator
+from .plain import plain, plain_fields, refuse_tangents, refuse_transformed, resolved, runs_as_operator
 from .problem import AttentionArgs, CheckedCall, check_forward, out_dtype, refuse_float8_gradient
 
 
@@ -111,6 +111,8 @@ def check_stored(function: str, name: str, out: Any, like: Any) -> None:
     check.check_device(function, name, tensor, like.device)
     check.check_same_dtype(function, name, tensor, like.dtype)
     refuse_strided(function, name, tensor)
+    if not is_dynamo_compiling():
+        resolved(function, name, tensor, written=True)
 
 
 def store_gradient(out: Tensor | None, grad: Tensor, cu_seqlens: Tensor | None, seqused: Tensor | None) -> Tensor:

@@ -13,7 +13,7 @@ from .errors import InvalidArgumentError, InvalidTypeError, UnsupportedError
 from .fallback_notice import settle_operation
 from .layout import contiguous, refuse_strided
 from .metadata import CURRENT_STREAM
-from .plain import has_tangent, is_autocast, mark_written, plain, refuse_transformed, runs_as_operator
+from .plain import has_tangent, is_autocast, mark_written, plain, refuse_transformed, resolved, runs_as_operator
 from .problem import needs_gradients
 from .validation import FLOAT_DTYPES
 
@@ -143,6 +143,7 @@ def flash_attn_combine(
         out = plain(function, "out", out, written=True)
     elif out is not None and not is_dynamo_compiling():
         refuse_transformed(function, "out=", out_partial, lse_partial, out)
+        resolved(function, "out", out, written=True)
     out_partial = contiguous(check_floating(function, "out_partial", out_partial))
     lse_partial = check_floating(function, "lse_partial", lse_partial)
     if out_partial.dim() not in (4, 5) or out_partial.shape[0] < 1:

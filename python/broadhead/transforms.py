@@ -5,13 +5,14 @@ Operators of torch.library know neither transform, autograd functions that name 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import UnsupportedError
-from .plain import refuse_forward_mode
+from .plain import is_autocast, refuse_forward_mode
 
 _NUM_GRADIENTS = 5  # of q, k, v, qv and sinks
 
@@ -31,7 +32,9 @@ def _map_entries(function: Any, batch_size: int, in_dims: tuple[int | None, ...]
         function(*(x if dim is None else x.select(dim, entry) for x, dim in zip(inputs, in_dims, strict=True)))
         for entry in range(batch_size)
     ]
-    return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
+    with torch.autocast(results[0][0].device.type, enabled=False) if is_autocast(results[0][0]) else nullcontext():
+        stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+    return stacked, (0,) * len(stacked)
 
 
 def differentiate(backward: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
