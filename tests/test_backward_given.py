@@ -188,7 +188,7 @@ def test_gradcheck(layout: str, causal: bool, seed: int) -> None:
         return broadhead.mha_fwd(*leaves, causal=causal, **options, **lengths)[0]
 
     leaves = tuple(x.requires_grad_() for x in (q, k, v))
-    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=True)  # every element takes minutes
     out = function(*leaves)
     dout = torch.randn_like(out)
     want = torch.autograd.grad(out, leaves, dout)

@@ -25,7 +25,7 @@ BF16 = torch.bfloat16
 def no_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     """Launches are the fields that the compiled module would get: it takes those of CUDA devices alone."""
     module = SimpleNamespace(connect=lambda **hooks: None, Launch=lambda **fields: fields)
-    monkeypatch.setattr(cuda_backend, "_module", lambda: module)
+    monkeypatch.setattr(cuda_backend, "connected_module", lambda: module)
 
 
 def int32(*values: int) -> torch.Tensor:
