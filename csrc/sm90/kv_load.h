@@ -200,7 +200,8 @@ struct GatheredRows {
   static constexpr int kGroups = (kRows / 8 + kWarps - 1) / kWarps;  // of a warp
   static constexpr int kReads = (kGroups + 3) / 4;
   static constexpr long long kDead = -1;  // nobody sees the key
-  // It lies on a page that the pool does not have. Odd, as the begin of no row is.
+  // It lies on a page that the pool does not have. A bit that is 0 in every offset of a row: rows begin at multiples of
+  // 16 bytes.
   static constexpr long long kLost = 1;
   int page[kReads];
   int slot[kReads];  // -1: dead

@@ -143,7 +143,7 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.num_inputs = len(inputs)
+        """Nothing is kept: its derivative is refused."""
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[None, ...]:
