@@ -48,6 +48,19 @@ BROADHEAD_DEVICE float select_below(float x, float bound, float below, float oth
   return selected;
 }
 
+// x == -inf ? x : other, likewise.
+BROADHEAD_DEVICE float keep_minus_infinity(float x, float other) {
+  float selected;
+  asm("{\n"
+      ".reg .pred p;\n"
+      "setp.eq.f32 p, %1, 0fFF800000;\n"
+      "selp.f32 %0, %1, %2, p;\n"
+      "}"
+      : "=f"(selected)
+      : "f"(x), "f"(other));
+  return selected;
+}
+
 // Two numbers rounded to nearest even, `lo` in the low half.
 template <class Element>
 BROADHEAD_DEVICE std::uint32_t pack_pair(float lo, float hi) {

@@ -1,11 +1,35 @@
-// What happens to raw scores before the softmax: softcap (or a scale that is not positive) and the mask.
+// What happens to scores beside the products: keys that do not exist, softcap (or a scale that is not positive), the
+// mask.
 #pragma once
 
 #include "common/tile_state.h"
 
 namespace broadhead {
 
-// Scores of the scale and softcap of a tile; only where scale.transform.
+// S of a key block to which its products are still to be added: -inf for keys that do not exist, 0 for the others. K is
+// zeros there, so -inf is what stays. `missing(n)`: bits 0 and 1 say so of the lane's two keys of tile n. PERF: at this
+// point S is about to be written anyway; hiding such keys among the masks, where S, O and P are all in registers, makes
+// many kernels spill.
+template <int kMmaM, int kMmaN, class Missing>
+BROADHEAD_DEVICE void begin_scores(float (&s)[kMmaM][kMmaN][4], const Missing& missing) {
+  BROADHEAD_UNROLL
+  for (int n = 0; n < kMmaN; ++n) {
+    const std::uint32_t bits = missing(n);
+    BROADHEAD_UNROLL
+    for (int c = 0; c < 2; ++c) {
+      const float first = (bits >> c) & 1 ? -INFINITY : 0.f;
+      BROADHEAD_UNROLL
+      for (int m = 0; m < kMmaM; ++m) s[m][n][c] = s[m][n][c + 2] = first;
+    }
+  }
+}
+
+// What begin_scores asks for, of a bit a key: `word` has those of keys 32 * (n / 4) and on.
+BROADHEAD_DEVICE std::uint32_t missing_pair(std::uint32_t word, int n) {
+  return word >> (n % 4 * 8 + threadIdx.x % 4 * 2);
+}
+
+// Scores of the scale and softcap of a tile; only where scale.transform. A key that does not exist keeps its -inf.
 template <int kMmaM, int kMmaN>
 BROADHEAD_DEVICE void transform_scores(float (&s)[kMmaM][kMmaN][4], const ScoreScale& scale) {
   const auto each = [&](const auto& apply) {
@@ -14,7 +38,9 @@ BROADHEAD_DEVICE void transform_scores(float (&s)[kMmaM][kMmaN][4], const ScoreS
       BROADHEAD_UNROLL
       for (int n = 0; n < kMmaN; ++n) {
         BROADHEAD_UNROLL
-        for (int c = 0; c < 4; ++c) s[m][n][c] = apply(s[m][n][c]);
+        for (int c = 0; c < 4; ++c) {
+          s[m][n][c] = keep_minus_infinity(s[m][n][c], apply(s[m][n][c]));
+        }
       }
     }
   };

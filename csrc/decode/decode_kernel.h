@@ -167,6 +167,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
       const std::uint32_t first = next_stage(full);
       const bool issued = loader.issue_k(queue.found);
       clear_scores<Traits>(s);
+      if (const std::uint32_t missing = loader.missing_keys(first); __builtin_expect(missing != 0, 0)) {
+        begin_scores(s, [&](int n) { return missing_pair(missing, n); });
+      }
       if constexpr (Traits::kWithQv) qk_gemm_beside<Traits>(s, q_registers, first + beside_lane);
       qk_gemm<Traits>(s, q_registers, q, first + k_lane);
       if constexpr (Traits::kColGroups > 1) {
@@ -197,12 +200,15 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
         }
       }
       softmax.template exponentiate<0, Traits::kMmaN>(s, scale_log2, [](float x) { return exp2_approx(x); });
+      Probabilities<Traits> p;  // half as many registers as S
+      BROADHEAD_UNROLL
+      for (int step = 0; step < Traits::kKeys / 16; ++step) pack_p<Traits>(p[step], s, step);
       std::uint32_t v = first;
       if constexpr (!Traits::kWithQv) {
         v = next_stage(full && issued);
         if (issued) loader.issue_v();
       }
-      pv_gemm<Traits>(o, s, v + v_lane);
+      pv_gemm<Traits>(o, p, v + v_lane);
       loader.block_done();
     }
     q_is_read = QTile<Traits>::kInRegisters && queue.found - queue.taken > 1;

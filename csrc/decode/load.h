@@ -53,6 +53,11 @@ class Loader {
     advance();
   }
 
+  // Of the block that is multiplied next, whose slice of K is in `stage`: a bit for each key that does not exist.
+  BROADHEAD_DEVICE std::uint32_t missing_keys(std::uint32_t stage) const {
+    return page_size_.size != 0 ? missing_beside(stage) : 0;
+  }
+
   // Key blocks that were copied, or are being, and have not been multiplied.
   BROADHEAD_DEVICE int ahead() const { return ahead_; }
   BROADHEAD_DEVICE void block_done() { --ahead_; }
@@ -73,6 +78,11 @@ class Loader {
   BROADHEAD_DEVICE static int first_row() { return lane() / kLanesPerRow; }
   BROADHEAD_DEVICE static int first_col() { return Traits::col_group(warp()) * Traits::kCols + unit() * kUnitElements; }
   BROADHEAD_DEVICE const CopySource<KvElement>& source() const { return smem_.source[warp()]; }
+
+  // What is noted beside the stage of any warp in which `address` lies.
+  BROADHEAD_DEVICE std::uint32_t& missing_beside(std::uint32_t address) const {
+    return smem_.missing[(address - smem_address(smem_.ring)) / Traits::kStageBytes];
+  }
 
   BROADHEAD_DEVICE void advance() {
     cp_async_commit();
@@ -166,12 +176,15 @@ class Loader {
     const bool even = is_even();
     const int key = block_ * Traits::kKeys + (even ? 0 : lane() % Traits::kKeys);
     const bool exists = static_cast<unsigned>(page_) < params_.pages;
+    unsigned missing = 0;
     even_ = even && exists;
     if (__builtin_expect(!even_, 0)) {
       const unsigned live = __ballot_sync(0xffffffffu, from.is_live(key));
       alive_ = live & __ballot_sync(0xffffffffu, exists);
+      missing = live & ~alive_;
       if (!exists) page_ = 0;
     }
+    if (page_size_.size != 0 && lane() == 0) missing_beside(target_) = missing;
     int slot = key;
     if (page_size_.size != 0) {
       slot += from.leftpad;

@@ -121,7 +121,7 @@ struct DecodeTraits {
   static constexpr int kTileCost = ceil_div(kTileCostBytes / kMinBlocks, kKeyBlockBytes);
 
   static_assert(kWarps % kKeyGroups == 0 && (kCols == 64 || kCols == 128));
-  static_assert(kTileM % 16 == 0 && (kKeys == 16 || kKeys == 32 || kKeys == 64));
+  static_assert(kTileM % 16 == 0 && (kKeys == 16 || kKeys == 32), "a lane speaks for a key");
   static_assert(!kWithQv || (!k8Bit && kBesideBytes == 32), "beside_offset knows two units a row");
   static_assert((kStages - 1) % kStagesPerBlock == 0 && kBlocksAhead >= 1, "a whole number of blocks is ahead");
 
@@ -137,6 +137,7 @@ struct DecodeTraits {
     float2 stats[kKeyGroups][kTileM];  // a row's maximum and sum over the keys of a group
     DecodeRow rows[kTileM];
     CopySource<KvElement> source[kWarps];  // what a warp copies from
+    std::uint32_t missing[kWarps * kStages];  // paged, beside a slice of K: a bit for each key that does not exist
     ItemQueue queue[kWarps];
     DecodeTile tile;
     BlockParts parts;

@@ -60,6 +60,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   if (thread == 0) {
     const WorkTile tile = work_tile(blockIdx.x, m_blocks, params.pack_gqa ? params.num_heads_kv : params.num_heads_q,
                                     params.batch, params.heads_per_section);
+    smem.any_missing = 0;
     set_lengths(smem.state, read_lengths(params, tile.batch));
     make_tile_state(smem.state, params, tile, split,
                     {.rows = Traits::kTileM,
@@ -87,6 +88,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
                                     page * params.v_strides.batch + slot * params.v_strides.row};
     } else {
       page_buffer(block)[thread] = {-1, -1};
+      smem.any_missing = 1;
     }
   };
   if (paged && thread < Traits::kTileN) {
@@ -195,6 +197,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     for (int m = 0; m < Traits::kMmaM; ++m) {
       BROADHEAD_UNROLL
       for (int n = 0; n < Traits::kMmaN; ++n) s[m][n][0] = s[m][n][1] = s[m][n][2] = s[m][n][3] = 0.f;
+    }
+    if (paged && smem.any_missing != 0) {
+      const typename Traits::PagedRow* rows = page_buffer(block) + warp_n * Traits::kKeysPerWarp + lane % 4 * 2;
+      begin_scores(s, [&](int n) { return rows[n * 8].missing() | rows[n * 8 + 1].missing() << 1; });
     }
     BROADHEAD_UNROLL
     for (int chunk = 0; chunk < Traits::kKChunks; ++chunk) {

@@ -31,6 +31,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) forward_kernel(const __gr
       barrier_init(smem.k_empty[i], Traits::kConsumerWarps);
       barrier_init(smem.v_full[i], fills);
       barrier_init(smem.v_empty[i], Traits::kConsumerWarps);
+      smem.missing[i].clear();
     }
     barrier_init_fence();
     wait_for_predecessor();  // nothing before reads or writes global memory

@@ -52,19 +52,22 @@ BROADHEAD_DEVICE void load_tiles(const KernelArgs& args, typename Traits::Shared
     BoxPlace place = place_of(range.end - 1);
     for (int block = range.end - 1; block >= range.begin; --block) {
       if (paged) place = existing_place(params, place);
+      const std::uint32_t stage = ring.stage();
+      bool note = false;
       if (loads_k) {
         k_boxes.take(place, block * Traits::kTileN);
         k_boxes.prepare(0);
+        note = paged && smem.missing[stage].changes(k_boxes.is_missing(params), 0);
       }
       if (loads_v) {
         v_boxes.take(place, block * Traits::kTileN);
         v_boxes.prepare(0);
       }
       place = place_of(block - 1);  // a block ahead, so that its latency is hidden
-      const std::uint32_t stage = ring.stage();
       if (loads_k) {
         if (leader) want_next(smem.next_wanted, range, block);
         barrier_wait(smem.k_empty[stage], ring.parity() ^ 1);
+        if (note) smem.missing[stage].note_boxes(k_boxes.is_missing(params), box_rows);
         k_boxes.load(0, smem_address(smem.k[stage]), smem.k_full[stage]);
         if (block == range.end - 1) {
           wait_and_load_q<Traits>(args, q_at, smem, leader, q_parity);
@@ -98,7 +101,10 @@ BROADHEAD_DEVICE void gather_tiles(const KernelArgs& args, typename Traits::Shar
     const QCoordinates q_at = q_coordinates(args.maps.q, state);
     if (first) prefetch_q<typename Traits::QLayout>(args.maps.q, q_at);
     const auto load_k = [&](const Rows& rows) {
+      auto& missing = smem.missing[k_ring.stage()];
+      const bool note = rows.changes(params, missing, warp);
       barrier_wait(smem.k_empty[k_ring.stage()], k_ring.parity() ^ 1);
+      if (note) rows.note(params, missing, 0, warp, warp);
       gather_stage<typename Traits::KLayout>(params, rows, source.k, params.k_strides, 0, kGroups, 0, params.head_dim,
                                              smem_address(smem.k[k_ring.stage()]), smem.k_full[k_ring.stage()], warp);
       k_ring.advance();

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "common/math.h"
+#include "sm90/missing_keys.h"
 #include "sm90/tensor_maps.h"
 #include "sm90/work_source.h"
 
@@ -104,6 +105,7 @@ struct ForwardTraits {
     Barrier k_empty[kStages];
     Barrier v_full[kStages];
     Barrier v_empty[kStages];
+    MissingKeys<kTileN> missing[kStages];  // of K
   };
   static_assert(sizeof(SharedStorage) <= kSmemLimit_, "the tile does not fit the shared memory its row promises");
 };

@@ -38,6 +38,9 @@ BROADHEAD_DEVICE void gather_fp8_tiles(const KernelArgs& args, typename Traits::
         using VLayout = typename Traits::VLayout;
         GatheredRows<kKeys, 1> rows;
         rows.read(source, block * Traits::kTileN + piece * kKeys, params.page_size, 0);
+        if (rows.changes(params, smem.missing[stage], piece)) {
+          rows.note(params, smem.missing[stage], piece * (kKeys / 8), 0, piece);
+        }
         gather_stage<KLayout>(params, rows, source.k, params.k_strides, 0, kKeys / 8, 0, params.head_dim,
                               smem_address(smem.k[stage]) + piece * (kKeys / 8 * KLayout::kSlabStride),
                               smem.k_full[stage], 0);
@@ -71,6 +74,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) fp8_kernel(const __grid_c
       barrier_init(smem.v_empty[i], Traits::kTransposeWarps);
       barrier_init(smem.transposed_full[i], Traits::kTransposeWarps);
       barrier_init(smem.transposed_empty[i], Traits::kConsumerWarps);
+      smem.missing[i].clear();
     }
     barrier_init_fence();
   }

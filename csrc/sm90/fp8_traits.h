@@ -65,6 +65,7 @@ struct Fp8Traits {
     Barrier v_empty[kStages];  // each transposing warp
     Barrier transposed_full[kStages];   // each transposing warp
     Barrier transposed_empty[kStages];  // each consumer warp
+    MissingKeys<kTileN> missing[kStages];  // of K
   };
   static_assert(sizeof(SharedStorage) <= kSmemLimit_, "the tile does not fit the shared memory its row promises");
 };

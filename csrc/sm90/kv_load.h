@@ -170,6 +170,9 @@ class BoxLoader {
     }
   }
 
+  // Whether existing_place has moved the lane's box.
+  BROADHEAD_DEVICE bool is_missing(const AttnParams& params) const { return paged_ && row_ == params.page_size; }
+
   // To be called before the wait for a stage of the block, once for those that differ only in columns.
   BROADHEAD_DEVICE void prepare(int stage) {
     const int groups = stage_ == stage ? groups_ : 0;
@@ -224,6 +227,34 @@ struct GatheredRows {
   BROADHEAD_DEVICE long long offset(const AttnParams& params, const TensorStrides& strides, int i) const {
     if (slot[i] < 0) return kDead;
     return page_exists(params, page[i]) ? page[i] * strides.batch + slot[i] * strides.row : kLost;
+  }
+
+  BROADHEAD_DEVICE bool is_missing(const AttnParams& params, int i) const {
+    return slot[i] >= 0 && !page_exists(params, page[i]);
+  }
+  BROADHEAD_DEVICE bool any_missing(const AttnParams& params) const {
+    bool any = false;
+    BROADHEAD_UNROLL
+    for (int i = 0; i < kReads; ++i) any = any || is_missing(params, i);
+    return any;
+  }
+
+  // MissingKeys of the warp's rows, `share`.
+  template <class Missing>
+  BROADHEAD_DEVICE bool changes(const AttnParams& params, const Missing& missing, int share) const {
+    return missing.changes(any_missing(params), share);
+  }
+  // `first_unit`: that of row 0.
+  template <class Missing>
+  BROADHEAD_DEVICE void note(const AttnParams& params, Missing& missing, int first_unit, int warp, int share) const {
+    const int lane = threadIdx.x % 32;
+    BROADHEAD_UNROLL
+    for (int i = 0; i < kReads; ++i) {
+      const unsigned bits = __ballot_sync(0xffffffffu, is_missing(params, i));
+      const int unit = (lane / 8 + i * 4) * kWarps + warp;
+      if (lane % 8 == 0 && unit * 8 < kRows) missing.set_unit(first_unit + unit, bits >> lane);
+    }
+    missing.set_flag(__any_sync(0xffffffffu, any_missing(params)), share);
   }
 };
 

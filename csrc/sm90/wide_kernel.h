@@ -107,21 +107,26 @@ struct WideLoader {
     using Layout = typename Traits::KLayout;
     const KvMap& map = args.maps.k;
     const BlockRange range = state.range;
+    const bool paged = args.params.page_table != nullptr;
     BoxPlace place = place_of(state, map, range.end - 1);
     if constexpr (!Traits::kWithQv) load_q(state, leader);
     auto boxes = boxes_of<Layout, Traits::kTileN>(state, map);
     for (int block = range.end - 1; block >= range.begin; --block) {
       boxes.take(existing_place(args.params, place), block * Traits::kTileN);
       boxes.prepare(0);
+      auto& missing_keys = smem.missing[Traits::kWithQv ? 0 : k_ring.stage()];
+      const bool note = paged && missing_keys.changes(boxes.is_missing(args.params), 0);
       place = place_of(state, map, block - 1);  // a block ahead, so that its latency is hidden
       if (leader) want_next(smem.next_wanted, range, block);
       if constexpr (Traits::kWithQv) {
         wait_k();
+        if (note) missing_keys.note_boxes(boxes.is_missing(args.params), map.box_rows);
         boxes.load(0, smem_address(smem.k), smem.k_full);
       } else {
 #pragma unroll 1
         for (int chunk = 0; chunk < Traits::kKChunks; ++chunk) {
           const std::uint32_t stage = next_stage(k_ring);
+          if (note && chunk == 0) missing_keys.note_boxes(boxes.is_missing(args.params), map.box_rows);
           boxes.load(chunk * Layout::kSubtiles, smem_address(smem.ring[stage]), smem.full[stage]);
         }
       }
@@ -175,6 +180,8 @@ struct WideLoader {
   BROADHEAD_DEVICE void gather_k(const TileState<Element>& state, const Rows& rows, int warp) {
     using Layout = typename Traits::KLayout;
     const AttnParams& params = args.params;
+    auto& missing_keys = smem.missing[Traits::kWithQv ? 0 : k_ring.stage()];
+    const bool note = rows.changes(params, missing_keys, warp);
     if constexpr (Traits::kWithQv) wait_k();
     for (int chunk = 0; chunk < Traits::kKChunks; ++chunk) {
       std::uint32_t target;
@@ -187,6 +194,7 @@ struct WideLoader {
         target = smem_address(smem.ring[stage]);
         full = &smem.full[stage];
       }
+      if (note && chunk == 0) rows.note(params, missing_keys, 0, warp, warp);
       gather_stage<Layout>(params, rows, state.source.k, params.k_strides, 0, Traits::kTileN / 8,
                            chunk * Traits::kKChunk, params.head_dim, target, *full, warp);
     }
@@ -264,6 +272,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) wide_kernel(const __grid_
     for (int i = 0; i < Traits::kStages; ++i) {
       barrier_init(smem.full[i], arrivals);
       barrier_init(smem.empty[i], Traits::kReleases * Traits::kCluster);
+      smem.missing[i].clear();
     }
     barrier_init_fence();
     wait_for_predecessor();  // nothing before reads or writes global memory

@@ -84,6 +84,7 @@ struct WideShape {
     Barrier p_empty[2];  // 8 warps of O
     Barrier inverse_full[2];   // 4 warps of S
     Barrier inverse_empty[2];  // 8 warps of O
+    MissingKeys<kTileN> missing[kStages];  // of a key block, beside the stage of K with its first columns
   };
 };
 

@@ -61,3 +61,49 @@ def test_rows_of_nan(
     tolerance = {"rtol": 3e-2, "atol": 3e-2}
     torch.testing.assert_close(out.flatten(0, -3)[fine], clean.flatten(0, -3)[fine], **tolerance)
     torch.testing.assert_close(lse_rows[fine], clean_lse.transpose(-1, -2).flatten(0, -2)[fine], **tolerance)
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("scores", ["plain", "softcap", "negative"])
+@each_row
+def test_keys_of_missing_pages(
+    row: support.KernelRow,
+    scores: str,
+    page_size: int,
+    only_row: Callable,
+    row_ran: Callable,
+    cuda: torch.device,
+    rng: random.Random,
+) -> None:
+    """A page id that the pool does not have takes its keys away, whatever scores the others have.
+
+    Every query sees every key, so the same pages without those ids, and shorter sequences, must give the same.
+    """
+    only_row(row)
+    options = {"plain": {}, "softcap": {"softcap": 3.0}, "negative": {"softmax_scale": -0.2}}[scores]
+    pages = (300 // page_size, 64 // page_size, 160 // page_size)
+    lengths = tuple(n * page_size for n in pages)
+    queries = (1,) * 3 if row.phase == "decode" else (70, 3, 129)
+    call = row_call(row, "kvcache", queries, lengths, ragged_q=True, heads_q=4, page_size=page_size, **options)
+    built = build(call, cuda, rng)
+    whole = built.kwargs["page_table"]
+    gaps, short, left = whole.clone(), whole.clone(), []
+    for b, n in enumerate(pages):
+        # The first, the last, and some between; of the second sequence all.
+        missing = {0, n - 1, *rng.sample(range(n), n // 3)} if b != 1 else set(range(n))
+        for i in missing:
+            gaps[b, i] = rng.choice((-1, -(2**31), 2**31 - 1, int(built.kwargs["k_cache"].shape[0])))
+        kept = [int(whole[b, i]) for i in range(n) if i not in missing]
+        short[b, : len(kept)] = torch.tensor(kept, dtype=torch.int32, device=cuda)
+        left.append(len(kept) * page_size)
+    fewer = torch.tensor(left, dtype=torch.int32, device=cuda)
+    want, want_lse = (x.clone() for x in built.run(page_table=short, cache_seqlens=fewer))
+    built.out_store.fill_(float("nan"))
+    out, lse = built.run(page_table=gaps)
+    assert row_ran(dtype=call.dtype).id == row.id
+    tolerance = {"rtol": 3e-2, "atol": 3e-2}
+    for b, (mine, other) in enumerate(zip(built.split(out), built.split(want), strict=True)):
+        torch.testing.assert_close(mine, other, **tolerance, msg=lambda text, b=b: f"{call}, sequence {b}: {text}")
+    for mine, other in zip(built.split_lse(lse), built.split_lse(want_lse), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-3)
+    assert (built.split_lse(lse)[1] == float("-inf")).all() and (built.split(out)[1] == 0).all()
