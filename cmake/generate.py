@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Writes what follows from the table (python/broadhead/support.py): instantiations, registries, the README matrix.
+"""Writes what follows from the table of kernels (python/broadhead/support.py) and from the list of arguments.
 
 ``generate.py sources --archs "80;90a" --out DIR`` writes, for every kernel family, one .cu per tile shape, the registry
 of the kernels that this build holds, and ``instantiations.cmake`` which names the sources and their architectures.
-``generate.py readme README.md [--check]`` rewrites (or verifies) the support matrix between its two markers.
+``generate.py arguments --out FILE`` writes the arguments of a call (python/broadhead/call/arguments.py) for the compiled
+module. ``generate.py readme README.md [--check]`` rewrites (or verifies) the support matrix between its two markers.
 """
 
 from __future__ import annotations
@@ -29,13 +30,30 @@ COMMON_SOURCES = tuple(
 )
 
 
-def load_table() -> ModuleType:
-    """The table as a module, without importing the package (which needs torch)."""
-    spec = importlib.util.spec_from_file_location("broadhead_support", ROOT / "python/broadhead/support.py")
+def load_module(path: str) -> ModuleType:
+    """A module of the package, without importing the package (which needs torch)."""
+    spec = importlib.util.spec_from_file_location(f"broadhead_{Path(path).stem}", ROOT / "python/broadhead" / path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def load_table() -> ModuleType:
+    return load_module("support.py")
+
+
+def arguments_inc() -> str:
+    """A line for each argument of a call, for an includer that defines BROADHEAD_ARGUMENT."""
+    lines = [
+        "// The arguments of a call in their order: constant, name, whether it is a tensor, whether kernels choose by the",
+        "// alignment of its address. Written by cmake/generate.py from python/broadhead/call/arguments.py.",
+    ]
+    for name, argument in load_module("call/arguments.py").ARGUMENTS.items():
+        constant = "k" + "".join(part.capitalize() for part in name.split("_"))
+        flags = (argument.is_tensor, argument.aligned)
+        lines.append(f'BROADHEAD_ARGUMENT({constant}, "{name}", {", ".join(str(flag).lower() for flag in flags)})')
+    return "\n".join([*lines, ""])
 
 
 def family_archs(family: str, archs: list[str]) -> list[str]:
@@ -241,12 +259,18 @@ def main() -> int:
     sources.add_argument("--archs", required=True, help='semicolon-separated, e.g. "80;90a"')
     sources.add_argument("--filter", default="", help="regular expression on kernel ids")
     sources.add_argument("--out", type=Path, required=True)
+    arguments = commands.add_parser("arguments", help="the arguments of a call, for the compiled module")
+    arguments.add_argument("--out", type=Path, required=True)
     readme = commands.add_parser("readme", help="the support matrix")
     readme.add_argument("path", type=Path)
     readme.add_argument("--check", action="store_true")
     options = parser.parse_args()
     if options.command == "readme":
         return update_readme(options.path, options.check)
+    if options.command == "arguments":
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        write_if_changed(options.out, arguments_inc())
+        return 0
     archs = [arch for arch in re.split(r"[;, ]+", options.archs) if arch]
     for arch in archs:
         if not re.fullmatch(r"\d{2,3}[af]?(-real)?", arch):

@@ -16,9 +16,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))  # oracle, compare, cases: for tests/gpu too
 
 import broadhead
-from broadhead import dispatch as dispatch_module
 from broadhead import support
-from broadhead.problem import DTYPE_NAMES
+from broadhead.call.problem import DTYPE_NAMES
+from broadhead.plan import dispatch as dispatch_module
 
 #: One process of many: each takes a GPU of its own among this many, before CUDA is asked for anything.
 GPUS = int(os.environ.get("BROADHEAD_TEST_GPUS", "1"))

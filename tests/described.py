@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from broadhead.device import DeviceDescription
-from broadhead.dispatch import resolve
-from broadhead.native import BuildDescription, FamilyBuild
-from broadhead.problem import AttentionProblem
-from broadhead.schedule import Schedule
+from broadhead.call.problem import AttentionProblem
+from broadhead.plan.device import DeviceDescription
+from broadhead.plan.dispatch import resolve
+from broadhead.plan.native import BuildDescription, FamilyBuild
+from broadhead.plan.schedule import Schedule
 from broadhead.support import ROWS, SMEM_BY_CAPABILITY, KernelRow
 
 ALL_ARCHS = ("80", "86", "89", "90a", "100", "120")

@@ -14,7 +14,7 @@ from typing import Any
 import broadhead
 import torch
 from broadhead import reference
-from broadhead.append_launch import Append, run_append
+from broadhead.run.append import Append, run_append
 from edges import Answer, Edge, answer
 from layouts import NAN, bytes_of, int32
 from torch import Tensor

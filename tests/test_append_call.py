@@ -9,12 +9,16 @@ from typing import Any
 import broadhead
 import pytest
 import torch
-from broadhead import append_call, append_launch, device, fallback_notice, native, signature
-from broadhead.append_call import NewKeys, append_new_keys
-from broadhead.append_launch import Append
+from broadhead.api import append as append_call
+from broadhead.api.append import NewKeys, append_new_keys
+from broadhead.call.problem import AttentionArgs
 from broadhead.errors import FallbackWarning, InvalidArgumentError, InvalidTypeError, UnsupportedError
-from broadhead.native import BuildDescription, FamilyBuild
-from broadhead.problem import AttentionArgs
+from broadhead.plan import device, native
+from broadhead.plan.native import BuildDescription, FamilyBuild
+from broadhead.run import append as append_launch
+from broadhead.run import fallback as fallback_notice
+from broadhead.run import signature
+from broadhead.run.append import Append
 from test_cuda_backend_host import Recorder
 from torch import Tensor
 

@@ -9,7 +9,7 @@ from typing import Any
 import broadhead
 import pytest
 import torch
-from broadhead import append_kv
+from broadhead.reference import append as append_kv
 from cases import GARBAGE_PAGES
 from torch import Tensor
 

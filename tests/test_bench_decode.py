@@ -9,8 +9,8 @@ from typing import Any
 import broadhead
 import pytest
 import torch
-from broadhead.append_kv import apply_rotary
 from broadhead.bench import accuracy, cases, cases_decode, cli, inputs_decode, measure, peers_broadhead, summary
+from broadhead.reference.append import apply_rotary
 from torch import Tensor
 
 CPU = torch.device("cpu")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import broadhead
 import pytest
+from broadhead.call.problem import AttentionArgs
 from broadhead.errors import KernelError
-from broadhead.problem import AttentionArgs
 
 TESTS = Path(__file__).resolve().parent
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")

@@ -9,13 +9,14 @@ from typing import Any
 import broadhead
 import pytest
 import torch
-from broadhead import InvalidArgumentError, cuda_backend
-from broadhead.cuda_backend import make_launch
-from broadhead.dispatch import resolve
-from broadhead.masking import UNBOUNDED_WINDOW
-from broadhead.metadata_request import describe_request
-from broadhead.problem import AttentionArgs, check_forward
-from broadhead.validation import INT32_MAX, MAX_SEQLEN_K
+from broadhead import InvalidArgumentError
+from broadhead.call.masking import UNBOUNDED_WINDOW
+from broadhead.call.metadata_request import describe_request
+from broadhead.call.problem import AttentionArgs, check_forward
+from broadhead.call.validation import INT32_MAX, MAX_SEQLEN_K
+from broadhead.plan.dispatch import resolve
+from broadhead.run import cuda_backend
+from broadhead.run.cuda_backend import make_launch
 from described import FULL, h200
 
 BF16 = torch.bfloat16

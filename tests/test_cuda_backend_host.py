@@ -10,11 +10,13 @@ from typing import Any
 import broadhead
 import pytest
 import torch
-from broadhead import cuda_backend, fallback_notice, metadata, native
-from broadhead.device import DeviceDescription
-from broadhead.dispatch import MetadataConfig, resolve
-from broadhead.native import BuildDescription, FamilyBuild
-from broadhead.problem import AttentionArgs, check_forward
+from broadhead.call.problem import AttentionArgs, check_forward
+from broadhead.plan import native
+from broadhead.plan.device import DeviceDescription
+from broadhead.plan.dispatch import MetadataConfig, resolve
+from broadhead.plan.native import BuildDescription, FamilyBuild
+from broadhead.run import cuda_backend, metadata
+from broadhead.run import fallback as fallback_notice
 from broadhead.support import ROWS
 from torch import Tensor
 

@@ -8,18 +8,11 @@ from typing import Any
 import broadhead
 import pytest
 import torch
-from broadhead.device import hypothetical
-from broadhead.dispatch import resolve
-from broadhead.metadata_request import describe_request
-from broadhead.problem import AttentionArgs, check_forward
-from broadhead.support import (
-    CAPABILITIES,
-    DECODE_MAX_ROWS,
-    HOPPER_MIN_ROWS_QV,
-    ROWS,
-    SMEM_227KB,
-    KernelRow,
-)
+from broadhead.call.metadata_request import describe_request
+from broadhead.call.problem import AttentionArgs, check_forward
+from broadhead.plan.device import hypothetical
+from broadhead.plan.dispatch import resolve
+from broadhead.support import CAPABILITIES, DECODE_MAX_ROWS, HOPPER_MIN_ROWS_QV, ROWS, SMEM_227KB, KernelRow
 from described import ALL_ARCHS, CAUSAL, FULL, build_of, h200, problem, schedule, without_family
 
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn

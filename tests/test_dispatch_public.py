@@ -7,9 +7,11 @@ import warnings
 import broadhead
 import pytest
 import torch
-from broadhead import device as device_module
-from broadhead import fallback_notice, forward, native
-from broadhead.native import NO_KERNELS
+from broadhead.plan import device as device_module
+from broadhead.plan import native
+from broadhead.plan.native import NO_KERNELS
+from broadhead.run import fallback as fallback_notice
+from broadhead.run import forward
 from broadhead.support import EXTRA_FEATURES, FEATURES, ROWS
 from described import FULL, build_of, h200, problem
 

@@ -11,9 +11,14 @@ from typing import Any
 import broadhead
 import pytest
 import torch
-from broadhead import append_launch, combine, device, dispatch, fallback_notice, forward, merge_states
-from broadhead.dispatch import resolve
-from broadhead.native import NO_KERNELS
+from broadhead.api import combine
+from broadhead.api import merge as merge_states
+from broadhead.plan import device, dispatch
+from broadhead.plan.dispatch import resolve
+from broadhead.plan.native import NO_KERNELS
+from broadhead.run import append as append_launch
+from broadhead.run import fallback as fallback_notice
+from broadhead.run import forward
 from described import FULL, build_of, h200, problem
 
 Call = Callable[[], Any]

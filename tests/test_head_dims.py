@@ -5,9 +5,9 @@ from __future__ import annotations
 import broadhead
 import pytest
 import torch
-from broadhead import native
-from broadhead.device import CPU
-from broadhead.native import NO_KERNELS
+from broadhead.plan import native
+from broadhead.plan.device import CPU
+from broadhead.plan.native import NO_KERNELS
 from broadhead.support import CAPABILITIES
 from described import FULL, build_of, h200, without_family
 

@@ -8,8 +8,8 @@ from typing import Any
 import broadhead
 import pytest
 import torch
-from broadhead import metadata as metadata_module
-from broadhead.validation import MAX_SPLITS
+from broadhead.call.validation import MAX_SPLITS
+from broadhead.run import metadata as metadata_module
 
 np = pytest.importorskip("numpy")
 

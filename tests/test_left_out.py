@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from broadhead import native
-from broadhead.dispatch import resolve
 from broadhead.errors import FallbackWarning
+from broadhead.plan import native
+from broadhead.plan.dispatch import resolve
 from described import build_of, h200, problem
 
 EMPTY = {"families": {}, "errors": {}}

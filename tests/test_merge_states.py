@@ -7,7 +7,10 @@ from typing import Any
 import broadhead
 import pytest
 import torch
-from broadhead import fallback_notice, merge_states, native, signature
+from broadhead.api import merge as merge_states
+from broadhead.plan import native
+from broadhead.run import fallback as fallback_notice
+from broadhead.run import signature
 from test_cuda_backend_host import Recorder
 from torch import Tensor
 

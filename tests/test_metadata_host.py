@@ -8,12 +8,12 @@ from typing import Any
 import broadhead
 import pytest
 import torch
-from broadhead import metadata
-from broadhead.device import DeviceDescription
-from broadhead.dispatch import resolve
-from broadhead.metadata import describe_request, metadata_size
-from broadhead.native import BuildDescription, FamilyBuild
-from broadhead.problem import AttentionArgs, check_forward
+from broadhead.call.problem import AttentionArgs, check_forward
+from broadhead.plan.device import DeviceDescription
+from broadhead.plan.dispatch import resolve
+from broadhead.plan.native import BuildDescription, FamilyBuild
+from broadhead.run import metadata
+from broadhead.run.metadata import describe_request, metadata_size
 from broadhead.support import ROWS
 from torch import Tensor
 

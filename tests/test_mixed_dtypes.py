@@ -9,8 +9,9 @@ import broadhead
 import compare
 import pytest
 import torch
-from broadhead import InvalidArgumentError, InvalidTypeError, UnsupportedError, dispatch, support
-from broadhead.problem import AttentionArgs, check_forward
+from broadhead import InvalidArgumentError, InvalidTypeError, UnsupportedError, support
+from broadhead.call.problem import AttentionArgs, check_forward
+from broadhead.plan import dispatch
 from cases import Case, Spec, build
 from described import ALL_ARCHS, FULL, build_of, h200, problem
 from torch import Tensor
@@ -48,7 +49,7 @@ def paged(dtype: torch.dtype = BF16, head_dim: int = 64) -> dict[str, Any]:
 @pytest.mark.parametrize("dtype", QUERY_DTYPES, ids=str)
 def test_problem(dtype: torch.dtype) -> None:
     found = check_forward("f", dense(dtype, k_descale=torch.ones(2, 2))).problem
-    assert (found.dtype, found.kv_dtype) == (broadhead.problem.DTYPE_NAMES[dtype], NAME)
+    assert (found.dtype, found.kv_dtype) == (DTYPE_NAMES[dtype], NAME)
     assert "descale" in found.features and found.obstacles == ()
     for uniform in (dtype, E4M3):
         same = dense(uniform, k=torch.randn(2, 7, 2, 32).to(uniform), v=torch.randn(2, 7, 2, 48).to(uniform))
@@ -299,7 +300,7 @@ def test_metadata_of_either_dtype_serves_where_kv_dtype_is_left_out(
 
 
 def test_metadata_of_the_right_dtypes_has_the_plan_of_the_call() -> None:
-    from broadhead.metadata_request import describe_request
+    from broadhead.call.metadata_request import describe_request
 
     call = paged()
     args = AttentionArgs(

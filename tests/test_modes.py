@@ -14,7 +14,7 @@ import broadhead
 import pytest
 import torch
 from broadhead import UnsupportedError
-from broadhead import metadata as metadata_module
+from broadhead.run import metadata as metadata_module
 from entries import Entry, Passing, Subclass, Wrapper, backward_entries, entries
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode

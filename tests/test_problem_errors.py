@@ -9,8 +9,8 @@ import broadhead
 import pytest
 import torch
 from broadhead import InvalidArgumentError, InvalidTypeError
-from broadhead.masking import UNBOUNDED_WINDOW, mask_width, normalize_window, visible_interval
-from broadhead.problem import AttentionArgs, check_forward
+from broadhead.call.masking import UNBOUNDED_WINDOW, mask_width, normalize_window, visible_interval
+from broadhead.call.problem import AttentionArgs, check_forward
 from torch import Tensor
 
 NAN = float("nan")

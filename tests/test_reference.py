@@ -10,7 +10,8 @@ from typing import Any
 import compare
 import pytest
 import torch
-from broadhead import reference, reference_core
+from broadhead import reference
+from broadhead.reference import core as reference_core
 from cases import Case, Spec, build
 from torch import Tensor
 from torch.fx.experimental import _config as shape_config

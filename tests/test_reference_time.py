@@ -9,7 +9,7 @@ from typing import Any
 import broadhead
 import pytest
 import torch
-from broadhead import reference_sdpa
+from broadhead.reference import sdpa as reference_sdpa
 from torch import Tensor
 
 sdpa = torch.nn.functional.scaled_dot_product_attention

@@ -7,9 +7,11 @@ from typing import Any
 import broadhead
 import pytest
 import torch
-from broadhead import append_call, shared_prefix, signature
-from broadhead.append_call import NewKeys, append_new_keys
-from broadhead.problem import AttentionArgs
+from broadhead.api import append as append_call
+from broadhead.api import shared_prefix
+from broadhead.api.append import NewKeys, append_new_keys
+from broadhead.call.problem import AttentionArgs
+from broadhead.run import signature
 from entries import Entry, backward_entries, entries
 from torch import Tensor
 

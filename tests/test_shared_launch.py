@@ -7,11 +7,12 @@ from typing import Any
 import broadhead
 import pytest
 import torch
-from broadhead import cuda_backend, shared_launch
-from broadhead import validation as check
-from broadhead.dispatch import refusals, resolve
-from broadhead.problem import AttentionArgs
-from broadhead.shared_launch import MAX_ELEMENTS, MAX_WORK, Composed, OneLaunch, decide
+from broadhead.call import validation as check
+from broadhead.call.problem import AttentionArgs
+from broadhead.plan.dispatch import refusals, resolve
+from broadhead.run import cuda_backend
+from broadhead.run import shared_prefix as shared_launch
+from broadhead.run.shared_prefix import MAX_ELEMENTS, MAX_WORK, Composed, OneLaunch, decide
 from described import FULL, h200, problem, schedule
 from test_cuda_backend_host import Recorder, recorder  # noqa: F401
 

@@ -9,11 +9,12 @@ from typing import Any
 import broadhead
 import pytest
 import torch
-from broadhead import InvalidArgumentError, InvalidTypeError, forward
-from broadhead.device import hypothetical
-from broadhead.dispatch import refusal_text, resolve
-from broadhead.metadata_request import describe_request
-from broadhead.problem import AttentionArgs, check_forward
+from broadhead import InvalidArgumentError, InvalidTypeError
+from broadhead.call.metadata_request import describe_request
+from broadhead.call.problem import AttentionArgs, check_forward
+from broadhead.plan.device import hypothetical
+from broadhead.plan.dispatch import refusal_text, resolve
+from broadhead.run import forward
 from described import FULL, h200, problem, schedule, without_family
 from torch import Tensor
 

@@ -12,49 +12,29 @@
 
 namespace broadhead {
 
-// The arguments of a call, in the order of AttentionArgs (python/broadhead/problem.py).
+// The arguments of a call, in the order of AttentionArgs (python/broadhead/call/arguments.py).
 enum Argument {
-  kQ,
-  kK,
-  kV,
-  kQv,
-  kOut,
-  kCuSeqlensQ,
-  kCuSeqlensK,
-  kSeqUsedQ,
-  kSeqUsedK,
-  kMaxSeqlenQ,
-  kMaxSeqlenK,
-  kPageTable,
-  kKvBatchIdx,
-  kLeftpadK,
-  kQDescale,
-  kKDescale,
-  kVDescale,
-  kSoftmaxScale,
-  kCausal,
-  kWindowSize,
-  kAttentionChunk,
-  kSoftcap,
-  kSchedulerMetadata,
-  kNumSplits,
-  kPackGqa,
-  kSmMargin,
-  kSinks,
-  kPrefixLens,
-  kBackend,
-  kTokensPerSplit,
+#define BROADHEAD_ARGUMENT(constant, name, is_tensor, is_aligned) constant,
+#include "bindings/arguments.inc"
+#undef BROADHEAD_ARGUMENT
   kArgumentCount
 };
 
-constexpr bool is_tensor(int argument) {
-  constexpr std::uint32_t kValues = 1u << kMaxSeqlenQ | 1u << kMaxSeqlenK | 1u << kSoftmaxScale | 1u << kCausal |
-                                    1u << kWindowSize | 1u << kAttentionChunk | 1u << kSoftcap | 1u << kNumSplits |
-                                    1u << kPackGqa | 1u << kSmMargin | 1u << kBackend | 1u << kTokensPerSplit;
-  return (kValues >> argument & 1) == 0;
-}
+struct ArgumentKind {
+  const char* name;
+  bool is_tensor;
+  bool is_aligned;  // kernels choose by the alignment of its address
+};
 
-const char* name_of(Argument argument);
+inline constexpr ArgumentKind kArguments[] = {
+#define BROADHEAD_ARGUMENT(constant, name, is_tensor, is_aligned) {name, is_tensor, is_aligned},
+#include "bindings/arguments.inc"
+#undef BROADHEAD_ARGUMENT
+};
+
+constexpr bool is_tensor(int argument) { return kArguments[argument].is_tensor; }
+constexpr bool is_aligned(int argument) { return kArguments[argument].is_aligned; }
+constexpr const char* name_of(int argument) { return kArguments[argument].name; }
 
 // One call: its arguments, and those that are tensors as they were read.
 struct ForwardCall {

@@ -91,7 +91,7 @@ void pack_shared(const ForwardCall& call, const Kernel& kernel, const TensorView
   // Token t of the call lies at t times one stride.
   const bool one_piece = q.ndim() == 3 || q.size(0) == 1 || q.size(1) == 1 || q.stride(0) == q.size(1) * q.stride(1);
   checker.require(one_piece, "q", "one piece of tokens with shared_page_table", q);
-  for (const Argument argument : {kSeqUsedQ, kPrefixLens}) {
+  for (const Argument argument : {kSequsedQ, kPrefixLens}) {
     if (call.tensors[argument].present()) checker.fail(name_of(argument), "must be None with shared_page_table");
   }
   if (params.window_left >= 0 || params.window_right > 0 || params.attention_chunk > 0) {
@@ -128,8 +128,8 @@ void pack_forward(const ForwardCall& call, const Kernel& kernel, std::int64_t sc
     checker.fail("cu_seqlens_q", "must be given exactly when q has 3 dimensions, got q " + q.describe());
   }
   check_vector(call, kCuSeqlensK, &batch, 1);
-  check_vector(call, kSeqUsedQ, &batch);
-  check_vector(call, kSeqUsedK, &batch);
+  check_vector(call, kSequsedQ, &batch);
+  check_vector(call, kSequsedK, &batch);
   check_vector(call, kLeftpadK, &batch);
   check_vector(call, kKvBatchIdx, &batch);
   pack_key_layout(call, k, v, params);

@@ -122,8 +122,8 @@ void set_addresses(const TensorView* tensors, AttnParams& params) {
   params.v_descale = tensors[kVDescale].as<const float>();
   params.cu_seqlens_q = tensors[kCuSeqlensQ].as<const std::int32_t>();
   params.cu_seqlens_k = tensors[kCuSeqlensK].as<const std::int32_t>();
-  params.seqused_q = tensors[kSeqUsedQ].as<const std::int32_t>();
-  params.seqused_k = tensors[kSeqUsedK].as<const std::int32_t>();
+  params.seqused_q = tensors[kSequsedQ].as<const std::int32_t>();
+  params.seqused_k = tensors[kSequsedK].as<const std::int32_t>();
   params.leftpad_k = tensors[kLeftpadK].as<const std::int32_t>();
   params.kv_batch_idx = tensors[kKvBatchIdx].as<const std::int32_t>();
   params.page_table = tensors[kPageTable].as<const std::int32_t>();
@@ -157,43 +157,6 @@ void mark_written(py::handle tensor) {
   PyObject* result = PyObject_CallOneArg(hooks().increment_version.ptr(), tuple);
   Py_DECREF(tuple);
   checked(result);
-}
-
-const char* name_of(Argument argument) {
-  static const char* const names[] = {
-      "q",
-      "k",
-      "v",
-      "qv",
-      "out",
-      "cu_seqlens_q",
-      "cu_seqlens_k",
-      "seqused_q",
-      "seqused_k",
-      "max_seqlen_q",
-      "max_seqlen_k",
-      "page_table",
-      "kv_batch_idx",
-      "leftpad_k",
-      "q_descale",
-      "k_descale",
-      "v_descale",
-      "softmax_scale",
-      "causal",
-      "window_size",
-      "attention_chunk",
-      "softcap",
-      "scheduler_metadata",
-      "num_splits",
-      "pack_gqa",
-      "sm_margin",
-      "sinks",
-      "prefix_lens",
-      "backend",
-      "tokens_per_split",
-  };
-  static_assert(sizeof(names) / sizeof(names[0]) == kArgumentCount);
-  return names[argument];
 }
 
 ForwardCall::ForwardCall(py::handle tuple) {
@@ -238,7 +201,7 @@ bool ForwardCall::wants_gradient() const {
 void ForwardCall::read() {
   for (int argument = 0; argument < kArgumentCount; ++argument) {
     if (!is_tensor(argument) || tensors[argument].read(arguments[argument])) continue;
-    throw BindingError(std::string("_C.forward: ") + name_of(static_cast<Argument>(argument)) +
+    throw BindingError(std::string("_C.forward: ") + name_of(argument) +
                        " must be a tensor or None, got " + Py_TYPE(arguments[argument])->tp_name);
   }
   if (!tensors[kQ].present()) throw BindingError("_C.forward: q must be a tensor, got None");

@@ -13,8 +13,9 @@ namespace py = pybind11;
 namespace broadhead {
 namespace {
 
-constexpr int kAlignedArguments = kOut + 1;  // q, k, v, qv and out: kernels move 16 bytes of them at a time
 constexpr std::size_t kMaxKnown = 8192;
+constexpr std::size_t kAlignedTensors =
+    5;  // of signature(): callers pass first what kernels move 16 bytes of at a time
 
 struct KnownCall {
   std::vector<std::uint64_t> words;  // its key
@@ -43,7 +44,7 @@ const KnownCall* find(const CallKey& key) {
 
 bool add_call(const ForwardCall& call, CallKey& key) {
   for (int argument = 0; argument < kArgumentCount; ++argument) {
-    const bool added = is_tensor(argument) ? key.add_tensor(call.tensors[argument], argument < kAlignedArguments)
+    const bool added = is_tensor(argument) ? key.add_tensor(call.tensors[argument], is_aligned(argument))
                                            : key.add_value(call.arguments[argument]);
     if (!added) return false;
   }
@@ -148,7 +149,7 @@ py::object signature(PyObject* const* tensors, Py_ssize_t count) {
   try {
     if (modes_are_active()) return py::none();
     for (Py_ssize_t i = 0; i < count; ++i) {
-      if (!add_plain_tensor(tensors[i], i < kAlignedArguments, key)) return py::none();
+      if (!add_plain_tensor(tensors[i], i < kAlignedTensors, key)) return py::none();
     }
   } catch (const std::exception&) {  // Python's among them. Whoever validates the call finds better words
     return py::none();
@@ -165,7 +166,7 @@ py::object call_signature(ArgumentReader& reader) {
     for (int argument = 0; argument < kArgumentCount; ++argument) {
       const py::handle object = call.arguments[argument];
       const bool added =
-          is_tensor(argument) ? add_plain_tensor(object, argument < kAlignedArguments, key) : key.add_value(object);
+          is_tensor(argument) ? add_plain_tensor(object, is_aligned(argument), key) : key.add_value(object);
       if (!added) return py::none();
     }
     for (const py::handle object : others) {

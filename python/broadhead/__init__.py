@@ -6,8 +6,16 @@ from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as _installed_version
 
 from . import ops, reference, support
-from .backward import mha_bwd
-from .combine import flash_attn_combine
+from .api.attention import flash_attn_func, flash_attn_varlen_func, maybe_contiguous, mha_fwd
+from .api.backward import mha_bwd
+from .api.combine import flash_attn_combine
+from .api.explain import SupportEntry, explain, is_supported, support_matrix
+from .api.head_dims import _validate_head_dims
+from .api.kvcache import flash_attn_with_kvcache
+from .api.merge import merge_attn_states
+from .api.metadata import get_scheduler_metadata
+from .api.packed import flash_attn_kvpacked_func, flash_attn_qkvpacked_func, flash_attn_varlen_qkvpacked_func
+from .api.shared_prefix import flash_attn_with_shared_prefix
 from .errors import (
     BroadheadError,
     FallbackWarning,
@@ -16,15 +24,7 @@ from .errors import (
     KernelError,
     UnsupportedError,
 )
-from .explain import SupportEntry, explain, is_supported, support_matrix
-from .fallback_notice import last_dispatch
-from .head_dims import _validate_head_dims
-from .interface import flash_attn_func, flash_attn_varlen_func, maybe_contiguous, mha_fwd
-from .interface_packed import flash_attn_kvpacked_func, flash_attn_qkvpacked_func, flash_attn_varlen_qkvpacked_func
-from .kvcache import flash_attn_with_kvcache
-from .merge_states import merge_attn_states
-from .metadata import get_scheduler_metadata
-from .shared_prefix import flash_attn_with_shared_prefix
+from .run.fallback import last_dispatch
 
 try:
     __version__ = _installed_version("broadhead")

@@ -433,3 +433,9 @@ def arch_covers(arch: str, capability: tuple[int, int]) -> bool:
     if name.endswith("a"):
         return capability == (major, minor)
     return capability[0] == major and capability[1] >= minor
+
+
+def arch_for(capability: tuple[int, int]) -> str:
+    """The arch target to build for a capability."""
+    major, minor = capability
+    return f"{major}{minor}a" if major == 9 else f"{major}{minor}"

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from broadhead import dispatch as dispatch_module
-from broadhead import metadata as metadata_module
 from broadhead import support
-from broadhead.append_call import clear_known
-from broadhead.cuda_backend import forget_calls
+from broadhead.api.append import clear_known
+from broadhead.plan import dispatch as dispatch_module
+from broadhead.run import metadata as metadata_module
+from broadhead.run.cuda_backend import forget_calls
 from calls import Built, Call, build
 from checks import check_call
 from gpu_calls import expected_phase

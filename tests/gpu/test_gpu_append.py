@@ -8,8 +8,9 @@ from typing import Any
 import broadhead
 import pytest
 import torch
-from broadhead import append_call, fallback_notice
-from broadhead.append_launch import BY_KERNEL, Append, kernel_obstacle, run_append
+from broadhead.api import append as append_call
+from broadhead.run import fallback as fallback_notice
+from broadhead.run.append import BY_KERNEL, Append, kernel_obstacle, run_append
 from gpu_calls import capture
 from torch import Tensor
 

@@ -7,8 +7,8 @@ import random
 import broadhead
 import pytest
 import torch
-from broadhead import fallback_notice
-from broadhead.merge_states import BY_KERNEL
+from broadhead.run import fallback as fallback_notice
+from broadhead.run.merge import BY_KERNEL
 from gpu_calls import capture
 from torch import Tensor
 

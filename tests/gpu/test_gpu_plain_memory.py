@@ -50,8 +50,8 @@ def test_every_tensor_argument(cuda: torch.device, name: str, kind: str, known: 
         if known:
             entry.run(entry.clone()), entry.run(entry.clone())
         else:
-            broadhead.cuda_backend.forget_calls()
-            broadhead.append_call.clear_known()
+            cuda_backend.forget_calls()
+            append.clear_known()
         check_kind(entry, [argument], kind)
 
 

@@ -11,7 +11,7 @@ import oracle
 import pytest
 import torch
 from broadhead import support
-from broadhead.shared_launch import MAX_WORK
+from broadhead.run.shared_prefix import MAX_WORK
 from checks import LSE_ATOL
 from gpu_calls import DECODE_ROWS, TORCH_DTYPES, cache_dtype, capture, row_id
 from layouts import GARBAGE_PAGES, bytes_of, int32, nan_of

@@ -1,0 +1,352 @@
+"""Answers questions about support without running anything: is_supported, explain and support_matrix."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..call import validation as check
+from ..call.layout import is_strided
+from ..call.masking import normalize_chunk, normalize_window
+from ..call.problem import DTYPE_NAMES, AttentionProblem, collect_features, name_kv_dtype
+from ..errors import InvalidArgumentError, InvalidTypeError
+from ..plan.device import DeviceDescription, default_device, describe, hypothetical
+from ..plan.dispatch import Plan, Refusal, dtypes_text, refusals, resolve
+from ..plan.native import BuildDescription, build_description
+from ..support import ROWS
+
+#: Kernels that a line of refusals names.
+_MAX_SHOWN = 2
+
+
+def _device(function: str, device: Any) -> DeviceDescription:
+    if device is None:
+        return default_device()
+    if isinstance(device, DeviceDescription):
+        return device
+    if isinstance(device, tuple) and len(device) == 2 and all(isinstance(part, int) for part in device):
+        return hypothetical(device)
+    if isinstance(device, str) and re.fullmatch(r"\d+\.\d+", device.strip()):
+        major, minor = device.strip().split(".")
+        return hypothetical((int(major), int(minor)))
+    if isinstance(device, (str, torch.device)):
+        try:
+            return describe(torch.device(device))
+        except (RuntimeError, AssertionError) as error:
+            words = str(error).partition("\n")[0]
+            raise InvalidArgumentError(
+                f"{function}: device must be a device that is here, or a compute capability such as (8, 9) or '8.9',"
+                f" got {device!r}: {words}"
+            ) from error
+    raise InvalidTypeError(
+        f"{function}: device must be None, a torch.device or its name, a compute capability such as (8, 9) or '8.9', or"
+        f" a DeviceDescription, got {check.describe_value(device)}"
+    )
+
+
+def _is_given(function: str, name: str, value: Any) -> bool:
+    """Whether the call has an optional argument: said by a bool, or by the tensor itself."""
+    if isinstance(value, Tensor) and value.dim() > 0:
+        return True
+    return value is not None and check.check_bool(function, name, value)
+
+
+def _plan(function: str, device: DeviceDescription, build: BuildDescription | None, **asked: Any) -> tuple[Any, Plan]:
+    q, k, v = asked["q"], asked["k"], asked["v"]
+    varlen, page_size = False, asked["page_size"]
+    if isinstance(q, Tensor):
+        if not isinstance(k, Tensor) or not isinstance(v, Tensor):
+            raise InvalidArgumentError(
+                f"{function}: k and v must be given with q, or describe the call by head_dim=..."
+            )
+        packed = q.dim() == 3
+        asked.update(
+            dtype=q.dtype,
+            kv_dtype=k.dtype,
+            head_dim=q.shape[-1],
+            head_dim_v=v.shape[-1],
+            num_heads_q=q.shape[-2],
+            num_heads_kv=k.shape[-2],
+        )
+        varlen = packed
+        if not packed:
+            asked["batch_size"], asked["seqlen_q"] = q.shape[0], q.shape[1]
+        if k.dim() == 4 and page_size is None:
+            asked["seqlen_k"] = k.shape[1]
+        learned = (q, k, v, asked["qv"], asked["sinks"])
+        asked["requires_grad"] = asked["requires_grad"] or any(
+            t.requires_grad for t in learned if isinstance(t, Tensor)
+        )
+    if asked["head_dim"] is None:
+        raise InvalidArgumentError(f"{function}: head_dim must be given, or the tensors q, k and v, got None")
+    head_dim = check.check_int(function, "head_dim", asked["head_dim"], 1)
+    head_dim_v = asked["head_dim_v"]
+    head_dim_v = head_dim if head_dim_v is None else check.check_int(function, "head_dim_v", head_dim_v, 1)
+    if asked["dtype"] not in DTYPE_NAMES:
+        raise InvalidTypeError(f"{function}: dtype must be a floating-point torch.dtype, got {asked['dtype']!r}")
+    kv_dtype = asked["dtype"] if asked["kv_dtype"] is None else asked["kv_dtype"]
+    if kv_dtype not in DTYPE_NAMES or not check.keys_fit_queries(kv_dtype, asked["dtype"]):
+        raise InvalidTypeError(
+            f"{function}: kv_dtype must be dtype ({asked['dtype']}), or, with bf16 or fp16 dtype, torch.float8_e4m3fn,"
+            f" got {kv_dtype!r}"
+        )
+    num_heads_q = check.check_int(function, "num_heads_q", asked["num_heads_q"], 1, check.MAX_NUM_HEADS)
+    num_heads_kv = asked["num_heads_kv"]
+    num_heads_kv = num_heads_q if num_heads_kv is None else check.check_int(function, "num_heads_kv", num_heads_kv, 1)
+    if num_heads_q % num_heads_kv:
+        raise InvalidArgumentError(
+            f"{function}: num_heads_q must be a multiple of num_heads_kv, got {num_heads_q} and {num_heads_kv}"
+        )
+    causal = check.check_bool(function, "causal", asked["causal"])
+    left, right = normalize_window(asked["window_size"], causal, function)
+    direction = asked["direction"]
+    if direction not in ("forward", "backward"):
+        raise InvalidArgumentError(f"{function}: direction must be 'forward' or 'backward', got {direction!r}")
+    attention_chunk = normalize_chunk(check.check_attention_chunk(function, asked["attention_chunk"]))
+    softcap = check.check_softcap(function, asked["softcap"])
+    num_splits = check.check_num_splits(function, asked["num_splits"])
+    given = {
+        name: _is_given(function, name, asked[name])
+        for name in ("varlen", "sinks", "prefix_lens", "qv", "descale", "requires_grad")
+    }
+    # A head_dim that is no multiple of 8 is refused by every function: say so instead of choosing a row.
+    odd = tuple(f"head_dim must be a multiple of 8, got {d}" for d in sorted({head_dim, head_dim_v}) if d % 8)
+    problem = AttentionProblem(
+        direction=direction,
+        dtype=DTYPE_NAMES[asked["dtype"]],
+        batch=check.check_int(function, "batch_size", asked["batch_size"]),
+        seqlen_q=check.check_int(function, "seqlen_q", asked["seqlen_q"]),
+        seqlen_k=check.check_int(function, "seqlen_k", asked["seqlen_k"]),
+        num_heads_q=num_heads_q,
+        num_heads_kv=num_heads_kv,
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        page_size=0 if page_size is None else check.check_int(function, "page_size", page_size, 1),
+        window_left=left,
+        window_right=right,
+        attention_chunk=attention_chunk,
+        features=collect_features(
+            causal=right == 0,
+            window=left >= 0 or right > 0,
+            attention_chunk=attention_chunk > 0,
+            softcap=softcap > 0,
+            sinks=given["sinks"],
+            prefix_lens=given["prefix_lens"],
+            varlen=given["varlen"] or varlen,
+            gqa=num_heads_q != num_heads_kv,
+            paged=page_size is not None,
+            split_kv=num_splits > 1,
+            lse=True,
+            qv=given["qv"],
+            descale=given["descale"],
+            gradients=given["requires_grad"] and direction == "forward",
+        ),
+        num_splits=num_splits,
+        pack_gqa=None,
+        has_metadata=False,
+        sm_margin=0,
+        obstacles=odd,
+        kv_dtype=name_kv_dtype(asked["dtype"], kv_dtype),
+        tokens_per_split=check.check_tokens_per_split(function, asked["tokens_per_split"], num_splits),
+    )
+    return problem, resolve(problem, device, build)
+
+
+def is_supported(
+    q: Tensor | None = None,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    head_dim: int | None = None,
+    head_dim_v: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    kv_dtype: torch.dtype | None = None,
+    num_heads_q: int = 1,
+    num_heads_kv: int | None = None,
+    batch_size: int = 1,
+    seqlen_q: int = 1,
+    seqlen_k: int = 1,
+    causal: bool = False,
+    window_size: Any = (-1, -1),
+    attention_chunk: int | None = 0,
+    softcap: float | None = 0.0,
+    page_size: int | None = None,
+    varlen: bool = False,
+    sinks: bool | Tensor = False,
+    prefix_lens: bool | Tensor = False,
+    qv: bool | Tensor = False,
+    descale: bool | Tensor = False,
+    requires_grad: bool = False,
+    num_splits: int = 0,
+    tokens_per_split: int = 0,
+    direction: str = "forward",
+    device: Any = None,
+    build: BuildDescription | None = None,
+) -> tuple[bool, str]:
+    """Whether a CUDA kernel runs a call, and why: ``(supported, reason)``.
+
+    Args:
+        q, k, v: the tensors of the call; or describe them by head_dim, head_dim_v, dtype, kv_dtype (of k and v; None:
+            dtype), num_heads_q, num_heads_kv, batch_size, seqlen_q and seqlen_k.
+        device: None for the device of q, else the current CUDA device, else the CPU; a torch.device or its name; a
+            compute capability such as ``(8, 9)`` or ``"8.9"``; or a DeviceDescription.
+        build: the kernels to look at; None for those of this installation.
+        sinks, prefix_lens, qv, descale: whether the call has them, or the tensors themselves.
+        The other arguments: what the call asks for, as in flash_attn_func. The call is taken to bring no scheduler
+            metadata.
+
+    Raises:
+        InvalidArgumentError, InvalidTypeError: the description makes no sense; the text names the argument.
+    """
+    function = "is_supported"
+    where = _device(function, q.device if device is None and isinstance(q, Tensor) else device)
+    _, plan = _plan(
+        function, where, build, q=q, k=k, v=v, head_dim=head_dim, head_dim_v=head_dim_v, dtype=dtype,
+        kv_dtype=kv_dtype, num_heads_q=num_heads_q, num_heads_kv=num_heads_kv, batch_size=batch_size,
+        seqlen_q=seqlen_q, seqlen_k=seqlen_k, causal=causal, window_size=window_size, attention_chunk=attention_chunk,
+        softcap=softcap, page_size=page_size, varlen=varlen, sinks=sinks, prefix_lens=prefix_lens, qv=qv,
+        descale=descale, requires_grad=requires_grad, num_splits=num_splits, tokens_per_split=tokens_per_split,
+        direction=direction,
+    )  # fmt: skip
+    return plan.row is not None, plan.reason
+
+
+def explain(
+    q: Tensor | None = None,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    head_dim: int | None = None,
+    head_dim_v: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    kv_dtype: torch.dtype | None = None,
+    num_heads_q: int = 1,
+    num_heads_kv: int | None = None,
+    batch_size: int = 1,
+    seqlen_q: int = 1,
+    seqlen_k: int = 1,
+    causal: bool = False,
+    window_size: Any = (-1, -1),
+    attention_chunk: int | None = 0,
+    softcap: float | None = 0.0,
+    page_size: int | None = None,
+    varlen: bool = False,
+    sinks: bool | Tensor = False,
+    prefix_lens: bool | Tensor = False,
+    qv: bool | Tensor = False,
+    descale: bool | Tensor = False,
+    requires_grad: bool = False,
+    num_splits: int = 0,
+    tokens_per_split: int = 0,
+    direction: str = "forward",
+    device: Any = None,
+    build: BuildDescription | None = None,
+) -> str:
+    """Where a call runs and why, as text: the backend, the kernel and its plan, and why other kernels refuse it.
+
+    A line says which tensors are copied because their last dimension is not contiguous; kernels that refuse for one
+    reason share a line. Args and errors as for is_supported.
+    """
+    function = "explain"
+    where = _device(function, q.device if device is None and isinstance(q, Tensor) else device)
+    problem, plan = _plan(
+        function, where, build, q=q, k=k, v=v, head_dim=head_dim, head_dim_v=head_dim_v, dtype=dtype,
+        kv_dtype=kv_dtype, num_heads_q=num_heads_q, num_heads_kv=num_heads_kv, batch_size=batch_size,
+        seqlen_q=seqlen_q, seqlen_k=seqlen_k, causal=causal, window_size=window_size, attention_chunk=attention_chunk,
+        softcap=softcap, page_size=page_size, varlen=varlen, sinks=sinks, prefix_lens=prefix_lens, qv=qv,
+        descale=descale, requires_grad=requires_grad, num_splits=num_splits, tokens_per_split=tokens_per_split,
+        direction=direction,
+    )  # fmt: skip
+    dtypes = dtypes_text(problem.dtype, problem.kv_dtype)
+    lines = [
+        f"asked: {problem.direction}, head_dim {problem.head_dim}, head_dim_v {problem.head_dim_v},"
+        f" dtype {dtypes}, {problem.num_heads_q} query and {problem.num_heads_kv} key heads,"
+        f" features: {', '.join(problem.features)}"
+        + (f", tokens_per_split {problem.tokens_per_split}" if problem.tokens_per_split else ""),
+        f"device: {where.label()}",
+    ]
+    if plan.row is not None and plan.schedule is not None:
+        schedule = plan.schedule
+        lines.append(f"runs on: cuda, kernel {plan.reason}")
+        splits = f"{schedule.num_splits} splits"
+        if schedule.tokens_per_split:
+            splits = f"a split of every {schedule.tokens_per_split} keys"
+        lines.append(
+            f"plan: {splits}, GQA {'packed' if schedule.pack_gqa else 'not packed'},"
+            f" {schedule.m_blocks} query tiles x {schedule.heads_in_grid} heads x {problem.batch} sequences"
+        )
+    else:
+        lines.append(f"runs on: the torch fallback, because {plan.reason}")
+    lines += _copies(q, k, v, qv, page_size)
+    lines += _grouped(refusals(problem, where, build))
+    return "\n".join(lines)
+
+
+def _copies(q: Any, k: Any, v: Any, qv: Any, page_size: Any) -> list[str]:
+    """Which tensors of the call are copied before it runs, and why."""
+    read = {"q": q, "k": k, "v": v, "qv": qv}
+    lines = []
+    for name, tensor in read.items():
+        if is_strided(tensor):
+            layout = f"its last dimension is not contiguous, it has strides {tensor.stride()}"
+            if page_size is not None and name in ("k", "v"):
+                lines.append(f"refused: {name} is a cache, which is never copied: {layout}")
+            else:
+                lines.append(f"copied: {name}, in every call: {layout}; a cache would be refused")
+    return lines
+
+
+def _grouped(found: tuple[Refusal, ...]) -> list[str]:
+    """A line for each reason with the kernels that have it."""
+    by_reason: dict[str, list[str]] = {}
+    for refusal in found:
+        by_reason.setdefault(refusal.reason, []).append(refusal.row_id or "every kernel")
+    lines = []
+    for reason, rows in by_reason.items():
+        shown = ", ".join(rows[:_MAX_SHOWN])
+        more = f" and {len(rows) - _MAX_SHOWN} more" if len(rows) > _MAX_SHOWN else ""
+        lines.append(f"refused: {shown}{more}: {reason}")
+    return lines
+
+
+class SupportEntry(NamedTuple):
+    """One kernel of the table and whether this installation holds it."""
+
+    kernel: str
+    family: str
+    direction: str
+    phase: str
+    dtype: str  # of q
+    kv_dtype: str  # of k and v
+    head_dim: int  # the largest
+    head_dim_v: int  # the largest
+    capabilities: tuple[tuple[int, int], ...]
+    features: tuple[str, ...]
+    requires: tuple[str, ...]  # features without which a call does not run there
+    in_build: bool
+
+
+def support_matrix(build: BuildDescription | None = None) -> list[SupportEntry]:
+    """Every kernel of the table, in its order, and whether this installation (or ``build``) holds it."""
+    build = build_description() if build is None else build
+    held = {kernel for family in build.families for kernel in family.kernels}
+    return [
+        SupportEntry(
+            row.id,
+            row.family,
+            row.direction,
+            row.phase,
+            row.dtype,
+            row.kv_dtype or row.dtype,
+            row.head_dim,
+            row.head_dim_v,
+            row.capabilities,
+            row.features,
+            row.requires,
+            row.id in held,
+        )
+        for row in ROWS
+    ]

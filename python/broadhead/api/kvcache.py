@@ -1,0 +1,126 @@
+"""flash_attn_with_kvcache: decode and chunked prefill over a cache, after appending new keys to it if asked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..call import validation as check
+from ..call.arguments import AttentionArgs
+from ..call.cache_length import lengths_tensor
+from .append import NewKeys, append_new_keys
+from .forward import run_forward
+
+
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    qv: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    page_table: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k_new: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    rotary_seqlens: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Any = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    scheduler_metadata: Tensor | None = None,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
+    return_softmax_lse: bool = False,
+    *,
+    sinks: Tensor | None = None,
+    prefix_lens: Tensor | None = None,
+    out: Tensor | None = None,
+    backend: str | None = None,
+    block_table: Tensor | None = None,
+    s_aux: Tensor | None = None,
+    learnable_sink: Tensor | None = None,
+    q_v: Tensor | None = None,
+    return_attn_probs: bool = False,
+    tokens_per_split: int = 0,
+) -> Any:
+    """Attention of new queries over a KV cache.
+
+    Args:
+        q: ``(B, Sq, Hq, D)``, or ``(T, Hq, D)`` with cu_seqlens_q (int32 ``(B + 1,)``) and max_seqlen_q.
+        k_cache, v_cache: ``(B, S, Hkv, D | Dv)``, or ``(num_pages, page_size, Hkv, D | Dv)`` with page_table, int32
+            ``(B, max_pages)``; any page_size >= 1, any strides with a contiguous last dimension, for they are never
+            copied. Of the dtype of q, or
+            float8_e4m3fn under bf16 or fp16 q, with factors k_descale, v_descale, fp32 ``(B, Hkv)``.
+        k, v: ``(B, S_new, Hkv, D | Dv)``, or ``(T_new, Hkv, D | Dv)`` with cu_seqlens_k_new (int32 ``(B + 1,)``):
+            written to the cache from row ``cache_seqlens`` on, before attention. cu_seqlens_k_new without k and v is
+            ignored. In a float8_e4m3fn cache wider keys are divided by k_descale, v_descale and rounded.
+        rotary_cos, rotary_sin: ``(positions, rotary_dim / 2)``: rotate q and k; only with k and v. Fastest as fp32 or
+            in the dtype of q.
+        cache_seqlens: an int for all sequences or int32 ``(B,)``: cached keys before the append; None: the whole cache.
+            An int that the cache does not hold, new keys included, is refused on every device.
+        cache_batch_idx: int32 ``(B,)``: row of the cache or page table of each sequence. cache_leftpad: int32 ``(B,)``:
+            the keys of a sequence are cache rows ``[cache_leftpad, cache_seqlens)``.
+        tokens_per_split: batch-invariant mode: the keys of every sequence are cut at multiples of this many, itself a
+            multiple of 64; 0: off. On one kind of device the kernels then give a sequence bitwise the same result
+            whatever else is in the batch, in all calls of the same max_seqlen_q, heads, head dims, dtypes, page size
+            and tokens_per_split. It costs balance: splits no longer follow from what fills the device, so that a few
+            sequences, or short ones, may leave it partly idle, and small pieces of long sequences are much to merge.
+            Calls of more than 32 query rows (max_seqlen_q times the query heads of a KV head) are prefill: they are
+            not cut, and not split by what fills the device either. num_splits must be 0, or 1 for no cut. Results of
+            pieces may take 4 GiB, counted for sequences as long as the page table or cache allows. The torch fallback
+            ignores it.
+        The other arguments: as for flash_attn_func; scheduler_metadata as get_scheduler_metadata returns it.
+
+    Returns:
+        out, of the shape of q with Dv and the dtype of q (bf16 for float8); with return_softmax_lse also softmax_lse,
+        fp32, natural log, ``(B, Hq, Sq)`` or ``(Hq, T)``.
+
+    Raises:
+        InvalidArgumentError, InvalidTypeError: an argument is wrong; the text names it.
+        UnsupportedError: no kernel runs the call and falling back was forbidden; appending to a cache under autograd.
+    """
+    if block_table is not None:
+        page_table = check.pick_synonym(  # type: ignore[assignment]
+            "flash_attn_with_kvcache", "page_table", page_table, "block_table", block_table
+        )
+    if s_aux is not None or learnable_sink is not None:
+        sinks = check.pick_sinks("flash_attn_with_kvcache", sinks, s_aux, learnable_sink)
+    if q_v is not None:
+        qv = check.pick_synonym("flash_attn_with_kvcache", "qv", qv, "q_v", q_v)  # type: ignore[assignment]
+    if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
+        cache_seqlens = lengths_tensor(
+            "flash_attn_with_kvcache", q, cu_seqlens_q, cache_seqlens, k_cache, page_table, k, cu_seqlens_k_new
+        )
+    if k is not None or v is not None or rotary_cos is not None or rotary_sin is not None:
+        q, cache_seqlens = append_new_keys(
+            "flash_attn_with_kvcache",
+            AttentionArgs(
+                q, k_cache, v_cache, qv, out, cu_seqlens_q, None, None, cache_seqlens, max_seqlen_q, None, page_table,
+                cache_batch_idx, cache_leftpad, q_descale, k_descale, v_descale, softmax_scale, causal, window_size,
+                attention_chunk, softcap, scheduler_metadata, num_splits, pack_gqa, sm_margin, sinks, prefix_lens,
+                backend, tokens_per_split,
+            ),
+            NewKeys(k, v, cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved),
+        )  # fmt: skip
+    need_lse = return_softmax_lse or return_attn_probs
+    call = (
+        q, k_cache, v_cache, qv, out, cu_seqlens_q, None, None, cache_seqlens, max_seqlen_q, None, page_table,
+        cache_batch_idx, cache_leftpad, q_descale, k_descale, v_descale, softmax_scale, causal, window_size,
+        attention_chunk, softcap, scheduler_metadata, num_splits, pack_gqa, sm_margin, sinks, prefix_lens, backend,
+        tokens_per_split,
+    )  # fmt: skip
+    result = run_forward("flash_attn_with_kvcache", call, need_lse)
+    return result if need_lse else result[0]

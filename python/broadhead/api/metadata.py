@@ -1,0 +1,111 @@
+"""get_scheduler_metadata: plans the splits of a decode step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling
+
+from ..call import validation as check
+from ..call.metadata_request import FUNCTION
+from ..call.plain import refuse_transformed, resolved, runs_as_operator
+from ..ops.metadata import call_get_scheduler_metadata
+from ..run import metadata
+
+
+def get_scheduler_metadata(
+    batch_size: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    num_heads_q: int | None = None,
+    num_heads_kv: int | None = None,
+    headdim: int | None = None,
+    cache_seqlens: Tensor | None = None,
+    qkv_dtype: torch.dtype = torch.bfloat16,
+    headdim_v: int | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k_new: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    page_size: int | None = None,
+    max_seqlen_k_new: int = 0,
+    causal: bool = False,
+    window_size: Any = (-1, -1),
+    attention_chunk: int = 0,
+    has_softcap: bool = False,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
+    *,
+    out: Tensor | None = None,
+    page_table: Tensor | None = None,
+    num_heads: int | None = None,
+    num_heads_k: int | None = None,
+    has_qv: bool | None = None,
+    kv_dtype: torch.dtype | None = None,
+    tokens_per_split: int = 0,
+) -> Tensor:
+    """Plan the splits of a decode step on the device, for the attention calls of all layers of a kind.
+
+    Args:
+        batch_size, max_seqlen_q, max_seqlen_k: ints. With ``page_table`` (int32 ``(batch, max_pages)``) and
+            ``page_size`` the length is ``page_table.size(1) * page_size``, as the forward call derives it, and
+            max_seqlen_k is ignored.
+        num_heads_q, num_heads_kv: ints; also spelled num_heads, num_heads_k. headdim, headdim_v: multiples of 8.
+        cache_seqlens: int32 ``(batch,)``, the lengths before this call's ``max_seqlen_k_new`` keys are appended.
+        cu_seqlens_q: int32 ``(batch + 1,)``; cache_leftpad: int32 ``(batch,)``.
+        causal, window_size, attention_chunk: the mask of the forward call. cu_seqlens_k_new, has_softcap: accepted; no
+            plan depends on them, nor on descales.
+        has_qv: whether the forward call passes qv; None: assumed where headdim <= 64 and headdim_v > 256.
+        qkv_dtype, kv_dtype: the dtypes of q, and of k and v. Without kv_dtype qkv_dtype may be either.
+        num_splits: 0 for the heuristic, else the bound of every sequence, up to 256, of which the kernels use up to
+            128.
+        tokens_per_split: that of the forward call; see flash_attn_with_kvcache.
+        out: int32 buffer of at least ``1 + 4 * round_up(batch, 4)`` elements; nothing is allocated then.
+
+    Returns:
+        int32 ``(1 + 4 * round_up(batch, 4),)``, or ``out``. The call neither waits for the device nor reads from it.
+
+    Raises:
+        InvalidArgumentError, InvalidTypeError: an argument is wrong; the text names it.
+    """
+    heads_q = check.pick_synonym(FUNCTION, "num_heads_q", num_heads_q, "num_heads", num_heads)
+    heads_kv = check.pick_synonym(FUNCTION, "num_heads_kv", num_heads_kv, "num_heads_k", num_heads_k)
+    if type(window_size) is list:
+        window_size = tuple(window_size)
+    numbers = (
+        batch_size, max_seqlen_q, max_seqlen_k, heads_q, heads_kv, headdim, headdim_v, qkv_dtype, page_size,
+        max_seqlen_k_new, causal, window_size, attention_chunk, num_splits, pack_gqa, sm_margin, has_qv, kv_dtype,
+        tokens_per_split,
+    )  # fmt: skip
+    tensors = (cache_seqlens, cu_seqlens_q, cache_leftpad, out, page_table)
+    if is_dynamo_compiling():
+        return _run_operator(tensors, numbers)
+    key, prepared = metadata.find(tensors, numbers)
+    if prepared is not None:
+        return metadata.fill(prepared, cache_seqlens, cu_seqlens_q, cache_leftpad, out)  # type: ignore[arg-type]
+    if runs_as_operator(*tensors):
+        return _run_operator(tensors, numbers)
+    return metadata.run_new(key, tensors, numbers)
+
+
+def _run_operator(tensors: tuple[Any, ...], numbers: tuple[Any, ...]) -> Tensor:
+    """get_scheduler_metadata through the operators; traceable."""
+    (
+        batch_size, max_seqlen_q, max_seqlen_k, heads_q, heads_kv, headdim, headdim_v, qkv_dtype, page_size,
+        max_seqlen_k_new, causal, window_size, attention_chunk, num_splits, pack_gqa, sm_margin, has_qv, kv_dtype,
+        tokens_per_split,
+    ) = numbers  # fmt: skip
+    if not is_dynamo_compiling():
+        refuse_transformed(FUNCTION, "planning the splits", *tensors)
+        names = ("cache_seqlens", "cu_seqlens_q", "cache_leftpad", "out", "page_table")
+        tensors = tuple(
+            resolved(FUNCTION, name, value, written=name == "out") for name, value in zip(names, tensors, strict=True)
+        )
+    cache_seqlens, cu_seqlens_q, cache_leftpad, out, page_table = tensors
+    return call_get_scheduler_metadata(
+        batch_size, max_seqlen_q, max_seqlen_k, heads_q, heads_kv, headdim, cache_seqlens, qkv_dtype, headdim_v,
+        cu_seqlens_q, cache_leftpad, page_size, max_seqlen_k_new, causal, window_size, attention_chunk, num_splits,
+        pack_gqa, sm_margin, out, page_table, has_qv, kv_dtype, tokens_per_split,
+    )  # fmt: skip

@@ -1,0 +1,102 @@
+"""The one list of the arguments of an attention call, `AttentionArgs`; what needs all of them is made from it.
+
+The operators' schemas (ops/attention.py) and the C++ enumeration (cmake/generate.py) follow its order. The module
+imports nothing of torch: the build reads it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, NamedTuple, get_type_hints
+
+
+class Argument(NamedTuple):
+    """What is known of an argument besides its name, its place and its default."""
+
+    schema: str  # its type in an operator's schema; "": the operator has another form of it
+    differentiable: bool = False
+    aligned: bool = False  # kernels choose by the alignment of its address
+
+    @property
+    def is_tensor(self) -> bool:
+        return self.schema.startswith("Tensor")
+
+
+class AttentionArgs(NamedTuple):
+    """The arguments of one forward call under their canonical names, as given."""
+
+    q: Annotated[Any, Argument("Tensor", differentiable=True, aligned=True)]
+    k: Annotated[Any, Argument("Tensor", differentiable=True, aligned=True)]
+    v: Annotated[Any, Argument("Tensor", differentiable=True, aligned=True)]
+    qv: Annotated[Any, Argument("Tensor?", differentiable=True, aligned=True)] = None
+    out: Annotated[Any, Argument("Tensor(a!)", aligned=True)] = None
+    cu_seqlens_q: Annotated[Any, Argument("Tensor?")] = None
+    cu_seqlens_k: Annotated[Any, Argument("Tensor?")] = None
+    seqused_q: Annotated[Any, Argument("Tensor?")] = None
+    seqused_k: Annotated[Any, Argument("Tensor?")] = None
+    max_seqlen_q: Annotated[Any, Argument("SymInt?")] = None
+    max_seqlen_k: Annotated[Any, Argument("SymInt?")] = None
+    page_table: Annotated[Any, Argument("Tensor?")] = None
+    kv_batch_idx: Annotated[Any, Argument("Tensor?")] = None
+    leftpad_k: Annotated[Any, Argument("Tensor?")] = None
+    q_descale: Annotated[Any, Argument("Tensor?")] = None
+    k_descale: Annotated[Any, Argument("Tensor?")] = None
+    v_descale: Annotated[Any, Argument("Tensor?")] = None
+    softmax_scale: Annotated[Any, Argument("float?")] = None
+    causal: Annotated[Any, Argument("bool")] = False
+    window_size: Annotated[Any, Argument("")] = (-1, -1)  # in a schema: window_left, window_right
+    attention_chunk: Annotated[Any, Argument("SymInt")] = 0
+    softcap: Annotated[Any, Argument("float")] = 0.0
+    scheduler_metadata: Annotated[Any, Argument("Tensor?")] = None
+    num_splits: Annotated[Any, Argument("SymInt")] = 0
+    pack_gqa: Annotated[Any, Argument("bool?")] = None
+    sm_margin: Annotated[Any, Argument("SymInt")] = 0
+    sinks: Annotated[Any, Argument("Tensor?", differentiable=True)] = None
+    prefix_lens: Annotated[Any, Argument("Tensor?")] = None
+    backend: Annotated[Any, Argument("str?")] = None
+    tokens_per_split: Annotated[Any, Argument("SymInt")] = 0
+
+
+#: By name, in the order of AttentionArgs.
+ARGUMENTS: dict[str, Argument] = {
+    name: hint.__metadata__[0] for name, hint in get_type_hints(AttentionArgs, include_extras=True).items()
+}
+#: The arguments that have a gradient, in the order in which gradients are returned.
+DIFFERENTIABLE = tuple(name for name, argument in ARGUMENTS.items() if argument.differentiable)
+#: The values among the arguments that are one number or one bool.
+SCALARS = tuple(
+    name for name, argument in ARGUMENTS.items() if argument.schema.rstrip("?") in ("SymInt", "float", "bool")
+)
+_WINDOW = ("window_left", "window_right")
+
+
+def _operator_arguments() -> dict[str, str]:
+    """The arguments of the operators by name: those with a gradient first, then the others in their order."""
+    found = {name: ARGUMENTS[name].schema for name in DIFFERENTIABLE}
+    for name, argument in ARGUMENTS.items():
+        if name == "window_size":
+            found.update(dict.fromkeys(_WINDOW, "SymInt"))
+        elif name != "out":
+            found.setdefault(name, argument.schema)
+    found["function"] = "str"
+    return found
+
+
+#: Names and schema types of what an operator takes, and the same as a schema.
+OPERATOR_ARGUMENTS = _operator_arguments()
+OPERATOR_NAMES = tuple(OPERATOR_ARGUMENTS)
+OPERATOR_SCHEMA = ", ".join(f"{kind} {name}" for name, kind in OPERATOR_ARGUMENTS.items())
+
+
+def to_operator(function: str, args: AttentionArgs, window: tuple[int, int]) -> tuple[Any, ...]:
+    """The arguments of an operator; ``window`` is the normalised window_size. torch.compile traces it."""
+    values = dict(zip(AttentionArgs._fields, args))
+    values["window_left"], values["window_right"] = window
+    values["function"] = function
+    return tuple([values[name] for name in OPERATOR_NAMES])
+
+
+def from_operator(inputs: tuple[Any, ...]) -> tuple[str, AttentionArgs]:
+    """``(function, arguments)`` of what an operator was given."""
+    values = dict(zip(OPERATOR_NAMES, inputs, strict=True))
+    function = values.pop("function")
+    return function, AttentionArgs(window_size=tuple(values.pop(name) for name in _WINDOW), **values)

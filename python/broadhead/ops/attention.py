@@ -1,0 +1,177 @@
+"""The operators of attention and its gradient: broadhead::mha_fwd, mha_fwd_out, mha_bwd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from ..call import validation as check
+from ..call.arguments import DIFFERENTIABLE, OPERATOR_SCHEMA, AttentionArgs, from_operator, to_operator
+from ..call.inputs import changed, plain_scalars, read_tensors
+from ..call.masking import normalize_window
+from ..call.plain import (
+    is_transformed,
+    refuse_second_derivative,
+    refuse_tangents,
+    refuse_transformed,
+    resolved,
+    resolved_fields,
+)
+from ..call.problem import check_forward, needs_gradients, out_dtype, refuse_float8_gradient
+from ..errors import UnsupportedError
+from ..run.backward import run_backward_below
+from ..run.forward import run
+from . import transforms
+from .canonical import canonical
+
+# What mha_bwd takes besides: the gradients of out and softmax_lse, and these themselves.
+_OUTPUTS = "Tensor? dout, Tensor? dlse, Tensor? out, Tensor? softmax_lse"
+
+
+def _fake_outputs(args: AttentionArgs) -> tuple[Tensor, Tensor]:
+    q = args.q
+    out = q.new_empty((*q.shape[:-1], args.v.shape[-1]), dtype=out_dtype(q.dtype))
+    rows = (q.shape[-2], q.shape[0]) if args.cu_seqlens_q is not None else (q.shape[0], q.shape[-2], q.shape[1])
+    return out, q.new_empty(rows, dtype=torch.float32)
+
+
+# --- mha_fwd and its gradient ----------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("broadhead::mha_fwd", mutates_args=(), schema=f"({OPERATOR_SCHEMA}) -> (Tensor, Tensor)")
+@check.clamped()
+def mha_fwd(*inputs: Any) -> tuple[Tensor, Tensor]:
+    function, args = from_operator(inputs)
+    out, lse = run(function, args)
+    return canonical(out), canonical(lse)
+
+
+@mha_fwd.register_fake
+def _(*inputs: Any) -> tuple[Tensor, Tensor]:
+    return _fake_outputs(from_operator(inputs)[1])
+
+
+@torch.library.custom_op(
+    "broadhead::mha_bwd",
+    mutates_args=(),
+    schema=f"({_OUTPUTS}, {OPERATOR_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+@check.clamped()
+def mha_bwd(
+    dout: Tensor | None, dlse: Tensor | None, out: Tensor | None, softmax_lse: Tensor | None, *inputs: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, qv and sinks; empty where the input was not given."""
+    function, args = from_operator(inputs)
+    args = args._replace(backend="torch", scheduler_metadata=None)
+    gradients = run_backward_below(function, (dout, dlse, out, softmax_lse), args)
+    return tuple(  # type: ignore[return-value]
+        args.q.new_empty(0) if gradient is None else canonical(gradient) for gradient in gradients
+    )
+
+
+@mha_bwd.register_fake
+def _(dout: Any, dlse: Any, out: Any, softmax_lse: Any, *inputs: Any) -> tuple[Tensor, ...]:
+    q = inputs[0]
+    return tuple(
+        q.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
+        for t in inputs[: len(DIFFERENTIABLE)]
+    )
+
+
+mha_bwd.register_autograd(refuse_second_derivative)
+
+
+def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+    return transforms.differentiate(torch.ops.broadhead.mha_bwd, ctx, dout, dlse)
+
+
+mha_fwd.register_autograd(_differentiate, setup_context=transforms.Forward.setup_context)
+
+
+@torch.library.custom_op(
+    "broadhead::mha_fwd_out", mutates_args=("out",), schema=f"({OPERATOR_SCHEMA}, Tensor(a!) out) -> Tensor"
+)
+@check.clamped()
+def mha_fwd_out(*inputs_and_out: Any) -> Tensor:
+    function, args = from_operator(inputs_and_out[:-1])
+    return canonical(run(function, args._replace(out=inputs_and_out[-1]))[1])
+
+
+@mha_fwd_out.register_fake
+def _(*inputs_and_out: Any) -> Tensor:
+    return _fake_outputs(from_operator(inputs_and_out[:-1])[1])[1]
+
+
+def _operator_inputs(function: str, args: AttentionArgs, backend: str | None) -> tuple[Any, ...]:
+    """The arguments of an operator, of those of a call."""
+    changes: dict[str, Any] = {"backend": backend}
+    if args.page_table is not None and args.cu_seqlens_k is not None:
+        if args.seqused_k is None:
+            changes["seqused_k"] = args.cu_seqlens_k[1:] - args.cu_seqlens_k[:-1]
+        changes["cu_seqlens_k"] = None
+    return to_operator(function, changed(args, changes), normalize_window(args.window_size, args.causal, function))
+
+
+def call_forward(function: str, args: AttentionArgs) -> tuple[Tensor, Tensor]:
+    """A call through the operators; traceable, so it validates only what a schema needs."""
+    args = plain_scalars(function, read_tensors(function, args))
+    backend = args.backend
+    if not is_compiling():
+        refuse_tangents(function, *args)
+        args = resolved_fields(function, args, written=("out",))
+        if any(isinstance(x, Tensor) and x.device.type == "meta" for x in args):
+            check_forward(function, args)  # nothing behind this will
+    if needs_gradients(args.q, args.k, args.v, args.qv, args.sinks, args.out):
+        refuse_float8_gradient(function, args.q.dtype, args.k.dtype)
+        if args.out is not None:
+            raise UnsupportedError(f"{function}: out= has no gradient; leave out away, or call under torch.no_grad()")
+        if backend == "cuda":
+            raise UnsupportedError(
+                f"{function}: backend='cuda' has no backward kernel in this release, and an input requires grad;"
+                " leave backend unset, or call under torch.no_grad()"
+            )
+        backend = "torch"
+    inputs = _operator_inputs(function, args, backend)
+    if not is_compiling() and is_transformed(*args):
+        if args.out is not None:
+            refuse_transformed(function, "out=", *args)
+        if not any(torch._is_functional_tensor(x) for x in args if isinstance(x, Tensor)):
+            return transforms.Forward.apply(*inputs)
+    if args.out is None:
+        return torch.ops.broadhead.mha_fwd(*inputs)
+    return args.out, torch.ops.broadhead.mha_fwd_out(*inputs, args.out)
+
+
+def call_backward(
+    function: str, outputs: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None], args: AttentionArgs
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Its gradients through the operators; traceable, so it validates only what a schema needs."""
+    args = plain_scalars(function, read_tensors(function, args))
+    if args.backend == "cuda":
+        raise UnsupportedError(
+            f"{function}: backend='cuda' has no backward kernel in this release; leave backend unset"
+        )
+    if not is_compiling():
+        refuse_tangents(function, *outputs, *args)
+        args = resolved_fields(function, args)
+        dout, dlse, out, softmax_lse = outputs
+        outputs = (
+            resolved(function, "dout", dout),
+            resolved(function, "dlse", dlse),
+            resolved(function, "out", out),
+            resolved(function, "softmax_lse", softmax_lse),
+        )
+        if any(isinstance(x, Tensor) and x.device.type == "meta" for x in (*outputs, *args)):
+            check_forward(function, args)  # nothing behind this will
+    inputs = _operator_inputs(function, args, args.backend)
+    # The result has no derivative: like that of an eager call, it is a leaf.
+    with torch.no_grad():
+        if not is_compiling() and is_transformed(*outputs, *args):
+            found = transforms.Backward.apply(*outputs, *inputs)
+        else:
+            found = torch.ops.broadhead.mha_bwd(*outputs, *inputs)
+    dq, dk, dv, dqv, dsinks = found
+    return dq, dk, dv, None if args.qv is None else dqv, None if args.sinks is None else dsinks

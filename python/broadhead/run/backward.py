@@ -1,0 +1,87 @@
+"""Runs the gradients of a call, on the torch reference, from out and softmax_lse as they are given."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..call import validation as check
+from ..call.arguments import AttentionArgs
+from ..call.inputs import read_tensors
+from ..call.plain import plain, plain_fields, refuse_tangents
+from ..call.problem import CheckedCall, check_forward, out_dtype, refuse_float8_gradient
+from ..errors import InvalidArgumentError, InvalidTypeError
+from .forward import describe_call, select
+
+
+class Gradients(NamedTuple):
+    """Gradients of one call; None where the input was not given."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dqv: Tensor | None
+    dsinks: Tensor | None
+
+
+def run_backward_below(function: str, outputs: tuple[Any, Any, Any, Any], args: AttentionArgs) -> Gradients:
+    """run_backward of ``(dout, dlse, out, softmax_lse)`` on arguments that no mode or subclass has a say in."""
+    refuse_tangents(function, *outputs)
+    dout, dlse, out, softmax_lse = (
+        plain(function, name, value)
+        for name, value in zip(("dout", "dlse", "out", "softmax_lse"), outputs, strict=True)
+    )
+    args = read_tensors(function, plain_fields(function, args))
+    return run_backward(function, dout, dlse, args, out=out, softmax_lse=softmax_lse)
+
+
+def run_backward(
+    function: str,
+    dout: Any,
+    dlse: Any,
+    args: AttentionArgs,
+    checked: CheckedCall | None = None,
+    *,
+    out: Any = None,
+    softmax_lse: Any = None,
+) -> Gradients:
+    """Gradients of ``out`` and ``softmax_lse`` with respect to q, k, v, qv and sinks. Rows that nobody owns get 0.
+
+    out, softmax_lse: results of the call, or of one that its keys are a part of; None: they are computed.
+    """
+    backend = check.check_backend(function, args.backend)
+    with torch.no_grad():
+        call = check_forward(function, args._replace(out=None)) if checked is None else checked
+        refuse_float8_gradient(function, args.q.dtype, args.k.dtype)
+        _check_results(function, dout, dlse, out, softmax_lse, args, call)
+    problem = call.problem._replace(direction="backward")
+    select(function, problem, args.q.device, backend)
+    return Gradients(*reference.gradients(describe_call(args, call), dout, dlse, out, softmax_lse))
+
+
+def _check_results(
+    function: str, dout: Any, dlse: Any, out: Any, softmax_lse: Any, args: AttentionArgs, call: CheckedCall
+) -> None:
+    """The gradients that come in, and the results that they are of."""
+    q = args.q
+    if dout is None and dlse is None:
+        raise InvalidArgumentError(f"{function}: dout must be a tensor of the shape of out, got None")
+    heads = call.problem.num_heads_q
+    shape = (*q.shape[:-1], call.problem.head_dim_v)
+    for name, value in (("dout", dout), ("out", out)):
+        if value is not None:
+            tensor = check.check_tensor(function, name, value, f"a tensor of shape {shape}")
+            check.check_shape(function, name, tensor, shape, "q.shape[:-1] + (head_dim_v,)")
+            check.check_device(function, name, tensor, q.device)
+            check.check_same_dtype(function, name, tensor, out_dtype(q.dtype))
+    rows = (heads, q.shape[0]) if args.cu_seqlens_q is not None else (q.shape[0], heads, q.shape[1])
+    for name, value in (("dlse", dlse), ("softmax_lse", softmax_lse)):
+        if value is not None:
+            tensor = check.check_tensor(function, name, value, f"a tensor of shape {rows}")
+            check.check_shape(function, name, tensor, rows, "(batch, heads_q, seqlen_q) or (heads_q, total_q)")
+            check.check_device(function, name, tensor, q.device)
+            if tensor.dtype not in (torch.float32, torch.float64):
+                raise InvalidTypeError(f"{function}: {name} must be fp32 or fp64, got {tensor.dtype}")

@@ -1,0 +1,168 @@
+"""The CUDA backend: turns a validated call into a _C.Launch; the compiled module runs all calls of its kind by it."""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..call.arguments import AttentionArgs
+from ..call.plain import count_dispatch_modes, is_plain_type
+from ..call.problem import AttentionProblem, CheckedCall, out_dtype
+from ..call.validation import TOKENS_PER_SPLIT_STEP
+from ..errors import KernelError
+from ..plan import native
+from ..plan.dispatch import Plan
+from ..plan.schedule import Schedule
+from ..support import KernelRow
+from .fallback import state
+from .metadata import check_identity, filled
+
+#: What csrc/decode/workspace.h keeps of a block besides its partial results, in fp32.
+BLOCK_PARTS_SIZE = 12
+#: What it keeps of a tile in a call with a shared prefix.
+TILE_PARTS_SIZE = 2
+
+
+def _decode_workspace(problem: AttentionProblem, row: KernelRow, schedule: Schedule) -> int:
+    """fp32 elements of the workspace of a decode kernel: csrc/decode/workspace.h.
+
+    A slot holds the rows of a tile and their LSE. Slots follow from what the call declares, never from a length on the
+    device, and launch_decode counts as this does: rows of a tile and tiles from max_seqlen_q (dense: q.shape[1]),
+    cells from the capacity of keys (page_table.size(1) * page_size, max_seqlen_k, or the cache's rows). Without cells
+    there are two slots for each block that runs at once, however many tiles there are: a block holds at most the end
+    of one tile and the begin of another as parts. check_cells (validation.py) bounds those of cells. With a shared
+    prefix every tile has a slot besides, for when it is one part.
+    """
+    if problem.shared_tokens:
+        rows, shared_rows = (n * schedule.rows_per_token for n in (problem.seqlen_q, problem.shared_tokens))
+        m_blocks = problem.batch * schedule.m_blocks + -(-shared_rows // row.tile.tile_m)
+        tiles = m_blocks * schedule.heads_in_grid
+        slot = min(row.tile.tile_m, max(rows, shared_rows)) * (problem.head_dim_v + 1)
+        return TILE_PARTS_SIZE * (tiles + tiles % 2) + (2 * schedule.target_ctas + tiles) * slot
+    slot = min(row.tile.tile_m, problem.seqlen_q * schedule.rows_per_token) * (problem.head_dim_v + 1)
+    if schedule.tokens_per_split:
+        cells = -(-problem.seqlen_k // schedule.tokens_per_split)
+        return problem.batch * schedule.heads_in_grid * schedule.m_blocks * cells * slot if cells > 1 else 0
+    if schedule.num_splits == 1:
+        return 0
+    return schedule.target_ctas * (BLOCK_PARTS_SIZE + 2 * slot)
+
+
+def make_launch(args: AttentionArgs, call: CheckedCall, plan: Plan) -> Any:
+    """The _C.Launch of a validated call for which ``plan`` has a row: what repeats from call to call of its kind."""
+    assert plan.row is not None and plan.schedule is not None
+    problem, schedule = call.problem, plan.schedule
+    q = args.q
+    heads = problem.num_heads_q
+    splits = schedule.num_splits
+    # fp32 of the splits' partial outputs and LSE in one buffer, and the counter of kernels that need one at its end; or
+    # the workspace of a decode kernel.
+    if plan.row.phase == "decode":
+        partial_size = _decode_workspace(problem, plan.row, schedule)
+    else:
+        partial_size = splits * heads * call.total_q * (problem.head_dim_v + 1) if splits > 1 else 0
+    # Rows exist that no sequence may own: outputs allocated here are cleared first.
+    clear = args.seqused_q is not None
+    lse_shape = (heads, q.shape[0]) if args.cu_seqlens_q is not None else (q.shape[0], heads, q.shape[1])
+    return connected_module().Launch(
+        kernel_id=plan.row.id,
+        device=q.device.index,
+        out=_allocation(q, (*q.shape[:-1], problem.head_dim_v), out_dtype(q.dtype), 0.0 if clear else None),
+        lse=_allocation(q, lse_shape, torch.float32, float("-inf") if clear else None),
+        scratch_size=partial_size + int(plan.row.template.needs_counter),
+        identity=(plan.metadata_config, problem.page_size, problem.seqlen_k, problem.num_splits),
+        dispatch=("cuda", plan.row.id, plan.reason),
+        # Fields of AttnParams (csrc/host/params.h).
+        seqlen_q=problem.seqlen_q,
+        seqlen_k=problem.seqlen_k,
+        window_left=problem.window_left,
+        window_right=problem.window_right,
+        attention_chunk=problem.attention_chunk,
+        softmax_scale=call.softmax_scale,
+        softcap=call.softcap,
+        num_splits=splits,
+        pack_gqa=int(schedule.pack_gqa),
+        metadata_tag=plan.metadata_tag,
+        heads_per_section=schedule.heads_per_section,
+        max_blocks=schedule.max_blocks,
+        cell_blocks=schedule.tokens_per_split // TOKENS_PER_SPLIT_STEP,
+    )
+
+
+def _allocation(q: Tensor, shape: tuple[int, ...], dtype: torch.dtype, fill: float | None) -> tuple[Any, ...]:
+    """A function that makes a contiguous tensor on the device of ``q``, and its arguments; None: it is given q.
+
+    The cheapest of torch's: empty and new_empty, which look for a shape among more kinds of arguments, take twice as
+    long as empty_strided and empty_like (1.3, 0.85 and 0.7 us on a CPU).
+    """
+    strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    options = {"dtype": dtype, "device": q.device}
+    if fill is not None:
+        return torch.full, (shape, fill), options
+    if (q.shape, q.stride(), q.dtype) == (shape, strides, dtype):
+        return torch.empty_like, None, None
+    return torch.empty_strided, (shape, strides), options
+
+
+def connected_module() -> ModuleType:
+    """The compiled module, once it has what its calls need of Python."""
+    global _connected
+    module = native.extension()
+    if module is None:
+        raise KernelError("broadhead: the compiled module broadhead._C is not installed")
+    if _connected is not module:
+        module.connect(
+            records=filled,
+            check_identity=check_identity,
+            exchange_device=torch.cuda._exchange_device,
+            restore_device=torch.cuda._maybe_exchange_device,
+            is_grad_enabled=torch.is_grad_enabled,
+            state=state,
+            is_plain_type=is_plain_type,
+            is_negative=torch.Tensor.is_neg,
+            count_modes=count_dispatch_modes,
+            forward_ad=vars(forward_ad),
+            increment_version=torch._C._increment_version,
+        )
+        _connected = module
+    return module
+
+
+_connected: ModuleType | None = None
+
+
+def find_run_known() -> Any:
+    """_C.run_known, or without the compiled module what knows no call."""
+    return _know_nothing if native.extension() is None else connected_module().run_known
+
+
+def find_run_known_shared() -> Any:
+    """_C.run_known_shared, likewise."""
+    return _know_nothing if native.extension() is None else connected_module().run_known_shared
+
+
+def _know_nothing(*call: Any) -> None:
+    return None
+
+
+def run_new(launch: Any, function: str, need_lse: bool, args: AttentionArgs) -> tuple[Tensor, Tensor | None]:
+    """Run the first call of a kind, for which ``launch`` was made: _C.run_known runs those that follow."""
+    return connected_module().run_new(launch, function, need_lse, args)
+
+
+def run_new_shared(
+    launch: Any, function: str, need_lse: bool, args: AttentionArgs, page_table: Tensor, length: int
+) -> tuple[Tensor, Tensor | None]:
+    """As run_new, over ``length`` keys that all sequences share."""
+    return connected_module().run_new_shared(launch, function, need_lse, args, page_table, length)
+
+
+def forget_calls() -> None:
+    """Forget every decision; for tests that change the device or the build."""
+    if native.extension() is not None:
+        connected_module().forget_calls()
