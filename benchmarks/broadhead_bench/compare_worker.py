@@ -1,4 +1,4 @@
-"""One side of `broadhead.bench.compare`: times calls of the broadhead that it imports, as lines on its input ask.
+"""One side of `broadhead_bench.compare`: times calls of the broadhead that it imports, as lines on its input ask.
 
 Run as a file by its path, so that it needs nothing of the package that it measures but what every version has. Each
 line of its input is a JSON object with "do": "rows", "prepare", "time", "host" or "quit"; each is answered by one line.
