@@ -3,8 +3,8 @@
 
 ``generate.py sources --archs "80;90a" --out DIR`` writes, for every kernel family, one .cu per tile shape, the registry
 of the kernels that this build holds, and ``instantiations.cmake`` which names the sources and their architectures.
-``generate.py arguments --out FILE`` writes the arguments of a call (python/broadhead/call/arguments.py) for the compiled
-module. ``generate.py readme README.md [--check]`` rewrites (or verifies) the support matrix between its two markers.
+``generate.py arguments --out FILE`` writes the arguments of a call (python/broadhead/call/arguments.py) for the
+compiled module. ``generate.py readme README.md [--check]`` rewrites (or verifies) the support matrix between its two markers.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def load_table() -> ModuleType:
 def arguments_inc() -> str:
     """A line for each argument of a call, for an includer that defines BROADHEAD_ARGUMENT."""
     lines = [
-        "// The arguments of a call in their order: constant, name, whether it is a tensor, whether kernels choose by the",
-        "// alignment of its address. Written by cmake/generate.py from python/broadhead/call/arguments.py.",
+        "// The arguments of a call in their order: constant, name, whether it is a tensor, whether kernels choose by",
+        "// the alignment of its address. Written by cmake/generate.py from python/broadhead/call/arguments.py.",
     ]
     for name, argument in load_module("call/arguments.py").ARGUMENTS.items():
         constant = "k" + "".join(part.capitalize() for part in name.split("_"))

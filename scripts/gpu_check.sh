@@ -9,7 +9,7 @@
 #           SANITIZER_SELECT, a `-k` expression over the curated set ("sm90"), and SANITIZER_JOBS, how many run side by
 #           side; `compare` COMPARE_BASE, a folder with another installation of broadhead, and COMPARE_ARGS.
 # Environment: BROADHEAD_KERNEL_DIR (kernel libraries built before) or BROADHEAD_CUDA_ARCHS, as for pip install.
-# The current Python must have torch, pybind11, scikit-build-core, pytest with pytest-xdist; demo and bench their extras.
+# The current Python must have torch, pybind11, scikit-build-core, pytest with pytest-xdist; demo its extra.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out="$(mkdir -p "$1" && cd "$1" && pwd)"
@@ -22,7 +22,7 @@ python3 -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir "$site/w
 python3 -m pip install --quiet --no-deps --no-index --target "$site/lib" "$site"/wheel/*.whl
 export PYTHONPATH="$site/lib${PYTHONPATH:+:$PYTHONPATH}"
 root="$PWD"
-cd "$site" # nothing may come from the source tree
+cd "$site" # nothing of the package may come from the source tree
 python3 -c "import broadhead, torch; print('broadhead', broadhead.__version__, broadhead.__file__); print('torch', torch.__version__, torch.cuda.get_device_name())"
 
 gpus="$(python3 -c "import torch; print(torch.cuda.device_count())")"
@@ -83,12 +83,13 @@ for stage in "${stages[@]}"; do
     bench)
       for area in ${BENCH_AREAS:-forward decode host}; do
         # shellcheck disable=SC2086
-        python3 -m broadhead.bench "$area" --out "$out/results.json" ${BENCH_ARGS:-} || exit 1
+        python3 "$root/benchmarks/run.py" "$area" --out "$out/results.json" ${BENCH_ARGS:-} || exit 1
       done >"$log" 2>&1
       ;;
     compare)
       # shellcheck disable=SC2086
-      python3 -m broadhead.bench.compare --base "${COMPARE_BASE:?a folder with another installation}" --new "$site/lib" \
+      python3 "$root/benchmarks/compare_installations.py" \
+        --base "${COMPARE_BASE:?a folder with another installation}" --new "$site/lib" \
         --out "$out/compare.json" ${COMPARE_ARGS:-} >"$log" 2>&1
       ;;
     *) echo "gpu_check.sh: unknown stage $stage" >&2; exit 2 ;;

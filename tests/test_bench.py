@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from pathlib import Path
 
 import broadhead
 import pytest
 import torch
-from broadhead.bench import accuracy, cases, cli, inputs, peers, peers_broadhead, records, summary, timing
+from broadhead_bench import accuracy, cases, cli, inputs, records, summary, timing
+from broadhead_bench.peers import broadhead_api, registry
 
 FIELDS = {
     *("area", "case", "impl", "kernel", "value", "unit", "seconds", "rel_error"),
@@ -106,21 +106,6 @@ def test_turns_are_even() -> None:
     assert all(low <= place < low + 7 for place, low in zip(places, (0, 7, 14)))
 
 
-def lacks(area: str) -> bool:
-    """Whether this version of broadhead cannot do what an area is about."""
-    if area == "decode-invariant":
-        return "tokens_per_split" not in inspect.signature(broadhead.flash_attn_with_kvcache).parameters
-    if area == "cascade":
-        return not hasattr(broadhead, "flash_attn_with_shared_prefix")
-    if area == "decode-fp8":
-        q, cache = torch.zeros(1, 1, 1, 16, dtype=torch.bfloat16), torch.zeros(1, 1, 1, 16).to(torch.float8_e4m3fn)
-        try:
-            broadhead.flash_attn_with_kvcache(q, cache, cache, cache_seqlens=1)
-        except broadhead.InvalidTypeError:
-            return True
-    return False
-
-
 @pytest.mark.parametrize("area", cases.AREAS)
 def test_quick_on_cpu(area: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "results.json"
@@ -129,8 +114,8 @@ def test_quick_on_cpu(area: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     written = json.loads(out.read_text())
     names = {case.name for case in cases.cases_of(area, on_cpu=True)}
     measured = {impl: {r["case"] for r in written if r["impl"] == impl} for impl in ("broadhead", "baseline")}
-    assert measured["broadhead"] == (set() if lacks(area) else names)
-    assert measured["baseline"] == (names if area in peers_broadhead.Baseline.areas else set())
+    assert measured["broadhead"] == names
+    assert measured["baseline"] == (names if area in broadhead_api.Baseline.areas else set())
     for record in written:
         assert set(record) == FIELDS
         assert record["impl"] in ("broadhead", "baseline")
@@ -147,6 +132,20 @@ def test_quick_on_cpu(area: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert all(name in log and name in tables for name in names)
     # No peer runs here, so only baselines can be compared with.
     assert ("bars met" in printed) == (area in ("paged", "window", "fp8"))
+
+
+def test_what_an_older_version_lacks_is_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An older version of broadhead may be installed. What it cannot do is told, and nothing breaks."""
+    monkeypatch.delattr(broadhead, "flash_attn_with_shared_prefix")
+    out = tmp_path / "results.json"
+    arguments = ["cascade", "--quick", "--device", "cpu", "--budget", "0.001", "--out", str(out)]
+    assert cli.main(arguments) == cli.OK
+    assert {r["impl"] for r in json.loads(out.read_text())} == {"baseline"}
+    printed = capsys.readouterr().out
+    for case in cases.cases_of("cascade", on_cpu=True):
+        assert f"skip broadhead, {case.name}: this version has no flash_attn_with_shared_prefix" in printed
 
 
 def test_out_appends_and_plot_draws(tmp_path: Path) -> None:
@@ -346,4 +345,4 @@ def test_tables_show_what_broadhead_lacks() -> None:
 
 
 def test_every_implementation_has_an_adapter() -> None:
-    assert tuple(peer.name for peer in peers.all_peers()) == records.IMPLEMENTATIONS
+    assert tuple(peer.name for peer in registry.all_peers()) == records.IMPLEMENTATIONS

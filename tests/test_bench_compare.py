@@ -11,8 +11,8 @@ import broadhead
 import pytest
 import torch
 from broadhead import support
-from broadhead.bench import compare
-from broadhead.bench.compare import Compared, Worker, WorkerError
+from broadhead_bench import compare
+from broadhead_bench.compare import Compared, Worker, WorkerError
 
 PACKAGE = Path(broadhead.__file__).parent
 #: Behind the new side's package: what its file ``mode`` says befalls each call.

@@ -9,8 +9,10 @@ from typing import Any
 import broadhead
 import pytest
 import torch
-from broadhead.bench import accuracy, cases, cases_decode, cli, inputs_decode, measure, peers_broadhead, summary
+from broadhead.reference import append
 from broadhead.reference.append import apply_rotary
+from broadhead_bench import accuracy, cases, cases_decode, cli, inputs_decode, measure, summary
+from broadhead_bench.peers import broadhead_api
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -185,10 +187,10 @@ def test_append_inputs() -> None:
 
 
 def test_a_token_that_is_not_stored_shows(monkeypatch: pytest.MonkeyPatch) -> None:
-    peer = peers_broadhead.Broadhead()
+    peer = broadhead_api.Broadhead()
     task = measure.task_of(STEP._replace(area="append"), CPU)
     assert task.prepare(peer).error <= accuracy.MAX_ERROR["append"]
-    monkeypatch.setattr(broadhead.append_kv, "append", lambda *arguments, **options: None)
+    monkeypatch.setattr(append, "append", lambda *arguments, **options: None)
     assert not task.prepare(peer).error <= accuracy.MAX_ERROR["append"]
 
 
@@ -208,7 +210,7 @@ def test_invariant_mode_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("flash_attn_with_kvcache", "get_scheduler_metadata"):
         monkeypatch.setattr(broadhead, name, watched(name))
     task = measure.task_of(STEP._replace(area="decode-invariant", tokens_per_split=64), CPU)
-    for peer, tokens in ((peers_broadhead.Broadhead(), 64), (peers_broadhead.Baseline(), 0)):
+    for peer, tokens in ((broadhead_api.Broadhead(), 64), (broadhead_api.Baseline(), 0)):
         asked.clear()
         task.prepare(peer)
         assert asked == [("get_scheduler_metadata", tokens), ("flash_attn_with_kvcache", tokens)]
@@ -242,19 +244,19 @@ def _shared_prefix(
 )
 def test_records_tell_how_a_prefix_ran(monkeypatch: pytest.MonkeyPatch, reason: str, kernel: str) -> None:
     monkeypatch.setattr(broadhead, "last_dispatch", lambda: ("cuda", "row", reason))
-    assert peers_broadhead.Broadhead().kernel() == kernel
+    assert broadhead_api.Broadhead().kernel() == kernel
 
 
 def test_cascade_inputs_are_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """A function of the documented arguments alone gives what the plain call gives."""
     monkeypatch.setattr(broadhead, "flash_attn_with_shared_prefix", _shared_prefix, raising=False)
     task = measure.task_of(CASCADE, CPU)
-    for peer in (peers_broadhead.Broadhead(), peers_broadhead.Baseline()):
+    for peer in (broadhead_api.Broadhead(), broadhead_api.Baseline()):
         assert task.prepare(peer).error <= accuracy.MAX_ERROR["cascade"]
     monkeypatch.setattr(
         broadhead, "flash_attn_with_shared_prefix", lambda *a, **k: _shared_prefix(*a, **{**k, "prefix_len": 47})
     )
-    assert task.prepare(peers_broadhead.Broadhead()).error > accuracy.MAX_ERROR["cascade"]
+    assert task.prepare(broadhead_api.Broadhead()).error > accuracy.MAX_ERROR["cascade"]
 
 
 def test_steps_compare_by_time() -> None:
@@ -270,7 +272,7 @@ def test_steps_compare_by_time() -> None:
 
 
 def test_host_cases_measure_different_calls() -> None:
-    peer = peers_broadhead.Broadhead()
+    peer = broadhead_api.Broadhead()
     results = {}
     for case in cases.cases_of("host"):
         assert isinstance(case, cases.HostCase)

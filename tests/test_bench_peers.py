@@ -9,7 +9,8 @@ from typing import Any
 import broadhead
 import pytest
 import torch
-from broadhead.bench import accuracy, cases, measure, peers, peers_flash, peers_flashinfer
+from broadhead_bench import accuracy, cases, measure
+from broadhead_bench.peers import base, flash_attention, flashinfer_wrappers
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -125,8 +126,8 @@ def _merge_state_in_place(v: Tensor, s: Tensor, v_other: Tensor, s_other: Tensor
     v.copy_(broadhead.merge_attn_states(v, s.T.contiguous(), v_other, s_other.T.contiguous())[0])
 
 
-def _fa3() -> peers_flash.FlashAttention3:
-    peer = peers_flash.FlashAttention3()
+def _fa3() -> flash_attention.FlashAttention3:
+    peer = flash_attention.FlashAttention3()
     peer._module = SimpleNamespace(
         flash_attn_with_kvcache=broadhead.flash_attn_with_kvcache,
         get_scheduler_metadata=broadhead.get_scheduler_metadata,
@@ -134,20 +135,20 @@ def _fa3() -> peers_flash.FlashAttention3:
     return peer
 
 
-def _fa4() -> peers_flash.FlashAttention4:
+def _fa4() -> flash_attention.FlashAttention4:
     def varlen(
         q: Tensor, k: Tensor, v: Tensor, *, seqused_k: Tensor, page_table: Tensor, causal: bool
     ) -> tuple[Tensor, None]:
         out = broadhead.flash_attn_with_kvcache(q, k, v, cache_seqlens=seqused_k, page_table=page_table, causal=causal)
         return out, None
 
-    peer = peers_flash.FlashAttention4()
+    peer = flash_attention.FlashAttention4()
     peer._module = SimpleNamespace(flash_attn_varlen_func=varlen)
     return peer
 
 
-def _flashinfer() -> peers_flashinfer.FlashInfer:
-    peer = peers_flashinfer.FlashInfer()
+def _flashinfer() -> flashinfer_wrappers.FlashInfer:
+    peer = flashinfer_wrappers.FlashInfer()
     peer._module = SimpleNamespace(
         BatchDecodeWithPagedKVCacheWrapper=Decode,
         BatchPrefillWithPagedKVCacheWrapper=Prefill,
@@ -168,7 +169,7 @@ def test_adapters_compute_the_case(area: str, make: Any) -> None:
     case = STEPS[area] if area == "cascade" else STEPS[area]._replace(area=area)
     task = measure.task_of(case, CPU)
     if area in SKIPPED[peer.name]:
-        with pytest.raises(peers.Skip):
+        with pytest.raises(base.Skip):
             task.prepare(peer)
         return
     prepared = task.prepare(peer)
@@ -210,5 +211,5 @@ def test_plans_are_a_host_case(make: Any, planned: bool) -> None:
     if planned:
         task.prepare(make()).calls[0]()
     else:
-        with pytest.raises(peers.Skip, match="no metadata"):
+        with pytest.raises(base.Skip, match="no metadata"):
             task.prepare(make())

@@ -46,12 +46,9 @@ BROADHEAD_DEVICE RowResult finish_row(const AttnParams& params, const RowPlace& 
     // The sink's term relative to the running reference; it is far out of range only when it dominates the row.
     const float sink = load_sink<Element>(params, row.head);
     const float reference = stats.max * scale.scale;
-    if (sink - reference > 80.f) {  // exp would overflow fp32 against the sum: the row is all sink
-      stats.sum = INFINITY;
-    } else {
-      stats.sum += exp2f((sink - reference) * kLog2e);
-    }
-    if (stats.sum == INFINITY) stats.max = sink / scale.scale;
+    // Where exp overflows fp32 the row is all sink.
+    stats.sum = sink - reference > 80.f ? INFINITY : stats.sum + exp2f((sink - reference) * kLog2e);
+    if (stats.sum == INFINITY) return {0.f, sink};
   }
   if (empty) return {0.f, -INFINITY};
   return {1.f / stats.sum, stats.max * scale.scale + (stats.sum == INFINITY ? 0.f : logf(stats.sum))};

@@ -1,4 +1,4 @@
-"""The commands `broadhead demo`, `bench`, `explain` and `matrix`."""
+"""The commands `broadhead demo`, `explain` and `matrix`."""
 
 from __future__ import annotations
 
@@ -53,14 +53,6 @@ def demo(
 ) -> None:
     """Generate text through paged attention and check it against SDPA."""
     raise typer.Exit(run_demo(prompt, max_new_tokens, device, dtype, page_size, architecture))
-
-
-@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def bench(context: typer.Context) -> None:
-    """Time forward, backward, decode or host against the peers that are installed: bench forward --help."""
-    from broadhead.bench.cli import main as run_bench
-
-    raise typer.Exit(run_bench(context.args))
 
 
 @app.command()

@@ -11,6 +11,8 @@ from typing import Any
 import broadhead
 import pytest
 import torch
+from broadhead.api import append
+from broadhead.run import cuda_backend
 from entries import KINDS, Entry, backward_entries, check_kind, entries
 from fuzz_modes import check_random_call
 from torch import Tensor

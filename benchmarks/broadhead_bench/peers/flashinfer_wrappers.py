@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from broadhead.bench.cases import CascadeCase, DecodeCase, DenseCase, PagedCase, VarlenCase
-from broadhead.bench.inputs import PagedInputs, VarlenInputs
-from broadhead.bench.inputs_decode import CascadeInputs, Fp8PagedInputs, LatentInputs
-from broadhead.bench.peers import Skip
-from broadhead.bench.peers_flash import PackagePeer, first_output
+from broadhead_bench.cases import CascadeCase, DecodeCase, DenseCase, PagedCase, VarlenCase
+from broadhead_bench.inputs import PagedInputs, VarlenInputs
+from broadhead_bench.inputs_decode import CascadeInputs, Fp8PagedInputs, LatentInputs
+from broadhead_bench.peers.base import PackagePeer, Skip, first_output
 
 WORKSPACE_BYTES = 256 << 20
 

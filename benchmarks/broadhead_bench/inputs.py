@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from broadhead.bench.cases import DenseCase, PagedCase, VarlenCase
+from broadhead_bench.cases import DenseCase, PagedCase, VarlenCase
 
 #: The largest number of e4m3.
 E4M3_MAX = 448.0

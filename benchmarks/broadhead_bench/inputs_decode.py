@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from broadhead.bench import timing
-from broadhead.bench.cases import CascadeCase, DecodeCase
-from broadhead.bench.inputs import E4M3_MAX, PagedInputs, normal
+from broadhead_bench import timing
+from broadhead_bench.cases import CascadeCase, DecodeCase
+from broadhead_bench.inputs import E4M3_MAX, PagedInputs, normal
 
 #: The sets of a case hold at least this many times the L2, so that no call finds its own keys there.
 L2_MULTIPLE = 4

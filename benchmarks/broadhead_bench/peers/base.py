@@ -1,20 +1,20 @@
-"""Adapters: each implementation prepares a call of a case; here what they share, and torch's SDPA backends."""
+"""What the adapters share: each prepares a call of a case for one implementation."""
 
 from __future__ import annotations
 
 import contextlib
-import warnings
+import importlib
+import importlib.metadata
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from broadhead.bench.cases import AREAS, CascadeCase, DecodeCase, DenseCase, PagedCase, VarlenCase
-from broadhead.bench.inputs import Fp8Inputs, PagedInputs, VarlenInputs
-from broadhead.bench.inputs_decode import AppendInputs, CascadeInputs, Fp8PagedInputs, LatentInputs
+from broadhead_bench.cases import AREAS, CascadeCase, DecodeCase, DenseCase, PagedCase, VarlenCase
+from broadhead_bench.inputs import Fp8Inputs, PagedInputs, VarlenInputs
+from broadhead_bench.inputs_decode import AppendInputs, CascadeInputs, Fp8PagedInputs, LatentInputs
 
 
 class Skip(Exception):
@@ -113,67 +113,42 @@ class Peer:
         return gradients
 
 
-class TorchSdpa(Peer):
-    """One backend of torch.nn.functional.scaled_dot_product_attention."""
+class PackagePeer(Peer):
+    """A peer that is importable or not, under one of its names."""
 
-    areas = ("forward", "odd", "window", "backward", "host")
-
-    def __init__(self, name: str, backend: SDPBackend) -> None:
-        self.name = name
-        self._backend = backend
-        self._notes: dict[str, str] = {}
+    module_names: tuple[str, ...] = ()
+    distributions: tuple[str, ...] = ()
+    _module: Any = None
 
     def why_unavailable(self, device: torch.device) -> str | None:
-        return None if device.type == "cuda" else "this SDPA backend needs a CUDA device"
+        if device.type != "cuda":
+            return "needs a CUDA device"
+        reasons = []
+        for name in self.module_names:
+            try:
+                self._module = importlib.import_module(name)
+            except Exception as error:  # an installed peer may fail to load in any way
+                text = (str(error).splitlines() or [""])[0]
+                reasons.append(f"cannot import {name}: {type(error).__name__}: {text}")
+            else:
+                return None
+        return "; ".join(reasons)
 
     def versions(self) -> dict[str, str]:
-        return self._notes
-
-    def context(self) -> AbstractContextManager[Any]:
-        return sdpa_kernel([self._backend])
-
-    def forward(self, case: DenseCase, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
-        self._notes = {}
-        if case.window is not None:
-            raise Skip("takes no window")
-        if case.num_heads_q == case.num_heads_kv:
-            return _sdpa_call(q, k, v, case.causal, enable_gqa=False)
-        call = _sdpa_call(q, k, v, case.causal, enable_gqa=True)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                call()
-        except RuntimeError:
-            group = case.num_heads_q // case.num_heads_kv
-            self._notes = {"note": f"K and V repeated {group} times beforehand: this backend takes no GQA"}
-            call = _sdpa_call(
-                q, k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2), case.causal, enable_gqa=False
-            )
-        return call
+        for name in self.distributions:
+            try:
+                return {self.name: f"{name} {importlib.metadata.version(name)}"}
+            except importlib.metadata.PackageNotFoundError:
+                continue
+        return {self.name: str(getattr(self._module, "__version__", "unknown"))}
 
 
-def _sdpa_call(q: Tensor, k: Tensor, v: Tensor, causal: bool, enable_gqa: bool) -> Callable[[], Tensor]:
-    """SDPA on ``(B, S, H, D)`` tensors, as views in its own layout."""
-    attention = torch.nn.functional.scaled_dot_product_attention
-    query, key, value = (t.transpose(1, 2) for t in (q, k, v))
-    options: dict[str, Any] = {"enable_gqa": True} if enable_gqa else {}
-    return lambda: attention(query, key, value, is_causal=causal, **options).transpose(1, 2)
+def first_output(result: Any) -> Tensor:
+    """The output of a call that may also return its LSE."""
+    return result[0] if isinstance(result, (tuple, list)) else result
 
 
-def all_peers() -> list[Peer]:
-    """Every implementation, in the order of the tables."""
-    from broadhead.bench.peers_broadhead import Baseline, Broadhead
-    from broadhead.bench.peers_flash import Ffpa, FlashAttention3, FlashAttention4
-    from broadhead.bench.peers_flashinfer import FlashInfer
-
-    return [
-        Broadhead(),
-        Baseline(),
-        TorchSdpa("fa2", SDPBackend.FLASH_ATTENTION),
-        FlashAttention3(),
-        FlashAttention4(),
-        Ffpa(),
-        TorchSdpa("cudnn", SDPBackend.CUDNN_ATTENTION),
-        TorchSdpa("memeff", SDPBackend.EFFICIENT_ATTENTION),
-        FlashInfer(),
-    ]
+def arguments_of_plan(case: DecodeCase, cache_seqlens: Tensor) -> tuple[Any, ...]:
+    """The positional arguments of get_scheduler_metadata, which FlashAttention-3 has as well."""
+    seqlen_k = case.pages_per_sequence * case.page_size
+    return case.batch, case.seqlen_q, seqlen_k, case.num_heads_q, case.num_heads_kv, case.head_dim, cache_seqlens

@@ -1,4 +1,4 @@
-"""One side of `broadhead.bench.compare`: times calls of the broadhead that it imports, as lines on its input ask.
+"""One side of `broadhead_bench.compare`: times calls of the broadhead that it imports, as lines on its input ask.
 
 Run as a file by its path, so that it needs nothing of the package that it measures but what every version has. Each
 line of its input is a JSON object with "do": "rows", "prepare", "time", "host" or "quit"; each is answered by one line.
@@ -25,19 +25,38 @@ from torch import Tensor
 #: Calls between two waits of a host measurement: less than a queue of the device holds.
 HOST_BATCH = 25
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float8_e4m3fn": torch.float8_e4m3fn}
+#: Where this and older versions of the package have a module.
+PLACES = {
+    "dispatch": ("plan.dispatch", "dispatch"),
+    "cuda_backend": ("run.cuda_backend", "cuda_backend"),
+    "append": ("api.append", "append_call"),
+    "metadata": ("run.metadata", "metadata"),
+}
 #: What remembers a decision, by module: attributes with ``clear()``, and functions.
 MEMORIES = {
     "dispatch": ("_plans",),
     "cuda_backend": ("forget_calls",),
-    "append_call": ("clear_known",),
+    "append": ("clear_known",),
     "metadata": ("_prepared",),
 }
+
+
+def module_of(name: str) -> Any:
+    """A module of the package that is measured, wherever its version has it."""
+    places = [f"broadhead.{place}" for place in PLACES[name]]
+    for place in places:
+        try:
+            return importlib.import_module(place)
+        except ModuleNotFoundError as error:
+            if error.name is None or not place.startswith(error.name):
+                raise
+    raise ModuleNotFoundError(f"this broadhead has none of {', '.join(places)}")
 
 
 def forget() -> None:
     """Forget every decision that this version of the package remembers."""
     for module, names in MEMORIES.items():
-        found = importlib.import_module(f"broadhead.{module}")
+        found = module_of(module)
         for name in names:
             memory = getattr(found, name, None)
             if memory is not None:
@@ -51,7 +70,7 @@ class Side:
         import broadhead
 
         self.broadhead, self.device, self.on_gpu = broadhead, torch.device(device), device.startswith("cuda")
-        self.dispatch: Any = importlib.import_module("broadhead.dispatch")
+        self.dispatch: Any = module_of("dispatch")
         self.table = self.dispatch.ROWS
         self.call: Callable[[], Any] = lambda: None
         self.flush: Callable[[], Any] = lambda: None

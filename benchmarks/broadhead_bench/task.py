@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from broadhead.bench import timing
-from broadhead.bench.peers import Peer
-from broadhead.bench.records import UNITS
+from broadhead_bench import timing
+from broadhead_bench.peers.base import Peer
+from broadhead_bench.records import UNITS
 
 Call = Callable[[], Any]
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from broadhead.bench.cases import AREAS, GROUPS
-from broadhead.bench.records import IMPLEMENTATIONS, UNITS, describe_run, read_records, write_records
-from broadhead.bench.runner import BUDGET, DECODE_BUDGET, Options, run_area
-from broadhead.bench.summary import summarize, table
+from broadhead_bench.cases import AREAS, GROUPS
+from broadhead_bench.records import IMPLEMENTATIONS, UNITS, describe_run
+from broadhead_bench.result_file import read_records, write_records
+from broadhead_bench.runner import BUDGET, DECODE_BUDGET, Options, run_area
+from broadhead_bench.summary import summarize, table
 
 #: Exit status: everything measured is right; broadhead was wrong or raised; the options make no sense here.
 OK, BROKEN, BAD_USAGE = 0, 1, 2
@@ -23,7 +24,7 @@ QUICK_BUDGET = 0.1
 def build_parser() -> argparse.ArgumentParser:
     """The options."""
     parser = argparse.ArgumentParser(
-        prog="python -m broadhead.bench",
+        prog="python benchmarks/run.py",
         description="Times broadhead and the peers that are installed, after checking each result against fp32.",
     )
     groups = "; ".join(f"{name}: {', '.join(areas)}" for name, areas in GROUPS.items())
@@ -66,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
         options = _options(parsed)
         previous = read_records(parsed.out) if parsed.out else []
     except ValueError as error:
-        print(f"broadhead.bench: {error}", file=sys.stderr)
+        print(f"benchmarks/run.py: {error}", file=sys.stderr)
         return BAD_USAGE
     run = describe_run(options.device, arguments)
     print(f"{run.device}, torch {run.versions['torch']}", flush=True)
@@ -84,15 +85,15 @@ def main(arguments: list[str] | None = None) -> int:
         broken += run_area(area, options, run, lambda line: print(line, flush=True), keep).broken
     print_tables(records)
     if parsed.plot and records:
-        from broadhead.bench.plot import plot
+        from broadhead_bench.plot import plot
 
         try:
             plot(records, parsed.plot)
         except ImportError as error:
-            print(f"broadhead.bench: {error}", file=sys.stderr)
+            print(f"benchmarks/run.py: {error}", file=sys.stderr)
             return BAD_USAGE
     if broken:
-        print(f"broadhead.bench: broadhead failed in {broken} case(s), see the lines above", file=sys.stderr)
+        print(f"benchmarks/run.py: broadhead failed in {broken} case(s), see the lines above", file=sys.stderr)
     return BROKEN if broken else OK
 
 

@@ -6,14 +6,14 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import broadhead
 import torch
 from torch import Tensor
 
-import broadhead
-from broadhead.bench.cases import AREAS, CascadeCase, DecodeCase, DenseCase, PagedCase, VarlenCase
-from broadhead.bench.inputs import Fp8Inputs, PagedInputs, VarlenInputs
-from broadhead.bench.inputs_decode import AppendInputs, CascadeInputs, Fp8PagedInputs, LatentInputs
-from broadhead.bench.peers import Peer, Skip
+from broadhead_bench.cases import AREAS, CascadeCase, DecodeCase, DenseCase, PagedCase, VarlenCase
+from broadhead_bench.inputs import Fp8Inputs, PagedInputs, VarlenInputs
+from broadhead_bench.inputs_decode import AppendInputs, CascadeInputs, Fp8PagedInputs, LatentInputs
+from broadhead_bench.peers.base import Peer, Skip, arguments_of_plan
 
 
 class Broadhead(Peer):
@@ -147,12 +147,6 @@ class Baseline(Broadhead):
 
     def cascade(self, case: CascadeCase, inputs: CascadeInputs) -> Callable[[], Tensor]:
         return self.decode(case.plain, inputs.plain)
-
-
-def arguments_of_plan(case: DecodeCase, cache_seqlens: Tensor) -> tuple[Any, ...]:
-    """The positional arguments of get_scheduler_metadata, which FlashAttention-3 has as well."""
-    seqlen_k = case.pages_per_sequence * case.page_size
-    return case.batch, case.seqlen_q, seqlen_k, case.num_heads_q, case.num_heads_kv, case.head_dim, cache_seqlens
 
 
 def _split_options(case: DecodeCase) -> dict[str, Any]:

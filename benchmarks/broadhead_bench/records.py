@@ -1,20 +1,18 @@
-"""Result records: what identifies a run, and reading and writing result files."""
+"""Result records: what identifies a run, and one result of it."""
 
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import platform
 import shlex
 import subprocess
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import broadhead
 import torch
 
-import broadhead
-from broadhead.bench.cases import AREAS
+from broadhead_bench.cases import AREAS
 
 IMPLEMENTATIONS = ("broadhead", "baseline", "fa2", "fa3", "fa4", "ffpa", "cudnn", "memeff", "flashinfer")
 UNITS = (
@@ -38,7 +36,7 @@ def describe_run(device: torch.device, arguments: list[str]) -> RunInfo:
 
     Args:
         device: what is measured.
-        arguments: the command line after ``python -m broadhead.bench``; paths are cut to file names.
+        arguments: the command line after ``python benchmarks/run.py``; paths are cut to file names.
     """
     versions = {
         "broadhead": broadhead.__version__,
@@ -53,7 +51,7 @@ def describe_run(device: torch.device, arguments: list[str]) -> RunInfo:
         versions["driver"] = _driver_version()
     words = [os.path.basename(word) if os.sep in word else word for word in arguments]
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    return RunInfo(name, versions, shlex.join(["python", "-m", "broadhead.bench", *words]), date)
+    return RunInfo(name, versions, shlex.join(["python", "benchmarks/run.py", *words]), date)
 
 
 def _driver_version() -> str:
@@ -97,28 +95,3 @@ def make_record(
         "command": run.command,
         "date": run.date,
     }
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a result file; none if there is no such file.
-
-    Raises:
-        ValueError: the file holds something else than a list of records.
-    """
-    if not path.exists() or path.stat().st_size == 0:
-        return []
-    try:
-        records = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not a JSON file: {error}; give another --out") from error
-    if not isinstance(records, list) or not all(isinstance(r, dict) and "case" in r for r in records):
-        raise ValueError(f"{path} does not hold a list of benchmark records; give another --out")
-    return records
-
-
-def write_records(path: Path, records: list[dict[str, Any]]) -> None:
-    """Write a result file in one step, so that an interrupted run leaves the last whole one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(records, indent=1) + "\n")
-    partial.replace(path)

@@ -7,16 +7,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import broadhead
 import torch
 
-from broadhead.bench import accuracy
-from broadhead.bench.cases import Case, cases_of
-from broadhead.bench.cases_decode import DECODE_AREAS
-from broadhead.bench.measure import task_of
-from broadhead.bench.peers import Peer, Skip, all_peers
-from broadhead.bench.records import RunInfo, make_record
-from broadhead.bench.task import Measurement, Prepared
-from broadhead.errors import UnsupportedError
+from broadhead_bench import accuracy
+from broadhead_bench.cases import Case, cases_of
+from broadhead_bench.cases_decode import DECODE_AREAS
+from broadhead_bench.measure import task_of
+from broadhead_bench.peers.base import Peer, Skip
+from broadhead_bench.peers.registry import all_peers
+from broadhead_bench.records import RunInfo, make_record
+from broadhead_bench.task import Measurement, Prepared
 
 #: Seconds a measurement. A decode step repeats to within a percent in a CUDA graph, and there are many cases.
 BUDGET, DECODE_BUDGET = 0.5, 0.2
@@ -68,7 +69,7 @@ def run_area(
     for case in cases:
         for peer, measured in _measure_case(area, case, available, options):
             if isinstance(measured, Exception):
-                if peer.name == "broadhead" and not isinstance(measured, (Skip, UnsupportedError)):
+                if peer.name == "broadhead" and not isinstance(measured, (Skip, broadhead.UnsupportedError)):
                     outcome.broken += 1
                 log(f"skip {peer.name}, {case.name}: {_one_line(measured)}")
                 continue

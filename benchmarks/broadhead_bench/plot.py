@@ -6,7 +6,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from broadhead.bench.records import IMPLEMENTATIONS, UNITS
+from broadhead_bench.records import IMPLEMENTATIONS, UNITS
 
 #: One colour an implementation in every figure (Okabe and Ito's palette, told apart by colour-blind readers).
 COLOURS = {
@@ -38,7 +38,9 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
     try:
         import matplotlib
     except ImportError as error:
-        raise ImportError("--plot needs matplotlib; install it with: pip install 'broadhead[bench]'") from error
+        raise ImportError(
+            "--plot needs matplotlib; install it with: pip install -r benchmarks/requirements.txt"
+        ) from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

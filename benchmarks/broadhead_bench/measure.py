@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from broadhead.bench import accuracy
-from broadhead.bench.cases import CascadeCase, Case, DecodeCase, DenseCase, HostCase, PagedCase, VarlenCase
-from broadhead.bench.inputs import dense_inputs, fp8_inputs, paged_inputs, varlen_inputs
-from broadhead.bench.measure_decode import STEP_TASKS, CascadeTask, DecodeTask, HostTask
-from broadhead.bench.peers import Peer
-from broadhead.bench.task import Prepared, Task
+from broadhead_bench import accuracy
+from broadhead_bench.cases import CascadeCase, Case, DecodeCase, DenseCase, HostCase, PagedCase, VarlenCase
+from broadhead_bench.inputs import dense_inputs, fp8_inputs, paged_inputs, varlen_inputs
+from broadhead_bench.measure_decode import STEP_TASKS, CascadeTask, DecodeTask, HostTask
+from broadhead_bench.peers.base import Peer
+from broadhead_bench.task import Prepared, Task
 
 
 class ForwardTask(Task):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import NamedTuple
 
-#: In the order of the published tables. `broadhead.bench decode-all` runs these and the host's.
+#: In the order of the published tables. The group `decode-all` runs these and the host's.
 DECODE_AREAS = (
     "decode",
     "decode-pages",

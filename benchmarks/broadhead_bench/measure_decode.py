@@ -7,10 +7,10 @@ from typing import Generic, TypeVar
 
 import torch
 
-from broadhead.bench import accuracy, timing
-from broadhead.bench.cases import CascadeCase, DecodeCase, DenseCase, HostCase
-from broadhead.bench.inputs import PagedInputs, dense_inputs
-from broadhead.bench.inputs_decode import (
+from broadhead_bench import accuracy, timing
+from broadhead_bench.cases import CascadeCase, DecodeCase, DenseCase, HostCase
+from broadhead_bench.inputs import PagedInputs, dense_inputs
+from broadhead_bench.inputs_decode import (
     AppendInputs,
     CascadeInputs,
     Fp8PagedInputs,
@@ -21,8 +21,8 @@ from broadhead.bench.inputs_decode import (
     fp8_decode_sets,
     latent_sets,
 )
-from broadhead.bench.peers import Peer
-from broadhead.bench.task import Call, Prepared, Task, one_by_one
+from broadhead_bench.peers.base import Peer
+from broadhead_bench.task import Call, Prepared, Task, one_by_one
 
 #: Input sets whose results are compared with fp32.
 CHECKED_SETS = 3

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from broadhead.bench.cases import AREAS, DecodeCase, DenseCase, PagedCase, VarlenCase
-from broadhead.bench.inputs import PagedInputs, VarlenInputs
+from broadhead_bench.cases import AREAS, DecodeCase, DenseCase, PagedCase, VarlenCase
+from broadhead_bench.inputs import PagedInputs, VarlenInputs
 
 #: Largest relative L2 error of a bf16 result that is still rounding (of P and of the output: 2e-3 to 5e-3).
 MAX_ERROR = dict.fromkeys(AREAS, 1e-2) | {

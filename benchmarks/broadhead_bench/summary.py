@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
-from broadhead.bench.cases import ODD_AREAS
-from broadhead.bench.records import IMPLEMENTATIONS, UNITS
+from broadhead_bench.cases import ODD_AREAS
+from broadhead_bench.records import IMPLEMENTATIONS, UNITS
 
 #: Beside whom a result stands, and the ratio it should reach.
 BAR_UP_TO_256 = ("best peer", 0.97)

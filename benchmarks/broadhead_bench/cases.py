@@ -6,7 +6,7 @@ import math
 import random
 from typing import NamedTuple
 
-from broadhead.bench.cases_decode import DECODE_AREAS, CascadeCase, DecodeCase, decode_cases
+from broadhead_bench.cases_decode import DECODE_AREAS, CascadeCase, DecodeCase, decode_cases
 
 PREFIXES = {
     "forward": "fwd",

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from broadhead.bench.records import write_records
+from broadhead_bench.result_file import write_records
 
 WORKER = Path(__file__).with_name("compare_worker.py")
 #: Runs of a side in one turn, and rounds of turns. A slower row is measured again with as many rounds more.
@@ -211,7 +211,7 @@ def too_slow(results: list[Compared], tolerance: float, host_tolerance_us: float
 def build_parser() -> argparse.ArgumentParser:
     """The options."""
     description = (__doc__ or "").split("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m broadhead.bench.compare", description=description)
+    parser = argparse.ArgumentParser(prog="python benchmarks/compare_installations.py", description=description)
     parser.add_argument("--base", type=Path, required=True, metavar="DIR", help="the folder that holds the old package")
     parser.add_argument("--new", type=Path, required=True, metavar="DIR", help="the folder that holds the new one")
     parser.add_argument("--row", default="", metavar="TEXT", help="only rows whose id contains TEXT")
@@ -241,7 +241,7 @@ def main(arguments: list[str] | None = None) -> int:
             turns = {"rounds": HOST_ROUNDS} if parsed.device != "cpu" else {"rounds": parsed.rounds, "batches": 1}
             results += compare_host(base, new, **turns)
     except WorkerError as error:
-        print(f"broadhead.bench.compare: {error}", file=sys.stderr)
+        print(f"benchmarks/compare_installations.py: {error}", file=sys.stderr)
         return BAD_USAGE
     finally:
         for worker in workers:
@@ -272,7 +272,3 @@ def _print_summary(results: list[Compared], slow: list[Compared], complaints: li
         print(f"SLOWER: {result.row} {result.call}: {result.base * 1e6:.2f} -> {result.new * 1e6:.2f} us")
     for text in complaints:
         print(f"NOT COMPARED: {text}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

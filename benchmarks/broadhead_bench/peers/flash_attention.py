@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -11,46 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from broadhead.bench.cases import DecodeCase, DenseCase, PagedCase, VarlenCase
-from broadhead.bench.inputs import Fp8Inputs, PagedInputs, VarlenInputs
-from broadhead.bench.inputs_decode import AppendInputs, Fp8PagedInputs, LatentInputs
-from broadhead.bench.peers import Peer, Skip
-from broadhead.bench.peers_broadhead import arguments_of_plan
-
-
-class PackagePeer(Peer):
-    """A peer that is importable or not, under one of its names."""
-
-    module_names: tuple[str, ...] = ()
-    distributions: tuple[str, ...] = ()
-    _module: Any = None
-
-    def why_unavailable(self, device: torch.device) -> str | None:
-        if device.type != "cuda":
-            return "needs a CUDA device"
-        reasons = []
-        for name in self.module_names:
-            try:
-                self._module = importlib.import_module(name)
-            except Exception as error:  # an installed peer may fail to load in any way
-                text = (str(error).splitlines() or [""])[0]
-                reasons.append(f"cannot import {name}: {type(error).__name__}: {text}")
-            else:
-                return None
-        return "; ".join(reasons)
-
-    def versions(self) -> dict[str, str]:
-        for name in self.distributions:
-            try:
-                return {self.name: f"{name} {importlib.metadata.version(name)}"}
-            except importlib.metadata.PackageNotFoundError:
-                continue
-        return {self.name: str(getattr(self._module, "__version__", "unknown"))}
-
-
-def first_output(result: Any) -> Tensor:
-    """The output of a call that may also return its LSE."""
-    return result[0] if isinstance(result, (tuple, list)) else result
+from broadhead_bench.cases import DecodeCase, DenseCase, PagedCase, VarlenCase
+from broadhead_bench.inputs import Fp8Inputs, PagedInputs, VarlenInputs
+from broadhead_bench.inputs_decode import AppendInputs, Fp8PagedInputs, LatentInputs
+from broadhead_bench.peers.base import PackagePeer, Skip, arguments_of_plan, first_output
 
 
 class FlashAttention3(PackagePeer):

@@ -1,0 +1,26 @@
+"""Every implementation that the benchmarks know."""
+
+from __future__ import annotations
+
+from torch.nn.attention import SDPBackend
+
+from broadhead_bench.peers.base import Peer
+from broadhead_bench.peers.broadhead_api import Baseline, Broadhead
+from broadhead_bench.peers.flash_attention import Ffpa, FlashAttention3, FlashAttention4
+from broadhead_bench.peers.flashinfer_wrappers import FlashInfer
+from broadhead_bench.peers.torch_sdpa import TorchSdpa
+
+
+def all_peers() -> list[Peer]:
+    """Every implementation, in the order of the tables."""
+    return [
+        Broadhead(),
+        Baseline(),
+        TorchSdpa("fa2", SDPBackend.FLASH_ATTENTION),
+        FlashAttention3(),
+        FlashAttention4(),
+        Ffpa(),
+        TorchSdpa("cudnn", SDPBackend.CUDNN_ATTENTION),
+        TorchSdpa("memeff", SDPBackend.EFFICIENT_ATTENTION),
+        FlashInfer(),
+    ]

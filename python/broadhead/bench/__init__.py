@@ -1,1 +1,0 @@
-"""Benchmarks of broadhead and its peers: ``python -m broadhead.bench {forward,backward,decode,host}``."""
