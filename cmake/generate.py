@@ -4,7 +4,8 @@
 ``generate.py sources --archs "80;90a" --out DIR`` writes, for every kernel family, one .cu per tile shape, the registry
 of the kernels that this build holds, and ``instantiations.cmake`` which names the sources and their architectures.
 ``generate.py arguments --out FILE`` writes the arguments of a call (python/broadhead/call/arguments.py) for the
-compiled module. ``generate.py readme README.md [--check]`` rewrites (or verifies) the support matrix between its two markers.
+compiled module. ``generate.py readme README.md [--check]`` rewrites (or verifies) the support matrix between its two
+markers.
 """
 
 from __future__ import annotations
