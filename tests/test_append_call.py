@@ -11,7 +11,7 @@ import pytest
 import torch
 from broadhead.api import append as append_call
 from broadhead.api.append import NewKeys, append_new_keys
-from broadhead.call.problem import AttentionArgs
+from broadhead.call.arguments import AttentionArgs
 from broadhead.errors import FallbackWarning, InvalidArgumentError, InvalidTypeError, UnsupportedError
 from broadhead.plan import device, native
 from broadhead.plan.native import BuildDescription, FamilyBuild

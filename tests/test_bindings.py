@@ -11,7 +11,7 @@ from pathlib import Path
 
 import broadhead
 import pytest
-from broadhead.call.problem import AttentionArgs
+from broadhead.call.arguments import AttentionArgs
 from broadhead.errors import KernelError
 
 TESTS = Path(__file__).resolve().parent

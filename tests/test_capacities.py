@@ -10,9 +10,10 @@ import broadhead
 import pytest
 import torch
 from broadhead import InvalidArgumentError
+from broadhead.call.arguments import AttentionArgs
+from broadhead.call.check import check_forward
 from broadhead.call.masking import UNBOUNDED_WINDOW
 from broadhead.call.metadata_request import describe_request
-from broadhead.call.problem import AttentionArgs, check_forward
 from broadhead.call.validation import INT32_MAX, MAX_SEQLEN_K
 from broadhead.plan.dispatch import resolve
 from broadhead.run import cuda_backend

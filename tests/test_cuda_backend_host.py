@@ -10,7 +10,8 @@ from typing import Any
 import broadhead
 import pytest
 import torch
-from broadhead.call.problem import AttentionArgs, check_forward
+from broadhead.call.arguments import AttentionArgs
+from broadhead.call.check import check_forward
 from broadhead.plan import native
 from broadhead.plan.device import DeviceDescription
 from broadhead.plan.dispatch import MetadataConfig, resolve

@@ -8,8 +8,9 @@ from typing import Any
 import broadhead
 import pytest
 import torch
+from broadhead.call.arguments import AttentionArgs
+from broadhead.call.check import check_forward
 from broadhead.call.metadata_request import describe_request
-from broadhead.call.problem import AttentionArgs, check_forward
 from broadhead.plan.device import hypothetical
 from broadhead.plan.dispatch import resolve
 from broadhead.support import CAPABILITIES, DECODE_MAX_ROWS, HOPPER_MIN_ROWS_QV, ROWS, SMEM_227KB, KernelRow

@@ -10,7 +10,9 @@ import compare
 import pytest
 import torch
 from broadhead import InvalidArgumentError, InvalidTypeError, UnsupportedError, support
-from broadhead.call.problem import DTYPE_NAMES, AttentionArgs, check_forward
+from broadhead.call.arguments import AttentionArgs
+from broadhead.call.check import check_forward
+from broadhead.call.problem import DTYPE_NAMES
 from broadhead.plan import dispatch
 from cases import Case, Spec, build
 from described import ALL_ARCHS, FULL, build_of, h200, problem

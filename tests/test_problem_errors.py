@@ -9,8 +9,9 @@ import broadhead
 import pytest
 import torch
 from broadhead import InvalidArgumentError, InvalidTypeError
+from broadhead.call.arguments import AttentionArgs
+from broadhead.call.check import check_forward
 from broadhead.call.masking import UNBOUNDED_WINDOW, mask_width, normalize_window, visible_interval
-from broadhead.call.problem import AttentionArgs, check_forward
 from torch import Tensor
 
 NAN = float("nan")

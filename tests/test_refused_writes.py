@@ -10,7 +10,7 @@ import torch
 from broadhead.api import append as append_call
 from broadhead.api import shared_prefix
 from broadhead.api.append import NewKeys, append_new_keys
-from broadhead.call.problem import AttentionArgs
+from broadhead.call.arguments import AttentionArgs
 from broadhead.run import signature
 from entries import Entry, backward_entries, entries
 from torch import Tensor

@@ -8,7 +8,7 @@ import broadhead
 import pytest
 import torch
 from broadhead.call import validation as check
-from broadhead.call.problem import AttentionArgs
+from broadhead.call.arguments import AttentionArgs
 from broadhead.plan.dispatch import refusals, resolve
 from broadhead.run import cuda_backend
 from broadhead.run import shared_prefix as shared_launch

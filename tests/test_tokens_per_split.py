@@ -10,8 +10,9 @@ import broadhead
 import pytest
 import torch
 from broadhead import InvalidArgumentError, InvalidTypeError
+from broadhead.call.arguments import AttentionArgs
+from broadhead.call.check import check_forward
 from broadhead.call.metadata_request import describe_request
-from broadhead.call.problem import AttentionArgs, check_forward
 from broadhead.plan.device import hypothetical
 from broadhead.plan.dispatch import refusal_text, resolve
 from broadhead.run import forward

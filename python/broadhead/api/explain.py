@@ -11,7 +11,7 @@ from torch import Tensor
 from ..call import validation as check
 from ..call.layout import is_strided
 from ..call.masking import normalize_chunk, normalize_window
-from ..call.problem import DTYPE_NAMES, AttentionProblem, collect_features, name_kv_dtype
+from ..call.problem import DTYPE_NAMES, make_problem
 from ..errors import InvalidArgumentError, InvalidTypeError
 from ..plan.device import DeviceDescription, default_device, describe, hypothetical
 from ..plan.dispatch import Plan, Refusal, dtypes_text, refusals, resolve
@@ -114,9 +114,10 @@ def _plan(function: str, device: DeviceDescription, build: BuildDescription | No
     }
     # A head_dim that is no multiple of 8 is refused by every function: say so instead of choosing a row.
     odd = tuple(f"head_dim must be a multiple of 8, got {d}" for d in sorted({head_dim, head_dim_v}) if d % 8)
-    problem = AttentionProblem(
+    problem = make_problem(
         direction=direction,
-        dtype=DTYPE_NAMES[asked["dtype"]],
+        dtype=asked["dtype"],
+        kv_dtype=kv_dtype,
         batch=check.check_int(function, "batch_size", asked["batch_size"]),
         seqlen_q=check.check_int(function, "seqlen_q", asked["seqlen_q"]),
         seqlen_k=check.check_int(function, "seqlen_k", asked["seqlen_k"]),
@@ -125,32 +126,18 @@ def _plan(function: str, device: DeviceDescription, build: BuildDescription | No
         head_dim=head_dim,
         head_dim_v=head_dim_v,
         page_size=0 if page_size is None else check.check_int(function, "page_size", page_size, 1),
-        window_left=left,
-        window_right=right,
+        window=(left, right),
         attention_chunk=attention_chunk,
-        features=collect_features(
-            causal=right == 0,
-            window=left >= 0 or right > 0,
-            attention_chunk=attention_chunk > 0,
-            softcap=softcap > 0,
-            sinks=given["sinks"],
-            prefix_lens=given["prefix_lens"],
-            varlen=given["varlen"] or varlen,
-            gqa=num_heads_q != num_heads_kv,
-            paged=page_size is not None,
-            split_kv=num_splits > 1,
-            lse=True,
-            qv=given["qv"],
-            descale=given["descale"],
-            gradients=given["requires_grad"] and direction == "forward",
-        ),
+        softcap=softcap,
         num_splits=num_splits,
-        pack_gqa=None,
-        has_metadata=False,
-        sm_margin=0,
         obstacles=odd,
-        kv_dtype=name_kv_dtype(asked["dtype"], kv_dtype),
         tokens_per_split=check.check_tokens_per_split(function, asked["tokens_per_split"], num_splits),
+        sinks=given["sinks"],
+        prefix_lens=given["prefix_lens"],
+        varlen=given["varlen"] or varlen,
+        qv=given["qv"],
+        descale=given["descale"],
+        gradients=given["requires_grad"] and direction == "forward",
     )
     return problem, resolve(problem, device, build)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..call.problem import DTYPE_NAMES, AttentionProblem
+from ..call.problem import DTYPE_NAMES, AttentionProblem, make_problem
 from ..call.validation import describe_value
 from ..plan.device import DeviceDescription, default_device, hypothetical
 from ..plan.dispatch import resolve
@@ -60,7 +60,7 @@ def _validate_head_dims(
     for device in _devices(compute_capability):
         for each in (torch.bfloat16, torch.float16) if dtype is None else (dtype,):
             name = DTYPE_NAMES[each]
-            plan = resolve(_dense(head_dim, head_dim_v, name, direction), device, build)
+            plan = resolve(_dense(head_dim, head_dim_v, each, direction), device, build)
             asked = f"head_dim {head_dim}, head_dim_v {head_dim_v}, {name}, {direction}, on {device.label()}"
             _require(plan.row is not None, f"no kernel of this installation runs {asked}: {plan.reason}")
             if native and plan.row is not None and device.capability is not None:
@@ -94,9 +94,9 @@ def _devices(compute_capability: Any) -> tuple[DeviceDescription, ...]:
     return known
 
 
-def _dense(head_dim: int, head_dim_v: int, dtype: str, direction: str) -> AttentionProblem:
+def _dense(head_dim: int, head_dim_v: int, dtype: torch.dtype, direction: str) -> AttentionProblem:
     """One sequence of many queries without a mask."""
-    return AttentionProblem(
+    return make_problem(
         direction=direction,
         dtype=dtype,
         batch=1,
@@ -106,14 +106,5 @@ def _dense(head_dim: int, head_dim_v: int, dtype: str, direction: str) -> Attent
         num_heads_kv=1,
         head_dim=head_dim,
         head_dim_v=head_dim_v,
-        page_size=0,
-        window_left=-1,
-        window_right=-1,
-        attention_chunk=0,
-        features=("lse",),
         num_splits=1,
-        pack_gqa=None,
-        has_metadata=False,
-        sm_margin=0,
-        obstacles=(),
     )

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from ..errors import InvalidArgumentError, InvalidTypeError
 from . import validation as check
 from .masking import normalize_chunk, normalize_window
-from .problem import DTYPE_NAMES, AttentionProblem, collect_features, name_kv_dtype
+from .problem import DTYPE_NAMES, AttentionProblem, make_problem
 
 FUNCTION = "get_scheduler_metadata"
 #: Without has_qv a call of these head dims is taken for absorbed MLA: (largest headdim, largest headdim_v without qv).
@@ -89,9 +89,9 @@ def describe_request(
         # The length rule: what the forward call derives from the same table.
         max_seqlen_k = page_table.shape[1] * page_size
     max_seqlen_k = check.clamp_seqlen_k(max_seqlen_k)
-    problem = AttentionProblem(
-        direction="forward",
-        dtype=DTYPE_NAMES[qkv_dtype],
+    problem = make_problem(
+        dtype=qkv_dtype,
+        kv_dtype=kv_dtype,
         batch=batch_size,
         seqlen_q=max_seqlen_q,
         seqlen_k=max_seqlen_k,
@@ -100,26 +100,14 @@ def describe_request(
         head_dim=headdim,
         head_dim_v=headdim_v,
         page_size=page_size,
-        window_left=window_left,
-        window_right=window_right,
+        window=(window_left, window_right),
         attention_chunk=attention_chunk,
-        features=collect_features(
-            causal=window_right == 0,
-            window=window_left >= 0 or window_right > 0,
-            attention_chunk=attention_chunk > 0,
-            gqa=num_heads_q != num_heads_kv,
-            paged=page_size > 0,
-            split_kv=num_splits > 1,
-            lse=True,
-            qv=has_qv,
-        ),
         num_splits=num_splits,
         pack_gqa=check.check_optional_bool(FUNCTION, "pack_gqa", pack_gqa),
         has_metadata=True,
         sm_margin=check.check_int(FUNCTION, "sm_margin", sm_margin),
-        obstacles=(),
-        kv_dtype=name_kv_dtype(qkv_dtype, kv_dtype),
         tokens_per_split=tokens_per_split,
+        qv=has_qv,
     )
     # Lengths are at most max_seqlen_k before the append, and both together must fit what kernels count in.
     max_seqlen_k_new = min(max_seqlen_k_new, check.MAX_SEQLEN_K - max_seqlen_k)

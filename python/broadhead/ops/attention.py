@@ -10,6 +10,7 @@ from torch.compiler import is_compiling
 
 from ..call import validation as check
 from ..call.arguments import DIFFERENTIABLE, OPERATOR_SCHEMA, AttentionArgs, from_operator, to_operator
+from ..call.check import check_forward
 from ..call.inputs import changed, plain_scalars, read_tensors
 from ..call.masking import normalize_window
 from ..call.plain import (
@@ -20,7 +21,7 @@ from ..call.plain import (
     resolved,
     resolved_fields,
 )
-from ..call.problem import check_forward, needs_gradients, out_dtype, refuse_float8_gradient
+from ..call.problem import needs_gradients, out_dtype, refuse_float8_gradient
 from ..errors import UnsupportedError
 from ..run.backward import run_backward_below
 from ..run.forward import run

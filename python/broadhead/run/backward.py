@@ -10,9 +10,10 @@ from torch import Tensor
 from .. import reference
 from ..call import validation as check
 from ..call.arguments import AttentionArgs
+from ..call.check import CheckedCall, check_forward
 from ..call.inputs import read_tensors
 from ..call.plain import plain, plain_fields, refuse_tangents
-from ..call.problem import CheckedCall, check_forward, out_dtype, refuse_float8_gradient
+from ..call.problem import out_dtype, refuse_float8_gradient
 from ..errors import InvalidArgumentError, InvalidTypeError
 from .forward import describe_call, select
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..call.arguments import AttentionArgs
+from ..call.check import CheckedCall
 from ..call.plain import count_dispatch_modes, is_plain_type
-from ..call.problem import AttentionProblem, CheckedCall, out_dtype
+from ..call.problem import AttentionProblem, out_dtype
 from ..call.validation import TOKENS_PER_SPLIT_STEP
 from ..errors import KernelError
 from ..plan import native

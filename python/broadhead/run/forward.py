@@ -10,9 +10,10 @@ from torch import Tensor
 from .. import reference
 from ..call import validation as check
 from ..call.arguments import AttentionArgs
+from ..call.check import CheckedCall, check_forward
 from ..call.inputs import read_tensors
 from ..call.plain import plain_fields
-from ..call.problem import AttentionProblem, CheckedCall, check_forward, out_dtype
+from ..call.problem import AttentionProblem, out_dtype
 from ..plan.device import DeviceDescription, describe
 from ..plan.dispatch import Plan, refusal_text, resolve
 from .cuda_backend import find_run_known, make_launch, run_new

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..call import validation as check
 from ..call.arguments import AttentionArgs
-from ..call.problem import CheckedCall, check_forward
+from ..call.check import CheckedCall, check_forward
 from ..plan.device import describe
 from ..plan.dispatch import Plan, resolve
 from ..support import DECODE_MAX_ROWS
