@@ -136,3 +136,20 @@ def test_numbers_are_those_of_the_results(page: str) -> None:
                 assert any(is_rounded(number, value) for value in values), f"{case}, {column}: {number} of {values}"
                 checked += 1
     assert checked > 100
+
+
+def test_the_readme_has_six_numbers_of_the_results() -> None:
+    """Each row: case, ratios, the numbers that they are ratios of (broadhead's first), the file."""
+    (table,) = (table for table in tables_of(ROOT / "README.md") if "result file" in table[0])
+    rows = table[2:]
+    assert len(rows) == 6
+    for _, ratios, numbers, link in rows:
+        (target,) = re.findall(r"\(([^)]+\.json)\)", link)
+        values = [r["value"] for r in json.loads((ROOT / target).read_text(encoding="utf-8")) if r["value"] is not None]
+        measured = re.findall(r"[\d.]+", numbers)
+        for number in measured:
+            assert any(is_rounded(number, value) for value in values), f"{target} has no {number}"
+        ours, *peers = (float(number) for number in measured)
+        claimed = [float(ratio) for ratio in re.findall(r"([\d.]+) of", ratios)]
+        found = sorted(peer / ours if numbers.endswith(" us") else ours / peer for peer in peers)
+        assert claimed == pytest.approx(found, abs=0.05 if numbers.endswith(" us") else 0.006), ratios
