@@ -4,8 +4,8 @@
 ``generate.py sources --archs "80;90a" --out DIR`` writes, for every kernel family, one .cu per tile shape, the registry
 of the kernels that this build holds, and ``instantiations.cmake`` which names the sources and their architectures.
 ``generate.py arguments --out FILE`` writes the arguments of a call (python/broadhead/call/arguments.py) for the
-compiled module. ``generate.py readme README.md [--check]`` rewrites (or verifies) the support matrix between its two
-markers.
+compiled module. ``generate.py matrix docs/support.md [--check]`` rewrites (or verifies) the support matrix between its
+two markers.
 """
 
 from __future__ import annotations
@@ -209,34 +209,49 @@ def capability_text(capabilities) -> str:
     return ", ".join(f"{major}.{minor}" for major, minor in capabilities)
 
 
+def special_text(support: ModuleType, row) -> str:
+    """What sets a row apart: features of the common ones that it lacks, and those that only some rows have."""
+    words = [f"no {feature}" for feature in support.FEATURES if feature not in row.features]
+    for feature in row.features:
+        if feature in row.requires:
+            words.append(f"{feature}: only calls with it")
+        elif feature not in support.FEATURES:
+            words.append(feature)
+    return ", ".join(words) or "-"
+
+
 def support_matrix() -> str:
-    """The README's matrix: a line for each tile shape of the table, and a column for K and V of another dtype."""
+    """What all rows of the table have in common, and a line for each tile shape.
+
+    There is a column for K and V of another dtype where some row has them.
+    """
     support = load_table()
     grouped = defaultdict(list)
     for row in support.ROWS:
         grouped[row.name].append(row)
     columns = ["kernel", "direction", "phase", "head_dim", "head_dim_v", "dtype"]
     columns += ["K/V dtype"] if any(row.kv_dtype for row in support.ROWS) else []
-    columns += ["lacks", "also takes", "compute capability", "shared memory"]
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    columns += ["special", "compute capability", "shared memory"]
+    lines = [
+        f"Every kernel has these features, unless its row says otherwise: {', '.join(support.FEATURES)}.",
+        f'"All" compute capabilities are {capability_text(support.CAPABILITIES)}.',
+        "",
+        f"| {' | '.join(columns)} |",
+        "|---" * len(columns) + "|",
+    ]
     for name, rows in grouped.items():
         row = rows[0]
-        lacking = [feature for feature in support.FEATURES if feature not in row.features]
-        own = [
-            f"{feature}: only calls with it" if feature in row.requires else feature
-            for feature in row.features
-            if feature not in support.FEATURES or feature in row.requires
-        ]
         kv_dtype = f" {row.kv_dtype or 'as q'} |" if "K/V dtype" in columns else ""
+        everywhere = set(row.capabilities) == set(support.CAPABILITIES)
         lines.append(
             f"| `{name}` | {row.direction} | {row.phase} | up to {row.head_dim} | up to {row.head_dim_v} "
-            f"| {', '.join(r.dtype for r in rows)} |{kv_dtype} {', '.join(lacking) or '-'} | {', '.join(own) or '-'} "
-            f"| {capability_text(row.capabilities)} | {row.smem_limit // 1024} KB |"
+            f"| {', '.join(r.dtype for r in rows)} |{kv_dtype} {special_text(support, row)} "
+            f"| {'all' if everywhere else capability_text(row.capabilities)} | {row.smem_limit // 1024} KB |"
         )
     return "\n".join(lines)
 
 
-def update_readme(path: Path, check: bool) -> int:
+def update_matrix(path: Path, check: bool) -> int:
     """Puts the matrix between the markers; with `check` only says whether it is there. Returns an exit status."""
     text = path.read_text(encoding="utf-8")
     begin, end = text.find(MATRIX_BEGIN), text.find(MATRIX_END)
@@ -247,7 +262,7 @@ def update_readme(path: Path, check: bool) -> int:
     if text == wanted:
         return 0
     if check:
-        print(f"generate.py: {path}: the matrix is out of date: run cmake/generate.py readme {path}", file=sys.stderr)
+        print(f"generate.py: {path}: the matrix is out of date: run cmake/generate.py matrix {path}", file=sys.stderr)
         return 1
     path.write_text(wanted, encoding="utf-8")
     return 0
@@ -262,12 +277,12 @@ def main() -> int:
     sources.add_argument("--out", type=Path, required=True)
     arguments = commands.add_parser("arguments", help="the arguments of a call, for the compiled module")
     arguments.add_argument("--out", type=Path, required=True)
-    readme = commands.add_parser("readme", help="the support matrix")
-    readme.add_argument("path", type=Path)
-    readme.add_argument("--check", action="store_true")
+    matrix = commands.add_parser("matrix", help="the support matrix")
+    matrix.add_argument("path", type=Path, help="the page with the two markers: docs/support.md")
+    matrix.add_argument("--check", action="store_true", help="only say whether the page is up to date")
     options = parser.parse_args()
-    if options.command == "readme":
-        return update_readme(options.path, options.check)
+    if options.command == "matrix":
+        return update_matrix(options.path, options.check)
     if options.command == "arguments":
         options.out.parent.mkdir(parents=True, exist_ok=True)
         write_if_changed(options.out, arguments_inc())

@@ -17,7 +17,7 @@ check ruff format --check .
 check mypy
 check clang-format --dry-run -Werror "${cpp[@]}"
 check gersemi --check "${cmake[@]}"
-check python3 cmake/generate.py readme README.md --check
+check python3 cmake/generate.py matrix docs/support.md --check
 check python3 scripts/cuda_matrix.py check
 if command -v actionlint >/dev/null; then
   check actionlint -color

@@ -1,4 +1,4 @@
-"""The table is the only list: the generated sources, the registry of an installed library and the README equal it."""
+"""The table is the only list: the generated sources, the registry of an installed library and the matrix equal it."""
 
 from __future__ import annotations
 
@@ -232,27 +232,37 @@ def test_generate_refuses(tmp_path: Path, arguments: tuple[str, ...], words: str
     assert result.returncode != 0 and words in result.stderr
 
 
-def test_readme_has_the_matrix_of_the_table() -> None:
-    result = run_generate("readme", str(ROOT / "README.md"), "--check")
+def test_the_page_has_the_matrix_of_the_table() -> None:
+    result = run_generate("matrix", str(ROOT / "docs/support.md"), "--check")
     assert result.returncode == 0, result.stderr
 
 
-def test_readme_check_finds_a_stale_matrix(tmp_path: Path) -> None:
+def test_a_stale_matrix_is_found(tmp_path: Path) -> None:
     generate = load_generate()
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{generate.MATRIX_BEGIN}\nstale\n{generate.MATRIX_END}\nafter\n")
-    assert generate.update_readme(readme, check=True) == 1
-    assert generate.update_readme(readme, check=False) == 0
-    assert generate.update_readme(readme, check=True) == 0
-    text = readme.read_text()
+    page = tmp_path / "support.md"
+    page.write_text(f"before\n{generate.MATRIX_BEGIN}\nstale\n{generate.MATRIX_END}\nafter\n")
+    assert generate.update_matrix(page, check=True) == 1
+    assert generate.update_matrix(page, check=False) == 0
+    assert generate.update_matrix(page, check=True) == 0
+    text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale" not in text
+    for feature in support.FEATURES:
+        assert feature in text, f"the page does not say that kernels have {feature}"
     for row in support.ROWS:
         bounds = f"| up to {row.head_dim} | up to {row.head_dim_v} |"
         (line,) = (line for line in text.splitlines() if f"`{row.name}`" in line)
         assert bounds in line and row.dtype in line and row.kv_dtype in line, row.id
         assert ("| descale |" in line) == ("descale" in row.features), row.id
+        assert ("| all |" in line) == (row.capabilities == support.CAPABILITIES), row.id
         for feature in ("qv", "window"):
             assert (f"| {feature}: only calls with it |" in line) == (feature in row.requires), row.id
+
+
+def test_a_row_says_what_it_lacks() -> None:
+    (plain,) = (row for row in support.ROWS if row.id == "sm80_fwd_d64_bf16")
+    row = plain._replace(features=tuple(name for name in support.FEATURES if name != "softcap"))
+    generate = load_generate()
+    assert generate.special_text(support, row) == "no softcap" and generate.special_text(support, plain) == "-"
 
 
 def test_rows_of_another_dtype_of_keys_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,15 +277,14 @@ def test_rows_of_another_dtype_of_keys_are_told_apart(monkeypatch: pytest.Monkey
     assert {row.kv_element_bytes for row in mixed} == {1} and {row.kv_element_bytes for row in twins} == {2}
     generate = load_generate()
     for rows, expected in ((plain, False), (plain + mixed, True)):
-        monkeypatch.setattr(
-            generate, "load_table", lambda rows=rows: SimpleNamespace(ROWS=rows, FEATURES=support.FEATURES)
-        )
-        lines = generate.support_matrix().splitlines()
-        assert ("| dtype | K/V dtype | lacks |" in lines[0]) == expected
-        assert {line.count("|") for line in lines} == {12 if expected else 11}
+        table = SimpleNamespace(ROWS=rows, FEATURES=support.FEATURES, CAPABILITIES=support.CAPABILITIES)
+        monkeypatch.setattr(generate, "load_table", lambda table=table: table)
+        lines = [line for line in generate.support_matrix().splitlines() if line.startswith("|")]
+        assert ("| dtype | K/V dtype | special |" in lines[0]) == expected
+        assert {line.count("|") for line in lines} == {11 if expected else 10}
     (line,) = (line for line in lines if "`sm80_fwd_d64_kve4m3`" in line)
-    assert "| bf16, fp16 | float8_e4m3fn | - | descale |" in line
-    assert "| bf16, fp16 | as q | - | - |" in next(line for line in lines if "`sm80_fwd_d64`" in line)
+    assert "| bf16, fp16 | float8_e4m3fn | descale |" in line
+    assert "| bf16, fp16 | as q | - |" in next(line for line in lines if "`sm80_fwd_d64`" in line)
 
 
 @needs_kernels

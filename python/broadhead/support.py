@@ -1,6 +1,6 @@
 """The table: one row is one CUDA kernel. It is the only list of kernels.
 
-Read by ``cmake/generate.py`` (instantiations, C++ registry, README matrix), by ``dispatch`` (choice, refusals) and by
+Read by ``cmake/generate.py`` (instantiations, C++ registry, the matrix of docs/support.md), by ``dispatch`` (choice, refusals) and by
 the tests. It imports nothing outside the standard library, so a build without torch can read it.
 """
 
