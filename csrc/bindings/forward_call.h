@@ -102,7 +102,7 @@ inline std::int64_t partials_size(const AttnParams& params, const Kernel& kernel
 // Checks the tensors of a call and fills in what follows from them but addresses.
 void pack_forward(const ForwardCall& call, const Kernel& kernel, std::int64_t scratch_size, AttnParams& params);
 
-// What a call needs of Python, handed over by python/broadhead/cuda_backend.py.
+// What a call needs of Python, handed over by python/broadhead/run/cuda_backend.py.
 struct Hooks {
   pybind11::dict records;            // address of metadata -> what it was made for
   pybind11::object check_identity;  // (function, metadata, *Launch::identity) -> the record that it compared, or None
