@@ -12,13 +12,14 @@ import broadhead
 import pytest
 import torch
 from broadhead.api import combine
-from broadhead.api import merge as merge_states
 from broadhead.plan import device, dispatch
 from broadhead.plan.dispatch import resolve
 from broadhead.plan.native import NO_KERNELS
+from broadhead.reference.merge import merge_parts
 from broadhead.run import append as append_launch
+from broadhead.run import combine as run_combine
 from broadhead.run import fallback as fallback_notice
-from broadhead.run import forward
+from broadhead.run import forward, merge
 from described import FULL, build_of, h200, problem
 
 Call = Callable[[], Any]
@@ -50,7 +51,7 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tensors of the CPU count as those of an H200 for which this build has no kernels: what runs is torch ops."""
     monkeypatch.delenv("BROADHEAD_STRICT", raising=False)
     monkeypatch.setattr(fallback_notice, "_warned", set())
-    for module in (device, combine, merge_states, append_launch, forward):
+    for module in (device, combine, merge, append_launch, forward):
         monkeypatch.setattr(module, "describe", lambda _: h200(), raising=False)
     for module in (device, dispatch):
         monkeypatch.setattr(module, "build_description", lambda: build_of("80"))
@@ -133,7 +134,7 @@ def test_more_parts_than_the_kernel_takes_are_combined_in_two_steps(monkeypatch:
         def combine(out: torch.Tensor, lse: torch.Tensor, result: torch.Tensor, merged: torch.Tensor, _: int) -> None:
             launches.append(out.shape[0])
             assert out.shape[0] <= 128
-            for to, value in zip((result, merged), combine.merge_parts(out, lse), strict=True):
+            for to, value in zip((result, merged), merge_parts(out, lse), strict=True):
                 to.copy_(value)
 
     class NoDevice:
@@ -141,20 +142,20 @@ def test_more_parts_than_the_kernel_takes_are_combined_in_two_steps(monkeypatch:
         def __enter__(self) -> None: ...
         def __exit__(self, *_: Any) -> None: ...
 
-    monkeypatch.setattr(combine, "common_kernel_obstacle", lambda _: None)
-    monkeypatch.setattr(combine.native, "extension", lambda: Module)
+    monkeypatch.setattr(run_combine, "common_kernel_obstacle", lambda _: None)
+    monkeypatch.setattr(run_combine.native, "extension", lambda: Module)
     monkeypatch.setattr(torch.cuda, "device", NoDevice)
     outs, lses = torch.randn(256, 2, 5, 3, 16), torch.randn(256, 2, 5, 3)
     lses[7] = float("-inf")
     lses[:, 1, 2] = float("-inf")
-    expected, expected_lse = combine.merge_parts(outs, lses)
+    expected, expected_lse = merge_parts(outs, lses)
     out, lse = broadhead.flash_attn_combine(outs, lses)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(lse, expected_lse)
     assert launches == [128, 128, 2]
     given = torch.empty(2, 5, 3, 16, dtype=torch.bfloat16)
     assert broadhead.flash_attn_combine(outs[:129], lses[:129], given)[0] is given
-    torch.testing.assert_close(given, combine.merge_parts(outs[:129], lses[:129])[0].bfloat16())
+    torch.testing.assert_close(given, merge_parts(outs[:129], lses[:129])[0].bfloat16())
 
 
 def test_an_append_operator_says_so(on_cuda: None) -> None:

@@ -42,7 +42,7 @@ def test_a_wheel_without_kernels_has_none(monkeypatch: pytest.MonkeyPatch) -> No
     """Without ``build`` the question is about what is installed."""
     if not native.build_description().families:
         refused("left out", 64, 64, 9)
-    monkeypatch.setattr("broadhead.head_dims.build_description", lambda: NO_KERNELS)
+    monkeypatch.setattr("broadhead.api.head_dims.build_description", lambda: NO_KERNELS)
     for capability in CAPABILITIES:
         refused("left out of this build, the CPU package", 64, 64, capability)
 
@@ -83,10 +83,10 @@ def test_dtypes() -> None:
 
 
 def test_the_device_that_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("broadhead.head_dims.default_device", lambda: CPU)
+    monkeypatch.setattr("broadhead.api.head_dims.default_device", lambda: CPU)
     refused("compute_capability must be given", 64, 64, build=FULL)
     small = h200(smem_per_block=48 * 1024)
-    monkeypatch.setattr("broadhead.head_dims.default_device", lambda: small)
+    monkeypatch.setattr("broadhead.api.head_dims.default_device", lambda: small)
     for capability in (None, 9, (9, 0)):
         refused("shared memory", 64, 64, capability, build=FULL)
     validate(64, 64, 8, build=FULL)  # another one

@@ -7,9 +7,10 @@ from typing import Any
 import broadhead
 import pytest
 import torch
-from broadhead.api import merge as merge_states
+from broadhead.api import merge as api_merge
 from broadhead.plan import native
 from broadhead.run import fallback as fallback_notice
+from broadhead.run import merge as run_merge
 from broadhead.run import signature
 from test_cuda_backend_host import Recorder
 from torch import Tensor
@@ -44,7 +45,7 @@ def test_merge(batch: int | None, given: str) -> None:
 def on_kernel(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     """CPU tensors pass for those of a device, and the compiled module keeps what it is given."""
     module = Recorder()
-    monkeypatch.setattr(merge_states, "common_kernel_obstacle", lambda device: None)
+    monkeypatch.setattr(run_merge, "common_kernel_obstacle", lambda device: None)
     monkeypatch.setattr(native, "extension", lambda: module)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # get_device() of a CPU tensor
     return module
@@ -60,7 +61,7 @@ def test_arguments_of_the_binding(on_kernel: Recorder) -> None:
         assert got == {"out": result, "softmax_lse": lse, "stream": -1} and (out is None or result is given)
         assert result.shape == given.shape and result.dtype == given.dtype
         assert lse.shape == tensors["lse_a"].shape and lse.dtype == torch.float32
-    assert fallback_notice.state.merge == merge_states.BY_KERNEL
+    assert fallback_notice.state.merge == run_merge.BY_KERNEL
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,7 @@ def test_arguments_of_the_binding(on_kernel: Recorder) -> None:
 )
 def test_obstacles(on_kernel: Recorder, changes: dict[str, Any], words: str | None) -> None:
     tensors = dict(zip(("out_a", "lse_a", "out_b", "lse_b"), states()), out=None)
-    obstacle = merge_states.kernel_obstacle(**{**tensors, **changes})
+    obstacle = run_merge.kernel_obstacle(**{**tensors, **changes})
     assert obstacle is None if words is None else words in str(obstacle)
 
 
@@ -108,11 +109,12 @@ def test_a_known_merge_is_not_checked_again(monkeypatch: pytest.MonkeyPatch) -> 
         def data_ptr(self) -> int:
             return 4096
 
-    monkeypatch.setattr(merge_states, "_known", set())
+    monkeypatch.setattr(api_merge, "_known", set())
     monkeypatch.setattr(signature, "_signature", signature._signature_in_python)
-    monkeypatch.setattr(merge_states, "_check", lambda *tensors: checked.append(1))
-    monkeypatch.setattr(merge_states, "kernel_obstacle", lambda *tensors: None)
-    monkeypatch.setattr(merge_states, "_launch", lambda *tensors: "launched")
+    monkeypatch.setattr(api_merge, "_check", lambda *tensors: checked.append(1))
+    for module in (api_merge, run_merge):
+        monkeypatch.setattr(module, "kernel_obstacle", lambda *tensors: None)
+        monkeypatch.setattr(module, "launch", lambda *tensors: "launched")
     out, lse = DeviceTensor(5, 4, 16), DeviceTensor(4, 5)
     for _ in range(3):
         assert broadhead.merge_attn_states(out, lse, out, lse) == "launched"  # type: ignore[arg-type]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 import broadhead
 import pytest
 import torch
-from broadhead import ops
+from broadhead.call.arguments import OPERATOR_NAMES
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -32,7 +31,7 @@ def int32(*values: int) -> Tensor:
 
 def op_arguments(q: Tensor, k: Tensor, v: Tensor, **changes: Any) -> tuple[Any, ...]:
     """The arguments of mha_fwd, by name where they differ from the defaults."""
-    values: dict[str, Any] = dict.fromkeys(inspect.signature(ops._arguments).parameters)
+    values: dict[str, Any] = dict.fromkeys(OPERATOR_NAMES)
     values.update(
         q=q, k=k, v=v, causal=False, window_left=-1, window_right=-1, attention_chunk=0, softcap=0.0, num_splits=0,
         sm_margin=0, tokens_per_split=0, function="mha_fwd",

@@ -10,12 +10,12 @@ import broadhead
 import pytest
 import torch
 from broadhead import InvalidArgumentError, InvalidTypeError
+from broadhead.api import forward
 from broadhead.call.arguments import AttentionArgs
 from broadhead.call.check import check_forward
 from broadhead.call.metadata_request import describe_request
 from broadhead.plan.device import hypothetical
 from broadhead.plan.dispatch import refusal_text, resolve
-from broadhead.run import forward
 from described import FULL, h200, problem, schedule, without_family
 from torch import Tensor
 
