@@ -11,6 +11,8 @@
 
 namespace broadhead::decode {
 
+using namespace mma_sync;
+
 // Adds up S over the warps of a key group, which hold a share of the columns each. The order of the sum is that of the
 // column groups, so all of them get equal scores.
 template <class Traits>

@@ -3,9 +3,11 @@
 
 #include "common/device.h"
 #include "decode/traits.h"
-#include "sm80/atoms.h"
+#include "mma_sync/atoms.h"
 
 namespace broadhead::decode {
+
+using namespace mma_sync;
 
 // Two e4m3 (the low or the high half of `bytes`) -> two fp16, exactly.
 template <int kHalf>

@@ -2,9 +2,11 @@
 #pragma once
 
 #include "decode/traits.h"
-#include "sm80/atoms.h"
+#include "mma_sync/atoms.h"
 
 namespace broadhead::decode {
+
+using namespace mma_sync;
 
 // A page of a power of two is found by a shift.
 struct PageSize {

@@ -2,8 +2,12 @@
 #pragma once
 
 #include "sm90/consumer.h"
+#include "sm90/wgmma.h"
+#include "tma/kernel_args.h"
 
 namespace broadhead::sm90 {
+
+using namespace tma;
 
 template <class Traits_>
 struct ConsumerBase {
