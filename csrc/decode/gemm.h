@@ -56,7 +56,7 @@ template <class Traits>
 BROADHEAD_DEVICE std::uint32_t k_lane_offset(int lane) {
   return slice_offset<Traits>((lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1);
 }
-// Of K beside V.
+// The same for K beside V.
 template <class Traits>
 BROADHEAD_DEVICE std::uint32_t beside_lane_offset(int lane) {
   return beside_offset<Traits>((lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1);
@@ -64,15 +64,6 @@ BROADHEAD_DEVICE std::uint32_t beside_lane_offset(int lane) {
 template <class Traits>
 BROADHEAD_DEVICE std::uint32_t v_lane_offset(int lane) {
   return slice_offset<Traits>(lane & 15, lane >> 4);
-}
-
-template <class Traits>
-BROADHEAD_DEVICE void clear_scores(float (&s)[Traits::kMmaM][Traits::kMmaN][4]) {
-  BROADHEAD_UNROLL
-  for (int m = 0; m < Traits::kMmaM; ++m) {
-    BROADHEAD_UNROLL
-    for (int n = 0; n < Traits::kMmaN; ++n) s[m][n][0] = s[m][n][1] = s[m][n][2] = s[m][n][3] = 0.f;
-  }
 }
 
 // S += q K^T over the warp's share of the columns of K, which lies beside a slice of V.

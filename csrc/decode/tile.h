@@ -155,7 +155,8 @@ struct QTile {
     return read_unit_of<false, kOwnUnits>(params, item, index_of(i - kQvEach));
   }
 
-  // Of q, or kQv: of qv, kOfRow units a row. Rows past the sequence and columns past head_dim become zero.
+  // A unit of q, or kQv: of qv, which has kOfRow units a row. Rows past the sequence and columns past head_dim become
+  // zero.
   template <bool kQv, int kOfRow>
   BROADHEAD_DEVICE static uint4 read_unit_of(const DecodeParams& params, const LineItem& item, int index) {
     const int row = index / kOfRow, col = index % kOfRow * 8;

@@ -1,9 +1,8 @@
 // Clears the tile counter of a persistent kernel, by programmatic launch.
 #include "kernels/clear_counter.h"
 
-#include <cuda_runtime.h>
-
 #include "common/dependent_launch.h"
+#include "host/launch.cuh"
 
 namespace broadhead {
 namespace {
@@ -17,14 +16,7 @@ __global__ void clear_counter_kernel(std::int32_t* counter) {
 }  // namespace
 
 int launch_clear_counter(std::int32_t* counter, CUstream_st* stream) {
-  cudaLaunchAttribute attribute{};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(1);
-  config.blockDim = dim3(1);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = allow_dependent(attribute);
-  return cudaLaunchKernelEx(&config, clear_counter_kernel, counter);
+  return launch_kernel(clear_counter_kernel, {.grid = dim3(1), .threads = 1, .dependent = true}, stream, counter);
 }
 
 }  // namespace broadhead

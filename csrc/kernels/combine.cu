@@ -11,6 +11,7 @@
 #include "common/scheduler_metadata.h"
 #include "common/seqlen_info.h"
 #include "host/cuda_check.h"
+#include "host/launch.cuh"
 #include "kernels/combine.h"
 
 namespace broadhead {
@@ -261,15 +262,10 @@ int launch_split_combine(const AttnParams& params, bool is_bf16, bool dependent,
       chunks * params.batch < kFewBlocks ? static_cast<unsigned>(ceil_div(params.head_dim_v, kCols)) : 1;
   cudaError_t status = cudaErrorInvalidValue;  // a grid beyond 31 bits
   if (rows <= 0x7fffffffLL && chunks * params.batch <= 0x7fffffffLL && params.num_splits <= kMaxSplits) {
-    cudaLaunchAttribute attribute{};
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(chunks * params.batch), sharing);
-    config.blockDim = dim3(32 * kWarps);
-    config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = dependent ? allow_dependent(attribute) : 0;
     const auto kernel = is_bf16 ? split_combine_kernel<__nv_bfloat16> : split_combine_kernel<__half>;
-    status = cudaLaunchKernelEx(&config, kernel, params, static_cast<int>(chunks), static_cast<int>(rows_per_block));
+    const dim3 grid(static_cast<unsigned>(chunks * params.batch), sharing);
+    status = launch_kernel(kernel, {.grid = grid, .threads = 32 * kWarps, .dependent = dependent}, stream, params,
+                           static_cast<int>(chunks), static_cast<int>(rows_per_block));
   }
   return report("split_combine", status, rows * params.batch, 1, params.head_dim_v, params.num_splits, error,
                 error_size);

@@ -1,4 +1,4 @@
-// What consumer warpgroups of all Hopper kernels share: finishing scores, clearing dead rows of V, scaling O.
+// What consumer warpgroups of all Hopper kernels share: finishing scores and clearing dead rows of V.
 //
 // A warpgroup owns 64 rows; lane layout of its accumulators as in OnlineSoftmax with one 16-row tile a warp.
 #pragma once
@@ -38,15 +38,6 @@ BROADHEAD_DEVICE void finish_scores(float (&s)[1][kKeyTiles][4], const TileState
   }
 }
 
-// True for every block that some rows of the tile see whole.
-template <class Element>
-BROADHEAD_DEVICE bool all_live(const KvSource<Element>& source, int key0, int keys) {
-  const int prefix_len = source.prefix_len;
-  const bool joined = source.live.begin <= prefix_len;  // the prefix and the interval are one
-  return key0 + keys <= prefix_len ||
-         (key0 >= (joined ? 0 : source.live.begin) && key0 + keys <= max_int(source.live.end, joined ? prefix_len : 0));
-}
-
 // Who clears what of a stage: warp `warp` of `warps`, 16-byte parts [first_part, first_part + parts) of a row.
 struct ClearShare {
   int warp;
@@ -76,20 +67,9 @@ BROADHEAD_DEVICE void clear_rows(char* stage, int begin, int end, const ClearSha
 template <class Layout, class Element>
 BROADHEAD_DEVICE void clear_dead_rows(const KvSource<Element>& source, char* v, int key0, int keys,
                                       const ClearShare& share) {
-  const int prefix = max_int(source.prefix_len - key0, 0);
-  clear_rows<Layout>(v, prefix, min_int(source.live.begin - key0, keys), share);
-  clear_rows<Layout>(v, max_int(source.live.end - key0, prefix), keys, share);
-}
-
-template <int kTiles>
-BROADHEAD_DEVICE void scale_rows(float (&o)[kTiles][4], float first, float second) {
-  BROADHEAD_UNROLL
-  for (int t = 0; t < kTiles; ++t) {
-    o[t][0] *= first;
-    o[t][1] *= first;
-    o[t][2] *= second;
-    o[t][3] *= second;
-  }
+  const int prefix = max_int(source.live.prefix_len - key0, 0);
+  clear_rows<Layout>(v, prefix, min_int(source.live.interval.begin - key0, keys), share);
+  clear_rows<Layout>(v, max_int(source.live.interval.end - key0, prefix), keys, share);
 }
 
 }  // namespace broadhead::sm90

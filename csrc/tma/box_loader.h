@@ -9,12 +9,6 @@
 
 namespace broadhead::tma {
 
-// Whether any of keys [key, key + rows) is seen by a query of the tile.
-template <class Element>
-BROADHEAD_DEVICE bool any_live(const KvSource<Element>& source, int key, int rows) {
-  return (key < source.live.end && key + rows > source.live.begin) || key < source.prefix_len;
-}
-
 // What a loader needs of a tile, in the coordinates of a map.
 struct KvCoordinates {
   int row0;  // of key 0
@@ -49,7 +43,7 @@ template <class Element>
 BROADHEAD_DEVICE BoxPlace box_place(const KvSource<Element>& source, int key0, int keys, int box_rows, int page_size) {
   const int offset = static_cast<int>(threadIdx.x % 32) * box_rows;
   const int key = key0 + offset;
-  if (offset >= keys || !any_live(source, key, box_rows)) return {0, -1};
+  if (offset >= keys || !source.live.any(key, box_rows)) return {0, -1};
   const int entry = static_cast<unsigned>(key) / static_cast<unsigned>(page_size);
   return {source.table[entry], key - entry * page_size};
 }

@@ -28,7 +28,7 @@ struct GatheredRows {
       const int row = ((lane / 8 + i * 4) * kWarps + warp) * 8 + lane % 8;  // of the block
       const unsigned at = source.leftpad + key0 + row;
       const unsigned entry = at / static_cast<unsigned>(page_size);
-      const bool live = row < kRows && source.is_live(key0 + row);
+      const bool live = row < kRows && source.live.contains(key0 + row);
       page[i] = live ? source.table[entry] : 0;
       slot[i] = live ? static_cast<int>(at - entry * page_size) : -1;
     }

@@ -1,11 +1,14 @@
 // Host side of every persistent TMA kernel: tensor maps, the division of the work, the launch, the combine.
 #pragma once
 
-#include <atomic>
-#include <cstdio>
+#include <cstdint>
+#include <numeric>
+#include <type_traits>
 
-#include "common/dependent_launch.h"
-#include "host/cuda_check.h"
+#include <cutlass/numeric_types.h>
+
+#include "common/math.h"
+#include "host/launch.cuh"
 #include "kernels/clear_counter.h"
 #include "kernels/combine.h"
 #include "tma/kernel_args.h"
@@ -116,50 +119,30 @@ bool has_column_tail(const AttnParams& params) {
          has_column_tail(params.head_dim_v, Traits::VLayout::kRowBytes, kElementBytes);
 }
 
-// `kernel`: of Traits, taking KernelArgs.
+// Launches `kernel`, the one of Traits, and what belongs in front of it and behind it.
 template <class Traits>
 int launch_persistent(void (*kernel)(const KernelArgs), const char* kernel_id, const AttnParams& params,
                       cudaStream_t stream, char* error, std::size_t error_size) {
   constexpr int kSmemBytes = sizeof(typename Traits::SharedStorage);
-  const auto fail = [&](const char* step, cudaError_t status) {
-    char shape[256];
-    std::snprintf(shape, sizeof(shape),
-                  "batch %d, seqlen_q %d, seqlen_k %d, heads %d/%d, head_dim %d/%d, page_size %d, num_splits %d, "
-                  "shared memory %d bytes",
-                  params.batch, params.seqlen_q, params.seqlen_k, params.num_heads_q, params.num_heads_kv,
-                  params.head_dim, params.head_dim_v, params.page_size, params.num_splits, kSmemBytes);
-    return check_cuda(status, kernel_id, step, shape, error, error_size);
-  };
+  const CallReport report{kernel_id, params, kSmemBytes, error, error_size};
   if (params.head_dim > Traits::kHeadDim || params.head_dim_v > Traits::kHeadDimV) {
-    return fail("head_dim", cudaErrorInvalidValue);
+    return report.fail("head_dim", cudaErrorInvalidValue);
   }
-  int device = 0;
-  if (const cudaError_t status = cudaGetDevice(&device)) return fail("cudaGetDevice", status);
-  // Once a device: the opt-in to more than 48 KB and the number of blocks (whole clusters) that run at a time.
-  static std::atomic<int> blocks_of[64];
-  int blocks = blocks_of[device & 63].load(std::memory_order_acquire);
-  if (blocks == 0) {
-    if (const cudaError_t status =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes)) {
-      return fail("cudaFuncSetAttribute", status);
-    }
-    if (const cudaError_t status = cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, device)) {
-      return fail("cudaDeviceGetAttribute", status);
-    }
-    blocks = blocks / Traits::kCluster * Traits::kCluster;
-    blocks_of[device & 63].store(blocks, std::memory_order_release);
-  }
-  if (params.tile_counter == nullptr) return fail("tile_counter", cudaErrorInvalidValue);
+  static PreparedKernel prepared;
+  KernelLimits limits;
+  if (prepared.prepare(kernel, Traits::kThreads, report, limits)) return 1;
+  int blocks = limits.multiprocessors / Traits::kCluster * Traits::kCluster;  // whole clusters that run at a time
+  if (params.tile_counter == nullptr) return report.fail("tile_counter", cudaErrorInvalidValue);
 
   KernelArgs args{};
   args.params = params;
   args.plan = make_plan(params, Traits::kTileM, Traits::kCluster);
-  if (args.plan.rows_per_tile == 0) return fail("pack_gqa", cudaErrorInvalidValue);
+  if (args.plan.rows_per_tile == 0) return report.fail("pack_gqa", cudaErrorInvalidValue);
   if (args.plan.tiles == 0) return 0;
-  if (args.plan.tiles < 0) return fail("grid", cudaErrorInvalidValue);
+  if (args.plan.tiles < 0) return report.fail("grid", cudaErrorInvalidValue);
   if (const int status =
           make_maps(args.maps, params, args.plan, map_shape<Traits>(), sizeof(typename Traits::Element))) {
-    return fail(
+    return report.fail(
         status == CUDA_ERROR_NOT_FOUND ? "cuTensorMapEncodeTiled: the driver is too old" : "cuTensorMapEncodeTiled",
         cudaErrorInvalidValue);
   }
@@ -169,22 +152,14 @@ int launch_persistent(void (*kernel)(const KernelArgs), const char* kernel_id, c
   }
   if (wanted < blocks) blocks = static_cast<int>(wanted);
   if (const int status = launch_clear_counter(params.tile_counter, stream)) {
-    return fail("clear_counter", static_cast<cudaError_t>(status));
+    return report.fail("clear_counter", static_cast<cudaError_t>(status));
   }
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(Traits::kThreads);
-  config.dynamicSmemBytes = kSmemBytes;
-  config.stream = stream;
-  cudaLaunchAttribute attributes[2]{};
-  config.attrs = attributes;
-  if (Traits::kDependentLaunch) config.numAttrs = allow_dependent(attributes[0]);
-  if (Traits::kCluster > 1) {
-    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {Traits::kCluster, 1, 1};
-  }
-  if (const cudaError_t status = cudaLaunchKernelEx(&config, kernel, args)) return fail("launch", status);
+  const LaunchShape shape{.grid = dim3(static_cast<unsigned>(blocks)),
+                          .threads = Traits::kThreads,
+                          .smem_bytes = kSmemBytes,
+                          .dependent = Traits::kDependentLaunch,
+                          .cluster = Traits::kCluster};
+  if (const cudaError_t status = launch_kernel(kernel, shape, stream, args)) return report.fail("launch", status);
   if (params.num_splits == 1) return 0;
   constexpr bool kIsFp16 = std::is_same_v<typename Traits::Element, cutlass::half_t>;
   return launch_split_combine(params, !kIsFp16, true, stream, error, error_size);

@@ -1,4 +1,5 @@
-// The Hopper instructions outside wgmma: mbarriers, TMA loads, clusters, register reallocation, proxy fences.
+// Instructions since Hopper around its tensor cores: mbarriers, TMA loads, clusters, register reallocation, proxy
+// fences.
 //
 // PTX ISA 8.x, "Asynchronous copies", "mbarrier" and "setmaxnreg". A phase parity is 0 or 1: waiting for parity p
 // returns once the barrier's phase p has completed; a fresh barrier's "previous" phase has parity 1.

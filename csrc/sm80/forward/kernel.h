@@ -4,6 +4,7 @@
 // warps once, refills the stage that was used a step ago, and multiplies. Q stays in shared memory for the whole tile.
 #pragma once
 
+#include "common/accumulator.h"
 #include "common/online_softmax.h"
 #include "common/scheduler_metadata.h"
 #include "common/score.h"
@@ -15,37 +16,6 @@
 namespace broadhead::sm80 {
 
 using namespace mma_sync;
-
-// Copies the tile's query rows into shared memory; rows past the sequence and columns past head_dim become zero.
-template <class Traits>
-BROADHEAD_DEVICE void copy_q(const AttnParams& params, typename Traits::SharedStorage& smem) {
-  using Element = typename Traits::Element;
-  const SeqlenInfo seqlen = smem.state.seqlen;
-  const OutputRows tile = smem.state.output;
-  using Plan = CopyPlan<Traits::kThreads, Traits::kTileM, Traits::kQCols>;
-  const int unit = threadIdx.x % 8;
-  const int row_slot = (threadIdx.x / 8) % Plan::kRowSlots;
-  const int col_slot = (threadIdx.x / 8) / Plan::kRowSlots;
-  const std::uint32_t target = smem_address(smem.q) + row_slot * 128 + ((unit ^ (row_slot & 7)) * 16);
-  const Element* base = static_cast<const Element*>(params.q) + seqlen.batch_q * params.q_strides.batch + unit * 8;
-  BROADHEAD_UNROLL
-  for (int i = 0; i < Plan::kRowSteps; ++i) {
-    const int row = row_slot + i * Plan::kRowSlots;
-    const bool live = tile.live(row);
-    const Element* pointer = base;
-    if (live) {
-      pointer +=
-          (seqlen.row_q + tile.rows.token(row)) * params.q_strides.row + tile.query_head(row) * params.q_strides.head;
-    }
-    BROADHEAD_UNROLL
-    for (int j = 0; j < Plan::kColSteps; ++j) {
-      const int subtile = col_slot + j * Plan::kColSlots;
-      if (Plan::kSubtiles % Plan::kColSlots != 0 && subtile >= Plan::kSubtiles) continue;
-      cp_async_16(target + i * Plan::kRowSlots * 128 + subtile * (Traits::kTileM * 128), pointer + subtile * 64,
-                  live && subtile * 64 + unit * 8 < params.head_dim);
-    }
-  }
-}
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
@@ -81,7 +51,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   const auto load_page = [&](int block) {
     const int key = block * Traits::kTileN + thread;
     // Entries of keys that are not live are never read: they may be garbage.
-    return source.is_live(key) ? source.table[(source.leftpad + key) / params.page_size] : 0;
+    return source.live.contains(key) ? source.table[(source.leftpad + key) / params.page_size] : 0;
   };
   const auto store_page = [&](int block, int page) {
     const int slot = (source.leftpad + block * Traits::kTileN + thread) % params.page_size;
@@ -164,11 +134,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   const ScoreScale& scale = state.scale;
   OnlineSoftmax<2 * Traits::kMmaM> softmax;
   float o[Traits::kMmaM][Traits::kOTiles][4];
-  BROADHEAD_UNROLL
-  for (int m = 0; m < Traits::kMmaM; ++m) {
-    BROADHEAD_UNROLL
-    for (int t = 0; t < Traits::kOTiles; ++t) o[m][t][0] = o[m][t][1] = o[m][t][2] = o[m][t][3] = 0.f;
-  }
+  clear_accumulators(o);
 
   std::uint32_t q_registers[Traits::kQInRegisters ? Traits::kHeadDim / 16 : 1][Traits::kMmaM][4];
   if constexpr (Traits::kQInRegisters) {
@@ -195,11 +161,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     };
 
     float s[Traits::kMmaM][Traits::kMmaN][4];
-    BROADHEAD_UNROLL
-    for (int m = 0; m < Traits::kMmaM; ++m) {
-      BROADHEAD_UNROLL
-      for (int n = 0; n < Traits::kMmaN; ++n) s[m][n][0] = s[m][n][1] = s[m][n][2] = s[m][n][3] = 0.f;
-    }
+    clear_accumulators(s);
     if (paged && smem.any_missing != 0) {
       const typename Traits::PagedRow* rows = page_buffer(block) + warp_n * Traits::kKeysPerWarp + lane % 4 * 2;
       begin_scores(s, [&](int n) { return rows[n * 8].missing() | rows[n * 8 + 1].missing() << 1; });
@@ -240,16 +202,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     }
     float factor[2 * Traits::kMmaM];
     if (softmax.raise(block_max, scale.scale_log2, factor)) {
-      BROADHEAD_UNROLL
-      for (int m = 0; m < Traits::kMmaM; ++m) {
-        BROADHEAD_UNROLL
-        for (int t = 0; t < Traits::kOTiles; ++t) {
-          o[m][t][0] *= factor[2 * m];
-          o[m][t][1] *= factor[2 * m];
-          o[m][t][2] *= factor[2 * m + 1];
-          o[m][t][3] *= factor[2 * m + 1];
-        }
-      }
+      scale_rows(o, factor);
     }
     const auto exp2 = [](float x) { return exp2_approx(x); };
     if constexpr (Traits::kSharedP) {

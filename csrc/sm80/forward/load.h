@@ -32,7 +32,7 @@ struct ChunkCopier {
   BROADHEAD_DEVICE static int row_slot() { return (threadIdx.x / 8) % Plan::kRowSlots; }
   BROADHEAD_DEVICE static int col_slot() { return (threadIdx.x / 8) / Plan::kRowSlots; }
   BROADHEAD_DEVICE static int first_col() { return col_slot() * 64 + unit() * 8; }
-  // Of this thread's first copy inside a stage.
+  // The offset of this thread's first copy inside a stage.
   BROADHEAD_DEVICE static std::uint32_t target_offset() {
     return row_slot() * 128 + ((unit() ^ (row_slot() & 7)) * 16) + col_slot() * (kRows * 128);
   }
@@ -75,7 +75,7 @@ struct ChunkCopier {
 #pragma unroll 1
     for (int i = 0; i < Plan::kRowSteps; ++i) {
       const int row = row_slot() + i * Plan::kRowSlots;
-      bool row_live = source.is_live(key0 + row);
+      bool row_live = source.live.contains(key0 + row);
       long long offset = 0;
       if (source.table != nullptr) {
         const long long place = kIsK ? pages[row0 + row].k : pages[row0 + row].v;
@@ -88,5 +88,36 @@ struct ChunkCopier {
     }
   }
 };
+
+// Copies the tile's query rows into shared memory; rows past the sequence and columns past head_dim become zero.
+template <class Traits>
+BROADHEAD_DEVICE void copy_q(const AttnParams& params, typename Traits::SharedStorage& smem) {
+  using Element = typename Traits::Element;
+  const SeqlenInfo seqlen = smem.state.seqlen;
+  const OutputRows tile = smem.state.output;
+  using Plan = CopyPlan<Traits::kThreads, Traits::kTileM, Traits::kQCols>;
+  const int unit = threadIdx.x % 8;
+  const int row_slot = (threadIdx.x / 8) % Plan::kRowSlots;
+  const int col_slot = (threadIdx.x / 8) / Plan::kRowSlots;
+  const std::uint32_t target = smem_address(smem.q) + row_slot * 128 + ((unit ^ (row_slot & 7)) * 16);
+  const Element* base = static_cast<const Element*>(params.q) + seqlen.batch_q * params.q_strides.batch + unit * 8;
+  BROADHEAD_UNROLL
+  for (int i = 0; i < Plan::kRowSteps; ++i) {
+    const int row = row_slot + i * Plan::kRowSlots;
+    const bool live = tile.live(row);
+    const Element* pointer = base;
+    if (live) {
+      pointer +=
+          (seqlen.row_q + tile.rows.token(row)) * params.q_strides.row + tile.query_head(row) * params.q_strides.head;
+    }
+    BROADHEAD_UNROLL
+    for (int j = 0; j < Plan::kColSteps; ++j) {
+      const int subtile = col_slot + j * Plan::kColSlots;
+      if (Plan::kSubtiles % Plan::kColSlots != 0 && subtile >= Plan::kSubtiles) continue;
+      cp_async_16(target + i * Plan::kRowSlots * 128 + subtile * (Traits::kTileM * 128), pointer + subtile * 64,
+                  live && subtile * 64 + unit * 8 < params.head_dim);
+    }
+  }
+}
 
 }  // namespace broadhead::sm80

@@ -3,6 +3,7 @@
 // S of block j and O += P V of the block before are in flight together, the softmax of j runs beside the latter.
 #pragma once
 
+#include "common/accumulator.h"
 #include "sm90/consumer_base.h"
 #include "sm90/epilogue.h"
 #include "sm90/softmax.h"
@@ -47,7 +48,7 @@ struct Consumer final : ConsumerBase<Traits> {
   // Clears what no query sees of that V, together with the other warpgroups: not in a turn, they may wait for it.
   BROADHEAD_DEVICE void prepare_v(const TileState<Element>& state, int block) {
     const int key0 = block * Traits::kTileN;
-    if (all_live(state.source, key0, Traits::kTileN)) return;
+    if (state.source.live.all(key0, Traits::kTileN)) return;
     wait_v();
     const ClearShare share{static_cast<int>(threadIdx.x) / 32 - 4, Traits::kConsumerWarps, 0, VLayout::kBytes / 16};
     clear_dead_rows<VLayout>(state.source, reinterpret_cast<char*>(smem.v[ring.stage(1)]), key0, Traits::kTileN, share);
@@ -217,7 +218,7 @@ struct Consumer final : ConsumerBase<Traits> {
     while (start_tile(even_p, slot, lse)) {
       slot.forget();
       const Slot& tile = smem.tiles[slot.stage()];
-      clear_registers(o);
+      clear_accumulators(o);
       if (tile.state.range.begin < tile.state.range.end) run_blocks(even_p, odd_p, tile);
       finish_tile(tile, lse);
       slot.forget();

@@ -3,6 +3,7 @@
 // Warpgroups take turns on the tensor cores, for P V of a block and S of the next; the others do their softmax.
 #pragma once
 
+#include "common/accumulator.h"
 #include "sm90/consumer_base.h"
 #include "sm90/epilogue.h"
 #include "sm90/forward_fp8/traits.h"
@@ -37,7 +38,7 @@ struct Fp8Consumer final : ConsumerBase<Traits> {
     if constexpr (Traits::kParts > 1) {
       fence_registers(product);  // those of S
     } else {
-      clear_registers(product);
+      clear_accumulators(product);  // as in issue_qk
     }
     fence_registers(p);
     wgmma_fence();
@@ -83,11 +84,7 @@ struct Fp8Consumer final : ConsumerBase<Traits> {
 
   BROADHEAD_DEVICE void run_tile(const TileState<Element>& state) {
     softmax = Softmax();
-    BROADHEAD_UNROLL
-    for (int part = 0; part < Traits::kParts; ++part) {
-      BROADHEAD_UNROLL
-      for (int t = 0; t < kPartTiles; ++t) o[part][t][0] = o[part][t][1] = o[part][t][2] = o[part][t][3] = 0.f;
-    }
+    clear_accumulators(o);
     const BlockRange range = state.range;
     if (range.begin >= range.end) return;
     const BlockKinds kinds(state, Traits::kTileN);

@@ -7,24 +7,12 @@
 
 #include "sm90/consumer.h"
 #include "sm90/forward_fp8/traits.h"
+#include "sm90/matrix.h"
 #include "tma/kernel_args.h"
 
 namespace broadhead::sm90 {
 
 using namespace tma;
-
-BROADHEAD_DEVICE void load_transposed(std::uint32_t (&x)[4], std::uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-               : "r"(address)
-               : "memory");
-}
-
-BROADHEAD_DEVICE void store_matrices(std::uint32_t address, const std::uint32_t (&x)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x[0]), "r"(x[1]),
-               "r"(x[2]), "r"(x[3])
-               : "memory");
-}
 
 // Ones in the bytes of this lane whose keys a query of the tile sees; keys from `key` on are one group of 16.
 template <class Element>
@@ -32,7 +20,7 @@ BROADHEAD_DEVICE std::uint32_t live_bytes(const KvSource<Element>& source, int k
   std::uint32_t mask = 0;
   BROADHEAD_UNROLL
   for (int i = 0; i < 4; ++i) {
-    if (source.is_live(key + i / 2 * 8 + static_cast<int>(threadIdx.x % 4) * 2 + i % 2)) mask |= 0xffu << (8 * i);
+    if (source.live.contains(key + i / 2 * 8 + static_cast<int>(threadIdx.x % 4) * 2 + i % 2)) mask |= 0xffu << (8 * i);
   }
   return mask;
 }
@@ -64,7 +52,8 @@ struct Transposer {
     selector = upper ? 0x7531 : 0x6420;
   }
 
-  // What load_transposed read of 16 keys, key group `group` of the stage, but for the bytes that `mask` clears.
+  // What load_matrices_transposed read of 16 keys, key group `group` of the stage, but for the bytes that `mask`
+  // clears.
   BROADHEAD_DEVICE void store(std::uint32_t to, int group, const std::uint32_t (&x)[4], std::uint32_t mask) const {
     constexpr int kParts = Layout::kRowBytes / 16;
     const std::uint32_t y[4] = {
@@ -89,7 +78,7 @@ struct Transposer {
 #pragma unroll 1
         for (int group = 0; group < kKeyGroups; ++group) {
           std::uint32_t x[4];
-          load_transposed(x, from + group * 2 * VLayout::kSlabStride);
+          load_matrices_transposed(x, from + group * 2 * VLayout::kSlabStride);
           store(to, group, x, live_bytes(source, key0 + group * 16));
         }
       } else {
@@ -97,12 +86,13 @@ struct Transposer {
         std::uint32_t x[kAhead + 1][4];
         BROADHEAD_UNROLL
         for (int group = 0; group < kAhead; ++group) {
-          load_transposed(x[group], from + group * 2 * VLayout::kSlabStride);
+          load_matrices_transposed(x[group], from + group * 2 * VLayout::kSlabStride);
         }
         BROADHEAD_UNROLL
         for (int group = 0; group < kKeyGroups; ++group) {
           const int next = group + kAhead;
-          if (next < kKeyGroups) load_transposed(x[next % (kAhead + 1)], from + next * 2 * VLayout::kSlabStride);
+          if (next < kKeyGroups)
+            load_matrices_transposed(x[next % (kAhead + 1)], from + next * 2 * VLayout::kSlabStride);
           store(to, group, x[group % (kAhead + 1)], ~0u);
         }
       }
@@ -131,7 +121,7 @@ BROADHEAD_DEVICE void transpose_tiles(const KernelArgs& args, typename Traits::S
       const std::uint32_t v = smem_address(smem.v[stage]);
       const std::uint32_t target = smem_address(smem.transposed_v[stage]);
       const int key0 = block * Traits::kTileN;
-      if (all_live(source, key0, Traits::kTileN)) {
+      if (source.live.all(key0, Traits::kTileN)) {
         transposer.template run<false>(source, key0, v, target, warp);
       } else {
         transposer.template run<true>(source, key0, v, target, warp);

@@ -1,6 +1,7 @@
 // Host side of the wide Hopper forward kernel. Instantiated once a row by cmake/generate.py.
 #pragma once
 
+#include "host/cuda_check.h"
 #include "sm90/forward_wide/kernel.h"
 #include "tma/launch.cuh"
 

@@ -2,6 +2,7 @@
 // ones.
 #pragma once
 
+#include "common/accumulator.h"
 #include "sm90/consumer.h"
 #include "sm90/epilogue.h"
 #include "sm90/forward_wide/mainloop_scores.h"
@@ -64,7 +65,7 @@ struct OutputWarpgroup {
       if (args.maps.gather) fence_async_shared();
       const int first = Traits::kWithQv ? 0 : chunk * Traits::kVKeys;  // key of the block
       const int key0 = block * Traits::kTileN + first;
-      if (!kinds.plain(block) && !all_live(state.source, key0, Traits::kVKeys)) {
+      if (!kinds.plain(block) && !state.source.live.all(key0, Traits::kVKeys)) {
         // Each warpgroup its own columns.
         constexpr int kUnits = Traits::kPartCols * static_cast<int>(sizeof(Element)) / 16;  // of a part
         const ClearShare share = Traits::kWithQv
@@ -103,13 +104,7 @@ struct OutputWarpgroup {
   }
 
   BROADHEAD_DEVICE void run_tile(const TileState<Element>& state) {
-    BROADHEAD_UNROLL
-    for (int part = 0; part < kParts; ++part) {
-      BROADHEAD_UNROLL
-      for (int t = 0; t < Traits::kPartCols / 8; ++t) {
-        o[part][t][0] = o[part][t][1] = o[part][t][2] = o[part][t][3] = 0.f;
-      }
-    }
+    clear_accumulators(o);
     const BlockRange range = state.range;
     if (range.begin >= range.end) return;
     const BlockKinds kinds(state, Traits::kTileN);

@@ -6,6 +6,7 @@
 
 #include "sm90/consumer.h"
 #include "sm90/forward_wide/traits.h"
+#include "sm90/matrix.h"
 #include "sm90/softmax.h"
 #include "sm90/wgmma.h"
 #include "tma/kernel_args.h"
@@ -37,13 +38,6 @@ BROADHEAD_DEVICE std::uint32_t matrix_address(std::uint32_t base, int warp_row, 
   const int row = warp_row + lane % 16;
   const int unit = step % 4 * 2 + lane / 16;
   return base + step / 4 * (64 * 128) + row * 128 + ((unit ^ (row & 7)) * 16);
-}
-
-BROADHEAD_DEVICE void load_matrix(std::uint32_t (&a)[4], std::uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-               : "r"(address)
-               : "memory");
 }
 
 template <class Traits>
@@ -88,7 +82,7 @@ struct ScoreWarpgroup {
       const std::uint32_t base = smem_address(smem.ring[ring.stage()]);
       BROADHEAD_UNROLL
       for (int step = 0; step < ScoreLayout::kSteps; ++step) {
-        load_matrix(q[chunk * ScoreLayout::kSteps + step], matrix_address(base, warp_row, step));
+        load_matrices(q[chunk * ScoreLayout::kSteps + step], matrix_address(base, warp_row, step));
       }
       fence_async_shared();  // read by ordinary loads, next written by TMA
       __syncwarp();
@@ -191,9 +185,7 @@ struct ScoreWarpgroup {
     const std::uint32_t base = smem_address(smem.p[slot]);
     BROADHEAD_UNROLL
     for (int step = 0; step < Traits::kTileN / 16; ++step) {
-      asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%4], {%0, %1, %2, %3};" ::"r"(p[step][0]),
-                   "r"(p[step][1]), "r"(p[step][2]), "r"(p[step][3]), "r"(matrix_address(base, warp_row, step))
-                   : "memory");
+      store_matrices(matrix_address(base, warp_row, step), p[step]);
     }
   }
 
