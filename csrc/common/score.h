@@ -6,6 +6,7 @@
 #include "common/attention_mask.h"
 #include "common/device.h"
 #include "common/rows.h"
+#include "host/params.h"
 
 namespace broadhead {
 
@@ -47,6 +48,11 @@ struct ScoreScale {
     return softcap * select_below(fabsf(x), 0.05f, near, far);
   }
 };
+
+// The factor of 8-bit q, k or v of one sequence and KV head; 1 when there are none.
+BROADHEAD_DEVICE float descale(const float* factors, const DescaleStrides& strides, int batch, int kv_head) {
+  return factors == nullptr ? 1.f : factors[batch * strides.batch + kv_head * strides.head];
+}
 
 // S of a key block to which its products are still to be added: -inf for keys that do not exist, 0 for the others. K is
 // zeros there, so -inf is what stays. `missing(n)`: bits 0 and 1 say so of the lane's two keys of tile n. PERF: at this

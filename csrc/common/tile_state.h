@@ -114,13 +114,10 @@ BROADHEAD_DEVICE void set_tile_source(TileState<Element>& state, const AttnParam
   source.head_dim = params.head_dim;
   source.head_dim_v = params.head_dim_v;
   if constexpr (sizeof(Element) == 1) {
-    const auto descale = [&](const float* factors, const DescaleStrides& strides) {
-      return factors == nullptr ? 1.f : factors[tile.batch * strides.batch + kv_head * strides.head];
-    };
-    state.scale.set(params.softmax_scale * descale(params.q_descale, params.q_descale_strides) *
-                        descale(params.k_descale, params.k_descale_strides),
+    state.scale.set(params.softmax_scale * descale(params.q_descale, params.q_descale_strides, tile.batch, kv_head) *
+                        descale(params.k_descale, params.k_descale_strides, tile.batch, kv_head),
                     params.softcap);
-    state.scale.v_factor = descale(params.v_descale, params.v_descale_strides);
+    state.scale.v_factor = descale(params.v_descale, params.v_descale_strides, tile.batch, kv_head);
   } else {
     state.scale.set(params.softmax_scale, params.softcap);
   }

@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
       softmax.template exponentiate<0, Traits::kMmaN>(s, scale_log2, [](float x) { return exp2_approx(x); });
       Probabilities<Traits> p;  // half as many registers as S
       BROADHEAD_UNROLL
-      for (int step = 0; step < Traits::kKeys / 16; ++step) pack_p<Traits>(p[step], s, step);
+      for (int step = 0; step < Traits::kKeys / 16; ++step) pack_p<typename Traits::Element>(p[step], s, step);
       std::uint32_t v = first;
       if constexpr (!Traits::kWithQv) {
         v = next_stage(full && issued);

@@ -24,11 +24,9 @@ BROADHEAD_DEVICE void set_tile(const DecodeParams& params, const LineItem& item,
   if constexpr (Traits::k8Bit) {
     const int kv_head = kv_head_of(params, item);
     const int batch = is_shared(params, item.batch) ? 0 : item.batch;
-    const auto descale = [&](const float* factors, const DescaleStrides& strides) {
-      return factors == nullptr ? 1.f : factors[batch * strides.batch + kv_head * strides.head];
-    };
-    scale *= descale(params.q_descale, params.q_descale_strides) * descale(params.k_descale, params.k_descale_strides);
-    tile.scale.v_factor = descale(params.v_descale, params.v_descale_strides);
+    scale *= descale(params.q_descale, params.q_descale_strides, batch, kv_head) *
+             descale(params.k_descale, params.k_descale_strides, batch, kv_head);
+    tile.scale.v_factor = descale(params.v_descale, params.v_descale_strides, batch, kv_head);
   }
   tile.scale.set(scale, params.softcap);
 }

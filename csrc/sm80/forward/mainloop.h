@@ -1,6 +1,8 @@
 // The two matrix products of a step: S += Q K^T over a K chunk, O += P V over a V chunk.
 #pragma once
 
+#include "mma_sync/atoms.h"
+#include "mma_sync/fragments.h"
 #include "sm80/forward/traits.h"
 
 namespace broadhead::sm80 {
@@ -35,14 +37,6 @@ struct LaneAddresses {
     v = subtile * (Traits::kVChunk * 128) + (lane & 15) * 128 + ((unit ^ swizzle) * 16);
   }
 };
-
-template <class Traits>
-BROADHEAD_DEVICE void load_q_fragment(std::uint32_t (&a)[Traits::kMmaM][4], std::uint32_t q, int step) {
-  BROADHEAD_UNROLL
-  for (int m = 0; m < Traits::kMmaM; ++m) {
-    ldmatrix_x4(a[m], (q ^ ((step % 4) * 32)) + (step / 4) * (Traits::kTileM * 128) + m * (16 * 128));
-  }
-}
 
 // S += Q[:, chunk] K[:, chunk]^T; `chunk` is a constant after unrolling. `q_registers` is used when Q lives in
 // registers.
@@ -104,19 +98,6 @@ BROADHEAD_DEVICE void qk_gemm(float (&s)[Traits::kMmaM][Traits::kMmaN][4], const
   }
 }
 
-// Two 8-key tiles of S (C layout) -> the A fragments of 16 keys of P.
-template <class Traits>
-BROADHEAD_DEVICE void pack_p(std::uint32_t (&p)[Traits::kMmaM][4], const float (&s)[Traits::kMmaM][Traits::kMmaN][4],
-                             int step) {
-  BROADHEAD_UNROLL
-  for (int m = 0; m < Traits::kMmaM; ++m) {
-    p[m][0] = pack_pair<typename Traits::Element>(s[m][2 * step][0], s[m][2 * step][1]);
-    p[m][1] = pack_pair<typename Traits::Element>(s[m][2 * step][2], s[m][2 * step][3]);
-    p[m][2] = pack_pair<typename Traits::Element>(s[m][2 * step + 1][0], s[m][2 * step + 1][1]);
-    p[m][3] = pack_pair<typename Traits::Element>(s[m][2 * step + 1][2], s[m][2 * step + 1][3]);
-  }
-}
-
 // O += P[:, 16 keys] V[16 keys, chunk columns]: step `step` of V chunk `chunk`, with the A fragments of those keys.
 template <class Traits>
 BROADHEAD_DEVICE void pv_step(float (&o)[Traits::kMmaM][Traits::kOTiles][4], const std::uint32_t (&a)[Traits::kMmaM][4],
@@ -170,7 +151,7 @@ BROADHEAD_DEVICE void exp_pv_gemm(float (&o)[Traits::kMmaM][Traits::kOTiles][4],
   if constexpr (kStep < Traits::kTileN / 16) {
     softmax.template exponentiate<2 * kStep, 2>(s, scale_log2, exp2);
     std::uint32_t a[Traits::kMmaM][4];
-    pack_p<Traits>(a, s, kStep);
+    pack_p<typename Traits::Element>(a, s, kStep);
     pv_step<Traits>(o, a, v, 0, kStep, 0, head_dim_v);
     exp_pv_gemm<Traits, kStep + 1>(o, s, softmax, scale_log2, v, head_dim_v, exp2);
   }
