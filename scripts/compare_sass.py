@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Says whether two builds have the same machine code, whatever their functions and source files are called.
 
-``compare_sass.py OLD NEW`` takes two files (cubins, objects, libraries) or two folders of them. It disassembles both
-with ``cuobjdump -sass`` and compares instructions and encodings function by function, for each architecture by itself.
-Functions are matched by their names without namespaces; those that are left, by their code. The exit status is 0 when
-every function has its equal, 1 when one differs or stands on one side only, 2 when nothing could be compared.
+``compare_sass.py OLD NEW`` takes two files (cubins, fatbins, objects, libraries) or two folders. It disassembles
+both with ``cuobjdump -sass`` and compares instructions and encodings function by function, for each architecture by
+itself. Functions are matched by their names without namespaces; those that are left, by their code. The exit status is
+0 when every function has its equal, 1 when one differs or stands on one side only, 2 when nothing could be compared.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PARAMETER = re.compile(r"c\[0x0\]\[[^]]*\]")
 NAMESPACE = re.compile(r"(?:\(anonymous namespace\)|\b[A-Za-z_]\w*)::")
 #: An unnamed namespace of a CUDA source, whose name has a hash of the file's path in it.
 UNNAMED = re.compile(r"_GLOBAL__N__\w+|_INTERNAL_\w+?_cu_\w+")
-SUFFIXES = ({".cubin", ".o"}, {".so"})
+SUFFIXES = ({".cubin", ".fatbin", ".o"}, {".so"})
 
 
 class Code(NamedTuple):
