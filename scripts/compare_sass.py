@@ -20,7 +20,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 ARCH = re.compile(r"\s+code for (sm_\w+)")
 FUNCTION = re.compile(r"\s+Function : (\S+)")
@@ -56,15 +56,24 @@ def search_path() -> str:
     return os.pathsep.join([*map(str, folders), os.environ.get("PATH", "")])
 
 
+def give_up(reason: str) -> NoReturn:
+    print(f"compare_sass.py: {reason}", file=sys.stderr)
+    raise SystemExit(2)
+
+
 def listing(path: Path, tools: str) -> Iterator[str]:
     """The lines of ``cuobjdump -sass``; none for a file without device code."""
     program = shutil.which("cuobjdump", path=tools)
     if program is None:
-        sys.exit('compare_sass.py: cuobjdump is missing: pip install ".[test]" brings it')
+        give_up('cuobjdump is missing: pip install ".[test]" brings it')
     command = [program, "-sass", str(path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PATH": tools}) as process:
-        assert process.stdout is not None
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env={**os.environ, "PATH": tools}) as process:
+        assert process.stdout is not None and process.stderr is not None
         yield from process.stdout
+        errors = process.stderr.read()
+    if process.returncode and "does not contain device code" not in errors:
+        give_up(f"cuobjdump {path}: {errors.strip()}")
 
 
 def read_functions(lines: Iterable[str], archs: set[str], any_offset: bool) -> Iterator[tuple[str, str, Code]]:
