@@ -27,7 +27,8 @@ ELEMENTS = {"bf16": "cutlass::bfloat16_t", "fp16": "cutlass::half_t", "float8_e4
 SPECIFIC_ARCHS = {"sm90": ("90a",)}
 #: Sources that every library holds besides its rows.
 COMMON_SOURCES = tuple(
-    f"csrc/common/{name}.cu" for name in ("append_kv", "clear_counter", "combine", "merge_states", "scheduler_metadata")
+    f"csrc/kernels/{name}.cu"
+    for name in ("append_kv", "clear_counter", "combine", "merge_states", "scheduler_metadata")
 )
 
 

@@ -38,7 +38,7 @@ constexpr const char* name_of(int argument) { return kArguments[argument].name; 
 
 // One call: its arguments, and those that are tensors as they were read.
 struct ForwardCall {
-  // Of a tuple with an item for each Argument.
+  // Takes a tuple with an item for each Argument.
   explicit ForwardCall(pybind11::handle tuple);
 
   // Also a call over keys that all sequences share: `length` tokens of the pages of `page_table`.

@@ -69,7 +69,7 @@ inline bool same_shape(const TensorView& a, const TensorView& b) {
   return same;
 }
 
-// Of an element type that DataType has.
+// The DataType of an element type, which must be one that it has.
 inline DataType data_type(ElementType type) {
   return type == ElementType::kBFloat16     ? DataType::kBFloat16
          : type == ElementType::kFloat16    ? DataType::kFloat16

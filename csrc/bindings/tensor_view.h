@@ -70,7 +70,7 @@ class TensorView {
   int device_;
   ElementType type_;
   void* data_;
-  // Of the tensor itself when DLPack gave them, else of the arrays below.
+  // These point into the tensor itself when DLPack gave them, else at the arrays below.
   const std::int64_t* shape_;
   const std::int64_t* strides_;
   std::int64_t own_shape_[kMaxDims];

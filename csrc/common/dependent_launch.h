@@ -1,7 +1,5 @@
-// Programmatic dependent launch: a kernel may take its place while the one before it on the stream still runs.
+// Programmatic dependent launch: how a kernel lets the next one take its place early, and waits for the one before.
 #pragma once
-
-#include <cuda_runtime.h>
 
 #include "common/macros.h"
 
@@ -9,13 +7,6 @@ namespace broadhead {
 
 // Compute capability 9.0 and later have it; before, kernels of a stream run one after the other.
 constexpr int kDependentLaunchMajor = 9;
-
-// Makes a launch one that may begin before the end of what is in front of it on the stream. The number of attributes.
-inline int allow_dependent(cudaLaunchAttribute& attribute) {
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  return 1;
-}
 
 // Once all blocks have called it or ended, the next kernel of the stream may start if it was launched that way.
 BROADHEAD_DEVICE void launch_dependents() {

@@ -1,4 +1,4 @@
-// Small device helpers every kernel family uses: shared addresses, named barriers, exp2, packing of 16-bit pairs.
+// Small device helpers every kernel family uses: shared addresses, barriers, exp2, packing of 16-bit pairs.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -27,6 +27,9 @@ BROADHEAD_DEVICE void named_barrier_sync(int id, int threads) {
 BROADHEAD_DEVICE void named_barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
+
+// Keeps the compiler from computing what follows early, which would occupy registers.
+BROADHEAD_DEVICE void compile_barrier() { asm volatile("" ::: "memory"); }
 
 BROADHEAD_DEVICE float exp2_approx(float x) {
   float y;

@@ -1,7 +1,9 @@
 // From a row's running maximum and sum to its normalisation and LSE, and where its results go.
 #pragma once
 
-#include "common/tile_state.h"
+#include "common/rows.h"
+#include "common/score.h"
+#include "common/seqlen_info.h"
 
 namespace broadhead {
 

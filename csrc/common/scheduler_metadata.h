@@ -27,15 +27,4 @@ BROADHEAD_HOST_DEVICE int sequence_splits(const AttnParams& params, int batch) {
   return metadata_splits(params.scheduler_metadata, params.batch, batch, params.metadata_tag, params.num_splits);
 }
 
-// Estimated time, in key blocks, of a decode step whose longest share is `blocks_per_split`: whole waves of equal
-// shares when there are few, the average load plus half a share when there are many. A share costs about 2 blocks to
-// start and end.
-BROADHEAD_HOST_DEVICE int split_cost(long long shares, long long blocks, int blocks_per_split, int target_ctas) {
-  constexpr int kStartupBlocks = 2;
-  const int share_cost = blocks_per_split + kStartupBlocks;
-  const long long waves = (shares + target_ctas - 1) / target_ctas;
-  if (waves <= 4) return static_cast<int>(waves * share_cost);
-  return static_cast<int>((blocks + shares * kStartupBlocks) / target_ctas + share_cost / 2);
-}
-
 }  // namespace broadhead

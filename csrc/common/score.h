@@ -1,10 +1,58 @@
-// What happens to scores beside the products: keys that do not exist, softcap (or a scale that is not positive), the
-// mask.
+// What happens to scores beside the products: scale and softcap, keys that do not exist, the mask.
 #pragma once
 
-#include "common/tile_state.h"
+#include <cmath>
+
+#include "common/attention_mask.h"
+#include "common/device.h"
+#include "common/rows.h"
+#include "host/params.h"
 
 namespace broadhead {
+
+// The softmax works on exp2(S * scale_log2 - max): a scale <= 0 would turn the maximum into a minimum, and softcap is
+// not linear, so in both cases S is transformed first (`transform`) and the remaining scale is 1.
+struct ScoreScale {
+  float scale_log2;
+  float scale;       // of the remaining S, natural units
+  float softcap;
+  float inner;       // softcap: scale / softcap; else scale
+  bool transform;
+  float v_factor;    // 8-bit V: its descale
+
+  BROADHEAD_DEVICE void set(float softmax_scale, float softcap_) {
+    // No score comes near the bound: it keeps `inner` a normal number where softcap is as large as "off".
+    softcap = fminf(softcap_, 1e30f);
+    transform = softcap > 0.f || !(softmax_scale > 0.f);
+    scale = transform ? 1.f : softmax_scale;
+    scale_log2 = scale * kLog2e;
+    inner = softcap > 0.f ? softmax_scale / softcap : softmax_scale;
+  }
+
+  // For Q that was multiplied by `factor`, a power of two.
+  BROADHEAD_DEVICE void divide(float factor) {
+    const float inverse = 1.f / factor;
+    inner *= inverse;
+    if (transform) return;
+    scale *= inverse;
+    scale_log2 *= inverse;
+  }
+
+  // tanh(x) = 1 - 2 / (exp(2x) + 1), two special-function instructions. Its error is one of softcap, not of the score:
+  // near 0, where a large softcap leaves all scores, x - x^3 / 3 is closer, so that the error is 3e-6 of the score
+  // everywhere.
+  BROADHEAD_DEVICE float cap(float s) const {
+    const float x = s * inner;
+    const float near = fmaf(x * x * x, -1.f / 3.f, x);
+    const float far = 1.f - __fdividef(2.f, exp2_approx(2.f * kLog2e * x) + 1.f);
+    return softcap * select_below(fabsf(x), 0.05f, near, far);
+  }
+};
+
+// The factor of 8-bit q, k or v of one sequence and KV head; 1 when there are none.
+BROADHEAD_DEVICE float descale(const float* factors, const DescaleStrides& strides, int batch, int kv_head) {
+  return factors == nullptr ? 1.f : factors[batch * strides.batch + kv_head * strides.head];
+}
 
 // S of a key block to which its products are still to be added: -inf for keys that do not exist, 0 for the others. K is
 // zeros there, so -inf is what stays. `missing(n)`: bits 0 and 1 say so of the lane's two keys of tile n. PERF: at this

@@ -3,91 +3,14 @@
 
 #include "common/attention_mask.h"
 #include "common/device.h"
+#include "common/kv_source.h"
+#include "common/rows.h"
 #include "common/scheduler_metadata.h"
+#include "common/score.h"
 #include "common/seqlen_info.h"
 #include "common/tile_scheduler.h"
 
 namespace broadhead {
-
-// Rows of a tile when `rows_per_token` query heads of one KV head are packed: row = token * rows_per_token + head.
-struct RowMap {
-  int first_row;       // of the tile within the sequence and (KV) head
-  int rows_per_token;  // 1: not packed
-  int end_row;         // past the tile's last live row of the sequence
-
-  BROADHEAD_DEVICE int token(int row) const {
-    return rows_per_token == 1 ? first_row + row : (first_row + row) / rows_per_token;
-  }
-};
-
-// Where the rows of one (sequence, head) tile go.
-struct OutputRows {
-  RowMap rows;
-  int head;  // KV head when packed, else query head
-
-  BROADHEAD_DEVICE int query_head(int row) const {
-    return rows.rows_per_token == 1 ? head : head * rows.rows_per_token + (rows.first_row + row) % rows.rows_per_token;
-  }
-  BROADHEAD_DEVICE bool live(int row) const { return rows.first_row + row < rows.end_row; }
-};
-
-// The K/V of one sequence and head. It lives in shared memory: registers are what these kernels are short of. Rows that
-// no query of the tile sees are zero-filled, never read: they may be unwritten cache slots, freed pages or another
-// sequence.
-template <class Element>
-struct KvSource {
-  const Element* k;  // first key (dense, packed) or first page (paged) of the head
-  const Element* v;
-  long long k_row_stride;
-  long long v_row_stride;
-  const std::int32_t* table;  // page-table row of the sequence; null: not paged
-  int leftpad;                // paged: logical row of key 0
-  KeyInterval live;
-  int prefix_len;
-  int head_dim;
-  int head_dim_v;
-
-  BROADHEAD_DEVICE bool is_live(int key) const { return (key >= live.begin && key < live.end) || key < prefix_len; }
-};
-
-// The softmax works on exp2(S * scale_log2 - max): a scale <= 0 would turn the maximum into a minimum, and softcap is
-// not linear, so in both cases S is transformed first (`transform`) and the remaining scale is 1.
-struct ScoreScale {
-  float scale_log2;
-  float scale;       // of the remaining S, natural units
-  float softcap;
-  float inner;       // softcap: scale / softcap; else scale
-  bool transform;
-  float v_factor;    // 8-bit V: its descale
-
-  BROADHEAD_DEVICE void set(float softmax_scale, float softcap_) {
-    // No score comes near the bound: it keeps `inner` a normal number where softcap is as large as "off".
-    softcap = fminf(softcap_, 1e30f);
-    transform = softcap > 0.f || !(softmax_scale > 0.f);
-    scale = transform ? 1.f : softmax_scale;
-    scale_log2 = scale * kLog2e;
-    inner = softcap > 0.f ? softmax_scale / softcap : softmax_scale;
-  }
-
-  // For Q that was multiplied by `factor`, a power of two.
-  BROADHEAD_DEVICE void divide(float factor) {
-    const float inverse = 1.f / factor;
-    inner *= inverse;
-    if (transform) return;
-    scale *= inverse;
-    scale_log2 *= inverse;
-  }
-
-  // tanh(x) = 1 - 2 / (exp(2x) + 1), two special-function instructions. Its error is one of softcap, not of the score:
-  // near 0, where a large softcap leaves all scores, x - x^3 / 3 is closer, so that the error is 3e-6 of the score
-  // everywhere.
-  BROADHEAD_DEVICE float cap(float s) const {
-    const float x = s * inner;
-    const float near = fmaf(x * x * x, -1.f / 3.f, x);
-    const float far = 1.f - __fdividef(2.f, exp2_approx(2.f * kLog2e * x) + 1.f);
-    return softcap * select_below(fabsf(x), 0.05f, near, far);
-  }
-};
 
 template <class Element>
 struct TileState {
@@ -110,10 +33,6 @@ struct TileShape {
   int head_dim_v;
   int cluster;     // neighbouring tiles that visit the same key blocks together
 };
-
-// Keeps the compiler from computing what follows early: the warps that make tile states have few registers. For the
-// same reason the steps below take what they need from `state` again.
-BROADHEAD_DEVICE void compile_barrier() { asm volatile("" ::: "memory"); }
 
 // All that is read of what another stream could change: once a tile, so that its warps agree. What the steps below make
 // of it takes its place.
@@ -163,11 +82,11 @@ BROADHEAD_DEVICE void set_tile_keys(TileState<Element>& state, const AttnParams&
   const RowMap cluster_rows{cluster_row, rows_per_token, 0};
   const int q_first = cluster_rows.token(0);
   const int q_last = min_int(cluster_rows.token(shape.rows * shape.cluster - 1), seqlen_q - 1);
-  state.source.live = mask.tile_interval(q_first, q_last);
+  state.source.live.interval = mask.tile_interval(q_first, q_last);
   compile_barrier();
   state.range = split_range(block_range(mask, q_first, q_last, shape.keys), split, max_int(state.splits, 1));
   compile_barrier();
-  // Of a tile past the sequence's end too: its rows are never written.
+  // A tile past the sequence's end has such keys, too: its rows are never written.
   const RowMap& rows = state.output.rows;
   state.unmasked = mask.unmasked_interval(rows.token(0), min_int(rows.token(shape.rows - 1), q_last));
 }
@@ -191,30 +110,28 @@ BROADHEAD_DEVICE void set_tile_source(TileState<Element>& state, const AttnParam
   compile_barrier();
   source.k_row_stride = params.k_strides.row;
   source.v_row_stride = params.v_strides.row;
-  source.prefix_len = state.mask.prefix_len;
+  source.live.prefix_len = state.mask.prefix_len;
   source.head_dim = params.head_dim;
   source.head_dim_v = params.head_dim_v;
   if constexpr (sizeof(Element) == 1) {
-    const auto descale = [&](const float* factors, const DescaleStrides& strides) {
-      return factors == nullptr ? 1.f : factors[tile.batch * strides.batch + kv_head * strides.head];
-    };
-    state.scale.set(params.softmax_scale * descale(params.q_descale, params.q_descale_strides) *
-                        descale(params.k_descale, params.k_descale_strides),
+    state.scale.set(params.softmax_scale * descale(params.q_descale, params.q_descale_strides, tile.batch, kv_head) *
+                        descale(params.k_descale, params.k_descale_strides, tile.batch, kv_head),
                     params.softcap);
-    state.scale.v_factor = descale(params.v_descale, params.v_descale_strides);
+    state.scale.v_factor = descale(params.v_descale, params.v_descale_strides, tile.batch, kv_head);
   } else {
     state.scale.set(params.softmax_scale, params.softcap);
   }
   state.whole = {0, 0};
   if (!paged && params.head_dim == shape.head_dim && params.head_dim_v == shape.head_dim_v) {
-    const KeyInterval keys = source.live;
-    const int prefix_len = source.prefix_len;
+    const KeyInterval keys = source.live.interval;
+    const int prefix_len = source.live.prefix_len;
     const KeyInterval live{prefix_len > 0 && keys.begin <= prefix_len ? 0 : keys.begin, max_int(keys.end, prefix_len)};
     state.whole = {ceil_div(live.begin, shape.keys), live.end / shape.keys};
   }
 }
 
-// Behind set_lengths.
+// Behind set_lengths. The warps that make tile states have few registers: barriers keep the steps apart, and for the
+// same reason each step takes what it needs from `state` again.
 template <class Element>
 BROADHEAD_DEVICE void make_tile_state(TileState<Element>& state, const AttnParams& params, const WorkTile& tile,
                                       int split, const TileShape& shape) {

@@ -21,7 +21,7 @@ struct SplitRow {
   RowParts shared;  // of the same query over the shared keys
 
   BROADHEAD_DEVICE int parts() const { return own.parts + shared.parts; }
-  // Of a part's row, among the rows of all slots.
+  // The place of a part's row among the rows of all slots.
   BROADHEAD_DEVICE long long place(const Workspace& workspace, int part) const {
     const bool is_own = part < own.parts;
     const int slot = is_own ? own.slot(part) : shared.slot(part - own.parts);

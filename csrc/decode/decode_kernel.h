@@ -4,12 +4,15 @@
 // that the stream of K and V never stops; blocks write finished tiles, or parts that the combine merges.
 #pragma once
 
+#include "common/accumulator.h"
 #include "common/dependent_launch.h"
 #include "common/score.h"
 #include "decode/load.h"
 #include "decode/tile.h"
 
 namespace broadhead::decode {
+
+using namespace mma_sync;
 
 // Adds up S over the warps of a key group, which hold a share of the columns each. The order of the sum is that of the
 // column groups, so all of them get equal scores.
@@ -166,7 +169,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
       const bool full = loader.ahead() == Traits::kBlocksAhead;
       const std::uint32_t first = next_stage(full);
       const bool issued = loader.issue_k(queue.found);
-      clear_scores<Traits>(s);
+      clear_accumulators(s);
       if (const std::uint32_t missing = loader.missing_keys(first); __builtin_expect(missing != 0, 0)) {
         begin_scores(s, [&](int n) { return missing_pair(missing, n); });
       }
@@ -188,21 +191,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
       float block_max[2 * Traits::kMmaM], factor[2 * Traits::kMmaM];
       softmax.block_max(s, block_max);
       if (__builtin_expect(softmax.raise(block_max, scale_log2, factor), 0)) {
-        BROADHEAD_UNROLL
-        for (int m = 0; m < Traits::kMmaM; ++m) {
-          BROADHEAD_UNROLL
-          for (int t = 0; t < Traits::kOTiles; ++t) {
-            o[m][t][0] *= factor[2 * m];
-            o[m][t][1] *= factor[2 * m];
-            o[m][t][2] *= factor[2 * m + 1];
-            o[m][t][3] *= factor[2 * m + 1];
-          }
-        }
+        scale_rows(o, factor);
       }
       softmax.template exponentiate<0, Traits::kMmaN>(s, scale_log2, [](float x) { return exp2_approx(x); });
       Probabilities<Traits> p;  // half as many registers as S
       BROADHEAD_UNROLL
-      for (int step = 0; step < Traits::kKeys / 16; ++step) pack_p<Traits>(p[step], s, step);
+      for (int step = 0; step < Traits::kKeys / 16; ++step) pack_p<typename Traits::Element>(p[step], s, step);
       std::uint32_t v = first;
       if constexpr (!Traits::kWithQv) {
         v = next_stage(full && issued);

@@ -3,9 +3,12 @@
 
 #include "common/device.h"
 #include "decode/traits.h"
-#include "sm80/atoms.h"
+#include "mma_sync/atoms.h"
+#include "mma_sync/fragments.h"
 
 namespace broadhead::decode {
+
+using namespace mma_sync;
 
 // Two e4m3 (the low or the high half of `bytes`) -> two fp16, exactly.
 template <int kHalf>
@@ -30,17 +33,7 @@ BROADHEAD_DEVICE std::uint32_t q_offset(int row, int unit) {
   return unit / 8 * (Traits::kTileM * 128) + row * 128 + ((unit % 8) ^ (row & 7)) * 16;
 }
 
-// A fragments of Q: rows of the tile, columns of step `step` of the warp's. `q`: of row lane % 16 and the warp's first
-// unit or the one behind it.
-template <class Traits>
-BROADHEAD_DEVICE void load_q_fragment(std::uint32_t (&a)[Traits::kMmaM][4], std::uint32_t q, int step) {
-  BROADHEAD_UNROLL
-  for (int m = 0; m < Traits::kMmaM; ++m) {
-    ldmatrix_x4(a[m], (q ^ (step % 4 * 32)) + step / 4 * (Traits::kTileM * 128) + m * (16 * 128));
-  }
-}
-
-// The lane's address of Q for load_q_fragment.
+// The lane's address of Q for load_q_fragment: row lane % 16, the unit of the warp's first column or the one behind it.
 template <class Traits>
 BROADHEAD_DEVICE std::uint32_t q_lane_address(const typename Traits::SharedStorage& smem, int first_col, int lane) {
   return smem_address(smem.q) + q_offset<Traits>(lane & 15, first_col / 8 + (lane >> 4));
@@ -54,7 +47,7 @@ template <class Traits>
 BROADHEAD_DEVICE std::uint32_t k_lane_offset(int lane) {
   return slice_offset<Traits>((lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1);
 }
-// Of K beside V.
+// The same for K beside V.
 template <class Traits>
 BROADHEAD_DEVICE std::uint32_t beside_lane_offset(int lane) {
   return beside_offset<Traits>((lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1);
@@ -62,15 +55,6 @@ BROADHEAD_DEVICE std::uint32_t beside_lane_offset(int lane) {
 template <class Traits>
 BROADHEAD_DEVICE std::uint32_t v_lane_offset(int lane) {
   return slice_offset<Traits>(lane & 15, lane >> 4);
-}
-
-template <class Traits>
-BROADHEAD_DEVICE void clear_scores(float (&s)[Traits::kMmaM][Traits::kMmaN][4]) {
-  BROADHEAD_UNROLL
-  for (int m = 0; m < Traits::kMmaM; ++m) {
-    BROADHEAD_UNROLL
-    for (int n = 0; n < Traits::kMmaN; ++n) s[m][n][0] = s[m][n][1] = s[m][n][2] = s[m][n][3] = 0.f;
-  }
 }
 
 // S += q K^T over the warp's share of the columns of K, which lies beside a slice of V.
@@ -135,22 +119,6 @@ BROADHEAD_DEVICE void qk_gemm(float (&s)[Traits::kMmaM][Traits::kMmaN][4], const
           }
         }
       }
-    }
-  }
-}
-
-// Two 8-key tiles of S (C layout) -> the A fragments of 16 keys of P.
-template <class Traits>
-BROADHEAD_DEVICE void pack_p(std::uint32_t (&p)[Traits::kMmaM][4], const float (&s)[Traits::kMmaM][Traits::kMmaN][4],
-                             int step) {
-  using Element = typename Traits::Element;
-  BROADHEAD_UNROLL
-  for (int m = 0; m < Traits::kMmaM; ++m) {
-    BROADHEAD_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const auto& tile = s[m][2 * step + half];
-      p[m][2 * half] = pack_pair<Element>(tile[0], tile[1]);
-      p[m][2 * half + 1] = pack_pair<Element>(tile[2], tile[3]);
     }
   }
 }

@@ -2,60 +2,17 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cstdio>
 
 #include "decode/combine_kernel.h"
 #include "decode/decode_kernel.h"
-#include "host/cuda_check.h"
+#include "host/launch.cuh"
 #include "host/params.h"
 
 namespace broadhead::decode {
 
 // Keys that AttnParams::cell_blocks counts in.
 constexpr int kCellTokens = 64;
-
-// What a launch needs to know of a device, found on first use.
-struct DeviceLimits {
-  int blocks = 0;  // that run at once
-  bool dependent_launch = false;
-};
-
-template <class Traits>
-cudaError_t find_limits(int device, DeviceLimits& limits) {
-  constexpr int kSmemBytes = sizeof(typename Traits::SharedStorage);
-  int multiprocessors = 0, major = 0, resident = 0;
-  if (const cudaError_t status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device)) {
-    return status;
-  }
-  if (const cudaError_t status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) {
-    return status;
-  }
-  if (const cudaError_t status =
-          cudaFuncSetAttribute(decode_kernel<Traits>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes)) {
-    return status;
-  }
-  if (const cudaError_t status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, decode_kernel<Traits>,
-                                                                               Traits::kThreads, kSmemBytes)) {
-    return status;
-  }
-  limits = {multiprocessors * std::max(1, std::min(resident, Traits::kMinBlocks)), major >= kDependentLaunchMajor};
-  return cudaSuccess;
-}
-
-template <class Kernel>
-cudaError_t launch(Kernel kernel, dim3 grid, int threads, int smem_bytes, bool dependent, cudaStream_t stream,
-                   const DecodeParams& params, const Workspace& workspace) {
-  cudaLaunchAttribute attribute{};
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = smem_bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = dependent ? allow_dependent(attribute) : 0;
-  return cudaLaunchKernelEx(&config, kernel, params, workspace);
-}
 
 // What the grid asks the L2 for ahead of time; more is not worth it.
 inline unsigned prefetched_bytes(std::int64_t bytes) { return bytes <= 2 << 20 ? static_cast<unsigned>(bytes) : 0; }
@@ -119,30 +76,18 @@ template <class Traits>
 int launch_decode(const char* kernel_id, const AttnParams& params, cudaStream_t stream, char* error,
                   std::size_t error_size) {
   constexpr int kSmemBytes = sizeof(typename Traits::SharedStorage);
+  const CallReport report{kernel_id, params, kSmemBytes, error, error_size};
   const auto fail = [&](const char* step, cudaError_t status) {
-    char shape[256];
-    std::snprintf(shape, sizeof(shape),
-                  "batch %d, seqlen_q %d, seqlen_k %d, heads %d/%d, head_dim %d/%d, page_size %d, num_splits %d, "
-                  "cell_blocks %d, shared keys %d, workspace %lld bytes, shared memory %d bytes",
-                  params.batch, params.seqlen_q, params.seqlen_k, params.num_heads_q, params.num_heads_kv,
-                  params.head_dim, params.head_dim_v, params.page_size, params.num_splits, params.cell_blocks,
-                  params.shared_seqlen_k, static_cast<long long>(params.workspace_bytes), kSmemBytes);
-    return check_cuda(status, kernel_id, step, shape, error, error_size);
+    char more[96];
+    std::snprintf(more, sizeof(more), ", cell_blocks %d, shared keys %d, workspace %lld bytes", params.cell_blocks,
+                  params.shared_seqlen_k, static_cast<long long>(params.workspace_bytes));
+    return report.fail(step, status, more);
   };
-
-  constexpr int kMaxDevices = 64;
-  static DeviceLimits known[kMaxDevices];
-  static std::atomic<unsigned long long> prepared{0};
-  int device = 0;
-  if (const cudaError_t status = cudaGetDevice(&device)) return fail("cudaGetDevice", status);
-  const unsigned long long bit = 1ull << (device % kMaxDevices);
-  if (!(prepared.load(std::memory_order_acquire) & bit)) {
-    if (const cudaError_t status = find_limits<Traits>(device, known[device % kMaxDevices])) {
-      return fail("preparing the kernel", status);
-    }
-    prepared.fetch_or(bit, std::memory_order_release);
-  }
-  const DeviceLimits limits = known[device % kMaxDevices];
+  static PreparedKernel prepared;
+  KernelLimits limits;
+  if (prepared.prepare(decode_kernel<Traits>, Traits::kThreads, report, limits)) return 1;
+  // Blocks that run at once.
+  const int fitting = limits.multiprocessors * std::max(1, std::min(limits.resident, Traits::kMinBlocks));
 
   if (params.head_dim > Traits::kHeadDimK || params.head_dim_v > Traits::kHeadDim) {
     return fail("head_dim", cudaErrorInvalidValue);
@@ -157,7 +102,7 @@ int launch_decode(const char* kernel_id, const AttnParams& params, cudaStream_t 
     return fail("qv", cudaErrorInvalidValue);
   }
   if (rows > 0x7fffff00LL || tiles > 0x7fffffffLL) return fail("grid", cudaErrorInvalidValue);
-  const int blocks = params.max_blocks > 0 ? std::min(params.max_blocks, limits.blocks) : limits.blocks;
+  const int blocks = params.max_blocks > 0 ? std::min(params.max_blocks, fitting) : fitting;
 
   Workspace workspace{};
   const int tile_rows = static_cast<int>(std::min<long long>(Traits::kTileM, rows));
@@ -195,8 +140,10 @@ int launch_decode(const char* kernel_id, const AttnParams& params, cudaStream_t 
     const long long head_bytes = blocks * static_cast<long long>(sizeof(BlockParts));
     if (!place_workspace(line, 2ll * blocks, head_bytes, workspace)) return fail("workspace", cudaErrorInvalidValue);
   }
-  if (const cudaError_t status = launch(decode_kernel<Traits>, dim3(blocks), Traits::kThreads, kSmemBytes,
-                                        limits.dependent_launch, stream, line, workspace)) {
+  const bool dependent = limits.dependent_launch;
+  const LaunchShape shape{
+      .grid = dim3(blocks), .threads = Traits::kThreads, .smem_bytes = kSmemBytes, .dependent = dependent};
+  if (const cudaError_t status = launch_kernel(decode_kernel<Traits>, shape, stream, line, workspace)) {
     return fail("launch", status);
   }
   if (merged == 0) return 0;
@@ -206,8 +153,8 @@ int launch_decode(const char* kernel_id, const AttnParams& params, cudaStream_t 
   const auto combine = out_is_bf16
                            ? combine_kernel<cutlass::bfloat16_t, Traits::kTileM, Traits::kKeys, Traits::kHeadDim>
                            : combine_kernel<cutlass::half_t, Traits::kTileM, Traits::kKeys, Traits::kHeadDim>;
-  const cudaError_t status =
-      launch(combine, grid, 32 * kCombineWarps, 0, limits.dependent_launch, stream, line, workspace);
+  const cudaError_t status = launch_kernel(
+      combine, {.grid = grid, .threads = 32 * kCombineWarps, .dependent = dependent}, stream, line, workspace);
   return status == cudaSuccess ? 0 : fail("combine", status);
 }
 

@@ -2,9 +2,11 @@
 #pragma once
 
 #include "decode/traits.h"
-#include "sm80/atoms.h"
+#include "mma_sync/atoms.h"
 
 namespace broadhead::decode {
+
+using namespace mma_sync;
 
 // A page of a power of two is found by a shift.
 struct PageSize {
@@ -53,7 +55,7 @@ class Loader {
     advance();
   }
 
-  // Of the block that is multiplied next, whose slice of K is in `stage`: a bit for each key that does not exist.
+  // A bit for each key that does not exist of the block that is multiplied next, whose slice of K is in `stage`.
   BROADHEAD_DEVICE std::uint32_t missing_keys(std::uint32_t stage) const {
     return page_size_.size != 0 ? missing_beside(stage) : 0;
   }
@@ -108,8 +110,8 @@ class Loader {
     // Key blocks without a dead key; none where the rows of a block may lie in several pages.
     const bool even =
         from.table == nullptr || (page_size_.size % Traits::kKeys == 0 && from.leftpad % Traits::kKeys == 0);
-    even_begin_ = even ? ceil_div(from.live.begin, Traits::kKeys) : 0;
-    even_end_ = even ? from.live.end / Traits::kKeys : 0;
+    even_begin_ = even ? ceil_div(from.live.interval.begin, Traits::kKeys) : 0;
+    even_end_ = even ? from.live.interval.end / Traits::kKeys : 0;
     page_ = load_page();
     return true;
   }
@@ -121,17 +123,17 @@ class Loader {
     const SeqlenInfo& seqlen = item.seqlen;
     // Nothing is copied before: branches around the masks and their divisions pay.
     if (params.sees_all) {
-      source.prefix_len = 0;
-      source.live = {0, seqlen.seqlen_k};
+      source.live.prefix_len = 0;
+      source.live.interval = {0, seqlen.seqlen_k};
     } else {
       const AttentionMask mask = make_mask(params, seqlen, item.batch);
-      source.prefix_len = mask.prefix_len;
+      source.live.prefix_len = mask.prefix_len;
       if (seqlen.seqlen_q == 1) {
-        source.live = mask.row_interval(0);
+        source.live.interval = mask.row_interval(0);
       } else {
         const RowMap rows{item.m_block * Traits::kTileM, params.rows_per_token, 0};
         const int last = min_int(rows.token(Traits::kTileM - 1), mask.seqlen_q - 1);
-        source.live = mask.tile_interval(rows.token(0), last);
+        source.live.interval = mask.tile_interval(rows.token(0), last);
       }
     }
     compile_barrier();
@@ -145,7 +147,7 @@ class Loader {
     source.v = static_cast<const KvElement*>(params.v) + first_element(item, params.v_strides);
   }
 
-  // Of the item's head: first key, or first page.
+  // The first key, or the first page, of the item's head.
   BROADHEAD_DEVICE std::int64_t first_element(const LineItem& item, const TensorStrides& strides) const {
     const std::int64_t head = kv_head_of(params_, item) * strides.head;
     if (params_.page_table != nullptr) return head;
@@ -162,7 +164,7 @@ class Loader {
     int key = block_ * Traits::kKeys;
     if (!is_even()) {
       key += lane() % Traits::kKeys;
-      if (!from.is_live(key)) return 0;
+      if (!from.live.contains(key)) return 0;
     }
     // Not by the read-only path: with programmatic launch the kernel before may have written the table.
     int page;
@@ -179,7 +181,7 @@ class Loader {
     unsigned missing = 0;
     even_ = even && exists;
     if (__builtin_expect(!even_, 0)) {
-      const unsigned live = __ballot_sync(0xffffffffu, from.is_live(key));
+      const unsigned live = __ballot_sync(0xffffffffu, from.live.contains(key));
       alive_ = live & __ballot_sync(0xffffffffu, exists);
       missing = live & ~alive_;
       if (!exists) page_ = 0;
@@ -263,7 +265,7 @@ class Loader {
   int page_ = 0;  // table entry of `block_`
   int ahead_ = 0;
   int item_ = 0;  // the next of the queue
-  // Of the block whose slices are being issued. Even: all keys are alive and at equal distances, the rows are those of
+  // The block whose slices are being issued. Even: all keys are alive and at equal distances, the rows are those of
   // the first; else they are those of the lane's key, and dead keys become zero.
   bool even_ = true;
   unsigned alive_ = 0;

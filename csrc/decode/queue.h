@@ -1,7 +1,7 @@
 // The next items of a block, found ahead of their turn: the loader reads in front of the products.
 #pragma once
 
-#include "decode/line.h"
+#include "decode/plan.h"
 
 namespace broadhead::decode {
 

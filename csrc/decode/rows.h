@@ -1,7 +1,7 @@
-// The rows of a tile.
+// Which query rows a tile of the line holds.
 #pragma once
 
-#include "common/tile_state.h"
+#include "common/rows.h"
 #include "decode/line.h"
 
 namespace broadhead::decode {

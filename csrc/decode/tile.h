@@ -24,11 +24,9 @@ BROADHEAD_DEVICE void set_tile(const DecodeParams& params, const LineItem& item,
   if constexpr (Traits::k8Bit) {
     const int kv_head = kv_head_of(params, item);
     const int batch = is_shared(params, item.batch) ? 0 : item.batch;
-    const auto descale = [&](const float* factors, const DescaleStrides& strides) {
-      return factors == nullptr ? 1.f : factors[batch * strides.batch + kv_head * strides.head];
-    };
-    scale *= descale(params.q_descale, params.q_descale_strides) * descale(params.k_descale, params.k_descale_strides);
-    tile.scale.v_factor = descale(params.v_descale, params.v_descale_strides);
+    scale *= descale(params.q_descale, params.q_descale_strides, batch, kv_head) *
+             descale(params.k_descale, params.k_descale_strides, batch, kv_head);
+    tile.scale.v_factor = descale(params.v_descale, params.v_descale_strides, batch, kv_head);
   }
   tile.scale.set(scale, params.softcap);
 }
@@ -155,7 +153,8 @@ struct QTile {
     return read_unit_of<false, kOwnUnits>(params, item, index_of(i - kQvEach));
   }
 
-  // Of q, or kQv: of qv, kOfRow units a row. Rows past the sequence and columns past head_dim become zero.
+  // A unit of q, or kQv: of qv, which has kOfRow units a row. Rows past the sequence and columns past head_dim become
+  // zero.
   template <bool kQv, int kOfRow>
   BROADHEAD_DEVICE static uint4 read_unit_of(const DecodeParams& params, const LineItem& item, int index) {
     const int row = index / kOfRow, col = index % kOfRow * 8;

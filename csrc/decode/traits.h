@@ -7,24 +7,24 @@
 // Absorbed MLA (AbsorbedTraits): S = q K^T + qv V^T. A slice holds a warp's columns of both, and serves S and O.
 #pragma once
 
+#include "common/kv_source.h"
 #include "common/math.h"
-#include "common/tile_state.h"
+#include "common/rows.h"
+#include "common/score.h"
 #include "decode/queue.h"
 #include "decode/workspace.h"
 
 namespace broadhead::decode {
 
-// The K and V of an item. Rows that no query of the tile sees are zero-filled, never read.
+// The K and V of an item: KvSource without what a warp of a decode kernel has at hand. Every warp keeps one of its own,
+// and the longer type would move what lies behind it in shared memory.
 template <class KvElement>
 struct CopySource {
   const KvElement* k;  // of the head: first key, or first page
   const KvElement* v;
   const std::int32_t* table;  // page-table row of the sequence; null: not paged
   int leftpad;  // paged: logical row of key 0
-  KeyInterval live;  // keys that any row of the tile sees, besides the prefix
-  int prefix_len;
-
-  BROADHEAD_DEVICE bool is_live(int key) const { return (key >= live.begin && key < live.end) || key < prefix_len; }
+  LiveKeys live;
 };
 
 // What the products and the output of an item need; one for all warps.
@@ -53,7 +53,7 @@ template <class KvElement_, int kHeadDim_, int kTileM_, int kKeys_, int kWarps_,
 struct DecodeTraits {
   using KvElement = KvElement_;  // of K and V in memory
   static constexpr bool k8Bit = sizeof(KvElement) == 1;
-  // Of the products. e4m3 becomes fp16 in one instruction; Q, which may be bf16, is scaled into its range.
+  // What the products take. e4m3 becomes fp16 in one instruction; Q, which may be bf16, is scaled into its range.
   using Element = std::conditional_t<k8Bit, cutlass::half_t, KvElement>;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kWithQv = kHeadDimWithQv_ > 0;
@@ -147,7 +147,7 @@ struct DecodeTraits {
   static_assert(sizeof(SharedStorage) <= kSmemLimit, "the tile does not fit the shared memory its row promises");
 };
 
-// Of rows with qv.
+// The shape of rows with qv.
 template <class Element, int kHeadDim, int kHeadDimV, int kTileM, int kKeys, int kWarps, int kKeyGroups, int kStages,
           int kMinBlocks, int kSmemLimit>
 using AbsorbedTraits =

@@ -42,7 +42,7 @@ struct Workspace {
   BROADHEAD_HOST_DEVICE long long tile(const DecodeParams& params, const LineItem& item) const {
     return tile(params, item.batch, item.head, item.m_block);
   }
-  // Of a tile that is one part of a call with shared keys.
+  // The slot of a tile that is one part of a call with shared keys.
   BROADHEAD_HOST_DEVICE long long whole_slot(long long tile) const { return 2ll * num_blocks + tile; }
 
   BROADHEAD_HOST_DEVICE long long slot(const DecodeParams& params, const LineItem& item, int block) const {
@@ -85,13 +85,14 @@ struct RowParts {
   BROADHEAD_HOST_DEVICE int slot(int part) const { return part == 0 ? first : rest + (part - 1) * step; }
 };
 
-// Of the tile whose first part block `first` of the decode grid computes, which goes on in the blocks behind: as many
-// as there are, should their notes contradict each other because the lengths were changed in the midst of the run.
+// The parts of the tile whose first part block `first` of the decode grid computes, and which goes on in the blocks
+// behind: as many as there are, should their notes contradict each other because the lengths were changed in the midst
+// of the run.
 BROADHEAD_HOST_DEVICE RowParts balanced_parts(const Workspace& workspace, int parts, int row, int first) {
   return {min_int(parts, workspace.num_blocks - first), row, 2 * first + 1, 2 * first + 2, 2};
 }
 
-// Of tile `tile`, in dense order.
+// The parts of tile `tile`, in dense order.
 BROADHEAD_HOST_DEVICE RowParts noted_parts(const Workspace& workspace, long long tile, const TileParts& blocks,
                                            int row) {
   // Likewise a tile that no block has noted.
@@ -101,8 +102,8 @@ BROADHEAD_HOST_DEVICE RowParts noted_parts(const Workspace& workspace, long long
   return balanced_parts(workspace, last - first + 1, row, first);
 }
 
-// Of row `row` of a sequence (its tokens, then the heads of a token) over the shared keys. No parts when the lengths of
-// the call contradict themselves.
+// The parts of row `row` of a sequence (its tokens, then the heads of a token) over the shared keys. There are none
+// when the lengths of the call contradict themselves.
 BROADHEAD_HOST_DEVICE RowParts shared_parts(const DecodeParams& params, const Workspace& workspace,
                                             const SeqlenInfo& seqlen, int head, int row, int tile_m) {
   const SeqlenInfo shared = sequence_info(params, params.batch);

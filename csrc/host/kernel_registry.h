@@ -1,4 +1,5 @@
-// The kernels a library holds; the definitions are generated from the table by cmake/generate.py.
+// The list of the kernels that a library holds for the rows of the table; the definitions are generated from the table
+// by cmake/generate.py.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -20,16 +21,6 @@ struct ForwardKernel {
 extern const ForwardKernel kForwardKernels[];  // ends with a null id
 extern const int kForwardKernelCount;
 extern const char* const kBuildArchs;  // as compiled: "80;90"
-
-// csrc/common/append_kv.cu
-int launch_append_kv(const AppendKvParams& params, cudaStream_t stream, char* error, std::size_t error_size);
-// csrc/common/combine.cu
-int launch_combine(const CombineParams& params, cudaStream_t stream, char* error, std::size_t error_size);
-// csrc/common/merge_states.cu
-int launch_merge_states(const MergeStatesParams& params, cudaStream_t stream, char* error, std::size_t error_size);
-// csrc/common/scheduler_metadata.cu
-int launch_scheduler_metadata(const SchedulerMetadataParams& params, cudaStream_t stream, char* error,
-                              std::size_t error_size);
 
 }  // namespace broadhead
 

@@ -2,6 +2,10 @@
 #include <cstdio>
 
 #include "host/kernel_registry.h"
+#include "kernels/append_kv.h"
+#include "kernels/combine.h"
+#include "kernels/merge_states.h"
+#include "kernels/scheduler_metadata.h"
 
 namespace broadhead {
 namespace {

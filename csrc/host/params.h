@@ -1,6 +1,6 @@
-// The one packed argument block of every kernel, and the C ABI of a kernel library.
+// The argument blocks of the kernels, one for each kind of call, and the C ABI of a kernel library.
 //
-// Plain old data: filled once by the binding (csrc/bindings/module.cpp), read by the kernels. Strides are in elements,
+// Plain old data: filled once by the bindings (csrc/bindings), read by the kernels. Strides are in elements,
 // always 64-bit: page pools exceed 2^31 elements. "nullable" pointers switch their feature off when null.
 #pragma once
 
@@ -21,7 +21,7 @@ struct TensorStrides {
   std::int64_t head;
 };
 
-// Of one factor for each sequence and KV head (fp32 [B, Hkv]).
+// Strides of factors, one for each sequence and KV head (fp32 [B, Hkv]).
 struct DescaleStrides {
   std::int64_t batch;
   std::int64_t head;

@@ -1,9 +1,14 @@
 // What consumer warpgroups of the kernels for head_dim <= 256 share: turns, barriers, S = Q K^T, the loop over tiles.
 #pragma once
 
+#include "common/accumulator.h"
 #include "sm90/consumer.h"
+#include "sm90/wgmma.h"
+#include "tma/kernel_args.h"
 
 namespace broadhead::sm90 {
+
+using namespace tma;
 
 template <class Traits_>
 struct ConsumerBase {
@@ -59,7 +64,7 @@ struct ConsumerBase {
     const std::uint64_t b = Descriptor::make(smem_address(smem.k[stage]), 0, KLayout::kSlabStride);
     const auto& missing = smem.missing[stage];
     const bool some_missing = args.params.page_table != nullptr && missing.any();
-    clear_registers(s[0]);
+    clear_accumulators(s);  // tells the compiler that they hold nothing of use: the first wgmma does not accumulate
     if (some_missing) begin_scores(s, [&](int n) { return missing_pair(missing.keys[n / 4], n); });
     wgmma_fence();
     BROADHEAD_UNROLL

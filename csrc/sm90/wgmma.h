@@ -75,12 +75,6 @@ template <int kPending>
 BROADHEAD_DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
-// Tells the compiler that registers hold nothing of use: those of a product whose first wgmma does not accumulate.
-template <int kTiles>
-BROADHEAD_DEVICE void clear_registers(float (&d)[kTiles][4]) {
-  BROADHEAD_UNROLL
-  for (int i = 0; i < kTiles; ++i) d[i][0] = d[i][1] = d[i][2] = d[i][3] = 0.f;
-}
 
 // Keeps the compiler from moving accesses of registers across this point: wgmma writes them behind its back.
 template <int kTiles>

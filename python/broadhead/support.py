@@ -78,7 +78,8 @@ def id_suffix(dtype: str, kv_dtype: str = "") -> str:
 
 
 class Tile(NamedTuple):
-    """The shape of one block's work; the template arguments of ``ForwardTraits`` in this order.
+    """The shape of one block's work; the template arguments of ``sm80::ForwardTraits`` in this
+    order.
 
     tile_m: query rows; tile_n: keys a step; warps_m x warps_n: warps over rows x over keys (S) and columns (O);
     stages: buffers in the K/V ring; k_chunk: head-dim columns of K in a stage; v_chunk x v_cols: keys x columns of V in
@@ -191,17 +192,19 @@ class Template(NamedTuple):
 
 
 TEMPLATES: dict[type, Template] = {
-    Tile: Template("sm80/forward_launch.cuh", "ForwardTraits", "launch_forward", False, False, False),
+    Tile: Template("sm80/forward/launch.cuh", "sm80::ForwardTraits", "sm80::launch_forward", False, False, False),
     DecodeTile: Template(
         "decode/launch.cuh", "decode::DecodeTraits", "decode::launch_decode", False, False, False, True
     ),
     AbsorbedDecodeTile: Template(
         "decode/launch.cuh", "decode::AbsorbedTraits", "decode::launch_decode", True, False, False
     ),
-    HopperTile: Template("sm90/forward_launch.cuh", "sm90::ForwardTraits", "sm90::launch_forward", True, True, True),
-    WideTile: Template("sm90/wide_launch.cuh", "sm90::WideTraits", "sm90::launch_wide", True, True, True),
-    Fp8Tile: Template("sm90/fp8_launch.cuh", "sm90::Fp8Traits", "sm90::launch_fp8", True, True, True),
-    AbsorbedTile: Template("sm90/wide_launch.cuh", "sm90::AbsorbedTraits", "sm90::launch_wide", True, True, True),
+    HopperTile: Template("sm90/forward/launch.cuh", "sm90::ForwardTraits", "sm90::launch_forward", True, True, True),
+    WideTile: Template("sm90/forward_wide/launch.cuh", "sm90::WideTraits", "sm90::launch_wide", True, True, True),
+    Fp8Tile: Template("sm90/forward_fp8/launch.cuh", "sm90::Fp8Traits", "sm90::launch_fp8", True, True, True),
+    AbsorbedTile: Template(
+        "sm90/forward_wide/launch.cuh", "sm90::AbsorbedTraits", "sm90::launch_wide", True, True, True
+    ),
 }
 
 

@@ -1,9 +1,9 @@
-// common/append_kv.h: the owner of a packed token, the place of a cache row, and how threads share a row.
+// kernels/append_kv.h: the owner of a packed token, the place of a cache row, and how threads share a row.
 #include <climits>
 #include <vector>
 
 #include "check.h"
-#include "common/append_kv.h"
+#include "kernels/append_kv.h"
 
 namespace {
 

@@ -1,9 +1,11 @@
-// common/scheduler_metadata.h: no content of a metadata buffer can ask for more splits than the launch has.
+// common/scheduler_metadata.h, kernels/scheduler_metadata.h: no content of a metadata buffer can ask for more splits
+// than the launch has.
 #include <climits>
 #include <vector>
 
 #include "check.h"
 #include "common/scheduler_metadata.h"
+#include "kernels/scheduler_metadata.h"
 
 int main() {
   using broadhead::metadata_splits;

@@ -88,7 +88,7 @@ def default_device() -> DeviceDescription:
 
 
 def common_kernel_obstacle(device: torch.device) -> str | None:
-    """Why the kernels that every library holds (csrc/common) can not run on tensors there; None: they can."""
+    """Why the kernels that every library holds (csrc/kernels) can not run on tensors there; None: they can."""
     description = describe(device)
     if description.type != "cuda":
         return f"the tensors are on {description.type}"

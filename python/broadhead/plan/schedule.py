@@ -24,7 +24,7 @@ METADATA_WAVES = 4
 DECODE_METADATA_WAVES = 16
 #: Without metadata equal splits of a decode problem make at most this many waves.
 DECODE_EQUAL_WAVES = 8
-#: What a split costs besides its key tiles, in key tiles: kStartupBlocks of csrc/common/scheduler_metadata.h.
+#: What a split costs besides its key tiles, in key tiles: kStartupBlocks of csrc/kernels/scheduler_metadata.h.
 STARTUP_TILES = 2
 #: The share of the L2 that the K and V of heads worked on together may take.
 L2_SHARE = 0.5

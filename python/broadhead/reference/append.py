@@ -1,7 +1,7 @@
 """Rotary embedding of queries and in-place append of new keys and values to a KV cache, on torch ops.
 
 Runs before attention, on any device, without a host sync and without data-dependent shapes, so that it can be captured
-in a CUDA graph and traced by torch.compile. The kernel csrc/common/append_kv.cu agrees with it bit for bit.
+in a CUDA graph and traced by torch.compile. The kernel csrc/kernels/append_kv.cu agrees with it bit for bit.
 """
 
 from __future__ import annotations

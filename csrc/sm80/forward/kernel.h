@@ -1,0 +1,228 @@
+// The portable forward kernel: one block computes one query tile of one (KV) head of one sequence, or one split of it.
+//
+// K and V stream through a ring of kStages buffers (cp.async). Every step waits for its stage, meets the block's other
+// warps once, refills the stage that was used a step ago, and multiplies. Q stays in shared memory for the whole tile.
+#pragma once
+
+#include "common/accumulator.h"
+#include "common/online_softmax.h"
+#include "common/scheduler_metadata.h"
+#include "common/score.h"
+#include "common/tile_scheduler.h"
+#include "sm80/forward/epilogue.h"
+#include "sm80/forward/load.h"
+#include "sm80/forward/mainloop.h"
+
+namespace broadhead::sm80 {
+
+using namespace mma_sync;
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
+    forward_kernel(const __grid_constant__ AttnParams params, const int m_blocks) {
+  using Element = typename Traits::Element;
+  extern __shared__ __align__(1024) char smem_bytes[];
+  auto& smem = *reinterpret_cast<typename Traits::SharedStorage*>(smem_bytes);
+
+  // ---- which work
+  const int thread = threadIdx.x;
+  const int split = blockIdx.y;
+  const TileState<Element>& state = smem.state;
+  const KvSource<Element>& source = state.source;
+  if (thread == 0) {
+    const WorkTile tile = work_tile(blockIdx.x, m_blocks, params.pack_gqa ? params.num_heads_kv : params.num_heads_q,
+                                    params.batch, params.heads_per_section);
+    smem.any_missing = 0;
+    set_lengths(smem.state, read_lengths(params, tile.batch));
+    make_tile_state(smem.state, params, tile, split,
+                    {.rows = Traits::kTileM,
+                     .keys = Traits::kTileN,
+                     .head_dim = Traits::kHeadDim,
+                     .head_dim_v = Traits::kHeadDim,
+                     .cluster = 1});
+  }
+  __syncthreads();
+  if (state.splits == 0) return;
+  const BlockRange range = state.range;
+  const bool paged = params.page_table != nullptr;
+
+  // Thread t resolves key t of a block: the table entry is loaded early, its offsets are stored at the end of a step.
+  const auto page_buffer = [&](int block) { return smem.pages[block % Traits::kPageBuffers]; };
+  const auto load_page = [&](int block) {
+    const int key = block * Traits::kTileN + thread;
+    // Entries of keys that are not live are never read: they may be garbage.
+    return source.live.contains(key) ? source.table[(source.leftpad + key) / params.page_size] : 0;
+  };
+  const auto store_page = [&](int block, int page) {
+    const int slot = (source.leftpad + block * Traits::kTileN + thread) % params.page_size;
+    if (page_exists(params, page)) {
+      page_buffer(block)[thread] = {page * params.k_strides.batch + slot * params.k_strides.row,
+                                    page * params.v_strides.batch + slot * params.v_strides.row};
+    } else {
+      page_buffer(block)[thread] = {-1, -1};
+      smem.any_missing = 1;
+    }
+  };
+  if (paged && thread < Traits::kTileN) {
+    BROADHEAD_UNROLL
+    for (int i = 0; i <= Traits::kAhead; ++i) store_page(range.begin + i, load_page(range.begin + i));
+  }
+
+  // ---- the ring: chunk `position` counted from the first chunk of `block`
+  const std::uint32_t ring = smem_address(smem.ring);
+  constexpr std::uint32_t kStageBytes = Traits::kStageElems * sizeof(Element);
+  using KCopier = ChunkCopier<Traits, Traits::kTileN, Traits::kKChunk, true>;
+  using VCopier = ChunkCopier<Traits, Traits::kVChunk, Traits::kVCols, false>;
+  // Where registers allow, a thread's pointers walk along the keys instead of being computed for every stage.
+  const Element* k_next = nullptr;
+  const Element* v_next = nullptr;
+  if constexpr (Traits::kWalkingPointers) {
+    k_next = KCopier::first_element(source, range.begin * Traits::kTileN);
+    v_next = VCopier::first_element(source, range.begin * Traits::kTileN);
+  }
+  std::uint32_t write_stage = ring;
+  const auto issue = [&](int block, int position) {
+    block += position / Traits::kChunks;
+    const int chunk = position % Traits::kChunks;
+    if (block < range.end) {
+      const BlockRange whole = state.whole;
+      const bool is_whole = block >= whole.begin && block < whole.end;
+      if (chunk < Traits::kKChunks) {
+        const int col0 = chunk * Traits::kKChunk;
+        const int key0 = block * Traits::kTileN;
+        const std::uint32_t target = write_stage + KCopier::target_offset();
+        if (is_whole) {
+          const Element* pointer = Traits::kWalkingPointers ? k_next : KCopier::first_element(source, key0);
+          KCopier::copy_whole(target, pointer + col0, params.k_strides.row);
+        } else if (Traits::kHeadDim <= 256 || col0 < params.head_dim) {
+          KCopier::copy_edge(source, page_buffer(block), target, key0, 0, col0);
+        }
+        if (chunk == Traits::kKChunks - 1) k_next += Traits::kTileN * params.k_strides.row;
+      } else {
+        const int v_chunk = chunk - Traits::kKChunks;
+        const int row0 = (v_chunk / Traits::kVColChunks) * Traits::kVChunk;
+        const int col0 = (v_chunk % Traits::kVColChunks) * Traits::kVCols;
+        const int key0 = block * Traits::kTileN + row0;
+        const std::uint32_t target = write_stage + VCopier::target_offset();
+        if (is_whole) {
+          const Element* pointer = Traits::kWalkingPointers ? v_next : VCopier::first_element(source, key0);
+          VCopier::copy_whole(target, pointer + col0, params.v_strides.row);
+        } else {
+          VCopier::copy_edge(source, page_buffer(block), target, key0, row0, col0);
+        }
+        if (v_chunk % Traits::kVColChunks == Traits::kVColChunks - 1) {
+          v_next += Traits::kVChunk * params.v_strides.row;
+        }
+      }
+    }
+    cp_async_commit();
+    write_stage = write_stage == ring + (Traits::kStages - 1) * kStageBytes ? ring : write_stage + kStageBytes;
+  };
+
+  if (paged) __syncthreads();
+  if (range.begin < range.end) copy_q<Traits>(params, smem);
+  BROADHEAD_UNROLL
+  for (int position = 0; position < Traits::kStages - 1; ++position) issue(range.begin, position);
+
+  // ---- warp state
+  const int warp = thread / 32;
+  const int lane = thread % 32;
+  const int warp_m = warp / Traits::kWarpsN;
+  const int warp_n = warp % Traits::kWarpsN;
+  const int warp_row = warp_m * Traits::kRowsPerWarp;
+  const LaneAddresses<Traits> addresses(smem, warp_m, warp_n, lane);
+  const ScoreScale& scale = state.scale;
+  OnlineSoftmax<2 * Traits::kMmaM> softmax;
+  float o[Traits::kMmaM][Traits::kOTiles][4];
+  clear_accumulators(o);
+
+  std::uint32_t q_registers[Traits::kQInRegisters ? Traits::kHeadDim / 16 : 1][Traits::kMmaM][4];
+  if constexpr (Traits::kQInRegisters) {
+    cp_async_wait<Traits::kStages - 2>();
+    __syncthreads();
+    BROADHEAD_UNROLL
+    for (int step = 0; step < Traits::kHeadDim / 16; ++step) {
+      load_q_fragment<Traits>(q_registers[step], addresses.q, step);
+    }
+  }
+
+  std::uint32_t read_stage = ring;
+  for (int block = range.begin; block < range.end; ++block) {
+    int next_page = 0;
+    if (paged && thread < Traits::kTileN) next_page = load_page(block + Traits::kAhead + 1);
+
+    const auto begin_step = [&](int position) {
+      cp_async_wait<Traits::kStages - 2>();
+      __syncthreads();
+      issue(block, position + Traits::kStages - 1);
+      const std::uint32_t stage = read_stage;
+      read_stage = stage == ring + (Traits::kStages - 1) * kStageBytes ? ring : stage + kStageBytes;
+      return stage;
+    };
+
+    float s[Traits::kMmaM][Traits::kMmaN][4];
+    clear_accumulators(s);
+    if (paged && smem.any_missing != 0) {
+      const typename Traits::PagedRow* rows = page_buffer(block) + warp_n * Traits::kKeysPerWarp + lane % 4 * 2;
+      begin_scores(s, [&](int n) { return rows[n * 8].missing() | rows[n * 8 + 1].missing() << 1; });
+    }
+    BROADHEAD_UNROLL
+    for (int chunk = 0; chunk < Traits::kKChunks; ++chunk) {
+      const std::uint32_t stage = begin_step(chunk);
+      if (Traits::kHeadDim <= 256 || chunk * Traits::kKChunk < params.head_dim) {
+        qk_gemm<Traits>(s, q_registers, addresses.q, stage + addresses.k, chunk);
+      }
+    }
+
+    if (scale.transform) transform_scores(s, scale);
+    const int key0 = block * Traits::kTileN;
+    if (key0 < state.unmasked.begin || key0 + Traits::kTileN > state.unmasked.end) {
+      apply_mask(s, state.mask, state.unmasked, state.output.rows, warp_row, key0 + warp_n * Traits::kKeysPerWarp,
+                 lane);
+    }
+
+    float block_max[2 * Traits::kMmaM];
+    softmax.block_max(s, block_max);
+    if constexpr (Traits::kSharedP) {
+      // The row's other keys are with the other warps of this row group (warp_m).
+      BROADHEAD_UNROLL
+      for (int i = 0; i < 2 * Traits::kMmaM; ++i) {
+        const int row = warp_row + (i / 2) * 16 + (i % 2) * 8 + lane / 4;
+        if (lane % 4 == 0) smem.row_stats[warp_n * Traits::kTileM + row] = block_max[i];
+      }
+      named_barrier_sync(1 + warp_m, 32 * Traits::kWarpsN);
+      BROADHEAD_UNROLL
+      for (int i = 0; i < 2 * Traits::kMmaM; ++i) {
+        const int row = warp_row + (i / 2) * 16 + (i % 2) * 8 + lane / 4;
+        float x = smem.row_stats[row];
+        BROADHEAD_UNROLL
+        for (int w = 1; w < Traits::kWarpsN; ++w) x = fmaxf(x, smem.row_stats[w * Traits::kTileM + row]);
+        block_max[i] = x;
+      }
+    }
+    float factor[2 * Traits::kMmaM];
+    if (softmax.raise(block_max, scale.scale_log2, factor)) {
+      scale_rows(o, factor);
+    }
+    const auto exp2 = [](float x) { return exp2_approx(x); };
+    if constexpr (Traits::kSharedP) {
+      softmax.template exponentiate<0, Traits::kMmaN>(s, scale.scale_log2, exp2);
+      store_p<Traits>(smem, s, warp_m, warp_n, lane);
+      BROADHEAD_UNROLL
+      for (int chunk = 0; chunk < Traits::kVChunks; ++chunk) {
+        const std::uint32_t stage = begin_step(Traits::kKChunks + chunk);
+        pv_gemm<Traits>(o, addresses.p, stage + addresses.v, chunk, warp_n, params.head_dim_v);
+      }
+    } else {
+      const std::uint32_t stage = begin_step(Traits::kKChunks);
+      exp_pv_gemm<Traits>(o, s, softmax, scale.scale_log2, stage + addresses.v, params.head_dim_v, exp2);
+    }
+    if (paged && thread < Traits::kTileN) store_page(block + Traits::kAhead + 1, next_page);
+  }
+
+  cp_async_wait<0>();
+  __syncthreads();
+  write_tile<Traits>(params, smem, o, softmax, scale, state.splits > 1 ? split : -1, warp_m, warp_n, lane);
+}
+
+}  // namespace broadhead::sm80

@@ -1,0 +1,41 @@
+// Host side of one portable forward kernel: grid, shared memory, launch, combine. Instantiated once a row by
+// cmake/generate.py.
+#pragma once
+
+#include "host/launch.cuh"
+#include "host/params.h"
+#include "kernels/combine.h"
+#include "sm80/forward/kernel.h"
+
+namespace broadhead::sm80 {
+
+template <class Traits>
+int launch_forward(const char* kernel_id, const AttnParams& params, cudaStream_t stream, char* error,
+                   std::size_t error_size) {
+  constexpr int kSmemBytes = sizeof(typename Traits::SharedStorage);
+  const CallReport report{kernel_id, params, kSmemBytes, error, error_size};
+  static PreparedKernel prepared;
+  KernelLimits limits;
+  if (prepared.prepare(forward_kernel<Traits>, Traits::kThreads, report, limits)) return 1;
+
+  const int rows_per_token = params.pack_gqa ? params.num_heads_q / params.num_heads_kv : 1;
+  const int heads = params.pack_gqa ? params.num_heads_kv : params.num_heads_q;
+  const long long rows = static_cast<long long>(params.seqlen_q) * rows_per_token;
+  const int m_blocks = static_cast<int>((rows + Traits::kTileM - 1) / Traits::kTileM);
+  const long long blocks = static_cast<long long>(m_blocks) * heads * params.batch;
+  if (blocks == 0) return 0;
+  if (params.head_dim > Traits::kHeadDim || params.head_dim_v > Traits::kHeadDim) {
+    return report.fail("head_dim", cudaErrorInvalidValue);
+  }
+  if (rows > 0x7fffff00LL || blocks > 0x7fffffffLL || params.num_splits > 65535)
+    return report.fail("grid", cudaErrorInvalidValue);
+  forward_kernel<Traits>
+      <<<dim3(static_cast<unsigned>(blocks), params.num_splits), Traits::kThreads, kSmemBytes, stream>>>(params,
+                                                                                                         m_blocks);
+  if (const cudaError_t status = cudaGetLastError()) return report.fail("launch", status);
+  if (params.num_splits == 1) return 0;
+  constexpr bool kIsBf16 = std::is_same_v<typename Traits::Element, cutlass::bfloat16_t>;
+  return launch_split_combine(params, kIsBf16, false, stream, error, error_size);
+}
+
+}  // namespace broadhead::sm80

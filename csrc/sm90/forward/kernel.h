@@ -1,0 +1,60 @@
+// The Hopper forward kernel for head_dim <= 256: one persistent block an SM, a producer warpgroup and consumers.
+//
+// Producer warpgroup: warp 0 loads Q and K and warp 1 V by TMA (warps 0 to 2 gather K and V where TMA can not), warp 3
+// takes tiles. Consumers: 64 query rows each.
+#pragma once
+
+#include "common/dependent_launch.h"
+#include "sm90/forward/load.h"
+#include "sm90/forward/mainloop.h"
+#include "sm90/forward/traits.h"
+#include "sm90/load.h"
+
+namespace broadhead::sm90 {
+
+using namespace tma;
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1) forward_kernel(const __grid_constant__ KernelArgs args) {
+  extern __shared__ __align__(1024) char smem_bytes[];
+  auto& smem = *reinterpret_cast<typename Traits::SharedStorage*>(smem_bytes);
+  const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
+  if (threadIdx.x == 0) {
+    launch_dependents();  // the combine may take its place; it waits for the end of this grid
+    const int loaders = args.maps.gather ? Traits::kLoaderWarps : 2;
+    const int fills = args.maps.gather ? Traits::kLoaderWarps * 32 : 1;
+    for (int i = 0; i < kTileSlots; ++i) {
+      barrier_init(smem.tile_full[i], 1);
+      barrier_init(smem.tile_empty[i], Traits::kConsumerWarps + loaders);
+    }
+    barrier_init(smem.next_wanted, 1);
+    barrier_init(smem.q_full, 1);
+    barrier_init(smem.q_empty, Traits::kConsumerWarps);
+    for (int i = 0; i < Traits::kStages; ++i) {
+      barrier_init(smem.k_full[i], fills);
+      barrier_init(smem.k_empty[i], Traits::kConsumerWarps);
+      barrier_init(smem.v_full[i], fills);
+      barrier_init(smem.v_empty[i], Traits::kConsumerWarps);
+      smem.missing[i].clear();
+    }
+    barrier_init_fence();
+    wait_for_predecessor();  // nothing before reads or writes global memory
+  }
+  __syncthreads();
+
+  if (warp < 4) {
+    give_registers<Traits::kProducerRegisters>();
+    if (warp == Traits::kSchedulerWarp) {
+      post_tiles<Traits>(args, smem);
+    } else if (args.maps.gather) {
+      gather_tiles<Traits>(args, smem, warp);
+    } else if (warp < 2) {
+      load_tiles<Traits>(args, smem, warp == 0, warp == 1);
+    }
+  } else {
+    take_registers<Traits::kConsumerRegisters>();
+    Consumer<Traits>(args, smem).run();
+  }
+}
+
+}  // namespace broadhead::sm90

@@ -1,0 +1,77 @@
+// Compile-time shape of the Hopper forward kernel for 16-bit inputs up to head_dim 256, derived from a row of
+// python/broadhead/support.py.
+#pragma once
+
+#include "common/math.h"
+#include "tma/missing_keys.h"
+#include "tma/tensor_maps.h"
+#include "tma/tile_layout.h"
+#include "tma/work_source.h"
+
+namespace broadhead::sm90 {
+
+using namespace tma;
+
+template <class Element_, int kHeadDim_, int kHeadDimV_, int kTileM_, int kTileN_, int kStages_, int kOverlap_,
+          int kSmemLimit_, ColumnTail kTail_ = ColumnTail::kNone>
+struct ForwardTraits {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kHeadDimV = kHeadDimV_;
+  static constexpr int kTileM = kTileM_;
+  static constexpr int kTileN = kTileN_;
+  static constexpr int kStages = kStages_;
+  // S of the next block is computed beside O += P V of this one. kTwoP: registers allow two blocks of P beside S: the
+  // softmax need not look for the maximum first.
+  static_assert(kOverlap_ == 1 || kOverlap_ == 2);
+  static constexpr bool kTwoP = kOverlap_ == 2;
+  static constexpr int kCluster = 1;
+  static constexpr ColumnTail kTail = kTail_;
+  // The kernel for head dims that end within a subtile. Strides known at run time would cost registers that it has not.
+  using WithTail = ForwardTraits<Element_, kHeadDim_, kHeadDimV_, kTileM_, kTileN_, kStages_, kOverlap_, kSmemLimit_,
+                                 ColumnTail::kSubtiles>;
+  static constexpr bool kDependentLaunch = true;  // the kernel waits for what is in front of it
+
+  static constexpr int kConsumers = kTileM / 64;  // warpgroups of 64 rows
+  static constexpr int kConsumerWarps = 4 * kConsumers;
+  static constexpr int kThreads = 128 * (kConsumers + 1);
+  // Registers of a thread. Their sum over the warpgroups must not exceed what the block got at launch: 504 for three
+  // warpgroups (168 each), 512 for four (128 each); setmaxnreg would wait for ever.
+  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
+  static constexpr int kConsumerRegisters = kConsumers == 1 ? 240 : kConsumers == 2 ? 232 : 160;
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 65536 / kThreads / 8 * 8 * (kConsumers + 1));
+  // Turns between warpgroups. With 256 columns of O the tensor cores are kept busy without.
+  static constexpr bool kTurns = kConsumers > 1 && kHeadDim <= 128;
+
+  // Before a tail subtiles are as wide as they can be, though head_dim 96 is no multiple of that: fewer boxes, and
+  // fewer sectors of a row whose address is no multiple of 32 bytes.
+  static constexpr int kSubtileRows = kTail == ColumnTail::kSubtiles ? kTileN : 0;
+  static constexpr int kColumns = kSubtileRows > 0 ? round_up(kHeadDim, 64) : kHeadDim;
+  static constexpr int kColumnsV = kSubtileRows > 0 ? round_up(kHeadDimV, 64) : kHeadDimV;
+  using QLayout = TileLayout<Element, kColumns>;
+  using KLayout = TileLayout<Element, kColumns, kSubtileRows>;
+  using VLayout = TileLayout<Element, kColumnsV, kSubtileRows>;
+  static constexpr int kVKeys = kTileN;  // of a stage of V
+  static constexpr int kKeyTiles = kTileN / 8;
+  static constexpr int kOTiles = kHeadDimV / 8;
+  static constexpr int kLoaderWarps = 3;  // of the producer warpgroup, when they gather; two when TMA does
+  static constexpr int kSchedulerWarp = 3;
+
+  static_assert(kTileM % 64 == 0 && kTileN % 16 == 0 && kHeadDimV % 32 == 0);
+
+  struct SharedStorage : WorkStorage<Element> {
+    alignas(1024) Element q[kTileM * kColumns];
+    alignas(1024) Element k[kStages][kTileN * kColumns];
+    alignas(1024) Element v[kStages][kTileN * kColumnsV];
+    Barrier q_full;   // 1 arrival + bytes
+    Barrier q_empty;  // each consumer warp
+    Barrier k_full[kStages];  // 1 arrival + bytes, or every gathering thread
+    Barrier k_empty[kStages];
+    Barrier v_full[kStages];
+    Barrier v_empty[kStages];
+    MissingKeys<kTileN> missing[kStages];  // of K
+  };
+  static_assert(sizeof(SharedStorage) <= kSmemLimit_, "the tile does not fit the shared memory its row promises");
+};
+
+}  // namespace broadhead::sm90

@@ -1,0 +1,143 @@
+// Transposition of 8-bit V in shared memory: from rows of keys to rows of columns, as wgmma wants its second operand.
+//
+// Within 16 keys the order is that in which a lane holds P: bytes 4 t .. 4 t + 3 are keys 2 t, 2 t + 1, 8 + 2 t and
+// 8 + 2 t + 1, so that four neighbouring scores of lane t of a quad make one register of operand A (PTX ISA,
+// "Register fragments for wgmma.mma_async.m64nNk32").
+#pragma once
+
+#include "sm90/consumer.h"
+#include "sm90/forward_fp8/traits.h"
+#include "sm90/matrix.h"
+#include "tma/kernel_args.h"
+
+namespace broadhead::sm90 {
+
+using namespace tma;
+
+// Ones in the bytes of this lane whose keys a query of the tile sees; keys from `key` on are one group of 16.
+template <class Element>
+BROADHEAD_DEVICE std::uint32_t live_bytes(const KvSource<Element>& source, int key) {
+  std::uint32_t mask = 0;
+  BROADHEAD_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    if (source.live.contains(key + i / 2 * 8 + static_cast<int>(threadIdx.x % 4) * 2 + i % 2)) mask |= 0xffu << (8 * i);
+  }
+  return mask;
+}
+
+// One stage of kKeys x columns of VLayout; each of the warps takes every other group of 32 columns.
+template <class Traits>
+struct Transposer {
+  using Element = typename Traits::Element;
+  using VLayout = typename Traits::VLayout;
+  using Layout = typename Traits::TransposedLayout;
+  static constexpr int kKeyGroups = Traits::kTileN / 16;
+
+  std::uint32_t source_row;  // of this lane in a unit of 16 keys x 32 columns
+  std::uint32_t target_row;  // at part 0; other parts by exclusive or
+  std::uint32_t selector;  // of two registers' bytes for the first matrix that is stored; the second has the others
+
+  BROADHEAD_DEVICE Transposer() {
+    const int lane = threadIdx.x % 32;
+    const int row = lane % 8;
+    const int matrix = lane / 8;
+    // Loaded: keys 0-7 and 8-15 of the first 16 columns, the same of the second.
+    source_row = matrix % 2 * VLayout::kSlabStride + row * VLayout::kRowBytes;
+    // A lane of row r holds columns 2 r and 2 r + 1. Stored: even columns from the first four rows and odd ones from
+    // the others, then the reverse, so that the eight rows of a matrix lie in different banks.
+    const int column = matrix / 2 * 16 + 2 * row + (row / 4 ^ matrix % 2);
+    target_row = column / 8 * Layout::kSlabBytes + column % 8 * Layout::kRowBytes +
+                 (Layout::kRowBytes == 128 ? column % 8 : column % 8 / 2) * 16;
+    const bool upper = lane / 4 >= 4;
+    selector = upper ? 0x7531 : 0x6420;
+  }
+
+  // What load_matrices_transposed read of 16 keys, key group `group` of the stage, but for the bytes that `mask`
+  // clears.
+  BROADHEAD_DEVICE void store(std::uint32_t to, int group, const std::uint32_t (&x)[4], std::uint32_t mask) const {
+    constexpr int kParts = Layout::kRowBytes / 16;
+    const std::uint32_t y[4] = {
+        __byte_perm(x[0], x[1], selector) & mask, __byte_perm(x[0], x[1], selector ^ 0x1111) & mask,
+        __byte_perm(x[2], x[3], selector) & mask, __byte_perm(x[2], x[3], selector ^ 0x1111) & mask};
+    store_matrices((to + group / kParts * Layout::kAtomBytes) ^ (group % kParts * 16), y);
+  }
+
+  template <bool kMasked>
+  BROADHEAD_DEVICE void run(const KvSource<Element>& source, int key0, std::uint32_t v, std::uint32_t target,
+                            int warp) const {
+    constexpr int kParts = VLayout::kRowBytes / 16;
+#pragma unroll 1
+    for (int columns = warp * 32; columns < Traits::kHeadDimV; columns += Traits::kTransposeWarps * 32) {
+      const int lane = fresh_thread() % 32;
+      const int part = columns / 16 + lane / 16;
+      const int swizzle = VLayout::kRowBytes == 128 ? lane % 8 : lane % 8 / 2;
+      const std::uint32_t from =
+          v + source_row + part / kParts * VLayout::kSubtileStride + ((part % kParts ^ swizzle) * 16);
+      const std::uint32_t to = target + target_row + columns / 8 * Layout::kSlabBytes;
+      if constexpr (kMasked) {
+#pragma unroll 1
+        for (int group = 0; group < kKeyGroups; ++group) {
+          std::uint32_t x[4];
+          load_matrices_transposed(x, from + group * 2 * VLayout::kSlabStride);
+          store(to, group, x, live_bytes(source, key0 + group * 16));
+        }
+      } else {
+        constexpr int kAhead = 3;  // loads in flight
+        std::uint32_t x[kAhead + 1][4];
+        BROADHEAD_UNROLL
+        for (int group = 0; group < kAhead; ++group) {
+          load_matrices_transposed(x[group], from + group * 2 * VLayout::kSlabStride);
+        }
+        BROADHEAD_UNROLL
+        for (int group = 0; group < kKeyGroups; ++group) {
+          const int next = group + kAhead;
+          if (next < kKeyGroups)
+            load_matrices_transposed(x[next % (kAhead + 1)], from + next * 2 * VLayout::kSlabStride);
+          store(to, group, x[group % (kAhead + 1)], ~0u);
+        }
+      }
+    }
+  }
+};
+
+// Two warps: V of all tiles. P is 0 for keys that no query sees, but 0 * NaN is not: their bytes are cleared here.
+template <class Traits>
+BROADHEAD_DEVICE void transpose_tiles(const KernelArgs& args, typename Traits::SharedStorage& smem, int warp) {
+  using Element = typename Traits::Element;
+  const bool leader = threadIdx.x % 32 == 0;
+  const Transposer<Traits> transposer;
+  SlotState slot;
+  RingState<2> ring;
+  while (true) {
+    barrier_wait(smem.tile_full[slot.stage()], slot.parity());
+    const TileSlot<Element>& tile = smem.tiles[slot.stage()];
+    if (!tile.valid) break;
+    const KvSource<Element>& source = tile.state.source;
+    const BlockRange range = tile.state.range;
+    for (int block = range.end - 1; block >= range.begin; --block) {
+      const std::uint32_t stage = ring.stage();
+      barrier_wait(smem.v_full[stage], ring.parity());
+      barrier_wait(smem.transposed_empty[stage], ring.parity() ^ 1);
+      const std::uint32_t v = smem_address(smem.v[stage]);
+      const std::uint32_t target = smem_address(smem.transposed_v[stage]);
+      const int key0 = block * Traits::kTileN;
+      if (source.live.all(key0, Traits::kTileN)) {
+        transposer.template run<false>(source, key0, v, target, warp);
+      } else {
+        transposer.template run<true>(source, key0, v, target, warp);
+      }
+      fence_async_shared();  // ordinary writes, read by wgmma
+      __syncwarp();
+      if (leader) {
+        barrier_arrive(smem.transposed_full[stage]);
+        barrier_arrive(smem.v_empty[stage]);
+      }
+      ring.advance();
+    }
+    __syncwarp();
+    if (leader) barrier_arrive(smem.tile_empty[slot.stage()]);
+    slot.advance();
+  }
+}
+
+}  // namespace broadhead::sm90

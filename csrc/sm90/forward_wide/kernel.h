@@ -1,0 +1,83 @@
+// The Hopper forward kernel for 256 < head_dim <= 512 and for absorbed MLA: persistent clusters of two blocks, or
+// blocks; see traits.h.
+#pragma once
+
+#include "common/dependent_launch.h"
+#include "sm90/forward_wide/load.h"
+#include "sm90/forward_wide/mainloop_output.h"
+#include "sm90/forward_wide/mainloop_scores.h"
+#include "sm90/forward_wide/traits.h"
+
+namespace broadhead::sm90 {
+
+using namespace tma;
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1) wide_kernel(const __grid_constant__ KernelArgs args) {
+  extern __shared__ __align__(1024) char smem_bytes[];
+  auto& smem = *reinterpret_cast<typename Traits::SharedStorage*>(smem_bytes);
+  const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
+  if (threadIdx.x == 0) {
+    launch_dependents();  // the combine may take its place; it waits for the end of this grid
+    const int loaders = args.maps.gather ? Traits::kLoaderWarps : 2;
+    for (int i = 0; i < kTileSlots; ++i) {
+      barrier_init(smem.tile_full[i], 1);
+      barrier_init(smem.tile_empty[i], 12 + loaders);
+      barrier_init(smem.mailbox.full[i], 1);
+      barrier_init(smem.mailbox.empty[i], max_int(1, Traits::kCluster - 1));
+      barrier_init(smem.p_full[i], 4);
+      barrier_init(smem.p_empty[i], 8);
+      barrier_init(smem.inverse_full[i], 4);
+      barrier_init(smem.inverse_empty[i], 8);
+    }
+    barrier_init(smem.next_wanted, 1);
+    barrier_init(smem.q_full, Traits::kWithQv ? 2 : 1);
+    barrier_init(smem.q_empty, 4);
+    const int arrivals = args.maps.gather ? Traits::kLoaderWarps * 32 : 1;
+    if constexpr (Traits::kWithQv) {
+      barrier_init(smem.k_full, arrivals);
+      barrier_init(smem.k_empty, Traits::kReleases * Traits::kCluster);
+    }
+    for (int i = 0; i < Traits::kStages; ++i) {
+      barrier_init(smem.full[i], arrivals);
+      barrier_init(smem.empty[i], Traits::kReleases * Traits::kCluster);
+      smem.missing[i].clear();
+    }
+    barrier_init_fence();
+    wait_for_predecessor();  // nothing before reads or writes global memory
+  }
+  __syncthreads();
+  cluster_sync();
+
+  // Each role ends by itself, or ptxas would not see what registers it has. No block leaves before the other: until
+  // then that one may write into its shared memory.
+  if (warp < 4) {
+    give_registers<Traits::kProducerRegisters>();
+    if (warp == Traits::kSchedulerWarp) {
+      post_tiles<Traits>(args, smem);
+    } else if (args.maps.gather) {
+      WideLoader<Traits>(args, smem).run_gathering(warp);
+    } else if (warp < 2) {
+      WideLoader<Traits>(args, smem).run(warp == 0);
+    }
+    __syncwarp();
+    cluster_sync();
+  } else if (warp < 8) {
+    take_registers<Traits::kScoreRegisters>();
+    ScoreWarpgroup<Traits>(args, smem).run();
+    __syncwarp();
+    cluster_sync();
+  } else if (Traits::kLeftParts == Traits::kRightParts || warp < 12) {
+    take_registers<Traits::kOutputRegisters>();
+    OutputWarpgroup<Traits, Traits::kLeftParts>(args, smem, warp / 4 - 2).run();
+    __syncwarp();
+    cluster_sync();
+  } else if constexpr (Traits::kLeftParts != Traits::kRightParts) {
+    take_registers<Traits::kOutputRegisters>();
+    OutputWarpgroup<Traits, Traits::kRightParts>(args, smem, 1).run();
+    __syncwarp();
+    cluster_sync();
+  }
+}
+
+}  // namespace broadhead::sm90

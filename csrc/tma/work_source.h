@@ -1,0 +1,215 @@
+// The scheduler warp: takes tiles from a global counter, works out what each is, and posts them to the other warps.
+//
+// Order: LPT within what shares the L2. Uniform batches follow common/tile_scheduler.h; ragged ones go sequence by
+// sequence, found by a warp-wide prefix sum over their tile counts, so that a short sequence costs nothing.
+#pragma once
+
+#include "common/tile_state.h"
+#include "tma/ptx.h"
+
+namespace broadhead::tma {
+
+constexpr int kTileSlots = 2;
+
+// How the launcher divides a call; constant for all of its tiles.
+struct WorkPlan {
+  std::int32_t rows_per_tile;  // query rows a tile holds: whole tokens, or a part of one
+  std::int32_t m_blocks;       // tiles of the longest sequence, in clusters
+  std::int32_t heads;          // in the grid: KV heads when GQA is packed
+  std::int32_t ragged;         // sequences differ in query length or in splits
+  std::int32_t tiles;          // of the grid when not ragged, all splits
+};
+
+template <class Element>
+struct TileSlot {
+  TileState<Element> state;
+  std::int32_t split;  // -1: the tile's result is final
+  std::int32_t valid;  // 0: no more work
+};
+
+// Posts and barriers that every kernel has in its shared memory.
+template <class Element>
+struct WorkStorage {
+  TileSlot<Element> tiles[kTileSlots];
+  Barrier tile_full[kTileSlots];   // 1 arrival: the scheduler
+  Barrier tile_empty[kTileSlots];  // each reading warp
+  Barrier next_wanted;             // 1 arrival a tile: its loader is near the end
+};
+
+using SlotState = RingState<kTileSlots>;
+
+struct WorkItem {
+  WorkTile tile;
+  int split;
+  bool valid;
+};
+
+// Maps a rising sequence of indices to tiles; all lanes of the warp hold the same result.
+struct WorkCursor {
+  int group_start = 0;  // index of the first tile of the current 32 sequences
+  int group = 0;              // their first sequence
+
+  BROADHEAD_DEVICE static int sequence_tiles(const AttnParams& params, const WorkPlan& plan, int batch, int cluster) {
+    if (batch >= params.batch) return 0;
+    const int rows_per_token = params.pack_gqa ? params.num_heads_q / params.num_heads_kv : 1;
+    const int rows = make_seqlen_info(params, batch).seqlen_q * rows_per_token;
+    return ceil_div(rows, plan.rows_per_tile * cluster);
+  }
+
+  BROADHEAD_DEVICE WorkItem find(const AttnParams& params, const WorkPlan& plan, int index, int cluster) {
+    if (!plan.ragged) {
+      if (index >= plan.tiles) return {{0, 0, 0}, 0, false};
+      const int tiles = plan.m_blocks * plan.heads * params.batch;
+      const int split = index / tiles;
+      return {work_tile(index - split * tiles, plan.m_blocks, plan.heads, params.batch, params.heads_per_section),
+              split, true};
+    }
+    const int lane = threadIdx.x % 32;
+    for (; group < params.batch; group += 32) {
+      const int batch = group + lane;
+      const int m_blocks = sequence_tiles(params, plan, batch, cluster);
+      const int splits = batch < params.batch ? sequence_splits(params, batch) : 0;
+      const int tiles = m_blocks * splits * plan.heads;
+      int sum = tiles;
+      BROADHEAD_UNROLL
+      for (int i = 1; i < 32; i *= 2) {
+        const int other = __shfl_up_sync(0xffffffffu, sum, i);
+        if (lane >= i) sum += other;
+      }
+      const int total = __shfl_sync(0xffffffffu, sum, 31);
+      if (index >= group_start + total) {
+        group_start += total;
+        continue;
+      }
+      const int offset = index - group_start;
+      const int owner = __ffs(__ballot_sync(0xffffffffu, offset < sum)) - 1;
+      const int first = __shfl_sync(0xffffffffu, sum - tiles, owner);
+      const int owner_m_blocks = __shfl_sync(0xffffffffu, m_blocks, owner);
+      const int owner_splits = __shfl_sync(0xffffffffu, splits, owner);
+      const int rest = offset - first;
+      const int per_head = owner_m_blocks * owner_splits;
+      const int head = rest / per_head;
+      const int in_head = rest - head * per_head;
+      const int m = in_head / owner_splits;
+      return {{owner_m_blocks - 1 - m, head, group + owner}, in_head - m * owner_splits, true};
+    }
+    return {{0, 0, 0}, 0, false};
+  }
+};
+
+// What the leader of a cluster, rank 0, tells the others of the next tile. It alone reads the lengths: with others of
+// their own, which another stream could have changed, the blocks would wait for each other for ever.
+struct WorkMessage {
+  static constexpr int kWords = 12;
+  std::int32_t words[kWords];
+
+  BROADHEAD_DEVICE void set(const WorkItem& work, const TileLengths& lengths) {
+    const SeqlenInfo& seqlen = lengths.seqlen;
+    const std::int32_t all[kWords] = {work.tile.m_block, work.tile.head, work.tile.batch, work.split, work.valid,
+                                      // Rows of a map: they fit.
+                                      static_cast<std::int32_t>(seqlen.row_q), static_cast<std::int32_t>(seqlen.row_k),
+                                      seqlen.seqlen_q, seqlen.seqlen_k, seqlen.batch_k, lengths.prefix_len,
+                                      lengths.splits};
+    BROADHEAD_UNROLL
+    for (int i = 0; i < kWords; ++i) words[i] = all[i];
+  }
+
+  BROADHEAD_DEVICE void get(const AttnParams& params, WorkItem& work, TileLengths& lengths) const {
+    std::int32_t all[kWords];
+    BROADHEAD_UNROLL
+    for (int i = 0; i < kWords; ++i) all[i] = const_cast<const volatile std::int32_t&>(words[i]);
+    work = {{all[0], all[1], all[2]}, all[3], all[4] != 0};
+    const int batch_q = params.cu_seqlens_q == nullptr ? work.tile.batch : 0;
+    lengths = {{all[5], all[6], all[7], all[8], batch_q, all[9]}, all[10], all[11]};
+  }
+};
+
+struct Mailbox {
+  WorkMessage message[kTileSlots];
+  Barrier full[kTileSlots];   // 1 arrival (own scheduler) + a message from the leader
+  Barrier empty[kTileSlots];  // leader's: 1 arrival of the scheduler of each other block
+};
+
+// One thread of each block of the cluster: what the leader found goes to all.
+template <int kCluster>
+BROADHEAD_DEVICE void share_work(const AttnParams& params, Mailbox& mailbox, SlotState& mail, std::uint32_t rank,
+                                 WorkItem& work, TileLengths& lengths) {
+  const std::uint32_t stage = mail.stage();
+  if (rank == 0) {
+    WorkMessage message;
+    message.set(work, lengths);
+    barrier_wait(mailbox.empty[stage], mail.parity() ^ 1);
+    for (int peer = 1; peer < kCluster; ++peer) {
+      BROADHEAD_UNROLL
+      for (int i = 0; i < WorkMessage::kWords; ++i) {
+        store_async(smem_address(&mailbox.message[stage].words[i]), message.words[i], mailbox.full[stage], peer);
+      }
+    }
+  } else {
+    barrier_expect(mailbox.full[stage], sizeof(WorkMessage));
+    barrier_wait(mailbox.full[stage], mail.parity());
+    mailbox.message[stage].get(params, work, lengths);
+    barrier_arrive_cluster(mailbox.empty[stage], 0);
+  }
+  mail.advance();
+}
+
+// Runs on one warp until the work ends; posts a slot with valid = 0 last.
+template <class Traits, class SharedStorage, class Args>
+BROADHEAD_DEVICE void post_tiles(const Args& args, SharedStorage& smem) {
+  constexpr int kCluster = Traits::kCluster;
+  const AttnParams& params = args.params;
+  const WorkPlan& plan = args.plan;
+  const int lane = threadIdx.x % 32;
+  const std::uint32_t rank = kCluster > 1 ? cluster_rank() : 0;
+  WorkCursor cursor;
+  SlotState slot;
+  SlotState mail;
+  int index = blockIdx.x / kCluster;
+  while (true) {
+    WorkItem work{};  // of a cluster: where rank is not 0 in one lane alone
+    TileLengths lengths{};
+    if (rank == 0) work = cursor.find(params, plan, index, kCluster);
+    if (lane == 0) {
+      if (rank == 0 && work.valid) lengths = read_lengths(params, work.tile.batch);
+      if constexpr (kCluster > 1) share_work<kCluster>(params, smem.mailbox, mail, rank, work, lengths);
+    }
+    if constexpr (kCluster > 1) work.valid = __shfl_sync(0xffffffffu, static_cast<int>(work.valid), 0) != 0;
+    const int m_block = work.tile.m_block * kCluster + static_cast<int>(rank);
+    barrier_wait(smem.tile_empty[slot.stage()], slot.parity() ^ 1);
+    auto& posted = smem.tiles[slot.stage()];
+    int splits = 0;
+    if (lane == 0) {
+      posted.valid = work.valid;
+      if (work.valid) {
+        posted.split = work.split;
+        set_lengths(posted.state, lengths);
+        make_tile_state(posted.state, params, {m_block, work.tile.head, work.tile.batch}, work.split,
+                        {.rows = plan.rows_per_tile,
+                         .keys = Traits::kTileN,
+                         .head_dim = Traits::kHeadDim,
+                         .head_dim_v = Traits::kHeadDimV,
+                         .cluster = kCluster});
+        splits = posted.state.splits;
+        if (splits == 1) posted.split = -1;
+      }
+      // A tile without rows, or a share that its sequence does not use, is not posted.
+      if (!work.valid || splits > 0) barrier_arrive(smem.tile_full[slot.stage()]);
+    }
+    splits = __shfl_sync(0xffffffffu, splits, 0);
+    if (!work.valid) return;
+    if (splits > 0) {
+      slot.advance();
+      // A tile taken now would wait in this block while others run dry.
+      // It has as many phases as tiles were posted.
+      if (rank == 0) barrier_wait(smem.next_wanted, slot.stage() ^ 1);
+    }
+
+    if (rank != 0) continue;
+    unsigned next = 0;
+    if (lane == 0) next = atomicAdd(reinterpret_cast<unsigned*>(params.tile_counter), 1u);
+    index = static_cast<int>(__shfl_sync(0xffffffffu, next, 0)) + gridDim.x / kCluster;
+  }
+}
+
+}  // namespace broadhead::tma
