@@ -1,7 +1,7 @@
 """Refuses lengths, offsets, page ids and batch indices out of range by name, where they may be read.
 
 That is on a CPU in eager mode. On a device, and in compiled code, kernels and torch fallback clamp them by one rule
-(csrc/common/seqlen_info.h, reference_rows.py).
+(csrc/common/seqlen_info.h, reference/rows.py).
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """The torch fallback: exact attention of every layout on torch ops, on any device, with gradients.
 
-Pads the rows of each sequence (reference_rows.py), runs reference_core, and puts the rows back. No loop over heads.
+Pads the rows of each sequence (rows.py), runs core.py, and puts the rows back. No loop over heads.
 Where the lengths may be read, which is on a CPU in eager mode, like sequences are computed together and the time
 follows the tokens. Elsewhere no tensor is read: the call can be captured in a CUDA graph and traced by
 torch.compile(fullgraph=True).
 
 Values that are out of range (lengths, offsets, page ids, batch indices) are clamped here, as kernels do; what a CPU in
-eager mode refuses by name is refused before (validation.py).
+eager mode refuses by name is refused before (call/values.py).
 """
 
 from __future__ import annotations

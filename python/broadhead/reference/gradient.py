@@ -59,7 +59,7 @@ def sink_gradient(sinks: Tensor, terms: RowTerms) -> Tensor:
 
 
 def attend_backward(x: Operands, mask: KeyMask, rule: ScoreRule, terms: RowTerms) -> Gradients:
-    """Gradients of q, k, v and qv, chunk by chunk as in ``reference_core.attend``.
+    """Gradients of q, k, v and qv, chunk by chunk as in ``core.attend``.
 
     q and qv must be finite in rows without a gradient, k and v wherever ``mask.unused`` is true: the products multiply
     them by zeros.

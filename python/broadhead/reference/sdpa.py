@@ -35,7 +35,7 @@ class _Plan(NamedTuple):
 
 
 def attend(call: Call, rows: Rows) -> tuple[Tensor, Tensor] | None:
-    """``(B, Sq, Hq, Dv)`` and ``(B, Hq, Sq)`` as ``reference_core.attend`` gives; None: run it by hand."""
+    """``(B, Sq, Hq, Dv)`` and ``(B, Hq, Sq)`` as ``core.attend`` gives; None: run it by hand."""
     plan = _plan(call, rows)
     if plan is None:
         return None

@@ -36,7 +36,7 @@ def _decode_workspace(problem: AttentionProblem, row: KernelRow, schedule: Sched
     device, and launch_decode counts as this does: rows of a tile and tiles from max_seqlen_q (dense: q.shape[1]),
     cells from the capacity of keys (page_table.size(1) * page_size, max_seqlen_k, or the cache's rows). Without cells
     there are two slots for each block that runs at once, however many tiles there are: a block holds at most the end
-    of one tile and the begin of another as parts. check_cells (validation.py) bounds those of cells. With a shared
+    of one tile and the begin of another as parts. check_cells (call/validation.py) bounds those of cells. With a shared
     prefix every tile has a slot besides, for when it is one part.
     """
     if problem.shared_tokens:
