@@ -201,8 +201,8 @@ bool ForwardCall::wants_gradient() const {
 void ForwardCall::read() {
   for (int argument = 0; argument < kArgumentCount; ++argument) {
     if (!is_tensor(argument) || tensors[argument].read(arguments[argument])) continue;
-    throw BindingError(std::string("_C.forward: ") + name_of(argument) +
-                       " must be a tensor or None, got " + Py_TYPE(arguments[argument])->tp_name);
+    throw BindingError(std::string("_C.forward: ") + name_of(argument) + " must be a tensor or None, got " +
+                       Py_TYPE(arguments[argument])->tp_name);
   }
   if (!tensors[kQ].present()) throw BindingError("_C.forward: q must be a tensor, got None");
   if (is_shared() && !(shared_page_table.read(shared_page_table_object) && shared_page_table.present())) {

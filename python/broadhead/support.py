@@ -1,7 +1,8 @@
 """The table: one row is one CUDA kernel. It is the only list of kernels.
 
 Read by ``cmake/generate.py`` (instantiations, C++ registry, the matrix of docs/support.md), by ``plan/dispatch.py``
-(choice, refusals) and by the tests. It imports nothing outside the standard library, so a build without torch can read it.
+(choice, refusals) and by the tests. It imports nothing outside the standard library, so a build without torch can read
+it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The arithmetic of the torch fallback on padded tensors: softmax attention in chunks of queries.
 
-Scores exist for one chunk at a time; the backward pass (reference_gradient.py) computes them again.
+Scores exist for one chunk at a time; the backward pass (gradient.py) computes them again.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import sdpa as reference_sdpa
+from . import sdpa
 from .core import ScoreRule, attend
 from .gradient import Gradients, RowTerms, attend_backward, row_terms, sink_gradient
 from .keys import KeyPlace, add_keys, new_gradient
@@ -72,7 +72,7 @@ def _group(call: Call, rows: Rows) -> list[Rows]:
 
 def _attend(call: Call, rows: Rows) -> tuple[Tensor, Tensor]:
     """Padded results ``(B, Sq, Hq, Dv)`` and ``(B, Hq, Sq)``."""
-    found = reference_sdpa.attend(call, rows)
+    found = sdpa.attend(call, rows)
     if found is not None:
         return found
     padded = pad(call, rows)
@@ -139,7 +139,7 @@ def _differentiate(
     out: the output of the whole call, None where the loss depends on the LSE as well.
     """
     if out is not None:
-        by_torch = reference_sdpa.differentiate(call, rows, terms, take_queries(out, rows))
+        by_torch = sdpa.differentiate(call, rows, terms, take_queries(out, rows))
         if by_torch is not None:
             return (*by_torch, None)
     padded = pad(call, rows, alive)

@@ -65,7 +65,7 @@ def attend(call: Call, rows: Rows) -> tuple[Tensor, Tensor] | None:
 
 
 def differentiate(call: Call, rows: Rows, terms: RowTerms, out: Tensor) -> tuple[Gradients, KeyPlace] | None:
-    """Gradients as ``reference_gradient.attend_backward`` gives, and where the keys lie; None: run it by hand.
+    """Gradients as ``gradient.attend_backward`` gives, and where the keys lie; None: run it by hand.
 
     out: ``(B, Sq, Hq, Dv)`` as it was given, of a loss that does not depend on the LSE.
     """
