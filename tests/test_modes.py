@@ -249,6 +249,18 @@ def test_autocast_changes_nothing() -> None:
         torch.testing.assert_close(attention(q, k, v), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("name", ALL)
+def test_autocast_changes_no_function(name: str, dtype: torch.dtype) -> None:
+    """It knows no fp16 on a CPU: torch ops must not meet it."""
+    entry = (entries(dtype=dtype) | backward_entries(dtype=dtype))[name]
+    expected, written = entry.run(entry.clone())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, got_written = entry.run(entry.clone())
+    torch.testing.assert_close(got, expected, equal_nan=True)
+    torch.testing.assert_close(got_written, written)
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_inference_mode(name: str) -> None:
     entry = entry_of(name)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..call.plain import mark_written
+from ..call.plain import is_autocast, mark_written
 from ..plan import native
 from ..plan.device import common_kernel_obstacle, describe
 from ..reference import append as append_kv
@@ -109,6 +109,9 @@ def launch_append(call: Append) -> tuple[Tensor | None, Tensor]:
 
 
 def _run_torch(call: Append) -> tuple[Tensor | None, Tensor]:
+    if is_autocast(call.k_cache):  # it would change dtypes on the way, and knows no fp16 on a CPU
+        with torch.autocast(call.k_cache.device.type, enabled=False):
+            return _run_torch(call)
     q = call.q
     if q is not None and call.rotary_cos is not None and call.rotary_sin is not None:
         q = append_kv.apply_rotary_q(
