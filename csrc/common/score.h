@@ -54,9 +54,10 @@ BROADHEAD_DEVICE float descale(const float* factors, const DescaleStrides& strid
   return factors == nullptr ? 1.f : factors[batch * strides.batch + kv_head * strides.head];
 }
 
-// S of a key block to which its products are still to be added: -inf for keys that do not exist, 0 for the others. K is
-// zeros there, so -inf is what stays. `missing(n)`: bits 0 and 1 say so of the lane's two keys of tile n. PERF: at this
-// point S is about to be written anyway; hiding such keys among the masks, where S, O and P are all in registers, makes
+// Sets S of a key block to what the QK GEMM then accumulates into: -inf for keys that do not exist, 0 for all others.
+// The loader fills K with zeros for keys that do not exist, so their scores stay -inf. `missing(n)` returns two bits,
+// which are set where the lane's first and second key of tile n do not exist.
+// PERF: S holds nothing yet at this point. Hiding these keys in apply_mask, where S, O and P are all in registers, made
 // many kernels spill.
 template <int kMmaM, int kMmaN, class Missing>
 BROADHEAD_DEVICE void begin_scores(float (&s)[kMmaM][kMmaN][4], const Missing& missing) {

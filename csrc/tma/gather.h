@@ -16,7 +16,7 @@ struct GatheredRows {
   static constexpr long long kDead = -1;  // nobody sees the key
   // It lies on a page that the pool does not have. A bit that is 0 in every offset of a row: rows begin at multiples of
   // 16 bytes.
-  static constexpr long long kLost = 1;
+  static constexpr long long kMissing = 1;
   int page[kReads];
   int slot[kReads];  // -1: dead
 
@@ -34,10 +34,10 @@ struct GatheredRows {
     }
   }
 
-  // Where the lane's row of read `i` begins, kDead or kLost.
+  // Where the lane's row of read `i` begins, kDead or kMissing.
   BROADHEAD_DEVICE long long offset(const AttnParams& params, const TensorStrides& strides, int i) const {
     if (slot[i] < 0) return kDead;
-    return page_exists(params, page[i]) ? page[i] * strides.batch + slot[i] * strides.row : kLost;
+    return page_exists(params, page[i]) ? page[i] * strides.batch + slot[i] * strides.row : kMissing;
   }
 
   BROADHEAD_DEVICE bool is_missing(const AttnParams& params, int i) const {
@@ -50,12 +50,12 @@ struct GatheredRows {
     return any;
   }
 
-  // MissingKeys of the warp's rows, `share`.
+  // Whether the warp must note its rows in `missing`, the MissingKeys of the stage, where they are share `share`.
   template <class Missing>
   BROADHEAD_DEVICE bool changes(const AttnParams& params, const Missing& missing, int share) const {
     return missing.changes(any_missing(params), share);
   }
-  // `first_unit`: that of row 0.
+  // Notes them. Row 0 belongs to unit `first_unit` of the stage.
   template <class Missing>
   BROADHEAD_DEVICE void note(const AttnParams& params, Missing& missing, int first_unit, int warp, int share) const {
     const int lane = threadIdx.x % 32;
@@ -72,7 +72,7 @@ struct GatheredRows {
 // Copies rows of Layout's columns from column `col0` on: the groups [first_group, first_group + groups) of `rows` into
 // a stage. Lane l copies every fourth 16-byte part, from part l % 4 on, of row l / 4 of a group: the row's address
 // comes from its lane once, the parts differ by constants. Rows that are not live keep what the stage held, as with
-// TMA; columns past the end become zeros, since those of K are multiplied by zeros of Q, and so do lost rows.
+// TMA; columns past the end become zeros, since those of K are multiplied by zeros of Q, and so do missing rows.
 template <class Layout, class Element, int kRows, int kWarps>
 BROADHEAD_DEVICE void gather_stage(const AttnParams& params, const GatheredRows<kRows, kWarps>& rows,
                                    const Element* base, const TensorStrides& strides, int first_group, int groups,
@@ -99,8 +99,8 @@ BROADHEAD_DEVICE void gather_stage(const AttnParams& params, const GatheredRows<
       if ((read * 4 + g) * kWarps >= kRows / 8) break;
       const int group = (read * 4 + g) * kWarps + warp - first_group;
       if (group < 0 || group >= groups || offset[g] == Rows::kDead) continue;
-      const bool exists = (offset[g] & Rows::kLost) == 0;
-      const Element* source = lane_base + (offset[g] & ~Rows::kLost);
+      const bool exists = (offset[g] & Rows::kMissing) == 0;
+      const Element* source = lane_base + (offset[g] & ~Rows::kMissing);
       const std::uint32_t to = lane_target + group * Layout::kSlabStride;
       BROADHEAD_UNROLL
       for (int i = 0; i < kParts; i += 4) {

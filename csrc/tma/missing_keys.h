@@ -1,7 +1,7 @@
-// Keys of a stage of K that do not exist: the page table names a page that the pool does not have.
+// Which keys of a stage of K do not exist, because the page table names a page that the pool does not have.
 //
-// Loaders note them beside the stage, and consumers let S of such keys begin at -inf. As long as all pages exist
-// nothing is written, and a flag is all that is read.
+// The producer notes such keys beside the stage, and the consumer starts their scores at -inf. As long as every page
+// exists, the producer writes nothing here and the consumer reads one flag a stage.
 #pragma once
 
 #include "common/device.h"
@@ -9,35 +9,35 @@
 
 namespace broadhead::tma {
 
-// Notes about the `kKeys` keys of a stage. Loading warps have shares of them, each in units of eight keys; what a
-// share's flag does not announce is 0.
+// The notes on the `kKeys` keys of a stage. Each producer warp has a share of the keys, in units of eight. The bits of
+// a share are 0 while its flag is 0.
 template <int kKeys>
 struct MissingKeys {
   static constexpr int kWords = ceil_div(kKeys, 32);
-  std::uint32_t flags;  // a byte a share
-  std::uint32_t keys[kWords];  // a bit a key
+  std::uint32_t flags;  // a byte for each share: not 0 when some of its keys do not exist
+  std::uint32_t keys[kWords];  // a bit for each key: set when it does not exist
 
-  // Before the kernel's first barrier, by one thread.
+  // One thread calls it before the kernel's first barrier.
   BROADHEAD_DEVICE void clear() {
     flags = 0;
     BROADHEAD_UNROLL
     for (int i = 0; i < kWords; ++i) keys[i] = 0;
   }
 
-  // For the consumer, by all lanes of a warp.
+  // Whether some key of the stage does not exist. All lanes of a consumer warp call it.
   BROADHEAD_DEVICE bool any() const { return __any_sync(0xffffffffu, flags != 0); }
 
-  // For the loader, by all lanes of a warp and before the wait for the stage: whether the share must be noted. It has
-  // missing keys (`missing` in some lane), or had some when the stage was last filled.
+  // Whether a producer warp must note its share: a key of it does not exist now (`missing` is set in some lane), or one
+  // did not when the stage was last filled. All lanes of the warp call it, before they wait for the stage.
   BROADHEAD_DEVICE bool changes(bool missing, int share) const {
     return __any_sync(0xffffffffu, missing) || reinterpret_cast<const std::uint8_t*>(&flags)[share] != 0;
   }
 
-  // Behind the wait, if it changes. Bits of unit `unit`:
+  // Notes the eight keys of unit `unit`. It is called after the wait for the stage, and only if the share changes.
   BROADHEAD_DEVICE void set_unit(int unit, std::uint32_t bits) {
     reinterpret_cast<std::uint8_t*>(keys)[unit] = static_cast<std::uint8_t>(bits);
   }
-  // Last. `some`: whether the share has missing keys.
+  // Sets the flag of the share, after all of its units. `some`: whether a key of the share does not exist.
   BROADHEAD_DEVICE void set_flag(bool some, int share) {
     if (threadIdx.x % 32 == 0) reinterpret_cast<std::uint8_t*>(&flags)[share] = some;
     // Every lane's writes become visible to whichever lane announces the stage, and however it does.
@@ -45,7 +45,7 @@ struct MissingKeys {
     __syncwarp();
   }
 
-  // A warp whose lane u loads keys [u * rows, (u + 1) * rows), all of one page.
+  // Notes the whole stage from one warp, whose lane u loads keys [u * rows, (u + 1) * rows), all of one page.
   BROADHEAD_DEVICE void note_boxes(bool missing, int rows) {
     static_assert(kKeys <= 32 * 8, "a lane has one unit");
     const unsigned boxes = __ballot_sync(0xffffffffu, missing);

@@ -88,7 +88,7 @@ struct ForwardTraits {
     alignas(1024) Element p[kSharedP ? kTileM * kPCols : 8];
     float row_stats[kSharedP ? kWarpsN * kTileM : 1];  // partial row max, later partial row sum
     PagedRow pages[kPageBuffers][kTileN];
-    int any_missing;  // not 0: some entry of `pages` is missing, or one that it has had
+    int any_missing;  // not 0 once the tile has met a key whose page is not in the pool
     TileState<Element> state;
   };
   static_assert(sizeof(SharedStorage) <= kSmemLimit, "the tile does not fit the shared memory its row promises");
