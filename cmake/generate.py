@@ -104,9 +104,19 @@ def make_units(support: ModuleType, family: str, archs: list[str], pattern: str)
     return [Unit(name, targets, tuple(rows)) for (name, targets), rows in grouped.items()]
 
 
+#: The argument block of a kernel of each direction.
+PARAMS = {"forward": "AttnParams", "backward": "AttnBwdParams"}
+
+
 def launcher_of(row) -> str:
-    """The C++ signature of a row's launcher, a ForwardLauncher of host/kernel_registry.h."""
-    return f"int launch_{row.id}(const AttnParams& params, cudaStream_t stream, char* error, std::size_t error_size)"
+    """The C++ signature of a row's launcher: a ForwardLauncher or BackwardLauncher of host/kernel_registry.h."""
+    params = PARAMS[row.direction]
+    return f"int launch_{row.id}(const {params}& params, cudaStream_t stream, char* error, std::size_t error_size)"
+
+
+def workspace_of(row) -> str:
+    """The C++ signature of what a row says of its scratch: a BackwardWorkspace of host/kernel_registry.h."""
+    return f"std::int64_t workspace_{row.id}(const {PARAMS[row.direction]}& params)"
 
 
 def instantiation(unit: Unit) -> str:
@@ -128,6 +138,9 @@ def instantiation(unit: Unit) -> str:
             f'  return {row.template.launcher}<Traits_{row.id}>("{row.id}", params, stream, error, error_size);',
             "}",
         ]
+        if row.direction == "backward":
+            call = f"{row.template.workspace}<Traits_{row.id}>(params)"
+            parts.append(f"{workspace_of(row)} {{ return {call}; }}")
     return "\n".join([*parts, "", "}  // namespace broadhead", ""])
 
 
@@ -136,10 +149,19 @@ def element_of(row) -> str:
     return ELEMENTS[(row.kv_dtype or row.dtype) if row.template.of_kv_dtype else row.dtype]
 
 
+def registry_entry(row) -> str:
+    """A row as a RegisteredKernel of host/kernel_registry.h."""
+    launch = f"&launch_{row.id}"
+    of_direction = (launch, "nullptr", "nullptr")
+    if row.direction == "backward":
+        of_direction = ("nullptr", launch, f"&workspace_{row.id}")
+    return f'    {{"{row.id}", {", ".join(of_direction)}, &shared_memory_{row.id}}},'
+
+
 def registry(units: list[Unit], archs: list[str]) -> str:
     rows = [row for unit in units for row in unit.rows]
     declarations = [f"extern const int shared_memory_{row.id};\n{launcher_of(row)};" for row in rows]
-    entries = [f'    {{"{row.id}", &launch_{row.id}, &shared_memory_{row.id}}},' for row in rows]
+    declarations += [f"{workspace_of(row)};" for row in rows if row.direction == "backward"]
     return "\n".join(
         [
             "// The kernels that this library holds. Written by cmake/generate.py from the table.",
@@ -149,11 +171,11 @@ def registry(units: list[Unit], archs: list[str]) -> str:
             "",
             *declarations,
             "",
-            "const ForwardKernel kForwardKernels[] = {",
-            *entries,
-            "    {nullptr, nullptr, nullptr},",
+            "const RegisteredKernel kKernels[] = {",
+            *(registry_entry(row) for row in rows),
+            "    {nullptr, nullptr, nullptr, nullptr, nullptr},",
             "};",
-            f"const int kForwardKernelCount = {len(rows)};",
+            f"const int kKernelCount = {len(rows)};",
             f'const char* const kBuildArchs = "{";".join(archs)}";',
             "",
             "}  // namespace broadhead",

@@ -55,6 +55,8 @@ void open(KernelLibrary& library) {
       !resolve(handle, "broadhead_kernel_count", kernel_count, library) ||
       !resolve(handle, "broadhead_kernel_id", kernel_id, library) ||
       !resolve(handle, "broadhead_forward", library.forward, library) ||
+      !resolve(handle, "broadhead_backward", library.backward, library) ||
+      !resolve(handle, "broadhead_backward_workspace", library.backward_workspace, library) ||
       !resolve(handle, "broadhead_scheduler_metadata", library.scheduler_metadata, library) ||
       !resolve(handle, "broadhead_combine", library.combine, library) ||
       !resolve(handle, "broadhead_append_kv", library.append_kv, library) ||

@@ -19,6 +19,8 @@ struct KernelLibrary {
   std::vector<std::string> kernels;
 
   decltype(&broadhead_forward) forward = nullptr;
+  decltype(&broadhead_backward) backward = nullptr;
+  decltype(&broadhead_backward_workspace) backward_workspace = nullptr;
   decltype(&broadhead_scheduler_metadata) scheduler_metadata = nullptr;
   decltype(&broadhead_combine) combine = nullptr;
   decltype(&broadhead_append_kv) append_kv = nullptr;

@@ -11,15 +11,20 @@
 namespace broadhead {
 
 using ForwardLauncher = int (*)(const AttnParams& params, cudaStream_t stream, char* error, std::size_t error_size);
+using BackwardLauncher = int (*)(const AttnBwdParams& params, cudaStream_t stream, char* error, std::size_t error_size);
+using BackwardWorkspace = std::int64_t (*)(const AttnBwdParams& params);  // bytes
 
-struct ForwardKernel {
-  const char* id;  // the id of the row in python/broadhead/support.py
-  ForwardLauncher launch;
-  const int* shared_memory;  // bytes a block takes
+// One kernel. Of the two launchers it has that of its direction.
+struct RegisteredKernel {
+  const char* id;                        // the id of the row in python/broadhead/support.py
+  ForwardLauncher forward;               // null: a backward kernel
+  BackwardLauncher backward;             // null: a forward kernel
+  BackwardWorkspace backward_workspace;  // null with backward
+  const int* shared_memory;              // bytes a block takes
 };
 
-extern const ForwardKernel kForwardKernels[];  // ends with a null id
-extern const int kForwardKernelCount;
+extern const RegisteredKernel kKernels[];  // ends with a null id
+extern const int kKernelCount;
 extern const char* const kBuildArchs;  // as compiled: "80;90"
 
 }  // namespace broadhead

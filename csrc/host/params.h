@@ -10,7 +10,7 @@
 namespace broadhead {
 
 // Raised whenever a field below is added, removed or changes meaning; libraries of another version are refused.
-constexpr std::uint32_t kAbiVersion = 5;
+constexpr std::uint32_t kAbiVersion = 6;
 
 // Element types where an argument block has a choice.
 enum class DataType : std::int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat8E4M3 = 3 };
@@ -105,6 +105,72 @@ struct AttnParams {
   // attention_chunk, seqused_q or prefix_lens.
   const std::int32_t* shared_page_table;  // [pages], nullable
   std::int32_t shared_seqlen_k;  // 0: there are none
+};
+
+// One backward call: the gradients of attention, from out and softmax_lse as they are given. With P = exp(S -
+// softmax_lse) and D = rowsum(dout * out) - dlse they follow from dS = P * (dP - D). R = total query rows of a head: B
+// * Sq (dense) or T (varlen). A row whose softmax_lse is -inf has no gradient, whatever q, out and dout hold there.
+// Rows of dq, dk and dv that no sequence owns are cleared by the caller, and the kernels leave them alone; all others
+// are written.
+struct AttnBwdParams {
+  std::uint32_t struct_size;
+  std::uint32_t abi_version;
+
+  const void* q;  // [B, Sq, Hq, D] or [T, Hq, D]
+  const void* k;  // [B, Sk, Hkv, D] or [Tk, Hkv, D]
+  const void* v;  // as k with Dv
+  const void* out;  // as q with Dv
+  const void* dout;  // as out
+  const float* softmax_lse;  // [B, Hq, Sq] or [Hq, T], natural log
+  const float* dlse;  // as softmax_lse; nullable: 0
+  void* dq;  // as q
+  void* dk;  // as k
+  void* dv;  // as v
+  float* dsinks;  // [Hq]; null exactly when sinks is
+  float* delta;  // [Hq, R] contiguous, scratch: D of each row
+  void* workspace;  // workspace_bytes of scratch, aligned to 256 bytes; null when there are none
+  TensorStrides q_strides;
+  TensorStrides k_strides;
+  TensorStrides v_strides;
+  TensorStrides out_strides;
+  TensorStrides dout_strides;
+  TensorStrides dq_strides;
+  TensorStrides dk_strides;
+  TensorStrides dv_strides;
+  std::int64_t lse_batch_stride;  // unused when varlen
+  std::int64_t lse_head_stride;
+  std::int64_t dlse_batch_stride;  // likewise
+  std::int64_t dlse_head_stride;
+
+  const std::int32_t* cu_seqlens_q;  // [B + 1], nullable: dense q
+  const std::int32_t* cu_seqlens_k;  // [B + 1], nullable: dense k
+  const std::int32_t* seqused_q;  // [B], nullable
+  const std::int32_t* seqused_k;  // [B], nullable
+  const std::int32_t* prefix_lens;  // [B], nullable
+  const void* sinks;  // [Hq] fp32, or dtype of q when sinks_are_fp32 == 0; nullable
+
+  std::int32_t batch;
+  std::int32_t seqlen_q;  // max over the batch
+  std::int32_t seqlen_k;  // max over the batch
+  std::int64_t total_q;  // R
+  std::int64_t total_k;  // rows of packed k (cu_seqlens_k), else B * Sk
+  std::int32_t num_heads_q;
+  std::int32_t num_heads_kv;
+  std::int32_t head_dim;
+  std::int32_t head_dim_v;
+
+  std::int32_t window_left;  // -1: unbounded
+  std::int32_t window_right;  // -1: unbounded; causal is 0
+  std::int32_t attention_chunk;  // 0: off
+  float softmax_scale;
+  float softcap;  // 0: off
+  std::int32_t sinks_are_fp32;
+
+  std::int32_t deterministic;  // 1: every sum in an order that is the same in every run
+  std::int32_t num_splits;  // partial results of dk and dv that are added up, by queries or by heads; 0: as the kernel
+                            // chooses
+  std::int32_t max_blocks;  // of a persistent kernel: what sm_margin leaves; 0: all
+  std::int64_t workspace_bytes;  // as broadhead_backward_workspace says
 };
 
 // One get_scheduler_metadata call.
@@ -250,6 +316,11 @@ BROADHEAD_EXPORT int broadhead_kernel_count();
 BROADHEAD_EXPORT const char* broadhead_kernel_id(int index);
 BROADHEAD_EXPORT int broadhead_forward(int index, const broadhead::AttnParams* params, void* stream, char* error,
                                        std::size_t error_size);
+// Bytes of AttnBwdParams::workspace that the kernel needs for a call whose other fields are `params`; its pointers are
+// not read, but for whether they are null. -1: no such backward kernel, or a block of another version.
+BROADHEAD_EXPORT std::int64_t broadhead_backward_workspace(int index, const broadhead::AttnBwdParams* params);
+BROADHEAD_EXPORT int broadhead_backward(int index, const broadhead::AttnBwdParams* params, void* stream, char* error,
+                                        std::size_t error_size);
 BROADHEAD_EXPORT int broadhead_scheduler_metadata(const broadhead::SchedulerMetadataParams* params, void* stream,
                                                   char* error, std::size_t error_size);
 BROADHEAD_EXPORT int broadhead_combine(const broadhead::CombineParams* params, void* stream, char* error,

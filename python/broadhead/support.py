@@ -190,6 +190,7 @@ class Template(NamedTuple):
     whole_tokens: bool  # with packed GQA a tile holds whole tokens; else the heads of a token may straddle two tiles
     needs_counter: bool  # takes one int32 of scratch: AttnParams::tile_counter
     of_kv_dtype: bool = False  # the traits name the dtype of K and V; q of any dtype that goes with it is read as it is
+    workspace: str = ""  # of backward kernels: the function of the traits that tells AttnBwdParams::workspace_bytes
 
 
 TEMPLATES: dict[type, Template] = {
@@ -214,8 +215,8 @@ class KernelRow(NamedTuple):
 
     id: str
     family: str  # the library that holds it: "sm80" -> libbroadhead_sm80.so
-    direction: str  # "forward"
-    phase: str  # "prefill": many query rows; "decode": at most tile_m packed rows are worth it
+    direction: str  # "forward" or "backward"
+    phase: str  # "prefill": many query rows, all backward rows; "decode": at most tile_m packed rows are worth it
     capabilities: tuple[tuple[int, int], ...]
     dtype: str  # of q
     head_dim: int  # the largest it takes

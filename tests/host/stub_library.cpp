@@ -21,8 +21,10 @@ const char* const kIds[] = {
     "sm80_fwd_decode_d64_e4m3",
     "sm80_fwd_decode_d64_bf16_kve4m3",
     "sm80_fwd_decode_d64_fp16_kve4m3",
+    "sm80_bwd_d64_bf16",
 };
 constexpr int kIdCount = sizeof(kIds) / sizeof(kIds[0]);
+constexpr int kBackwardIndex = kIdCount - 1;
 
 void put(const char* name, long long value) {
   const std::size_t length = std::strlen(text);
@@ -91,6 +93,38 @@ int broadhead_forward(int index, const broadhead::AttnParams* params, void* stre
   PUT(qv_strides), PUT(q_descale), PUT(k_descale), PUT(v_descale), PUT(q_descale_strides), PUT(k_descale_strides);
   PUT(v_descale_strides), PUT(cell_blocks), PUT(workspace_bytes), PUT(shared_page_table), PUT(shared_seqlen_k);
   put("q_dtype", static_cast<long long>(p.q_dtype));
+  put_float("softmax_scale", p.softmax_scale);
+  put_float("softcap", p.softcap);
+  return 0;
+}
+
+std::int64_t broadhead_backward_workspace(int index, const broadhead::AttnBwdParams* params) {
+  const broadhead::AttnBwdParams& p = *params;
+  // Whatever the workspace depends on is there by now.
+  const bool packed = p.batch > 0 && p.total_q > 0 && p.total_k > 0 && p.num_heads_kv > 0 && p.head_dim > 0;
+  return index == kBackwardIndex && packed ? 1000 * p.num_splits : -1;
+}
+
+int broadhead_backward(int index, const broadhead::AttnBwdParams* params, void* stream, char* error,
+                       std::size_t error_size) {
+  const broadhead::AttnBwdParams& p = *params;
+  wait_if_asked(p.attention_chunk);
+  text[0] = '\0';
+  if (p.softcap < 0) {
+    std::snprintf(error, error_size, "%s: launch: the stub was asked to fail", kIds[index]);
+    return 1;
+  }
+  put("index", index);
+  put("stream", stream);
+  put("struct_size_fits", p.struct_size == sizeof(broadhead::AttnBwdParams));
+  PUT(q), PUT(k), PUT(v), PUT(out), PUT(dout), PUT(softmax_lse), PUT(dlse), PUT(dq), PUT(dk), PUT(dv), PUT(dsinks);
+  PUT(delta), PUT(workspace), PUT(q_strides), PUT(k_strides), PUT(v_strides), PUT(out_strides), PUT(dout_strides);
+  PUT(dq_strides), PUT(dk_strides), PUT(dv_strides), PUT(lse_batch_stride), PUT(lse_head_stride);
+  PUT(dlse_batch_stride), PUT(dlse_head_stride), PUT(cu_seqlens_q), PUT(cu_seqlens_k), PUT(seqused_q), PUT(seqused_k);
+  PUT(prefix_lens), PUT(sinks), PUT(batch), PUT(seqlen_q), PUT(seqlen_k), PUT(total_q), PUT(total_k);
+  PUT(num_heads_q), PUT(num_heads_kv), PUT(head_dim), PUT(head_dim_v), PUT(window_left), PUT(window_right);
+  PUT(attention_chunk), PUT(sinks_are_fp32), PUT(deterministic), PUT(num_splits), PUT(max_blocks);
+  PUT(workspace_bytes);
   put_float("softmax_scale", p.softmax_scale);
   put_float("softcap", p.softcap);
   return 0;

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from ..call.arguments import AttentionArgs
 from ..call.check import CheckedCall
 from ..call.plain import count_dispatch_modes, is_plain_type
-from ..call.problem import AttentionProblem, out_dtype
+from ..call.problem import ALIGNMENT_BYTES, AttentionProblem, out_dtype
 from ..call.validation import TOKENS_PER_SPLIT_STEP
 from ..errors import KernelError
 from ..plan import native
@@ -93,6 +93,61 @@ def make_launch(args: AttentionArgs, call: CheckedCall, plan: Plan) -> Any:
         max_blocks=schedule.max_blocks,
         cell_blocks=schedule.tokens_per_split // TOKENS_PER_SPLIT_STEP,
     )
+
+
+def launch_backward(
+    args: AttentionArgs, call: CheckedCall, plan: Plan, outputs: tuple[Any, Any, Any, Any], deterministic: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """``(dq, dk, dv, dsinks)`` by the kernel of ``plan``, from ``(dout, dlse, out, softmax_lse)``."""
+    assert plan.row is not None and plan.schedule is not None
+    problem = call.problem
+    dout, dlse, out, softmax_lse = outputs
+    if dout is None:
+        dout = torch.zeros_like(out)
+    # Rows that no sequence may own are cleared; kernels leave them alone.
+    new_q, new_k = (
+        torch.empty_like if cu_seqlens is None and seqused is None else torch.zeros_like
+        for cu_seqlens, seqused in ((args.cu_seqlens_q, args.seqused_q), (args.cu_seqlens_k, args.seqused_k))
+    )
+    dense = torch.contiguous_format
+    dq = new_q(args.q, memory_format=dense)
+    dk, dv = (new_k(x, memory_format=dense) for x in (args.k, args.v))
+    dsinks = None if args.sinks is None else torch.empty_like(args.sinks, dtype=torch.float32)
+    state.last = ("cuda", plan.row.id, plan.reason)
+    launch = connected_module().BackwardLaunch(
+        kernel_id=plan.row.id,
+        device=args.q.device.index,
+        # Fields of AttnBwdParams (csrc/host/params.h).
+        seqlen_q=problem.seqlen_q,
+        seqlen_k=problem.seqlen_k,
+        window_left=problem.window_left,
+        window_right=problem.window_right,
+        attention_chunk=problem.attention_chunk,
+        softmax_scale=call.softmax_scale,
+        softcap=call.softcap,
+        deterministic=deterministic,
+        num_splits=plan.schedule.num_splits,
+        max_blocks=plan.schedule.max_blocks,
+    )
+    given = args._replace(out=_movable(out), scheduler_metadata=None)
+    lse, lse_gradient = _rows_last(softmax_lse), None if dlse is None else _rows_last(dlse)
+    connected_module().run_backward(launch, given, _movable(dout), lse, lse_gradient, dq, dk, dv, dsinks)
+    return dq, dk, dv, dsinks if dsinks is None else dsinks.to(args.sinks.dtype)
+
+
+def _movable(x: Tensor) -> Tensor:
+    """``x``, or a copy where kernels, which move 16 bytes at a time, would not take its strides or its address."""
+    step = ALIGNMENT_BYTES // x.element_size()
+    rows = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
+    fits = x.stride(-1) == 1 and x.data_ptr() % ALIGNMENT_BYTES == 0
+    if fits and all(stride > 0 and stride % step == 0 for stride in rows):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _rows_last(lse: Tensor) -> Tensor:
+    """A log-sum-exp, or its gradient, in fp32 with the rows of a head side by side."""
+    return lse.float() if lse.stride(-1) == 1 else lse.float().contiguous()
 
 
 def _allocation(q: Tensor, shape: tuple[int, ...], dtype: torch.dtype, fill: float | None) -> tuple[Any, ...]:

@@ -37,12 +37,12 @@ constexpr bool is_aligned(int argument) { return kArguments[argument].is_aligned
 constexpr const char* name_of(int argument) { return kArguments[argument].name; }
 
 // One call: its arguments, and those that are tensors as they were read.
-struct ForwardCall {
+struct AttentionCall {
   // Takes a tuple with an item for each Argument.
-  explicit ForwardCall(pybind11::handle tuple);
+  explicit AttentionCall(pybind11::handle tuple);
 
   // Also a call over keys that all sequences share: `length` tokens of the pages of `page_table`.
-  ForwardCall(pybind11::handle tuple, pybind11::handle page_table, pybind11::handle length);
+  AttentionCall(pybind11::handle tuple, pybind11::handle page_table, pybind11::handle length);
 
   // Reads the tensors; throws when an argument is neither a tensor nor None, or q is None.
   void read();
@@ -100,7 +100,7 @@ inline std::int64_t partials_size(const AttnParams& params, const Kernel& kernel
 }
 
 // Checks the tensors of a call and fills in what follows from them but addresses.
-void pack_forward(const ForwardCall& call, const Kernel& kernel, std::int64_t scratch_size, AttnParams& params);
+void pack_forward(const AttentionCall& call, const Kernel& kernel, std::int64_t scratch_size, AttnParams& params);
 
 // What a call needs of Python, handed over by python/broadhead/run/cuda_backend.py.
 struct Hooks {
@@ -131,6 +131,6 @@ void mark_written(pybind11::handle tensor);
 
 // Runs a call that was read: allocates what the kernel writes, and launches it: (out, softmax_lse or None). `is_first`:
 // the launch is not packed yet.
-pybind11::object run(Launch& launch, ForwardCall& call, pybind11::handle function, bool need_lse, bool is_first);
+pybind11::object run(Launch& launch, AttentionCall& call, pybind11::handle function, bool need_lse, bool is_first);
 
 }  // namespace broadhead
