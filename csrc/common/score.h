@@ -76,7 +76,7 @@ BROADHEAD_DEVICE void hide_missing(float (&s)[kMmaM][kMmaN][4], const Missing& m
 
 // What hide_missing asks for, of a bit a key: `word` has those of keys 32 * (n / 4) and on.
 BROADHEAD_DEVICE std::uint32_t missing_pair(std::uint32_t word, int n) {
-  return word >> (n % 4 * 8 + threadIdx.x % 4 * 2);
+  return word >> threadIdx.x % 4 * 2 >> n % 4 * 8;  // one shift a word that depends on the lane; the rest are constants
 }
 
 // Scores of the scale and softcap of a tile; only where scale.transform. A key that does not exist keeps its -inf.
