@@ -106,6 +106,8 @@ def make_units(support: ModuleType, family: str, archs: list[str], pattern: str)
 
 #: The argument block of a kernel of each direction.
 PARAMS = {"forward": "AttnParams", "backward": "AttnBwdParams"}
+#: Enumerators of host/params.h.
+DATA_TYPES = {"bf16": "kBFloat16", "fp16": "kFloat16", "float8_e4m3fn": "kFloat8E4M3"}
 
 
 def launcher_of(row) -> str:
@@ -115,7 +117,7 @@ def launcher_of(row) -> str:
 
 
 def workspace_of(row) -> str:
-    """The C++ signature of what a row says of its scratch: a BackwardWorkspace of host/kernel_registry.h."""
+    """The C++ signature of what a row says of its scratch: a ForwardWorkspace or BackwardWorkspace."""
     return f"std::int64_t workspace_{row.id}(const {PARAMS[row.direction]}& params)"
 
 
@@ -138,9 +140,7 @@ def instantiation(unit: Unit) -> str:
             f'  return {row.template.launcher}<Traits_{row.id}>("{row.id}", params, stream, error, error_size);',
             "}",
         ]
-        if row.direction == "backward":
-            call = f"{row.template.workspace}<Traits_{row.id}>(params)"
-            parts.append(f"{workspace_of(row)} {{ return {call}; }}")
+        parts.append(f"{workspace_of(row)} {{ return {row.template.workspace}<Traits_{row.id}>(params); }}")
     return "\n".join([*parts, "", "}  // namespace broadhead", ""])
 
 
@@ -149,19 +149,33 @@ def element_of(row) -> str:
     return ELEMENTS[(row.kv_dtype or row.dtype) if row.template.of_kv_dtype else row.dtype]
 
 
+def kernel_info(row) -> str:
+    """A row as a KernelInfo of host/params.h."""
+    fields = (
+        "sizeof(KernelInfo)",
+        "kAbiVersion",
+        f'"{row.id}"',
+        f"Direction::k{row.direction.capitalize()}",
+        f"Phase::k{row.phase.capitalize()}",
+        *(f"DataType::{DATA_TYPES[dtype]}" for dtype in (row.dtype, row.kv_dtype or row.dtype)),
+        *map(str, (row.head_dim, row.head_dim_v, row.tile.tile_m, row.tile.tile_n)),
+        f'"{" ".join(row.features)}"',
+    )
+    return f"{{{', '.join(fields)}}}"
+
+
 def registry_entry(row) -> str:
     """A row as a RegisteredKernel of host/kernel_registry.h."""
-    launch = f"&launch_{row.id}"
-    of_direction = (launch, "nullptr", "nullptr")
-    if row.direction == "backward":
-        of_direction = ("nullptr", launch, f"&workspace_{row.id}")
-    return f'    {{"{row.id}", {", ".join(of_direction)}, &shared_memory_{row.id}}},'
+    own, other = f"&launch_{row.id}, &workspace_{row.id}", "nullptr, nullptr"
+    functions = f"{own}, {other}" if row.direction == "forward" else f"{other}, {own}"
+    return f"    {{{kernel_info(row)}, &shared_memory_{row.id}, {functions}}},"
 
 
 def registry(units: list[Unit], archs: list[str]) -> str:
     rows = [row for unit in units for row in unit.rows]
-    declarations = [f"extern const int shared_memory_{row.id};\n{launcher_of(row)};" for row in rows]
-    declarations += [f"{workspace_of(row)};" for row in rows if row.direction == "backward"]
+    declarations = [
+        f"extern const int shared_memory_{row.id};\n{launcher_of(row)};\n{workspace_of(row)};" for row in rows
+    ]
     return "\n".join(
         [
             "// The kernels that this library holds. Written by cmake/generate.py from the table.",
@@ -173,7 +187,7 @@ def registry(units: list[Unit], archs: list[str]) -> str:
             "",
             "const RegisteredKernel kKernels[] = {",
             *(registry_entry(row) for row in rows),
-            "    {nullptr, nullptr, nullptr, nullptr, nullptr},",
+            "    {},",
             "};",
             f"const int kKernelCount = {len(rows)};",
             f'const char* const kBuildArchs = "{";".join(archs)}";',

@@ -36,12 +36,12 @@ class BackwardTile(NamedTuple):
 
 
 TEMPLATE = support.Template(
-    HEADER, "sm90::BackwardTraits", "sm90::launch_backward", True, False, False, workspace="sm90::backward_workspace"
+    HEADER, "sm90::BackwardTraits", "sm90::launch_backward", "sm90::backward_workspace", True, False
 )
 FEATURES = ("causal", "window", "attention_chunk", "softcap", "sinks", "prefix_lens", "varlen", "seqused", "gqa", "lse")
 ROWS = tuple(
     support.KernelRow(
-        f"sm90_bwd_d128_{dtype}", "sm90", "backward", "prefill", ((9, 0),), dtype, 128, 128, support.SMEM_227KB,
+        "sm90_bwd_d128", "sm90", "backward", "prefill", ((9, 0),), dtype, 128, 128, support.SMEM_227KB,
         BackwardTile(64, 128), FEATURES,  # type: ignore[arg-type]
     )
     for dtype in support.DTYPES
@@ -82,9 +82,8 @@ def test_the_build_instantiates_and_registers_it(table: None, tmp_path: Path, mo
         workspace = f"std::int64_t workspace_{row.id}(const AttnBwdParams& params)"
         assert f"{workspace} {{ return sm90::backward_workspace<{traits}>(params); }}" in source
         assert f"{workspace};" in registry
-        entry = f'{{"{row.id}", nullptr, &launch_{row.id}, &workspace_{row.id}, &shared_memory_{row.id}}},'
-        assert entry in registry
-    assert "&launch_sm90_fwd_d128_bf16, nullptr, nullptr, &shared_memory_sm90_fwd_d128_bf16}," in registry
+        assert f'"{row.id}", Direction::kBackward, Phase::kPrefill, ' in registry
+        assert f"&shared_memory_{row.id}, nullptr, nullptr, &launch_{row.id}, &workspace_{row.id}}}," in registry
     assert re.search(r"kKernelCount = 4;", registry)
     assert "| `sm90_bwd_d128` | backward | prefill |" in generate.support_matrix()
 
@@ -176,9 +175,9 @@ def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def check_launch(launch: dict[str, Any]) -> None:
     assert launch == {
-        "kernel_id": "sm90_bwd_d128_bf16", "device": None, "seqlen_q": 40, "seqlen_k": 50, "window_left": 7,
-        "window_right": 0, "attention_chunk": 0, "softmax_scale": 0.5, "softcap": 3.0, "deterministic": True,
-        "num_splits": 0, "max_blocks": 130,
+        "family": "sm90", "kernel_id": "sm90_bwd_d128_bf16", "device": None, "seqlen_q": 40, "seqlen_k": 50,
+        "window_left": 7, "window_right": 0, "attention_chunk": 0, "softmax_scale": 0.5, "softcap": 3.0,
+        "deterministic": True, "num_splits": 0, "max_blocks": 130,
     }  # fmt: skip
 
 

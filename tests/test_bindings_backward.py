@@ -8,11 +8,11 @@ import pytest
 from test_bindings import pytestmark, run, stub  # noqa: F401
 
 BACKWARD = """
-ROW = "sm80_bwd_d64_bf16"
+ROW = "backward_bf16"
 
 def make_backward(**changes):
-    a = dict(kernel_id=ROW, device=0, seqlen_q=3, seqlen_k=5, window_left=7, window_right=2, attention_chunk=9,
-             softmax_scale=0.125, softcap=30.0, deterministic=True, num_splits=6, max_blocks=11)
+    a = dict(family="sm80", kernel_id=ROW, device=0, seqlen_q=3, seqlen_k=5, window_left=7, window_right=2,
+             attention_chunk=9, softmax_scale=0.125, softcap=30.0, deterministic=True, num_splits=6, max_blocks=11)
     assert not set(changes) - set(a), changes
     return _C.BackwardLaunch(**a | changes)
 
@@ -105,8 +105,11 @@ assert backward(T, sinks=T(11 << 12, (4,)))["sinks_are_fp32"] == "0"
         ("cu_seqlens_k=T(4096, (3,), INT)", "k must be [tokens, heads, head_dim] with cu_seqlens_k"),
         ("page_table=T(4096, (2, 3), INT)", "page_table must be None: backward kernels do not read it"),
         ("qv=T(4096, (2, 3, 4, 32))", "qv must be None: backward kernels do not read it"),
-        ("launch=dict(kernel_id='sm80_fwd_d64_bf16')", "sm80_fwd_d64_bf16 is no backward kernel"),
-        ("launch=dict(softcap=-1.0)", "sm80_bwd_d64_bf16: launch: the stub was asked to fail"),
+        (
+            "launch=dict(kernel_id='sm80_fwd_d64_bf16')",
+            "sm80_fwd_d64_bf16: a backward call was given a kernel of the other direction",
+        ),
+        ("launch=dict(softcap=-1.0)", "backward_bf16: launch: the stub was asked to fail"),
     ],
 )
 def test_what_does_not_fit_is_refused(stub: Path, changes: str, words: str) -> None:  # noqa: F811

@@ -85,7 +85,6 @@ struct Launch {
   pybind11::int_ device;
   Allocation out;
   Allocation lse;
-  std::int64_t scratch_size;  // fp32 behind AttnParams::out_partial; 0: none
   pybind11::tuple identity;   // what scheduler metadata must have been made for: arguments of check_identity
   pybind11::object dispatch;  // what last_dispatch() returns
   AttnParams params;          // without addresses
@@ -93,14 +92,12 @@ struct Launch {
   pybind11::object accepted_record;  // of the metadata that was checked last
 };
 
-// fp32 elements of out_partial and, behind it, lse_partial.
-inline std::int64_t partials_size(const AttnParams& params, const Kernel& kernel) {
-  if (params.num_splits <= 1 || kernel.is_decode) return 0;
-  return params.num_splits * params.num_heads_q * params.total_q * (params.head_dim_v + 1);
-}
+// Checks the tensors of a call and fills in what follows from them but addresses, workspace_bytes among it. Only
+// whether other pointers than out and softmax_lse are null may count for the workspace.
+void pack_forward(const AttentionCall& call, const Kernel& kernel, AttnParams& params);
 
-// Checks the tensors of a call and fills in what follows from them but addresses.
-void pack_forward(const AttentionCall& call, const Kernel& kernel, std::int64_t scratch_size, AttnParams& params);
+// Sets the addresses of a call's tensors.
+void set_addresses(const AttentionCall& call, AttnParams& params);
 
 // What a call needs of Python, handed over by python/broadhead/run/cuda_backend.py.
 struct Hooks {

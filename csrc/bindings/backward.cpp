@@ -126,8 +126,7 @@ void pack_gradients(const CallChecker& call, ArgumentReader& reader, AttnBwdPara
 std::int64_t plan_scratch(const Kernel& kernel, AttnBwdParams& params) {
   params.workspace_bytes = kernel.library->backward_workspace(kernel.index, &params);
   if (params.workspace_bytes < 0) {
-    throw BindingError(std::string("_C.") + kFunction + ": " + kernel.library->kernels[kernel.index] +
-                       " is no backward kernel");
+    throw BindingError(std::string("_C.") + kFunction + ": " + kernel.info->id + " does not tell its workspace");
   }
   const std::int64_t aligned = (params.workspace_bytes + kScratchAlignment - 1) / kScratchAlignment * kScratchAlignment;
   return aligned / static_cast<std::int64_t>(sizeof(float)) + params.num_heads_q * params.total_q;

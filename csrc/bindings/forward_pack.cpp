@@ -47,7 +47,7 @@ void pack_shared(const AttentionCall& call, const CallChecker& checker, const Ke
   constexpr char kName[] = "shared_page_table";
   const TensorView& page_table = call.shared_page_table;
   page_table.check("forward", kName, ElementType::kInt32, 1);
-  if (!kernel.is_decode) checker.fail(kName, "is for decode kernels: others do not read it");
+  if (!kernel.is_decode()) checker.fail(kName, "is for decode kernels: others do not read it");
   checker.require(contiguous(page_table) && page_table.device() == q.device(), kName, "contiguous, on the device of q",
                   page_table);
   const long long length = PyLong_AsLongLong(call.shared_length);
@@ -74,7 +74,7 @@ void pack_shared(const AttentionCall& call, const CallChecker& checker, const Ke
 
 }  // namespace
 
-void pack_forward(const AttentionCall& given, const Kernel& kernel, std::int64_t scratch_size, AttnParams& params) {
+void pack_forward(const AttentionCall& given, const Kernel& kernel, AttnParams& params) {
   const CallChecker call("forward", given);
   const TensorView& q = call.required(kQ, kernel.dtype);
   const TensorView& k = call.required(kK, kernel.kv_dtype);
@@ -108,13 +108,15 @@ void pack_forward(const AttentionCall& given, const Kernel& kernel, std::int64_t
   params.k_descale_strides = pack_descale(call, kKDescale, params);
   params.v_descale_strides = pack_descale(call, kVDescale, params);
   params.q_dtype = data_type(kernel.dtype);
-  params.workspace_bytes = scratch_size * static_cast<std::int64_t>(sizeof(float));
-  if (scratch_size < partials_size(params, kernel)) {
-    call.fail("scratch_size",
-              "must hold [num_splits, heads, rows, head_dim_v + 1] = " + std::to_string(partials_size(params, kernel)) +
-                  " when num_splits > 1, got " + std::to_string(scratch_size));
-  }
   pack_shared(given, call, kernel, q, params);
+
+  AttnParams asked = params;
+  set_addresses(given, asked);
+  params.workspace_bytes = kernel.library->forward_workspace(kernel.index, &asked);
+  if (params.workspace_bytes < 0) {
+    throw BindingError(std::string("_C.forward: ") + kernel.info->id + " does not tell its workspace on device " +
+                       std::to_string(q.device()));
+  }
 }
 
 }  // namespace broadhead

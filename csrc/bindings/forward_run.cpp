@@ -33,36 +33,6 @@ void set_lse(const TensorView& lse, int q_ndim, AttnParams& params) {
   params.lse_head_stride = lse.stride(-2);
 }
 
-void set_scratch(float* scratch, std::int64_t size, const Kernel& kernel, AttnParams& params) {
-  params.out_partial = scratch;
-  if (kernel.is_decode) return;  // lays it out itself
-  const std::int64_t partials = partials_size(params, kernel);
-  // lse_partial follows out_partial; a buffer that is larger ends with the scratch of kernels that count their tiles.
-  if (partials > 0) params.lse_partial = scratch + partials / (params.head_dim_v + 1) * params.head_dim_v;
-  if (size > partials) params.tile_counter = reinterpret_cast<std::int32_t*>(scratch + size - 1);
-}
-
-void set_addresses(const TensorView* tensors, AttnParams& params) {
-  params.q = tensors[kQ].data();
-  params.k = tensors[kK].data();
-  params.v = tensors[kV].data();
-  params.out = tensors[kOut].data();
-  params.qv = tensors[kQv].data();
-  params.q_descale = tensors[kQDescale].as<const float>();
-  params.k_descale = tensors[kKDescale].as<const float>();
-  params.v_descale = tensors[kVDescale].as<const float>();
-  params.cu_seqlens_q = tensors[kCuSeqlensQ].as<const std::int32_t>();
-  params.cu_seqlens_k = tensors[kCuSeqlensK].as<const std::int32_t>();
-  params.seqused_q = tensors[kSequsedQ].as<const std::int32_t>();
-  params.seqused_k = tensors[kSequsedK].as<const std::int32_t>();
-  params.leftpad_k = tensors[kLeftpadK].as<const std::int32_t>();
-  params.kv_batch_idx = tensors[kKvBatchIdx].as<const std::int32_t>();
-  params.page_table = tensors[kPageTable].as<const std::int32_t>();
-  params.prefix_lens = tensors[kPrefixLens].as<const std::int32_t>();
-  params.sinks = tensors[kSinks].data();
-  params.scheduler_metadata = tensors[kSchedulerMetadata].as<const std::int32_t>();
-}
-
 }  // namespace
 
 const Hooks& hooks() {
@@ -158,6 +128,29 @@ void connect(const Hooks& hooks) {
   set_plain_type_test(hooks.is_plain_type);
 }
 
+void set_addresses(const AttentionCall& call, AttnParams& params) {
+  const TensorView* tensors = call.tensors;
+  params.q = tensors[kQ].data();
+  params.k = tensors[kK].data();
+  params.v = tensors[kV].data();
+  params.out = tensors[kOut].data();
+  params.qv = tensors[kQv].data();
+  params.q_descale = tensors[kQDescale].as<const float>();
+  params.k_descale = tensors[kKDescale].as<const float>();
+  params.v_descale = tensors[kVDescale].as<const float>();
+  params.cu_seqlens_q = tensors[kCuSeqlensQ].as<const std::int32_t>();
+  params.cu_seqlens_k = tensors[kCuSeqlensK].as<const std::int32_t>();
+  params.seqused_q = tensors[kSequsedQ].as<const std::int32_t>();
+  params.seqused_k = tensors[kSequsedK].as<const std::int32_t>();
+  params.leftpad_k = tensors[kLeftpadK].as<const std::int32_t>();
+  params.kv_batch_idx = tensors[kKvBatchIdx].as<const std::int32_t>();
+  params.page_table = tensors[kPageTable].as<const std::int32_t>();
+  params.prefix_lens = tensors[kPrefixLens].as<const std::int32_t>();
+  params.sinks = tensors[kSinks].data();
+  params.scheduler_metadata = tensors[kSchedulerMetadata].as<const std::int32_t>();
+  params.shared_page_table = call.shared_page_table.as<const std::int32_t>();
+}
+
 py::object run(Launch& launch, AttentionCall& call, py::handle function, bool need_lse, bool is_first) {
   static PyObject* const last = PyUnicode_InternFromString("last");
   if (PyObject_SetAttr(hooks().state.ptr(), last, launch.dispatch.ptr()) != 0) throw py::error_already_set();
@@ -176,14 +169,12 @@ py::object run(Launch& launch, AttentionCall& call, py::handle function, bool ne
     lse = launch.lse.make(q_object);
     lse_view.read(lse);
   }
-  const Scratch scratch(q_object, q.device(), launch.scratch_size);
-  if (is_first) pack_forward(call, launch.kernel, launch.scratch_size, launch.params);
-
+  if (is_first) pack_forward(call, launch.kernel, launch.params);
   AttnParams params = launch.params;
-  set_addresses(call.tensors, params);
-  params.shared_page_table = call.shared_page_table.as<const std::int32_t>();
+  const Scratch scratch(q_object, q.device(), (params.workspace_bytes + 3) / 4);
+  params.out_partial = scratch.data();
+  set_addresses(call, params);
   set_lse(lse_view, q.ndim(), params);
-  set_scratch(scratch.data(), launch.scratch_size, launch.kernel, params);
   void* stream = current_stream(q_object, q.device());
   run_without_gil(is_first, [&](char* error) {
     return launch.kernel.library->forward(launch.kernel.index, &params, stream, error, kErrorSize);

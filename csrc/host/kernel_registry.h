@@ -12,18 +12,20 @@ namespace broadhead {
 
 using ForwardLauncher = int (*)(const AttnParams& params, cudaStream_t stream, char* error, std::size_t error_size);
 using BackwardLauncher = int (*)(const AttnBwdParams& params, cudaStream_t stream, char* error, std::size_t error_size);
-using BackwardWorkspace = std::int64_t (*)(const AttnBwdParams& params);  // bytes
+using ForwardWorkspace = std::int64_t (*)(const AttnParams& params);  // bytes
+using BackwardWorkspace = std::int64_t (*)(const AttnBwdParams& params);
 
-// One kernel. Of the two launchers it has that of its direction.
+// One kernel. It has the functions of its direction; those of the other one are null.
 struct RegisteredKernel {
-  const char* id;                        // the id of the row in python/broadhead/support.py
-  ForwardLauncher forward;               // null: a backward kernel
-  BackwardLauncher backward;             // null: a forward kernel
-  BackwardWorkspace backward_workspace;  // null with backward
-  const int* shared_memory;              // bytes a block takes
+  KernelInfo info;
+  const int* shared_memory;  // bytes a block takes
+  ForwardLauncher forward;
+  ForwardWorkspace forward_workspace;
+  BackwardLauncher backward;
+  BackwardWorkspace backward_workspace;
 };
 
-extern const RegisteredKernel kKernels[];  // ends with a null id
+extern const RegisteredKernel kKernels[];  // ends with an entry without an id
 extern const int kKernelCount;
 extern const char* const kBuildArchs;  // as compiled: "80;90"
 

@@ -42,10 +42,20 @@ int launch(int index, Launcher RegisteredKernel::* launcher, const Params* param
     return 1;
   }
   if (kernel->*launcher == nullptr) {
-    std::snprintf(error, error_size, "%s: %s is a kernel of the other direction", function, kernel->id);
+    std::snprintf(error, error_size, "%s: %s is a kernel of the other direction", function, kernel->info.id);
     return 1;
   }
   return (kernel->*launcher)(*params, static_cast<cudaStream_t>(stream), error, error_size);
+}
+
+// Asks a kernel for its workspace by its function for the direction of Params.
+template <class Params, class Workspace>
+std::int64_t workspace(int index, Workspace RegisteredKernel::* ask, const Params* params) {
+  const RegisteredKernel* kernel = kernel_at(index);
+  char unused[1];
+  if (!is_readable(params, "workspace", unused, sizeof(unused)) || kernel == nullptr || kernel->*ask == nullptr)
+    return -1;
+  return (kernel->*ask)(*params);
 }
 
 }  // namespace
@@ -59,9 +69,9 @@ int broadhead_cuda_version() { return CUDART_VERSION; }
 
 int broadhead_kernel_count() { return broadhead::kKernelCount; }
 
-const char* broadhead_kernel_id(int index) {
+const broadhead::KernelInfo* broadhead_kernel_info(int index) {
   const broadhead::RegisteredKernel* kernel = broadhead::kernel_at(index);
-  return kernel != nullptr ? kernel->id : nullptr;
+  return kernel != nullptr ? &kernel->info : nullptr;
 }
 
 int broadhead_kernel_shared_memory(int index) {
@@ -75,11 +85,12 @@ int broadhead_forward(int index, const broadhead::AttnParams* params, void* stre
                            error_size);
 }
 
+std::int64_t broadhead_forward_workspace(int index, const broadhead::AttnParams* params) {
+  return broadhead::workspace(index, &broadhead::RegisteredKernel::forward_workspace, params);
+}
+
 std::int64_t broadhead_backward_workspace(int index, const broadhead::AttnBwdParams* params) {
-  const broadhead::RegisteredKernel* kernel = broadhead::kernel_at(index);
-  char unused[1];
-  const bool fits = broadhead::is_readable(params, "broadhead_backward_workspace", unused, sizeof(unused));
-  return fits && kernel != nullptr && kernel->backward != nullptr ? kernel->backward_workspace(*params) : -1;
+  return broadhead::workspace(index, &broadhead::RegisteredKernel::backward_workspace, params);
 }
 
 int broadhead_backward(int index, const broadhead::AttnBwdParams* params, void* stream, char* error,

@@ -33,13 +33,11 @@ class Launch:
     def __init__(
         self,
         *,
+        family: str,  # of the library that holds the kernel
         kernel_id: str,
         device: int,
         out: Allocation,  # as q with Dv; bf16 for 8-bit q. For calls that pass none
         lse: Allocation,  # fp32 (B, Hq, Sq) or (Hq, T). For calls that want one
-        # fp32 (num_splits, Hq, rows, Dv), then (num_splits, Hq, rows); what is left at its end: scratch. Of a decode
-        # kernel: the workspace that it lays out itself
-        scratch_size: int,
         identity: tuple[Any, ...],  # what scheduler metadata must have been made for: arguments of check_identity
         dispatch: tuple[str, str | None, str],  # what last_dispatch() returns
         seqlen_q: int,
@@ -63,6 +61,7 @@ class BackwardLaunch:
     def __init__(
         self,
         *,
+        family: str,  # of the library that holds the kernel
         kernel_id: str,
         device: int,
         seqlen_q: int,
