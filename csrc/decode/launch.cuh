@@ -11,9 +11,6 @@
 
 namespace broadhead::decode {
 
-// Keys that AttnParams::cell_blocks counts in.
-constexpr int kCellTokens = 64;
-
 // What the grid asks the L2 for ahead of time; more is not worth it.
 inline unsigned prefetched_bytes(std::int64_t bytes) { return bytes <= 2 << 20 ? static_cast<unsigned>(bytes) : 0; }
 
@@ -57,19 +54,22 @@ inline bool shares_rightly(const AttnParams& params) {
          params.window_right <= 0 && params.attention_chunk == 0 && params.prefix_lens == nullptr;
 }
 
-// Carves the workspace, `head_bytes` for what it begins with (TileParts or BlockParts): false when it is too small.
-inline bool place_workspace(const AttnParams& params, long long slots, long long head_bytes, Workspace& workspace) {
-  const long long floats = slots * workspace.slot_rows * (params.head_dim_v + 1ll);
-  const long long bytes = head_bytes + floats * 4;
-  char* base = reinterpret_cast<char*>(params.out_partial);
-  if (params.shared_seqlen_k > 0) {
-    workspace.tiles = reinterpret_cast<TileParts*>(base);
-  } else if (head_bytes > 0) {
-    workspace.blocks = reinterpret_cast<BlockParts*>(base);
+// Blocks that run at once at most: with as many the workspace is large enough, however few of them fit. 0: no device.
+template <class Traits>
+int most_blocks(int max_blocks) {
+  int device = 0, multiprocessors = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
+    return 0;
   }
-  workspace.out = reinterpret_cast<float*>(base + head_bytes);
-  workspace.lse = workspace.out + slots * workspace.slot_rows * params.head_dim_v;
-  return base != nullptr && params.workspace_bytes >= bytes;
+  const int most = multiprocessors * Traits::kMinBlocks;
+  return max_blocks > 0 ? std::min(max_blocks, most) : most;
+}
+
+template <class Traits>
+std::int64_t decode_workspace(const AttnParams& params) {
+  const int blocks = most_blocks<Traits>(params.max_blocks);
+  return blocks > 0 ? plan_workspace(params, Traits::kTileM, blocks).bytes : -1;
 }
 
 template <class Traits>
@@ -93,52 +93,24 @@ int launch_decode(const char* kernel_id, const AttnParams& params, cudaStream_t 
     return fail("head_dim", cudaErrorInvalidValue);
   }
   DecodeParams line = make_decode_params(params, Traits::kTileCost);
-  const long long rows = static_cast<long long>(params.seqlen_q) * line.rows_per_token;
-  const long long m_blocks = (rows + Traits::kTileM - 1) / Traits::kTileM;
-  const long long tiles = m_blocks * line.heads_in_grid * params.batch;
-  if (tiles == 0) return 0;
+  const int blocks = params.max_blocks > 0 ? std::min(params.max_blocks, fitting) : fitting;
+  const WorkspacePlan plan = plan_workspace(params, Traits::kTileM, blocks);
+  if (plan.tiles == 0) return 0;
   // Packed q without a token has no address; keys that all sequences share come without qv.
   if (Traits::kWithQv && ((params.qv == nullptr && params.total_q > 0) || params.shared_seqlen_k > 0)) {
     return fail("qv", cudaErrorInvalidValue);
   }
-  if (rows > 0x7fffff00LL || tiles > 0x7fffffffLL) return fail("grid", cudaErrorInvalidValue);
-  const int blocks = params.max_blocks > 0 ? std::min(params.max_blocks, fitting) : fitting;
-
-  Workspace workspace{};
-  const int tile_rows = static_cast<int>(std::min<long long>(Traits::kTileM, rows));
-  workspace.slot_rows = tile_rows;
-  workspace.m_blocks = static_cast<int>(m_blocks);
-  workspace.num_blocks = blocks;
-  long long merged = 0;  // tiles that the combine looks at
-  if (params.shared_seqlen_k > 0) {
-    const long long shared_rows = params.total_q * line.rows_per_token;
-    const long long shared_m_blocks = (shared_rows + Traits::kTileM - 1) / Traits::kTileM;
-    const long long all_tiles = tiles + shared_m_blocks * line.heads_in_grid;
-    if (!shares_rightly(params)) return fail("shared keys", cudaErrorInvalidValue);
-    if (shared_rows > 0x7fffff00LL || all_tiles > 0x7fffffffLL) return fail("grid", cudaErrorInvalidValue);
-    workspace.slot_rows = static_cast<int>(std::min<long long>(Traits::kTileM, std::max(rows, shared_rows)));
-    workspace.shared_m_blocks = static_cast<int>(shared_m_blocks);
-    merged = tiles;
-    const long long head_bytes = (all_tiles + 1) / 2 * 2 * static_cast<long long>(sizeof(TileParts));
-    if (!place_workspace(line, 2ll * blocks + all_tiles, head_bytes, workspace)) {
-      return fail("workspace", cudaErrorInvalidValue);
-    }
-  } else if (params.cell_blocks > 0) {
+  if (params.shared_seqlen_k > 0 && !shares_rightly(params)) return fail("shared keys", cudaErrorInvalidValue);
+  if (plan.rows > 0x7fffff00LL || plan.all_tiles > 0x7fffffffLL) return fail("grid", cudaErrorInvalidValue);
+  if (params.cell_blocks > 0) {
     // The binding counts in blocks of kCellTokens; this kernel's are of kKeys.
-    const long long cell_tokens = static_cast<long long>(params.cell_blocks) * kCellTokens;
     line.cell_blocks = params.cell_blocks * (kCellTokens / Traits::kKeys);
-    workspace.cells = static_cast<int>((params.seqlen_k + cell_tokens - 1) / cell_tokens);
-    merged = workspace.cells > 1 ? tiles : 0;
-    if (merged > 0 && !place_workspace(line, tiles * workspace.cells, 0, workspace)) {
-      return fail("workspace", cudaErrorInvalidValue);
-    }
   } else if (params.num_splits == 1) {
     line.cell_blocks = 1 << 30;  // a tile is one cell
-    workspace.cells = 1;
-  } else {
-    merged = blocks;
-    const long long head_bytes = blocks * static_cast<long long>(sizeof(BlockParts));
-    if (!place_workspace(line, 2ll * blocks, head_bytes, workspace)) return fail("workspace", cudaErrorInvalidValue);
+  }
+  const Workspace workspace = plan.place(params);
+  if (plan.bytes > 0 && (params.out_partial == nullptr || params.workspace_bytes < plan.bytes)) {
+    return fail("workspace", cudaErrorInvalidValue);
   }
   const bool dependent = limits.dependent_launch;
   const LaunchShape shape{
@@ -146,8 +118,8 @@ int launch_decode(const char* kernel_id, const AttnParams& params, cudaStream_t 
   if (const cudaError_t status = launch_kernel(decode_kernel<Traits>, shape, stream, line, workspace)) {
     return fail("launch", status);
   }
-  if (merged == 0) return 0;
-  const dim3 grid(static_cast<unsigned>(merged), tile_rows);
+  if (plan.merged == 0) return 0;
+  const dim3 grid(static_cast<unsigned>(plan.merged), plan.tile_rows);
   constexpr bool kKvIsBf16 = std::is_same_v<typename Traits::KvElement, cutlass::bfloat16_t>;
   const bool out_is_bf16 = Traits::k8Bit ? params.q_dtype != DataType::kFloat16 : kKvIsBf16;
   const auto combine = out_is_bf16

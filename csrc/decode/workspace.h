@@ -1,6 +1,9 @@
 // Where the parts of a tile leave their results until the combine merges them.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
+
 #include "common/macros.h"
 #include "decode/line.h"
 
@@ -55,6 +58,78 @@ struct Workspace {
   }
   BROADHEAD_HOST_DEVICE float* lse_row(long long slot, int row) const { return lse + slot * slot_rows + row; }
 };
+
+// Keys that AttnParams::cell_blocks counts in.
+constexpr int kCellTokens = 64;
+
+// The workspace of a call: the one place where its size is worked out. It follows from what the call declares, never
+// from a length on the device: rows of a tile and tiles from seqlen_q, cells from the capacity of keys.
+struct WorkspacePlan {
+  Workspace shape{};         // without addresses
+  long long rows = 0;        // of a head of the grid, in the longest sequence and over the shared keys
+  long long tiles = 0;       // of the sequences
+  long long all_tiles = 0;   // with those over the shared keys
+  long long merged = 0;      // tiles, or blocks with a split tile, that the combine looks at
+  int tile_rows = 0;         // query rows of a tile of a sequence that any call of these shapes can have
+  long long slots = 0;
+  long long head_bytes = 0;  // of TileParts or BlockParts, which come first
+  std::int64_t bytes = 0;
+
+  // `shape` with its addresses in AttnParams::out_partial.
+  Workspace place(const AttnParams& params) const {
+    Workspace workspace = shape;
+    char* base = reinterpret_cast<char*>(params.out_partial);
+    if (bytes == 0 || base == nullptr) return workspace;
+    if (params.shared_seqlen_k > 0) {
+      workspace.tiles = reinterpret_cast<TileParts*>(base);
+    } else if (head_bytes > 0) {
+      workspace.blocks = reinterpret_cast<BlockParts*>(base);
+    }
+    workspace.out = reinterpret_cast<float*>(base + head_bytes);
+    workspace.lse = workspace.out + slots * workspace.slot_rows * params.head_dim_v;
+    return workspace;
+  }
+};
+
+// For tiles of `tile_m` rows and a grid of `blocks`. Without cells there are two slots for each block, however many
+// tiles there are: a block holds at most the end of one tile and the begin of another as parts. With shared keys every
+// tile has a slot besides, for when it is one part.
+inline WorkspacePlan plan_workspace(const AttnParams& params, int tile_m, int blocks) {
+  const long long rows_per_token = params.pack_gqa ? params.num_heads_q / params.num_heads_kv : 1;
+  const long long heads = params.pack_gqa ? params.num_heads_kv : params.num_heads_q;
+  const auto tiles_of = [&](long long rows) { return (rows + tile_m - 1) / tile_m; };
+  WorkspacePlan plan;
+  plan.rows = params.seqlen_q * rows_per_token;
+  plan.shape.m_blocks = static_cast<int>(tiles_of(plan.rows));
+  plan.shape.num_blocks = blocks;
+  plan.tiles = plan.all_tiles = tiles_of(plan.rows) * heads * params.batch;
+  plan.tile_rows = plan.shape.slot_rows = static_cast<int>(std::min<long long>(tile_m, plan.rows));
+  if (params.shared_seqlen_k > 0) {
+    const long long shared_rows = params.total_q * rows_per_token;
+    plan.rows = std::max(plan.rows, shared_rows);
+    plan.shape.shared_m_blocks = static_cast<int>(tiles_of(shared_rows));
+    plan.shape.slot_rows = static_cast<int>(std::min<long long>(tile_m, plan.rows));
+    plan.all_tiles += tiles_of(shared_rows) * heads;
+    plan.merged = plan.tiles;
+    plan.slots = 2ll * blocks + plan.all_tiles;
+    plan.head_bytes = (plan.all_tiles + 1) / 2 * 2 * static_cast<long long>(sizeof(TileParts));
+  } else if (params.cell_blocks > 0) {
+    const long long cell_tokens = static_cast<long long>(params.cell_blocks) * kCellTokens;
+    plan.shape.cells = static_cast<int>((params.seqlen_k + cell_tokens - 1) / cell_tokens);
+    if (plan.shape.cells > 1) {
+      plan.merged = plan.tiles;
+      plan.slots = plan.tiles * plan.shape.cells;
+    }
+  } else if (params.num_splits == 1) {
+    plan.shape.cells = 1;
+  } else {
+    plan.merged = blocks;
+    plan.slots = 2ll * blocks;
+    plan.head_bytes = blocks * static_cast<long long>(sizeof(BlockParts));
+  }
+  plan.bytes = plan.head_bytes + 4 * plan.slots * plan.shape.slot_rows * (params.head_dim_v + 1ll);
+  return plan;
+}
 
 // Tells the combine that block `block` of the decode grid computes a part of the item's tile; `parts`: what the block
 // says of itself. One thread.
