@@ -64,9 +64,13 @@ def flash_attn_qkvpacked_func(
     learnable_sink: Tensor | None = None,
     return_softmax_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """flash_attn_func of ``qkv``: ``(B, S, 3, H, D)``, or ``(B, S, Hq + 2 Hkv, D)`` with num_heads_q. No copy is made.
+    """flash_attn_func of q, k and v in one tensor. No copy is made.
 
-    Returns and raises as flash_attn_func.
+    Args:
+        qkv: ``(B, S, 3, H, D)``; with num_heads_q ``(B, S, Hq + 2 Hkv, D)``.
+        num_heads_q: Hq, where there are fewer KV heads than query heads.
+        softmax_scale, causal, ...: the other arguments are those of flash_attn_func, whose results and errors these
+            are.
     """
     function = "flash_attn_qkvpacked_func"
     if s_aux is not None or learnable_sink is not None:
@@ -103,9 +107,13 @@ def flash_attn_kvpacked_func(
     learnable_sink: Tensor | None = None,
     return_softmax_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """flash_attn_func of q ``(B, Sq, Hq, D)`` and ``kv`` ``(B, Sk, 2, Hkv, D)``. No copy is made.
+    """flash_attn_func of k and v in one tensor. No copy is made.
 
-    Returns and raises as flash_attn_func.
+    Args:
+        q: ``(B, Sq, Hq, D)``.
+        kv: ``(B, Sk, 2, Hkv, D)``.
+        softmax_scale, causal, ...: the other arguments are those of flash_attn_func, whose results and errors these
+            are.
     """
     function = "flash_attn_kvpacked_func"
     tensor = check.check_tensor(function, "kv", kv, "a tensor that holds k and v")
@@ -148,9 +156,15 @@ def flash_attn_varlen_qkvpacked_func(
     learnable_sink: Tensor | None = None,
     return_softmax_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """flash_attn_varlen_func of ``qkv``: ``(T, 3, H, D)``, or ``(T, Hq + 2 Hkv, D)`` with num_heads_q. No copy is made.
+    """flash_attn_varlen_func of q, k and v in one tensor. No copy is made.
 
-    cu_seqlens: int32 ``(B + 1,)``, of queries and keys alike. Returns and raises as flash_attn_varlen_func.
+    Args:
+        qkv: ``(T, 3, H, D)``; with num_heads_q ``(T, Hq + 2 Hkv, D)``.
+        cu_seqlens: int32 ``(B + 1,)``, offsets of queries and keys alike.
+        max_seqlen: tokens of the longest sequence.
+        num_heads_q: Hq, where there are fewer KV heads than query heads.
+        softmax_scale, causal, ...: the other arguments are those of flash_attn_func; results and errors are those of
+            flash_attn_varlen_func.
     """
     function = "flash_attn_varlen_qkvpacked_func"
     if s_aux is not None or learnable_sink is not None:

@@ -50,29 +50,38 @@ def flash_attn_with_shared_prefix(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of new queries over paged sequences that share their first ``prefix_len`` tokens (cascade).
 
-    All queries attend to the prefix in one pass, so its keys are read once and not once a sequence; each sequence
-    attends to its own rest; the two results are merged by their LSE. Few queries take one launch of a decode kernel and
-    its merge; many take a call for each pass and merge_attn_states (``last_dispatch()`` tells which, and why).
+    All queries attend to the prefix in one pass, so its keys are read once and not once for each sequence. Each
+    sequence attends to its own rest, and the two results are merged by their LSE. Few queries take one launch of a
+    decode kernel and its combine; many take a call for each pass and merge_attn_states. ``last_dispatch()`` tells
+    which, and why.
 
     Args:
-        q: ``(B, Sq, Hq, D)``, or ``(T, Hq, D)`` with cu_seqlens_q (int32 ``(B + 1,)``) and max_seqlen_q.
-        k_cache, v_cache: ``(num_pages, page_size, Hkv, D | Dv)``, as for flash_attn_with_kvcache.
+        q: queries, ``(B, Sq, Hq, D)``, or ``(T, Hq, D)`` with cu_seqlens_q and max_seqlen_q.
+        k_cache: pages of keys, ``(num_pages, page_size, Hkv, D)``, as for flash_attn_with_kvcache.
+        v_cache: pages of values, ``(num_pages, page_size, Hkv, Dv)``.
         prefix_len: tokens that all sequences share, >= 0; without prefix_page_table a multiple of page_size.
-        prefix_page_table: int32 ``(pages,)``, the pages of the prefix. page_table (int32 ``(B, max_pages)``) and
-            cache_seqlens (int32 ``(B,)``) are then those of what follows the prefix, which begins on a page of its own.
-            None: page_table and cache_seqlens are those of the whole sequences, whose first pages are the same.
-        k_descale, v_descale, q_descale: fp32 ``(B, Hkv)``; the factors of sequence 0 are those of the prefix.
-        causal: bottom-right as everywhere; the queries are the last tokens of their sequences, behind the prefix.
-        sinks: join the denominator once. scheduler_metadata: of the call over what follows the prefix.
-        The other arguments: as for flash_attn_with_kvcache.
+        page_table: int32 ``(B, max_pages)``: with prefix_page_table the pages of what follows the prefix, which begins
+            on a page of its own; else those of the whole sequences, whose first pages are the same.
+        cache_seqlens: int32 ``(B,)``, the keys to which page_table leads.
+        prefix_page_table: int32 ``(pages,)``, the pages of the prefix; None: the first pages of page_table.
+        cu_seqlens_q: int32 ``(B + 1,)``, offsets of the sequences in packed q.
+        max_seqlen_q: tokens of the longest sequence in packed q.
+        q_descale: fp32 ``(B, Hkv)``, factor of float8 q; that of sequence 0 is the prefix's.
+        k_descale: fp32 ``(B, Hkv)``, factor of float8 keys, likewise.
+        v_descale: fp32 ``(B, Hkv)``, factor of float8 values, likewise.
+        causal: bottom-right aligned; the queries are the last tokens of their sequences, behind the prefix.
+        sinks: ``(Hq,)``, fp32 or the dtype of out; they join the denominator once.
+        scheduler_metadata: int32, made for the call over what follows the prefix.
+        softmax_scale, softcap, ...: the other arguments are those of flash_attn_with_kvcache.
 
     Returns:
-        out, of the shape of q with Dv; with return_softmax_lse also softmax_lse, fp32, natural log, ``(B, Hq, Sq)`` or
-        ``(Hq, T)``.
+        out, of the shape of q with Dv; with return_softmax_lse ``(out, softmax_lse)``, softmax_lse fp32 ``(B, Hq, Sq)``
+        or ``(Hq, T)``, natural log.
 
     Raises:
-        InvalidArgumentError, InvalidTypeError: an argument is wrong; the text names it.
-        UnsupportedError: no kernel runs the call and falling back was forbidden.
+        InvalidArgumentError: an argument has a wrong value, shape or device; the text names it.
+        InvalidTypeError: an argument has a wrong type or dtype; the text names it.
+        UnsupportedError: no kernel runs the call, and backend="cuda" or BROADHEAD_STRICT=1 forbids the fallback.
     """
     if type(prefix_len) is not int and not is_compiling():
         prefix_len = check.check_int(FUNCTION, "prefix_len", prefix_len)
