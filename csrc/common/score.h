@@ -54,28 +54,29 @@ BROADHEAD_DEVICE float descale(const float* factors, const DescaleStrides& strid
   return factors == nullptr ? 1.f : factors[batch * strides.batch + kv_head * strides.head];
 }
 
-// Sets S of an n_block to what the QK GEMM then accumulates into: -inf for keys that do not exist, 0 for all others.
-// K is filled with zeros for keys that do not exist, so their scores stay -inf. `missing(n)` returns two bits,
-// which are set where the lane's first and second key of tile n do not exist.
-// PERF: S holds nothing yet at this point. Hiding these keys in apply_mask, where S, O and P are all in registers, made
-// many kernels spill.
+// Sets the scores of keys that do not exist to -inf. `missing(n)` returns two bits, which are set where the lane's
+// first and second key of tile n do not exist. Their K and V are filled with zeros.
+// PERF: it is called where such a key was seen and nowhere else, right behind the QK GEMM, and changes S in place. S
+// that began at -inf instead took a wgmma that always accumulates, and with it 100 instructions an n_block that wrote
+// zeros (head_dim 128: 17 % slower, also without pages). Hiding these keys in apply_mask made many kernels spill.
 template <int kMmaM, int kMmaN, class Missing>
-BROADHEAD_DEVICE void begin_scores(float (&s)[kMmaM][kMmaN][4], const Missing& missing) {
+BROADHEAD_DEVICE void hide_missing(float (&s)[kMmaM][kMmaN][4], const Missing& missing) {
   BROADHEAD_UNROLL
   for (int n = 0; n < kMmaN; ++n) {
     const std::uint32_t bits = missing(n);
     BROADHEAD_UNROLL
     for (int c = 0; c < 2; ++c) {
-      const float first = (bits >> c) & 1 ? -INFINITY : 0.f;
-      BROADHEAD_UNROLL
-      for (int m = 0; m < kMmaM; ++m) s[m][n][c] = s[m][n][c + 2] = first;
+      if ((bits >> c) & 1) {
+        BROADHEAD_UNROLL
+        for (int m = 0; m < kMmaM; ++m) s[m][n][c] = s[m][n][c + 2] = -INFINITY;
+      }
     }
   }
 }
 
-// The two bits that begin_scores asks for, from a bit mask of keys: `word` holds keys 32 * (n / 4) and on.
+// The two bits that hide_missing asks for, from a bit mask of keys: `word` holds keys 32 * (n / 4) and on.
 BROADHEAD_DEVICE std::uint32_t missing_pair(std::uint32_t word, int n) {
-  return word >> (n % 4 * 8 + threadIdx.x % 4 * 2);
+  return word >> threadIdx.x % 4 * 2 >> n % 4 * 8;  // one shift a word that depends on the lane; the rest are constants
 }
 
 // Applies scale and softcap to the scores; called only where scale.transform. A key that does not exist keeps its -inf.

@@ -124,18 +124,16 @@ BROADHEAD_DEVICE void qk_gemm(float (&s)[Traits::kMmaM][Traits::kMmaN][4], const
   }
 }
 
-// P of an n_block as A fragments, one for each 16 keys.
-template <class Traits>
-using Probabilities = std::uint32_t[Traits::kTileN / 16][Traits::kMmaM][4];
-
 // O += P V over the warp's columns of a slice of V; `v` is the lane's address.
 template <class Traits>
-BROADHEAD_DEVICE void pv_gemm(float (&o)[Traits::kMmaM][Traits::kOTiles][4], const Probabilities<Traits>& p,
-                              std::uint32_t v) {
+BROADHEAD_DEVICE void pv_gemm(float (&o)[Traits::kMmaM][Traits::kOTiles][4],
+                              const float (&s)[Traits::kMmaM][Traits::kMmaN][4], std::uint32_t v) {
   using Element = typename Traits::Element;
   constexpr int kTilesPerLoad = Traits::k8Bit ? 4 : 2;
   BROADHEAD_UNROLL
   for (int step = 0; step < Traits::kTileN / 16; ++step) {
+    std::uint32_t p[Traits::kMmaM][4];
+    pack_p<Element>(p, s, step);
     BROADHEAD_UNROLL
     for (int load = 0; load < Traits::kOTiles / kTilesPerLoad; ++load) {
       std::uint32_t b[4];
@@ -154,14 +152,12 @@ BROADHEAD_DEVICE void pv_gemm(float (&o)[Traits::kMmaM][Traits::kOTiles][4], con
           }
           BROADHEAD_UNROLL
           for (int m = 0; m < Traits::kMmaM; ++m) {
-            mma<Element>(o[m][tile], p[step][m], even[0], even[1]);
-            mma<Element>(o[m][tile + 1], p[step][m], odd[0], odd[1]);
+            mma<Element>(o[m][tile], p[m], even[0], even[1]);
+            mma<Element>(o[m][tile + 1], p[m], odd[0], odd[1]);
           }
         } else {
           BROADHEAD_UNROLL
-          for (int m = 0; m < Traits::kMmaM; ++m) {
-            mma<Element>(o[m][tile], p[step][m], b[2 * half], b[2 * half + 1]);
-          }
+          for (int m = 0; m < Traits::kMmaM; ++m) mma<Element>(o[m][tile], p[m], b[2 * half], b[2 * half + 1]);
         }
       }
     }

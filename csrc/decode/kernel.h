@@ -89,6 +89,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   prefetch_inputs(params);
   wait_for_predecessor();
   if (threadIdx.x == Traits::kThreads - 1) smem.splits = {{}, -1, 0, 0, 0};
+  if (lane < Traits::kStages) smem.missing[warp * Traits::kStages + lane] = 0;
+  smem.some_missing[warp] = 0;
   find_interval<Traits>(params, smem);
   QueueState queue;
   Loader<Traits> loader(params, smem);
@@ -175,10 +177,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
       const bool full = loader.ahead() == Traits::kNBlocksAhead;
       const std::uint32_t first = next_stage(full);
       const bool issued = loader.issue_k(queue.found);
+      const bool some_missing = smem.some_missing[warp] != 0;
       clear_accumulators(s);
-      if (const std::uint32_t missing = loader.missing_keys(first); __builtin_expect(missing != 0, 0)) {
-        begin_scores(s, [&](int n) { return missing_pair(missing, n); });
-      }
       if constexpr (Traits::kWithQv) qk_gemm_beside<Traits>(s, q_registers, first + beside_lane);
       qk_gemm<Traits>(s, q_registers, q, first + k_lane);
       if constexpr (Traits::kColGroups > 1) {
@@ -190,6 +190,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
         const ScoreScale scale = smem.tile.scale;
         transform_scores(s, scale);
       }
+      if (__builtin_expect(some_missing, 0)) {
+        const std::uint32_t missing = loader.missing_beside(first);
+        hide_missing(s, [&](int n) { return missing_pair(missing, n); });
+        __syncwarp();  // all lanes have read it
+        loader.missing_beside(first) = 0;
+      }
       const int key0 = n_block * Traits::kTileN;
       if (__builtin_expect(key0 < unmasked.begin || key0 + Traits::kTileN > unmasked.end, 0)) {
         apply_mask(s, smem.tile.mask, unmasked, smem.tile.rows, 0, key0, lane);
@@ -200,15 +206,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
         scale_rows(o, factor);
       }
       softmax.template exponentiate<0, Traits::kMmaN>(s, scale_log2, [](float x) { return exp2_approx(x); });
-      Probabilities<Traits> p;  // half as many registers as S
-      BROADHEAD_UNROLL
-      for (int step = 0; step < Traits::kTileN / 16; ++step) pack_p<typename Traits::Element>(p[step], s, step);
       std::uint32_t v = first;
       if constexpr (!Traits::kWithQv) {
         v = next_stage(full && issued);
         if (issued) loader.issue_v();
       }
-      pv_gemm<Traits>(o, p, v + v_lane);
+      pv_gemm<Traits>(o, s, v + v_lane);
       loader.n_block_done();
     }
     q_is_read = QTile<Traits>::kInRegisters && queue.found - queue.taken > 1;

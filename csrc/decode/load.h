@@ -56,9 +56,10 @@ class Loader {
     advance();
   }
 
-  // The keys on pages that do not exist, as a bit mask, of the n_block whose slice of K lies in `stage`.
-  BROADHEAD_DEVICE std::uint32_t missing_keys(std::uint32_t stage) const {
-    return page_size_.size != 0 ? missing_beside(stage) : 0;
+  // The missing keys of the stage in which `address` lies: a bit for each key of a slice of K that does not exist.
+  // Whoever multiplies the slice clears them.
+  BROADHEAD_DEVICE std::uint32_t& missing_beside(std::uint32_t address) const {
+    return smem_.missing[(address - smem_address(smem_.ring)) / Traits::kStageBytes];
   }
 
   // How many n_blocks were issued and not yet multiplied.
@@ -81,11 +82,6 @@ class Loader {
   BROADHEAD_DEVICE static int first_row() { return lane() / kLanesPerRow; }
   BROADHEAD_DEVICE static int first_col() { return Traits::col_group(warp()) * Traits::kCols + unit() * kUnitElements; }
   BROADHEAD_DEVICE const CopySource<KvElement>& source() const { return smem_.source[warp()]; }
-
-  // The bit mask of missing keys that belongs to the stage (of any warp) in which `address` lies.
-  BROADHEAD_DEVICE std::uint32_t& missing_beside(std::uint32_t address) const {
-    return smem_.missing[(address - smem_address(smem_.ring)) / Traits::kStageBytes];
-  }
 
   BROADHEAD_DEVICE void advance() {
     cp_async_commit();
@@ -179,15 +175,16 @@ class Loader {
     const bool even = is_even();
     const int key = n_block_ * Traits::kTileN + (even ? 0 : lane() % Traits::kTileN);
     const bool exists = static_cast<unsigned>(page_) < params_.pages;
-    unsigned missing = 0;
     even_ = even && exists;
     if (__builtin_expect(!even_, 0)) {
       const unsigned live = __ballot_sync(0xffffffffu, from.live.contains(key));
       alive_ = live & __ballot_sync(0xffffffffu, exists);
-      missing = live & ~alive_;
+      if (live != alive_) {
+        missing_beside(target_) = live & ~alive_;
+        smem_.some_missing[warp()] = 1;
+      }
       if (!exists) page_ = 0;
     }
-    if (page_size_.size != 0 && lane() == 0) missing_beside(target_) = missing;
     int slot = key;
     if (page_size_.size != 0) {
       slot += from.leftpad;

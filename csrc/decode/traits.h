@@ -139,7 +139,8 @@ struct DecodeTraits {
     float2 stats[kKeyGroups][kTileM];  // a row's maximum and sum over the keys of a group
     DecodeRow rows[kTileM];
     CopySource<KvElement> source[kWarps];  // what a warp copies from
-    std::uint32_t missing[kWarps * kStages];  // paged, for each slice of K: a bit for each key that does not exist
+    std::uint32_t missing[kWarps * kStages];  // beside a slice of K: a bit for each key that does not exist
+    std::uint32_t some_missing[kWarps];  // not 0 once the warp has met such a key
     WorkQueue queue[kWarps];
     DecodeTile tile;
     CtaSplits splits;

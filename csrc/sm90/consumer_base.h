@@ -62,19 +62,27 @@ struct ConsumerBase {
     const std::uint64_t a =
         Descriptor::make(smem_address(smem.q) + warpgroup * 8 * QLayout::kAtomBytes, 0, QLayout::kAtomBytes);
     const std::uint64_t b = Descriptor::make(smem_address(smem.k[stage]), 0, KLayout::kSlabStride);
-    const auto& missing = smem.missing[stage];
-    const bool some_missing = args.params.page_table != nullptr && missing.any();
     clear_accumulators(s);  // tells the compiler that they hold nothing of use: the first wgmma does not accumulate
-    if (some_missing) begin_scores(s, [&](int n) { return missing_pair(missing.keys[n / 4], n); });
     wgmma_fence();
     BROADHEAD_UNROLL
     for (int step = 0; step < Traits::kHeadDim * static_cast<int>(sizeof(Element)) / 32; ++step) {
       wgmma_ss<Element, Traits::kTileN, Major::K>(
           s[0], a + (QLayout::step_offset(step, Traits::kTileM * QLayout::kRowBytes) >> 4),
-          b + (KLayout::step_offset(step, KLayout::kSubtileStride) >> 4), step > 0 || some_missing);
+          b + (KLayout::step_offset(step, KLayout::kSubtileStride) >> 4), step > 0);
     }
     wgmma_commit();
     fence_registers(s[0]);
+  }
+
+  // Whether keys of the stage do not exist. Asked once its K is there, ahead of the wait for a turn.
+  BROADHEAD_DEVICE bool some_missing(std::uint32_t stage) const {
+    return args.params.page_table != nullptr && smem.missing[stage].any();
+  }
+
+  // Hides the keys of the stage that do not exist from its finished S, before its K is released.
+  BROADHEAD_DEVICE void hide_missing_keys(std::uint32_t stage) {
+    const auto& missing = smem.missing[stage];
+    hide_missing(s, [&](int n) { return missing_pair(missing.keys[n / 4], n); });
   }
 };
 

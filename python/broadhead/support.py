@@ -281,7 +281,7 @@ def _decode_rows() -> tuple[KernelRow, ...]:
         ("d512_smem99", CAPABILITIES, 512, SMEM_99KB, DecodeTile(16, 16, 4, 1, 3, 2)),
         ("d64_m32", HUGE_SMEM, 64, SMEM_227KB, DecodeTile(32, 32, 8, 8, 3, 1)),
         ("d64_m32_smem99", CAPABILITIES, 64, SMEM_99KB, DecodeTile(32, 32, 4, 4, 5, 2)),
-        ("d128_m32", HUGE_SMEM, 128, SMEM_227KB, DecodeTile(32, 16, 8, 4, 5, 1)),
+        ("d128_m32", HUGE_SMEM, 128, SMEM_227KB, DecodeTile(32, 16, 8, 8, 5, 1)),
         ("d128_m32_smem99", CAPABILITIES, 128, SMEM_99KB, DecodeTile(32, 16, 4, 4, 5, 2)),
         ("d256_m32", HUGE_SMEM, 256, SMEM_227KB, DecodeTile(32, 16, 8, 4, 3, 1)),
         ("d256_m32_smem99", CAPABILITIES, 256, SMEM_99KB, DecodeTile(32, 16, 4, 2, 3, 2)),

@@ -56,13 +56,15 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     return source.live.contains(key) ? source.table[(source.leftpad + key) / params.page_size] : 0;
   };
   const auto store_page = [&](int n_block, int page) {
-    const int slot = (source.leftpad + n_block * Traits::kTileN + thread) % params.page_size;
-    if (page_exists(params, page)) {
+    const int key = n_block * Traits::kTileN + thread;
+    const int slot = (source.leftpad + key) % params.page_size;
+    const bool live = source.live.contains(key);
+    if (live && page_exists(params, page)) {
       page_buffer(n_block)[thread] = {page * params.k_strides.batch + slot * params.k_strides.row,
                                       page * params.v_strides.batch + slot * params.v_strides.row};
     } else {
       page_buffer(n_block)[thread] = {-1, -1};
-      smem.any_missing = 1;
+      if (live) smem.any_missing = 1;
     }
   };
   if (paged && thread < Traits::kTileN) {
@@ -164,10 +166,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
 
     float s[Traits::kMmaM][Traits::kMmaN][4];
     clear_accumulators(s);
-    if (paged && smem.any_missing != 0) {
-      const typename Traits::PagedRow* rows = page_buffer(n_block) + warp_n * Traits::kKeysPerWarp + lane % 4 * 2;
-      begin_scores(s, [&](int n) { return rows[n * 8].missing() | rows[n * 8 + 1].missing() << 1; });
-    }
     BROADHEAD_UNROLL
     for (int chunk = 0; chunk < Traits::kKChunks; ++chunk) {
       const std::uint32_t stage = begin_step(chunk);
@@ -177,6 +175,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     }
 
     if (scale.transform) transform_scores(s, scale);
+    if (paged && smem.any_missing != 0) {  // this also hides keys that are not live, as the mask does
+      const typename Traits::PagedRow* rows = page_buffer(n_block) + warp_n * Traits::kKeysPerWarp + lane % 4 * 2;
+      hide_missing(s, [&](int n) { return rows[n * 8].unread() | rows[n * 8 + 1].unread() << 1; });
+    }
     const int key0 = n_block * Traits::kTileN;
     if (key0 < state.unmasked.begin || key0 + Traits::kTileN > state.unmasked.end) {
       apply_mask(s, state.mask, state.unmasked, state.output.rows, warp_row, key0 + warp_n * Traits::kKeysPerWarp,

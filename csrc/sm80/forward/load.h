@@ -76,16 +76,17 @@ struct ChunkCopier {
 #pragma unroll 1
     for (int i = 0; i < Plan::kRowSteps; ++i) {
       const int row = row_slot() + i * Plan::kRowSlots;
-      bool row_live = source.live.contains(key0 + row);
+      bool readable;
       long long offset = 0;
       if (source.table != nullptr) {
         const long long place = kIsK ? pages[row0 + row].k : pages[row0 + row].v;
-        row_live = row_live && place >= 0;
-        if (row_live) offset = place;
-      } else if (row_live) {
-        offset = (key0 + row) * (kIsK ? source.k_row_stride : source.v_row_stride);
+        readable = place >= 0;
+        if (readable) offset = place;
+      } else {
+        readable = source.live.contains(key0 + row);
+        if (readable) offset = (key0 + row) * (kIsK ? source.k_row_stride : source.v_row_stride);
       }
-      copy_row(i, target, base + offset, row_live, col0 + first_col(), columns);
+      copy_row(i, target, base + offset, readable, col0 + first_col(), columns);
     }
   }
 };

@@ -75,11 +75,12 @@ struct ForwardTraits {
   static_assert((kVSubtiles * kWarpsPerSubtile) % kWarpsN == 0 && kPartTiles >= 1);
   static_assert(kTileN <= kThreads && kStages >= 2);
 
-  // Where a key lies in global memory, in elements from the head's base; -1 on a page that the pool does not have.
+  // Where a key lies in global memory, in elements from the head's base; -1 when it is not read, because it is not live
+  // or lies on a page that the pool does not have.
   struct PagedRow {
     long long k;
     long long v;
-    BROADHEAD_DEVICE bool missing() const { return k < 0; }
+    BROADHEAD_DEVICE bool unread() const { return k < 0; }
   };
 
   struct SharedStorage {

@@ -81,6 +81,7 @@ struct Consumer final : ConsumerBase<Traits> {
   BROADHEAD_DEVICE void step(P& p, P& next_p, const Slot& tile, const BlockKinds& kinds, int block, bool last) {
     if (!kPlain && !kinds.plain(block + 1)) prepare_v(tile.state, block + 1);
     wait_full(smem.k_full[ring.stage()], ring.parity());
+    const bool some_missing = Base::some_missing(ring.stage());
     wait_turn();
     Base::issue_qk(ring.stage());
     wait_v();
@@ -88,6 +89,7 @@ struct Consumer final : ConsumerBase<Traits> {
     pass_turn();
     wgmma_wait<1>();
     fence_registers(s[0]);
+    if (some_missing) Base::hide_missing_keys(ring.stage());
     release(smem.k_empty[ring.stage()]);
     if (!kPlain && last) release(smem.q_empty);
     ring.advance();
@@ -143,6 +145,7 @@ struct Consumer final : ConsumerBase<Traits> {
   // The first block, whose S is ready; P comes into even_p.
   BROADHEAD_DEVICE void first_block(P& even_p, const Slot& tile) {
     const BlockRange range = tile.state.range;
+    if (Base::some_missing(ring.stage())) Base::hide_missing_keys(ring.stage());
     release(smem.k_empty[ring.stage()]);
     if (range.begin == range.end - 1) release(smem.q_empty);
     ring.advance();

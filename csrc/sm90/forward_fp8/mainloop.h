@@ -51,10 +51,12 @@ struct Fp8Consumer final : ConsumerBase<Traits> {
     fence_registers(product);
   }
 
-  // P of the block whose S is in flight; waits for its V.
-  BROADHEAD_DEVICE void take_scores(const TileState<Element>& state, const BlockKinds& kinds, int block) {
+  // P of the block whose S is in flight; waits for its V. `some_missing`: what some_missing says of its K.
+  BROADHEAD_DEVICE void take_scores(const TileState<Element>& state, const BlockKinds& kinds, int block,
+                                    bool some_missing) {
     wgmma_wait<0>();
     fence_registers(s[0]);
+    if (some_missing) Base::hide_missing_keys(ring.stage());
     release(smem.k_empty[ring.stage()]);
     ring.advance();
     if (!kinds.plain(block)) finish_scores(s, state, block * Traits::kTileN, warp_row());
@@ -91,13 +93,17 @@ struct Fp8Consumer final : ConsumerBase<Traits> {
     barrier_wait(smem.q_full, q_parity);
     q_parity ^= 1;
     wait_full(smem.k_full[ring.stage()], ring.parity());
+    bool some_missing = Base::some_missing(ring.stage());
     wait_turn();
     Base::issue_qk(ring.stage());
     pass_turn();
     for (int block = range.end - 1;; --block) {
-      take_scores(state, kinds, block);
+      take_scores(state, kinds, block, some_missing);
       const bool last = block == range.begin;
-      if (!last) wait_full(smem.k_full[ring.stage()], ring.parity());
+      if (!last) {
+        wait_full(smem.k_full[ring.stage()], ring.parity());
+        some_missing = Base::some_missing(ring.stage());
+      }
       wait_turn();
       add_block();
       if (last) break;

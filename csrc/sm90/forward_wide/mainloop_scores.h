@@ -100,40 +100,43 @@ struct ScoreWarpgroup {
     return MatrixDescriptor<128>::make(base + subtile * kQSubtileBytes, 0, QLayout::kAtomBytes);
   }
 
-  // Lets S of keys that do not exist begin at -inf; false: there are none, S holds nothing of use. `stage`: whose K is
-  // there, of the block's first columns.
-  BROADHEAD_DEVICE bool hide_missing(std::uint32_t stage) {
+  // Whether keys of the block do not exist. `stage` holds the block's first columns of K, which are there. The warp
+  // keeps what is noted of these keys: the stage is filled again before S is finished.
+  BROADHEAD_DEVICE bool keep_missing(std::uint32_t stage) {
     const auto& missing = smem.missing[stage];
-    const bool some_missing = args.params.page_table != nullptr && missing.any();
-    if (some_missing) begin_scores(s, [&](int n) { return missing_pair(missing.keys[n / 4], n); });
-    return some_missing;
+    if (args.params.page_table == nullptr || !missing.any()) return false;
+    const int lane = threadIdx.x % 32;
+    if (lane < Traits::kTileN / 32) smem.kept_missing[warp][lane] = missing.keys[lane];
+    __syncwarp();
+    return true;
   }
 
-  // S = q K^T.
-  BROADHEAD_DEVICE void multiply_q() {
+  // S = q K^T. Returns what keep_missing does.
+  BROADHEAD_DEVICE bool multiply_q() {
     wait_full(smem.k_full, k_parity);
     k_parity ^= 1;
-    const bool some_missing = hide_missing(0);
+    const bool some_missing = keep_missing(0);
     const std::uint64_t a = shared_q(0);
     const std::uint64_t b = MatrixDescriptor<128>::make(smem_address(smem.k), 0, KLayout::kSlabBytes);
     wgmma_fence();
     BROADHEAD_UNROLL
     for (int step = 0; step < KLayout::kSteps; ++step) {
       wgmma_ss<Element, Traits::kTileN, Major::K>(s[0], a + (QLayout::step_offset(step, kQSubtileBytes) >> 4),
-                                                  b + (KLayout::step_offset(step, KLayout::kAtomBytes) >> 4),
-                                                  step > 0 || some_missing);
+                                                  b + (KLayout::step_offset(step, KLayout::kAtomBytes) >> 4), step > 0);
     }
     wgmma_commit();
+    return some_missing;
   }
 
   BROADHEAD_DEVICE void compute_scores() {
     std::uint32_t previous = 0;
     fence_registers(s[0]);
-    if constexpr (Traits::kWithQv) multiply_q();
+    bool some_missing = false;
+    if constexpr (Traits::kWithQv) some_missing = multiply_q();
     BROADHEAD_UNROLL
     for (int chunk = 0; chunk < Traits::kScoreChunks; ++chunk) {
       wait_full(smem.full[ring.stage()], ring.parity());
-      const bool accumulates = Traits::kWithQv || chunk > 0 || hide_missing(ring.stage());
+      if (!Traits::kWithQv && chunk == 0) some_missing = keep_missing(ring.stage());
       const std::uint64_t b =
           MatrixDescriptor<128>::make(smem_address(smem.ring[ring.stage()]), 0, ScoreLayout::kSlabBytes);
       const int shared_chunk = chunk - Traits::kQRegisterChunks;  // negative: in registers
@@ -143,7 +146,7 @@ struct ScoreWarpgroup {
       BROADHEAD_UNROLL
       for (int step = 0; step < ScoreLayout::kSteps; ++step) {
         const std::uint64_t b_step = b + (ScoreLayout::step_offset(step, ScoreLayout::kAtomBytes) >> 4);
-        const bool accumulate = accumulates || step > 0;
+        const bool accumulate = Traits::kWithQv || chunk + step > 0;
         if (shared_chunk < 0) {
           wgmma_rs<Element, Traits::kTileN, Major::K>(s[0], q[chunk * ScoreLayout::kSteps + step], b_step, accumulate);
         } else {
@@ -165,6 +168,11 @@ struct ScoreWarpgroup {
     wgmma_wait<0>();
     fence_registers(s[0]);
     release_stage<Traits>(smem.empty[previous], warp, Traits::kScoreShare);
+    if (some_missing) {
+      const auto& keys = smem.kept_missing[warp];
+      hide_missing(s, [&](int n) { return missing_pair(keys[n / 4], n); });
+      __syncwarp();  // all lanes have read them
+    }
   }
 
   // Softmax of S; P and the factors of O into the next slot, which the O warpgroups are not told of yet.

@@ -91,6 +91,7 @@ struct WideShape {
     Barrier inverse_full[2];   // 4 warps of S
     Barrier inverse_empty[2];  // 8 warps of O
     MissingKeys<kTileN> missing[kStages];  // of a key block, beside the stage of K with its first columns
+    std::uint32_t kept_missing[4][kTileN / 32];  // a warp of S keeps those of the block it computes, if there are any
   };
 };
 
