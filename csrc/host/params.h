@@ -1,7 +1,8 @@
-// The argument blocks of the kernels, one for each kind of call, and the C ABI of a kernel library.
+// The parameter structs of the kernels, one for each kind of call, and the C ABI of a kernel library.
 //
-// Plain old data: filled once by the bindings (csrc/bindings), read by the kernels. Strides are in elements,
-// always 64-bit: page pools exceed 2^31 elements. "nullable" pointers switch their feature off when null.
+// The structs are plain old data. The bindings (csrc/bindings) fill them once, and the kernels read them. Strides are
+// in elements and always 64-bit, since page pools exceed 2^31 elements. A "nullable" pointer switches its feature off
+// when it is null.
 #pragma once
 
 #include <cstddef>
@@ -12,7 +13,7 @@ namespace broadhead {
 // Raised whenever a field below is added, removed or changes meaning; libraries of another version are refused.
 constexpr std::uint32_t kAbiVersion = 7;
 
-// Element types where an argument block has a choice.
+// The element types of tensors whose type is not fixed by the kernel.
 enum class DataType : std::int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat8E4M3 = 3 };
 
 enum class Direction : std::int32_t { kForward = 0, kBackward = 1 };
@@ -25,7 +26,7 @@ struct TensorStrides {
   std::int64_t head;
 };
 
-// Strides of factors, one for each sequence and KV head (fp32 [B, Hkv]).
+// Strides of descales, which are one factor for each sequence and KV head (fp32 [B, Hkv]).
 struct DescaleStrides {
   std::int64_t batch;
   std::int64_t head;
@@ -54,7 +55,7 @@ struct AttnParams {
   std::int64_t lse_head_stride;
   const void* qv;  // [B, Sq, Hq, Dv] or [T, Hq, Dv]: scores are (q k^T + qv v^T) * softmax_scale; nullable
   TensorStrides qv_strides;
-  // Factors of 8-bit q, k and v; nullable: 1. q's is that of its KV head.
+  // The descales of 8-bit q, k and v; nullable: the factor is 1. A head of q has the descale of its KV head.
   const float* q_descale;
   const float* k_descale;
   const float* v_descale;
@@ -80,7 +81,7 @@ struct AttnParams {
   std::int32_t seqlen_k;  // max over the batch; page_table.size(1) * page_size when paged
   std::int64_t total_q;  // R
   std::int64_t total_k;  // rows of packed k (cu_seqlens_k), else 0
-  std::int64_t num_pages;  // of the pool, at most 2^31: more than that no page id tells; 0: not paged
+  std::int64_t num_pages;  // pages of the pool, at most 2^31, as page ids are int32; 0: not paged
   std::int64_t num_kv_batches;  // k.size(0) of dense k; rows of the page table when paged; 0: packed
   std::int32_t num_heads_q;
   std::int32_t num_heads_kv;
@@ -96,19 +97,19 @@ struct AttnParams {
   std::int32_t sinks_are_fp32;
 
   std::int32_t num_splits;  // >= 1; the grid's bound. With metadata a sequence uses min(metadata, num_splits);
-                            // decode kernels: the most parts of a tile, 0: any
+                            // decode kernels: at most so many splits of a tile, 0: any number
   std::int32_t pack_gqa;  // 1: the query heads of one KV head share a tile
   std::int32_t metadata_tag;  // what scheduler_metadata must carry for its split counts to be used
   std::int32_t heads_per_section;  // heads whose K/V share the L2 at a time; 0: all
-  std::int32_t max_blocks;  // of a persistent kernel: what sm_margin leaves; 0: all
-  std::int32_t cell_blocks;  // decode kernels: tiles are cut at multiples of so many 64 keys; 0: evenly over the device
-  DataType q_dtype;  // read by kernels of 8-bit K and V, which take any. out: bf16, for fp16 q fp16
+  std::int32_t max_blocks;  // persistent kernels: the most CTAs that sm_margin allows; 0: no limit
+  std::int32_t cell_blocks;  // decode kernels: fixed splits of so many times 64 keys; 0: stream-K
+  DataType q_dtype;  // read by kernels of 8-bit K and V, which take any; out is fp16 for fp16 q, else bf16
   std::int64_t workspace_bytes;  // as broadhead_forward_workspace says
 
-  // Decode kernels: all query tokens also see the first shared_seqlen_k keys of the pages of one more table, before the
-  // keys of their own sequences. Token t of the call lies at q + t * q_strides.row; dense q of one token a sequence at
-  // q + t * q_strides.batch. Such calls are balanced (num_splits 0 or > 1, no cells), paged, and have no window,
-  // attention_chunk, seqused_q or prefix_lens.
+  // Decode kernels: all query tokens also see the first shared_seqlen_k keys of the pages of one more page table, in
+  // front of the keys of their own sequences. Token t of the call lies at q + t * q_strides.row, or at q + t *
+  // q_strides.batch where dense q has one token a sequence. Such calls use stream-K (num_splits 0 or > 1, no fixed
+  // splits), are paged, and have no window, attention_chunk, seqused_q or prefix_lens.
   const std::int32_t* shared_page_table;  // [pages], nullable
   std::int32_t shared_seqlen_k;  // 0: there are none
 };
@@ -224,8 +225,8 @@ struct CombineParams {
   std::int32_t out_dtype;  // 0 fp32, 1 bf16, 2 fp16
 };
 
-// One append of new keys and values to a cache, with the rotary embedding of q and the new keys. Strides of dimensions
-// of one element are 0.
+// One append of new keys and values to a cache, with the rotary embedding of q and the new keys. The stride of a
+// dimension of one element is 0.
 struct AppendKvParams {
   std::uint32_t struct_size;
   std::uint32_t abi_version;
@@ -243,9 +244,9 @@ struct AppendKvParams {
   TensorStrides v_new_strides;
   TensorStrides q_strides;
   TensorStrides q_out_strides;
-  std::int64_t cos_stride;  // of a position
+  std::int64_t cos_stride;  // from a position to the next
   std::int64_t sin_stride;
-  // New keys are divided by them on their way from 16 bits to 8; nullable: 1.
+  // 16-bit new keys and values are divided by these when they become 8-bit; nullable: 1.
   const float* k_descale;
   const float* v_descale;
   DescaleStrides k_descale_strides;
@@ -265,8 +266,8 @@ struct AppendKvParams {
   std::int32_t block_size;  // k_cache.size(1): page_size, or S
   std::int32_t max_pages;  // 0: not paged
   std::int32_t batch;
-  std::int32_t seqlen_q;  // of dense q
-  std::int32_t seqlen_new;  // of dense k_new
+  std::int32_t seqlen_q;  // tokens of a sequence in dense q
+  std::int32_t seqlen_new;  // tokens of a sequence in dense k_new
   std::int32_t total_q;  // tokens of q: B * Sq or T
   std::int32_t total_new;  // tokens of k_new: B * S_new or T_new
   std::int32_t num_heads_q;
