@@ -5,15 +5,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
-import sys
 import zlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))  # oracle, compare, cases: for tests/gpu too
 
 import broadhead
 from broadhead import support

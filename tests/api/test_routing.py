@@ -23,7 +23,7 @@ from broadhead.call.arguments import (
 )
 from broadhead.call.names import shown_name
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 #: Other spellings of fields.
 SPELLINGS = (("block_table", "page_table"), ("s_aux", "sinks"), ("learnable_sink", "sinks"), ("q_v", "qv"))
 #: What each function takes besides the fields of AttentionArgs: other spellings, what is appended, what is returned.

@@ -12,7 +12,7 @@ from pathlib import Path
 import broadhead
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 PACKAGE = "broadhead_bench"
 ADAPTERS = ("broadhead_api", "flash_attention", "flashinfer_wrappers", "torch_sdpa")

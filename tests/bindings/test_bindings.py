@@ -14,7 +14,7 @@ import pytest
 from broadhead.call.arguments import AttentionArgs
 from broadhead.errors import KernelError
 
-TESTS = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parents[1]
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("broadhead._C") is None, reason="broadhead was installed without _C"),
@@ -121,7 +121,7 @@ LAUNCH = ("num_splits", "softcap", "attention_chunk")
 def compile_stub(directory: Path, *options: str, family: str = "sm80") -> None:
     command = [str(COMPILER), "-std=c++17", "-shared", "-fPIC", f"-I{TESTS.parent / 'csrc'}", *options]
     target = directory / f"libbroadhead_{family}.so"
-    subprocess.run([*command, str(TESTS / "host/stub_library.cpp"), "-o", str(target)], check=True)
+    subprocess.run([*command, str(TESTS / "bindings/stub_library.cpp"), "-o", str(target)], check=True)
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def stub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(directory: Path, code: str) -> str:
     """Runs `code` in a process of its own, as the module keeps the libraries that it opened."""
     prologue = PROLOGUE.format(
-        host=str(TESTS / "host"),
+        host=str(TESTS / "bindings"),
         package=list(broadhead.__path__),
         directory=str(directory),
         arguments=AttentionArgs._fields,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "tests/host").glob("test_*.cpp"))
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 

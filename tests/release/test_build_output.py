@@ -15,7 +15,7 @@ import pytest
 from broadhead import support
 from installed import FAMILIES, needs_kernels
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 #: Static shared memory of a block, on every device.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts/cuda_from_pypi.sh"
 
 #: A pip that unpacks what the packages of CUDA 13 hold: no lib64, no libcudart.so, an nvcc that links by one folder.

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from broadhead import support
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BUILD = json.loads((ROOT / ".github/cuda-matrix.json").read_text())[-1]
 CUDA = [int(part) for part in BUILD["cuda"].split(".")]
 FAMILIES = tuple(dict.fromkeys(row.family for row in support.ROWS))

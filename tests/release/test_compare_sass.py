@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts/compare_sass.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts/compare_sass.py"
 #: One function of cuobjdump's listing: two instructions, of which the first reads a parameter.
 FUNCTION = """
 	code for {arch}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts/cuda_matrix.py"
 MATRIX = json.loads((ROOT / ".github/cuda-matrix.json").read_text())
 

@@ -14,7 +14,7 @@ import pytest
 from broadhead import support
 from installed import FAMILIES, needs_kernels
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 GENERATE = ROOT / "cmake/generate.py"
 #: What releases are built for.
 (ALL_ARCHS,) = {build["archs"] for build in json.loads((ROOT / ".github/cuda-matrix.json").read_text())}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 METADATA = "Metadata-Version: 2.2\nName: broadhead\nVersion: 0.1.0\nRequires-Dist: torch>=2.6\n\n# text\nVersion: 9\n"
 
 
