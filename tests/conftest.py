@@ -8,10 +8,9 @@ import random
 import zlib
 from collections.abc import Callable, Iterator
 
+import broadhead
 import pytest
 import torch
-
-import broadhead
 from broadhead import support
 from broadhead.call.problem import DTYPE_NAMES
 from broadhead.plan import dispatch as dispatch_module

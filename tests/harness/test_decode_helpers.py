@@ -12,13 +12,13 @@ import pytest
 import torch
 from calls import Built, Call, build
 from checks import check_call, check_equal, check_split
-from compare import max_error
 from decode_batch import DecodeBatch, check_replays
 from decode_lengths import PATTERNS, PLACES, lengths_of, place, sample_of
 from judge import judge
 from layouts import bytes_of, int32
 from random_calls import random_call
 from server_flows import FLOW_CASES, FLOW_STEPS, FLOWS, check_steps
+from tolerance import max_error
 
 CPU = torch.device("cpu")
 FP8 = torch.float8_e4m3fn

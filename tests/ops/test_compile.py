@@ -6,11 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import broadhead
-import oracle
 import pytest
 import torch
 from calls import Call, build
-from checks import check_against
+from checks import check_against, check_gradients
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 CPU = torch.device("cpu")
@@ -74,28 +73,21 @@ def test_fullgraph_returns_lse() -> None:
 @pytest.mark.parametrize("layout", ["dense", "varlen"])
 def test_gradients(layout: str, compile_it: bool) -> None:
     """Gradients of q, k, v and sinks through the public functions, with a gradient of the LSE too."""
-    shape = (2, 6) if layout == "dense" else (12,)
-    q, k, v = (torch.randn(*shape, h, d, dtype=torch.float64) for h, d in ((4, 16), (2, 16), (2, 24)))
-    sinks = torch.randn(4)
-    leaves = [x.requires_grad_() for x in (q, k, v, sinks)]
-    cu = None if layout == "dense" else int32(0, 4, 12)
+    function = {"dense": "func", "varlen": "varlen"}[layout]
+    seqlens = ((6, 6), (6, 6)) if layout == "dense" else ((4, 8), (4, 8))
+    options = {"heads_q": 4, "head_dim": 16, "head_dim_v": 24, "causal": True, "window": (3, 0), "softcap": 4.0}
+    built = build(Call(function, *seqlens, **options, sinks="fp32", dtype=torch.float64), CPU)
+    leaves = built.requires_grad()
+    given = {name: x for name, x in built.kwargs.items() if name not in (*leaves, "out")}
 
-    def step(q, k, v, sinks):
-        options = {"causal": True, "window_size": (3, 0), "softcap": 4.0, "sinks": sinks, "return_attn_probs": True}
-        if layout == "dense":
-            return broadhead.flash_attn_func(q, k, v, **options)
-        return broadhead.flash_attn_varlen_func(q, k, v, cu, cu, 8, 8, **options)
+    def step(**leaves: torch.Tensor) -> Any:
+        return FUNCTIONS[function](**given, **leaves, return_attn_probs=True)
 
-    out, lse = (compiled(step) if compile_it else step)(*leaves)
+    out, lse = (compiled(step) if compile_it else step)(**leaves)
+    check_against(built, out, lse)
     grad_out, grad_lse = torch.randn_like(out), torch.randn_like(lse)
-    found = torch.autograd.grad([out, lse], leaves, [grad_out, grad_lse])
-    expected_out, expected_lse = oracle.attention(
-        q, k, v, softmax_scale=0.25, window_left=3, window_right=0, softcap=4.0, sinks=sinks, cu_seqlens_q=cu,
-        cu_seqlens_k=cu,
-    )  # fmt: skip
-    expected = torch.autograd.grad([expected_out, expected_lse], leaves, [grad_out, grad_lse.double()])
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    found = torch.autograd.grad([out, lse], list(leaves.values()), [grad_out, grad_lse])
+    check_gradients(built, dict(zip(leaves, found, strict=True)), grad_out, grad_lse)
 
 
 @pytest.mark.parametrize("name", [n for n in CALLS if n != "kvcache_append"])
@@ -113,14 +105,10 @@ def test_fake_tensors(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["varlen", "varlen_paged", "kvcache_paged", "kvcache_ragged"])
 def test_mha_fwd_is_under_the_functions(name: str) -> None:
-    built = build(CALLS[name].with_(dtype=torch.float32), CPU)
-    kw = {n: x for n, x in built.kwargs.items() if n not in ("window_size", "causal")}
-    names = {"k_cache": "k", "v_cache": "v", "cache_seqlens": "seqused_k"}
-    arguments = {names.get(n, n): x for n, x in kw.items()}
-    left, right = built.call.normalized_window
-    out, lse = broadhead.mha_fwd(
-        **arguments, causal=built.call.causal, window_size_left=left, window_size_right=max(right, 0)
-    )
+    call = CALLS[name]
+    layout = {"ragged_q": call.packs_queries, "packed_k": call.packs_keys}
+    built = build(call.with_(function="mha_fwd", dtype=torch.float32, **layout), CPU)
+    out, lse = built.run()
     check_against(built, out, lse)
 
 

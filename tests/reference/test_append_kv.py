@@ -10,7 +10,7 @@ import broadhead
 import pytest
 import torch
 from broadhead.reference import append as append_kv
-from cases import GARBAGE_PAGES
+from layouts import GARBAGE_PAGES
 from torch import Tensor
 
 CACHES = ("contiguous", "contiguous_batch_idx", "paged", "paged_batch_idx", "interleaved", "overlapping")

@@ -1,10 +1,9 @@
 """Describes one call of a public function by its logical sequences, lays it out as a client would, and judges it.
 
-A `Call` says what is asked, lengths and all (cases.py has the normalised arguments underneath). `build` draws fresh
-sequences and scatters them into the layout of the call: every slot, row and page that no sequence owns holds NaN, and
-so do keys that no query sees (freed pages); table entries past the pages a sequence needs are garbage, and `out` and
-the gaps in it hold NaN. `judge` (judge.py) computes the answer from the logical sequences alone: no mistake of layout
-can hide.
+A `Call` says what is asked, lengths and all. `build` draws fresh sequences and scatters them into the layout of the
+call: every slot, row and page that no sequence owns holds NaN, and so do keys that no query sees (freed pages); table
+entries past the pages a sequence needs are garbage, and `out` and the gaps in it hold NaN. `judge` (judge.py) computes
+the answer from the logical sequences alone: no mistake of layout can hide.
 """
 
 from __future__ import annotations
@@ -17,12 +16,27 @@ from typing import Any
 import broadhead
 import torch
 from layouts import NAN, int32, place_keys, place_output, place_queries
+from oracle import Rule
 from torch import Tensor
+
+#: What the normalised form calls the arguments of flash_attn_with_kvcache.
+NORMALISED = {
+    "k_cache": "k",
+    "v_cache": "v",
+    "cache_seqlens": "seqused_k",
+    "cache_leftpad": "leftpad_k",
+    "cache_batch_idx": "kv_batch_idx",
+}
+#: Arguments that mha_fwd has and the reference does not.
+NOT_OF_THE_REFERENCE = ("pack_gqa", "num_splits", "tokens_per_split", "sm_margin", "out")
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One call of a public function: "func" (dense), "varlen" or "kvcache". Lengths are those of the live rows."""
+    """One call of a public function: "func" (dense), "varlen", "kvcache" or "mha_fwd" (any mixture of layouts).
+
+    Lengths are those of the live rows.
+    """
 
     function: str
     seqlens_q: tuple[int, ...]
@@ -40,7 +54,9 @@ class Call:
     softmax_scale: float | None = None
     sinks: str = ""  # "", "fp32", "q" (the dtype of q, of out where q is 8-bit)
     qv: bool = False
-    descale: str = ""  # "", "each" (another factor for each sequence and KV head), "one" (expanded), "kv" (none for q)
+    # "", "each" (another factor for each sequence and KV head), "one" (expanded), "kv" (none for q); of q only where it
+    # is 8-bit, but with "all"
+    descale: str = ""
     prefix: tuple[int, ...] = ()
     page_size: int = 0  # 0: not paged
     q_layout: str = "plain"  # "plain", "packed" (slice of q|k|v heads), "heads_first" (transposed), "gapped" (columns)
@@ -49,10 +65,11 @@ class Call:
     # "plain", "heads_first", "gapped" (columns and a head), "guarded" (gapped, and rows before and behind)
     out_layout: str = "plain"
     freed_entries: bool = False  # garbage in the page table also for pages whose keys no query sees
-    ragged_q: bool = False  # kvcache with cu_seqlens_q
-    slack_q: int = 0  # varlen: dead rows after each sequence (seqused_q)
+    ragged_q: bool = False  # kvcache or mha_fwd with cu_seqlens_q
+    packed_k: bool = False  # mha_fwd with cu_seqlens_k
+    slack_q: int = 0  # varlen or mha_fwd: dead rows after each sequence (seqused_q)
     slack_k: int = 0  # dead rows after each sequence (seqused_k)
-    tail: int = 0  # varlen: rows past cu_seqlens[-1]
+    tail: int = 0  # packed q or keys: rows past cu_seqlens[-1]
     leftpad: tuple[int, ...] = ()
     batch_idx: bool = False
     num_new: tuple[int, ...] = ()  # kvcache: how many of seqlens_k the call appends
@@ -97,6 +114,19 @@ class Call:
         """Tokens times query heads of a KV head, of the sequence with the most tokens."""
         return max(self.seqlens_q, default=0) * (self.heads_q // self.heads_kv)
 
+    @property
+    def packs_queries(self) -> bool:
+        return self.function == "varlen" or self.ragged_q
+
+    @property
+    def packs_keys(self) -> bool:
+        return self.page_size == 0 and (self.function == "varlen" or self.packed_k)
+
+    def rule(self, b: int) -> Rule:
+        """What the oracle must know of sequence ``b``."""
+        prefix = self.prefix[b] if self.prefix else None
+        return Rule(self.scale, self.normalized_window, self.attention_chunk, prefix, self.softcap)
+
     def with_(self, **changes: Any) -> Call:
         return dataclasses.replace(self, **changes)
 
@@ -116,16 +146,61 @@ class Built:
     out_store: Tensor | None = None  # what out is a view of: NaN all around it
     qv: list[Tensor] | None = None  # per sequence (sq, Hq, Dv)
     descales: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # by argument, (batch, Hkv)
+    slots: list[Tensor] = dataclasses.field(default_factory=list)  # per sequence: its keys' indices in k.flatten(0, -3)
 
     def run(self, **overrides: Any) -> tuple[Tensor, Tensor]:
         """Call the public function; ``(out, softmax_lse)``."""
         call, kwargs = self.call, {**self.kwargs, **overrides}
+        if call.function == "mha_fwd":
+            given = self.normalised() | {name: kwargs[name] for name in NOT_OF_THE_REFERENCE if name in kwargs}
+            given |= {f"window_size_{side}": given.pop(f"window_{side}") for side in ("left", "right")}
+            return broadhead.mha_fwd(**{**given, **overrides})
         if call.metadata:
             kwargs.setdefault("scheduler_metadata", self.scheduler_metadata())
         if call.function == "kvcache":
             return broadhead.flash_attn_with_kvcache(**kwargs, return_softmax_lse=True)
         function = broadhead.flash_attn_func if call.function == "func" else broadhead.flash_attn_varlen_func
         return function(**kwargs, return_attn_probs=True)
+
+    def normalised(self) -> dict[str, Any]:
+        """The call as mha_fwd and the reference have it: keyword arguments of ``broadhead.reference.attention``."""
+        call, kwargs = self.call, self.kwargs
+        assert not call.num_new, "the reference does not append"
+        left, right = call.normalized_window
+        other = (*NOT_OF_THE_REFERENCE, "causal", "window_size")
+        given = {NORMALISED.get(name, name): x for name, x in kwargs.items() if name not in other}
+        max_seqlen_q = kwargs.get("max_seqlen_q")
+        given |= {
+            "softmax_scale": call.scale,
+            "window_left": left,
+            "window_right": right,
+            "max_seqlen_q": kwargs["q"].shape[1] if max_seqlen_q is None else max_seqlen_q,
+            "max_seqlen_k": self.max_seqlen_k(),
+        }
+        return given
+
+    @property
+    def differentiable(self) -> list[str]:
+        """Names of the arguments that have a gradient."""
+        return ["q", "k", "v", *(name for name in ("qv", "sinks") if getattr(self, name) is not None)]
+
+    def logical(self, name: str) -> list[Tensor]:
+        """A differentiable argument by its sequences; the sinks, which belong to all of them, as a list of one."""
+        found = getattr(self, name)
+        return [found] if name == "sinks" else found
+
+    def requires_grad(self) -> dict[str, Tensor]:
+        """Makes contiguous leaves of the differentiable arguments, in place in this call; returns them by name."""
+        names = {NORMALISED.get(name, name): name for name in self.kwargs}
+        leaves = {}
+        for name in self.differentiable:
+            leaves[name] = self.kwargs[names[name]].detach().clone(memory_format=torch.contiguous_format)
+            self.kwargs[names[name]] = leaves[name].requires_grad_()
+        return leaves
+
+    def places(self, name: str) -> list[Tensor]:
+        """Where the rows of each sequence lie in ``x.flatten(0, -3)`` of q, k, v or qv."""
+        return self.slots if name in ("k", "v") else self.rows
 
     def scheduler_metadata(self, **overrides: Any) -> Tensor:
         call, kwargs = self.call, self.kwargs
@@ -157,9 +232,9 @@ class Built:
         """The length rule: what forward derives for this call."""
         if self.call.page_size:
             return self.kwargs["page_table"].shape[1] * self.call.page_size
-        if self.call.function == "kvcache":
-            return self.kwargs["k_cache"].shape[1]
-        return self.kwargs.get("max_seqlen_k") or max(self.call.seqlens_k)
+        if self.call.packs_keys:
+            return self.kwargs["max_seqlen_k"]
+        return self.kwargs["k_cache" if self.call.function == "kvcache" else "k"].shape[1]
 
     def live_mask(self) -> Tensor:
         """``(rows of out,)``: which rows a sequence owns."""
@@ -240,11 +315,12 @@ def _launch_options(call: Call) -> dict[str, int]:
 
 
 def _draw_descales(call: Call, device: torch.device) -> dict[str, Tensor]:
-    """Factors in [0.5, 1.5) by argument: of q only where it is 8-bit."""
+    """Factors in [0.5, 1.5) by argument."""
     if not call.descale:
         return {}
     shape = (call.batch, call.heads_kv)
-    names = ("k", "v") if call.descale == "kv" or call.dtype.itemsize > 1 else ("q", "k", "v")
+    without_q = call.descale == "kv" or (call.dtype.itemsize > 1 and call.descale != "all")
+    names = ("k", "v") if without_q else ("q", "k", "v")
     drawn = {f"{name}_descale": torch.rand(shape, device=device) + 0.5 for name in names}
     if call.descale == "one" and call.batch:
         drawn = {name: x[:1, :1].expand(shape) for name, x in drawn.items()}

@@ -1,13 +1,13 @@
-"""Assertions on a built call: live rows against the judge by the tolerance rule, dead rows and slots untouched."""
+"""Assertions on a built call: live rows and gradients against the judge by the tolerance rule, dead rows untouched."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import compare
+import tolerance
 import torch
 from calls import Built
-from judge import judge, largest_score
+from judge import judge, judge_gradients, largest_score
 from layouts import bytes_of
 from torch import Tensor
 
@@ -62,9 +62,11 @@ def check_split(built: Built, out: Tensor, lse: Tensor | None = None) -> None:
     if call.dtype == torch.float64:  # the judge's own dtype: only the order of the sums differs
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
     else:
-        naive = torch.cat(judge(built, call.dtype)[0])
-        factor = E4M3_OUT_FACTOR if call.dtype == torch.float8_e4m3fn else compare.OUT_FACTOR
-        compare.assert_close("out", actual, expected, naive, call.out_dtype, factor, str(call))
+        # The fallback has no tensor cores of 8 bits: it must be as good as bf16.
+        emulated = call.dtype == torch.float8_e4m3fn and out.device.type == "cuda"
+        naive = torch.cat(judge(built, call.dtype if emulated else call.out_dtype)[0])
+        factor = E4M3_OUT_FACTOR if emulated else tolerance.OUT_FACTOR
+        tolerance.assert_close("out", actual, expected, naive, call.out_dtype, factor, str(call))
     empty = (torch.cat(truth_lse, dim=1) == float("-inf")).all(dim=0)
     assert (actual[empty] == 0).all(), f"{call}: a row that sees no key must be 0"
     if lse is not None:
@@ -73,7 +75,7 @@ def check_split(built: Built, out: Tensor, lse: Tensor | None = None) -> None:
             atol += SOFTCAP_LSE_RTOL * min(call.softcap, largest_score(built))
         if out.device.type == "cuda" and call.dtype.itemsize == 1:
             atol += E4M3_SCORE_RTOL * largest_score(built)
-        compare.assert_lse(torch.cat(built.split_lse(lse), dim=1), torch.cat(truth_lse, dim=1), atol, str(call))
+        tolerance.assert_lse(torch.cat(built.split_lse(lse), dim=1), torch.cat(truth_lse, dim=1), atol, str(call))
 
 
 def check_dead_rows(built: Built, out: Tensor) -> None:
@@ -86,6 +88,48 @@ def check_dead_rows(built: Built, out: Tensor) -> None:
         inside = torch.zeros_like(store, dtype=torch.bool)
         inside.as_strided(out.shape, out.stride(), out.storage_offset()).fill_(True)
         assert store[~inside].isnan().all(), f"{built.call}: memory around out was written"
+
+
+def check_new_rows(built: Built, out: Tensor, lse: Tensor) -> None:
+    """Rows that no sequence owns, of results that the call allocated, are 0 and -inf."""
+    dead = ~built.live_mask()
+    assert (out.flatten(0, -3)[dead] == 0).all(), f"{built.call}: rows that no sequence owns must be 0"
+    by_row = lse.T if lse.dim() == 2 else lse.transpose(1, 2).flatten(0, 1)
+    assert (by_row[dead] == float("-inf")).all(), f"{built.call}: the LSE of rows that no sequence owns must be -inf"
+
+
+def check_gradients(
+    built: Built, gradients: dict[str, Tensor], grad_out: Tensor, grad_lse: Tensor | None = None
+) -> None:
+    """Gradients by name, shaped as the arguments, against the judge's; where nothing depends on one it must be 0."""
+    call = built.call
+    rows, columns = built.split(grad_out), None if grad_lse is None else built.split_lse(grad_lse)
+    truth = judge_gradients(built, torch.float64, rows, columns)
+    naive = judge_gradients(built, call.dtype, rows, columns)
+    # The backward pass reads out as it was stored: D = rowsum(dout * out) - dlse moves by what was rounded off.
+    moved_lse = []
+    for b, out in enumerate(judge(built)[0]):
+        rounded_off = ((out.to(call.dtype).double() - out) * rows[b].double()).sum(dim=-1).T
+        moved_lse.append((0.0 if columns is None else columns[b].double()) - rounded_off)
+    moved = judge_gradients(built, torch.float64, rows, moved_lse)
+    for name, actual in gradients.items():
+        expected, of_naive, of_moved = (_scattered(built, name, x[name], actual) for x in (truth, naive, moved))
+        assert (actual[expected == 0] == 0).all(), f"{call}: d{name} is not 0 where nothing depends on {name}"
+        noise = tolerance.max_error(of_moved, expected)
+        tolerance.assert_close(
+            f"d{name}", actual, expected, of_naive, actual.dtype, tolerance.GRADIENT_FACTOR, str(call), noise
+        )
+
+
+def _scattered(built: Built, name: str, sequences: list[Tensor], like: Tensor) -> Tensor:
+    """The sequences of an argument where they lie in it, 0 elsewhere."""
+    if name == "sinks":
+        return sequences[0]
+    placed = torch.zeros(like.flatten(0, -3).shape, dtype=sequences[0].dtype if sequences else like.dtype)
+    placed = placed.to(like.device)
+    for x, place in zip(sequences, built.places(name), strict=True):
+        placed[place] = x
+    return placed.view(like.shape)
 
 
 def check_appended(built: Built, before: dict[str, Tensor]) -> None:

@@ -1,56 +1,58 @@
-"""What a built call must give: textbook attention of its logical sequences, in any dtype, e4m3 included."""
+"""What a built call must give: the oracle on its logical sequences, in any dtype, e4m3 included, and its gradients."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import oracle
 import torch
 from calls import Built
 from torch import Tensor
 
-#: Kernels of 8-bit inputs hand P to the tensor cores in e4m3, whose smallest normal number is 2^-6. P, at most 1
-#: against the row maximum, is scaled by this much beforehand: weights down to 2^-14 keep their three bits.
-E4M3_P_SCALE = 256.0
-
 
 def judge(built: Built, dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], list[Tensor]]:
-    """Per sequence ``(sq, Hq, Dv)`` and ``(Hq, sq)`` by textbook attention in ``dtype``, heads batched.
+    """Per sequence ``(sq, Hq, Dv)`` and ``(Hq, sq)`` by the oracle in ``dtype``.
 
     In fp64 it is the truth: 8-bit inputs are what their numbers times their factors are. In the dtype of the call's q
     it is the naive implementation whose error sets the tolerance, on an 8-bit cache dequantised to 16 bits if q has 16.
-    For e4m3, which has no arithmetic, that is an emulation of what any kernel on 8-bit tensor cores does: S in fp32, P
-    against the row maximum times E4M3_P_SCALE rounded to e4m3, P V in fp32, the row sum of the P that was not rounded,
-    one division at the end, and the output stored in bf16.
+    For e4m3, which has no arithmetic, that is an emulation of what any kernel on 8-bit tensor cores does: the oracle's,
+    in fp32, with the output stored in bf16.
     """
     call, outs, lses = built.call, [], []
     emulated, dtype = dtype.itemsize == 1, torch.float32 if dtype.itemsize == 1 else dtype
-    left, right = call.normalized_window
     for b in range(len(built.q)):
         q, k, v = (_scaled(built, name, b, dtype) for name in ("q", "k", "v"))
-        sq, sk, group = len(q), len(k), call.heads_q // call.heads_kv
-        if sq == 0 or sk == 0:
-            outs.append(torch.zeros(sq, call.heads_q, call.dim_v, dtype=dtype, device=q.device))
-            lses.append(torch.full((call.heads_q, sq), float("-inf"), dtype=dtype, device=q.device))
-            continue
-        keys, values = (x.repeat_interleave(group, dim=1).transpose(0, 1) for x in (k, v))
-        scores = q.transpose(0, 1) @ keys.transpose(1, 2)
-        if built.qv is not None:
-            scores = scores + built.qv[b].to(dtype).transpose(0, 1) @ values.transpose(1, 2)
-        scores = scores * call.scale
-        if call.softcap > 0:
-            scores = call.softcap * torch.tanh(scores / call.softcap)
-        prefix = call.prefix[b] if call.prefix else None
-        mask = oracle.visible(sq, sk, left, right, call.attention_chunk, prefix, q.device)
-        scores = scores.masked_fill(~mask, float("-inf"))
-        if built.sinks is not None:
-            sink = built.sinks.to(dtype)[:, None, None].expand(-1, sq, 1)
-            scores = torch.cat((scores, sink), dim=2)
-        empty = ~mask.any(dim=1)
-        softmax = _softmax_of_e4m3(scores, sk) if emulated else torch.softmax(scores, dim=2)
-        weights = softmax.masked_fill(empty[None, :, None], 0.0)[:, :, :sk]
-        out = (weights @ values).transpose(0, 1)
+        qv = None if built.qv is None else built.qv[b].to(dtype)
+        out, lse = oracle.attention(q, k, v, call.rule(b), qv=qv, sinks=built.sinks, e4m3=emulated)
         outs.append(out.to(call.out_dtype).to(dtype) if emulated else out)
-        lses.append(torch.logsumexp(scores, dim=2).masked_fill(empty, float("-inf")))
+        lses.append(lse)
     return outs, lses
+
+
+def judge_gradients(
+    built: Built, dtype: torch.dtype, grad_out: list[Tensor], grad_lse: list[Tensor] | None
+) -> dict[str, list[Tensor]]:
+    """The gradients in ``dtype`` by name: of each sequence's q, k, v and qv, and of the sinks as a list of one.
+
+    grad_out, grad_lse: per sequence, as `judge` returns the results. An LSE of -inf has no gradient.
+    """
+    leaves = {
+        name: [x.detach().to(dtype).requires_grad_() for x in built.logical(name)] for name in built.differentiable
+    }
+    given = dataclasses.replace(built, **{name: x for name, x in leaves.items() if name != "sinks"})
+    if "sinks" in leaves:
+        (given.sinks,) = leaves["sinks"]
+    outs, lses = judge(given, dtype)
+    loss = torch.zeros((), dtype=dtype)
+    for out, part in zip(outs, grad_out, strict=True):
+        loss = loss + (out * part.to(dtype)).sum()
+    for lse, part in zip(lses, grad_lse or (), strict=grad_lse is not None):
+        loss = loss + (lse.masked_fill(lse == float("-inf"), 0.0) * part.to(dtype)).sum()
+    flat = [x for found in leaves.values() for x in found]
+    # Where no query sees a key, nothing depends on the inputs.
+    found = torch.autograd.grad(loss, flat, allow_unused=True) if loss.requires_grad else [None] * len(flat)
+    gradients = iter([torch.zeros_like(x) if g is None else g for x, g in zip(flat, found, strict=True)])
+    return {name: [next(gradients) for _ in tensors] for name, tensors in leaves.items()}
 
 
 def _scaled(built: Built, name: str, b: int, dtype: torch.dtype) -> Tensor:
@@ -63,14 +65,6 @@ def _scaled(built: Built, name: str, b: int, dtype: torch.dtype) -> Tensor:
     wide = torch.promote_types(dtype, torch.float32)
     factor = descale[b].to(wide).repeat_interleave(x.shape[1] // built.call.heads_kv)
     return (x.to(wide) * factor[None, :, None]).to(dtype)
-
-
-def _softmax_of_e4m3(scores: Tensor, sk: int) -> Tensor:
-    """Softmax weights of scores ``(H, sq, sk)``, or one column more for a sink, as e4m3 holds them."""
-    row_max = scores[:, :, :sk].amax(dim=2, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
-    p = torch.exp(scores - row_max)
-    rounded = (p * E4M3_P_SCALE).clamp(max=448.0).to(torch.float8_e4m3fn).to(scores.dtype) / E4M3_P_SCALE
-    return rounded / p.sum(dim=2, keepdim=True)
 
 
 def largest_score(built: Built) -> float:

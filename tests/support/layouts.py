@@ -57,12 +57,14 @@ def _offsets(lengths: list[int], device: torch.device) -> Tensor:
 
 def place_queries(built: Built, device: torch.device) -> None:
     call, kwargs = built.call, built.kwargs
-    packed = call.function == "varlen" or call.ragged_q
+    packed = call.packs_queries
     if not packed:
-        seqlen_q = call.seqlens_q[0] if call.seqlens_q else 0
-        assert all(n == seqlen_q for n in call.seqlens_q), "dense q has one length"
+        seqlen_q = max(call.seqlens_q, default=0) + call.slack_q
         lead: tuple[int, ...] = (call.batch, seqlen_q)
         starts = [b * seqlen_q for b in range(call.batch)]
+        if any(n != seqlen_q for n in call.seqlens_q):
+            assert call.function == "mha_fwd", "dense q has one length"
+            kwargs["seqused_q"] = int32(call.seqlens_q, device)
     else:
         capacity = [n + call.slack_q for n in call.seqlens_q]
         lead = (sum(capacity) + call.tail,)
@@ -91,7 +93,7 @@ def _place_rows(
         x = torch.full((*lead, call.heads_q + spare, width + gap), NAN, **options)[..., : call.heads_q, :width]
     for b, sequence in enumerate(rows):
         if starts is None:
-            bytes_of(x)[b] = bytes_of(sequence)
+            bytes_of(x)[b, : len(sequence)] = bytes_of(sequence)
         else:
             bytes_of(x)[starts[b] : starts[b] + len(sequence)] = bytes_of(sequence)
     return x
@@ -107,29 +109,35 @@ def place_keys(built: Built, device: torch.device, rng: random.Random) -> None:
     names = ("k_cache", "v_cache") if call.function == "kvcache" else ("k", "v")
 
     if call.page_size:
-        k, v = _paged(built, device, rng, ends, leftpad, stored)
-    elif call.function == "varlen":
-        capacity = [n + call.slack_k for n in call.seqlens_k]
+        (k, v), slots = _paged(built, device, rng, ends)
+    elif call.packs_keys:
+        capacity = [end + call.slack_k for end in ends]
         k, v = key_store(call, (sum(capacity) + call.tail,), device)
-        for b, n in enumerate(call.seqlens_k):
-            start = sum(capacity[:b])
-            bytes_of(k)[start : start + n], bytes_of(v)[start : start + n] = _stored(built, b, n)
+        slots = [torch.arange(end, device=device) + sum(capacity[:b]) for b, end in enumerate(ends)]
         kwargs["cu_seqlens_k"] = _offsets(capacity, device)
         kwargs["max_seqlen_k"] = max(capacity, default=0) + call.max_seqlen_slack
         if call.slack_k:
-            kwargs["seqused_k"] = int32(call.seqlens_k, device)
+            kwargs["seqused_k"] = int32(ends, device)
     else:
         owners = list(range(call.batch))
         if call.batch_idx:
             owners = rng.sample(range(call.batch + 2), call.batch)
             kwargs["cache_batch_idx"] = int32(owners, device)
-        rows = call.batch + 2 if call.batch_idx else call.batch
-        k, v = key_store(call, (rows, max(ends, default=0) + call.slack_k), device)
-        for b, n in enumerate(stored):
-            place = (owners[b], slice(leftpad[b], leftpad[b] + n))
+        rows, capacity_k = call.batch + 2 if call.batch_idx else call.batch, max(ends, default=0) + call.slack_k
+        k, v = key_store(call, (rows, capacity_k), device)
+        slots = [torch.arange(end, device=device) + owners[b] * capacity_k for b, end in enumerate(ends)]
+        if call.function == "mha_fwd" and any(end != capacity_k for end in ends):
+            kwargs["seqused_k"] = int32(ends, device)
+    built.slots = [rows[pad:] for rows, pad in zip(slots, leftpad, strict=False)]
+    for b, n in enumerate(stored):
+        rows = built.slots[b][:n]
+        place = (rows,) if k.dim() == 3 else (rows // k.shape[1], rows % k.shape[1])
+        if n:
             bytes_of(k)[place], bytes_of(v)[place] = _stored(built, b, n)
     kwargs[names[0]], kwargs[names[1]] = k, v
 
+    if call.function == "mha_fwd" and call.leftpad:
+        kwargs["cache_leftpad"] = int32(call.leftpad, device)
     if call.function == "kvcache":
         kwargs["cache_seqlens"] = int32([pad + n for pad, n in zip(leftpad, stored, strict=False)], device)
         if call.leftpad:
@@ -150,9 +158,7 @@ def _seen(built: Built, b: int) -> Tensor:
     call, k = built.call, built.k[b]
     if call.num_new:
         return torch.ones(len(k), dtype=torch.bool, device=k.device)
-    left, right = call.normalized_window
-    prefix = call.prefix[b] if call.prefix else None
-    return oracle.visible(len(built.q[b]), len(k), left, right, call.attention_chunk, prefix, k.device).any(dim=0)
+    return oracle.visible(len(built.q[b]), len(k), call.rule(b), k.device).any(dim=0)
 
 
 def _place_new_keys(built: Built, device: torch.device, stored: list[int]) -> None:
@@ -190,10 +196,10 @@ def key_store(call: Call, lead: tuple[int, ...], device: torch.device) -> tuple[
     return k, v
 
 
-def _paged(
-    built: Built, device: torch.device, rng: random.Random, ends: list[int], leftpad: Any, stored: list[int]
-) -> tuple[Tensor, Tensor]:
+def _paged(built: Built, device: torch.device, rng: random.Random, ends: list[int]) -> Any:
+    """K and V, and for each sequence the slots of its cache rows; the page table joins the arguments."""
     call, kwargs, size = built.call, built.kwargs, built.call.page_size
+    leftpad = call.leftpad or (0,) * call.batch
     needed = [-(-end // size) for end in ends]
     width = max(needed, default=0) + (1 + call.slack_k // size if call.slack_k else 0)
     width = max(width, 1)
@@ -203,7 +209,7 @@ def _paged(
     num_rows = call.batch + 2 if call.batch_idx else call.batch
     owners = rng.sample(range(num_rows), call.batch) if call.batch_idx else list(range(call.batch))
     table = [[rng.choice(GARBAGE_PAGES) for _ in range(width)] for _ in range(num_rows)]
-    slots = []  # per sequence: flat slot of each cache row
+    slots = []
     for b, count in enumerate(needed):
         pages = [ids.pop() * step for _ in range(count)]
         seen = _seen(built, b).tolist()
@@ -211,20 +217,15 @@ def _paged(
             first, last = (max(edge * size - leftpad[b], 0) for edge in (column, column + 1))
             if not call.freed_entries or any(seen[first:last]):
                 table[owners[b]][column] = pages[column]
-        slots.append([pages[row // size] * size + row % size for row in range(ends[b])])
+        flat = [pages[row // size] * size + row % size for row in range(ends[b])]
+        slots.append(torch.tensor(flat, dtype=torch.long, device=device))
 
-    k, v = key_store(call, (num_pages * step, size), device)
-    for b, n in enumerate(stored):
-        if n == 0:
-            continue
-        flat = torch.tensor(slots[b][leftpad[b] : leftpad[b] + n], device=device)
-        place = (flat // size, flat % size)
-        bytes_of(k)[place], bytes_of(v)[place] = _stored(built, b, n)
     kwargs["page_table"] = torch.tensor(table, dtype=torch.int32, device=device).reshape(num_rows, width)
     if call.batch_idx:
         kwargs["cache_batch_idx"] = int32(owners, device)
+    if call.function in ("varlen", "mha_fwd"):
+        kwargs["seqused_k"] = int32(ends, device)
     if call.function == "varlen":
-        kwargs["seqused_k"] = int32(call.seqlens_k, device)
         kwargs["cu_seqlens_k"] = None
         kwargs["max_seqlen_k"] = width * size
-    return k, v
+    return key_store(call, (num_pages * step, size), device), slots

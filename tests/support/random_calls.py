@@ -98,6 +98,45 @@ def random_call(
     return call.with_(qv=rng.random() < qv) if qv else call
 
 
+def drawn_call(
+    rng: random.Random,
+    batch: int = 3,
+    longest_q: int = 17,
+    longest_k: int = 43,
+    used_q: bool = False,
+    used_k: bool = False,
+    leftpad: bool = False,
+    prefix: bool = False,
+    **options: Any,
+) -> Call:
+    """A call of mha_fwd whose lengths are random, ``longest_q`` and ``longest_k`` at most, and reached by one sequence.
+
+    Dense q and k are full but where they are ``used_q`` and ``used_k``; packed ones have dead rows behind theirs then.
+    """
+    options = {"heads_q": 4, "heads_kv": 2, "head_dim": 16, "dtype": torch.float32, **options}
+    packed_q, packed_k = options.get("ragged_q"), options.get("packed_k")
+    seqlens_q = _lengths(rng, batch, longest_q) if packed_q or used_q else [longest_q] * batch
+    full_k = not (packed_k or used_k or options.get("page_size"))
+    ends = [longest_k] * batch if full_k else _lengths(rng, batch, longest_k)
+    if leftpad:
+        options["leftpad"] = tuple(rng.randint(0, end) for end in ends)
+        ends = [end - pad for end, pad in zip(ends, options["leftpad"], strict=True)]
+    if prefix:
+        options["prefix"] = tuple(rng.randint(0, longest_k + 3) for _ in ends)
+    if packed_q or packed_k:
+        options["tail"] = rng.choice((0, rng.randint(1, 5)))
+    slack = {"slack_q": rng.randint(1, 4) if used_q else 0, "slack_k": rng.randint(1, 4) if used_k else 0}
+    return Call("mha_fwd", tuple(seqlens_q), tuple(ends), **{**slack, **options})
+
+
+def _lengths(rng: random.Random, batch: int, longest: int) -> list[int]:
+    """Random lengths whose largest is ``longest``; among three or more one is 0."""
+    lengths = [rng.randint(0, longest) for _ in range(batch)]
+    for spot, length in zip(rng.sample(range(batch), min(batch, 1 + (batch > 2))), (longest, 0)):
+        lengths[spot] = length
+    return lengths
+
+
 def takes_e4m3_cache(call: Call) -> bool:
     """Whether the keys of a call may be 8-bit beside 16-bit queries: a cache that is read, by a decode kernel."""
     cached = call.function == "kvcache" or call.page_size > 0
