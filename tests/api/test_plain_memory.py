@@ -5,7 +5,8 @@ from __future__ import annotations
 import broadhead
 import pytest
 import torch
-from entries import KINDS, Watching, backward_entries, check_kind, entries, tensor_arguments
+from entries import backward_entries, entries, tensor_arguments
+from tensor_kinds import KINDS, Watching, check_kind
 
 NAMES = sorted({name for name, _ in tensor_arguments()})
 

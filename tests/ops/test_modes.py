@@ -15,7 +15,8 @@ import pytest
 import torch
 from broadhead import UnsupportedError
 from broadhead.run import metadata as metadata_module
-from entries import Entry, Passing, Subclass, Wrapper, backward_entries, entries
+from entries import Entry, backward_entries, entries
+from tensor_kinds import Passing, Subclass, Wrapper
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad

@@ -10,7 +10,8 @@ from typing import Any
 
 import broadhead
 import torch
-from entries import KINDS, Entry, Passing, memory_of
+from entries import Entry
+from tensor_kinds import KINDS, Passing, memory_of
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
