@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
+import json
+import os
+import subprocess
 import sys
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from broadhead import support
 from broadhead.support import KernelRow
+from edge_rows import ONE_OF_A_KIND
+from forced_rows import FILE_VARIABLE
 
-GPU_TESTS = Path(__file__).parent / "gpu"
-sys.path.insert(0, str(GPU_TESTS))
+TESTS = Path(__file__).resolve().parents[1]
 
 #: Tests that are about some rows of a phase: what those have. All others take every row of the phases that they take.
 PARTS = {
@@ -26,31 +27,10 @@ PARTS = {
     "test_gpu_graphs.test_prefill_in_a_graph": lambda row: row.dtype != "fp16",
     "test_curated.test_prefill_row": lambda row: row.dtype != "fp16" or bool(row.requires),
     # Sanitizers take seconds a call; test_gpu_edges takes every row.
-    "test_curated.test_edges": lambda row: row in importlib.import_module("edge_rows").ONE_OF_A_KIND,
+    "test_curated.test_edges": lambda row: row in ONE_OF_A_KIND,
 }
 
-ParameterSet = type(pytest.param())
 Forced = dict[str, frozenset[KernelRow]]
-
-
-def forced_rows(modules: Iterable[ModuleType]) -> Forced:
-    """The rows that each test function of the modules is parametrised with, by ``module.function``."""
-    found = {}
-    for module in modules:
-        for name, function in vars(module).items():
-            rows = frozenset(_rows_of(function)) if name.startswith("test_") else frozenset()
-            if rows:
-                found[f"{module.__name__}.{name}"] = rows
-    return found
-
-
-def _rows_of(function: object) -> Iterator[KernelRow]:
-    for mark in getattr(function, "pytestmark", ()):
-        if mark.name != "parametrize":
-            continue
-        for value in mark.args[1]:
-            values = value.values if isinstance(value, ParameterSet) else value if type(value) is tuple else (value,)
-            yield from (x for x in values if isinstance(x, KernelRow))
 
 
 def left_out(forced: Forced, table: tuple[KernelRow, ...]) -> dict[str, list[str]]:
@@ -66,9 +46,18 @@ def left_out(forced: Forced, table: tuple[KernelRow, ...]) -> dict[str, list[str
 
 
 @pytest.fixture(scope="module")
-def forced() -> Forced:
-    names = sorted(path.stem for path in GPU_TESTS.glob("test_*.py"))
-    return forced_rows(importlib.import_module(name) for name in names)
+def forced(tmp_path_factory: pytest.TempPathFactory) -> Forced:
+    """The rows that each test function of the GPU suite is collected with, by ``module.function``."""
+    target = tmp_path_factory.mktemp("forced") / "rows.json"
+    path = os.pathsep.join([str(TESTS / "support"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, FILE_VARIABLE: str(target)}
+    environment.pop("BROADHEAD_TEST_SHARD", None)
+    command = [sys.executable, "-m", "pytest", str(TESTS / "gpu"), "-p", "forced_rows", "--collect-only", "-q"]
+    command += ["-c", str(TESTS.parent / "pyproject.toml"), "-p", "no:cacheprovider"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr
+    rows = {row.id: row for row in support.ROWS}
+    return {test: frozenset(rows[i] for i in ids) for test, ids in json.loads(target.read_text()).items()}
 
 
 FORWARD = tuple(row for row in support.ROWS if row.direction == "forward")

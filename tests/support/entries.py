@@ -140,8 +140,8 @@ def _of_caches(draw: Draw) -> dict[str, Entry]:
             broadhead.mha_fwd,
             {
                 "q": decode["q"], "k": draw.caches()["k_cache"], "v": draw.caches()["v_cache"],
-                "k_new": randn(2, 1, 2, 64), "v_new": randn(2, 1, 2, 64), "seqused_k": int32(20, 33), "page_table": int32(*PAGES),
-                "kv_batch_idx": int32(1, 0),
+                "k_new": randn(2, 1, 2, 64), "v_new": randn(2, 1, 2, 64), "seqused_k": int32(20, 33),
+                "page_table": int32(*PAGES), "kv_batch_idx": int32(1, 0),
             },
             {"causal": True},
             ("k", "v"),
