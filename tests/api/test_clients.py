@@ -234,35 +234,17 @@ def test_hugging_face_continuous_batching(window: tuple[int, int]) -> None:
     )
     built = build(call, CPU)
     kw = built.kwargs
-    out = (
-        broadhead.flash_attn_with_kvcache(
-            kw["q"],
-            kw["k_cache"],
-            kw["v_cache"],
-            kw["k"],
-            kw["v"],
-            cache_seqlens=kw["cache_seqlens"],
-            page_table=kw["page_table"],
-            causal=True,
-            softmax_scale=0.125,
-            window_size=window,
-            deterministic=False,
-        )
-        if "deterministic" in inspect.signature(broadhead.flash_attn_with_kvcache).parameters
-        else (
-            broadhead.flash_attn_with_kvcache(
-                kw["q"],
-                kw["k_cache"],
-                kw["v_cache"],
-                kw["k"],
-                kw["v"],
-                cache_seqlens=kw["cache_seqlens"],
-                page_table=kw["page_table"],
-                causal=True,
-                softmax_scale=0.125,
-                window_size=window,
-            )
-        )
+    out = broadhead.flash_attn_with_kvcache(
+        kw["q"],
+        kw["k_cache"],
+        kw["v_cache"],
+        kw["k"],
+        kw["v"],
+        cache_seqlens=kw["cache_seqlens"],
+        page_table=kw["page_table"],
+        causal=True,
+        softmax_scale=0.125,
+        window_size=window,
     )
     check_against(built, out)
 

@@ -99,7 +99,7 @@ def test_ragged_lengths_are_seeded() -> None:
 
 
 def test_turns_are_even() -> None:
-    order = timing._turns([3, 12, 0, 6])
+    order = timing.spread_turns([3, 12, 0, 6])
     assert [order.count(i) for i in range(4)] == [3, 12, 0, 6]
     # Spread over the whole run: the rarest one has a turn in each third of the frequent one's.
     places = [i for i, turn in enumerate(order) if turn == 0]

@@ -208,8 +208,8 @@ def test_rows_serve_their_own_dtypes(dtype: str, seqlen_q: int, tile: str) -> No
     for other in (problem(dtype=dtype, seqlen_q=seqlen_q), problem(dtype=NAME, seqlen_q=seqlen_q, features=features)):
         plan = dispatch.resolve(other, h200(), FULL)
         assert plan.row is not None and not plan.row.kv_dtype
-    refused = dispatch._request_refusal(MIXED_ROWS[0], problem(), ("lse",))
-    assert refused == f"takes dtype bf16 over {NAME} k and v, not bf16"
+    reasons = {refusal.row_id: refusal.reason for refusal in dispatch.refusals(problem(), h200(), FULL)}
+    assert reasons[MIXED_ROWS[0].id] == f"takes dtype bf16 over {NAME} k and v, not bf16"
 
 
 def test_refusals_name_both_dtypes() -> None:

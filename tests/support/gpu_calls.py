@@ -90,7 +90,7 @@ def within(row: support.KernelRow, call: Call) -> Call:
 
 def cache_dtype(row: support.KernelRow) -> str:
     """The dtype of k and v that the row is for: that of q unless the table says otherwise."""
-    return getattr(row, "kv_dtype", None) or row.dtype
+    return row.kv_dtype or row.dtype
 
 
 def row_call(row: support.KernelRow, function: str, seqlens_q: tuple, seqlens_k: tuple, **options) -> Call:
