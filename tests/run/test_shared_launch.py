@@ -14,7 +14,7 @@ from broadhead.run import cuda_backend
 from broadhead.run import shared_prefix as shared_launch
 from broadhead.run.shared_prefix import MAX_ELEMENTS, MAX_WORK, Composed, OneLaunch, decide
 from described import FULL, h200, problem, schedule
-from test_cuda_backend_host import Recorder, recorder  # noqa: F401
+from recorder import Recorder
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_other_rows_do_not_read_it() -> None:
         (step(3, heads=(32, 4), dim=512), 2 * 16 + (2 * 132 + 16) * 24 * 513),
     ],
 )
-def test_workspace(recorder: Recorder, args: AttentionArgs, size: int) -> None:  # noqa: F811
+def test_workspace(recorder: Recorder, args: AttentionArgs, size: int) -> None:
     """As launch_decode counts: of what the call declares."""
     decision = decide(args, 40)
     assert isinstance(decision, OneLaunch)
