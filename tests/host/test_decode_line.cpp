@@ -1,5 +1,5 @@
-// decode/line.h: whatever the batch, every key block of every tile is in exactly one part, parts lie where the combine
-// looks for them, and the blocks of the grid share the work as promised.
+// decode/stream_k.h: whatever the batch, every n_block of every tile is in exactly one split, splits lie where the
+// combine looks for them, and the CTAs of the grid get as much work as promised.
 #include <array>
 #include <cstring>
 
@@ -11,76 +11,77 @@ namespace {
 using namespace host_test;
 using broadhead::ceil_div;
 using broadhead::decode::interval_of;
-using broadhead::decode::kUsedAtLeast;
-using broadhead::decode::kUsedOf;
+using broadhead::decode::kCtasOf;
+using broadhead::decode::kCtasUsedAtLeast;
 using broadhead::decode::Workspace;
 
 // How often the random calls had what the checks below are about: none of them may be idle.
 struct Seen {
-  // only_cost: blocks whose interval holds no key block.
-  int split_tiles, passes, rule, rule_splits, rule_whole, unequal, long_q, long_k, cells, only_cost, unbounded,
+  // only_cost: CTAs whose interval holds no n_block.
+  int split_tiles, passes, rule, rule_splits, rule_whole, unequal, long_q, long_k, fixed_splits, only_cost, unbounded,
       one_token;
 } seen{};
 
-// A call, and the items of all blocks of its grid.
-struct Line {
+// A call, and the items of all CTAs of its grid.
+struct Schedule {
   const Call& call;
   std::vector<SequenceWork> works;
-  LineSum sum;
-  std::vector<LineInterval> intervals;
-  std::vector<std::vector<LineItem>> items;
+  WorkSum sum;
+  std::vector<CtaInterval> intervals;
+  std::vector<std::vector<WorkItem>> items;
 
-  explicit Line(const Call& call_) : call(call_), works(works_of(call_)), sum(sum_of(call_, works)) {
+  explicit Schedule(const Call& call_) : call(call_), works(works_of(call_)), sum(sum_of(call_, works)) {
     for (int g = 0; g < call.available; ++g) {
       intervals.push_back(interval_of(call.params, sum, g, call.available, call.least));
     }
-    const auto starts = starts_on_line(call, works, tile_cost());
-    for (const LineInterval& interval : intervals) items.push_back(walk(call, works, starts, interval));
+    const auto starts = sequence_starts(call, works, tile_cost());
+    for (const CtaInterval& interval : intervals) items.push_back(walk(call, works, starts, interval));
   }
 
   int tile_cost() const { return intervals[0].tile_cost; }
-  bool in_cells() const { return call.params.cell_blocks > 0; }
+  bool has_fixed_splits() const { return call.params.cell_blocks > 0; }
 };
 
-std::array<int, 3> tile_of(const LineItem& item) { return {item.batch, item.head, item.m_block}; }
+std::array<int, 3> tile_of(const WorkItem& item) { return {item.batch, item.head, item.m_block}; }
 
-// Intervals follow each other from the begin of the line to its end.
-void check_intervals(const Line& line) {
-  const std::string words = line.call.words();
+// Intervals follow each other from the begin of the schedule to its end.
+void check_intervals(const Schedule& schedule) {
+  const std::string words = schedule.call.words();
   long long next = 0;
   int shortest = 0x7fffffff, longest = 0, used = 0;
-  for (int g = 0; g < line.call.available; ++g) {
-    const LineInterval& interval = line.intervals[g];
-    CHECK(interval.tile_cost == line.tile_cost() && interval.length >= 0, "block %d; %s", g, words.c_str());
+  for (int g = 0; g < schedule.call.available; ++g) {
+    const CtaInterval& interval = schedule.intervals[g];
+    CHECK(interval.tile_cost == schedule.tile_cost() && interval.length >= 0, "CTA %d; %s", g, words.c_str());
     if (interval.length == 0) continue;
-    CHECK(interval.begin == next, "block %d begins at %lld, not %lld; %s", g, interval.begin, next, words.c_str());
+    CHECK(interval.begin == next, "CTA %d begins at %lld, not %lld; %s", g, interval.begin, next, words.c_str());
     next = interval.begin + interval.length;
     used = g + 1;
   }
-  CHECK(next == line.sum.positions(line.tile_cost()), "the line ends at %lld; %s", next, words.c_str());
-  if (line.tile_cost() != line.call.params.tile_cost || used == 0) return;
-  if (line.in_cells()) used = line.call.available;
+  CHECK(next == schedule.sum.positions(schedule.tile_cost()), "the schedule ends at %lld; %s", next, words.c_str());
+  if (schedule.tile_cost() != schedule.call.params.tile_cost || used == 0) return;
+  if (schedule.has_fixed_splits()) used = schedule.call.available;
   for (int g = 0; g < used; ++g) {
-    shortest = std::min(shortest, line.intervals[g].length);
-    longest = std::max(longest, line.intervals[g].length);
+    shortest = std::min(shortest, schedule.intervals[g].length);
+    longest = std::max(longest, schedule.intervals[g].length);
   }
   CHECK(longest - shortest <= 1, "intervals of %d to %d positions; %s", shortest, longest, words.c_str());
-  CHECK(line.in_cells() || used == 1 || shortest >= line.call.least, "an interval of %d; %s", shortest, words.c_str());
-  seen.unequal += !line.in_cells() && longest > 0;
+  CHECK(schedule.has_fixed_splits() || used == 1 || shortest >= schedule.call.least, "an interval of %d; %s", shortest,
+        words.c_str());
+  seen.unequal += !schedule.has_fixed_splits() && longest > 0;
 }
 
-// Every tile in order, from its first key block to its last; what its parts say of themselves.
-void check_coverage(const Line& line) {
-  const Call& call = line.call;
+// Every tile in order, from its first n_block to its last; what its splits say of themselves.
+void check_coverage(const Schedule& schedule) {
+  const Call& call = schedule.call;
   const DecodeParams& params = call.params;
   const std::string words = call.words();
   const int most_m_blocks = ceil_div(params.seqlen_q * params.rows_per_token, call.tile_m);
   std::array<int, 3> tile{0, 0, -1};  // the one before the first
-  int end = 0, tile_end = 0, parts = 0;
+  int end = 0, tile_end = 0, splits = 0;
   long long tiles = 0;
-  for (const auto& block : line.items) {
-    for (const LineItem& item : block) {
-      const SequenceWork& work = line.works[item.batch];
+  for (const auto& cta : schedule.items) {
+    for (const WorkItem& item : cta) {
+      const SequenceWork& work = schedule.works[item.batch];
       CHECK(item.range.begin < item.range.end, "an empty item; %s", words.c_str());
       CHECK(std::memcmp(&item.seqlen, &work.seqlen, sizeof(item.seqlen)) == 0, "lengths of an item; %s", words.c_str());
       if (tile_of(item) != tile) {
@@ -91,95 +92,96 @@ void check_coverage(const Line& line) {
         tile = tile_of(item);
         end = work.begin;
         tile_end = work.end;
-        parts = 0;
+        splits = 0;
         ++tiles;
       }
-      CHECK(item.range.begin == end, "a part begins at %d, not %d; %s", item.range.begin, end, words.c_str());
+      CHECK(item.range.begin == end, "a split begins at %d, not %d; %s", item.range.begin, end, words.c_str());
       end = item.range.end;
       const bool whole = item.range.begin == work.begin && end == work.end;
-      CHECK((item.is_part == 0) == whole, "is_part of [%d, %d); %s", item.range.begin, end, words.c_str());
-      if (line.in_cells()) {
-        CHECK(item.part == parts && item.goes_on == 0, "cell %d is %d; %s", parts, item.part, words.c_str());
+      CHECK((item.is_split == 0) == whole, "is_split of [%d, %d); %s", item.range.begin, end, words.c_str());
+      if (schedule.has_fixed_splits()) {
+        CHECK(item.split == splits && item.goes_on == 0, "split %d is %d; %s", splits, item.split, words.c_str());
       } else {
-        CHECK((item.part != 0) == (item.range.begin > work.begin), "part of %d; %s", item.range.begin, words.c_str());
+        CHECK((item.split != 0) == (item.range.begin > work.begin), "split of %d; %s", item.range.begin, words.c_str());
         CHECK((item.goes_on != 0) == (end < work.end), "goes_on of %d; %s", end, words.c_str());
       }
-      ++parts;
-      CHECK(params.num_splits <= 0 || parts <= params.num_splits, "%d parts; %s", parts, words.c_str());
+      ++splits;
+      CHECK(params.num_splits <= 0 || splits <= params.num_splits, "%d splits; %s", splits, words.c_str());
     }
   }
-  CHECK(end == tile_end && tiles == line.sum.tiles, "%lld of %d tiles; %s", tiles, line.sum.tiles, words.c_str());
+  CHECK(end == tile_end && tiles == schedule.sum.tiles, "%lld of %d tiles; %s", tiles, schedule.sum.tiles,
+        words.c_str());
 }
 
-// What decode_kernel and combine_kernel do with the parts of a balanced call: each split tile is merged once, from
+// What decode_kernel and combine_kernel do with the splits of a stream-K call: each split tile is merged once, from
 // slots that hold all of it.
-void check_parts(const Line& line) {
-  const Call& call = line.call;
+void check_splits(const Schedule& schedule) {
+  const Call& call = schedule.call;
   const std::string words = call.words();
-  const int blocks = call.available;
-  std::vector<const LineItem*> slots(2 * blocks), begun(blocks);
-  std::vector<bool> passes(blocks);
+  const int ctas = call.available;
+  std::vector<const WorkItem*> slots(2 * ctas), begun(ctas);
+  std::vector<bool> passes(ctas);
   int split_tiles = 0, merged = 0;
-  for (int g = 0; g < blocks; ++g) {
-    for (const LineItem& item : line.items[g]) {
-      if (item.is_part == 0) continue;
-      const LineItem*& slot = slots[Workspace{}.slot(call.params, item, g)];
-      CHECK(slot == nullptr, "block %d has two parts for a slot; %s", g, words.c_str());
+  for (int g = 0; g < ctas; ++g) {
+    for (const WorkItem& item : schedule.items[g]) {
+      if (item.is_split == 0) continue;
+      const WorkItem*& slot = slots[Workspace{}.slot(call.params, item, g)];
+      CHECK(slot == nullptr, "CTA %d has two splits for a slot; %s", g, words.c_str());
       slot = &item;
       if (item.goes_on == 0) continue;
-      (item.part == 0 ? begun[g] = &item : (passes[g] = true, nullptr));
-      split_tiles += item.part == 0;
+      (item.split == 0 ? begun[g] = &item : (passes[g] = true, nullptr));
+      split_tiles += item.split == 0;
     }
-    seen.only_cost += line.items[g].empty() && line.intervals[g].length > 0;
+    seen.only_cost += schedule.items[g].empty() && schedule.intervals[g].length > 0;
     seen.passes += passes[g];
   }
-  for (int g = 0; g < blocks; ++g) {
+  for (int g = 0; g < ctas; ++g) {
     if (begun[g] == nullptr) continue;
     ++merged;
-    int parts = 2;
-    while (g + parts - 1 < blocks && passes[g + parts - 1]) ++parts;
-    int end = line.works[begun[g]->batch].begin;
-    for (int part = 0; part < parts; ++part) {
-      const std::size_t index = part == 0 ? 2 * g + 1 : 2 * (g + part);
-      const LineItem* item = index < slots.size() ? slots[index] : nullptr;
+    int splits = 2;
+    while (g + splits - 1 < ctas && passes[g + splits - 1]) ++splits;
+    int end = schedule.works[begun[g]->batch].begin;
+    for (int split = 0; split < splits; ++split) {
+      const std::size_t index = split == 0 ? 2 * g + 1 : 2 * (g + split);
+      const WorkItem* item = index < slots.size() ? slots[index] : nullptr;
       CHECK(item != nullptr && tile_of(*item) == tile_of(*begun[g]) && item->range.begin == end,
-            "part %d of %d of the tile that block %d begins; %s", part, parts, g, words.c_str());
+            "split %d of %d of the tile that CTA %d begins; %s", split, splits, g, words.c_str());
       if (item != nullptr) end = item->range.end;
     }
-    CHECK(end == line.works[begun[g]->batch].end, "the parts of block %d end at %d; %s", g, end, words.c_str());
+    CHECK(end == schedule.works[begun[g]->batch].end, "the splits of CTA %d end at %d; %s", g, end, words.c_str());
   }
   CHECK(merged == split_tiles, "%d of %d split tiles are merged; %s", merged, split_tiles, words.c_str());
   seen.split_tiles += split_tiles;
 }
 
-// Cuts of cells lie at multiples of cell_blocks, behind the declared keys excepted, and in slots of their own; a
+// Cuts of fixed splits lie at multiples of cell_blocks, behind the declared keys excepted, and in slots of their own; a
 // sequence alone, on another grid, is cut alike.
-void check_cells(const Line& line, Random& random) {
-  const Call& call = line.call;
+void check_fixed_splits(const Schedule& schedule, Random& random) {
+  const Call& call = schedule.call;
   const DecodeParams& params = call.params;
   const std::string words = call.words();
-  const int declared = std::max(1, ceil_div(ceil_div(params.seqlen_k, call.keys), params.cell_blocks));
+  const int declared = std::max(1, ceil_div(ceil_div(params.seqlen_k, call.tile_n), params.cell_blocks));
   Workspace workspace{};
   workspace.m_blocks = ceil_div(params.seqlen_q * params.rows_per_token, call.tile_m);
-  workspace.cells = declared;
+  workspace.fixed_splits = declared;
   long long last = -1;
-  for (const auto& block : line.items) {
-    for (const LineItem& item : block) {
-      const SequenceWork& work = line.works[item.batch];
-      CHECK(item.part == 0 || item.range.begin % params.cell_blocks == 0, "cut at %d; %s", item.range.begin,
+  for (const auto& cta : schedule.items) {
+    for (const WorkItem& item : cta) {
+      const SequenceWork& work = schedule.works[item.batch];
+      CHECK(item.split == 0 || item.range.begin % params.cell_blocks == 0, "cut at %d; %s", item.range.begin,
             words.c_str());
-      CHECK(item.part == declared - 1
+      CHECK(item.split == declared - 1
                 ? item.range.end == work.end
                 : item.range.begin / params.cell_blocks == (item.range.end - 1) / params.cell_blocks,
-            "cell %d: [%d, %d); %s", item.part, item.range.begin, item.range.end, words.c_str());
-      CHECK(item.is_part == (cells_of(params, work, call.keys) > 1), "is_part; %s", words.c_str());
+            "split %d: [%d, %d); %s", item.split, item.range.begin, item.range.end, words.c_str());
+      CHECK(item.is_split == (num_fixed_splits(params, work, call.tile_n) > 1), "is_split; %s", words.c_str());
       const long long slot = workspace.slot(params, item, 0);
       const long long first =
           (static_cast<long long>(item.batch) * params.heads_in_grid + item.head) * workspace.m_blocks + item.m_block;
       CHECK(slot > last && slot >= first * declared && slot < (first + 1) * declared, "slot %lld of a tile; %s", slot,
             words.c_str());
       last = slot;
-      seen.cells += item.is_part;
+      seen.fixed_splits += item.is_split;
     }
   }
 
@@ -192,19 +194,19 @@ void check_cells(const Line& line, Random& random) {
                                        &alone.params.seqused_k, &alone.params.prefix_lens}) {
     if (*lengths != nullptr) *lengths += chosen;
   }
-  std::vector<const LineItem*> expected;
-  for (const auto& block : line.items) {
-    for (const LineItem& item : block) {
+  std::vector<const WorkItem*> expected;
+  for (const auto& cta : schedule.items) {
+    for (const WorkItem& item : cta) {
       if (item.batch == chosen) expected.push_back(&item);
     }
   }
   std::size_t index = 0;
-  const Line other(alone);
-  for (const auto& block : other.items) {
-    for (const LineItem& item : block) {
-      const LineItem* twin = index < expected.size() ? expected[index] : nullptr;
-      CHECK(twin != nullptr && item.head == twin->head && item.m_block == twin->m_block && item.part == twin->part &&
-                item.is_part == twin->is_part && item.range.begin == twin->range.begin &&
+  const Schedule other(alone);
+  for (const auto& cta : other.items) {
+    for (const WorkItem& item : cta) {
+      const WorkItem* twin = index < expected.size() ? expected[index] : nullptr;
+      CHECK(twin != nullptr && item.head == twin->head && item.m_block == twin->m_block && item.split == twin->split &&
+                item.is_split == twin->is_split && item.range.begin == twin->range.begin &&
                 item.range.end == twin->range.end,
             "sequence %d is cut otherwise alone; %s", chosen, words.c_str());
       ++index;
@@ -213,49 +215,49 @@ void check_cells(const Line& line, Random& random) {
   CHECK(index == expected.size(), "sequence %d has other items alone; %s", chosen, words.c_str());
 }
 
-// Where equal tiles are not cut where they meet: whole tiles, the same number for each block but the last; or one part
-// a block, of equal size.
-void check_equal_tiles(const Line& line) {
-  const Call& call = line.call;
+// Where equal tiles are not cut where they meet: whole tiles, the same number for each CTA but the last; or one split
+// a CTA, of equal size.
+void check_equal_tiles(const Schedule& schedule) {
+  const Call& call = schedule.call;
   const std::string words = call.words();
-  CHECK(line.sum.shortest == line.sum.longest && !line.in_cells(), "tiles are not equal; %s", words.c_str());
+  CHECK(schedule.sum.shortest == schedule.sum.longest && !schedule.has_fixed_splits(), "tiles are not equal; %s",
+        words.c_str());
   int used = 0;
-  bool any_part = false;
+  bool any_split = false;
   std::vector<int> loads;
-  for (const auto& block : line.items) {
-    if (block.empty()) continue;
+  for (const auto& cta : schedule.items) {
+    if (cta.empty()) continue;
     ++used;
     int load = 0;
-    for (const LineItem& item : block) {
-      CHECK(item.is_part == 0 || block.size() == 1, "a part beside %zu other items; %s", block.size() - 1,
-            words.c_str());
-      any_part |= item.is_part != 0;
+    for (const WorkItem& item : cta) {
+      CHECK(item.is_split == 0 || cta.size() == 1, "a split beside %zu other items; %s", cta.size() - 1, words.c_str());
+      any_split |= item.is_split != 0;
       load += item.range.end - item.range.begin;
     }
     loads.push_back(load);
   }
-  CHECK(used > 0, "no block works; %s", words.c_str());
+  CHECK(used > 0, "no CTA works; %s", words.c_str());
   if (used == 0) return;
   const auto [least, most] = std::minmax_element(loads.begin(), loads.end());
-  if (any_part || *most <= line.sum.longest) {
-    CHECK(*most - *least <= 1, "%d to %d key blocks a block; %s", *least, *most, words.c_str());
+  if (any_split || *most <= schedule.sum.longest) {
+    CHECK(*most - *least <= 1, "%d to %d n_blocks a CTA; %s", *least, *most, words.c_str());
   } else {
     const auto same = std::count(loads.begin(), loads.end() - 1, *most);
     CHECK(static_cast<std::size_t>(same) + 1 == loads.size(), "whole tiles are dealt unevenly; %s", words.c_str());
   }
-  const long long total = line.sum.positions(call.params.tile_cost);
+  const long long total = schedule.sum.positions(call.params.tile_cost);
   int least_length = call.least;
   if (call.params.num_splits > 1) {
-    least_length = std::max(least_length, ceil_div(line.sum.longest - 1, call.params.num_splits - 1));
+    least_length = std::max(least_length, ceil_div(schedule.sum.longest - 1, call.params.num_splits - 1));
   }
   if (total >= static_cast<long long>(least_length) * call.available) {
-    CHECK(used * kUsedOf >= call.available * kUsedAtLeast, "%d blocks are used; %s", used, words.c_str());
+    CHECK(used * kCtasOf >= call.available * kCtasUsedAtLeast, "%d CTAs are used; %s", used, words.c_str());
   }
   ++seen.rule;
-  ++(any_part ? seen.rule_splits : seen.rule_whole);
+  ++(any_split ? seen.rule_splits : seen.rule_whole);
 }
 
-// The key blocks of a sequence's tiles are those from the first key that a row sees to the last.
+// The n_blocks of a sequence's tiles are those from the first key that a row sees to the last.
 void check_work(const Call& call, const SequenceWork& work, int batch) {
   if (work.m_blocks == 0) return;
   const int seqlen_k = work.seqlen.seqlen_k;
@@ -269,38 +271,38 @@ void check_work(const Call& call, const SequenceWork& work, int batch) {
     end = std::max(end, row.end);
   }
   const bool any = begin < end;
-  CHECK(any ? work.begin == begin / call.keys && work.end == ceil_div(end, call.keys) : work.end == work.begin + 1,
+  CHECK(any ? work.begin == begin / call.tile_n && work.end == ceil_div(end, call.tile_n) : work.end == work.begin + 1,
         "sequence %d visits [%d, %d) for keys [%d, %d); %s", batch, work.begin, work.end, begin, end,
         call.words().c_str());
 }
 
 void check_call(const Call& call, Random& random) {
-  const Line line(call);
+  const Schedule schedule(call);
   for (int b = 0; b < call.params.batch; ++b) {
-    check_work(call, line.works[b], b);
+    check_work(call, schedule.works[b], b);
     seen.long_q += !call.cu_q.empty() && call.cu_q[b + 1] - call.cu_q[b] > call.params.seqlen_q;
   }
-  check_intervals(line);
-  check_coverage(line);
-  if (line.in_cells()) {
-    check_cells(line, random);
+  check_intervals(schedule);
+  check_coverage(schedule);
+  if (schedule.has_fixed_splits()) {
+    check_fixed_splits(schedule, random);
   } else {
-    check_parts(line);
+    check_splits(schedule);
   }
-  if (line.tile_cost() == 0) check_equal_tiles(line);
-  for (const SequenceWork& work : line.works) {
+  if (schedule.tile_cost() == 0) check_equal_tiles(schedule);
+  for (const SequenceWork& work : schedule.works) {
     CHECK(work.seqlen.seqlen_q <= call.params.seqlen_q, "rows from max_seqlen_q on; %s", call.words().c_str());
     seen.long_k += work.seqlen.seqlen_k > call.params.seqlen_k;
   }
 }
 
-// The rule for equal tiles at its edges: `used` blocks, or 0: tiles are cut where they meet.
-void check_rule(int batch, int key_blocks, int num_splits, int available, int least, int used) {
+// The rule for equal tiles at its edges: `used` CTAs, or 0: tiles are cut where they meet.
+void check_rule(int batch, int n_blocks, int num_splits, int available, int least, int used) {
   Call call;
   call.set_heads(1, 1, true);
   call.params.batch = batch;
   call.params.seqlen_q = 1;
-  call.params.seqlen_k = key_blocks * call.keys;
+  call.params.seqlen_k = n_blocks * call.tile_n;
   call.params.window_left = call.params.window_right = -1;
   call.params.num_splits = num_splits;
   call.params.tile_cost = 20;
@@ -308,10 +310,10 @@ void check_rule(int batch, int key_blocks, int num_splits, int available, int le
   call.least = least;
   Random random(0);
   check_call(call, random);
-  const Line line(call);
-  const auto works = [](const std::vector<LineItem>& items) { return !items.empty(); };
-  const auto got = std::count_if(line.items.begin(), line.items.end(), works);
-  CHECK((line.tile_cost() == 0) == (used > 0) && (used == 0 || got == used), "%d of %d blocks, not %d; %s",
+  const Schedule schedule(call);
+  const auto works = [](const std::vector<WorkItem>& items) { return !items.empty(); };
+  const auto got = std::count_if(schedule.items.begin(), schedule.items.end(), works);
+  CHECK((schedule.tile_cost() == 0) == (used > 0) && (used == 0 || got == used), "%d of %d CTAs, not %d; %s",
         static_cast<int>(got), available, used, call.words().c_str());
 }
 
@@ -319,13 +321,13 @@ void check_rules() {
   check_rule(128, 500, 0, 132, 8, 128);
   check_rule(116, 500, 0, 132, 8, 116);  // the first above 7 of 8
   check_rule(115, 500, 0, 132, 8, 0);
-  check_rule(8, 500, 0, 132, 8, 128);    // 16 parts of a tile
+  check_rule(8, 500, 0, 132, 8, 128);    // 16 splits of a tile
   check_rule(8, 500, 16, 132, 8, 128);
   check_rule(66, 500, 2, 132, 8, 132);
-  check_rule(264, 500, 0, 132, 8, 132);  // two tiles a block
-  check_rule(133, 500, 0, 132, 8, 0);    // two tiles a block would leave half of them idle
-  check_rule(255, 500, 0, 132, 8, 128);  // the last block has one
-  check_rule(1, 2, 0, 132, 1, 2);        // less work than blocks
+  check_rule(264, 500, 0, 132, 8, 132);  // two tiles a CTA
+  check_rule(133, 500, 0, 132, 8, 0);    // two tiles a CTA would leave half of them idle
+  check_rule(255, 500, 0, 132, 8, 128);  // the last CTA has one
+  check_rule(1, 2, 0, 132, 1, 2);        // less work than CTAs
   check_rule(1, 7, 0, 132, 8, 1);        // too short for two
 }
 
@@ -344,37 +346,37 @@ void check_large(int cell_blocks, bool equal) {
   call.connect();
   const std::string words = call.words();
   const auto works = works_of(call);
-  const LineSum sum = sum_of(call, works);
-  LineInterval before{0, 0, 0};
+  const WorkSum sum = sum_of(call, works);
+  CtaInterval before{0, 0, 0};
   for (int g = 0; g < call.available; ++g) {
-    const LineInterval interval = interval_of(params, sum, g, call.available, call.least);
-    const auto starts = starts_on_line(call, works, interval.tile_cost);
+    const CtaInterval interval = interval_of(params, sum, g, call.available, call.least);
+    const auto starts = sequence_starts(call, works, interval.tile_cost);
     CHECK(starts[1] > 0x7fffffff, "the sequence is small; %s", words.c_str());
-    CHECK(interval.begin == before.begin + before.length && interval.length > 0, "block %d; %s", g, words.c_str());
-    CHECK((interval.tile_cost == 0) == (equal && cell_blocks == 0), "tile_cost of block %d; %s", g, words.c_str());
+    CHECK(interval.begin == before.begin + before.length && interval.length > 0, "CTA %d; %s", g, words.c_str());
+    CHECK((interval.tile_cost == 0) == (equal && cell_blocks == 0), "tile_cost of CTA %d; %s", g, words.c_str());
     before = interval;
     const int batch = interval.begin >= starts[1];
-    LineCursor cursor{};
+    IntervalCursor cursor{};
     cursor.work = works[batch];
     cursor.tile_cost = interval.tile_cost;
     cursor.left = interval.length;
     const long long position = interval.begin - starts[batch];
     cursor.stand_on(position);
-    const long long cost = interval.tile_cost + key_blocks(cursor.work);
-    CHECK(cursor.tile == position / cost && cursor.within == position % cost, "block %d stands on %d, %d; %s", g,
+    const long long cost = interval.tile_cost + n_blocks(cursor.work);
+    CHECK(cursor.tile == position / cost && cursor.within == position % cost, "CTA %d stands on %d, %d; %s", g,
           cursor.tile, cursor.within, words.c_str());
     for (int i = 0; i < 3; ++i) {
       const int tile = cursor.tile;
-      LineItem item;
-      if (!take_part_of(call, cursor, item)) continue;
+      WorkItem item;
+      if (!take_split_of(call, cursor, item)) continue;
       CHECK(item.head * works[batch].m_blocks + item.m_block == tile && item.range.end <= works[batch].end,
-            "an item of block %d; %s", g, words.c_str());
+            "an item of CTA %d; %s", g, words.c_str());
     }
   }
-  CHECK(before.begin + before.length == sum.positions(before.tile_cost), "the line's end; %s", words.c_str());
+  CHECK(before.begin + before.length == sum.positions(before.tile_cost), "the schedule's end; %s", words.c_str());
 }
 
-// Few parts of a tile on a line of more than 2^31 positions that is too short for all blocks.
+// Few splits of a tile on a schedule of more than 2^31 positions that is too short for all CTAs.
 void check_long_tiles() {
   Call call;
   call.set_heads(40, 1, true);
@@ -394,9 +396,9 @@ void check_sees_all(const Call& call) {
   if (!sees_all(params)) return;
   for (int b = 0; b < params.batch; ++b) {
     params.sees_all = 1;
-    const SequenceWork fast = sequence_work(params, b, call.tile_m, call.keys);
+    const SequenceWork fast = sequence_work(params, b, call.tile_m, call.tile_n);
     params.sees_all = 0;
-    const SequenceWork work = sequence_work(params, b, call.tile_m, call.keys);
+    const SequenceWork work = sequence_work(params, b, call.tile_m, call.tile_n);
     const int seqlen_q = work.seqlen.seqlen_q;
     if (seqlen_q == 0 || seqlen_q > params.seqlen_q) continue;
     CHECK(fast.begin == work.begin && fast.end == work.end && fast.m_blocks == work.m_blocks, "sequence %d; %s", b,
@@ -421,12 +423,12 @@ int main() {
     check_sees_all(call);
   }
   check_rules();
-  for (const int cell_blocks : {0, 4, kOneCell}) {
+  for (const int cell_blocks : {0, 4, kOneSplit}) {
     for (const bool equal : {false, true}) check_large(cell_blocks, equal);
   }
   check_long_tiles();
   CHECK(seen.split_tiles && seen.passes && seen.rule_splits && seen.rule_whole && seen.unequal && seen.long_q &&
-            seen.long_k && seen.cells && seen.only_cost && seen.unbounded && seen.one_token,
+            seen.long_k && seen.fixed_splits && seen.only_cost && seen.unbounded && seen.one_token,
         "a kind of call was never drawn");
   return host_test::finish();
 }

@@ -146,7 +146,7 @@ def test_split_prefill_has_one_buffer_for_partials_and_lse(recorder: Recorder) -
     assert got["scratch_size"] == 3 * 4 * 2 * 100 * (64 + 1)
 
 
-#: What csrc/decode/workspace.h keeps of a block in BlockParts: 48 bytes.
+#: What csrc/decode/workspace.h keeps of a block in CtaSplits: 48 bytes.
 BLOCK_PARTS = 12
 
 

@@ -29,7 +29,7 @@ def imported(source: str) -> set[str]:
     return found
 
 
-def tests_among(modules: set[str]) -> set[str]:
+def among_tests(modules: set[str]) -> set[str]:
     return {name for name in modules if re.match(r"(.*\.)?test_", name) or name == "conftest"}
 
 
@@ -40,7 +40,7 @@ def test_folders_are_those_of_the_page() -> None:
 
 
 def test_files_that_the_page_names_exist() -> None:
-    named = [name for name in re.findall(r"`([a-z]+/[a-z_]+\.py)`", README)]
+    named = re.findall(r"`([a-z]+/[a-z_]+\.py)`", README)
     assert len(named) > 5
     for name in named:
         assert (TESTS / name).is_file(), name
@@ -61,7 +61,7 @@ def test_names_of_modules_are_unique() -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(TESTS).as_posix())
 def test_no_test_is_imported(path: Path) -> None:
-    assert tests_among(imported(path.read_text(encoding="utf-8"))) <= STILL_IMPORTED
+    assert among_tests(imported(path.read_text(encoding="utf-8"))) <= STILL_IMPORTED
 
 
 def test_an_import_of_a_test_is_found() -> None:
@@ -71,8 +71,8 @@ def test_an_import_of_a_test_is_found() -> None:
         "def f():\n    from tests.test_a import b",
         "import conftest",
     ):
-        assert tests_among(imported(line)), line
-    assert not tests_among(imported("import torch.testing\nfrom calls import build"))
+        assert among_tests(imported(line)), line
+    assert not among_tests(imported("import torch.testing\nfrom calls import build"))
 
 
 def test_files_are_not_too_long() -> None:

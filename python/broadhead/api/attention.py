@@ -11,6 +11,7 @@ from ..call.arguments import AttentionArgs
 from ..errors import InvalidArgumentError
 from .append import NewKeys, append_new_keys
 from .forward import run_forward
+from .results import may_return_lse
 
 
 def maybe_contiguous(x: Tensor | None) -> Tensor | None:
@@ -18,6 +19,7 @@ def maybe_contiguous(x: Tensor | None) -> Tensor | None:
     return x.contiguous() if x is not None and x.stride(-1) != 1 else x
 
 
+@may_return_lse
 def flash_attn_func(
     q: Tensor,
     k: Tensor,
@@ -45,7 +47,7 @@ def flash_attn_func(
     learnable_sink: Tensor | None = None,
     q_v: Tensor | None = None,
     return_softmax_lse: bool = False,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention of dense tensors. Differentiable in q, k, v, qv and sinks.
 
     Args:
@@ -95,6 +97,7 @@ def flash_attn_func(
     return result if need_lse else result[0]
 
 
+@may_return_lse
 def flash_attn_varlen_func(
     q: Tensor,
     k: Tensor,
@@ -132,7 +135,7 @@ def flash_attn_varlen_func(
     q_v: Tensor | None = None,
     return_softmax_lse: bool = False,
     tokens_per_split: int = 0,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention of packed sequences, over packed keys or a paged cache. Differentiable as flash_attn_func.
 
     Args:

@@ -11,8 +11,10 @@ from ..call.arguments import AttentionArgs
 from ..call.cache_length import lengths_tensor
 from .append import NewKeys, append_new_keys
 from .forward import run_forward
+from .results import may_return_lse
 
 
+@may_return_lse
 def flash_attn_with_kvcache(
     q: Tensor,
     k_cache: Tensor,
@@ -55,7 +57,7 @@ def flash_attn_with_kvcache(
     q_v: Tensor | None = None,
     return_attn_probs: bool = False,
     tokens_per_split: int = 0,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of new queries over a KV cache.
 
     Args:

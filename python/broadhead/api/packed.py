@@ -9,6 +9,7 @@ from torch import Tensor
 from ..call import validation as check
 from ..errors import InvalidArgumentError
 from .forward import run_forward
+from .results import may_return_lse
 
 
 def _split(function: str, packed: Any, rank: int, num_heads_q: int | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,6 +40,7 @@ def _split(function: str, packed: Any, rank: int, num_heads_q: int | None) -> tu
     return q, k, v
 
 
+@may_return_lse
 def flash_attn_qkvpacked_func(
     qkv: Tensor,
     softmax_scale: float | None = None,
@@ -61,7 +63,7 @@ def flash_attn_qkvpacked_func(
     s_aux: Tensor | None = None,
     learnable_sink: Tensor | None = None,
     return_softmax_lse: bool = False,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
     """flash_attn_func of ``qkv``: ``(B, S, 3, H, D)``, or ``(B, S, Hq + 2 Hkv, D)`` with num_heads_q. No copy is made.
 
     Returns and raises as flash_attn_func.
@@ -80,6 +82,7 @@ def flash_attn_qkvpacked_func(
     return result if need_lse else result[0]
 
 
+@may_return_lse
 def flash_attn_kvpacked_func(
     q: Tensor,
     kv: Tensor,
@@ -99,7 +102,7 @@ def flash_attn_kvpacked_func(
     s_aux: Tensor | None = None,
     learnable_sink: Tensor | None = None,
     return_softmax_lse: bool = False,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
     """flash_attn_func of q ``(B, Sq, Hq, D)`` and ``kv`` ``(B, Sk, 2, Hkv, D)``. No copy is made.
 
     Returns and raises as flash_attn_func.
@@ -122,6 +125,7 @@ def flash_attn_kvpacked_func(
     return result if need_lse else result[0]
 
 
+@may_return_lse
 def flash_attn_varlen_qkvpacked_func(
     qkv: Tensor,
     cu_seqlens: Tensor,
@@ -143,7 +147,7 @@ def flash_attn_varlen_qkvpacked_func(
     s_aux: Tensor | None = None,
     learnable_sink: Tensor | None = None,
     return_softmax_lse: bool = False,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
     """flash_attn_varlen_func of ``qkv``: ``(T, 3, H, D)``, or ``(T, Hq + 2 Hkv, D)`` with num_heads_q. No copy is made.
 
     cu_seqlens: int32 ``(B + 1,)``, of queries and keys alike. Returns and raises as flash_attn_varlen_func.

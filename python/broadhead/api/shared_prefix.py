@@ -20,8 +20,10 @@ from ..run.shared_prefix import COMPOSED, FUNCTION, Composed, decide, run_first,
 from .forward import run_forward
 from .kvcache import flash_attn_with_kvcache
 from .merge import merge_attn_states
+from .results import may_return_lse
 
 
+@may_return_lse
 def flash_attn_with_shared_prefix(
     q: Tensor,
     k_cache: Tensor,
@@ -45,7 +47,7 @@ def flash_attn_with_shared_prefix(
     out: Tensor | None = None,
     backend: str | None = None,
     return_softmax_lse: bool = False,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of new queries over paged sequences that share their first ``prefix_len`` tokens (cascade).
 
     All queries attend to the prefix in one pass, so its keys are read once and not once a sequence; each sequence
@@ -90,7 +92,9 @@ def flash_attn_with_shared_prefix(
     )  # fmt: skip
     composed: Composed | None = None
     if not is_dynamo_compiling() and not runs_as_operator(*call, prefix_page_table):
-        result = _run_one_launch(call, prefix_page_table, prefix_len, return_softmax_lse, not by_length)
+        result = _run_one_launch(
+            call, prefix_page_table, prefix_len, need_lse=return_softmax_lse, unchecked=not by_length
+        )
         if not isinstance(result, Composed):
             return result if return_softmax_lse else result[0]
         composed = result
@@ -129,9 +133,17 @@ def flash_attn_with_shared_prefix(
 
 
 def _run_one_launch(
-    call: tuple[Any, ...], prefix_page_table: Any, prefix_len: Any, need_lse: bool, unchecked: bool
-) -> tuple[Tensor, Tensor | None] | Composed:
-    """What one launch gives, or why there is none."""
+    call: tuple[Any, ...], prefix_page_table: Any, prefix_len: Any, *, need_lse: bool, unchecked: bool
+) -> tuple[Tensor, Any] | Composed:
+    """``(out, softmax_lse)`` of one launch, or why there is none.
+
+    Args:
+        call: the fields of AttentionArgs.
+        prefix_page_table: int32 ``(pages,)``.
+        prefix_len: tokens of the prefix.
+        need_lse: without it softmax_lse may be None.
+        unchecked: the prefix has not been validated yet.
+    """
     result = run_known(need_lse, call, prefix_page_table, prefix_len)
     if result is not None:
         return result
@@ -139,7 +151,7 @@ def _run_one_launch(
     args = read_tensors(FUNCTION, plain_fields(FUNCTION, given, written=("out",)))
     pages = contiguous(plain(FUNCTION, "prefix_page_table", prefix_page_table))
     if args is not given or pages is not prefix_page_table:
-        found = _run_one_launch(args, pages, prefix_len, need_lse, unchecked)
+        found = _run_one_launch(args, pages, prefix_len, need_lse=need_lse, unchecked=unchecked)
         return found if isinstance(found, Composed) or given.out is None else (given.out, found[1])
     if unchecked:
         _check_prefix(args.q, args.k, args.page_table, args.seqused_k, prefix_len, prefix_page_table)

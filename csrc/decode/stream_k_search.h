@@ -1,7 +1,7 @@
-// Where a block stands on the line: every block finds its interval, and then its items, from the lengths on the device.
+// The device side of the stream-K schedule: how a CTA finds its interval, and then its work items, from the lengths.
 #pragma once
 
-#include "decode/line.h"
+#include "decode/stream_k.h"
 
 namespace broadhead::decode {
 
@@ -11,14 +11,15 @@ BROADHEAD_DEVICE SeqlenInfo shuffle(const SeqlenInfo& info, int source) {
           from(info.seqlen_k), from(info.batch_q), from(info.batch_k)};
 }
 
-// The sum over the lanes up to this one; longest and shortest are of all lanes. Only the first `lanes` have anything.
-BROADHEAD_DEVICE LineSum warp_prefix(LineSum sum, int lanes) {
+// The inclusive prefix sum over the lanes; longest and shortest are reduced over all lanes. Only the first `lanes`
+// lanes hold work.
+BROADHEAD_DEVICE WorkSum warp_prefix(WorkSum sum, int lanes) {
 #pragma unroll 1
   for (int i = 1; i < lanes; i *= 2) {
-    const long long blocks = __shfl_up_sync(0xffffffffu, sum.key_blocks, i);
+    const long long blocks = __shfl_up_sync(0xffffffffu, sum.n_blocks, i);
     const int tiles = __shfl_up_sync(0xffffffffu, sum.tiles, i);
     if (static_cast<int>(threadIdx.x % 32) >= i) {
-      sum.key_blocks += blocks;
+      sum.n_blocks += blocks;
       sum.tiles += tiles;
     }
   }
@@ -27,26 +28,27 @@ BROADHEAD_DEVICE LineSum warp_prefix(LineSum sum, int lanes) {
   return sum;
 }
 
-// Sets the cursor on the tile `offset` positions behind the begin of sequence `batch`; a cursor without a plan (at most
-// 32 sequences) on the begin of the block's interval. All lanes of a warp call this with equal arguments.
-template <int kTileM, int kKeys, int kKeyGroups>
-BROADHEAD_DEVICE void search(const DecodeParams& params, LineCursor& cursor) {
+// Moves the cursor to the tile that lies cursor.offset positions behind the begin of sequence cursor.batch. A cursor
+// without an interval (left < 0: at most 32 sequences) first computes the interval of this CTA. All lanes of a warp
+// call this with equal arguments.
+template <int kTileM, int kTileN, int kKeyGroups>
+BROADHEAD_DEVICE void search(const DecodeParams& params, IntervalCursor& cursor) {
   const int lane = threadIdx.x % 32;
   while (true) {
-    // Which of the next 32 sequences? Batches are padded with empty ones.
+    // Each lane looks at one of the next 32 sequences. A batch may be padded with many empty ones.
     const int sequence = cursor.batch + lane;
     SequenceWork work{{}, 0, 0, 1};
-    LineSum own;
+    WorkSum own;
     if (sequence < sequences(params)) {
-      work = sequence_work(params, sequence, kTileM, kKeys);
+      work = sequence_work(params, sequence, kTileM, kTileN);
       add(params, own, work);
     }
     const int lanes = min_int(32, sequences(params) - cursor.batch);
-    const LineSum prefix = warp_prefix(own, lanes);
-    const LineSum all{__shfl_sync(0xffffffffu, prefix.key_blocks, lanes - 1),
+    const WorkSum prefix = warp_prefix(own, lanes);
+    const WorkSum all{__shfl_sync(0xffffffffu, prefix.n_blocks, lanes - 1),
                       __shfl_sync(0xffffffffu, prefix.tiles, lanes - 1), prefix.longest, prefix.shortest};
     if (cursor.left < 0) {
-      const LineInterval interval = interval_of(params, all, blockIdx.x, gridDim.x, kKeyGroups);
+      const CtaInterval interval = interval_of(params, all, blockIdx.x, gridDim.x, kKeyGroups);
       cursor.offset = interval.begin;
       cursor.tile_cost = interval.tile_cost;
       cursor.left = interval.length;
@@ -55,7 +57,7 @@ BROADHEAD_DEVICE void search(const DecodeParams& params, LineCursor& cursor) {
     const long long upto = prefix.positions(cursor.tile_cost);
     const unsigned behind = __ballot_sync(0xffffffffu, cursor.offset < upto);
     if (behind == 0) {
-      // The line ends in front of the interval's end when another stream has shortened it since the plan.
+      // The work ends in front of the interval's end when another stream has shortened a sequence since then.
       if (cursor.batch + 32 >= sequences(params)) cursor.left = 0;
       if (cursor.left == 0) return;
       cursor.offset -= all.positions(cursor.tile_cost);
@@ -72,26 +74,26 @@ BROADHEAD_DEVICE void search(const DecodeParams& params, LineCursor& cursor) {
   }
 }
 
-// The next item of the block; false: its interval is done. All lanes of a warp call this with equal arguments.
-template <int kTileM, int kKeys, int kKeyGroups>
-BROADHEAD_DEVICE bool next_item(const DecodeParams& params, LineCursor& cursor, LineItem& item) {
+// The next item of this CTA; false when its interval is done. All lanes of a warp call this with equal arguments.
+template <int kTileM, int kTileN, int kKeyGroups>
+BROADHEAD_DEVICE bool next_item(const DecodeParams& params, IntervalCursor& cursor, WorkItem& item) {
   while (cursor.left != 0) {
     if (cursor.tile >= cursor.work.m_blocks * params.heads_in_grid) {
       if (cursor.work.m_blocks > 0) ++cursor.batch;
-      search<kTileM, kKeys, kKeyGroups>(params, cursor);
+      search<kTileM, kTileN, kKeyGroups>(params, cursor);
       if (cursor.left == 0) return false;
     }
-    if (take_part<kKeys>(params, cursor, item)) return true;
+    if (take_split<kTileN>(params, cursor, item)) return true;
   }
   return false;
 }
 
-// Sets the cursors of all warps on the begin of the block's interval. All threads.
+// Moves the cursors of all warps to the begin of this CTA's interval. All threads call this.
 template <class Traits>
-BROADHEAD_DEVICE void make_plan(const DecodeParams& params, typename Traits::SharedStorage& smem) {
+BROADHEAD_DEVICE void find_interval(const DecodeParams& params, typename Traits::SharedStorage& smem) {
   const int thread = threadIdx.x;
   const int lane = thread % 32;
-  if (sequences(params) <= 32) {  // a warp sees all sequences at once: its first search plans
+  if (sequences(params) <= 32) {  // a warp sees all sequences at once: its first search computes the interval
     if (lane == 0) smem.queue[thread / 32].cursor = {0, {{}, 0, 0, 1}, 0, 0, -1, 0, 0};
     __syncwarp();
     return;
@@ -99,36 +101,36 @@ BROADHEAD_DEVICE void make_plan(const DecodeParams& params, typename Traits::Sha
   const int each = ceil_div(sequences(params), Traits::kThreads);
   const int begin = min_int(thread * each, sequences(params));
   const int end = min_int(begin + each, sequences(params));
-  LineSum own;
+  WorkSum own;
   SequenceWork work{{}, 0, 0, 1};
 #pragma unroll 1
   for (int b = begin; b < end; ++b) {
-    work = sequence_work(params, b, Traits::kTileM, Traits::kKeys);
+    work = sequence_work(params, b, Traits::kTileM, Traits::kTileN);
     add(params, own, work);
   }
-  const LineSum prefix = warp_prefix(own, 32);
+  const WorkSum prefix = warp_prefix(own, 32);
   if (lane == 31) smem.sums[thread / 32] = prefix;
   __syncthreads();
-  LineSum before{prefix.key_blocks - own.key_blocks, prefix.tiles - own.tiles};
-  LineSum all;
+  WorkSum before{prefix.n_blocks - own.n_blocks, prefix.tiles - own.tiles};
+  WorkSum all;
   BROADHEAD_UNROLL
   for (int w = 0; w < Traits::kWarps; ++w) {
-    const LineSum sum = smem.sums[w];
+    const WorkSum sum = smem.sums[w];
     if (w < thread / 32) {
-      before.key_blocks += sum.key_blocks;
+      before.n_blocks += sum.n_blocks;
       before.tiles += sum.tiles;
     }
-    all.key_blocks += sum.key_blocks;
+    all.n_blocks += sum.n_blocks;
     all.tiles += sum.tiles;
     all.longest = max_int(all.longest, sum.longest);
     all.shortest = min_int(all.shortest, sum.shortest);
   }
-  const LineInterval interval = interval_of(params, all, blockIdx.x, gridDim.x, Traits::kKeyGroups);
+  const CtaInterval interval = interval_of(params, all, blockIdx.x, gridDim.x, Traits::kKeyGroups);
   const bool works = interval.length > 0;
   const long long offset = interval.begin - before.positions(interval.tile_cost);
   const bool is_here = offset >= 0 && offset < own.positions(interval.tile_cost);
   if (works ? is_here : thread == 0) {
-    LineCursor cursor{begin, {{}, 0, 0, 1}, 0, 0, interval.length, interval.tile_cost, offset};
+    IntervalCursor cursor{begin, {{}, 0, 0, 1}, 0, 0, interval.length, interval.tile_cost, offset};
     if (works && each == 1) {
       // A thread with one sequence stands in its tile already; else next_item searches among those of the thread.
       cursor.work = work;

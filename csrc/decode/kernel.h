@@ -1,21 +1,24 @@
 // The portable decode kernel: few query rows against many keys, bound by memory.
 //
-// Persistent blocks take equal shares of the line of work (line.h). A warp copies ahead over the borders of tiles, so
-// that the stream of K and V never stops; blocks write finished tiles, or parts that the combine merges.
+// The CTAs are persistent and follow the stream-K schedule (stream_k.h). A warp copies ahead across the borders of
+// tiles, so that the stream of K and V never stops. A CTA writes finished tiles, or partial results of splits, which
+// the combine merges.
 #pragma once
 
 #include "common/accumulator.h"
 #include "common/dependent_launch.h"
 #include "common/score.h"
+#include "decode/epilogue.h"
 #include "decode/load.h"
+#include "decode/q_tile.h"
 #include "decode/tile.h"
 
 namespace broadhead::decode {
 
 using namespace mma_sync;
 
-// Adds up S over the warps of a key group, which hold a share of the columns each. The order of the sum is that of the
-// column groups, so all of them get equal scores.
+// Sums S over the warps of a key group, each of which multiplied its own columns of head_dim. All of them sum in the
+// order of the column groups, so all get equal scores.
 template <class Traits>
 BROADHEAD_DEVICE void add_scores(float (&s)[Traits::kMmaM][Traits::kMmaN][4], typename Traits::SharedStorage& smem,
                                  int buffer, int group, int warp, int lane) {
@@ -51,9 +54,9 @@ BROADHEAD_DEVICE void add_scores(float (&s)[Traits::kMmaM][Traits::kMmaN][4], ty
   }
 }
 
-// Asks the L2 for Q and the page tables, a line a thread. Their first lines are on their way (and their pages
-// translated) while the lengths are, and not in the queue of the first copies of K and V: that is 5 us long. Reads
-// nothing, so it need not wait for the kernel before.
+// Prefetches Q and the page tables into the L2, one cache line a thread. They thus travel (and their addresses are
+// translated) together with the lengths, and not behind the first copies of K and V, whose queue is 5 us long. Nothing
+// is read here, so this need not wait for the kernel before.
 BROADHEAD_DEVICE void prefetch_inputs(const DecodeParams& params) {
   const unsigned offset = (blockIdx.x * blockDim.x + threadIdx.x) * 128;
   if (offset < params.q_bytes) {
@@ -67,8 +70,8 @@ BROADHEAD_DEVICE void prefetch_inputs(const DecodeParams& params) {
   }
 }
 
-// Whether the lane's word of two items is the same. Both lie in shared memory.
-BROADHEAD_DEVICE bool same_item(const LineItem& a, const LineItem& b, int lane) {
+// Whether two items in shared memory agree in the word that this lane compares.
+BROADHEAD_DEVICE bool same_item(const WorkItem& a, const WorkItem& b, int lane) {
   if (lane >= kItemWords) return true;
   return reinterpret_cast<const int*>(&a)[lane] == reinterpret_cast<const int*>(&b)[lane];
 }
@@ -82,11 +85,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   const int warp = threadIdx.x / 32;
   const int group = Traits::key_group(warp);
 
-  launch_dependents();  // the combine may take its place; it waits for the end of this grid
+  launch_dependents();  // the combine may be launched now; it waits for the end of this grid
   prefetch_inputs(params);
   wait_for_predecessor();
-  if (threadIdx.x == Traits::kThreads - 1) smem.parts = {{}, -1, 0, 0, 0};
-  make_plan<Traits>(params, smem);
+  if (threadIdx.x == Traits::kThreads - 1) smem.splits = {{}, -1, 0, 0, 0};
+  find_interval<Traits>(params, smem);
   QueueState queue;
   Loader<Traits> loader(params, smem);
   const std::uint32_t ring = kept(smem_address(smem.ring[warp]));
@@ -94,8 +97,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   const std::uint32_t v_lane = kept(v_lane_offset<Traits>(lane));
   std::uint32_t beside_lane = 0;
   if constexpr (Traits::kWithQv) beside_lane = beside_lane_offset<Traits>(lane);
-  int read = 0;  // offset of the stage whose turn it is
-  // `others`: as many slices as usual are on their way besides the next; else all are waited for.
+  int read = 0;  // offset of the stage that is read next
+  // Waits for the next stage. `others`: kStages - 2 later copies may still be under way; else all copies are waited
+  // for.
   const auto next_stage = [&](bool others) {
     if (__builtin_expect(others, 1)) {
       cp_async_wait<Traits::kStages - 2>();
@@ -112,27 +116,29 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   QTile<Traits> q_tile;
   bool q_is_read = false;
   while (true) {
-    const LineItem& item = smem.queue[warp].items[queue.taken % kQueueItems];
-    // First the item, its Q (in front of the copies of K and V, behind which it would have to queue: some 5 us) and its
-    // copies; then the items behind it and theirs. A loop, for smaller code: at the start none of it is cached.
+    const WorkItem& item = smem.queue[warp].items[queue.taken % kQueueItems];
+    // The first pass finds the item, reads its Q and starts its copies: Q goes first, as behind the copies of K and V
+    // it would queue for some 5 us. The second pass does the same for the items behind it. This is a loop to keep the
+    // code small, since none of it is cached at the start.
 #pragma unroll 1
     for (int wanted = 1; wanted <= kQueueItems; wanted += kQueueItems - 1) {
-      fill_queue<Traits::kTileM, Traits::kKeys, Traits::kKeyGroups>(params, smem.queue[warp], queue, wanted,
-                                                                    [&](const LineItem& found) {
-                                                                      if (wanted > 1) prefetch_q<Traits>(params, found);
-                                                                    });
+      fill_queue<Traits::kTileM, Traits::kTileN, Traits::kKeyGroups>(params, smem.queue[warp], queue, wanted,
+                                                                     [&](const WorkItem& found) {
+                                                                       if (wanted > 1)
+                                                                         prefetch_q<Traits>(params, found);
+                                                                     });
       if (queue.found == queue.taken) break;
       if (QTile<Traits>::kInRegisters && wanted == 1 && !q_is_read) q_tile.read(params, item);
 #pragma unroll 1
-      while (loader.ahead() < Traits::kBlocksAhead && loader.issue_k(queue.found)) loader.issue_v();
+      while (loader.ahead() < Traits::kNBlocksAhead && loader.issue_k(queue.found)) loader.issue_v();
     }
     if (queue.found == queue.taken) break;
-    __syncthreads();  // nobody reads the tile before any more
+    __syncthreads();  // no thread reads the previous tile any more
     if (threadIdx.x == 0) set_tile<Traits>(params, item, smem.tile);
     if (const int row = threadIdx.x - (Traits::kThreads - Traits::kTileM); row >= 0) {
       set_row<Traits>(params, workspace, item, row, smem.rows[row]);
     }
-    if (threadIdx.x == Traits::kThreads - 1) note_part(params, workspace, item, blockIdx.x, smem.parts);
+    if (threadIdx.x == Traits::kThreads - 1) note_split(params, workspace, item, blockIdx.x, smem.splits);
     const float q_scale = q_tile.find_scale(params, item, smem);
     if constexpr (QTile<Traits>::kInRegisters) {
       q_tile.store(params, q_scale, smem);
@@ -140,8 +146,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
       q_tile.copy(params, item, q_scale, smem);
     }
     if (Traits::k8Bit && threadIdx.x == 0) smem.tile.scale.divide(q_scale);
-    // Warps find their items by themselves, from lengths that another stream may have changed in between. Those that
-    // have found different ones would wait for each other for ever: the block ends instead.
+    // Each warp finds its items by itself, from lengths that another stream may change meanwhile. Warps with different
+    // items would wait for each other for ever, so the CTA ends instead.
     if (__syncthreads_count(same_item(smem.queue[0].items[queue.taken % kQueueItems], item, lane)) !=
         Traits::kThreads) {
       break;
@@ -156,7 +162,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
         load_q_fragment<Traits>(q_registers[Traits::kSteps], q_lane_address<Traits>(smem, first_col, lane), 0);
       }
     }
-    // O of 32 rows leaves no registers for these: they are read where they are needed.
+    // O of 32 rows leaves no registers for these, so they are then read from shared memory where they are used.
     const std::conditional_t<Traits::kMmaM == 1, float, float&> scale_log2 = smem.tile.scale.scale_log2;
     const std::conditional_t<Traits::kMmaM == 1, bool, bool&> transform = smem.tile.scale.transform;
     const std::conditional_t<Traits::kMmaM == 1, KeyInterval, KeyInterval&> unmasked = smem.tile.unmasked;
@@ -164,9 +170,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     float o[Traits::kMmaM][Traits::kOTiles][4] = {};
 
     const BlockRange range = item.range;
-    for (int block = range.begin + group; block < range.end; block += Traits::kKeyGroups) {
+    for (int n_block = range.begin + group; n_block < range.end; n_block += Traits::kKeyGroups) {
       float s[Traits::kMmaM][Traits::kMmaN][4];
-      const bool full = loader.ahead() == Traits::kBlocksAhead;
+      const bool full = loader.ahead() == Traits::kNBlocksAhead;
       const std::uint32_t first = next_stage(full);
       const bool issued = loader.issue_k(queue.found);
       clear_accumulators(s);
@@ -178,14 +184,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
       if constexpr (Traits::kColGroups > 1) {
         add_scores<Traits>(s, smem, buffer, group, warp, lane);
         if constexpr (Traits::kScoreBuffers == 2)
-          buffer ^= 1;  // the other warps may still read this one; the barrier of the next block is behind that
+          buffer ^= 1;  // other warps may still read this one until the barrier of the next n_block
       }
       if (__builtin_expect(transform, 0)) {
         const ScoreScale scale = smem.tile.scale;
         transform_scores(s, scale);
       }
-      const int key0 = block * Traits::kKeys;
-      if (__builtin_expect(key0 < unmasked.begin || key0 + Traits::kKeys > unmasked.end, 0)) {
+      const int key0 = n_block * Traits::kTileN;
+      if (__builtin_expect(key0 < unmasked.begin || key0 + Traits::kTileN > unmasked.end, 0)) {
         apply_mask(s, smem.tile.mask, unmasked, smem.tile.rows, 0, key0, lane);
       }
       float block_max[2 * Traits::kMmaM], factor[2 * Traits::kMmaM];
@@ -196,21 +202,21 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
       softmax.template exponentiate<0, Traits::kMmaN>(s, scale_log2, [](float x) { return exp2_approx(x); });
       Probabilities<Traits> p;  // half as many registers as S
       BROADHEAD_UNROLL
-      for (int step = 0; step < Traits::kKeys / 16; ++step) pack_p<typename Traits::Element>(p[step], s, step);
+      for (int step = 0; step < Traits::kTileN / 16; ++step) pack_p<typename Traits::Element>(p[step], s, step);
       std::uint32_t v = first;
       if constexpr (!Traits::kWithQv) {
         v = next_stage(full && issued);
         if (issued) loader.issue_v();
       }
       pv_gemm<Traits>(o, p, v + v_lane);
-      loader.block_done();
+      loader.n_block_done();
     }
     q_is_read = QTile<Traits>::kInRegisters && queue.found - queue.taken > 1;
     if (q_is_read) q_tile.read(params, smem.queue[warp].items[(queue.taken + 1) % kQueueItems]);
     write_item<Traits>(params, item, smem, o, softmax);
     ++queue.taken;
   }
-  if (threadIdx.x == Traits::kThreads - 1 && workspace.blocks != nullptr) workspace.blocks[blockIdx.x] = smem.parts;
+  if (threadIdx.x == Traits::kThreads - 1 && workspace.ctas != nullptr) workspace.ctas[blockIdx.x] = smem.splits;
 }
 
 }  // namespace broadhead::decode

@@ -1,4 +1,4 @@
-// A call as the decode kernels get it, and its sequences: lengths, rows, mask.
+// The parameters of a decode kernel, and how it reads the lengths, rows and mask of a sequence from them.
 #pragma once
 
 #include "common/attention_mask.h"
@@ -6,39 +6,39 @@
 
 namespace broadhead::decode {
 
-// A call as the decode kernels get it: what they would have to divide for is there.
+// AttnParams with what the kernel would otherwise have to compute by divisions.
 struct DecodeParams : AttnParams {
   int rows_per_token;  // query rows of a token in a tile: heads of a KV head when packed
   int heads_in_grid;  // KV heads when packed
-  int heads_per_kv;  // of those in the grid
-  int tile_cost;  // what a tile costs besides its key blocks (Q, the merge of the warps, the output), in key blocks
-  unsigned pages;  // page ids below exist; 1 when not paged
-  int sees_all;  // masks need not be worked out: what runs before the first copies is cold code, and slow
-  // Bytes of q and of the page tables when they are one piece, else 0: what the grid asks the L2 for before it knows
-  // what it needs.
+  int heads_per_kv;  // heads in the grid that share a KV head
+  int tile_cost;  // what a tile costs besides its n_blocks (Q, the merge of the warps, the output), in n_blocks
+  unsigned pages;  // page ids below this exist; 1 when not paged
+  int sees_all;  // every query sees all keys, so no mask is computed: code before the first copies is cold and slow
+  // Bytes of q and of the page tables that the grid prefetches into the L2 before it knows what it needs; 0 when the
+  // tensor is not one piece of memory.
   unsigned q_bytes;
   unsigned table_bytes;
   unsigned shared_table_bytes;
-  // The sequence of the shared keys, ready to be used where registers are short.
-  int shared_sequences;  // 1, or 0: there are none
+  // The keys that all sequences share are scheduled as one more sequence.
+  int shared_sequences;  // 1; 0 when there are no shared keys
   int shared_tokens;  // query tokens of all sequences
-  const std::int32_t* live_tokens;  // likewise on the device, nullable: packed q may be longer
+  const std::int32_t* live_tokens;  // int32 (1), nullable: how many of these are live, as packed q may be longer
 };
 
 // Whether every query of a call sees all keys of its sequence.
 inline bool sees_all(const AttnParams& params) {
-  const bool one_token = params.seqlen_q == 1;  // the last of its sequence
+  const bool one_token = params.seqlen_q == 1;  // it stands at the last key of its sequence
   return params.window_left < 0 && (params.window_right < 0 || one_token) && params.attention_chunk == 0 &&
          params.prefix_lens == nullptr;
 }
 
-// Sequences on the line: those of the call and, behind them, that of the shared keys.
+// How many sequences are scheduled: those of the call and, behind them, that of the shared keys.
 BROADHEAD_HOST_DEVICE int sequences(const DecodeParams& params) { return params.batch + params.shared_sequences; }
 
-// Whether sequence `batch` of the line is that of the shared keys.
+// Whether sequence `batch` is that of the shared keys.
 BROADHEAD_HOST_DEVICE bool is_shared(const DecodeParams& params, int batch) { return batch == params.batch; }
 
-// make_seqlen_info of a sequence of the line.
+// The lengths and offsets of a scheduled sequence.
 BROADHEAD_HOST_DEVICE SeqlenInfo sequence_info(const DecodeParams& params, int batch) {
   if (!is_shared(params, batch)) return make_seqlen_info(params, batch);
   int tokens = params.shared_tokens;
@@ -47,13 +47,14 @@ BROADHEAD_HOST_DEVICE SeqlenInfo sequence_info(const DecodeParams& params, int b
   return {0, 0, tokens, params.shared_seqlen_k, 0, 0};
 }
 
-// Rows of one head in the grid. No more than the call declared (max_seqlen_q): the workspace has room for those.
+// Query rows of one head in the grid. A sequence has no more than the call declared (max_seqlen_q), since the workspace
+// has room for those only.
 BROADHEAD_HOST_DEVICE int sequence_rows(const DecodeParams& params, const SeqlenInfo& seqlen, int batch) {
   const int declared = is_shared(params, batch) ? seqlen.seqlen_q : params.seqlen_q;
   return min_int(seqlen.seqlen_q, declared) * params.rows_per_token;
 }
 
-// Every query sees all shared keys; calls with such have no window but the causal one, no chunks and no prefix_lens.
+// The mask of a sequence. Every query sees all shared keys, and a call with shared keys has no other mask than causal.
 BROADHEAD_HOST_DEVICE AttentionMask make_mask(const DecodeParams& params, const SeqlenInfo& seqlen, int batch) {
   const int window_right = is_shared(params, batch) ? -1 : params.window_right;
   return {seqlen.seqlen_q, seqlen.seqlen_k,        params.window_left,
