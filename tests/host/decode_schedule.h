@@ -1,14 +1,15 @@
-// decode/stream_k.h: whatever the batch, every n_block of every tile is in exactly one split, splits lie where the
-// combine looks for them, and the CTAs of the grid get as much work as promised.
+// What holds for every stream-K schedule of decode: intervals that follow each other, n_blocks in exactly one split,
+// splits where the combine looks for them, and the promised share of the work for each CTA.
+#pragma once
+
 #include <array>
 #include <cstring>
 
 #include "decode/workspace.h"
 #include "decode_calls.h"
 
-namespace {
+namespace host_test {
 
-using namespace host_test;
 using broadhead::ceil_div;
 using broadhead::decode::interval_of;
 using broadhead::decode::kCtasOf;
@@ -20,7 +21,9 @@ struct Seen {
   // only_cost: CTAs whose interval holds no n_block.
   int split_tiles, passes, rule, rule_splits, rule_whole, unequal, long_q, long_k, fixed_splits, only_cost, unbounded,
       one_token;
-} seen{};
+};
+
+inline Seen seen{};
 
 // A call, and the items of all CTAs of its grid.
 struct Schedule {
@@ -42,10 +45,10 @@ struct Schedule {
   bool has_fixed_splits() const { return call.params.cell_blocks > 0; }
 };
 
-std::array<int, 3> tile_of(const WorkItem& item) { return {item.batch, item.head, item.m_block}; }
+inline std::array<int, 3> tile_of(const WorkItem& item) { return {item.batch, item.head, item.m_block}; }
 
 // Intervals follow each other from the begin of the schedule to its end.
-void check_intervals(const Schedule& schedule) {
+inline void check_intervals(const Schedule& schedule) {
   const std::string words = schedule.call.words();
   long long next = 0;
   int shortest = 0x7fffffff, longest = 0, used = 0;
@@ -71,7 +74,7 @@ void check_intervals(const Schedule& schedule) {
 }
 
 // Every tile in order, from its first n_block to its last; what its splits say of themselves.
-void check_coverage(const Schedule& schedule) {
+inline void check_coverage(const Schedule& schedule) {
   const Call& call = schedule.call;
   const DecodeParams& params = call.params;
   const std::string words = call.words();
@@ -115,7 +118,7 @@ void check_coverage(const Schedule& schedule) {
 
 // What decode_kernel and combine_kernel do with the splits of a stream-K call: each split tile is merged once, from
 // slots that hold all of it.
-void check_splits(const Schedule& schedule) {
+inline void check_splits(const Schedule& schedule) {
   const Call& call = schedule.call;
   const std::string words = call.words();
   const int ctas = call.available;
@@ -156,7 +159,7 @@ void check_splits(const Schedule& schedule) {
 
 // Cuts of fixed splits lie at multiples of cell_blocks, behind the declared keys excepted, and in slots of their own; a
 // sequence alone, on another grid, is cut alike.
-void check_fixed_splits(const Schedule& schedule, Random& random) {
+inline void check_fixed_splits(const Schedule& schedule, Random& random) {
   const Call& call = schedule.call;
   const DecodeParams& params = call.params;
   const std::string words = call.words();
@@ -217,7 +220,7 @@ void check_fixed_splits(const Schedule& schedule, Random& random) {
 
 // Where equal tiles are not cut where they meet: whole tiles, the same number for each CTA but the last; or one split
 // a CTA, of equal size.
-void check_equal_tiles(const Schedule& schedule) {
+inline void check_equal_tiles(const Schedule& schedule) {
   const Call& call = schedule.call;
   const std::string words = call.words();
   CHECK(schedule.sum.shortest == schedule.sum.longest && !schedule.has_fixed_splits(), "tiles are not equal; %s",
@@ -258,7 +261,7 @@ void check_equal_tiles(const Schedule& schedule) {
 }
 
 // The n_blocks of a sequence's tiles are those from the first key that a row sees to the last.
-void check_work(const Call& call, const SequenceWork& work, int batch) {
+inline void check_work(const Call& call, const SequenceWork& work, int batch) {
   if (work.m_blocks == 0) return;
   const int seqlen_k = work.seqlen.seqlen_k;
   const int prefix = call.prefixes.empty() ? 0 : std::min<int>(call.prefixes[batch], seqlen_k);
@@ -276,7 +279,7 @@ void check_work(const Call& call, const SequenceWork& work, int batch) {
         call.words().c_str());
 }
 
-void check_call(const Call& call, Random& random) {
+inline void check_call(const Call& call, Random& random) {
   const Schedule schedule(call);
   for (int b = 0; b < call.params.batch; ++b) {
     check_work(call, schedule.works[b], b);
@@ -296,139 +299,4 @@ void check_call(const Call& call, Random& random) {
   }
 }
 
-// The rule for equal tiles at its edges: `used` CTAs, or 0: tiles are cut where they meet.
-void check_rule(int batch, int n_blocks, int num_splits, int available, int least, int used) {
-  Call call;
-  call.set_heads(1, 1, true);
-  call.params.batch = batch;
-  call.params.seqlen_q = 1;
-  call.params.seqlen_k = n_blocks * call.tile_n;
-  call.params.window_left = call.params.window_right = -1;
-  call.params.num_splits = num_splits;
-  call.params.tile_cost = 20;
-  call.available = available;
-  call.least = least;
-  Random random(0);
-  check_call(call, random);
-  const Schedule schedule(call);
-  const auto works = [](const std::vector<WorkItem>& items) { return !items.empty(); };
-  const auto got = std::count_if(schedule.items.begin(), schedule.items.end(), works);
-  CHECK((schedule.tile_cost() == 0) == (used > 0) && (used == 0 || got == used), "%d of %d CTAs, not %d; %s",
-        static_cast<int>(got), available, used, call.words().c_str());
-}
-
-void check_rules() {
-  check_rule(128, 500, 0, 132, 8, 128);
-  check_rule(116, 500, 0, 132, 8, 116);  // the first above 7 of 8
-  check_rule(115, 500, 0, 132, 8, 0);
-  check_rule(8, 500, 0, 132, 8, 128);    // 16 splits of a tile
-  check_rule(8, 500, 16, 132, 8, 128);
-  check_rule(66, 500, 2, 132, 8, 132);
-  check_rule(264, 500, 0, 132, 8, 132);  // two tiles a CTA
-  check_rule(133, 500, 0, 132, 8, 0);    // two tiles a CTA would leave half of them idle
-  check_rule(255, 500, 0, 132, 8, 128);  // the last CTA has one
-  check_rule(1, 2, 0, 132, 1, 2);        // less work than CTAs
-  check_rule(1, 7, 0, 132, 8, 1);        // too short for two
-}
-
-// More than 2^31 positions in a sequence: no walk over all of them, but at the cuts.
-void check_large(int cell_blocks, bool equal) {
-  Call call;
-  call.set_heads(2, 8, true);
-  DecodeParams& params = call.params;
-  params.batch = 2;
-  params.seqlen_q = 1 << 19;
-  params.seqlen_k = 1 << 20;
-  params.window_left = params.window_right = -1;
-  params.cell_blocks = cell_blocks;
-  params.tile_cost = 40;
-  call.used_k = {params.seqlen_k, equal ? params.seqlen_k : params.seqlen_k - 1000};
-  call.connect();
-  const std::string words = call.words();
-  const auto works = works_of(call);
-  const WorkSum sum = sum_of(call, works);
-  CtaInterval before{0, 0, 0};
-  for (int g = 0; g < call.available; ++g) {
-    const CtaInterval interval = interval_of(params, sum, g, call.available, call.least);
-    const auto starts = sequence_starts(call, works, interval.tile_cost);
-    CHECK(starts[1] > 0x7fffffff, "the sequence is small; %s", words.c_str());
-    CHECK(interval.begin == before.begin + before.length && interval.length > 0, "CTA %d; %s", g, words.c_str());
-    CHECK((interval.tile_cost == 0) == (equal && cell_blocks == 0), "tile_cost of CTA %d; %s", g, words.c_str());
-    before = interval;
-    const int batch = interval.begin >= starts[1];
-    IntervalCursor cursor{};
-    cursor.work = works[batch];
-    cursor.tile_cost = interval.tile_cost;
-    cursor.left = interval.length;
-    const long long position = interval.begin - starts[batch];
-    cursor.stand_on(position);
-    const long long cost = interval.tile_cost + n_blocks(cursor.work);
-    CHECK(cursor.tile == position / cost && cursor.within == position % cost, "CTA %d stands on %d, %d; %s", g,
-          cursor.tile, cursor.within, words.c_str());
-    for (int i = 0; i < 3; ++i) {
-      const int tile = cursor.tile;
-      WorkItem item;
-      if (!take_split_of(call, cursor, item)) continue;
-      CHECK(item.head * works[batch].m_blocks + item.m_block == tile && item.range.end <= works[batch].end,
-            "an item of CTA %d; %s", g, words.c_str());
-    }
-  }
-  CHECK(before.begin + before.length == sum.positions(before.tile_cost), "the schedule's end; %s", words.c_str());
-}
-
-// Few splits of a tile on a schedule of more than 2^31 positions that is too short for all CTAs.
-void check_long_tiles() {
-  Call call;
-  call.set_heads(40, 1, true);
-  call.params.batch = 1;
-  call.params.seqlen_q = 1;
-  call.params.seqlen_k = 1 << 30;
-  call.params.window_left = call.params.window_right = -1;
-  call.params.num_splits = 2;
-  call.params.tile_cost = 40;
-  Random random(0);
-  check_call(call, random);
-}
-
-// Without masks the same as with them, where lengths are not above what the call declared.
-void check_sees_all(const Call& call) {
-  DecodeParams params = call.params;
-  if (!sees_all(params)) return;
-  for (int b = 0; b < params.batch; ++b) {
-    params.sees_all = 1;
-    const SequenceWork fast = sequence_work(params, b, call.tile_m, call.tile_n);
-    params.sees_all = 0;
-    const SequenceWork work = sequence_work(params, b, call.tile_m, call.tile_n);
-    const int seqlen_q = work.seqlen.seqlen_q;
-    if (seqlen_q == 0 || seqlen_q > params.seqlen_q) continue;
-    CHECK(fast.begin == work.begin && fast.end == work.end && fast.m_blocks == work.m_blocks, "sequence %d; %s", b,
-          call.words().c_str());
-    const auto mask = make_mask(params, work.seqlen, b);
-    for (const auto& keys : {mask.tile_interval(0, seqlen_q - 1), mask.unmasked_interval(0, seqlen_q - 1)}) {
-      CHECK(keys.begin == 0 && keys.end == work.seqlen.seqlen_k, "sequence %d: [%d, %d); %s", b, keys.begin, keys.end,
-            call.words().c_str());
-    }
-    ++(params.window_right < 0 ? seen.unbounded : seen.one_token);
-  }
-}
-
-}  // namespace
-
-int main() {
-  for (unsigned seed = 1; seed <= 12000; ++seed) {
-    Call call;
-    make_random_call(call, seed);
-    Random random(seed);
-    check_call(call, random);
-    check_sees_all(call);
-  }
-  check_rules();
-  for (const int cell_blocks : {0, 4, kOneSplit}) {
-    for (const bool equal : {false, true}) check_large(cell_blocks, equal);
-  }
-  check_long_tiles();
-  CHECK(seen.split_tiles && seen.passes && seen.rule_splits && seen.rule_whole && seen.unequal && seen.long_q &&
-            seen.long_k && seen.fixed_splits && seen.only_cost && seen.unbounded && seen.one_token,
-        "a kind of call was never drawn");
-  return host_test::finish();
-}
+}  // namespace host_test
