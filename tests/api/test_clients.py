@@ -6,6 +6,7 @@ import inspect
 import math
 
 import broadhead
+import oracle
 import pytest
 import torch
 from calls import Call, build
@@ -190,13 +191,9 @@ def test_lmdeploy_window_int_and_mla() -> None:
     q, qv, k, v = (torch.randn(6, h, d) for h, d in ((4, 64), (4, 512), (1, 64), (1, 512)))
     cu = torch.tensor([0, 2, 6], dtype=torch.int32)
     out = broadhead.flash_attn_varlen_func(q, k, v, cu, cu, 4, 4, softmax_scale=0.05, causal=True, qv=qv)
-    joined_q, joined_k = torch.cat((q, qv), dim=-1), torch.cat((k, v), dim=-1)
-    for begin, end in ((0, 2), (2, 6)):
-        scores = torch.einsum("qhd,khd->hqk", joined_q[begin:end], joined_k[begin:end].expand(-1, 4, -1)) * 0.05
-        hidden = torch.ones(end - begin, end - begin).triu(1).bool()
-        weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
-        expected = torch.einsum("hqk,khd->qhd", weights, v[begin:end].expand(-1, 4, -1))
-        torch.testing.assert_close(out[begin:end], expected, atol=1e-5, rtol=1e-4)
+    for rows in (slice(0, 2), slice(2, 6)):
+        expected, _ = oracle.attention(q[rows], k[rows], v[rows], oracle.Rule(0.05, (-1, 0)), qv=qv[rows])
+        torch.testing.assert_close(out[rows], expected, atol=1e-5, rtol=1e-4)
 
 
 def test_hugging_face_signature_driven() -> None:

@@ -6,8 +6,10 @@ import random
 from typing import Any
 
 import broadhead
+import oracle
 import pytest
 import torch
+from oracle import Rule
 from torch import Tensor
 
 F64 = torch.float64
@@ -22,23 +24,9 @@ def drawn(seed: int, *shapes: tuple[int, ...], dtype: torch.dtype = F64) -> list
     return [torch.randn(shape, generator=generator, dtype=F64).to(dtype) for shape in shapes]
 
 
-def textbook(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, softcap: float = 0.0, sinks: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Dense attention ``(B, S, H, D)`` by autograd's own operators; mask ``(Sq, Sk)``: the keys that a query sees."""
-    group = q.shape[2] // k.shape[2]
-    keys, values = (x.repeat_interleave(group, dim=2) for x in (k, v))
-    scores = torch.einsum("bihd,bjhd->bhij", q, keys) * q.shape[-1] ** -0.5
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    if sinks is not None:
-        column = sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-        scores = torch.cat((scores, column), dim=3)
-    lse = torch.logsumexp(scores, dim=3)
-    weights = torch.exp(scores - lse.unsqueeze(3))[..., : k.shape[1]]
-    return torch.einsum("bhij,bjhd->bihd", weights, values), lse
+def textbook(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, softcap: float = 0.0, **options: Any) -> Any:
+    """Dense attention ``(B, S, H, D)`` by autograd's own operators."""
+    return oracle.dense(q, k, v, Rule(q.shape[-1] ** -0.5, (-1, 0 if causal else -1), softcap=softcap), **options)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {"plain": {}, "softcap": {"softcap": 1.5}, "sinks": {"sinks": True}}
@@ -53,8 +41,7 @@ def test_parts_of_the_keys_get_their_share(dtype: torch.dtype, option: str, caus
     q, k, v, dout, sinks = (x.to(dtype).to(F64).requires_grad_(i != 3) for i, x in enumerate(exact))
     softcap = OPTIONS[option].get("softcap", 0.0)
     given_sinks = sinks if "sinks" in OPTIONS[option] else None
-    mask = torch.ones(20, 40, dtype=torch.bool).tril(20) if causal else None
-    out, lse = textbook(q, k, v, mask=mask, softcap=softcap, sinks=given_sinks)
+    out, lse = textbook(q, k, v, causal=causal, softcap=softcap, sinks=given_sinks)
     leaves = (q, k, v) if given_sinks is None else (q, k, v, sinks)
     truth = torch.autograd.grad(out, leaves, dout.detach())
 
@@ -80,7 +67,7 @@ def test_parts_of_the_keys_get_their_share(dtype: torch.dtype, option: str, caus
 
 
 def test_merged_halves(seed: int) -> None:
-    """The issue of context parallelism: two calls, merged, differentiated by mha_bwd."""
+    """Context parallelism: two calls, merged, differentiated by mha_bwd."""
     q, k, v, dout = drawn(seed, *[(2, 64, 4, 32)] * 4, dtype=torch.float32)
     halves = [(k[:, :32], v[:, :32]), (k[:, 32:], v[:, 32:])]
     results = [broadhead.mha_fwd(q, *half) for half in halves]
@@ -151,7 +138,7 @@ def test_rows_that_sequences_share(dtype: torch.dtype, sharing: str, seed: int) 
         assert all(torch.equal(a, b) for a, b in zip(gradients(q, k), found))
 
 
-def test_the_row_of_the_report() -> None:
+def test_shared_rows_of_bf16_are_summed_in_fp32() -> None:
     """v.grad of shared rows in bf16: within one rounding of the sum."""
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(1024, 1, 1, 32, generator=generator).bfloat16()

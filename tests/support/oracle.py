@@ -69,6 +69,15 @@ def attention(
     return torch.cat(outs), torch.cat(lses, dim=1)
 
 
+def dense(
+    q: Tensor, k: Tensor, v: Tensor, rule: Rule, *, qv: Tensor | None = None, sinks: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`attention` of each sequence of a batch: ``(B, sq, Hq, Dv)`` and ``(B, Hq, sq)``."""
+    results = [attention(q[b], k[b], v[b], rule, qv=None if qv is None else qv[b], sinks=sinks) for b in range(len(q))]
+    outs, lses = zip(*results)
+    return torch.stack(outs), torch.stack(lses)
+
+
 def visible(sq: int, sk: int, rule: Rule, device: torch.device) -> Tensor:
     """``(sq, sk)``: whether query i sees key j."""
     position = torch.arange(sq, device=device)[:, None] + sk - sq
