@@ -114,4 +114,5 @@ def test_an_sdist_holds_what_its_tests_and_builds_read(tmp_path: Path, monkeypat
     wanted = {".ci/run", ".github/cuda-matrix.json", ".github/workflows/wheels.yml", "scripts/build_wheels.sh"}
     assert names >= {*wanted, "LICENSE", "THIRD_PARTY_NOTICES.txt", "cmake/version_label.py"}
     assert names >= {"benchmarks/run.py", "benchmarks/broadhead_bench/peers/base.py"}
+    assert names >= {"tests/README.md", "tests/conftest.py", "tests/support/calls.py"}
     assert not [name for name in names if name.startswith("benchmarks/results")]
