@@ -167,7 +167,7 @@ def resolved_fields(function: str, fields: _Fields, written: tuple[str, ...] = (
 def _map_fields(change: Callable[..., Any], function: str, fields: _Fields, written: tuple[str, ...]) -> _Fields:
     names: tuple[str, ...] = fields._fields  # type: ignore[attr-defined]
     found = [
-        change(function, shown_name(function, name), value, name in written)
+        change(function, shown_name(function, name), value, written=name in written)
         for name, value in zip(names, fields, strict=True)
     ]
     if all(a is b for a, b in zip(found, fields, strict=True)):
