@@ -16,7 +16,7 @@ namespace broadhead::decode {
 // CTA g writes this note about the splits that it computes.
 struct CtaSplits {
   SeqlenInfo seqlen;  // of the split tile whose first split CTA g computes
-  int batch;  // -1: there is none
+  int batch;          // -1: there is none
   int head;
   int m_block;
   int passes;  // 1: a tile began before the interval of CTA g and goes on behind it
@@ -29,15 +29,15 @@ struct TileSplits {
 };
 
 struct Workspace {
-  CtaSplits* ctas;  // [num_ctas], stream-K without shared keys only
+  CtaSplits* ctas;      // [num_ctas], stream-K without shared keys only
   TileSplits* tiles;    // [tiles], with shared keys only
-  int num_ctas;      // of the decode grid
-  float* out;        // [slots, slot_rows, head_dim_v]
-  float* lse;        // [slots, slot_rows], natural log
-  int slot_rows;     // query rows of a tile that any call of these shapes can have
+  int num_ctas;         // of the decode grid
+  float* out;           // [slots, slot_rows, head_dim_v]
+  float* lse;           // [slots, slot_rows], natural log
+  int slot_rows;        // query rows of a tile that any call of these shapes can have
   int m_blocks;         // of the longest sequence
   int shared_m_blocks;  // of all query tokens, over the shared keys
-  int fixed_splits;  // fixed splits: how many the longest tile has
+  int fixed_splits;     // fixed splits: how many the longest tile has
 
   // The index of a tile in dense order.
   BROADHEAD_HOST_DEVICE long long tile(const DecodeParams& params, int batch, int head, int m_block) const {
