@@ -98,8 +98,8 @@ def arguments(T, **changes):
 def make_launch(T, **changes):
     # Tensors that a call does not bring are those of `out` and `lse`.
     a = dict(
-        kernel_id="sm80_fwd_d64_bf16", device=0, out=T(4 << 12, (2, 3, 4, 32)), lse=T(5 << 12, (2, 4, 3), F32),
-        scratch_size=6 * 4 * 6 * (32 + 1), identity=("made for", 3), dispatch=("cuda", "row", "why"),
+        family="sm80", kernel_id="sm80_fwd_d64_bf16", device=0, out=T(4 << 12, (2, 3, 4, 32)),
+        lse=T(5 << 12, (2, 4, 3), F32), identity=("made for", 3), dispatch=("cuda", "row", "why"),
         seqlen_q=3, seqlen_k=112, window_left=7, window_right=0, attention_chunk=9, softmax_scale=0.125, softcap=30.0,
         num_splits=6, pack_gqa=1, metadata_tag=77, heads_per_section=2, max_blocks=5, cell_blocks=0)
     assert not set(changes) - set(a), changes
@@ -158,7 +158,7 @@ got = call({kind}, cell_blocks=11)
 pages = dict(q=1, k=2, v=3, out=4, softmax_lse=5, out_partial=6, seqused_k=8, leftpad_k=9,
              kv_batch_idx=10, page_table=11, prefix_lens=12, sinks=13, scheduler_metadata=14)
 expected = {{name: page << 12 for name, page in pages.items()}} | dict(
-    index=0, stream=CURRENT_STREAM, struct_size_fits=1, lse_partial=SCRATCH + 6 * 4 * 6 * 32 * 4,
+    index=0, stream=CURRENT_STREAM, struct_size_fits=1, lse_partial=0,
     cu_seqlens_q=0, cu_seqlens_k=0, seqused_q=0,
     lse_batch_stride=12, lse_head_stride=3,
     q_strides="768,256,64", k_strides="2048,128,64", v_strides="4096,128,64", out_strides="384,128,32",
@@ -180,15 +180,15 @@ def test_forward_packs_packed_sequences(stub: Path) -> None:
         """
 T = ExchangeTensor
 F16 = "torch.float16"
-got = call(T, kernel_id="sm80_fwd_d64_fp16", q=T(4096, (9, 4, 64), F16), k=T(8192, (11, 2, 64), F16),
+got = call(T, kernel_id="counting", q=T(4096, (9, 4, 64), F16), k=T(8192, (11, 2, 64), F16),
            v=T(12288, (11, 2, 64), F16), out=T(16384, (9, 4, 64), F16),
            lse=T(20480, (4, 9), F32), cu_seqlens_q=T(24576, (3,), INT), cu_seqlens_k=T(28672, (3,), INT),
-           page_table=None, kv_batch_idx=None, leftpad_k=None, num_splits=1, scratch_size=0,
+           page_table=None, kv_batch_idx=None, leftpad_k=None, num_splits=1,
            sinks=T(32768, (4,), F16))
-wanted = dict(index=1, q_dtype=2, workspace_bytes=0,
+wanted = dict(index=1, q_dtype=2, workspace_bytes=4, tile_counter=0,
               batch=2, total_q=9, page_size=0, q_strides="0,256,64", k_strides="0,128,64", lse_head_stride=9,
-              lse_batch_stride=0, cu_seqlens_q=24576, cu_seqlens_k=28672, sinks_are_fp32=0, out_partial=0, page_table=0,
-              total_k=11, num_pages=0, num_kv_batches=0)
+              lse_batch_stride=0, cu_seqlens_q=24576, cu_seqlens_k=28672, sinks_are_fp32=0,
+              out_partial=SCRATCH, page_table=0, total_k=11, num_pages=0, num_kv_batches=0)
 assert {name: got[name] for name in wanted} == {name: str(value) for name, value in wanted.items()}, got
 # A dense cache of more rows than the call has sequences.
 got = call(T, page_table=None, k=T(8192, (5, 112, 2, 64)), v=T(12288, (5, 112, 2, 32)))
@@ -203,7 +203,7 @@ def test_forward_packs_8_bit_tensors_and_qv(stub: Path, kind: str) -> None:
         stub,
         f"""
 T = {kind}
-fp8 = dict(kernel_id="sm80_fwd_d64_e4m3", q=T(1 << 12, (2, 3, 4, 64), FP8), k=T(2 << 12, (5, 16, 2, 64), FP8),
+fp8 = dict(kernel_id="prefill_8_bit", q=T(1 << 12, (2, 3, 4, 64), FP8), k=T(2 << 12, (5, 16, 2, 64), FP8),
            v=T(3 << 12, (5, 16, 2, 32), FP8), qv=T(4 << 12, (2, 3, 4, 32), FP8, strides=(1024, 256, 64, 1)),
            q_descale=T(5 << 12, (2, 2), F32), k_descale=T(6 << 12, (2, 2), F32, strides=(0, 0)),
            v_descale=T(7 << 12, (2, 2), F32, strides=(1, 2)))
@@ -224,23 +224,23 @@ assert "sinks must be one logit for each head of q, fp32 or the dtype of out" in
     )
 
 
-def test_what_is_left_of_the_scratch_is_the_tile_counter(stub: Path) -> None:
+def test_the_kernel_is_asked_for_its_workspace(stub: Path) -> None:
+    """Once a kind of call, with all that was packed; the launcher lays it out."""
     run(
         stub,
         """
 T = ExchangeTensor
 room = 6 * 4 * 6 * (32 + 1)
-assert call(T, scratch_size=room)["tile_counter"] == "0"
-got = call(T, scratch_size=room + 1)
-assert got["tile_counter"] == str(SCRATCH + room * 4), got
-assert got["lse_partial"] == str(SCRATCH + 6 * 4 * 6 * 32 * 4), got
-assert call(T, num_splits=1, scratch_size=1)["tile_counter"] == str(SCRATCH)
-got = call(T, num_splits=1, scratch_size=0)
-assert got["tile_counter"] == got["out_partial"] == got["lse_partial"] == "0", got
-assert scratch_sizes == freed == [room, room + 1, 1]
+got = call(T)
+assert got["out_partial"] == str(SCRATCH) and got["workspace_bytes"] == str(4 * room), got
+assert got["lse_partial"] == got["tile_counter"] == "0", got
+got = call(T, num_splits=1)
+assert got["out_partial"] == got["workspace_bytes"] == "0", got
+assert scratch_sizes == freed == [room]
 # Where the exchange API fails, torch is asked, which raises its own exception if it must.
-assert call(T, scratch_size=9999)["out_partial"] == str(SCRATCH)
-assert scratch_sizes[3:] == [9999] and len(freed) == 3
+got = call(T, kernel_id="decode_bf16", max_blocks=9999)
+assert got["out_partial"] == str(SCRATCH) and got["workspace_bytes"] == "39996", got
+assert scratch_sizes[1:] == [9999] and len(freed) == 1
 """,
     )
 
@@ -322,7 +322,6 @@ assert call(T, device=3)["stream"] == str(CURRENT_STREAM + 3)
         ("page_table=None, k=T(4096, (9, 2, 64))", ["k must be [batch, tokens, heads, head_dim] without cu_seqlens_k"]),
         ("cu_seqlens_q=T(4096, (3,), INT)", ["cu_seqlens_q must be given exactly when q has 3"]),
         ("scheduler_metadata=T(4096, (16,), INT)", ["scheduler_metadata must be", "(16)"]),
-        ("scratch_size=4751", ["scratch_size must hold", "= 4752 when num_splits > 1, got 4751"]),
         ("lse=T(4096, (2, 4, 3))", ["softmax_lse must be fp32 tensor"]),
         ("k=T(4096, (5, 16, 3, 64))", ["k must be", "divides"]),
         ("sinks=T(4096, (3,), F32)", ["sinks must be"]),
@@ -337,7 +336,11 @@ assert call(T, device=3)["stream"] == str(CURRENT_STREAM + 3)
         ("q=T(4096, (1,) * 7)", ["a tensor has 7 dimensions"]),
         ("softcap=-1.0", ["sm80_fwd_d64_bf16: launch: the stub was asked to fail"]),
         ('kernel_id="sm80_fwd_d128_bf16"', ["sm80_fwd_d128_bf16", "built without this kernel", "80;90"]),
-        ('kernel_id="sm90_fwd_d128_bf16"', ["sm90_fwd_d128_bf16", "libbroadhead_sm90.so", "BROADHEAD_CUDA_ARCHS"]),
+        ('kernel_id="backward_bf16"', ["backward_bf16: a forward call was given a kernel of the other direction"]),
+        (
+            'family="sm90", kernel_id="sm90_fwd_d128_bf16"',
+            ["sm90_fwd_d128_bf16", "libbroadhead_sm90.so", "BROADHEAD_CUDA_ARCHS"],
+        ),
     ],
 )
 @pytest.mark.parametrize("kind", ["AttributeTensor", "ExchangeTensor"])

@@ -13,8 +13,8 @@ def decode(T, kernel="bf16", **changes):
     kv = FP8 if kernel.endswith("e4m3") else q
     out = "torch.float16" if kernel[:4] == "fp16" else "torch.bfloat16"
     return call(T, **dict(
-        kernel_id="sm80_fwd_decode_d64_" + kernel, q=T(1 << 12, (2, 3, 4, 64), q), k=T(2 << 12, (5, 16, 2, 64), kv),
-        v=T(3 << 12, (5, 16, 2, 32), kv), out=T(4 << 12, (2, 3, 4, 32), out), scratch_size=0) | changes)
+        kernel_id="decode_" + kernel, q=T(1 << 12, (2, 3, 4, 64), q), k=T(2 << 12, (5, 16, 2, 64), kv),
+        v=T(3 << 12, (5, 16, 2, 32), kv), out=T(4 << 12, (2, 3, 4, 32), out), max_blocks=0) | changes)
 
 def check(got, **wanted):
     assert {name: got[name] for name in wanted} == {name: str(value) for name, value in wanted.items()}, got
@@ -23,13 +23,13 @@ def check(got, **wanted):
 
 @pytest.mark.parametrize("num_splits", [0, 1, 6])
 def test_a_workspace_is_passed_as_it_is(stub: Path, num_splits: int) -> None:  # noqa: F811
-    """The kernel lays it out: no size follows from num_splits, and nothing at its end is a counter."""
+    """The kernel says its size and lays it out: nothing follows from num_splits."""
     run(
         stub,
         DECODE
         + f"""
 T, common = ExchangeTensor, dict(num_splits={num_splits}, cell_blocks=64)
-got = decode(T, scratch_size=1000, **common)
+got = decode(T, max_blocks=1000, **common)
 check(got, index=3, out_partial=SCRATCH, workspace_bytes=4000, lse_partial=0, tile_counter=0, cell_blocks=64,
       num_splits={num_splits}, q_dtype=1)
 check(decode(T, **common), out_partial=0, workspace_bytes=0, tile_counter=0)
@@ -45,7 +45,7 @@ check(decode(T, **common), out_partial=0, workspace_bytes=0, tile_counter=0)
         ("fp16_kve4m3", 6, 2, "fp16", "fp16"),
     ],
 )
-def test_the_dtypes_of_a_row_are_those_of_its_id(
+def test_the_dtypes_of_a_kernel_are_those_that_it_tells(
     stub: Path,  # noqa: F811
     kernel: str,
     index: int,

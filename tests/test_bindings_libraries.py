@@ -17,8 +17,8 @@ assert info["errors"] == {}, info
 assert list(info["families"]) == ["sm80"]
 family = info["families"]["sm80"]
 assert family["archs"] == "80;90" and family["cuda"] == (13, 1) and family["path"] == str(library)
-assert family["kernels"][:3] == ["sm80_fwd_d64_bf16", "sm80_fwd_d64_fp16", "sm80_fwd_d64_e4m3"]
-assert family["kernels"][-1] == "sm80_fwd_decode_d64_fp16_kve4m3" and len(family["kernels"]) == 7
+assert family["kernels"][:3] == ["sm80_fwd_d64_bf16", "counting", "prefill_8_bit"]
+assert family["kernels"][-1] == "backward_bf16" and len(family["kernels"]) == 8
 """,
     )
 

@@ -11,7 +11,7 @@ OWN = dict(prefix_lens=None, leftpad_k=None, kv_batch_idx=None)
 TABLE = 20 << 12
 
 def launch(T, **changes):
-    return make_launch(T, **dict(kernel_id="sm80_fwd_decode_d64_bf16", window_left=-1, attention_chunk=0) | changes)
+    return make_launch(T, **dict(kernel_id="decode_bf16", window_left=-1, attention_chunk=0) | changes)
 
 def table(T, pages=4, **options):
     return T(TABLE, (pages,), INT, **options)

@@ -51,13 +51,13 @@ def compile_library(path: Path, source: str, *options: str) -> bytes:
 
 def library_source(family: str, version: int, archs: str, ids: list[str]) -> str:
     """What a kernel library tells of itself."""
-    quoted = ", ".join(f'"{row_id}"' for row_id in ids)
+    quoted = ", ".join(f'{{0, 0, "{row_id}"}}' for row_id in ids)
     return (
         f'const char* broadhead_build_archs(void) {{ return "{archs}"; }}\n'
         f"int broadhead_cuda_version(void) {{ return {version}; }}\n"
         f"int broadhead_kernel_count(void) {{ return {len(ids)}; }}\n"
-        f"static const char* const ids[] = {{{quoted}}};\n"
-        "const char* broadhead_kernel_id(int i) { return ids[i]; }\n"
+        f"static const struct {{ unsigned size, version; const char* id; }} kernels[] = {{{quoted}}};\n"
+        "const void* broadhead_kernel_info(int i) { return &kernels[i]; }\n"
     )
 
 

@@ -10,8 +10,8 @@ import torch
 from broadhead.plan import device as device_module
 from broadhead.plan import native
 from broadhead.plan.native import NO_KERNELS
+from broadhead.run import choice
 from broadhead.run import fallback as fallback_notice
-from broadhead.run import forward
 from broadhead.support import EXTRA_FEATURES, FEATURES, ROWS
 from described import FULL, build_of, h200, problem
 
@@ -91,24 +91,24 @@ def test_cpu_is_silent_and_not_strict(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_fallback_on_a_cuda_device_warns_once_or_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     """The decision on a CUDA device, without one: the device is described, nothing runs."""
-    monkeypatch.setattr(forward, "describe", lambda device: h200())
+    monkeypatch.setattr(choice, "describe", lambda device: h200())
     monkeypatch.setattr(fallback_notice, "_warned", set())
     monkeypatch.setattr(native, "build_description", lambda: NO_KERNELS)
     cuda = torch.device("cuda", 0)
     wide = problem(head_dim=520)
     with pytest.warns(broadhead.FallbackWarning, match=r"mha_fwd.*NVIDIA H200.*head_dim 520") as caught:
         for _ in range(3):
-            assert forward.select("mha_fwd", wide, cuda, None) is None
+            assert choice.select("mha_fwd", wide, cuda, None) is None
     assert len(caught) == 1, "once a kind of reason"
     with pytest.warns(broadhead.FallbackWarning, match="head_dim_v 1024"):
-        forward.select("mha_fwd", problem(head_dim=64, head_dim_v=1024), cuda, None)
+        choice.select("mha_fwd", problem(head_dim=64, head_dim_v=1024), cuda, None)
     assert broadhead.last_dispatch()[0] == "torch"
     with pytest.raises(broadhead.UnsupportedError, match="no CUDA kernel"):
-        forward.select("mha_fwd", wide, cuda, "cuda")
+        choice.select("mha_fwd", wide, cuda, "cuda")
     monkeypatch.setenv("BROADHEAD_STRICT", "1")
     with pytest.raises(broadhead.UnsupportedError, match=r"BROADHEAD_STRICT=1.*head_dim 520"):
-        forward.select("mha_fwd", wide, cuda, None)
-    assert forward.select("mha_fwd", wide, cuda, "torch") is None, "asking for torch is no fallback"
+        choice.select("mha_fwd", wide, cuda, None)
+    assert choice.select("mha_fwd", wide, cuda, "torch") is None, "asking for torch is no fallback"
 
 
 def test_describe_cpu() -> None:

@@ -17,9 +17,9 @@ from broadhead.plan.dispatch import resolve
 from broadhead.plan.native import NO_KERNELS
 from broadhead.reference.merge import merge_parts
 from broadhead.run import append as append_launch
+from broadhead.run import choice, merge
 from broadhead.run import combine as run_combine
 from broadhead.run import fallback as fallback_notice
-from broadhead.run import forward, merge
 from described import FULL, build_of, h200, problem
 
 Call = Callable[[], Any]
@@ -51,7 +51,7 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tensors of the CPU count as those of an H200 for which this build has no kernels: what runs is torch ops."""
     monkeypatch.delenv("BROADHEAD_STRICT", raising=False)
     monkeypatch.setattr(fallback_notice, "_warned", set())
-    for module in (device, combine, merge, append_launch, forward):
+    for module in (device, combine, merge, append_launch, choice):
         monkeypatch.setattr(module, "describe", lambda _: h200(), raising=False)
     for module in (device, dispatch):
         monkeypatch.setattr(module, "build_description", lambda: build_of("80"))
@@ -241,7 +241,7 @@ def test_reasons_of_one_kind_are_told_once(on_cuda: None) -> None:
         warnings.simplefilter("always")
         for i in range(1, 400):
             for changes in kinds.values():
-                forward.select("mha_fwd", problem(**changes(i)), cuda, None)
+                choice.select("mha_fwd", problem(**changes(i)), cuda, None)
     told = [str(warning.message) for warning in caught]
     assert len(told) == len(kinds), told
     assert len(fallback_notice._warned) == len(kinds)

@@ -34,7 +34,7 @@ def op_arguments(q: Tensor, k: Tensor, v: Tensor, **changes: Any) -> tuple[Any, 
     values: dict[str, Any] = dict.fromkeys(OPERATOR_NAMES)
     values.update(
         q=q, k=k, v=v, causal=False, window_left=-1, window_right=-1, attention_chunk=0, softcap=0.0, num_splits=0,
-        sm_margin=0, tokens_per_split=0, function="mha_fwd",
+        sm_margin=0, tokens_per_split=0, deterministic=False, differentiable=False, function="mha_fwd",
     )  # fmt: skip
     assert changes.keys() <= values.keys()
     return tuple({**values, **changes}.values())

@@ -109,9 +109,11 @@ def test_another_spelling_reaches_the_same_field(
 
 def test_operators_take_every_argument_once() -> None:
     args = AttentionArgs(**{name: object() for name in AttentionArgs._fields})
-    inputs = to_operator("f", args, (3, 5))
+    deterministic, differentiable = object(), object()
+    inputs = to_operator("f", args, (3, 5), deterministic, differentiable)  # type: ignore[arg-type]
     assert len(set(map(id, inputs))) == len(inputs) == len(OPERATOR_NAMES)
-    function, back = from_operator(inputs)
+    function, back, *how = from_operator(inputs)
+    assert how == [deterministic, differentiable]
     assert function == "f" and back.window_size == (3, 5) and back.out is None
     for name in set(AttentionArgs._fields) - {"window_size", "out"}:
         assert getattr(back, name) is getattr(args, name), name

@@ -39,7 +39,7 @@ def generated_ids(directory: Path) -> list[str]:
     return [
         name
         for path in sorted(directory.glob("*/registry.cpp"))
-        for name in re.findall(r'^    \{"(\w+)", ', path.read_text(), re.MULTILINE)
+        for name in re.findall(r'^    \{\{sizeof\(KernelInfo\), kAbiVersion, "(\w+)", ', path.read_text(), re.MULTILINE)
     ]
 
 
@@ -158,8 +158,29 @@ def test_generated_sources_equal_the_table(tmp_path: Path) -> None:
         assert row.phase == "decode" or not row.kv_dtype
         assert f"Traits_{row.id} = {traits}<{element}, {values}>;" in sources
         assert f'return {launcher}<Traits_{row.id}>("{row.id}"' in sources
+        workspace = row.template.workspace
+        assert (
+            f"workspace_{row.id}(const AttnParams& params) {{ return {workspace}<Traits_{row.id}>(params); }}"
+            in sources
+        )
         unit = (tmp_path / row.family / f"{row.name}.cu").read_text()
         assert row.id in unit and re.findall(r'#include "(.+)"', unit) == [header]
+
+
+def test_the_registry_tells_what_a_row_is(tmp_path: Path) -> None:
+    """Direction, phase, dtypes, sizes and features, as host/params.h has them."""
+    assert run_generate("sources", "--archs", ALL_ARCHS, "--out", str(tmp_path)).returncode == 0
+    types = {"bf16": "kBFloat16", "fp16": "kFloat16", "float8_e4m3fn": "kFloat8E4M3"}
+    for row in support.ROWS:
+        (line,) = (
+            line for line in (tmp_path / row.family / "registry.cpp").read_text().splitlines() if f'"{row.id}"' in line
+        )
+        kinds = f"Direction::kForward, Phase::k{row.phase.capitalize()}"
+        dtypes = f"DataType::{types[row.dtype]}, DataType::{types[row.kv_dtype or row.dtype]}"
+        sizes = f"{row.head_dim}, {row.head_dim_v}, {row.tile.tile_m}, {row.tile.tile_n}"
+        assert f'"{row.id}", {kinds}, {dtypes}, {sizes}, "{" ".join(row.features)}"}}' in line
+        functions = f"&shared_memory_{row.id}, &launch_{row.id}, &workspace_{row.id}, nullptr, nullptr}}"
+        assert line.endswith(f"{functions},")
 
 
 @pytest.mark.parametrize(
@@ -273,7 +294,8 @@ def test_rows_of_another_dtype_of_keys_are_told_apart(monkeypatch: pytest.Monkey
     ids = [f"{row.name}_{support.id_suffix(row.dtype, 'float8_e4m3fn')}" for row in twins]
     assert ids == ["sm80_fwd_d64_bf16_kve4m3", "sm80_fwd_d64_fp16_kve4m3"]
     features = (*support.FEATURES, "descale")
-    mixed = [row._replace(id=i, kv_dtype="float8_e4m3fn", features=features) for row, i in zip(twins, ids)]
+    mixed = [row._replace(kv_dtype="float8_e4m3fn", features=features) for row in twins]
+    assert [row.id for row in mixed] == ids
     assert {row.name for row in mixed} == {"sm80_fwd_d64_kve4m3"}
     assert {row.kv_element_bytes for row in mixed} == {1} and {row.kv_element_bytes for row in twins} == {2}
     generate = load_generate()

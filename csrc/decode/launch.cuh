@@ -11,9 +11,6 @@
 
 namespace broadhead::decode {
 
-// AttnParams::cell_blocks, the size of fixed splits, is given in units of this many keys.
-constexpr int kSplitUnitTokens = 64;
-
 // How many bytes the grid prefetches into the L2. Prefetching a larger tensor is not worth its time.
 inline unsigned prefetched_bytes(std::int64_t bytes) { return bytes <= 2 << 20 ? static_cast<unsigned>(bytes) : 0; }
 
@@ -57,19 +54,23 @@ inline bool shared_keys_fit(const AttnParams& params) {
          params.window_right <= 0 && params.attention_chunk == 0 && params.prefix_lens == nullptr;
 }
 
-// Lays out the workspace, which begins with `head_bytes` of TileSplits or CtaSplits; false when it is too small.
-inline bool place_workspace(const AttnParams& params, long long slots, long long head_bytes, Workspace& workspace) {
-  const long long floats = slots * workspace.slot_rows * (params.head_dim_v + 1ll);
-  const long long bytes = head_bytes + floats * 4;
-  char* base = reinterpret_cast<char*>(params.out_partial);
-  if (params.shared_seqlen_k > 0) {
-    workspace.tiles = reinterpret_cast<TileSplits*>(base);
-  } else if (head_bytes > 0) {
-    workspace.ctas = reinterpret_cast<CtaSplits*>(base);
+// CTAs that can be resident at a time at most. A workspace for so many is large enough, however few of them fit. 0:
+// there is no device.
+template <class Traits>
+int most_ctas(int max_blocks) {
+  int device = 0, multiprocessors = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
+    return 0;
   }
-  workspace.out = reinterpret_cast<float*>(base + head_bytes);
-  workspace.lse = workspace.out + slots * workspace.slot_rows * params.head_dim_v;
-  return base != nullptr && params.workspace_bytes >= bytes;
+  const int most = multiprocessors * Traits::kMinBlocks;
+  return max_blocks > 0 ? std::min(max_blocks, most) : most;
+}
+
+template <class Traits>
+std::int64_t decode_workspace(const AttnParams& params) {
+  const int ctas = most_ctas<Traits>(params.max_blocks);
+  return ctas > 0 ? plan_workspace(params, Traits::kTileM, ctas).bytes : -1;
 }
 
 template <class Traits>
@@ -93,52 +94,24 @@ int launch_decode(const char* kernel_id, const AttnParams& params, cudaStream_t 
     return fail("head_dim", cudaErrorInvalidValue);
   }
   DecodeParams decode = make_decode_params(params, Traits::kTileCost);
-  const long long rows = static_cast<long long>(params.seqlen_q) * decode.rows_per_token;
-  const long long m_blocks = (rows + Traits::kTileM - 1) / Traits::kTileM;
-  const long long tiles = m_blocks * decode.heads_in_grid * params.batch;
-  if (tiles == 0) return 0;
+  const int ctas = params.max_blocks > 0 ? std::min(params.max_blocks, fitting) : fitting;
+  const WorkspacePlan plan = plan_workspace(params, Traits::kTileM, ctas);
+  if (plan.tiles == 0) return 0;
   // Packed q without a token has no address. Calls with shared keys have no qv.
   if (Traits::kWithQv && ((params.qv == nullptr && params.total_q > 0) || params.shared_seqlen_k > 0)) {
     return fail("qv", cudaErrorInvalidValue);
   }
-  if (rows > 0x7fffff00LL || tiles > 0x7fffffffLL) return fail("grid", cudaErrorInvalidValue);
-  const int ctas = params.max_blocks > 0 ? std::min(params.max_blocks, fitting) : fitting;
-
-  Workspace workspace{};
-  const int tile_rows = static_cast<int>(std::min<long long>(Traits::kTileM, rows));
-  workspace.slot_rows = tile_rows;
-  workspace.m_blocks = static_cast<int>(m_blocks);
-  workspace.num_ctas = ctas;
-  long long merged = 0;  // tiles, or CTAs, whose splits the combine looks for
-  if (params.shared_seqlen_k > 0) {
-    const long long shared_rows = params.total_q * decode.rows_per_token;
-    const long long shared_m_blocks = (shared_rows + Traits::kTileM - 1) / Traits::kTileM;
-    const long long all_tiles = tiles + shared_m_blocks * decode.heads_in_grid;
-    if (!shared_keys_fit(params)) return fail("shared keys", cudaErrorInvalidValue);
-    if (shared_rows > 0x7fffff00LL || all_tiles > 0x7fffffffLL) return fail("grid", cudaErrorInvalidValue);
-    workspace.slot_rows = static_cast<int>(std::min<long long>(Traits::kTileM, std::max(rows, shared_rows)));
-    workspace.shared_m_blocks = static_cast<int>(shared_m_blocks);
-    merged = tiles;
-    const long long head_bytes = (all_tiles + 1) / 2 * 2 * static_cast<long long>(sizeof(TileSplits));
-    if (!place_workspace(decode, 2ll * ctas + all_tiles, head_bytes, workspace)) {
-      return fail("workspace", cudaErrorInvalidValue);
-    }
-  } else if (params.cell_blocks > 0) {
+  if (params.shared_seqlen_k > 0 && !shared_keys_fit(params)) return fail("shared keys", cudaErrorInvalidValue);
+  if (plan.rows > 0x7fffff00LL || plan.all_tiles > 0x7fffffffLL) return fail("grid", cudaErrorInvalidValue);
+  if (params.cell_blocks > 0) {
     // The binding counts in units of kSplitUnitTokens keys, the kernel in n_blocks.
-    const long long split_tokens = static_cast<long long>(params.cell_blocks) * kSplitUnitTokens;
     decode.cell_blocks = params.cell_blocks * (kSplitUnitTokens / Traits::kTileN);
-    workspace.fixed_splits = static_cast<int>((params.seqlen_k + split_tokens - 1) / split_tokens);
-    merged = workspace.fixed_splits > 1 ? tiles : 0;
-    if (merged > 0 && !place_workspace(decode, tiles * workspace.fixed_splits, 0, workspace)) {
-      return fail("workspace", cudaErrorInvalidValue);
-    }
   } else if (params.num_splits == 1) {
     decode.cell_blocks = 1 << 30;  // a tile is a single split
-    workspace.fixed_splits = 1;
-  } else {
-    merged = ctas;
-    const long long head_bytes = ctas * static_cast<long long>(sizeof(CtaSplits));
-    if (!place_workspace(decode, 2ll * ctas, head_bytes, workspace)) return fail("workspace", cudaErrorInvalidValue);
+  }
+  const Workspace workspace = plan.place(params);
+  if (plan.bytes > 0 && (params.out_partial == nullptr || params.workspace_bytes < plan.bytes)) {
+    return fail("workspace", cudaErrorInvalidValue);
   }
   const bool dependent = limits.dependent_launch;
   const LaunchShape shape{
@@ -146,8 +119,8 @@ int launch_decode(const char* kernel_id, const AttnParams& params, cudaStream_t 
   if (const cudaError_t status = launch_kernel(decode_kernel<Traits>, shape, stream, decode, workspace)) {
     return fail("launch", status);
   }
-  if (merged == 0) return 0;
-  const dim3 grid(static_cast<unsigned>(merged), tile_rows);
+  if (plan.merged == 0) return 0;
+  const dim3 grid(static_cast<unsigned>(plan.merged), plan.tile_rows);
   constexpr bool kKvIsBf16 = std::is_same_v<typename Traits::KvElement, cutlass::bfloat16_t>;
   const bool out_is_bf16 = Traits::k8Bit ? params.q_dtype != DataType::kFloat16 : kKvIsBf16;
   const auto combine = out_is_bf16

@@ -1,6 +1,9 @@
 // The workspace: where the splits of a tile leave their partial results until the combine kernel merges them.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
+
 #include "common/macros.h"
 #include "decode/stream_k.h"
 
@@ -60,6 +63,78 @@ struct Workspace {
   }
   BROADHEAD_HOST_DEVICE float* lse_row(long long slot, int row) const { return lse + slot * slot_rows + row; }
 };
+
+// AttnParams::cell_blocks, the size of fixed splits, is given in units of this many keys.
+constexpr int kSplitUnitTokens = 64;
+
+// The workspace of a call, and the one place that computes its size. The size follows from what the call declares,
+// never from a length on the device: rows and tiles from seqlen_q, fixed splits from the capacity of keys.
+struct WorkspacePlan {
+  Workspace shape{};        // without addresses
+  long long rows = 0;       // of a head of the grid, in the longest sequence and over the shared keys
+  long long tiles = 0;      // of the sequences
+  long long all_tiles = 0;  // with those over the shared keys
+  long long merged = 0;     // tiles, or CTAs, whose splits the combine looks for
+  int tile_rows = 0;        // query rows of a tile of a sequence that any call of these shapes can have
+  long long slots = 0;
+  long long head_bytes = 0;  // of TileSplits or CtaSplits, which come first
+  std::int64_t bytes = 0;
+
+  // `shape` with its addresses in AttnParams::out_partial.
+  Workspace place(const AttnParams& params) const {
+    Workspace workspace = shape;
+    char* base = reinterpret_cast<char*>(params.out_partial);
+    if (bytes == 0 || base == nullptr) return workspace;
+    if (params.shared_seqlen_k > 0) {
+      workspace.tiles = reinterpret_cast<TileSplits*>(base);
+    } else if (head_bytes > 0) {
+      workspace.ctas = reinterpret_cast<CtaSplits*>(base);
+    }
+    workspace.out = reinterpret_cast<float*>(base + head_bytes);
+    workspace.lse = workspace.out + slots * workspace.slot_rows * params.head_dim_v;
+    return workspace;
+  }
+};
+
+// For tiles of `tile_m` rows and a grid of `ctas`. Stream-K needs two slots for each CTA, however many tiles there are:
+// a CTA computes at most the end of one split tile and the begin of another. With shared keys every tile has one more
+// slot, for when it is a single split.
+inline WorkspacePlan plan_workspace(const AttnParams& params, int tile_m, int ctas) {
+  const long long rows_per_token = params.pack_gqa ? params.num_heads_q / params.num_heads_kv : 1;
+  const long long heads = params.pack_gqa ? params.num_heads_kv : params.num_heads_q;
+  const auto tiles_of = [&](long long rows) { return (rows + tile_m - 1) / tile_m; };
+  WorkspacePlan plan;
+  plan.rows = params.seqlen_q * rows_per_token;
+  plan.shape.m_blocks = static_cast<int>(tiles_of(plan.rows));
+  plan.shape.num_ctas = ctas;
+  plan.tiles = plan.all_tiles = tiles_of(plan.rows) * heads * params.batch;
+  plan.tile_rows = plan.shape.slot_rows = static_cast<int>(std::min<long long>(tile_m, plan.rows));
+  if (params.shared_seqlen_k > 0) {
+    const long long shared_rows = params.total_q * rows_per_token;
+    plan.rows = std::max(plan.rows, shared_rows);
+    plan.shape.shared_m_blocks = static_cast<int>(tiles_of(shared_rows));
+    plan.shape.slot_rows = static_cast<int>(std::min<long long>(tile_m, plan.rows));
+    plan.all_tiles += tiles_of(shared_rows) * heads;
+    plan.merged = plan.tiles;
+    plan.slots = 2ll * ctas + plan.all_tiles;
+    plan.head_bytes = (plan.all_tiles + 1) / 2 * 2 * static_cast<long long>(sizeof(TileSplits));
+  } else if (params.cell_blocks > 0) {
+    const long long split_tokens = static_cast<long long>(params.cell_blocks) * kSplitUnitTokens;
+    plan.shape.fixed_splits = static_cast<int>((params.seqlen_k + split_tokens - 1) / split_tokens);
+    if (plan.shape.fixed_splits > 1) {
+      plan.merged = plan.tiles;
+      plan.slots = plan.tiles * plan.shape.fixed_splits;
+    }
+  } else if (params.num_splits == 1) {
+    plan.shape.fixed_splits = 1;
+  } else {
+    plan.merged = ctas;
+    plan.slots = 2ll * ctas;
+    plan.head_bytes = ctas * static_cast<long long>(sizeof(CtaSplits));
+  }
+  plan.bytes = plan.head_bytes + 4 * plan.slots * plan.shape.slot_rows * (params.head_dim_v + 1ll);
+  return plan;
+}
 
 // Tells the combine that CTA `cta` of the decode grid computes a split of the item's tile; `splits` is that CTA's note.
 // One thread of the CTA calls this.

@@ -11,10 +11,14 @@
 namespace broadhead {
 
 // Raised whenever a field below is added, removed or changes meaning; libraries of another version are refused.
-constexpr std::uint32_t kAbiVersion = 5;
+constexpr std::uint32_t kAbiVersion = 7;
 
 // The element types of tensors whose type is not fixed by the kernel.
 enum class DataType : std::int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat8E4M3 = 3 };
+
+enum class Direction : std::int32_t { kForward = 0, kBackward = 1 };
+
+enum class Phase : std::int32_t { kPrefill = 0, kDecode = 1 };
 
 struct TensorStrides {
   std::int64_t batch;  // sequence (dense), page (paged K/V); unused when the sequences are packed (varlen)
@@ -38,9 +42,11 @@ struct AttnParams {
   const void* v;       // as k with Dv
   void* out;           // [B, Sq, Hq, Dv] or [T, Hq, Dv], dtype of q
   float* softmax_lse;  // [B, Hq, Sq] or [Hq, T], natural log; nullable: not wanted
-  float* out_partial;  // [num_splits, Hq, R, Dv] contiguous fp32; nullable when num_splits == 1. Decode kernels:
-                       // workspace_bytes of scratch that they lay out themselves (decode/workspace.h)
-  float* lse_partial;  // [num_splits, Hq, R] contiguous fp32, natural log; nullable when num_splits == 1
+  // From the caller: workspace_bytes of scratch; null when there are none. The launcher lays it out: for splits (host/
+  // split_workspace.h) as [num_splits, Hq, R, Dv] contiguous fp32 and what follows it; of decode kernels
+  // decode/workspace.h.
+  float* out_partial;
+  float* lse_partial;  // [num_splits, Hq, R] contiguous fp32, natural log; set by the launcher
   TensorStrides q_strides;
   TensorStrides k_strides;
   TensorStrides v_strides;
@@ -68,7 +74,7 @@ struct AttnParams {
   const void* sinks;                       // [Hq] fp32, or dtype of q when sinks_are_fp32 == 0; nullable
   const std::int32_t* scheduler_metadata;  // nullable; layout in common/scheduler_metadata.h
   std::int64_t page_table_batch_stride;
-  std::int32_t* tile_counter;  // [1] scratch, cleared by the launcher; nullable for kernels that launch a block a tile
+  std::int32_t* tile_counter;  // [1] of the workspace, set and cleared by the launcher of kernels that count tiles
 
   std::int32_t batch;
   std::int32_t seqlen_q;        // max over the batch
@@ -98,7 +104,7 @@ struct AttnParams {
   std::int32_t max_blocks;         // persistent kernels: the most CTAs that sm_margin allows; 0: no limit
   std::int32_t cell_blocks;        // decode kernels: fixed splits of so many times 64 keys; 0: stream-K
   DataType q_dtype;              // read by kernels of 8-bit K and V, which take any; out is fp16 for fp16 q, else bf16
-  std::int64_t workspace_bytes;  // how many bytes out_partial points at
+  std::int64_t workspace_bytes;  // as broadhead_forward_workspace says
 
   // Decode kernels: all query tokens also see the first shared_seqlen_k keys of the pages of one more page table, in
   // front of the keys of their own sequences. Token t of the call lies at q + t * q_strides.row, or at q + t *
@@ -106,6 +112,72 @@ struct AttnParams {
   // splits), are paged, and have no window, attention_chunk, seqused_q or prefix_lens.
   const std::int32_t* shared_page_table;  // [pages], nullable
   std::int32_t shared_seqlen_k;           // 0: there are none
+};
+
+// One backward call: the gradients of attention, from out and softmax_lse as they are given. With P = exp(S -
+// softmax_lse) and D = rowsum(dout * out) - dlse they follow from dS = P * (dP - D). R = total query rows of a head: B
+// * Sq (dense) or T (varlen). A row whose softmax_lse is -inf has no gradient, whatever q, out and dout hold there.
+// Rows of dq, dk and dv that no sequence owns are cleared by the caller, and the kernels leave them alone; all others
+// are written.
+struct AttnBwdParams {
+  std::uint32_t struct_size;
+  std::uint32_t abi_version;
+
+  const void* q;             // [B, Sq, Hq, D] or [T, Hq, D]
+  const void* k;             // [B, Sk, Hkv, D] or [Tk, Hkv, D]
+  const void* v;             // as k with Dv
+  const void* out;           // as q with Dv
+  const void* dout;          // as out
+  const float* softmax_lse;  // [B, Hq, Sq] or [Hq, T], natural log
+  const float* dlse;         // as softmax_lse; nullable: 0
+  void* dq;                  // as q
+  void* dk;                  // as k
+  void* dv;                  // as v
+  float* dsinks;             // [Hq]; null exactly when sinks is
+  float* delta;              // [Hq, R] contiguous, scratch: D of each row
+  void* workspace;           // workspace_bytes of scratch, aligned to 256 bytes; null when there are none
+  TensorStrides q_strides;
+  TensorStrides k_strides;
+  TensorStrides v_strides;
+  TensorStrides out_strides;
+  TensorStrides dout_strides;
+  TensorStrides dq_strides;
+  TensorStrides dk_strides;
+  TensorStrides dv_strides;
+  std::int64_t lse_batch_stride;  // unused when varlen
+  std::int64_t lse_head_stride;
+  std::int64_t dlse_batch_stride;  // likewise
+  std::int64_t dlse_head_stride;
+
+  const std::int32_t* cu_seqlens_q;  // [B + 1], nullable: dense q
+  const std::int32_t* cu_seqlens_k;  // [B + 1], nullable: dense k
+  const std::int32_t* seqused_q;     // [B], nullable
+  const std::int32_t* seqused_k;     // [B], nullable
+  const std::int32_t* prefix_lens;   // [B], nullable
+  const void* sinks;                 // [Hq] fp32, or dtype of q when sinks_are_fp32 == 0; nullable
+
+  std::int32_t batch;
+  std::int32_t seqlen_q;  // max over the batch
+  std::int32_t seqlen_k;  // max over the batch
+  std::int64_t total_q;   // R
+  std::int64_t total_k;   // rows of packed k (cu_seqlens_k), else B * Sk
+  std::int32_t num_heads_q;
+  std::int32_t num_heads_kv;
+  std::int32_t head_dim;
+  std::int32_t head_dim_v;
+
+  std::int32_t window_left;      // -1: unbounded
+  std::int32_t window_right;     // -1: unbounded; causal is 0
+  std::int32_t attention_chunk;  // 0: off
+  float softmax_scale;
+  float softcap;  // 0: off
+  std::int32_t sinks_are_fp32;
+
+  std::int32_t deterministic;  // 1: every sum in an order that is the same in every run
+  std::int32_t num_splits;  // partial results of dk and dv that are added up, by queries or by heads; 0: as the kernel
+                            // chooses
+  std::int32_t max_blocks;  // of a persistent kernel: what sm_margin leaves; 0: all
+  std::int64_t workspace_bytes;  // as broadhead_backward_workspace says
 };
 
 // One get_scheduler_metadata call.
@@ -234,6 +306,22 @@ struct MergeStatesParams {
   DataType dtype;
 };
 
+// What a kernel is: its row of python/broadhead/support.py.
+struct KernelInfo {
+  std::uint32_t struct_size;
+  std::uint32_t abi_version;
+  const char* id;
+  Direction direction;
+  Phase phase;
+  DataType dtype;           // of q
+  DataType kv_dtype;        // of k and v
+  std::int32_t head_dim;    // the largest
+  std::int32_t head_dim_v;  // the largest
+  std::int32_t tile_m;      // query rows
+  std::int32_t tile_n;      // keys
+  const char* features;     // of support.py, a space between two
+};
+
 }  // namespace broadhead
 
 #if defined(_WIN32)
@@ -242,15 +330,22 @@ struct MergeStatesParams {
 #define BROADHEAD_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
-// The C ABI. Every entry returns 0, or non-zero with a NUL-terminated text in `error` (kernel name, shape, CUDA's
-// words). Kernels are named by the id of their row in python/broadhead/support.py.
+// The C ABI. Every entry that launches returns 0, or non-zero with a NUL-terminated text in `error` (kernel name,
+// shape, CUDA's words). Kernels are named by the id of their row in python/broadhead/support.py.
 BROADHEAD_EXPORT std::uint32_t broadhead_abi_version();
 BROADHEAD_EXPORT const char* broadhead_build_archs();  // as compiled: "80;90"
 BROADHEAD_EXPORT int broadhead_cuda_version();         // CUDART_VERSION of the build: 13000
 BROADHEAD_EXPORT int broadhead_kernel_count();
-BROADHEAD_EXPORT const char* broadhead_kernel_id(int index);
+BROADHEAD_EXPORT const broadhead::KernelInfo* broadhead_kernel_info(int index);  // null: no such index
+// Bytes of workspace that a kernel needs for a call whose other fields are `params`, on the current device. Pointers
+// are not read, but for whether they are null. -1: no such kernel of that direction, a block of another version, no
+// device.
+BROADHEAD_EXPORT std::int64_t broadhead_forward_workspace(int index, const broadhead::AttnParams* params);
+BROADHEAD_EXPORT std::int64_t broadhead_backward_workspace(int index, const broadhead::AttnBwdParams* params);
 BROADHEAD_EXPORT int broadhead_forward(int index, const broadhead::AttnParams* params, void* stream, char* error,
                                        std::size_t error_size);
+BROADHEAD_EXPORT int broadhead_backward(int index, const broadhead::AttnBwdParams* params, void* stream, char* error,
+                                        std::size_t error_size);
 BROADHEAD_EXPORT int broadhead_scheduler_metadata(const broadhead::SchedulerMetadataParams* params, void* stream,
                                                   char* error, std::size_t error_size);
 BROADHEAD_EXPORT int broadhead_combine(const broadhead::CombineParams* params, void* stream, char* error,

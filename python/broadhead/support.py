@@ -154,41 +154,47 @@ class AbsorbedTile(WideTile):
 
 
 class Template(NamedTuple):
-    """The C++ template behind a tile class, and how its launches divide their work."""
+    """The C++ templates behind a tile class, and how its launches divide their work."""
 
     header: str  # below csrc
     traits: str
     launcher: str
+    workspace: str  # tells how much scratch a call needs
     takes_head_dim_v: bool  # as a template argument behind head_dim
     whole_tokens: bool  # with packed GQA a tile holds whole tokens; else the heads of a token may straddle two tiles
-    needs_counter: bool  # takes one int32 of scratch: AttnParams::tile_counter
     of_kv_dtype: bool = False  # the traits name the dtype of K and V; q of any dtype that goes with it is read as it is
 
 
+def _hopper(folder: str, traits: str, launcher: str) -> Template:
+    """The templates of a persistent kernel in a folder of sm90."""
+    header = f"sm90/{folder}/launch.cuh"
+    return Template(header, f"sm90::{traits}", f"sm90::{launcher}", "tma::persistent_workspace", True, True)
+
+
+_DECODE = Template(
+    "decode/launch.cuh", "decode::DecodeTraits", "decode::launch_decode", "decode::decode_workspace", False, False, True
+)
 TEMPLATES: dict[type, Template] = {
-    Tile: Template("sm80/forward/launch.cuh", "sm80::ForwardTraits", "sm80::launch_forward", False, False, False),
-    DecodeTile: Template(
-        "decode/launch.cuh", "decode::DecodeTraits", "decode::launch_decode", False, False, False, True
+    Tile: Template(
+        "sm80/forward/launch.cuh", "sm80::ForwardTraits", "sm80::launch_forward", "sm80::forward_workspace", False,
+        False,
     ),
-    AbsorbedDecodeTile: Template(
-        "decode/launch.cuh", "decode::AbsorbedTraits", "decode::launch_decode", True, False, False
-    ),
-    HopperTile: Template("sm90/forward/launch.cuh", "sm90::ForwardTraits", "sm90::launch_forward", True, True, True),
-    WideTile: Template("sm90/forward_wide/launch.cuh", "sm90::WideTraits", "sm90::launch_wide", True, True, True),
-    Fp8Tile: Template("sm90/forward_fp8/launch.cuh", "sm90::Fp8Traits", "sm90::launch_fp8", True, True, True),
-    AbsorbedTile: Template(
-        "sm90/forward_wide/launch.cuh", "sm90::AbsorbedTraits", "sm90::launch_wide", True, True, True
-    ),
-}
+    DecodeTile: _DECODE,
+    AbsorbedDecodeTile: _DECODE._replace(traits="decode::AbsorbedTraits", takes_head_dim_v=True, of_kv_dtype=False),
+    HopperTile: _hopper("forward", "ForwardTraits", "launch_forward"),
+    WideTile: _hopper("forward_wide", "WideTraits", "launch_wide"),
+    Fp8Tile: _hopper("forward_fp8", "Fp8Traits", "launch_fp8"),
+    AbsorbedTile: _hopper("forward_wide", "AbsorbedTraits", "launch_wide"),
+}  # fmt: skip
 
 
 class KernelRow(NamedTuple):
     """One kernel. ``smem_limit`` is asserted at compile time."""
 
-    id: str
+    stem: str  # the id without dtypes
     family: str  # the library that holds it: "sm80" -> libbroadhead_sm80.so
-    direction: str  # "forward"
-    phase: str  # "prefill": many query rows; "decode": at most tile_m packed rows are worth it
+    direction: str  # "forward" or "backward"
+    phase: str  # "prefill": many query rows, all backward rows; "decode": at most tile_m packed rows are worth it
     capabilities: tuple[tuple[int, int], ...]
     dtype: str  # of q
     head_dim: int  # the largest it takes
@@ -202,18 +208,20 @@ class KernelRow(NamedTuple):
     max_rows: int = 0  # and above which it comes last; 0: never. Below, the table's order decides
 
     @property
-    def name(self) -> str:
-        """The id without the dtype: what rows that differ in dtype only share.
+    def id(self) -> str:
+        """The stem, the dtype of q, and that of k and v where it is another: ``sm80_fwd_decode_d64_bf16_kve4m3``."""
+        return f"{self.stem}_{id_suffix(self.dtype, self.kv_dtype)}"
 
-        Rows of 8-bit q differ in more, and so do those of another dtype of K and V: ``d64_bf16_kve4m3`` and
-        ``d64_fp16_kve4m3`` share ``d64_kve4m3``.
+    @property
+    def name(self) -> str:
+        """What rows that differ in the dtype of q only share: the source file that instantiates them.
+
+        Kernels of 8-bit q are others than those of 16 bits, but for decode kernels, which take q of any dtype over
+        8-bit k and v: ``d64_bf16_kve4m3``, ``d64_fp16_kve4m3`` and ``d64_e4m3`` share ``d64_kve4m3``.
         """
-        if ELEMENT_BYTES[self.dtype] == 1:
-            # A decode kernel of 8-bit K and V takes q of any dtype.
-            same = self.template.of_kv_dtype
-            return self.id.removesuffix("_e4m3") + "_kve4m3" if same else self.id
-        suffix = id_suffix(self.dtype, self.kv_dtype)
-        return self.id.removesuffix(f"_{suffix}") + suffix.removeprefix(ID_SUFFIXES[self.dtype])
+        if ELEMENT_BYTES[self.dtype] == 1 and not self.template.of_kv_dtype:
+            return self.id
+        return self.stem if self.kv_element_bytes > 1 else f"{self.stem}_kv{ID_SUFFIXES['float8_e4m3fn']}"
 
     @property
     def kv_element_bytes(self) -> int:
@@ -255,7 +263,7 @@ def _sm80_rows() -> tuple[KernelRow, ...]:
     )
     return tuple(
         KernelRow(
-            f"sm80_fwd_{name}_{ID_SUFFIXES[dtype]}", "sm80", "forward", phase, caps, dtype, head_dim, head_dim, limit,
+            f"sm80_fwd_{name}", "sm80", "forward", phase, caps, dtype, head_dim, head_dim, limit,
             tile, FEATURES,
         )
         for name, phase, caps, head_dim, limit, tile in shapes
@@ -309,7 +317,7 @@ def _decode_rows() -> tuple[KernelRow, ...]:
         is_8bit = e4m3 in (dtype, kv_dtype)
         rows += [
             KernelRow(
-                f"sm80_fwd_decode_{name}_{id_suffix(dtype, kv_dtype)}", "sm80", "forward", "decode", caps, dtype,
+                f"sm80_fwd_decode_{name}", "sm80", "forward", "decode", caps, dtype,
                 head_dim, head_dim, limit, tile, (*FEATURES, "descale") if is_8bit else FEATURES, kv_dtype=kv_dtype,
             )
             for name, caps, head_dim, limit, tile in (shapes_8bit if is_8bit else shapes)
@@ -328,7 +336,7 @@ def _absorbed_decode_rows() -> tuple[KernelRow, ...]:
     )
     return tuple(
         KernelRow(
-            f"sm80_fwd_decode_{name}_{ID_SUFFIXES[dtype]}", "sm80", "forward", "decode", caps, dtype, 64, 512, limit,
+            f"sm80_fwd_decode_{name}", "sm80", "forward", "decode", caps, dtype, 64, 512, limit,
             tile, (*FEATURES, "qv"), ("qv",),
         )
         for name, caps, limit, tile in shapes
@@ -341,7 +349,7 @@ def _sm90_row(
 ) -> KernelRow:
     """A Hopper forward kernel (wgmma, TMA, warp specialisation), on 9.0."""
     return KernelRow(
-        f"sm90_fwd_{name}_{ID_SUFFIXES[dtype]}", "sm90", "forward", "prefill", ((9, 0),), dtype, head_dim, head_dim_v,
+        f"sm90_fwd_{name}", "sm90", "forward", "prefill", ((9, 0),), dtype, head_dim, head_dim_v,
         SMEM_227KB, tile, FEATURES,
     )  # fmt: skip
 
@@ -364,7 +372,7 @@ def _sm90_rows() -> tuple[KernelRow, ...]:
     rows = [_sm90_row(name, dtype, d, dv, tile) for name, d, dv, tile in shapes for dtype in DTYPES]
     # Fewer keys a step waste less at the two ends of a window.
     # PERF(H200, head_dim 256, window 1024 of 16k: 80 keys a step 480 TFLOP/s, 64 530; without a window 725 and 705)
-    rows = [row._replace(requires=("window",)) if row.name.endswith("_window") else row for row in rows]
+    rows = [row._replace(requires=("window",)) if row.stem.endswith("_window") else row for row in rows]
     # All queries of a latent head in one tile: the second block of a cluster would have none. That row comes first.
     # PERF(H200, 64 x 8k, 64 heads, us: clusters of two 262, blocks alone 182)
     for name, cluster, max_rows in (("d64_v512_qv_m64", 1, 64), ("d64_v512_qv", 2, 0)):

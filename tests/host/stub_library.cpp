@@ -5,6 +5,7 @@
 #include <thread>
 
 #include "host/params.h"
+#include "host/split_workspace.h"
 
 #ifndef STUB_ABI_VERSION
 #define STUB_ABI_VERSION broadhead::kAbiVersion
@@ -13,16 +14,29 @@
 namespace {
 
 char text[4096] = "";
-const char* const kIds[] = {
-    "sm80_fwd_d64_bf16",
-    "sm80_fwd_d64_fp16",
-    "sm80_fwd_d64_e4m3",
-    "sm80_fwd_decode_d64_bf16",
-    "sm80_fwd_decode_d64_e4m3",
-    "sm80_fwd_decode_d64_bf16_kve4m3",
-    "sm80_fwd_decode_d64_fp16_kve4m3",
+using broadhead::DataType;
+using broadhead::Direction;
+using broadhead::KernelInfo;
+using broadhead::Phase;
+
+// Ids that say nothing of what the kernel is: nobody reads it out of them.
+constexpr KernelInfo kernel(const char* id, Direction direction, Phase phase, DataType dtype, DataType kv_dtype) {
+  return {sizeof(KernelInfo), STUB_ABI_VERSION, id, direction, phase, dtype, kv_dtype, 64, 64, 16, 32, "causal lse"};
+}
+
+constexpr auto kForward = Direction::kForward;
+const KernelInfo kKernels[] = {
+    kernel("sm80_fwd_d64_bf16", kForward, Phase::kPrefill, DataType::kBFloat16, DataType::kBFloat16),
+    kernel("counting", kForward, Phase::kPrefill, DataType::kFloat16, DataType::kFloat16),
+    kernel("prefill_8_bit", kForward, Phase::kPrefill, DataType::kFloat8E4M3, DataType::kFloat8E4M3),
+    kernel("decode_bf16", kForward, Phase::kDecode, DataType::kBFloat16, DataType::kBFloat16),
+    kernel("decode_e4m3", kForward, Phase::kDecode, DataType::kFloat8E4M3, DataType::kFloat8E4M3),
+    kernel("decode_bf16_kve4m3", kForward, Phase::kDecode, DataType::kBFloat16, DataType::kFloat8E4M3),
+    kernel("decode_fp16_kve4m3", kForward, Phase::kDecode, DataType::kFloat16, DataType::kFloat8E4M3),
+    kernel("backward_bf16", Direction::kBackward, Phase::kPrefill, DataType::kBFloat16, DataType::kBFloat16),
 };
-constexpr int kIdCount = sizeof(kIds) / sizeof(kIds[0]);
+constexpr int kKernelCount = sizeof(kKernels) / sizeof(kKernels[0]);
+constexpr int kCounting = 1;
 
 void put(const char* name, long long value) {
   const std::size_t length = std::strlen(text);
@@ -65,8 +79,14 @@ BROADHEAD_EXPORT const char* stub_text() { return text; }
 std::uint32_t broadhead_abi_version() { return STUB_ABI_VERSION; }
 const char* broadhead_build_archs() { return "80;90"; }
 int broadhead_cuda_version() { return 13010; }
-int broadhead_kernel_count() { return kIdCount; }
-const char* broadhead_kernel_id(int index) { return kIds[index]; }
+int broadhead_kernel_count() { return kKernelCount; }
+const KernelInfo* broadhead_kernel_info(int index) { return &kKernels[index]; }
+
+std::int64_t broadhead_forward_workspace(int index, const broadhead::AttnParams* params) {
+  if (params->batch <= 0 || params->q == nullptr) return -1;  // whatever it depends on is there by now
+  if (kKernels[index].phase == Phase::kDecode) return 4ll * params->max_blocks;
+  return broadhead::split_workspace_bytes(*params, index == kCounting);
+}
 
 int broadhead_forward(int index, const broadhead::AttnParams* params, void* stream, char* error,
                       std::size_t error_size) {
@@ -74,7 +94,7 @@ int broadhead_forward(int index, const broadhead::AttnParams* params, void* stre
   wait_if_asked(p.attention_chunk);
   text[0] = '\0';
   if (p.softcap < 0) {
-    std::snprintf(error, error_size, "%s: launch: the stub was asked to fail", kIds[index]);
+    std::snprintf(error, error_size, "%s: launch: the stub was asked to fail", kKernels[index].id);
     return 1;
   }
   put("index", index);
@@ -91,6 +111,38 @@ int broadhead_forward(int index, const broadhead::AttnParams* params, void* stre
   PUT(qv_strides), PUT(q_descale), PUT(k_descale), PUT(v_descale), PUT(q_descale_strides), PUT(k_descale_strides);
   PUT(v_descale_strides), PUT(cell_blocks), PUT(workspace_bytes), PUT(shared_page_table), PUT(shared_seqlen_k);
   put("q_dtype", static_cast<long long>(p.q_dtype));
+  put_float("softmax_scale", p.softmax_scale);
+  put_float("softcap", p.softcap);
+  return 0;
+}
+
+std::int64_t broadhead_backward_workspace(int index, const broadhead::AttnBwdParams* params) {
+  const broadhead::AttnBwdParams& p = *params;
+  // Whatever the workspace depends on is there by now.
+  const bool packed = p.batch > 0 && p.total_q > 0 && p.total_k > 0 && p.num_heads_kv > 0 && p.head_dim > 0;
+  return kKernels[index].direction == Direction::kBackward && packed ? 1000 * p.num_splits : -1;
+}
+
+int broadhead_backward(int index, const broadhead::AttnBwdParams* params, void* stream, char* error,
+                       std::size_t error_size) {
+  const broadhead::AttnBwdParams& p = *params;
+  wait_if_asked(p.attention_chunk);
+  text[0] = '\0';
+  if (p.softcap < 0) {
+    std::snprintf(error, error_size, "%s: launch: the stub was asked to fail", kKernels[index].id);
+    return 1;
+  }
+  put("index", index);
+  put("stream", stream);
+  put("struct_size_fits", p.struct_size == sizeof(broadhead::AttnBwdParams));
+  PUT(q), PUT(k), PUT(v), PUT(out), PUT(dout), PUT(softmax_lse), PUT(dlse), PUT(dq), PUT(dk), PUT(dv), PUT(dsinks);
+  PUT(delta), PUT(workspace), PUT(q_strides), PUT(k_strides), PUT(v_strides), PUT(out_strides), PUT(dout_strides);
+  PUT(dq_strides), PUT(dk_strides), PUT(dv_strides), PUT(lse_batch_stride), PUT(lse_head_stride);
+  PUT(dlse_batch_stride), PUT(dlse_head_stride), PUT(cu_seqlens_q), PUT(cu_seqlens_k), PUT(seqused_q), PUT(seqused_k);
+  PUT(prefix_lens), PUT(sinks), PUT(batch), PUT(seqlen_q), PUT(seqlen_k), PUT(total_q), PUT(total_k);
+  PUT(num_heads_q), PUT(num_heads_kv), PUT(head_dim), PUT(head_dim_v), PUT(window_left), PUT(window_right);
+  PUT(attention_chunk), PUT(sinks_are_fp32), PUT(deterministic), PUT(num_splits), PUT(max_blocks);
+  PUT(workspace_bytes);
   put_float("softmax_scale", p.softmax_scale);
   put_float("softcap", p.softcap);
   return 0;

@@ -4,14 +4,21 @@
 
 #include "host/launch.cuh"
 #include "host/params.h"
+#include "host/split_workspace.h"
 #include "kernels/combine.h"
 #include "sm80/forward/kernel.h"
 
 namespace broadhead::sm80 {
 
 template <class Traits>
-int launch_forward(const char* kernel_id, const AttnParams& params, cudaStream_t stream, char* error,
+std::int64_t forward_workspace(const AttnParams& params) {
+  return split_workspace_bytes(params, false);
+}
+
+template <class Traits>
+int launch_forward(const char* kernel_id, const AttnParams& given, cudaStream_t stream, char* error,
                    std::size_t error_size) {
+  AttnParams params = given;
   constexpr int kSmemBytes = sizeof(typename Traits::SharedStorage);
   const CallReport report{kernel_id, params, kSmemBytes, error, error_size};
   static PreparedKernel prepared;
@@ -29,6 +36,7 @@ int launch_forward(const char* kernel_id, const AttnParams& params, cudaStream_t
   }
   if (rows > 0x7fffff00LL || ctas > 0x7fffffffLL || params.num_splits > 65535)
     return report.fail("grid", cudaErrorInvalidValue);
+  if (!place_split_workspace(params, false)) return report.fail("workspace", cudaErrorInvalidValue);
   forward_kernel<Traits>
       <<<dim3(static_cast<unsigned>(ctas), params.num_splits), Traits::kThreads, kSmemBytes, stream>>>(params,
                                                                                                        m_blocks);

@@ -107,7 +107,7 @@ def flash_attn_func(
         softmax_scale, causal, window_size, attention_chunk, softcap, None, num_splits, pack_gqa, sm_margin, sinks,
         prefix_lens, backend, 0,
     )  # fmt: skip
-    result = run_forward("flash_attn_func", call, need_lse)
+    result = run_forward("flash_attn_func", call, need_lse, deterministic)
     return result if need_lse else result[0]
 
 
@@ -205,7 +205,7 @@ def flash_attn_varlen_func(
         None, None, q_descale, k_descale, v_descale, softmax_scale, causal, window_size, attention_chunk, softcap,
         scheduler_metadata, num_splits, pack_gqa, sm_margin, sinks, prefix_lens, backend, tokens_per_split,
     )  # fmt: skip
-    result = run_forward(function, call, need_lse)
+    result = run_forward(function, call, need_lse, deterministic)
     return result if need_lse else result[0]
 
 

@@ -136,9 +136,9 @@ def mha_bwd(
     if is_dynamo_compiling() or runs_as_operator(*outputs, *args):
         if not is_dynamo_compiling() and any(x is not None for x in (dq, dk, dv)):
             refuse_transformed(function, "dq=, dk= and dv=", *outputs, *args, dq, dk, dv)
-        gradients = Gradients(*call_backward(function, outputs, args))
+        gradients = Gradients(*call_backward(function, outputs, args, bool(deterministic)))
     else:
-        gradients = run_backward_below(function, outputs, args)
+        gradients = run_backward_below(function, outputs, args, bool(deterministic))
     return (
         store_gradient(dq, gradients.dq, cu_seqlens_q, seqused_q),
         store_gradient(dk, gradients.dk, cu_seqlens_k, seqused_k),

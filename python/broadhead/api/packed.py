@@ -82,7 +82,7 @@ def flash_attn_qkvpacked_func(
         softmax_scale, causal, window_size, attention_chunk, softcap, None, 1, None, sm_margin, sinks, prefix_lens,
         backend, 0,
     )  # fmt: skip
-    result = run_forward(function, call, need_lse)
+    result = run_forward(function, call, need_lse, deterministic)
     return result if need_lse else result[0]
 
 
@@ -129,7 +129,7 @@ def flash_attn_kvpacked_func(
         q, k, v, None, out, None, None, None, None, None, None, None, None, None, None, None, None, softmax_scale,
         causal, window_size, attention_chunk, softcap, None, 1, None, sm_margin, sinks, prefix_lens, backend, 0,
     )  # fmt: skip
-    result = run_forward(function, call, need_lse)
+    result = run_forward(function, call, need_lse, deterministic)
     return result if need_lse else result[0]
 
 
@@ -178,5 +178,5 @@ def flash_attn_varlen_qkvpacked_func(
         None, softmax_scale, causal, window_size, attention_chunk, softcap, None, 1, None, sm_margin, sinks,
         prefix_lens, backend, 0,
     )  # fmt: skip
-    result = run_forward(function, call, need_lse)
+    result = run_forward(function, call, need_lse, deterministic)
     return result if need_lse else result[0]

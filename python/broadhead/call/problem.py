@@ -134,6 +134,18 @@ def make_problem(
     )
 
 
+def backward_of(problem: AttentionProblem) -> AttentionProblem:
+    """The problem of the gradients of a forward problem: how its keys were divided does not matter to them."""
+    return problem._replace(
+        direction="backward",
+        features=tuple(name for name in problem.features if name not in ("gradients", "split_kv")),
+        num_splits=0,
+        pack_gqa=None,
+        has_metadata=False,
+        tokens_per_split=0,
+    )
+
+
 def canonical_right(seqlen_q: int, window_right: int) -> int:
     """The right window for comparing masks: one query at the end of its sequence has no key to its right."""
     return -1 if seqlen_q <= 1 else window_right

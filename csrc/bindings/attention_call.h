@@ -37,12 +37,12 @@ constexpr bool is_aligned(int argument) { return kArguments[argument].is_aligned
 constexpr const char* name_of(int argument) { return kArguments[argument].name; }
 
 // One call: its arguments, and those that are tensors as they were read.
-struct ForwardCall {
+struct AttentionCall {
   // Takes a tuple with an item for each Argument.
-  explicit ForwardCall(pybind11::handle tuple);
+  explicit AttentionCall(pybind11::handle tuple);
 
   // Also a call over keys that all sequences share: `length` tokens of the pages of `page_table`.
-  ForwardCall(pybind11::handle tuple, pybind11::handle page_table, pybind11::handle length);
+  AttentionCall(pybind11::handle tuple, pybind11::handle page_table, pybind11::handle length);
 
   // Reads the tensors; throws when an argument is neither a tensor nor None, or q is None.
   void read();
@@ -85,7 +85,6 @@ struct Launch {
   pybind11::int_ device;
   Allocation out;
   Allocation lse;
-  std::int64_t scratch_size;  // fp32 behind AttnParams::out_partial; 0: none
   pybind11::tuple identity;   // what scheduler metadata must have been made for: arguments of check_identity
   pybind11::object dispatch;  // what last_dispatch() returns
   AttnParams params;          // without addresses
@@ -93,14 +92,12 @@ struct Launch {
   pybind11::object accepted_record;  // of the metadata that was checked last
 };
 
-// fp32 elements of out_partial and, behind it, lse_partial.
-inline std::int64_t partials_size(const AttnParams& params, const Kernel& kernel) {
-  if (params.num_splits <= 1 || kernel.is_decode) return 0;
-  return params.num_splits * params.num_heads_q * params.total_q * (params.head_dim_v + 1);
-}
+// Checks the tensors of a call and fills in what follows from them but addresses, workspace_bytes among it. Only
+// whether other pointers than out and softmax_lse are null may count for the workspace.
+void pack_forward(const AttentionCall& call, const Kernel& kernel, AttnParams& params);
 
-// Checks the tensors of a call and fills in what follows from them but addresses.
-void pack_forward(const ForwardCall& call, const Kernel& kernel, std::int64_t scratch_size, AttnParams& params);
+// Sets the addresses of a call's tensors.
+void set_addresses(const AttentionCall& call, AttnParams& params);
 
 // What a call needs of Python, handed over by python/broadhead/run/cuda_backend.py.
 struct Hooks {
@@ -131,6 +128,6 @@ void mark_written(pybind11::handle tensor);
 
 // Runs a call that was read: allocates what the kernel writes, and launches it: (out, softmax_lse or None). `is_first`:
 // the launch is not packed yet.
-pybind11::object run(Launch& launch, ForwardCall& call, pybind11::handle function, bool need_lse, bool is_first);
+pybind11::object run(Launch& launch, AttentionCall& call, pybind11::handle function, bool need_lse, bool is_first);
 
 }  // namespace broadhead
