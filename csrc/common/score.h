@@ -14,11 +14,11 @@ namespace broadhead {
 // not linear, so in both cases S is transformed first (`transform`) and the remaining scale is 1.
 struct ScoreScale {
   float scale_log2;
-  float scale;       // the scale that remains for the softmax, in natural units
+  float scale;  // the scale that remains for the softmax, in natural units
   float softcap;
-  float inner;       // softcap: scale / softcap; else scale
+  float inner;  // softcap: scale / softcap; else scale
   bool transform;
-  float v_factor;    // 8-bit V: its descale
+  float v_factor;  // 8-bit V: its descale
 
   BROADHEAD_DEVICE void set(float softmax_scale, float softcap_) {
     // No score comes near the bound: it keeps `inner` a normal number where softcap is as large as "off".

@@ -28,11 +28,11 @@ struct TileState {
 
 // The tile shape of a kernel.
 struct TileShape {
-  int rows;        // query rows that a tile holds
-  int keys;        // keys of an n_block
-  int head_dim;    // the kernel's buckets
+  int rows;      // query rows that a tile holds
+  int keys;      // keys of an n_block
+  int head_dim;  // the kernel's buckets
   int head_dim_v;
-  int cluster;     // how many neighbouring tiles visit the same n_blocks together
+  int cluster;  // how many neighbouring tiles visit the same n_blocks together
 };
 
 // Reads everything that another stream could change, once for each tile, so that its warps agree. The steps below

@@ -18,7 +18,7 @@ struct SplitRow {
   int batch = 0;
   int head = 0;
   int m_block = 0;
-  RowSplits own;  // no splits: there is nothing to merge
+  RowSplits own;     // no splits: there is nothing to merge
   RowSplits shared;  // those of the same query over the shared keys
 
   BROADHEAD_DEVICE int splits() const { return own.splits + shared.splits; }

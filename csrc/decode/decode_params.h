@@ -9,10 +9,10 @@ namespace broadhead::decode {
 // AttnParams with what the kernel would otherwise have to compute by divisions.
 struct DecodeParams : AttnParams {
   int rows_per_token;  // query rows of a token in a tile: heads of a KV head when packed
-  int heads_in_grid;  // KV heads when packed
-  int heads_per_kv;  // heads in the grid that share a KV head
-  int tile_cost;  // what a tile costs besides its n_blocks (Q, the merge of the warps, the output), in n_blocks
-  unsigned pages;  // page ids below this exist; 1 when not paged
+  int heads_in_grid;   // KV heads when packed
+  int heads_per_kv;    // heads in the grid that share a KV head
+  int tile_cost;       // what a tile costs besides its n_blocks (Q, the merge of the warps, the output), in n_blocks
+  unsigned pages;      // page ids below this exist; 1 when not paged
   int sees_all;  // every query sees all keys, so no mask is computed: code before the first copies is cold and slow
   // Bytes of q and of the page tables that the grid prefetches into the L2 before it knows what it needs; 0 when the
   // tensor is not one piece of memory.
@@ -20,8 +20,8 @@ struct DecodeParams : AttnParams {
   unsigned table_bytes;
   unsigned shared_table_bytes;
   // The keys that all sequences share are scheduled as one more sequence.
-  int shared_sequences;  // 1; 0 when there are no shared keys
-  int shared_tokens;  // query tokens of all sequences
+  int shared_sequences;             // 1; 0 when there are no shared keys
+  int shared_tokens;                // query tokens of all sequences
   const std::int32_t* live_tokens;  // int32 (1), nullable: how many of these are live, as packed q may be longer
 };
 

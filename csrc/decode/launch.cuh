@@ -54,8 +54,8 @@ inline bool shared_keys_fit(const AttnParams& params) {
          params.window_right <= 0 && params.attention_chunk == 0 && params.prefix_lens == nullptr;
 }
 
-// CTAs that can be resident at a time at most. A workspace for so many is large enough, however few of them fit. 0: there
-// is no device.
+// CTAs that can be resident at a time at most. A workspace for so many is large enough, however few of them fit. 0:
+// there is no device.
 template <class Traits>
 int most_ctas(int max_blocks) {
   int device = 0, multiprocessors = 0;

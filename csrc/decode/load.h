@@ -10,7 +10,7 @@ using namespace mma_sync;
 
 // Finds the page of a row, by a shift where the page size is a power of two.
 struct PageSize {
-  int size;  // 0: not paged
+  int size;   // 0: not paged
   int shift;  // -1: no power of two
 
   BROADHEAD_DEVICE explicit PageSize(int page_size) : size(page_size), shift(-1) {
@@ -252,13 +252,13 @@ class Loader {
   const DecodeParams& params_;
   typename Traits::SharedStorage& smem_;
   PageSize page_size_;
-  std::uint32_t target_;  // shared address of the lane's first copy in the stage to fill
+  std::uint32_t target_;       // shared address of the lane's first copy in the stage to fill
   std::uint32_t end_of_ring_;  // the same in the stage behind the last, which does not exist
-  int k_cols_;  // how many columns of K the call has from the lane's first column on
-  int v_cols_;  // likewise of V
-  int n_block_ = 0;  // the next n_block of this warp
-  int n_block_end_ = 0;  // the end of the item's n_blocks
-  int even_begin_ = 0;  // n_blocks whose keys are all alive, at equal distances
+  int k_cols_;                 // how many columns of K the call has from the lane's first column on
+  int v_cols_;                 // likewise of V
+  int n_block_ = 0;            // the next n_block of this warp
+  int n_block_end_ = 0;        // the end of the item's n_blocks
+  int even_begin_ = 0;         // n_blocks whose keys are all alive, at equal distances
   int even_end_ = 0;
   int page_ = 0;  // page-table entry of `n_block_`
   int ahead_ = 0;

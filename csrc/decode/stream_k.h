@@ -27,8 +27,8 @@ constexpr int kSharedLeastNBlocks = 2;
 struct SequenceWork {
   SeqlenInfo seqlen;
   int m_blocks;  // tiles of a head; 0: no query
-  int begin;  // first n_block
-  int end;  // at least begin + 1: a tile without keys still writes its rows
+  int begin;     // first n_block
+  int end;       // at least begin + 1: a tile without keys still writes its rows
 };
 
 BROADHEAD_HOST_DEVICE SequenceWork sequence_work(const DecodeParams& params, int batch, int tile_m, int tile_n) {
@@ -73,7 +73,7 @@ struct WorkItem {
   BlockRange range;  // n_blocks
   int split;  // fixed splits: the split's index in the tile; stream-K: 0 when it begins with the tile's first n_block
   int is_split;  // 0: the item is the whole tile and writes the final result; with shared keys always 1
-  int goes_on;  // stream-K: the tile does not end in this split
+  int goes_on;   // stream-K: the tile does not end in this split
 };
 
 // The warps of a CTA compare the items that they found word by word, a lane a word.
@@ -149,9 +149,9 @@ BROADHEAD_HOST_DEVICE CtaInterval interval_of(const DecodeParams& params, const 
 struct IntervalCursor {
   int batch;  // the sequence; before the first search: where to search from
   SequenceWork work;
-  int tile;  // of the sequence
+  int tile;    // of the sequence
   int within;  // position in the tile
-  int left;  // positions of the interval from there on; -1: the first search is to plan
+  int left;    // positions of the interval from there on; -1: the first search is to plan
   int tile_cost;
   long long offset;  // of the interval's begin behind that of `batch`, until the first search
 

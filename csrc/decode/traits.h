@@ -21,10 +21,10 @@ namespace broadhead::decode {
 // own, and the longer type would move what lies behind it in shared memory.
 template <class KvElement>
 struct CopySource {
-  const KvElement* k;  // the head's first key, or its first page
-  const KvElement* v;  // likewise
+  const KvElement* k;         // the head's first key, or its first page
+  const KvElement* v;         // likewise
   const std::int32_t* table;  // the sequence's row of the page table; null: not paged
-  int leftpad;  // paged: logical row of key 0
+  int leftpad;                // paged: logical row of key 0
   LiveKeys live;
 };
 
@@ -40,7 +40,7 @@ struct DecodeTile {
 struct DecodeRow {
   void* out;
   float* lse;  // null: not wanted
-  int head;  // the query head; -1: the row is dead
+  int head;    // the query head; -1: the row is dead
 };
 
 // What a tile costs besides its n_blocks (its Q, the wait for the slowest warp, the merge, the output), as the bytes
@@ -98,7 +98,7 @@ struct DecodeTraits {
 
   static constexpr int kMmaM = kTileM / 16;
   static constexpr int kMmaN = kTileN / 8;
-  static constexpr int kSteps = kCols / 16;  // mma steps of S = Q K^T, with qv those of qv V^T
+  static constexpr int kSteps = kCols / 16;              // mma steps of S = Q K^T, with qv those of qv V^T
   static constexpr int kBesideSteps = kBesideCols / 16;  // with qv, mma steps of q K^T
   static constexpr int kOTiles = kCols / 8;
   // Fragments of Q stay in registers when O leaves room for them.
@@ -138,14 +138,14 @@ struct DecodeTraits {
     };
     float2 stats[kKeyGroups][kTileM];  // a row's maximum and sum over the keys of a group
     DecodeRow rows[kTileM];
-    CopySource<KvElement> source[kWarps];  // what a warp copies from
+    CopySource<KvElement> source[kWarps];     // what a warp copies from
     std::uint32_t missing[kWarps * kStages];  // beside a slice of K: a bit for each key that does not exist
-    std::uint32_t some_missing[kWarps];  // not 0 once the warp has met such a key
+    std::uint32_t some_missing[kWarps];       // not 0 once the warp has met such a key
     WorkQueue queue[kWarps];
     DecodeTile tile;
     CtaSplits splits;
     unsigned q_largest[kWarps];  // 8-bit K and V: the largest number that each warp found in Q
-    WorkSum sums[kWarps];  // the work of the sequences that each warp read
+    WorkSum sums[kWarps];        // the work of the sequences that each warp read
   };
   static_assert(sizeof(SharedStorage) <= kSmemLimit, "the tile does not fit the shared memory its row promises");
 };

@@ -19,7 +19,7 @@ namespace broadhead::decode {
 // CTA g writes this note about the splits that it computes.
 struct CtaSplits {
   SeqlenInfo seqlen;  // of the split tile whose first split CTA g computes
-  int batch;  // -1: there is none
+  int batch;          // -1: there is none
   int head;
   int m_block;
   int passes;  // 1: a tile began before the interval of CTA g and goes on behind it
@@ -32,15 +32,15 @@ struct TileSplits {
 };
 
 struct Workspace {
-  CtaSplits* ctas;  // [num_ctas], stream-K without shared keys only
+  CtaSplits* ctas;      // [num_ctas], stream-K without shared keys only
   TileSplits* tiles;    // [tiles], with shared keys only
-  int num_ctas;      // of the decode grid
-  float* out;        // [slots, slot_rows, head_dim_v]
-  float* lse;        // [slots, slot_rows], natural log
-  int slot_rows;     // query rows of a tile that any call of these shapes can have
+  int num_ctas;         // of the decode grid
+  float* out;           // [slots, slot_rows, head_dim_v]
+  float* lse;           // [slots, slot_rows], natural log
+  int slot_rows;        // query rows of a tile that any call of these shapes can have
   int m_blocks;         // of the longest sequence
   int shared_m_blocks;  // of all query tokens, over the shared keys
-  int fixed_splits;  // fixed splits: how many the longest tile has
+  int fixed_splits;     // fixed splits: how many the longest tile has
 
   // The index of a tile in dense order.
   BROADHEAD_HOST_DEVICE long long tile(const DecodeParams& params, int batch, int head, int m_block) const {
@@ -67,15 +67,15 @@ struct Workspace {
 // AttnParams::cell_blocks, the size of fixed splits, is given in units of this many keys.
 constexpr int kSplitUnitTokens = 64;
 
-// The workspace of a call, and the one place that computes its size. The size follows from what the call declares, never
-// from a length on the device: rows and tiles from seqlen_q, fixed splits from the capacity of keys.
+// The workspace of a call, and the one place that computes its size. The size follows from what the call declares,
+// never from a length on the device: rows and tiles from seqlen_q, fixed splits from the capacity of keys.
 struct WorkspacePlan {
-  Workspace shape{};         // without addresses
-  long long rows = 0;        // of a head of the grid, in the longest sequence and over the shared keys
-  long long tiles = 0;       // of the sequences
-  long long all_tiles = 0;   // with those over the shared keys
-  long long merged = 0;      // tiles, or CTAs, whose splits the combine looks for
-  int tile_rows = 0;         // query rows of a tile of a sequence that any call of these shapes can have
+  Workspace shape{};        // without addresses
+  long long rows = 0;       // of a head of the grid, in the longest sequence and over the shared keys
+  long long tiles = 0;      // of the sequences
+  long long all_tiles = 0;  // with those over the shared keys
+  long long merged = 0;     // tiles, or CTAs, whose splits the combine looks for
+  int tile_rows = 0;        // query rows of a tile of a sequence that any call of these shapes can have
   long long slots = 0;
   long long head_bytes = 0;  // of TileSplits or CtaSplits, which come first
   std::int64_t bytes = 0;
@@ -96,9 +96,9 @@ struct WorkspacePlan {
   }
 };
 
-// For tiles of `tile_m` rows and a grid of `ctas`. Stream-K needs two slots for each CTA, however many tiles there are: a
-// CTA computes at most the end of one split tile and the begin of another. With shared keys every tile has one more slot,
-// for when it is a single split.
+// For tiles of `tile_m` rows and a grid of `ctas`. Stream-K needs two slots for each CTA, however many tiles there are:
+// a CTA computes at most the end of one split tile and the begin of another. With shared keys every tile has one more
+// slot, for when it is a single split.
 inline WorkspacePlan plan_workspace(const AttnParams& params, int tile_m, int ctas) {
   const long long rows_per_token = params.pack_gqa ? params.num_heads_q / params.num_heads_kv : 1;
   const long long heads = params.pack_gqa ? params.num_heads_kv : params.num_heads_q;

@@ -22,8 +22,8 @@ enum PartIndex { kNewKeys, kNewValues, kQueries, kParts };
 // One tensor that is moved: each thread of the CTAs from first_cta on moves two vectors of one row (token, head).
 struct Part {
   const void* source;
-  void* target;  // a cache, or q_out
-  const float* descale;  // nullable: 1
+  void* target;                    // a cache, or q_out
+  const float* descale;            // nullable: 1
   const std::int32_t* cu_seqlens;  // nullable: dense
   TensorStrides source_strides;
   TensorStrides target_strides;
@@ -32,8 +32,8 @@ struct Part {
   int tokens;  // tokens of the whole batch
   int seqlen;  // tokens of a sequence; when packed, a guess
   int heads;
-  int vectors;  // vectors in a row
-  int pairs;  // vector_pair
+  int vectors;         // vectors in a row
+  int pairs;           // vector_pair
   int rotary_columns;  // rotary_dim; 0: the part is not rotated
 };
 

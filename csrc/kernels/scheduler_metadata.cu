@@ -17,7 +17,7 @@ constexpr int kThreads = 256;
 constexpr int kMaxKeys = 1 << 30;  // keys of a sequence, new ones included
 
 struct Work {
-  int tiles;   // m_blocks x heads
+  int tiles;     // m_blocks x heads
   int n_blocks;  // n_blocks of the longest tile
 };
 

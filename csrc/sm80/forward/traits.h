@@ -50,7 +50,7 @@ struct ForwardTraits {
   static constexpr int kWarpsPerSubtile = kVSubtiles % kWarpsN == 0 ? 1 : (kVSubtiles * 2) % kWarpsN == 0 ? 2 : 4;
   static constexpr int kParts = kVSubtiles * kWarpsPerSubtile / kWarpsN;  // parts of each V chunk that a warp owns
   static constexpr int kPartCols = kSubtileCols / kWarpsPerSubtile;
-  static constexpr int kPartTiles = kPartCols / 16;             // ldmatrix.x4.trans steps in a part
+  static constexpr int kPartTiles = kPartCols / 16;  // ldmatrix.x4.trans steps in a part
   // 8-column accumulators; bucket 96 keeps V in stages of 128 columns but computes 96.
   static constexpr int kOTiles = kWarpsN == 1 ? kHeadDim / 8 : kVColChunks * kParts * kPartTiles * 2;
 
