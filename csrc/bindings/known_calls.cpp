@@ -20,7 +20,7 @@ constexpr std::size_t kAlignedTensors =
 struct KnownCall {
   std::vector<std::uint64_t> words;  // its key
   py::object launch;
-  Launch* target;                  // of `launch`
+  Launch* target;                 // of `launch`
   std::vector<py::object> types;  // of numbers in the key
 };
 

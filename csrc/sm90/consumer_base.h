@@ -1,4 +1,5 @@
-// What consumer warpgroups of the kernels for head_dim <= 256 share: turns, barriers, S = Q K^T, the loop over tiles.
+// What consumer warpgroups of the kernels for head_dim <= 256 share: ping-pong, barriers, S = Q K^T, the loop over
+// tiles.
 #pragma once
 
 #include "common/accumulator.h"
@@ -22,7 +23,7 @@ struct ConsumerBase {
   const KernelArgs& args;
   Storage& smem;
   const int warpgroup;
-  RingState<2> ring;  // of K; V is used one block later
+  RingState<2> ring;  // the ring of K; V is used one n_block later
   std::uint32_t q_parity = 0;
   float s[1][Traits::kKeyTiles][4];
 
@@ -37,15 +38,15 @@ struct ConsumerBase {
 
   BROADHEAD_DEVICE static bool leader() { return threadIdx.x % 32 == 0; }
 
-  // To the first warpgroup.
-  BROADHEAD_DEVICE void give_first_turn() {
-    if (Traits::kTurns && warpgroup == Traits::kConsumers - 1) named_barrier_arrive(kTurnBarrier, 256);
+  // Lets the first warpgroup issue.
+  BROADHEAD_DEVICE void ping_pong_start() {
+    if (Traits::kPingPong && warpgroup == Traits::kConsumers - 1) named_barrier_arrive(kPingPongBarrier, 256);
   }
-  BROADHEAD_DEVICE void wait_turn() {
-    if constexpr (Traits::kTurns) named_barrier_sync(kTurnBarrier + warpgroup, 256);
+  BROADHEAD_DEVICE void ping_pong_wait() {
+    if constexpr (Traits::kPingPong) named_barrier_sync(kPingPongBarrier + warpgroup, 256);
   }
-  BROADHEAD_DEVICE void pass_turn() {
-    if constexpr (Traits::kTurns) named_barrier_arrive(kTurnBarrier + (warpgroup + 1) % Traits::kConsumers, 256);
+  BROADHEAD_DEVICE void ping_pong_pass() {
+    if constexpr (Traits::kPingPong) named_barrier_arrive(kPingPongBarrier + (warpgroup + 1) % Traits::kConsumers, 256);
   }
 
   BROADHEAD_DEVICE void wait_full(Barrier& barrier, std::uint32_t parity) {
@@ -74,7 +75,7 @@ struct ConsumerBase {
     fence_registers(s[0]);
   }
 
-  // Whether keys of the stage do not exist. Asked once its K is there, ahead of the wait for a turn.
+  // Whether keys of the stage do not exist. Asked once its K is there, ahead of ping_pong_wait.
   BROADHEAD_DEVICE bool some_missing(std::uint32_t stage) const {
     return args.params.page_table != nullptr && smem.missing[stage].any();
   }
@@ -91,7 +92,7 @@ template <class Consumer>
 BROADHEAD_DEVICE void consume_tiles(Consumer& consumer) {
   using Traits = typename Consumer::Traits;
   auto& smem = consumer.smem;
-  consumer.give_first_turn();
+  consumer.ping_pong_start();
   SlotState slot;
   while (true) {
     barrier_wait(smem.tile_full[slot.stage()], slot.parity());

@@ -46,7 +46,7 @@ void decode_sizes() {
   check_size(call(1, 1, 0), 16, 132, 0);
   check_size(call(1, 1, 128), 16, 132, 3 * 2 * 8 * 4 * 65);  // sequences x KV heads x cells of 1000 keys x rows
   check_size(call(5, 1, 128), 32, 132, 3 * 2 * 8 * 20 * 65);
-  check_size(call(1, 1, 1024), 16, 132, 0);  // one cell
+  check_size(call(1, 1, 1024), 16, 132, 0);                               // one cell
   check_size(call(9, 0, 0), 16, 132, 132 * (kBlockParts + 2 * 16 * 65));  // more rows than a tile has
 }
 
@@ -69,7 +69,7 @@ void shared_sizes() {
     int batch, tokens, heads_q, heads_kv, head_dim, tile_m;
     long long floats;
   } const cases[] = {
-      {2, 1, 8, 1, 64, 16, 2 * 4 + (2 * 132 + 3) * 16 * 65},    // a pair of ints a tile, rounded up to 16 bytes
+      {2, 1, 8, 1, 64, 16, 2 * 4 + (2 * 132 + 3) * 16 * 65},      // a pair of ints a tile, rounded up to 16 bytes
       {4, 3, 8, 2, 128, 16, 2 * 14 + (2 * 132 + 14) * 16 * 129},  // 4 own tiles and three of the prefix, twice
       {3, 1, 32, 4, 512, 32, 2 * 16 + (2 * 132 + 16) * 24 * 513},
   };

@@ -1,7 +1,7 @@
 // The score warpgroup of the wide kernel: S = Q K^T, softmax, P and row factors into shared memory.
 //
-// P of a block is handed over only once S of the next block is complete: O += P V then fills the tensor cores during
-// this warpgroup's softmax instead of slowing its wgmma down.
+// P of an n_block is handed over only once S of the next n_block is complete: O += P V then fills the tensor cores
+// during this warpgroup's softmax instead of slowing its wgmma down.
 #pragma once
 
 #include "sm90/consumer.h"
@@ -15,7 +15,7 @@ namespace broadhead::sm90 {
 
 using namespace tma;
 
-// Tells every block of the cluster. By one thread: were they told far apart, a block that fills a stage for itself
+// Tells every CTA of the cluster. By one thread: were they told far apart, a CTA that fills a stage for itself
 // alone (Q, gathered rows) could come round again before the other has seen the first.
 template <int kCluster>
 BROADHEAD_DEVICE void arrive_everywhere(Barrier& barrier, int count) {
@@ -23,7 +23,7 @@ BROADHEAD_DEVICE void arrive_everywhere(Barrier& barrier, int count) {
   for (int rank = 0; rank < kCluster; ++rank) barrier_arrive_cluster(barrier, rank, count);
 }
 
-// Frees, in all blocks of the cluster, a stage that wgmma has read. It is an instruction of the whole warpgroup, so
+// Frees, in all CTAs of the cluster, a stage that wgmma has read. It is an instruction of the whole warpgroup, so
 // one warp's wait tells of all four. `share`: of the stage's kReleases, for the warpgroup.
 template <class Traits>
 BROADHEAD_DEVICE void release_stage(Barrier& barrier, int warp, int share) {
@@ -31,8 +31,8 @@ BROADHEAD_DEVICE void release_stage(Barrier& barrier, int warp, int share) {
   arrive_everywhere<Traits::kCluster>(barrier, share);
 }
 
-// Address of this lane's row of a 16 x 16 block at column step `step` of 64 rows whose first 16 bytes lie at `base`, in
-// subtiles of 64 columns; ldmatrix and stmatrix take four 8 x 8 ones.
+// Address of this lane's row of a 16 x 16 matrix at column step `step` of 64 rows whose first 16 bytes lie at `base`,
+// in subtiles of 64 columns; ldmatrix and stmatrix take four 8 x 8 ones.
 BROADHEAD_DEVICE std::uint32_t matrix_address(std::uint32_t base, int warp_row, int step) {
   const int lane = threadIdx.x % 32;
   const int row = warp_row + lane % 16;
@@ -51,12 +51,12 @@ struct ScoreWarpgroup {
 
   const KernelArgs& args;
   Storage& smem;
-  const int warp;      // in the warpgroup
+  const int warp;  // in the warpgroup
   const int warp_row;
   typename Traits::KRing ring;
   std::uint32_t q_parity = 0;
   std::uint32_t k_parity = 0;  // kWithQv
-  SlotState p_slot;  // blocks so far
+  SlotState p_slot;            // n_blocks so far
   SlotState inverse_slot;
   std::uint32_t q[Traits::kQRegisterChunks * ScoreLayout::kSteps][4];
   float s[1][Traits::kKeyTiles][4];
@@ -95,12 +95,12 @@ struct ScoreWarpgroup {
   // Descriptor of the columns of Q in shared memory from `subtile` on.
   BROADHEAD_DEVICE std::uint64_t shared_q(int subtile) const {
     std::uint32_t base = smem_address(smem.q);
-    // Or ptxas keeps those of all steps from one block to the next: 40 registers.
+    // Or ptxas keeps those of all steps from one n_block to the next: 40 registers.
     if (Traits::kWithQv) asm volatile("" : "+r"(base));
     return MatrixDescriptor<128>::make(base + subtile * kQSubtileBytes, 0, QLayout::kAtomBytes);
   }
 
-  // Whether keys of the block do not exist. `stage` holds the block's first columns of K, which are there. The warp
+  // Whether keys of the n_block do not exist. `stage` holds the n_block's first columns of K, which are there. The warp
   // keeps what is noted of these keys: the stage is filled again before S is finished.
   BROADHEAD_DEVICE bool keep_missing(std::uint32_t stage) {
     const auto& missing = smem.missing[stage];
