@@ -124,8 +124,8 @@ BROADHEAD_DEVICE void qk_gemm(float (&s)[Traits::kMmaM][Traits::kMmaN][4], const
   }
 }
 
-// O += P V over the warp's columns of a slice of V; `v` is the lane's address. `take_p(p, step)` gives the A fragments of
-// the 16 keys of a step.
+// O += P V over the warp's columns of a slice of V; `v` is the lane's address. `take_p(p, step)` gives the A fragments
+// of the 16 keys of a step.
 template <class Traits, class TakeP>
 BROADHEAD_DEVICE void pv_gemm(float (&o)[Traits::kMmaM][Traits::kOTiles][4], const TakeP& take_p, std::uint32_t v) {
   using Element = typename Traits::Element;

@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
         v = next_stage(full && issued);
         if (issued) loader.issue_v();
       }
-      const auto take_p = [&](std::uint32_t(&p)[Traits::kMmaM][4], int step) {
+      const auto take_p = [&](std::uint32_t (&p)[Traits::kMmaM][4], int step) {
         if constexpr (!kPackFirst) {
           pack_p<typename Traits::Element>(p, s, step);
         } else {

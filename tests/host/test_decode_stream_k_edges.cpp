@@ -30,7 +30,7 @@ void check_rules() {
   check_rule(128, 500, 0, 132, 8, 128);
   check_rule(116, 500, 0, 132, 8, 116);  // the first above 7 of 8
   check_rule(115, 500, 0, 132, 8, 0);
-  check_rule(8, 500, 0, 132, 8, 128);    // 16 splits of a tile
+  check_rule(8, 500, 0, 132, 8, 128);  // 16 splits of a tile
   check_rule(8, 500, 16, 132, 8, 128);
   check_rule(66, 500, 2, 132, 8, 132);
   check_rule(264, 500, 0, 132, 8, 132);  // two tiles a CTA

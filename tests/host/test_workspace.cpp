@@ -46,7 +46,7 @@ void decode_sizes() {
   check_size(call(1, 1, 0), 16, 132, 0);
   check_size(call(1, 1, 128), 16, 132, 3 * 2 * 8 * 4 * 65);  // sequences x KV heads x cells of 1000 keys x rows
   check_size(call(5, 1, 128), 32, 132, 3 * 2 * 8 * 20 * 65);
-  check_size(call(1, 1, 1024), 16, 132, 0);                               // one cell
+  check_size(call(1, 1, 1024), 16, 132, 0);                              // one cell
   check_size(call(9, 0, 0), 16, 132, 132 * (kCtaSplits + 2 * 16 * 65));  // more rows than a tile has
 }
 
