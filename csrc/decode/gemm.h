@@ -124,16 +124,16 @@ BROADHEAD_DEVICE void qk_gemm(float (&s)[Traits::kMmaM][Traits::kMmaN][4], const
   }
 }
 
-// O += P V over the warp's columns of a slice of V; `v` is the lane's address.
-template <class Traits>
-BROADHEAD_DEVICE void pv_gemm(float (&o)[Traits::kMmaM][Traits::kOTiles][4],
-                              const float (&s)[Traits::kMmaM][Traits::kMmaN][4], std::uint32_t v) {
+// O += P V over the warp's columns of a slice of V; `v` is the lane's address. `take_p(p, step)` gives the A fragments
+// of the 16 keys of a step.
+template <class Traits, class TakeP>
+BROADHEAD_DEVICE void pv_gemm(float (&o)[Traits::kMmaM][Traits::kOTiles][4], const TakeP& take_p, std::uint32_t v) {
   using Element = typename Traits::Element;
   constexpr int kTilesPerLoad = Traits::k8Bit ? 4 : 2;
   BROADHEAD_UNROLL
   for (int step = 0; step < Traits::kTileN / 16; ++step) {
     std::uint32_t p[Traits::kMmaM][4];
-    pack_p<Element>(p, s, step);
+    take_p(p, step);
     BROADHEAD_UNROLL
     for (int load = 0; load < Traits::kOTiles / kTilesPerLoad; ++load) {
       std::uint32_t b[4];

@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   wait_for_predecessor();
   if (threadIdx.x == Traits::kThreads - 1) smem.splits = {{}, -1, 0, 0, 0};
   if (lane < Traits::kStages) smem.missing[warp * Traits::kStages + lane] = 0;
-  smem.some_missing[warp] = 0;
+  if (threadIdx.x == 0) smem.some_missing = 0;
   find_interval<Traits>(params, smem);
   QueueState queue;
   Loader<Traits> loader(params, smem);
@@ -177,7 +177,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
       const bool full = loader.ahead() == Traits::kNBlocksAhead;
       const std::uint32_t first = next_stage(full);
       const bool issued = loader.issue_k(queue.found);
-      const bool some_missing = smem.some_missing[warp] != 0;
       clear_accumulators(s);
       if constexpr (Traits::kWithQv) qk_gemm_beside<Traits>(s, q_registers, first + beside_lane);
       qk_gemm<Traits>(s, q_registers, q, first + k_lane);
@@ -190,7 +189,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
         const ScoreScale scale = smem.tile.scale;
         transform_scores(s, scale);
       }
-      if (__builtin_expect(some_missing, 0)) {
+      if (__builtin_expect(smem.some_missing != 0, 0)) {
         const std::uint32_t missing = loader.missing_beside(first);
         hide_missing(s, [&](int n) { return missing_pair(missing, n); });
         __syncwarp();  // all lanes have read it
@@ -206,12 +205,32 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
         scale_rows(o, factor);
       }
       softmax.template exponentiate<0, Traits::kMmaN>(s, scale_log2, [](float x) { return exp2_approx(x); });
+      // O of 32 rows leaves no registers for S during the wait for V: P takes half as many.
+      constexpr bool kPackFirst = Traits::kMmaM > 1;
+      std::uint32_t packed[kPackFirst ? Traits::kTileN / 16 : 1][Traits::kMmaM][4];
+      if constexpr (kPackFirst) {
+        BROADHEAD_UNROLL
+        for (int step = 0; step < Traits::kTileN / 16; ++step) {
+          pack_p<typename Traits::Element>(packed[step], s, step);
+        }
+      }
       std::uint32_t v = first;
       if constexpr (!Traits::kWithQv) {
         v = next_stage(full && issued);
         if (issued) loader.issue_v();
       }
-      pv_gemm<Traits>(o, s, v + v_lane);
+      const auto take_p = [&](std::uint32_t (&p)[Traits::kMmaM][4], int step) {
+        if constexpr (!kPackFirst) {
+          pack_p<typename Traits::Element>(p, s, step);
+        } else {
+          BROADHEAD_UNROLL
+          for (int m = 0; m < Traits::kMmaM; ++m) {
+            BROADHEAD_UNROLL
+            for (int i = 0; i < 4; ++i) p[m][i] = packed[step][m][i];
+          }
+        }
+      };
+      pv_gemm<Traits>(o, take_p, v + v_lane);
       loader.n_block_done();
     }
     q_is_read = QTile<Traits>::kInRegisters && queue.found - queue.taken > 1;

@@ -181,7 +181,7 @@ class Loader {
       alive_ = live & __ballot_sync(0xffffffffu, exists);
       if (live != alive_) {
         missing_beside(target_) = live & ~alive_;
-        smem_.some_missing[warp()] = 1;
+        smem_.some_missing = 1;
       }
       if (!exists) page_ = 0;
     }

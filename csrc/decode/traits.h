@@ -140,7 +140,7 @@ struct DecodeTraits {
     DecodeRow rows[kTileM];
     CopySource<KvElement> source[kWarps];     // what a warp copies from
     std::uint32_t missing[kWarps * kStages];  // beside a slice of K: a bit for each key that does not exist
-    std::uint32_t some_missing[kWarps];       // not 0 once the warp has met such a key
+    std::uint32_t some_missing;               // not 0 once any warp has met such a key
     WorkQueue queue[kWarps];
     DecodeTile tile;
     CtaSplits splits;
