@@ -132,14 +132,14 @@ BROADHEAD_DEVICE void rotate_pair(float (&y)[2][kVec], const VectorPair& pair, c
 
 // Whether a kernel that moves vectors of kVec rotates them. Vectors of 16 numbers leave no registers for their angles.
 template <int kVec>
-constexpr bool kTurns = kVec <= 8;
+constexpr bool kRotates = kVec <= 8;
 
 // Stores a vector: unchanged (`x`), or as the numbers `y` when they were rotated or the type changes.
 template <class To, class From, int kVec>
 BROADHEAD_DEVICE void put(To* target, const Vector<From, kVec>& x, const float (&y)[kVec], bool is_rotated,
                           float divisor) {
   if constexpr (std::is_same_v<To, From>) {
-    if (!kTurns<kVec> || !is_rotated) return store_vector(target, x);
+    if (!kRotates<kVec> || !is_rotated) return store_vector(target, x);
   }
   // 8-bit keys have been divided by the descale already.
   constexpr bool kDivides = std::is_same_v<To, E4m3> && !std::is_same_v<From, E4m3>;
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) append_kv_kernel(const _
   const std::int64_t cached = params.cache_seqlens[sequence];
   const bool is_rotated[2] = {column[0] < part.rotary_columns, pair.has_second && column[1] < part.rotary_columns};
   Angles<kVec> angles;
-  if constexpr (kTurns<kVec>) {
+  if constexpr (kRotates<kVec>) {
     if (is_rotated[0]) {
       const std::int64_t start = params.rotary_seqlens != nullptr ? params.rotary_seqlens[sequence] : cached;
       const bool moves = part_index == kNewKeys || params.causal_or_local;
@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) append_kv_kernel(const _
   }
 
   float y[2][kVec];
-  if constexpr (kTurns<kVec>) {
+  if constexpr (kRotates<kVec>) {
     unpack(x[0], y[0]);
     unpack(x[1], y[1]);
     if (is_rotated[0]) rotate_pair(y, pair, is_rotated, angles);
@@ -277,8 +277,8 @@ std::int64_t divide_rows(const AppendKvParams& params, int vec, int columns, Par
 template <class New, class Cache>
 cudaError_t launch(const AppendKvParams& params, cudaStream_t stream) {
   constexpr int kLongest = kVectorBytes / static_cast<int>(sizeof(New));
-  constexpr int kTurned = min_int(kLongest, 8);
-  int vec = params.rotary_dim > 0 ? kTurned : kLongest;
+  constexpr int kRotated = min_int(kLongest, 8);
+  int vec = params.rotary_dim > 0 ? kRotated : kLongest;
   if (!vectors_fit(params, vec, sizeof(New), sizeof(Cache))) vec = 1;
   AppendArgs args{};
   args.params = params;
@@ -332,7 +332,7 @@ cudaError_t launch(const AppendKvParams& params, cudaStream_t stream) {
   args.lengths_cta = static_cast<int>(lengths_cta);
   const auto kernel = vec == 1          ? append_kv_kernel<New, Cache, 1>
                       : vec == kLongest ? append_kv_kernel<New, Cache, kLongest>
-                                        : append_kv_kernel<New, Cache, kTurned>;
+                                        : append_kv_kernel<New, Cache, kRotated>;
   kernel<<<static_cast<unsigned>(ctas), kThreads, 0, stream>>>(args);
   return cudaGetLastError();
 }
