@@ -39,10 +39,10 @@ __global__ void __launch_bounds__(kThreads)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const SeqlenInfo seqlen = make_seqlen_info(params, batch);
   const int end = min_int((blockIdx.x + 1) * kQueries, seqlen.seqlen_q);
-  const T* out = static_cast<const T*>(params.out) + seqlen.batch_q * params.out_strides.batch +
-                 head * params.out_strides.head;
-  const T* dout = static_cast<const T*>(params.dout) + seqlen.batch_q * params.dout_strides.batch +
-                  head * params.dout_strides.head;
+  const T* out =
+      static_cast<const T*>(params.out) + seqlen.batch_q * params.out_strides.batch + head * params.out_strides.head;
+  const T* dout =
+      static_cast<const T*>(params.dout) + seqlen.batch_q * params.dout_strides.batch + head * params.dout_strides.head;
   float dsink = 0.f;
   for (int query = blockIdx.x * kQueries + warp; query < end; query += kWarps) {
     const std::int64_t row = seqlen.row_q + query;

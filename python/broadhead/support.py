@@ -157,10 +157,11 @@ class BackwardTile(NamedTuple):
     """The shape of one CTA's work in the portable backward kernels; the last template arguments of
     ``sm80::BackwardTraits``.
 
-    One kernel keeps a tile of keys and gives dK and dV, the other keeps a tile of queries and gives dQ. rows: keys or
-    queries that are kept; cols: queries or keys that stream by at a time; warps_rows x warps_cols: warps of a CTA, those
-    of a row group share its rows and divide the columns; stages: buffers for what streams by; min_blocks: CTAs that must
-    fit a multiprocessor.
+    One kernel keeps a tile of keys and gives dK and dV, the other keeps a tile of queries and gives dQ.
+
+    rows: keys or queries that are kept; cols: queries or keys that stream by at a time; warps_rows, warps_cols: groups of
+    warps that share rows, and warps of a group, which divide the columns; stages: buffers for what streams by;
+    min_blocks: as for ``Tile``.
     """
 
     rows: int

@@ -71,7 +71,8 @@ def run(row: support.KernelRow, built: Built) -> dict[str, torch.Tensor]:
     poisoned.flatten(0, -3)[~built.live_mask()] = float("nan")
     found = dict(zip(leaves, torch.autograd.grad((out, lse), [*leaves.values()], (poisoned, grad_lse)), strict=True))
     some = all(built.kwargs[name].numel() for name in ("q", "k"))
-    assert LAUNCHED == ([row.id] if some else []), "which row ran"
+    expected = [row.id] if some else []
+    assert expected == LAUNCHED, "which row ran"
     check_gradients(built, found, grad_out, grad_lse)
     return found
 

@@ -120,7 +120,10 @@ def test_unknown_capability_is_no_kernel(capability: tuple[int, int]) -> None:
         ({"features": ("lse", "qv")}, "head_dim 128 exceeds 64, the largest of any CUDA kernel for bf16 with qv"),
         ({"head_dim": 64, "head_dim_v": 520, "features": ("lse", "qv")}, "head_dim_v 520 exceeds 512"),
         ({"features": ("descale", "lse")}, "there is no CUDA kernel for bf16 with descale"),
-        ({"features": ("gradients", "lse", "paged")}, "no CUDA kernel differentiates: no CUDA kernel combines lse, paged"),
+        (
+            {"features": ("gradients", "lse", "paged")},
+            "no CUDA kernel differentiates: no CUDA kernel combines lse, paged",
+        ),
         ({"direction": "backward", "head_dim": 520}, "head_dim 520 exceeds 512"),
         ({"obstacles": ("the strides of q, (3, 1), are not multiples of 8 elements",)}, "strides of q"),
     ],

@@ -24,8 +24,9 @@ BROADHEAD_DEVICE void set_backward_state(BackwardState& state, const AttnBwdPara
   const int batch = rest / heads;
   const int head = rest - batch * heads;
   const SeqlenInfo seqlen = make_seqlen_info(params, batch);
-  const AttentionMask mask{seqlen.seqlen_q,     seqlen.seqlen_k,        params.window_left,
-                           params.window_right, params.attention_chunk, sequence_prefix(params, batch, seqlen.seqlen_k)};
+  const AttentionMask mask{seqlen.seqlen_q,        seqlen.seqlen_k,
+                           params.window_left,     params.window_right,
+                           params.attention_chunk, sequence_prefix(params, batch, seqlen.seqlen_k)};
   state.seqlen = seqlen;
   state.mask = mask;
   state.scale.set(params.softmax_scale, params.softcap);
@@ -42,8 +43,8 @@ BROADHEAD_DEVICE void set_backward_state(BackwardState& state, const AttnBwdPara
   } else {
     state.first_row = (tiles - 1 - tile) * Traits::kRows;
     state.end_row = seqlen.seqlen_q;
-    const BlockRange range = block_range(
-        mask, state.first_row, min_int(state.first_row + Traits::kRows, seqlen.seqlen_q) - 1, Traits::kCols);
+    const BlockRange range = block_range(mask, state.first_row,
+                                         min_int(state.first_row + Traits::kRows, seqlen.seqlen_q) - 1, Traits::kCols);
     state.begin = range.begin;
     state.end = range.end;
     state.first_head = head;
@@ -79,10 +80,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     return key_rows<Element>(tensor, strides, state.seqlen, kv_head, cols);
   };
   if (steps > 0) {
-    copy_rows<Traits, Traits::kRows>(smem.first,
-                                     kKeys ? keys(params.k, params.k_strides, columns)
-                                           : queries(params.q, params.q_strides, state.head, columns),
-                                     state.first_row);
+    copy_rows<Traits, Traits::kRows>(
+        smem.first,
+        kKeys ? keys(params.k, params.k_strides, columns) : queries(params.q, params.q_strides, state.head, columns),
+        state.first_row);
     copy_rows<Traits, Traits::kRows>(smem.second,
                                      kKeys ? keys(params.v, params.v_strides, columns_v)
                                            : queries(params.dout, params.dout_strides, state.head, columns_v),
@@ -94,10 +95,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     if (next_step < steps) {
       const int stage = next_step % Traits::kStages;
       const int first_col = next_tile * Traits::kCols;
-      copy_rows<Traits, Traits::kCols>(smem.stream_first[stage],
-                                       kKeys ? queries(params.q, params.q_strides, next_head, columns)
-                                             : keys(params.k, params.k_strides, columns),
-                                       first_col);
+      copy_rows<Traits, Traits::kCols>(
+          smem.stream_first[stage],
+          kKeys ? queries(params.q, params.q_strides, next_head, columns) : keys(params.k, params.k_strides, columns),
+          first_col);
       copy_rows<Traits, Traits::kCols>(smem.stream_second[stage],
                                        kKeys ? queries(params.dout, params.dout_strides, next_head, columns_v)
                                              : keys(params.v, params.v_strides, columns_v),

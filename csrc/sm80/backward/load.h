@@ -63,8 +63,7 @@ BROADHEAD_DEVICE RowSource<Element> key_rows(const void* tensor, const TensorStr
 BROADHEAD_DEVICE float2 load_stats(const AttnBwdParams& params, const SeqlenInfo& seqlen, int head, int query) {
   if (query >= seqlen.seqlen_q) return make_float2(INFINITY, 0.f);
   const std::int64_t row = seqlen.row_q + query;
-  const float lse =
-      params.softmax_lse[seqlen.batch_q * params.lse_batch_stride + head * params.lse_head_stride + row];
+  const float lse = params.softmax_lse[seqlen.batch_q * params.lse_batch_stride + head * params.lse_head_stride + row];
   if (lse == -INFINITY) return make_float2(INFINITY, 0.f);
   const std::int64_t total_row = seqlen.batch_q * static_cast<std::int64_t>(params.seqlen_q) + row;
   return make_float2(lse * kLog2e, params.delta[head * params.total_q + total_row]);

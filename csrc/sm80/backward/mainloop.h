@@ -41,8 +41,8 @@ BROADHEAD_DEVICE void multiply_rows(Scores<Traits>& s, const void* rows, const v
   using Element = typename Traits::Element;
   constexpr bool kPairs = Traits::kColTiles % 2 == 0;
   const int lane = place.lane, swizzle = lane & 7;
-  const std::uint32_t a_lane = smem_address(rows) + (place.warp_r * Traits::kRowsPerWarp + (lane & 15)) * 128 +
-                               (((lane >> 4) ^ swizzle) * 16);
+  const std::uint32_t a_lane =
+      smem_address(rows) + (place.warp_r * Traits::kRowsPerWarp + (lane & 15)) * 128 + (((lane >> 4) ^ swizzle) * 16);
   // 16 columns x 16 of head_dim a load, or 8 x 32.
   const int col = place.warp_c * Traits::kColsPerWarp + (lane & 7) + (kPairs ? (lane >> 4) << 3 : 0);
   const int unit = kPairs ? (lane >> 3) & 1 : lane >> 3;
@@ -57,7 +57,8 @@ BROADHEAD_DEVICE void multiply_rows(Scores<Traits>& s, const void* rows, const v
     for (int i = 0; i < (kPairs ? 1 : 2); ++i) {
       BROADHEAD_UNROLL
       for (int m = 0; m < Traits::kRowTiles; ++m) {
-        ldmatrix_x4(a[i][m], (a_lane ^ ((step + i) % 4 * 32)) + (step + i) / 4 * (Traits::kRows * 128) + m * (16 * 128));
+        ldmatrix_x4(a[i][m],
+                    (a_lane ^ ((step + i) % 4 * 32)) + (step + i) / 4 * (Traits::kRows * 128) + m * (16 * 128));
       }
     }
     std::uint32_t b[4];
@@ -156,8 +157,8 @@ BROADHEAD_DEVICE void store_exchange(void* exchange, const Scores<Traits>& s, in
     for (int n = 0; n < Traits::kColTiles; ++n) {
       const int row = tile_row<Traits>(place, m, 0);
       const int col = first + place.warp_c * Traits::kColsPerWarp + n * 8;
-      char* target = base + col / 64 * (Traits::kRows * 128) + row * 128 + ((col / 8 % 8) ^ (row & 7)) * 16 +
-                     place.lane % 4 * 4;
+      char* target =
+          base + col / 64 * (Traits::kRows * 128) + row * 128 + ((col / 8 % 8) ^ (row & 7)) * 16 + place.lane % 4 * 4;
       *reinterpret_cast<std::uint32_t*>(target) = pack_pair<typename Traits::Element>(s[m][n][0], s[m][n][1]);
       *reinterpret_cast<std::uint32_t*>(target + 8 * 128) = pack_pair<typename Traits::Element>(s[m][n][2], s[m][n][3]);
     }

@@ -1,8 +1,8 @@
 // Compile-time shape of the portable backward kernels of one row of python/broadhead/support.py.
 //
 // A CTA keeps a tile of one side of S in shared memory, and tiles of the other side stream by it. With keys it keeps K
-// and V and gives dK and dV; with queries it keeps Q and dO and gives dQ. In both, S and dP are products of what is kept
-// with what streams by, and the gradients are products of P or dS with what streams by:
+// and V and gives dK and dV; with queries it keeps Q and dO and gives dQ. In both, S and dP are products of what is
+// kept with what streams by, and the gradients are products of P or dS with what streams by:
 //
 //   keys:     S^T = K Q^T    dP^T = V dO^T    dV += P^T dO    dK += dS^T Q
 //   queries:  S = Q K^T      dP = dO V^T      dQ += dS K
@@ -26,10 +26,10 @@ struct BackwardState {
   SeqlenInfo seqlen;
   AttentionMask mask;
   ScoreScale scale;
-  int head;        // query head, or KV head where keys are kept
-  int first_row;   // of the tile within the sequence
-  int end_row;     // the sequence's rows of this side
-  int begin;       // tiles of columns that some row sees: [begin, end)
+  int head;       // query head, or KV head where keys are kept
+  int first_row;  // of the tile within the sequence
+  int end_row;    // the sequence's rows of this side
+  int begin;      // tiles of columns that some row sees: [begin, end)
   int end;
   int first_head;  // query heads [first_head, first_head + heads) stream by, one after the other
   int heads;
@@ -70,10 +70,10 @@ struct BackwardTraits {
   static_assert(kHeadDim % 16 == 0 && kCols <= kThreads && (kStages == 1 || kStages == 2));
 
   struct SharedStorage {
-    alignas(1024) Element first[kRows * kTileCols];   // K, or Q
-    alignas(1024) Element second[kRows * kTileCols];  // V, or dO
-    alignas(1024) Element stream_first[kStages][kCols * kTileCols];   // Q, or K
-    alignas(1024) Element stream_second[kStages][kCols * kTileCols];  // dO, or V
+    alignas(1024) Element first[kRows * kTileCols];                         // K, or Q
+    alignas(1024) Element second[kRows * kTileCols];                        // V, or dO
+    alignas(1024) Element stream_first[kStages][kCols * kTileCols];         // Q, or K
+    alignas(1024) Element stream_second[kStages][kCols * kTileCols];        // dO, or V
     alignas(1024) Element exchange[kExchange ? kRows * kExchangeCols : 8];  // P (keys alone), behind it dS
     alignas(16) float2 stats[kStages][kCols];  // of the queries that stream by: LSE in units of log2(e), D
     BackwardState state;
