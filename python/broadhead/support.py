@@ -159,8 +159,8 @@ class BackwardTile(NamedTuple):
 
     One kernel keeps a tile of keys and gives dK and dV, the other keeps a tile of queries and gives dQ.
 
-    rows: keys or queries that are kept; cols: queries or keys that stream by at a time; warps_rows, warps_cols: groups of
-    warps that share rows, and warps of a group, which divide the columns; stages: buffers for what streams by;
+    rows: keys or queries that are kept; cols: queries or keys that stream by at a time; warps_rows, warps_cols: groups
+    of warps that share rows, and warps of a group, which divide the columns; stages: buffers for what streams by;
     min_blocks: as for ``Tile``.
     """
 
