@@ -302,10 +302,9 @@ def _sm80_rows() -> tuple[KernelRow, ...]:
     )  # fmt: skip
 
 
-#: What backward kernels compute. Gradients through pages, batch indices and left padding are left to torch.
-BACKWARD_FEATURES = (
-    "attention_chunk", "causal", "gqa", "lse", "prefix_lens", "seqused", "sinks", "softcap", "varlen", "window",
-)  # fmt: skip
+#: What backward kernels compute. Gradients through windows, chunks, pages, batch indices and left padding are left to
+#: torch.
+BACKWARD_FEATURES = ("causal", "gqa", "lse", "prefix_lens", "seqused", "sinks", "softcap", "varlen")
 
 
 def _sm80_backward_rows() -> tuple[KernelRow, ...]:

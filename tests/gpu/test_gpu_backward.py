@@ -14,7 +14,7 @@ from broadhead.run import backward
 from broadhead.run.cuda_backend import forget_calls
 from calls import Built, Call, build
 from checks import check_gradients
-from gpu_calls import EXTRAS, MASKS, TORCH_DTYPES, row_id
+from gpu_calls import EXTRAS, MASKS, TORCH_DTYPES, row_cases, row_id
 from random_calls import random_call
 
 pytestmark = pytest.mark.gpu
@@ -82,8 +82,7 @@ def call_of(row: support.KernelRow, seqlens_q: tuple[int, ...], seqlens_k: tuple
     return Call("varlen", seqlens_q, seqlens_k, **{**sizes, **options})
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@each_row
+@pytest.mark.parametrize("row, mask", row_cases(MASKS, BACKWARD_ROWS))
 def test_masks(row: support.KernelRow, mask: str, only_backward: Callable, cuda: torch.device, rng: Any) -> None:
     only_backward(row)
     extras = list(EXTRAS.values())
@@ -133,16 +132,19 @@ def test_sums_have_an_order(row: support.KernelRow, only_backward: Callable, cud
 
 @each_row
 def test_random_calls(row: support.KernelRow, seed: int, only_backward: Callable, cuda: torch.device) -> None:
-    """Whatever the row takes: calls that append or read pages are left out."""
+    """Whatever the row takes: calls that append or read pages, and those with windows, are left out."""
     only_backward(row)
     ran = 0
-    for i in range(4 * CALLS):
+    for i in range(12 * CALLS):
         rng = random.Random(seed + i)
         torch.manual_seed(seed + i)
         longest = rng.choice((3, row.tile.tile_n + 1, 2 * row.tile.tile_m + 5, 400))
         dims = tuple(range(8, row.head_dim + 1, 8))
         call = random_call(rng, (TORCH_DTYPES[row.dtype],), longest, head_dims=(rng.choice(dims),), decode=0.2)
+        left, right = call.normalized_window
         if call.function == "kvcache" or call.page_size or call.dim_v > row.head_dim:
+            continue
+        if left >= 0 or right > 0 or call.attention_chunk:
             continue
         try:
             run(row, build(call.with_(num_splits=None, pack_gqa=None, tokens_per_split=0), cuda, rng))
