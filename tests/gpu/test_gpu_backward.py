@@ -105,6 +105,7 @@ def test_head_dims(row: support.KernelRow, only_backward: Callable, cuda: torch.
         run(row, build(call_of(row, (row.tile.tile_m + 3, 9), (row.tile.tile_n + 3, 70), **options), cuda, rng))
 
 
+@pytest.mark.curated
 @each_row
 def test_dense(row: support.KernelRow, only_backward: Callable, cuda: torch.device, rng: Any) -> None:
     only_backward(row)
