@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
                                            : queries(params.dout, params.dout_strides, state.head, columns_v),
                                      state.first_row);
   }
-  // Of the step to copy next.
+  // The step whose columns are copied next: its number, its tile of columns and its query head.
   int next_step = 0, next_tile = state.begin, next_head = state.first_head;
   const auto issue = [&] {
     if (next_step < steps) {
