@@ -8,6 +8,7 @@
 #include "common/math.h"
 #include "common/seqlen_info.h"
 #include "common/vector.h"
+#include "common/warp.h"
 
 namespace broadhead {
 namespace {
@@ -23,12 +24,6 @@ template <class T>
 BROADHEAD_DEVICE float load_sink(const AttnBwdParams& params, int head) {
   if (params.sinks_are_fp32) return static_cast<const float*>(params.sinks)[head];
   return to_fp32(T{}, static_cast<const unsigned short*>(params.sinks)[head]);
-}
-
-BROADHEAD_DEVICE float warp_sum(float x) {
-  BROADHEAD_UNROLL
-  for (int i = 16; i > 0; i /= 2) x += __shfl_xor_sync(0xffffffffu, x, i);
-  return x;
 }
 
 // Partial sums of dsinks: [Hq, batch * query blocks].
