@@ -21,7 +21,7 @@ def combine_of(t):
 def append_of(t):
     return _C.append_kv(*t, 1, 0, -1)
 def merge_of(t):
-    return _C.merge_states(*t, -1)
+    return _C.run_new_merge(0, *((lambda _: made, None, None) for made in (None, t[5])), *t[:5])
 def readers(T, size=16):
     return {
         "metadata": (metadata_of, [T(1 << 12, (17,), INT), T(2 << 12, (2,), INT), T(3 << 12, (3,), INT),
@@ -91,8 +91,6 @@ for name, value in given.items():
         other = Other(value.data_ptr(), value.shape, value.dtype, value.stride())
         assert known(T, **qv | {name: other}) is None, name
         assert _C.signature(value, other) is None and _C.signature(value, value) is not None
-        assert _C.call_signature(tuple((given | {name: other}).values()), ()) is None, name
-assert _C.call_signature(tuple(given.values()), (other,)) is None
 """,
     )
 
@@ -114,7 +112,6 @@ def negated(name):
     return tuple(given.values())
 for name in floats:
     assert _C.run_known("known", True, negated(name)) is None, name
-    assert _C.call_signature(negated(name), ()) is None, name
 hooks.modes = 1
 assert known(T, **more) is None and _C.signature(T(4096, (1,), F32)) is None, "FakeTensorMode and its like"
 hooks.modes, hooks.forward_ad["_current_level"] = 0, 0
@@ -152,9 +149,16 @@ def test_a_call_that_is_forgotten_while_python_runs_keeps_its_launch(stub: Path)
 import gc, weakref
 T = ExchangeTensor
 launch = make_launch(T)
-alive = weakref.ref(launch)
+# What the launch holds, and nobody else.
+class Dispatch:
+    pass
+dispatch = Dispatch()
+launch = make_launch(T, dispatch=dispatch)
+alive = weakref.ref(dispatch)
+hooks.last = None
 _C.run_new(launch, "new", True, arguments(T))
-del launch
+del launch, dispatch
+hooks.last = None
 seen = []
 def forget():
     _C.forget_calls()
@@ -202,24 +206,5 @@ thread.join()
 during = [begin, *(t for t in stamps if begin < t < end), end]
 assert end - begin >= 0.3, "the stub waits"
 assert max(b - a for a, b in zip(during, during[1:])) < 0.2, "the other thread stood still"
-""",
-    )
-
-
-def test_values_of_a_call_signature_count_by_their_types(stub: Path) -> None:  # noqa: F811
-    """1, 1.0 and True are equal to Python, and validation takes one of them for another argument."""
-    run(
-        stub,
-        """
-T = ExchangeTensor
-def of(*others, **changes):
-    return _C.call_signature(arguments(T, **changes), others)
-keys = [of(causal=value) for value in (True, 1, 1.0)] + [of(True), of(1), of(1.0), of(None), of(T(4096, (1,), F32))]
-assert len(set(keys)) == len(keys) and None not in keys
-assert of(window_size=[7, 0]) == of(window_size=(7, 0)) and of(True) == of(True)
-class Index:
-    def __index__(self): return 3
-assert of(num_splits=Index()) is None, "a key of bytes keeps no type alive"
-assert of(object()) is None and of(causal=T(4096, (1,), F32)) is None
 """,
     )

@@ -271,7 +271,7 @@ def test_a_call_is_built_at_once() -> None:
 
 def test_without_the_module_no_call_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "extension", lambda: None)
-    assert cuda_backend.find_run_known()("f", True, ()) is None
+    assert cuda_backend.find_known("run_known")("f", True, ()) is None
     cuda_backend.forget_calls()
     with pytest.raises(broadhead.KernelError, match="not installed"):
         cuda_backend.run_new(None, "f", True, AttentionArgs(1, 2, 3))
@@ -281,7 +281,7 @@ def test_the_module_gets_its_hooks_once(recorder: Recorder, monkeypatch: pytest.
     seen: list[dict[str, Any]] = []
     monkeypatch.setattr(recorder, "connect", lambda **hooks: seen.append(hooks), raising=False)
     for _ in range(2):
-        assert callable(cuda_backend.find_run_known())
+        assert callable(cuda_backend.find_known("run_known"))
     (hooks,) = seen
     assert hooks["records"] is metadata.filled and hooks["state"] is fallback_notice.state
     assert hooks["check_identity"] is metadata.check_identity

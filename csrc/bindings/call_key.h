@@ -9,6 +9,9 @@
 
 namespace broadhead {
 
+// What a key is of, its first word: keys of two kinds never meet.
+enum class CallKind : std::uint64_t { kAttention, kShared, kAppend, kMerge };
+
 class CallKey {
  public:
   static constexpr int kMaxWords = 320;
@@ -17,6 +20,9 @@ class CallKey {
   CallKey() {}
   CallKey(const CallKey&) = delete;
   CallKey& operator=(const CallKey&) = delete;
+
+  // Adds what the key is of.
+  bool add_kind(CallKind kind) { return add(static_cast<std::uint64_t>(kind)); }
 
   // Adds dtype, device, shape and strides, with `alignment` also the address modulo 16. Like add_value it returns false
   // when there is no key for the call: it must be validated each time.

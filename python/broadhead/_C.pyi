@@ -90,6 +90,7 @@ def connect(
     count_modes: Callable[[], int],  # dispatch modes that are active
     forward_ad: dict[str, Any],  # its "_current_level" is -1 outside forward-mode AD
     increment_version: Callable[[tuple[Tensor, ...]], None],  # tells autograd that tensors were written
+    empty_like: Callable[[Tensor], Tensor],
 ) -> None: ...  # before any call is run
 def run_known(function: str, need_lse: bool, call: Call, /) -> tuple[Tensor, Tensor | None] | None: ...
 def run_new(launch: Launch, function: str, need_lse: bool, call: Call, /) -> tuple[Tensor, Tensor | None]: ...
@@ -124,7 +125,37 @@ def run_backward(
 ) -> None: ...
 def forget_calls() -> None: ...
 def signature(*tensors: Tensor | None) -> bytes | None: ...  # the first five also by alignment
-def call_signature(call: Call, others: tuple[Any, ...], /) -> bytes | None: ...  # q, k, v, qv, out also by alignment
+def run_known_append(
+    function: str,
+    need_lse: bool,
+    call: Call,
+    new: tuple[Any, ...],  # the fields of NewKeys (api/append.py)
+    /,
+) -> tuple[Tensor, Tensor | None] | None: ...
+def remember_append(
+    dispatch: tuple[str, str | None, str],
+    causal_or_local: bool,
+    call: Call,
+    new: tuple[Any, ...],
+    attention: Call,  # the call behind its append, which ran by a Launch: rotated q, new lengths
+    /,
+) -> bool: ...  # whether there is such a Launch
+def run_known_merge(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor | None, /
+) -> tuple[Tensor, Tensor] | None: ...
+def run_new_merge(
+    device: int,
+    new_out: Allocation,  # as out_a; for calls that pass none
+    new_lse: Allocation,  # as lse_a
+    out_a: Tensor,  # fp32, bf16 or fp16 (B, S, H, Dv) or (T, H, Dv)
+    lse_a: Tensor,  # fp32 (B, H, S) or (H, T)
+    out_b: Tensor,  # as out_a
+    lse_b: Tensor,  # as lse_a
+    out: Tensor | None,  # as out_a, written; may be out_a or out_b
+    /,
+) -> tuple[Tensor, Tensor]: ...
+def known_calls_size() -> tuple[int, int]: ...  # how many calls are known, and the bytes that they take
+def bound_known_calls(bytes: int) -> None: ...  # 0: as the module is built
 def scheduler_metadata(
     metadata: Tensor,  # int32 (1 + 4 * round_up(batch, 4),)
     seqused_k: Tensor | None,
@@ -177,16 +208,6 @@ def append_kv(
     v_descale: Tensor | None,  # fp32 (B, Hkv)
     rotary_interleaved: int,
     causal_or_local: int,  # q token i is at the position of new token i; else all are at that of the first
-    stream: int,
-    /,
-) -> None: ...
-def merge_states(
-    out_a: Tensor,  # fp32, bf16 or fp16 (B, S, H, Dv) or (T, H, Dv)
-    lse_a: Tensor,  # fp32 (B, H, S) or (H, T)
-    out_b: Tensor,  # as out_a
-    lse_b: Tensor,  # as lse_a
-    out: Tensor,  # as out_a, written; may be out_a or out_b
-    softmax_lse: Tensor,  # as lse_a, written
     stream: int,
     /,
 ) -> None: ...

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from broadhead import support
-from broadhead.api.append import clear_known
 from broadhead.plan import dispatch as dispatch_module
 from broadhead.run import metadata as metadata_module
 from broadhead.run.cuda_backend import forget_calls
@@ -49,7 +48,6 @@ def only_row(
     def forget() -> None:
         dispatch_module._plans.clear()
         forget_calls()
-        clear_known()
         metadata_module._prepared.clear()
 
     def show(row: support.KernelRow) -> None:
