@@ -167,6 +167,7 @@ def forget():
     return False
 connect(is_grad_enabled=forget)
 assert known(T) is not None and seen == [True]
+hooks.last = None
 assert known(T) is None and alive() is None, "it was forgotten, and freed afterwards"
 """,
     )
