@@ -28,7 +28,7 @@ SPECIFIC_ARCHS = {"sm90": ("90a",)}
 #: Sources that every library holds besides its rows.
 COMMON_SOURCES = tuple(
     f"csrc/kernels/{name}.cu"
-    for name in ("append_kv", "clear_counter", "combine", "merge_states", "scheduler_metadata")
+    for name in ("append_kv", "backward_prepare", "clear_counter", "combine", "merge_states", "scheduler_metadata")
 )
 
 
@@ -270,7 +270,7 @@ def support_matrix() -> str:
     columns += ["K/V dtype"] if any(row.kv_dtype for row in support.ROWS) else []
     columns += ["special", "compute capability", "shared memory"]
     lines = [
-        f"Every kernel has these features, unless its row says otherwise: {', '.join(support.FEATURES)}.",
+        "Every kernel has every mask, layout and option of the public functions, unless its row says otherwise.",
         f'"All" compute capabilities are {capability_text(support.CAPABILITIES)}.',
         "",
         f"| {' | '.join(columns)} |",

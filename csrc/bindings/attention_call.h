@@ -116,17 +116,17 @@ inline constexpr std::size_t kLaunchBytes = sizeof(Launch) + 1200;
 // What a call needs of Python, handed over by python/broadhead/run/cuda_backend.py.
 struct Hooks {
   pybind11::dict records;            // address of metadata -> what it was made for
-  pybind11::object check_identity;  // (function, metadata, *Launch::identity) -> the record that it compared, or None
+  pybind11::object check_identity;   // (function, metadata, *Launch::identity) -> the record that it compared, or None
   pybind11::object exchange_device;  // makes a device the current one -> the one before
-  pybind11::object restore_device;  // likewise, but makes no context on a device that has none
+  pybind11::object restore_device;   // likewise, but makes no context on a device that has none
   pybind11::object is_grad_enabled;
-  pybind11::object state;  // its `last` is what last_dispatch() returns
-  pybind11::object is_plain_type;  // whether a type's tensors are plain memory; asked once a type
-  pybind11::object is_negative;  // whether a tensor is a lazily negated view
-  pybind11::object count_modes;  // the dispatch modes that are active, as an int
-  pybind11::dict forward_ad;  // its `_current_level` is -1 outside forward-mode AD
+  pybind11::object state;              // its `last` is what last_dispatch() returns
+  pybind11::object is_plain_type;      // whether a type's tensors are plain memory; asked once a type
+  pybind11::object is_negative;        // whether a tensor is a lazily negated view
+  pybind11::object count_modes;        // the dispatch modes that are active, as an int
+  pybind11::dict forward_ad;           // its `_current_level` is -1 outside forward-mode AD
   pybind11::object increment_version;  // tells autograd that the tensors of a tuple were written
-  pybind11::object empty_like;  // torch.empty_like
+  pybind11::object empty_like;         // torch.empty_like
 };
 
 const Hooks& hooks();

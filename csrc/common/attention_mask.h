@@ -14,6 +14,11 @@ struct KeyInterval {
   int end;  // exclusive; end <= begin: empty
 };
 
+struct QueryInterval {
+  int begin;
+  int end;  // exclusive; end <= begin: empty
+};
+
 struct AttentionMask {
   int seqlen_q;
   int seqlen_k;
@@ -44,7 +49,24 @@ struct AttentionMask {
     return {row_interval(q_first).begin, row_interval(q_last).end};
   }
 
-  // Keys that every query of q_first..q_last sees: a block inside needs no predicate.
+  // Union over keys key_first..key_last (inclusive): the queries that see one of them lie within. The inverse of
+  // tile_interval.
+  BROADHEAD_HOST_DEVICE QueryInterval query_interval(int key_first, int key_last) const {
+    if (key_first < prefix_len) return {0, seqlen_q};
+    // Query q is at position q + shift, and the ends of its interval never decrease as q grows.
+    const long long shift = static_cast<long long>(seqlen_k) - seqlen_q;
+    long long begin = 0, end = seqlen_q;
+    if (window_right >= 0) begin = max_int64(begin, key_first - static_cast<long long>(window_right) - shift);
+    if (window_left >= 0) end = min_int64(end, key_last + static_cast<long long>(window_left) - shift + 1);
+    if (attention_chunk > 0) {
+      const long long chunk = attention_chunk;
+      begin = max_int64(begin, key_first / chunk * chunk - shift);
+      end = min_int64(end, (key_last / chunk + 1) * chunk - shift);
+    }
+    return {static_cast<int>(min_int64(begin, seqlen_q)), static_cast<int>(max_int64(end, 0))};
+  }
+
+  // Keys that every query of q_first..q_last sees: an n_block inside needs no predicate.
   BROADHEAD_HOST_DEVICE KeyInterval unmasked_interval(int q_first, int q_last) const {
     const KeyInterval rows{row_interval(q_last).begin, row_interval(q_first).end};
     if (prefix_len == 0) return rows;
@@ -53,7 +75,7 @@ struct AttentionMask {
   }
 };
 
-// Key blocks of kTileN that a tile visits: [begin, end).
+// The n_blocks that a tile visits: [begin, end).
 struct BlockRange {
   int begin;
   int end;
@@ -71,7 +93,7 @@ BROADHEAD_HOST_DEVICE BlockRange block_range(const AttentionMask& mask, int q_fi
   return {begin / tile_n, ceil_div(end, tile_n)};
 }
 
-// Equal shares of a block range; split i of n.
+// Split `split` of `num_splits`, which cut a range of n_blocks into equal parts.
 BROADHEAD_HOST_DEVICE BlockRange split_range(BlockRange range, int split, int num_splits) {
   const int blocks = range.end - range.begin;
   return {range.begin + static_cast<int>(static_cast<long long>(blocks) * split / num_splits),

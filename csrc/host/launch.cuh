@@ -44,7 +44,7 @@ struct CallReport {
   char* error;
   std::size_t error_size;
 
-  // Returns 1. `more`: what else the text says of the call, ", name value" for each.
+  // Writes the error text and returns 1. `more` is what else it says of the call, ", name value" for each.
   int fail(const char* step, cudaError_t status, const char* more = "") const {
     char shape[256];
     std::snprintf(shape, sizeof(shape),
@@ -63,7 +63,7 @@ struct KernelLimits {
   bool dependent_launch = false;  // the device has programmatic dependent launch
 };
 
-// Lets blocks of the kernel take more than 48 KB of shared memory, which is checked against what the device offers, and
+// Lets CTAs of the kernel take more than 48 KB of shared memory, which is checked against what the device offers, and
 // finds its limits. Returns 0, or 1 with an error text.
 template <class Kernel>
 int prepare_kernel(Kernel kernel, int threads, int device, const CallReport& report, KernelLimits& limits) {

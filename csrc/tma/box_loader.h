@@ -9,7 +9,7 @@
 
 namespace broadhead::tma {
 
-// What a loader needs of a tile, in the coordinates of a map.
+// What a producer needs of a tile, in the coordinates of a map.
 struct KvCoordinates {
   int row0;  // of key 0
   int x;     // of the head, and of the sequence unless paged
@@ -24,7 +24,7 @@ BROADHEAD_DEVICE KvCoordinates kv_coordinates(const KvMap& map, const AttnParams
   return {static_cast<int>(state.seqlen.row_k), head * map.head_step + state.seqlen.batch_k * map.batch_step};
 }
 
-// What lane u reads from the page table for its box of a block.
+// What lane u reads from the page table for its box of an n_block.
 struct BoxPlace {
   int page;
   int slot;  // of its first row in the page; -1: nobody needs the box
@@ -48,32 +48,32 @@ BROADHEAD_DEVICE BoxPlace box_place(const KvSource<Element>& source, int key0, i
   return {source.table[entry], key - entry * page_size};
 }
 
-// Keys as boxes of a map, for a warp all of whose lanes call everything: lane u has box u of a block of kBlockKeys keys
-// and issues it itself. A block is filled in stages of kStageKeys keys and the columns of Layout; in a cluster each of
-// its blocks loads every other box into all of them.
-// PERF(H200, head_dim 512, page 64: 418 TFLOP/s, not paged 640, when one lane took the boxes from the others by
-// shuffles behind the wait for each stage): nothing is left to work out behind a wait, where every instruction counts.
-// The compiler loops over the lanes that have a box, 8 instructions each.
+// Keys as boxes of a map, for a warp all of whose lanes call everything: lane u has box u of an n_block of kBlockKeys
+// keys and issues it itself. An n_block is filled in stages of kStageKeys keys and the columns of Layout; in a cluster
+// each of its CTAs loads every other box into all of them. PERF(H200, head_dim 512, page 64: 418 TFLOP/s, not paged
+// 640, when one lane took the boxes from the others by shuffles behind the wait for each stage): nothing is left to
+// work out behind a wait, where every instruction counts. The compiler loops over the lanes that have a box, 8
+// instructions each.
 template <class Layout, int kBlockKeys, int kStageKeys, int kCluster, ColumnTail kTail>
 class BoxLoader {
   static_assert(kBlockKeys <= 32 * 8, "a lane has one box");
   static_assert(Layout::kBySubtile == (kTail == ColumnTail::kSubtiles));
-  static constexpr bool kAllColumns = kStageKeys < kBlockKeys;  // in each stage, which the block fills with some keys
+  static constexpr bool kAllColumns = kStageKeys < kBlockKeys;  // in each stage, which the n_block fills with some keys
 
   const KvMap& map_;
   const KvCoordinates at_;
   const bool paged_;
   // The lane's box:
-  const int stage_;  // of the block
+  const int stage_;             // of the n_block
   const std::uint32_t offset_;  // in the stage
-  const bool own_;  // not another block's of the cluster
+  const bool own_;              // not another CTA's of the cluster
   int x_;
   int row_;
-  int groups_;  // of 8 rows; 0: nobody needs it, or it lies past the end of the rows
+  int groups_;    // of 8 rows; 0: nobody needs it, or it lies past the end of the rows
   bool crosses_;  // the end of the rows
   // The stage that comes next:
-  std::uint32_t bytes_;  // from all blocks of the cluster
-  int pieces_;  // in which the lane issues its box: 0: not at all; 1; 2: group by group or by subtiles
+  std::uint32_t bytes_;  // from all CTAs of the cluster
+  int pieces_;           // in which the lane issues its box: 0: not at all; 1; 2: group by group or by subtiles
 
   BROADHEAD_DEVICE static int lane() { return threadIdx.x % 32; }
 
@@ -86,9 +86,12 @@ class BoxLoader {
     }
   }
 
+  // Whether K or V ends within a subtile of columns, and stages are not laid out for it.
+  BROADHEAD_DEVICE bool has_tail() const { return kTail == ColumnTail::kGroups && map_.whole_subtiles > 0; }
+
   // A box that crosses the end of the rows, or with a tail of columns.
   BROADHEAD_DEVICE void issue_groups(std::uint32_t target, Barrier& full, int subtile0) const {
-    const bool tail = kTail == ColumnTail::kGroups && map_.whole_subtiles > 0;
+    const bool tail = has_tail();
 #pragma unroll 1
     for (int group = 0; group < groups_; ++group) {
       const std::uint32_t address = target + group * Layout::kSlabBytes;
@@ -109,6 +112,16 @@ class BoxLoader {
     }
   }
 
+  // A box that issue_groups may have to cut: in a stage of whole subtiles it need not be cut for the tail.
+  BROADHEAD_DEVICE void issue_pieces(std::uint32_t target, Barrier& full, int subtile0) const {
+    const bool whole = has_tail() && !kAllColumns && !crosses_ && subtile0 + Layout::kSubtiles <= map_.whole_subtiles;
+    if (whole) {
+      issue(map_.box, target, full, 0, row_, subtile0, x_);
+    } else {
+      issue_groups(target, full, subtile0);
+    }
+  }
+
   // The whole box, whose rows past the end become zeros.
   BROADHEAD_DEVICE void issue_subtiles(std::uint32_t target, Barrier& full) const {
 #pragma unroll 1
@@ -126,7 +139,7 @@ class BoxLoader {
         offset_((lane() - stage_ * map.boxes) * map.box_rows * (Layout::kSlabStride / 8)),
         own_(lane() % kCluster == static_cast<int>(rank)) {}
 
-  // Goes to the block from `key0` on. `place`: read a block ahead.
+  // Goes to the n_block from `key0` on. `place`: read an n_block ahead.
   BROADHEAD_DEVICE void take(BoxPlace place, int key0) {
     const int rows = map_.box_rows;
     if (paged_) {
@@ -148,12 +161,11 @@ class BoxLoader {
   // Whether existing_place has moved the lane's box.
   BROADHEAD_DEVICE bool is_missing(const AttnParams& params) const { return paged_ && row_ == params.page_size; }
 
-  // To be called before the wait for a stage of the block, once for those that differ only in columns.
+  // To be called before the wait for a stage of the n_block, once for those that differ only in columns.
   BROADHEAD_DEVICE void prepare(int stage) {
     const int groups = stage_ == stage ? groups_ : 0;
     bytes_ = __reduce_add_sync(0xffffffffu, groups) * Layout::kSlabBytes;
-    const bool tail = kTail == ColumnTail::kGroups && kAllColumns && map_.whole_subtiles > 0;
-    pieces_ = !own_ || groups == 0 ? 0 : crosses_ || tail || Layout::kBySubtile ? 2 : 1;
+    pieces_ = !own_ || groups == 0 ? 0 : crosses_ || has_tail() || Layout::kBySubtile ? 2 : 1;
   }
 
   // Behind the wait: the stage's columns from subtile `subtile0` on.
@@ -162,11 +174,8 @@ class BoxLoader {
     if constexpr (Layout::kBySubtile) {
       if (pieces_ != 0) issue_subtiles(target + offset_, full);
     } else {
-      // When stages differ in columns, the last ones may hold a tail.
-      const bool tail = kTail == ColumnTail::kGroups && !kAllColumns && map_.whole_subtiles > 0 &&
-                        subtile0 + Layout::kSubtiles > map_.whole_subtiles;
-      if (pieces_ == 1 && !tail) issue(map_.box, target + offset_, full, 0, row_, subtile0, x_);
-      if (pieces_ == 2 || (pieces_ == 1 && tail)) issue_groups(target + offset_, full, subtile0);
+      if (pieces_ == 1) issue(map_.box, target + offset_, full, 0, row_, subtile0, x_);
+      if (pieces_ == 2) issue_pieces(target + offset_, full, subtile0);
     }
   }
 };

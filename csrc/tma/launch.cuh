@@ -18,9 +18,9 @@ namespace broadhead::tma {
 
 // How a kernel wants its operands cut.
 struct MapShape {
-  int row_bytes;      // of q and k
+  int row_bytes;  // of q and k
   int row_bytes_v;
-  int cluster;  // blocks that load a box of each stage
+  int cluster;  // CTAs that load a box of each stage
   int k_rows;   // keys of a stage
   int k_subtiles;
   int v_rows;
@@ -97,7 +97,7 @@ inline int make_maps(TensorMaps& maps, const AttnParams& params, const WorkPlan&
 inline WorkPlan make_plan(const AttnParams& params, int tile_m, int cluster) {
   const int rows_per_token = params.pack_gqa ? params.num_heads_q / params.num_heads_kv : 1;
   WorkPlan plan;
-  // Whole tokens, or an equal share of one's rows.
+  // A tile holds whole tokens, or an equal part of the rows of one.
   plan.rows_per_tile = rows_per_token % tile_m == 0 ? tile_m : tile_m / rows_per_token * rows_per_token;
   plan.heads = params.pack_gqa ? params.num_heads_kv : params.num_heads_q;
   const long long rows = static_cast<long long>(params.seqlen_q) * rows_per_token;

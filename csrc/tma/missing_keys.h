@@ -1,6 +1,6 @@
 // Which keys of a stage of K do not exist, because the page table names a page that the pool does not have.
 //
-// The producer notes such keys beside the stage, and the consumer starts their scores at -inf. As long as every page
+// The producer notes such keys beside the stage, and the consumer sets their scores to -inf. As long as every page
 // exists, the producer writes nothing here and the consumer reads one flag a stage.
 #pragma once
 
@@ -14,7 +14,7 @@ namespace broadhead::tma {
 template <int kKeys>
 struct MissingKeys {
   static constexpr int kWords = ceil_div(kKeys, 32);
-  std::uint32_t flags;  // a byte for each share: not 0 when some of its keys do not exist
+  std::uint32_t flags;         // a byte for each share: not 0 when some of its keys do not exist
   std::uint32_t keys[kWords];  // a bit for each key: set when it does not exist
 
   // One thread calls it before the kernel's first barrier.

@@ -79,61 +79,45 @@ def id_suffix(dtype: str, kv_dtype: str = "") -> str:
 
 
 class Tile(NamedTuple):
-    """The shape of one block's work; the template arguments of ``sm80::ForwardTraits`` in this
-    order.
+    """The shape of a CTA's work; the template arguments of ``sm80::ForwardTraits`` in this order."""
 
-    tile_m: query rows; tile_n: keys a step; warps_m x warps_n: warps over rows x over keys (S) and columns (O);
-    stages: buffers in the K/V ring; k_chunk: head-dim columns of K in a stage; v_chunk x v_cols: keys x columns of V in
-    a stage; min_blocks: blocks that must fit an SM (bounds the registers).
-    """
-
-    tile_m: int
-    tile_n: int
-    warps_m: int
-    warps_n: int
-    stages: int
-    k_chunk: int
-    v_chunk: int
-    v_cols: int
-    min_blocks: int
+    tile_m: int  # query rows
+    tile_n: int  # keys of an n_block
+    warps_m: int  # warps over the rows
+    warps_n: int  # warps over the keys of S and the columns of O
+    stages: int  # stages of the ring of K and V
+    k_chunk: int  # head-dim columns of K in a stage
+    v_chunk: int  # keys of V in a stage
+    v_cols: int  # columns of V in a stage
+    min_blocks: int  # CTAs that must fit an SM: bounds the registers
 
 
 class DecodeTile(NamedTuple):
-    """The shape of one block's work in the decode kernels; arguments of ``decode::DecodeTraits`` in this order.
+    """The shape of a CTA's work in the decode kernels; arguments of ``decode::DecodeTraits`` in this order."""
 
-    tile_m: query rows; keys: of a warp's key block; warps; key_groups: groups of warps that share the key blocks, the
-    warps of a group share the columns; stages: buffers in each warp's K/V ring; min_blocks: as for ``Tile``.
-    """
-
-    tile_m: int
-    keys: int
+    tile_m: int  # query rows
+    tile_n: int  # keys of an n_block
     warps: int
-    key_groups: int
-    stages: int
-    min_blocks: int
-
-    @property
-    def tile_n(self) -> int:
-        return self.keys
+    key_groups: int  # groups of warps that divide the n_blocks of a tile; the warps of a group divide the columns
+    stages: int  # stages of each warp's ring of K and V
+    min_blocks: int  # as for Tile
 
 
 class AbsorbedDecodeTile(DecodeTile):
-    """The same for absorbed MLA, where q of few columns is for k and qv for v; the last template arguments of
+    """The same for absorbed MLA, where q has few columns and is for k, and qv is for v; the last template arguments of
     ``decode::AbsorbedTraits``."""
 
 
 class HopperTile(NamedTuple):
-    """The shape of one block's work in the Hopper kernel; the last template arguments of ``sm90::ForwardTraits``.
+    """The shape of a CTA's work in the Hopper kernel; the last template arguments of ``sm90::ForwardTraits``.
 
-    tile_m: query rows, 64 for each consumer warpgroup; tile_n: keys a step; stages: buffers of K and of V; overlap: 1:
-    the scores of a step are in flight beside the output of the step before; 2: likewise, with registers for the
-    probabilities of two steps.
+    S of an n_block is always in flight beside P V of the n_block before; ``overlap`` 2 has registers for P of both.
     """
 
-    tile_m: int
-    tile_n: int
-    stages: int
-    overlap: int
+    tile_m: int  # query rows, 64 for each consumer warpgroup
+    tile_n: int  # keys of an n_block
+    stages: int  # stages of K, and as many of V
+    overlap: int  # 1 or 2: how many P the registers hold
 
     @property
     def min_blocks(self) -> int:
@@ -141,16 +125,12 @@ class HopperTile(NamedTuple):
 
 
 class WideTile(NamedTuple):
-    """The shape of one block's work in the wide Hopper kernel; the last template arguments of ``sm90::WideTraits``.
+    """The shape of a CTA's work in the wide Hopper kernel; the last template arguments of ``sm90::WideTraits``."""
 
-    tile_m: query rows; tile_n: keys a step; q_register_cols: head-dim columns of Q that are kept in registers; cluster:
-    blocks that share their K and V, each with a tile of its own: neighbours of one head.
-    """
-
-    tile_m: int
-    tile_n: int
-    q_register_cols: int
-    cluster: int
+    tile_m: int  # query rows
+    tile_n: int  # keys of an n_block
+    q_register_cols: int  # head-dim columns of Q that are kept in registers
+    cluster: int  # CTAs that load their K and V together, for neighbouring m_blocks of one head
 
     @property
     def min_blocks(self) -> int:
@@ -158,14 +138,10 @@ class WideTile(NamedTuple):
 
 
 class Fp8Tile(NamedTuple):
-    """The shape of one block's work in the Hopper kernel of 8-bit inputs; the last template arguments of
-    ``sm90::Fp8Traits``.
+    """The shape of a CTA's work in the e4m3 Hopper kernel; the last template arguments of ``sm90::Fp8Traits``."""
 
-    tile_m: query rows, 64 for each consumer warpgroup; tile_n: keys a step.
-    """
-
-    tile_m: int
-    tile_n: int
+    tile_m: int  # query rows, 64 for each consumer warpgroup
+    tile_n: int  # keys of an n_block
 
     @property
     def min_blocks(self) -> int:
@@ -173,11 +149,35 @@ class Fp8Tile(NamedTuple):
 
 
 class AbsorbedTile(WideTile):
-    """The same for absorbed MLA, where q of few columns is for k and qv for v, the rest of the key; the last template
-    arguments of ``sm90::AbsorbedTraits``.
+    """The same for absorbed MLA, where q has few columns and is for k, and qv is for v, the rest of the key; the last
+    template arguments of ``sm90::AbsorbedTraits``. ``q_register_cols`` are columns of qv."""
 
-    q_register_cols: columns of qv that are kept in registers.
+
+class BackwardTile(NamedTuple):
+    """The shape of one CTA's work in the portable backward kernels; the last template arguments of
+    ``sm80::BackwardTraits``.
+
+    One kernel keeps a tile of keys and gives dK and dV, the other keeps a tile of queries and gives dQ.
+
+    rows: keys or queries that are kept; cols: queries or keys that stream by at a time; warps_rows, warps_cols: groups
+    of warps that share rows, and warps of a group, which divide the columns; stages: buffers for what streams by;
+    min_blocks: as for ``Tile``.
     """
+
+    rows: int
+    cols: int
+    warps_rows: int
+    warps_cols: int
+    stages: int
+    min_blocks: int
+
+    @property
+    def tile_m(self) -> int:
+        return self.rows
+
+    @property
+    def tile_n(self) -> int:
+        return self.cols
 
 
 class Template(NamedTuple):
@@ -212,6 +212,10 @@ TEMPLATES: dict[type, Template] = {
     WideTile: _hopper("forward_wide", "WideTraits", "launch_wide"),
     Fp8Tile: _hopper("forward_fp8", "Fp8Traits", "launch_fp8"),
     AbsorbedTile: _hopper("forward_wide", "AbsorbedTraits", "launch_wide"),
+    BackwardTile: Template(
+        "sm80/backward/launch.cuh", "sm80::BackwardTraits", "sm80::launch_backward", "sm80::backward_workspace", False,
+        False,
+    ),
 }  # fmt: skip
 
 
@@ -227,7 +231,7 @@ class KernelRow(NamedTuple):
     head_dim: int  # the largest it takes
     head_dim_v: int  # the largest it takes
     smem_limit: int
-    tile: Tile | DecodeTile | AbsorbedDecodeTile | HopperTile | WideTile | Fp8Tile | AbsorbedTile
+    tile: Tile | DecodeTile | AbsorbedDecodeTile | HopperTile | WideTile | Fp8Tile | AbsorbedTile | BackwardTile
     features: tuple[str, ...]
     requires: tuple[str, ...] = ()  # features without which a call is not for this kernel
     kv_dtype: str = ""  # of k and v where it is not dtype
@@ -298,11 +302,41 @@ def _sm80_rows() -> tuple[KernelRow, ...]:
     )  # fmt: skip
 
 
+#: What backward kernels compute. Gradients through windows, chunks, pages, batch indices and left padding are left to
+#: torch.
+BACKWARD_FEATURES = ("causal", "gqa", "lse", "prefix_lens", "seqused", "sinks", "softcap", "varlen")
+
+
+def _sm80_backward_rows() -> tuple[KernelRow, ...]:
+    """The portable backward kernels (mma.sync, cp.async): of rows that serve a request, the best one first."""
+    shapes = (
+        # name, capabilities, head_dim, smem_limit, tile
+        ("d64", CAPABILITIES, 64, SMEM_99KB, BackwardTile(128, 64, 8, 1, 2, 1)),
+        ("d96", CAPABILITIES, 96, SMEM_99KB, BackwardTile(128, 32, 8, 1, 2, 1)),
+        ("d128", CAPABILITIES, 128, SMEM_99KB, BackwardTile(128, 32, 8, 1, 2, 1)),
+        ("d192", LARGE_SMEM, 192, SMEM_163KB, BackwardTile(64, 32, 4, 2, 2, 1)),
+        ("d192_smem99", CAPABILITIES, 192, SMEM_99KB, BackwardTile(64, 32, 4, 2, 1, 1)),
+        ("d256", LARGE_SMEM, 256, SMEM_163KB, BackwardTile(64, 32, 4, 2, 2, 1)),
+        ("d256_smem99", CAPABILITIES, 256, SMEM_99KB, BackwardTile(64, 16, 4, 2, 1, 1)),
+        ("d512", HUGE_SMEM, 512, SMEM_227KB, BackwardTile(32, 32, 2, 4, 2, 1)),
+        ("d512_smem163", LARGE_SMEM, 512, SMEM_163KB, BackwardTile(32, 32, 2, 4, 1, 1)),
+        ("d512_smem99", CAPABILITIES, 512, SMEM_99KB, BackwardTile(16, 32, 1, 4, 1, 1)),
+    )
+    return tuple(
+        KernelRow(
+            f"sm80_bwd_{name}", "sm80", "backward", "prefill", caps, dtype, head_dim, head_dim,
+            limit, tile, BACKWARD_FEATURES,
+        )
+        for name, caps, head_dim, limit, tile in shapes
+        for dtype in DTYPES
+    )  # fmt: skip
+
+
 def _decode_rows() -> tuple[KernelRow, ...]:
     """The portable decode kernels (mma.sync, cp.async): tiles of 16 and 32 packed query rows. Those with qv come last.
 
-    Blocks of eight warps take a multiprocessor of 227 KB for themselves; those of four fit 99 KB, and two fit 227 KB.
-    One block a multiprocessor cuts less: PERF(H200, 128 x 8k, 8/1 heads of 128: 4110 GB/s, two blocks 3910).
+    CTAs of eight warps take a multiprocessor of 227 KB for themselves; those of four fit 99 KB, and two fit 227 KB.
+    One CTA a multiprocessor cuts less: PERF(H200, 128 x 8k, 8/1 heads of 128: 4110 GB/s, two CTAs 3910).
     """
     shapes = (
         # name, capabilities, head_dim, smem_limit, tile
@@ -316,7 +350,7 @@ def _decode_rows() -> tuple[KernelRow, ...]:
         ("d512_smem99", CAPABILITIES, 512, SMEM_99KB, DecodeTile(16, 16, 4, 1, 3, 2)),
         ("d64_m32", HUGE_SMEM, 64, SMEM_227KB, DecodeTile(32, 32, 8, 8, 3, 1)),
         ("d64_m32_smem99", CAPABILITIES, 64, SMEM_99KB, DecodeTile(32, 32, 4, 4, 5, 2)),
-        ("d128_m32", HUGE_SMEM, 128, SMEM_227KB, DecodeTile(32, 16, 8, 4, 5, 1)),
+        ("d128_m32", HUGE_SMEM, 128, SMEM_227KB, DecodeTile(32, 16, 8, 8, 5, 1)),
         ("d128_m32_smem99", CAPABILITIES, 128, SMEM_99KB, DecodeTile(32, 16, 4, 4, 5, 2)),
         ("d256_m32", HUGE_SMEM, 256, SMEM_227KB, DecodeTile(32, 16, 8, 4, 3, 1)),
         ("d256_m32_smem99", CAPABILITIES, 256, SMEM_99KB, DecodeTile(32, 16, 4, 2, 3, 2)),
@@ -420,7 +454,7 @@ def _sm90_rows() -> tuple[KernelRow, ...]:
 
 
 #: Of rows that serve a request equally tightly dispatch takes the first.
-ROWS: tuple[KernelRow, ...] = (*_sm90_rows(), *_sm80_rows(), *_decode_rows())
+ROWS: tuple[KernelRow, ...] = (*_sm90_rows(), *_sm80_rows(), *_sm80_backward_rows(), *_decode_rows())
 
 
 #: Major compute capabilities for which the kernels of a family are written. The portable ones run on all of

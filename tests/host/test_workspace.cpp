@@ -12,7 +12,7 @@ using decode::WorkspacePlan;
 
 namespace {
 
-constexpr long long kBlockParts = 12;  // fp32: what a block says of itself
+constexpr long long kCtaSplits = 12;  // fp32: what a CTA notes of itself
 
 // 3 sequences of 1000 keys, 8 query heads over 2 KV heads, packed.
 AttnParams call(int seqlen_q, int num_splits, int cell_tokens) {
@@ -26,12 +26,12 @@ AttnParams call(int seqlen_q, int num_splits, int cell_tokens) {
   params.head_dim = params.head_dim_v = 64;
   params.pack_gqa = 1;
   params.num_splits = num_splits;
-  params.cell_blocks = cell_tokens / decode::kCellTokens;
+  params.cell_blocks = cell_tokens / decode::kSplitUnitTokens;
   return params;
 }
 
-void check_size(const AttnParams& params, int tile_m, int blocks, long long floats) {
-  const WorkspacePlan plan = plan_workspace(params, tile_m, blocks);
+void check_size(const AttnParams& params, int tile_m, int ctas, long long floats) {
+  const WorkspacePlan plan = plan_workspace(params, tile_m, ctas);
   CHECK(plan.bytes == 4 * floats, "seqlen_q %d, splits %d, cells %d, shared %d: %lld, not %lld bytes", params.seqlen_q,
         params.num_splits, params.cell_blocks, params.shared_seqlen_k, static_cast<long long>(plan.bytes), 4 * floats);
   CHECK((plan.bytes > 0) == (plan.merged > 0), "what is left behind is merged: %lld", plan.merged);
@@ -39,15 +39,15 @@ void check_size(const AttnParams& params, int tile_m, int blocks, long long floa
 
 void decode_sizes() {
   // What the blocks, or the cells of all tiles, leave behind.
-  check_size(call(1, 0, 0), 16, 132, 132 * (kBlockParts + 2 * 4 * 65));
-  check_size(call(1, 7, 0), 16, 132, 132 * (kBlockParts + 2 * 4 * 65));
-  check_size(call(5, 0, 0), 32, 132, 132 * (kBlockParts + 2 * 20 * 65));  // 20 of the 32 rows of a tile
-  check_size(call(1, 0, 0), 16, 100, 100 * (kBlockParts + 2 * 4 * 65));
+  check_size(call(1, 0, 0), 16, 132, 132 * (kCtaSplits + 2 * 4 * 65));
+  check_size(call(1, 7, 0), 16, 132, 132 * (kCtaSplits + 2 * 4 * 65));
+  check_size(call(5, 0, 0), 32, 132, 132 * (kCtaSplits + 2 * 20 * 65));  // 20 of the 32 rows of a tile
+  check_size(call(1, 0, 0), 16, 100, 100 * (kCtaSplits + 2 * 4 * 65));
   check_size(call(1, 1, 0), 16, 132, 0);
   check_size(call(1, 1, 128), 16, 132, 3 * 2 * 8 * 4 * 65);  // sequences x KV heads x cells of 1000 keys x rows
   check_size(call(5, 1, 128), 32, 132, 3 * 2 * 8 * 20 * 65);
-  check_size(call(1, 1, 1024), 16, 132, 0);  // one cell
-  check_size(call(9, 0, 0), 16, 132, 132 * (kBlockParts + 2 * 16 * 65));  // more rows than a tile has
+  check_size(call(1, 1, 1024), 16, 132, 0);                              // one cell
+  check_size(call(9, 0, 0), 16, 132, 132 * (kCtaSplits + 2 * 16 * 65));  // more rows than a tile has
 }
 
 // Without cells nothing follows from the lengths of the keys.
@@ -55,7 +55,7 @@ void bounded_sizes() {
   for (const int keys : {64, 4096, 1 << 20, 1 << 30}) {
     AttnParams params = call(4, 0, 0);
     params.seqlen_k = keys;
-    check_size(params, 16, 264, 264 * (kBlockParts + 2 * 16 * 65));
+    check_size(params, 16, 264, 264 * (kCtaSplits + 2 * 16 * 65));
     params = call(4, 1, 4096);
     params.seqlen_k = keys;
     const long long cells = (keys + 4095ll) / 4096;
@@ -69,7 +69,7 @@ void shared_sizes() {
     int batch, tokens, heads_q, heads_kv, head_dim, tile_m;
     long long floats;
   } const cases[] = {
-      {2, 1, 8, 1, 64, 16, 2 * 4 + (2 * 132 + 3) * 16 * 65},    // a pair of ints a tile, rounded up to 16 bytes
+      {2, 1, 8, 1, 64, 16, 2 * 4 + (2 * 132 + 3) * 16 * 65},      // a pair of ints a tile, rounded up to 16 bytes
       {4, 3, 8, 2, 128, 16, 2 * 14 + (2 * 132 + 14) * 16 * 129},  // 4 own tiles and three of the prefix, twice
       {3, 1, 32, 4, 512, 32, 2 * 16 + (2 * 132 + 16) * 24 * 513},
   };
@@ -92,8 +92,8 @@ void placed() {
   params.out_partial = memory.data();
   const WorkspacePlan plan = plan_workspace(params, 32, 7);
   const decode::Workspace at = plan.place(params);
-  CHECK(static_cast<void*>(at.blocks) == memory.data() && at.tiles == nullptr, "what blocks say comes first");
-  CHECK(reinterpret_cast<char*>(at.out) == reinterpret_cast<char*>(at.blocks + 7), "then out");
+  CHECK(static_cast<void*>(at.ctas) == memory.data() && at.tiles == nullptr, "what blocks say comes first");
+  CHECK(reinterpret_cast<char*>(at.out) == reinterpret_cast<char*>(at.ctas + 7), "then out");
   const float* end = at.lse_row(plan.slots - 1, at.slot_rows - 1) + 1;
   decode::DecodeParams line{};
   line.head_dim_v = params.head_dim_v;
@@ -102,7 +102,7 @@ void placed() {
         static_cast<long long>(plan.bytes));
   params.shared_seqlen_k = 40;
   const decode::Workspace shared = plan_workspace(params, 32, 7).place(params);
-  CHECK(static_cast<void*>(shared.tiles) == memory.data() && shared.blocks == nullptr, "what tiles say comes first");
+  CHECK(static_cast<void*>(shared.tiles) == memory.data() && shared.ctas == nullptr, "what tiles say comes first");
 }
 
 void splits() {

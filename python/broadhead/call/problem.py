@@ -93,7 +93,8 @@ def make_problem(
     """The one constructor of an AttentionProblem.
 
     Args:
-        window: normalised. kv_dtype: None is dtype.
+        window: ``(left, right)``, normalised.
+        kv_dtype: dtype of k and v; None: dtype.
         features: what the call has of support.FEATURES and EXTRA_FEATURES that no other argument tells, and
             "gradients".
     """
