@@ -31,19 +31,9 @@ enum NewArgument {
 };
 
 struct NewKeys {
-  explicit NewKeys(py::handle tuple) {
-    if (!PyTuple_Check(tuple.ptr()) || PyTuple_GET_SIZE(tuple.ptr()) != kNewCount) {
-      throw py::type_error("_C.append_kv: new keys must be a tuple of " + std::to_string(kNewCount) + " arguments");
-    }
-    arguments = reinterpret_cast<PyTupleObject*>(tuple.ptr())->ob_item;
-  }
+  explicit NewKeys(py::handle tuple) { arguments = checker.items(tuple, "new keys", kNewCount); }
 
-  bool has_plain_types() const {
-    for (int i = 0; i < kNewTensorCount; ++i) {
-      if (!py::handle(arguments[i]).is_none() && !has_plain_type(arguments[i])) return false;
-    }
-    return true;
-  }
+  bool has_plain_types() const { return have_plain_types(arguments, kNewTensorCount); }
 
   // False when one is no tensor.
   bool read() {

@@ -109,9 +109,8 @@ void pack_forward(const AttentionCall& call, const Kernel& kernel, AttnParams& p
 // Sets the addresses of a call's tensors.
 void set_addresses(const AttentionCall& call, AttnParams& params);
 
-// What a Launch takes with what Python keeps for it: two allocations, the identity of metadata, the texts of a
-// dispatch.
-inline constexpr std::size_t kLaunchBytes = sizeof(Launch) + 1200;
+// What Python keeps for a Launch, about: two allocations, what identifies it, the texts of a dispatch.
+inline constexpr std::size_t kPythonBytes = 1200;
 
 // What a call needs of Python, handed over by python/broadhead/run/cuda_backend.py.
 struct Hooks {
@@ -127,6 +126,8 @@ struct Hooks {
   pybind11::dict forward_ad;           // its `_current_level` is -1 outside forward-mode AD
   pybind11::object increment_version;  // tells autograd that the tensors of a tuple were written
   pybind11::object empty_like;         // torch.empty_like
+  pybind11::object dtype;              // torch.dtype
+  pybind11::object remember_metadata;  // (buffer, MetadataLaunch::made_for): adds to `records`
 };
 
 const Hooks& hooks();

@@ -10,7 +10,7 @@
 namespace broadhead {
 
 // What a key is of, its first word: keys of two kinds never meet.
-enum class CallKind : std::uint64_t { kAttention, kShared, kAppend, kMerge };
+enum class CallKind : std::uint64_t { kAttention, kShared, kAppend, kMerge, kMetadata };
 
 class CallKey {
  public:
@@ -31,6 +31,9 @@ class CallKey {
   // Adds None, a bool, an int, a float, a str, or a tuple or list of such; another number by its type and value. A
   // tensor is none: reading it would wait for the device.
   bool add_value(pybind11::handle value);
+
+  // Adds an object that lives as long as the process, such as a dtype, by its address.
+  bool add_permanent(pybind11::handle object);
 
   const std::uint64_t* words() const { return words_; }
   int size() const { return size_; }

@@ -13,14 +13,13 @@ pybind11::object run_new_shared(ArgumentReader& reader);
 // Likewise of a call that appends new keys first: one Launch of two kernels.
 pybind11::object run_known_append(ArgumentReader& reader);
 pybind11::object remember_append(ArgumentReader& reader);
-// bytes that tell apart calls that validation could tell apart by these tensors, the first five also by alignment; None
-// when a tensor can not be read.
-pybind11::object signature(PyObject* const* tensors, Py_ssize_t count);
 
 // Runs a backward call by its BackwardLaunch.
 void run_backward(ArgumentReader& reader);
 void append_kv(ArgumentReader& reader);
 pybind11::object run_known_merge(ArgumentReader& reader);
 pybind11::object run_new_merge(ArgumentReader& reader);
+pybind11::object run_known_metadata(ArgumentReader& reader);
+pybind11::object run_new_metadata(ArgumentReader& reader);
 
 }  // namespace broadhead

@@ -1,5 +1,4 @@
 // Finds the Launch of a call that is like one that was validated and decided before, and runs the call by it.
-#include <cstddef>
 #include <memory>
 
 #include "bindings/argument_reader.h"
@@ -11,9 +10,6 @@ namespace py = pybind11;
 
 namespace broadhead {
 namespace {
-
-constexpr std::size_t kAlignedTensors =
-    5;  // of signature(): callers pass first what kernels move 16 bytes of at a time
 
 py::object run_if_known(py::handle function, bool need_lse, AttentionCall& call) {
   CallKey key;
@@ -36,7 +32,7 @@ py::object run_and_remember(py::handle target, py::handle function, bool need_ls
   CallKey key;
   const bool has_key = call.add_to(key);
   py::object result = run(*launch, call, function, need_lse, true);
-  if (has_key) remember_call(key, launch, kLaunchBytes);
+  if (has_key) remember_call(key, launch, sizeof(Launch) + kPythonBytes);
   return result;
 }
 
@@ -70,35 +66,6 @@ py::object run_new_shared(ArgumentReader& reader) {
   const py::handle arguments = reader.object(), page_table = reader.object(), length = reader.object();
   AttentionCall call(arguments, page_table, length);
   return run_and_remember(launch, function, need_lse, call);
-}
-
-namespace {
-
-// Adds what validation reads of a tensor or None; false when there is no key for it, as when it is no plain memory.
-bool add_plain_tensor(py::handle object, bool alignment, CallKey& key) {
-  TensorView tensor;
-  if (object.is_none()) return key.add_tensor(tensor, false);
-  return has_plain_type(object) && tensor.read(object) && !(tensor.is_floating() && is_negative(object)) &&
-         key.add_tensor(tensor, alignment);
-}
-
-py::object to_bytes(const CallKey& key) {
-  return py::bytes(reinterpret_cast<const char*>(key.words()), sizeof(std::uint64_t) * key.size());
-}
-
-}  // namespace
-
-py::object signature(PyObject* const* tensors, Py_ssize_t count) {
-  CallKey key;
-  try {
-    if (modes_are_active()) return py::none();
-    for (Py_ssize_t i = 0; i < count; ++i) {
-      if (!add_plain_tensor(tensors[i], i < kAlignedTensors, key)) return py::none();
-    }
-  } catch (const std::exception&) {  // Python's among them. Whoever validates the call finds better words
-    return py::none();
-  }
-  return to_bytes(key);
 }
 
 }  // namespace broadhead

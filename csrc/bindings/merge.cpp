@@ -88,21 +88,15 @@ void read(const char* name, py::handle tensor, TensorView& view) {
 // The arguments of merge_attn_states: (out_a, lse_a, out_b, lse_b, out or None).
 struct MergeCall {
   explicit MergeCall(ArgumentReader& reader) {
-    for (py::handle& object : objects) object = reader.object();
+    for (PyObject*& object : objects) object = reader.object().ptr();
   }
 
-  // False where one is no plain memory that a kernel may read.
-  bool has_plain_types() const {
-    for (const py::handle object : objects) {
-      if (!object.is_none() && !has_plain_type(object)) return false;
-    }
-    return true;
-  }
+  bool has_plain_types() const { return have_plain_types(objects, 5); }
 
   bool is_plain() const {
     if (modes_are_active()) return false;
-    for (const py::handle object : objects) {
-      if (!object.is_none() && is_negative(object)) return false;
+    for (PyObject* object : objects) {
+      if (object != Py_None && is_negative(object)) return false;
     }
     return true;
   }
@@ -112,7 +106,7 @@ struct MergeCall {
     broadhead::read("lse_a", objects[1], tensors.lse_a);
     broadhead::read("out_b", objects[2], tensors.out_b);
     broadhead::read("lse_b", objects[3], tensors.lse_b);
-    if (!objects[4].is_none()) broadhead::read("out", objects[4], tensors.out);
+    if (objects[4] != Py_None) broadhead::read("out", objects[4], tensors.out);
   }
 
   bool wants_gradient() const {
@@ -130,7 +124,7 @@ struct MergeCall {
            key.add_tensor(tensors.lse_a, false) && key.add_tensor(tensors.lse_b, false);
   }
 
-  py::handle objects[5];
+  PyObject* objects[5];
   MergeTensors tensors;
 };
 
@@ -189,7 +183,7 @@ py::object run_new_merge(ArgumentReader& reader) {
   CallKey key;
   const bool has_key = call.add_to(key);
   py::object result = run(*launch, call, true);
-  if (has_key) remember_call(key, std::move(launch), sizeof(MergeLaunch) + 600);
+  if (has_key) remember_call(key, std::move(launch), sizeof(MergeLaunch) + kPythonBytes);
   return result;
 }
 

@@ -151,11 +151,6 @@ def canonical_right(seqlen_q: int, window_right: int) -> int:
     return -1 if seqlen_q <= 1 else window_right
 
 
-def tensor_signature(t: Tensor) -> tuple[Any, ...]:
-    """What validation reads of a tensor, as a part of a key: calls with equal keys need not be validated again."""
-    return type(t), t.shape, t.stride(), t.dtype, t.get_device()
-
-
 def needs_gradients(*tensors: Any) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 

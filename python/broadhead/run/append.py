@@ -11,9 +11,8 @@ from ..call.plain import is_autocast, mark_written
 from ..plan import native
 from ..plan.device import common_kernel_obstacle, describe
 from ..reference import append as append_kv
-from .cuda_backend import connected_module
+from .cuda_backend import CURRENT_STREAM, connected_module
 from .fallback import ASKED_FOR_TORCH, Dispatch, settle_operation, state
-from .metadata import CURRENT_STREAM
 
 _FLOAT8 = torch.float8_e4m3fn
 #: (dtype of the cache, of the new keys) that the kernel stores.

@@ -19,7 +19,10 @@ from ..errors import KernelError
 from ..plan import native
 from ..plan.dispatch import Plan
 from .fallback import state
-from .metadata import check_identity, filled
+from .metadata_records import check_identity, filled, remember
+
+
+CURRENT_STREAM = -1  # the binding takes torch's current stream
 
 
 def make_launch(args: AttentionArgs, call: CheckedCall, plan: Plan) -> Any:
@@ -147,6 +150,8 @@ def connected_module() -> ModuleType:
             forward_ad=vars(forward_ad),
             increment_version=torch._C._increment_version,
             empty_like=torch.empty_like,
+            dtype=torch.dtype,
+            remember_metadata=remember,
         )
         _connected = module
     return module

@@ -20,7 +20,7 @@ from .backward import gradient_plan, run_backward
 from .choice import describe_call, select
 from .cuda_backend import find_known, make_launch, run_new
 from .fallback import state
-from .metadata import check_buffer, check_identity
+from .metadata_records import check_buffer, check_identity
 
 
 def run(function: str, args: AttentionArgs) -> tuple[Tensor, Any]:

@@ -14,7 +14,7 @@ from ..plan.device import describe
 from ..plan.dispatch import Plan, resolve
 from ..support import DECODE_MAX_ROWS
 from .cuda_backend import find_known, make_launch, run_new_shared
-from .metadata import check_buffer
+from .metadata_records import check_buffer
 
 FUNCTION = "flash_attn_with_shared_prefix"
 
