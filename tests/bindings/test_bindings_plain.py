@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_bindings import pytestmark, run, stub  # noqa: F401
-from test_bindings_known_calls import KNOWN
+from stub_process import KNOWN, pytestmark, run, stub  # noqa: F401
 
 #: A call of each function that launches, by lambdas of a function that makes its tensors.
 READERS = """
