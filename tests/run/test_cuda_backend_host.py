@@ -14,7 +14,7 @@ from broadhead.plan import native
 from broadhead.plan.device import DeviceDescription
 from broadhead.plan.dispatch import MetadataConfig, resolve
 from broadhead.plan.native import BuildDescription, FamilyBuild
-from broadhead.run import cuda_backend, metadata
+from broadhead.run import cuda_backend, metadata, metadata_records
 from broadhead.run import fallback as fallback_notice
 from broadhead.support import ROWS
 from recorder import Recorder, allocate
@@ -182,7 +182,9 @@ def test_metadata_arguments(recorder: Recorder, monkeypatch: pytest.MonkeyPatch)
         "device": -1, "cache_seqlens": lengths, "cu_seqlens_q": starts, "cache_leftpad": None, "out": None,
         "page_table": None, "numbers": numbers,
     }  # fmt: skip
-    assert got.keys() == expected.keys() and all(got[name] is value or got[name] == value for name, value in expected.items())
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert got[name] is value or got[name] == value, name
 
 
 @pytest.mark.parametrize("asked, bound", [(0, 1), (1, 1), (9, 9)])

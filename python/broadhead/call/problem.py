@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from ..errors import UnsupportedError
 from ..support import DECODE_MAX_ROWS

@@ -340,8 +340,8 @@ def metadata_identity(problem: AttentionProblem, row: KernelRow | None, pack_gqa
     return (zlib.crc32(text.encode()) & 0x7FFFFFFF) or 1, config
 
 
-#: A plan takes about 2 KB with its key, and less than 0.1 ms to make again. Calls that kernels run are found in the call
-#: table (csrc/bindings/call_table.h) before anybody asks for a plan: these serve the fallback and gradients.
+#: A plan takes about 2 KB with its key, and about 0.1 ms to make again. Calls that kernels run are found in the table
+#: of known calls (csrc/bindings/call_table.h) before anybody asks for a plan: these serve the fallback and gradients.
 MAX_PLANS = 512
 _decided = functools.lru_cache(maxsize=MAX_PLANS)(_decide)
 

@@ -21,7 +21,6 @@ from ..plan.dispatch import Plan
 from .fallback import state
 from .metadata_records import check_identity, filled, remember
 
-
 CURRENT_STREAM = -1  # the binding takes torch's current stream
 
 

@@ -69,7 +69,8 @@ def run_new(tensors: Tensors, numbers: tuple[Any, ...]) -> Tensor:
         cache_seqlens, cu_seqlens_q, cache_leftpad, page_table = map(contiguous, read)
         known = False  # requests are found by the tensors that were given
     lengths = _check_tensors(numbers[0], cache_seqlens, cu_seqlens_q, cache_leftpad, out, page_table)
-    request = describe_request(*numbers[:16], page_table, *numbers[16:])
+    described = (*numbers[:16], page_table, *numbers[16:])
+    request = describe_request(*described)
     plan = resolve(request.problem, describe(lengths.device))
     schedule, made_for = schedule_numbers(request, plan), made_for_request(request, plan)
     if schedule is None:
