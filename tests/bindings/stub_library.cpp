@@ -14,6 +14,7 @@
 namespace {
 
 char text[4096] = "";
+char append_text[4096] = "";  // of the last append, whatever ran behind it
 using broadhead::DataType;
 using broadhead::Direction;
 using broadhead::KernelInfo;
@@ -75,6 +76,7 @@ void put_float(const char* name, float value) {
 #define PUT(field) put(#field, p.field)
 
 BROADHEAD_EXPORT const char* stub_text() { return text; }
+BROADHEAD_EXPORT const char* stub_append_text() { return append_text; }
 
 std::uint32_t broadhead_abi_version() { return STUB_ABI_VERSION; }
 const char* broadhead_build_archs() { return "80;90"; }
@@ -195,6 +197,7 @@ int broadhead_append_kv(const broadhead::AppendKvParams* params, void* stream, c
   put("angles_dtype", static_cast<long long>(p.angles_dtype));
   put("dtype", static_cast<long long>(p.dtype));
   put("cache_dtype", static_cast<long long>(p.cache_dtype));
+  std::memcpy(append_text, text, sizeof(text));
   return 0;
 }
 

@@ -17,7 +17,7 @@ from broadhead.plan import dispatch, native
 from broadhead.plan.device import describe
 from broadhead.plan.native import BuildDescription, FamilyBuild
 from broadhead.run import backward, choice, cuda_backend, forward
-from described import h200, problem
+from described import forget_plans, h200, problem
 from generator import load_generate
 from torch import Tensor
 
@@ -62,7 +62,7 @@ def table(monkeypatch: pytest.MonkeyPatch) -> None:
     """The forward rows of the table with two backward rows."""
     monkeypatch.setitem(support.TEMPLATES, BackwardTile, TEMPLATE)
     monkeypatch.setattr(dispatch, "ROWS", (*FORWARD, *ROWS))
-    monkeypatch.setattr(dispatch, "_plans", {})
+    forget_plans(monkeypatch)
 
 
 def test_the_build_instantiates_and_registers_it(table: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

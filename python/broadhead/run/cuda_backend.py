@@ -19,7 +19,9 @@ from ..errors import KernelError
 from ..plan import native
 from ..plan.dispatch import Plan
 from .fallback import state
-from .metadata import check_identity, filled
+from .metadata_records import check_identity, filled, remember
+
+CURRENT_STREAM = -1  # the binding takes torch's current stream
 
 
 def make_launch(args: AttentionArgs, call: CheckedCall, plan: Plan) -> Any:
@@ -35,8 +37,8 @@ def make_launch(args: AttentionArgs, call: CheckedCall, plan: Plan) -> Any:
         family=plan.row.family,
         kernel_id=plan.row.id,
         device=q.device.index,
-        out=_allocation(q, (*q.shape[:-1], problem.head_dim_v), out_dtype(q.dtype), 0.0 if clear else None),
-        lse=_allocation(q, lse_shape, torch.float32, float("-inf") if clear else None),
+        out=allocation(q, (*q.shape[:-1], problem.head_dim_v), out_dtype(q.dtype), 0.0 if clear else None),
+        lse=allocation(q, lse_shape, torch.float32, float("-inf") if clear else None),
         identity=(plan.metadata_config, problem.page_size, problem.seqlen_k, problem.num_splits),
         dispatch=("cuda", plan.row.id, plan.reason),
         # Fields of AttnParams (csrc/host/params.h).
@@ -112,7 +114,7 @@ def _rows_last(lse: Tensor) -> Tensor:
     return lse.float() if lse.stride(-1) == 1 else lse.float().contiguous()
 
 
-def _allocation(q: Tensor, shape: tuple[int, ...], dtype: torch.dtype, fill: float | None) -> tuple[Any, ...]:
+def allocation(q: Tensor, shape: tuple[int, ...], dtype: torch.dtype, fill: float | None) -> tuple[Any, ...]:
     """A function that makes a contiguous tensor on the device of ``q``, and its arguments; None: it is given q.
 
     The cheapest of torch's: empty and new_empty, which look for a shape among more kinds of arguments, take twice as
@@ -146,6 +148,9 @@ def connected_module() -> ModuleType:
             count_modes=count_dispatch_modes,
             forward_ad=vars(forward_ad),
             increment_version=torch._C._increment_version,
+            empty_like=torch.empty_like,
+            dtype=torch.dtype,
+            remember_metadata=remember,
         )
         _connected = module
     return module
@@ -154,14 +159,9 @@ def connected_module() -> ModuleType:
 _connected: ModuleType | None = None
 
 
-def find_run_known() -> Any:
-    """_C.run_known, or without the compiled module what knows no call."""
-    return _know_nothing if native.extension() is None else connected_module().run_known
-
-
-def find_run_known_shared() -> Any:
-    """_C.run_known_shared, likewise."""
-    return _know_nothing if native.extension() is None else connected_module().run_known_shared
+def find_known(name: str) -> Any:
+    """A function of _C that runs calls like one before, or without the compiled module what knows no call."""
+    return _know_nothing if native.extension() is None else getattr(connected_module(), name)
 
 
 def _know_nothing(*call: Any) -> None:

@@ -18,14 +18,14 @@ from ..plan.device import describe
 from ..plan.dispatch import resolve
 from .backward import gradient_plan, run_backward
 from .choice import describe_call, select
-from .cuda_backend import find_run_known, make_launch, run_new
+from .cuda_backend import find_known, make_launch, run_new
 from .fallback import state
-from .metadata import check_buffer, check_identity
+from .metadata_records import check_buffer, check_identity
 
 
 def run(function: str, args: AttentionArgs) -> tuple[Tensor, Any]:
     """``(out, softmax_lse)`` of a call; ``function`` names the public function in errors."""
-    result = find_run_known()(function, True, args)
+    result = find_known("run_known")(function, True, args)
     return run_plain(function, args, True) if result is None else result
 
 
@@ -43,7 +43,7 @@ def run_plain(function: str, given: AttentionArgs, need_lse: bool, deterministic
         lengths = _lengths_of_paged(function, args.q, args.cu_seqlens_k, args.seqused_k)
         args = args._replace(seqused_k=lengths, cu_seqlens_k=None)
     if args is not given:
-        result = find_run_known()(function, need_lse, args)
+        result = find_known("run_known")(function, need_lse, args)
         if result is not None:
             return _as_given(result, given)
     return _as_given(_decide_and_run(function, args, need_lse, deterministic), given)
@@ -72,11 +72,6 @@ def check_only(function: str, args: AttentionArgs) -> bool:
         check_buffer(function, "scheduler_metadata", args.scheduler_metadata, problem.batch, args.q.device)
         check_identity(function, args.scheduler_metadata, *_identity_of(problem, args.q.device))
     return select(function, problem, args.q.device, backend) is not None
-
-
-def metadata_identity(function: str, args: AttentionArgs) -> tuple[Any, ...]:
-    """What scheduler metadata of a call must have been made for: the last arguments of check_identity."""
-    return _identity_of(check_forward(function, args).problem, args.q.device)
 
 
 def _identity_of(problem: AttentionProblem, device: torch.device) -> tuple[Any, ...]:

@@ -154,8 +154,8 @@ class ExchangeTensor(AttributeTensor):
     __dlpack_c_exchange_api__ = _new_capsule(ctypes.addressof(_api), _CAPSULE_NAME, None)
 
 
-def last_call(library: Path) -> dict[str, str]:
+def last_call(library: Path, text: str = "stub_text") -> dict[str, str]:
     """What the stub library was given last."""
-    stub = ctypes.CDLL(str(library))
-    stub.stub_text.restype = ctypes.c_char_p
-    return dict(line.split("=", 1) for line in stub.stub_text().decode().splitlines())
+    function = getattr(ctypes.CDLL(str(library)), text)
+    function.restype = ctypes.c_char_p
+    return dict(line.split("=", 1) for line in function().decode().splitlines())
