@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import broadhead
 import pytest
 import torch
-from broadhead import reference, support
+from broadhead import reference, support, tiles
 from broadhead.api import forward as api_forward
 from broadhead.call.arguments import AttentionArgs
 from broadhead.call.check import check_forward
@@ -35,7 +35,7 @@ class BackwardTile(NamedTuple):
         return 1
 
 
-TEMPLATE = support.Template(
+TEMPLATE = tiles.Template(
     HEADER, "sm90::BackwardTraits", "sm90::launch_backward", "sm90::backward_workspace", True, False
 )
 FEATURES = ("causal", "window", "attention_chunk", "softcap", "sinks", "prefix_lens", "varlen", "seqused", "gqa", "lse")
@@ -60,7 +60,7 @@ BUILD = BuildDescription(
 @pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch) -> None:
     """The forward rows of the table with two backward rows."""
-    monkeypatch.setitem(support.TEMPLATES, BackwardTile, TEMPLATE)
+    monkeypatch.setitem(tiles.TEMPLATES, BackwardTile, TEMPLATE)
     monkeypatch.setattr(dispatch, "ROWS", (*FORWARD, *ROWS))
     forget_plans(monkeypatch)
 
