@@ -80,7 +80,7 @@ def test_every_device_has_every_head_dim_up_to_512(capability: tuple[int, int], 
     """With a tile made for it: head_dim 128 must not fall to the kernel of 192. In a release the code is there, too."""
     generate = load_generate()
     for dtype in support.DTYPES:
-        for phase, tiles in (("prefill", (64, 96, 128, 192, 256, 512)), ("decode", (64, 128, 256, 512))):
+        for phase, sizes in (("prefill", (64, 96, 128, 192, 256, 512)), ("decode", (64, 128, 256, 512))):
             able = {
                 row.head_dim
                 for row in support.ROWS
@@ -91,7 +91,7 @@ def test_every_device_has_every_head_dim_up_to_512(capability: tuple[int, int], 
                 and set(row.features) >= set(support.FEATURES)
                 and (not archs or runs(generate, row, archs, capability))
             }
-            assert able >= set(tiles), (dtype, phase)
+            assert able >= set(sizes), (dtype, phase)
 
 
 def runs(generate, row: support.KernelRow, archs: str, capability: tuple[int, int]) -> bool:
