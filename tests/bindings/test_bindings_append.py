@@ -260,7 +260,7 @@ assert known_append(T) is None
 assert remember_append(T) is True
 hooks.written.clear()
 out, lse = known_append(T, scheduler_metadata=T(30 << 12, (17,), INT))
-append, attention = last_call(library, "stub_append_text"), last_call(library)
+append, attention = last_call(library, "append_kv"), last_call(library)
 rotated, lengths = hooks.made
 assert rotated.shape == (2, 3, 4, 64) and lengths.shape == (2,)
 wanted = dict(k_cache=2 << 12, v_cache=3 << 12, k_new=20 << 12, v_new=21 << 12, q=1 << 12, q_out=rotated.data_ptr(),
@@ -277,7 +277,7 @@ no_rotary = dict(rotary_cos=None, rotary_sin=None)
 remember_append(T, no_rotary, sm_margin=1)
 hooks.made.clear()
 known_append(T, no_rotary, sm_margin=1)
-append, attention = last_call(library, "stub_append_text"), last_call(library)
+append, attention = last_call(library, "append_kv"), last_call(library)
 assert append["q"] == append["q_out"] == append["rotary_cos"] == "0" and attention["q"] == str(1 << 12)
 assert len(hooks.made) == 1 and attention["seqused_k"] == append["seqlens_out"]
 """,
@@ -324,7 +324,7 @@ def test_a_refused_append_has_written_nothing(stub: Path) -> None:  # noqa: F811
 T = ExchangeTensor
 remember_append(T)
 known_append(T)
-before = last_call(library, "stub_append_text")
+before = last_call(library, "append_kv")
 hooks.written.clear()
 def refuse(*arguments):
     raise ValueError("made for another call")
@@ -334,7 +334,7 @@ for _ in range(2):
     try:
         known_append(T, dict(k=T(40 << 12, (2, 3, 2, 64))))
     except ValueError:
-        assert last_call(library, "stub_append_text") == before and hooks.written == []
+        assert last_call(library, "append_kv") == before and hooks.written == []
     else:
         raise AssertionError("it ran")
 """,
