@@ -6,11 +6,10 @@
 #include <algorithm>
 #include <memory>
 
-#include "bindings/attention_call.h"
-#include "bindings/backward.h"
 #include "bindings/call_table.h"
 #include "bindings/functions.h"
 #include "bindings/kernel_library.h"
+#include "bindings/launch.h"
 #include "bindings/packing.h"
 #include "bindings/tensor_view.h"
 #include "host/params.h"
@@ -131,49 +130,6 @@ PyObject* fastcall(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   });
 }
 
-// The Launch of a row and of numbers that AttnParams names; the tensors of its first call say the rest.
-Launch make_launch(const std::string& family, const std::string& kernel_id, int device, const py::tuple& out,
-                   const py::tuple& lse, const py::tuple& identity, const py::object& dispatch, int seqlen_q,
-                   int seqlen_k, int window_left, int window_right, int attention_chunk, float softmax_scale,
-                   float softcap, int num_splits, int pack_gqa, int metadata_tag, int heads_per_section, int max_blocks,
-                   int cell_blocks) {
-  AttnParams params = make_params<AttnParams>();
-  params.seqlen_q = seqlen_q;
-  params.seqlen_k = seqlen_k;
-  params.window_left = window_left;
-  params.window_right = window_right;
-  params.attention_chunk = attention_chunk;
-  params.softmax_scale = softmax_scale;
-  params.softcap = softcap;
-  params.num_splits = num_splits;
-  params.pack_gqa = pack_gqa;
-  params.metadata_tag = metadata_tag;
-  params.heads_per_section = heads_per_section;
-  params.max_blocks = max_blocks;
-  params.cell_blocks = cell_blocks;
-  const Kernel& kernel = find_kernel(family, kernel_id, Direction::kForward);
-  return {kernel, py::int_(device), Allocation(out), Allocation(lse), identity, dispatch, params, py::none()};
-}
-
-// The same of a backward row and AttnBwdParams.
-BackwardLaunch make_backward_launch(const std::string& family, const std::string& kernel_id, int device, int seqlen_q,
-                                    int seqlen_k, int window_left, int window_right, int attention_chunk,
-                                    float softmax_scale, float softcap, bool deterministic, int num_splits,
-                                    int max_blocks) {
-  AttnBwdParams params = make_params<AttnBwdParams>();
-  params.seqlen_q = seqlen_q;
-  params.seqlen_k = seqlen_k;
-  params.window_left = window_left;
-  params.window_right = window_right;
-  params.attention_chunk = attention_chunk;
-  params.softmax_scale = softmax_scale;
-  params.softcap = softcap;
-  params.deterministic = deterministic;
-  params.num_splits = num_splits;
-  params.max_blocks = max_blocks;
-  return {find_kernel(family, kernel_id, Direction::kBackward), py::int_(device), params};
-}
-
 constexpr char kRunKnown[] = "run_known";
 constexpr char kRunNew[] = "run_new";
 constexpr char kRunKnownShared[] = "run_known_shared";
@@ -224,17 +180,11 @@ PYBIND11_MODULE(_C, module) {
              "{name: why}}.");
   pybind11::class_<broadhead::Launch, std::shared_ptr<broadhead::Launch>>(module, "Launch",
                                                                           "What all calls of a kind have in common.")
-      .def(pybind11::init(&broadhead::make_launch), py::kw_only(), py::arg("family"), py::arg("kernel_id"),
-           py::arg("device"), py::arg("out"), py::arg("lse"), py::arg("identity"), py::arg("dispatch"),
-           py::arg("seqlen_q"), py::arg("seqlen_k"), py::arg("window_left"), py::arg("window_right"),
-           py::arg("attention_chunk"), py::arg("softmax_scale"), py::arg("softcap"), py::arg("num_splits"),
-           py::arg("pack_gqa"), py::arg("metadata_tag"), py::arg("heads_per_section"), py::arg("max_blocks"),
-           py::arg("cell_blocks"));
+      .def(pybind11::init(&broadhead::make_launch), py::kw_only(), py::arg("call"), py::arg("plan"), py::arg("device"),
+           py::arg("out"), py::arg("lse"), py::arg("identity"), py::arg("dispatch"));
   pybind11::class_<broadhead::BackwardLaunch>(module, "BackwardLaunch", "Of all backward calls of a kind.")
-      .def(pybind11::init(&broadhead::make_backward_launch), py::kw_only(), py::arg("family"), py::arg("kernel_id"),
-           py::arg("device"), py::arg("seqlen_q"), py::arg("seqlen_k"), py::arg("window_left"), py::arg("window_right"),
-           py::arg("attention_chunk"), py::arg("softmax_scale"), py::arg("softcap"), py::arg("deterministic"),
-           py::arg("num_splits"), py::arg("max_blocks"));
+      .def(pybind11::init(&broadhead::make_backward_launch), py::kw_only(), py::arg("call"), py::arg("plan"),
+           py::arg("device"), py::arg("deterministic"));
   module.def(
       "connect",
       [](py::dict records, py::object check_identity, py::object exchange_device, py::object restore_device,

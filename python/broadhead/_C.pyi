@@ -9,6 +9,9 @@ from typing import Any, TypedDict
 
 from torch import Tensor
 
+from .call.check import CheckedCall
+from .plan.dispatch import Plan
+
 class Family(TypedDict):
     archs: str  # as compiled: "80;90"
     cuda: tuple[int, int]
@@ -33,26 +36,13 @@ class Launch:
     def __init__(
         self,
         *,
-        family: str,  # of the library that holds the kernel
-        kernel_id: str,
+        call: CheckedCall,
+        plan: Plan,  # with a row and a schedule
         device: int,
         out: Allocation,  # as q with Dv; bf16 for 8-bit q. For calls that pass none
         lse: Allocation,  # fp32 (B, Hq, Sq) or (Hq, T). For calls that want one
         identity: tuple[Any, ...],  # what scheduler metadata must have been made for: arguments of check_identity
         dispatch: tuple[str, str | None, str],  # what last_dispatch() returns
-        seqlen_q: int,
-        seqlen_k: int,
-        window_left: int,
-        window_right: int,
-        attention_chunk: int,
-        softmax_scale: float,
-        softcap: float,
-        num_splits: int,
-        pack_gqa: int,
-        metadata_tag: int,
-        heads_per_section: int,
-        max_blocks: int,
-        cell_blocks: int,
     ) -> None: ...
 
 class BackwardLaunch:
@@ -61,19 +51,10 @@ class BackwardLaunch:
     def __init__(
         self,
         *,
-        family: str,  # of the library that holds the kernel
-        kernel_id: str,
+        call: CheckedCall,
+        plan: Plan,  # with a row and a schedule
         device: int,
-        seqlen_q: int,
-        seqlen_k: int,
-        window_left: int,
-        window_right: int,
-        attention_chunk: int,
-        softmax_scale: float,
-        softcap: float,
         deterministic: bool,
-        num_splits: int,
-        max_blocks: int,
     ) -> None: ...
 
 def connect(

@@ -33,13 +33,24 @@ BUILD_90A = BuildDescription(
 H200 = DeviceDescription("cuda", "NVIDIA H200", (9, 0), 227 * 1024, 132, 50 << 20, (13, 0))
 
 
+def numbers_of(fields: dict[str, Any]) -> dict[str, Any]:
+    """What the compiled module reads of the records of a decision, by the names of its argument block."""
+    call, plan = fields["call"], fields["plan"]
+    return {
+        "family": plan.row.family, "kernel_id": plan.row.id, "metadata_tag": plan.metadata_tag,
+        "softmax_scale": call.softmax_scale, "softcap": call.softcap, "cell_blocks": plan.schedule.cell_blocks,
+        **call.problem._asdict(), **plan.schedule._asdict(),
+    }  # fmt: skip
+
+
 def launch(
     recorder: Recorder, args: AttentionArgs, build: BuildDescription = BUILD
 ) -> tuple[dict[str, Any], Tensor, Tensor]:
     """The launch of a call, with what it allocates."""
     call = check_forward("mha_fwd", args)
     plan = resolve(call.problem, H200, build)
-    made = cuda_backend.make_launch(args, call, plan)
+    fields: Any = cuda_backend.make_launch(args, call, plan)
+    made = {**fields, **numbers_of(fields)}
     return made, allocate(made["out"], args.q), allocate(made["lse"], args.q)
 
 

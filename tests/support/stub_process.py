@@ -107,18 +107,28 @@ def arguments(T, **changes):
     assert tuple(a) == ARGUMENTS
     return tuple(a.values())
 
+def decision(a):
+    # What a CheckedCall and a Plan say, of fields by their names.
+    record = lambda *names: types.SimpleNamespace(**{name: a.pop(name) for name in names if name in a})
+    problem = record("seqlen_q", "seqlen_k", "window_left", "window_right", "attention_chunk")
+    schedule = record("num_splits", "pack_gqa", "heads_per_section", "max_blocks", "cell_blocks")
+    row = types.SimpleNamespace(family=a.pop("family"), id=a.pop("kernel_id"))
+    plan = types.SimpleNamespace(row=row, schedule=schedule, metadata_tag=a.pop("metadata_tag", None))
+    call = types.SimpleNamespace(problem=problem, softmax_scale=a.pop("softmax_scale"), softcap=a.pop("softcap"))
+    return dict(call=call, plan=plan)
+
 def make_launch(T, **changes):
     # Tensors that a call does not bring are those of `out` and `lse`.
     a = dict(
         family="sm80", kernel_id="sm80_fwd_d64_bf16", device=0, out=T(4 << 12, (2, 3, 4, 32)),
         lse=T(5 << 12, (2, 4, 3), F32), identity=("made for", 3), dispatch=("cuda", "row", "why"),
         seqlen_q=3, seqlen_k=112, window_left=7, window_right=0, attention_chunk=9, softmax_scale=0.125, softcap=30.0,
-        num_splits=6, pack_gqa=1, metadata_tag=77, heads_per_section=2, max_blocks=5, cell_blocks=0)
+        num_splits=6, pack_gqa=True, metadata_tag=77, heads_per_section=2, max_blocks=5, cell_blocks=0)
     assert not set(changes) - set(a), changes
     a.update(changes)
     out, lse = a["out"], a["lse"]
     a.update(out=(lambda q: out, None, None), lse=(lambda shape, dtype: lse, ((2, 4, 3),), dict(dtype=F32)))
-    return _C.Launch(**a)
+    return _C.Launch(**decision(a), **a)
 
 def call(T, need_lse=True, **changes):
     # The first call of its kind; `num_splits`, `softcap` and `attention_chunk` are those of the launch.
