@@ -1,8 +1,8 @@
 """Every argument of every public function, down to the parameters that the launcher of a kernel gets.
 
-The tensors are torch's own, on a CPU that passes for an H200 (support/stub_cuda.py); the kernel libraries hold the rows
-of the table and keep what they are launched with. So a call goes all the way that it goes on a GPU. Each argument has a
-value that no other has: an address, or a number.
+The tensors are torch's own, on a CPU that passes for an H200 (support/stub_cuda.py tells by what). The kernel library
+has the portable rows of the table, and keeps what it is launched with. A call thus goes all the way that it goes on a
+GPU. Each argument has a value that no other has: an address, or a number.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ FUNCTIONS = sorted(
 def test_every_argument_arrives(observed: Observed, case: Any, way: str) -> None:
     seen = observed[str(case)][way]
     assert "error" not in seen, seen["error"]
-    assert differences(seen["launches"], seen["routes"]) == []
+    wrong = differences(seen["launches"], seen["routes"])
+    assert not wrong, "\n".join([f"{case.function}, {way}:", *wrong])
     on_kernels = {launch["backend"] for launch in seen["launches"] if launch["entry"] != "result"}
     assert on_kernels == {"torch" if way == "reference" else "cuda"}
 
@@ -74,7 +75,8 @@ def test_every_argument_arrives(observed: Observed, case: Any, way: str) -> None
 def test_no_argument_arrives_that_is_not_given(observed: Observed, case: Any, way: str) -> None:
     seen = observed[str(case)][way]
     assert "error" not in seen, seen["error"]
-    assert differences(seen["launches"], seen["absent"]) == []
+    wrong = differences(seen["launches"], seen["absent"])
+    assert not wrong, "\n".join([f"{case.function}, {way}:", *wrong])
 
 
 @pytest.mark.parametrize("way", WAYS)

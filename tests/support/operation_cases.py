@@ -23,7 +23,7 @@ class OperationCase:
     entry: str
     values: Callable[[], dict[str, Any]]
     fields: Callable[[dict[str, Any]], dict[str, dict[str, Any]]]  # by the argument
-    ways: tuple[str, ...]
+    ways: tuple[str, ...]  # traced, flash_attn_combine is made of torch ops
     wants_gradients = False
 
     def __str__(self) -> str:
@@ -78,13 +78,20 @@ def _plan_fields(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _parts(**changes: Any) -> dict[str, Any]:
+def _parts() -> dict[str, Any]:
     return {
         "out_partial": rows(3, 5, KV_HEADS, 32, pad=1, dtype=F32),
         "lse_partial": torch.zeros(3, KV_HEADS, 9)[..., :5].transpose(1, 2),
         "backend": "cuda",
-        **changes,
     }
+
+
+def _parts_and_out() -> dict[str, Any]:
+    return {**_parts(), "out": torch.zeros(5, KV_HEADS, 32).half()}
+
+
+def _parts_and_dtype() -> dict[str, Any]:
+    return {**_parts(), "out_dtype": torch.float16}
 
 
 def _part_fields(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -120,22 +127,14 @@ def _state_fields(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return found | {"backend": {"backend": "cuda"}}
 
 
+_ON_OPERATORS = ("eager", "known", "compiled")
 OPERATION_CASES = [
-    OperationCase(
-        "get_scheduler_metadata", "plan", "scheduler_metadata", _plan, _plan_fields, ("eager", "compiled")
-    ),
-    OperationCase(
-        "get_scheduler_metadata", "paged", "scheduler_metadata", _paged_plan, _plan_fields, ("eager", "compiled")
-    ),
-    OperationCase(
-        "flash_attn_combine", "out", "combine", lambda: _parts(out=torch.zeros(5, KV_HEADS, 32).half()), _part_fields,
-        ("eager",),
-    ),
-    OperationCase(
-        "flash_attn_combine", "dtype", "combine", lambda: _parts(out_dtype=torch.float16), _part_fields, ("eager",)
-    ),
-    OperationCase("merge_attn_states", "states", "merge_states", _states, _state_fields, ("eager", "compiled")),
-]  # fmt: skip
+    OperationCase("get_scheduler_metadata", "plan", "scheduler_metadata", _plan, _plan_fields, _ON_OPERATORS),
+    OperationCase("get_scheduler_metadata", "paged", "scheduler_metadata", _paged_plan, _plan_fields, _ON_OPERATORS),
+    OperationCase("flash_attn_combine", "out", "combine", _parts_and_out, _part_fields, ("eager",)),
+    OperationCase("flash_attn_combine", "dtype", "combine", _parts_and_dtype, _part_fields, ("eager",)),
+    OperationCase("merge_attn_states", "states", "merge_states", _states, _state_fields, _ON_OPERATORS),
+]
 #: What of get_scheduler_metadata is no number of its launch: these choose the kernel, and so its tiles, or are accepted
 #: for the sake of other libraries (tests/run/test_metadata_host.py, tests/api/test_metadata_contract.py).
 NO_NUMBER = {

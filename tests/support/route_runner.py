@@ -15,7 +15,7 @@ import json
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,8 @@ def _observe(case: Case | OperationCase, way: str, directory: Path) -> dict[str,
     function = getattr(broadhead, case.function)
     if way == "known":
         first = case.make()  # kept, so that no address is that of the second call
-        function(**first.given)
+        with stub_cuda.on_device():
+            function(**first.given)
     if way == "compiled":
         torch._dynamo.reset()
         function = torch.compile(function, backend="eager", fullgraph=True)
@@ -80,7 +81,7 @@ def _observe(case: Case | OperationCase, way: str, directory: Path) -> dict[str,
         )
     stub_cuda.take_launches(directory)
     stub_cuda.decided.clear()
-    with _recorded_reference() as records:
+    with _recorded_reference() as records, stub_cuda.on_device() if way in ("eager", "known") else nullcontext():
         result = _call(case, function, arguments)
     launches = [{**call, "backend": "cuda"} for call in stub_cuda.take_launches(directory)]
     if way == "known":

@@ -1,13 +1,19 @@
 """Passes tensors of the CPU off as tensors of an H200 whose kernels only record: for a process of its own.
 
-Everything from a public function to the launcher of a kernel is then what runs on a GPU, but for two things. The
-compiled module is told that tensors are on device 0, and `plan.device` that the CPU is an H200.
+From a public function to the launcher of a kernel everything is then what runs on a GPU, but for these:
+
+- `plan.device` describes the CPU as an H200;
+- DLPack's C API, by which the compiled module reads torch's tensors, says that they are on CUDA device 0, and gives
+  the stub's stream and scratch;
+- launches are made for device 0, as tensors of the CPU have no index, and torch.cuda does not change the device;
+- `Tensor.is_cuda` is true within `on_device`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +74,16 @@ def install() -> None:
     # Two functions: torch.compile knows them apart.
     torch.cuda._exchange_device = lambda index: 0  # type: ignore[assignment]
     torch.cuda._maybe_exchange_device = lambda index: 0  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def on_device() -> Iterator[None]:
+    """Within, tensors say that they are on a CUDA device; torch.compile would not believe them."""
+    torch.Tensor.is_cuda = True  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del torch.Tensor.is_cuda
 
 
 def _reader_as_cuda() -> TensorReader:
