@@ -1,4 +1,4 @@
-// Small device helpers every kernel family uses: shared addresses, barriers, exp2, packing of 16-bit pairs.
+// Small device helpers of every kernel family: what CUTLASS lacks, and named barriers, as its own trap before SM90.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -31,6 +31,14 @@ BROADHEAD_DEVICE void named_barrier_arrive(int id, int threads) {
 // Keeps the compiler from computing what follows early, which would occupy registers.
 BROADHEAD_DEVICE void compile_barrier() { asm volatile("" ::: "memory"); }
 
+// threadIdx.x, read where it is needed: what follows from it is not kept in registers over a whole tile.
+BROADHEAD_DEVICE int fresh_thread() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
+// CUTLASS has the exponential to base e alone.
 BROADHEAD_DEVICE float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -64,7 +72,8 @@ BROADHEAD_DEVICE float keep_minus_infinity(float x, float other) {
   return selected;
 }
 
-// Two numbers rounded to nearest even, `lo` in the low half.
+// Two numbers rounded to nearest even, `lo` in the low half. With CUTLASS's conversion the compiler orders the e4m3
+// kernel otherwise.
 template <class Element>
 BROADHEAD_DEVICE std::uint32_t pack_pair(float lo, float hi) {
   if constexpr (std::is_same_v<Element, cutlass::half_t>) {

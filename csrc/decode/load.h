@@ -87,7 +87,7 @@ class Loader {
   }
 
   BROADHEAD_DEVICE void advance() {
-    cp_async_commit();
+    cute::cp_async_fence();
     target_ += Traits::kStageBytes;
     if (target_ == end_of_ring_) target_ -= Traits::kStages * Traits::kStageBytes;
   }

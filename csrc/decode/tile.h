@@ -1,6 +1,10 @@
 // A tile's beginning and end: Q into shared memory; the key groups' results merged and written.
 #pragma once
 
+#include <cutlass/arch/memory.h>
+#include <cute/arch/copy.hpp>
+
+#include "common/accumulator.h"
 #include "common/online_softmax.h"
 #include "common/row_result.h"
 #include "decode/gemm.h"
@@ -73,8 +77,7 @@ BROADHEAD_DEVICE void prefetch_rows(const DecodeParams& params, const LineItem& 
     const int col = index % kLines * kLineElements;
     if (offset < 0 || col >= (kQv ? params.head_dim_v : params.head_dim)) continue;
     const int size = Traits::k8Bit && params.q_dtype == DataType::kFloat8E4M3 ? 1 : 2;
-    asm volatile(
-        "prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(kQv ? params.qv : params.q) + (offset + col) * size));
+    cute::prefetch(static_cast<const char*>(kQv ? params.qv : params.q) + (offset + col) * size);
   }
 }
 
@@ -161,7 +164,7 @@ struct QTile {
     if (row >= Traits::kTileM || col >= (kQv ? params.head_dim_v : params.head_dim)) return make_uint4(0, 0, 0, 0);
     const std::int64_t offset = q_row_offset<Traits, kQv>(params, item, row);
     if (offset < 0) return make_uint4(0, 0, 0, 0);
-    // volatile: the compiler must not move the loads behind the copies of K and V.
+    // volatile: the compiler must not move the loads behind the copies of K and V. CUTLASS's are under a predicate.
     uint4 value = make_uint4(0, 0, 0, 0);
     if (Traits::k8Bit && params.q_dtype == DataType::kFloat8E4M3) {
       asm volatile("ld.global.v2.b32 {%0, %1}, [%2];"
@@ -190,9 +193,7 @@ struct QTile {
     if (Traits::kTileM * kUnits % Traits::kThreads != 0 && row >= Traits::kTileM) return;
     const std::uint32_t base = smem_address(smem.q);
     if constexpr (!Traits::k8Bit) {
-      asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(base + q_offset<Traits>(row, unit)), "r"(value.x),
-                   "r"(value.y), "r"(value.z), "r"(value.w)
-                   : "memory");
+      cutlass::arch::shared_store<16>(base + q_offset<Traits>(row, unit), &value);
       return;
     }
     if (params.q_dtype == DataType::kFloat8E4M3) {
@@ -205,12 +206,9 @@ struct QTile {
     // 2 t + 9 (B fragments of m16n8k16): Q goes where they are.
     const int first = unit / 2 * 2;
     const std::uint32_t half = unit % 2 * 8;
-    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(base + q_offset<Traits>(row, first) + half), "r"(value.x),
-                 "r"(value.z)
-                 : "memory");
-    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(base + q_offset<Traits>(row, first + 1) + half), "r"(value.y),
-                 "r"(value.w)
-                 : "memory");
+    const uint2 low = make_uint2(value.x, value.z), high = make_uint2(value.y, value.w);
+    cutlass::arch::shared_store<8>(base + q_offset<Traits>(row, first) + half, &low);
+    cutlass::arch::shared_store<8>(base + q_offset<Traits>(row, first + 1) + half, &high);
   }
 };
 
@@ -278,7 +276,7 @@ BROADHEAD_DEVICE void write_item(const DecodeParams& params, const LineItem& ite
   if (col_group == 0 && lane % 4 == 0) {
     BROADHEAD_UNROLL
     for (int i = 0; i < 2 * Traits::kMmaM; ++i) {
-      const int row = i / 2 * 16 + i % 2 * 8 + lane / 4;
+      const int row = accumulator_row(i, lane);
       smem.stats[group][row] = make_float2(softmax.row_max[i], softmax.row_sum[i]);
     }
   }
@@ -288,7 +286,7 @@ BROADHEAD_DEVICE void write_item(const DecodeParams& params, const LineItem& ite
   float factor[2 * Traits::kMmaM];
   BROADHEAD_UNROLL
   for (int i = 0; i < 2 * Traits::kMmaM; ++i) {
-    const int row = i / 2 * 16 + i % 2 * 8 + lane / 4;
+    const int row = accumulator_row(i, lane);
     const RowResult result = merge_row<Traits>(params, smem, scale, is_part, group, row);
     factor[i] = result.inverse;
     float* lse = smem.rows[row].lse;
@@ -302,7 +300,7 @@ BROADHEAD_DEVICE void write_item(const DecodeParams& params, const LineItem& ite
     if (pass > 0) __syncthreads();  // the columns before are out
     BROADHEAD_UNROLL
     for (int i = 0; i < 2 * Traits::kMmaM; ++i) {
-      const int row = i / 2 * 16 + i % 2 * 8 + lane / 4;
+      const int row = accumulator_row(i, lane);
       float* target = smem.merge[warp][row];
       BROADHEAD_UNROLL
       for (int t = 0; t < kTilesPerPass; t += Traits::k8Bit ? 2 : 1) {

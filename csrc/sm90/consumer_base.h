@@ -50,11 +50,11 @@ struct ConsumerBase {
 
   BROADHEAD_DEVICE void wait_full(Barrier& barrier, std::uint32_t parity) {
     barrier_wait(barrier, parity);
-    if (args.maps.gather) fence_async_shared();  // cp.async writes are ordinary ones
+    if (args.maps.gather) cutlass::arch::fence_view_async_shared();  // cp.async writes are ordinary ones
   }
 
   BROADHEAD_DEVICE void release(Barrier& barrier) {
-    if (leader()) barrier_arrive(barrier);
+    if (leader()) barrier.arrive();
   }
 
   BROADHEAD_DEVICE void issue_qk(std::uint32_t stage) {
@@ -66,14 +66,14 @@ struct ConsumerBase {
     const bool some_missing = args.params.page_table != nullptr && missing.any();
     clear_accumulators(s);  // tells the compiler that they hold nothing of use: the first wgmma does not accumulate
     if (some_missing) begin_scores(s, [&](int n) { return missing_pair(missing.keys[n / 4], n); });
-    wgmma_fence();
+    cute::warpgroup_arrive();
     BROADHEAD_UNROLL
     for (int step = 0; step < Traits::kHeadDim * static_cast<int>(sizeof(Element)) / 32; ++step) {
       wgmma_ss<Element, Traits::kTileN, Major::K>(
           s[0], a + (QLayout::step_offset(step, Traits::kTileM * QLayout::kRowBytes) >> 4),
           b + (KLayout::step_offset(step, KLayout::kSubtileStride) >> 4), step > 0 || some_missing);
     }
-    wgmma_commit();
+    cute::warpgroup_commit_batch();
     fence_registers(s[0]);
   }
 };

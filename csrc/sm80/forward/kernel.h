@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
         }
       }
     }
-    cp_async_commit();
+    cute::cp_async_fence();
     write_stage = write_stage == ring + (Traits::kStages - 1) * kStageBytes ? ring : write_stage + kStageBytes;
   };
 
@@ -187,13 +187,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
       // The row's other keys are with the other warps of this row group (warp_m).
       BROADHEAD_UNROLL
       for (int i = 0; i < 2 * Traits::kMmaM; ++i) {
-        const int row = warp_row + (i / 2) * 16 + (i % 2) * 8 + lane / 4;
+        const int row = warp_row + accumulator_row(i, lane);
         if (lane % 4 == 0) smem.row_stats[warp_n * Traits::kTileM + row] = block_max[i];
       }
       named_barrier_sync(1 + warp_m, 32 * Traits::kWarpsN);
       BROADHEAD_UNROLL
       for (int i = 0; i < 2 * Traits::kMmaM; ++i) {
-        const int row = warp_row + (i / 2) * 16 + (i % 2) * 8 + lane / 4;
+        const int row = warp_row + accumulator_row(i, lane);
         float x = smem.row_stats[row];
         BROADHEAD_UNROLL
         for (int w = 1; w < Traits::kWarpsN; ++w) x = fmaxf(x, smem.row_stats[w * Traits::kTileM + row]);
