@@ -104,9 +104,21 @@ def make_units(support: ModuleType, family: str, archs: list[str], pattern: str)
     return [Unit(name, targets, tuple(rows)) for (name, targets), rows in grouped.items()]
 
 
+#: The argument block of a kernel of each direction.
+PARAMS = {"forward": "AttnParams", "backward": "AttnBwdParams"}
+#: Enumerators of host/params.h.
+DATA_TYPES = {"bf16": "kBFloat16", "fp16": "kFloat16", "float8_e4m3fn": "kFloat8E4M3"}
+
+
 def launcher_of(row) -> str:
-    """The C++ signature of a row's launcher, a ForwardLauncher of host/kernel_registry.h."""
-    return f"int launch_{row.id}(const AttnParams& params, cudaStream_t stream, char* error, std::size_t error_size)"
+    """The C++ signature of a row's launcher: a ForwardLauncher or BackwardLauncher of host/kernel_registry.h."""
+    params = PARAMS[row.direction]
+    return f"int launch_{row.id}(const {params}& params, cudaStream_t stream, char* error, std::size_t error_size)"
+
+
+def workspace_of(row) -> str:
+    """The C++ signature of what a row says of its scratch: a ForwardWorkspace or BackwardWorkspace."""
+    return f"std::int64_t workspace_{row.id}(const {PARAMS[row.direction]}& params)"
 
 
 def instantiation(unit: Unit) -> str:
@@ -128,6 +140,7 @@ def instantiation(unit: Unit) -> str:
             f'  return {row.template.launcher}<Traits_{row.id}>("{row.id}", params, stream, error, error_size);',
             "}",
         ]
+        parts.append(f"{workspace_of(row)} {{ return {row.template.workspace}<Traits_{row.id}>(params); }}")
     return "\n".join([*parts, "", "}  // namespace broadhead", ""])
 
 
@@ -136,10 +149,33 @@ def element_of(row) -> str:
     return ELEMENTS[(row.kv_dtype or row.dtype) if row.template.of_kv_dtype else row.dtype]
 
 
+def kernel_info(row) -> str:
+    """A row as a KernelInfo of host/params.h."""
+    fields = (
+        "sizeof(KernelInfo)",
+        "kAbiVersion",
+        f'"{row.id}"',
+        f"Direction::k{row.direction.capitalize()}",
+        f"Phase::k{row.phase.capitalize()}",
+        *(f"DataType::{DATA_TYPES[dtype]}" for dtype in (row.dtype, row.kv_dtype or row.dtype)),
+        *map(str, (row.head_dim, row.head_dim_v, row.tile.tile_m, row.tile.tile_n)),
+        f'"{" ".join(row.features)}"',
+    )
+    return f"{{{', '.join(fields)}}}"
+
+
+def registry_entry(row) -> str:
+    """A row as a RegisteredKernel of host/kernel_registry.h."""
+    own, other = f"&launch_{row.id}, &workspace_{row.id}", "nullptr, nullptr"
+    functions = f"{own}, {other}" if row.direction == "forward" else f"{other}, {own}"
+    return f"    {{{kernel_info(row)}, &shared_memory_{row.id}, {functions}}},"
+
+
 def registry(units: list[Unit], archs: list[str]) -> str:
     rows = [row for unit in units for row in unit.rows]
-    declarations = [f"extern const int shared_memory_{row.id};\n{launcher_of(row)};" for row in rows]
-    entries = [f'    {{"{row.id}", &launch_{row.id}, &shared_memory_{row.id}}},' for row in rows]
+    declarations = [
+        f"extern const int shared_memory_{row.id};\n{launcher_of(row)};\n{workspace_of(row)};" for row in rows
+    ]
     return "\n".join(
         [
             "// The kernels that this library holds. Written by cmake/generate.py from the table.",
@@ -149,11 +185,11 @@ def registry(units: list[Unit], archs: list[str]) -> str:
             "",
             *declarations,
             "",
-            "const ForwardKernel kForwardKernels[] = {",
-            *entries,
-            "    {nullptr, nullptr, nullptr},",
+            "const RegisteredKernel kKernels[] = {",
+            *(registry_entry(row) for row in rows),
+            "    {},",
             "};",
-            f"const int kForwardKernelCount = {len(rows)};",
+            f"const int kKernelCount = {len(rows)};",
             f'const char* const kBuildArchs = "{";".join(archs)}";',
             "",
             "}  // namespace broadhead",
@@ -234,7 +270,7 @@ def support_matrix() -> str:
     columns += ["K/V dtype"] if any(row.kv_dtype for row in support.ROWS) else []
     columns += ["special", "compute capability", "shared memory"]
     lines = [
-        f"Every kernel has these features, unless its row says otherwise: {', '.join(support.FEATURES)}.",
+        "Every kernel has every mask, layout and option of the public functions, unless its row says otherwise.",
         f'"All" compute capabilities are {capability_text(support.CAPABILITIES)}.',
         "",
         f"| {' | '.join(columns)} |",

@@ -51,6 +51,12 @@ def build_of(label: str | None) -> dict[str, str] | None:
     return next((build for build in builds if build["label"] == label), None) if label else builds[-1]
 
 
+class KernelInfo(ctypes.Structure):
+    """The begin of KernelInfo in csrc/host/params.h."""
+
+    _fields_ = (("struct_size", ctypes.c_uint32), ("abi_version", ctypes.c_uint32), ("id", ctypes.c_char_p))
+
+
 def check_library(family: str, path: Path, build: dict[str, str]) -> list[str]:
     """What differs between a kernel library with its report, and the table and the release."""
     table = generate.load_table()
@@ -61,7 +67,8 @@ def check_library(family: str, path: Path, build: dict[str, str]) -> list[str]:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         return [f"{path.name} cannot be loaded: {error}"]
-    library.broadhead_build_archs.restype = library.broadhead_kernel_id.restype = ctypes.c_char_p
+    library.broadhead_build_archs.restype = ctypes.c_char_p
+    library.broadhead_kernel_info.restype = ctypes.POINTER(KernelInfo)
     found = library.broadhead_build_archs().decode()
     if found != ";".join(archs):
         problems.append(f'{path.name} is for "{found}", the release for "{";".join(archs)}"')
@@ -69,7 +76,8 @@ def check_library(family: str, path: Path, build: dict[str, str]) -> list[str]:
     cuda = f"{version // 1000}.{version % 1000 // 10}"
     if cuda != build["cuda"]:
         problems.append(f"{path.name} is of CUDA {cuda}, the wheel's name is for {build['cuda']}")
-    ids = {library.broadhead_kernel_id(i).decode() for i in range(library.broadhead_kernel_count())}
+    kernels = range(library.broadhead_kernel_count())
+    ids = {library.broadhead_kernel_info(i).contents.id.decode() for i in kernels}
     if missing := sorted({row.id for row in rows} - ids):
         problems.append(f"{path.name} lacks {len(missing)} kernels: {', '.join(missing[:3])}")
     report = path.with_suffix(".json")

@@ -5,17 +5,12 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
-import sys
 import zlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
-
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parent))  # oracle, compare, cases: for tests/gpu too
 
 import broadhead
+import pytest
+import torch
 from broadhead import support
 from broadhead.call.problem import DTYPE_NAMES
 from broadhead.plan import dispatch as dispatch_module

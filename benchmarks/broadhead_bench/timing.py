@@ -59,7 +59,7 @@ def time_interleaved(
         except Exception as error:  # any implementation may fail in any way; the others are timed all the same
             results[index] = error
     events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in functions]
-    for turn in _turns(repetitions):
+    for turn in spread_turns(repetitions):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         flush()
         begin.record()
@@ -87,7 +87,7 @@ def _repetitions(function: Callable[[], Any], flush: Callable[[], None], budget:
     return max(MIN_REPETITIONS, min(MAX_REPETITIONS, int(budget / estimate)))
 
 
-def _turns(repetitions: list[int]) -> list[int]:
+def spread_turns(repetitions: list[int]) -> list[int]:
     """Indices in the order of their runs: index i comes ``repetitions[i]`` times, spread evenly, rounds shuffled."""
     shuffle = random.Random(0)
     rounds = max(repetitions, default=0)

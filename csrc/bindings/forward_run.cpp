@@ -1,7 +1,8 @@
 // Runs a forward call by its Launch: allocates what the kernel writes, sets the addresses, launches.
 #include "bindings/argument_reader.h"
-#include "bindings/forward_call.h"
+#include "bindings/attention_call.h"
 #include "bindings/packing.h"
+#include "bindings/resources.h"
 
 namespace py = pybind11;
 
@@ -11,82 +12,12 @@ namespace {
 // Held for the life of the process: Python objects must not be freed after the interpreter.
 Hooks* connected = nullptr;
 
-py::object checked(PyObject* result) {
-  if (result == nullptr) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(result);
-}
-
-// fp32 elements that are free again once the work behind them on the current stream is done.
-class Scratch {
- public:
-  // On the device of `q`. Through the exchange API an allocation takes a quarter of the time that a tensor of Python
-  // takes (230 instead of 900 ns on a CPU).
-  Scratch(py::handle q, int device, std::int64_t size) {
-    if (size == 0) return;
-    if (allocate(exchange_api(q), device, size)) {
-      data_ = reinterpret_cast<float*>(static_cast<char*>(managed_->dl_tensor.data) + managed_->dl_tensor.byte_offset);
-      return;
-    }
-    // Without the API, or where it failed: torch has the better words, and its own exception when memory is out.
-    tensor_ = q.attr("new_empty")(size, py::arg("dtype") = py::module_::import("torch").attr("float32"));
-    data_ = reinterpret_cast<float*>(tensor_.attr("data_ptr")().cast<std::uintptr_t>());
-  }
-  ~Scratch() {
-    if (managed_ != nullptr && managed_->deleter != nullptr) managed_->deleter(managed_);
-  }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-
-  float* data() const { return data_; }
-
- private:
-  bool allocate(const DLPackExchangeAPI* api, int device, std::int64_t size) {
-    if (api == nullptr || api->managed_tensor_allocator == nullptr) return false;
-    std::int64_t stride = 1;
-    DLTensor like{nullptr, {kDLCUDA, device}, 1, {kDLFloat, 32, 1}, &size, &stride, 0};
-    const auto ignore = [](void*, const char*, const char*) {};
-    if (api->managed_tensor_allocator(&like, &managed_, nullptr, ignore) == 0) return true;
-    PyErr_Clear();
-    managed_ = nullptr;
-    return false;
-  }
-
-  DLManagedTensorVersioned* managed_ = nullptr;
-  py::object tensor_;
-  float* data_ = nullptr;
-};
-
-// Makes a device the current one for its own life.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(const py::int_& device) : previous_(exchange(device)) {
-    // Indices are small, and small ints are one object each.
-    if (previous_.is(device) || previous_.equal(device)) previous_ = py::object();
-  }
-  ~DeviceGuard() {
-    if (!previous_) return;
-    py::error_scope keep;
-    PyObject* result = PyObject_CallOneArg(hooks().restore_device.ptr(), previous_.ptr());
-    if (result == nullptr) PyErr_WriteUnraisable(hooks().restore_device.ptr());
-    Py_XDECREF(result);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  static py::object exchange(const py::int_& device) {
-    return checked(PyObject_CallOneArg(hooks().exchange_device.ptr(), device.ptr()));
-  }
-
-  py::object previous_;
-};
-
 // Refuses metadata that was made for another call. What passed once passes again while its record is the same: the
 // record tells what was written, and a buffer that was overwritten since is not refused either.
-void check_metadata(Launch& launch, const ForwardCall& call, py::handle function) {
+void check_metadata(Launch& launch, const AttentionCall& call, py::handle function) {
   const TensorView& metadata = call.tensors[kSchedulerMetadata];
   if (!metadata.present()) return;
-  const py::object address = checked(PyLong_FromVoidPtr(metadata.data()));
+  const py::object address = owned(PyLong_FromVoidPtr(metadata.data()));
   PyObject* record = PyDict_GetItemWithError(hooks().records.ptr(), address.ptr());
   if (record == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
   if (record == nullptr || record == launch.accepted_record.ptr()) return;
@@ -102,36 +33,6 @@ void set_lse(const TensorView& lse, int q_ndim, AttnParams& params) {
   params.lse_head_stride = lse.stride(-2);
 }
 
-void set_scratch(float* scratch, std::int64_t size, const Kernel& kernel, AttnParams& params) {
-  params.out_partial = scratch;
-  if (kernel.is_decode) return;  // lays it out itself
-  const std::int64_t partials = partials_size(params, kernel);
-  // lse_partial follows out_partial; a buffer that is larger ends with the scratch of kernels that count their tiles.
-  if (partials > 0) params.lse_partial = scratch + partials / (params.head_dim_v + 1) * params.head_dim_v;
-  if (size > partials) params.tile_counter = reinterpret_cast<std::int32_t*>(scratch + size - 1);
-}
-
-void set_addresses(const TensorView* tensors, AttnParams& params) {
-  params.q = tensors[kQ].data();
-  params.k = tensors[kK].data();
-  params.v = tensors[kV].data();
-  params.out = tensors[kOut].data();
-  params.qv = tensors[kQv].data();
-  params.q_descale = tensors[kQDescale].as<const float>();
-  params.k_descale = tensors[kKDescale].as<const float>();
-  params.v_descale = tensors[kVDescale].as<const float>();
-  params.cu_seqlens_q = tensors[kCuSeqlensQ].as<const std::int32_t>();
-  params.cu_seqlens_k = tensors[kCuSeqlensK].as<const std::int32_t>();
-  params.seqused_q = tensors[kSequsedQ].as<const std::int32_t>();
-  params.seqused_k = tensors[kSequsedK].as<const std::int32_t>();
-  params.leftpad_k = tensors[kLeftpadK].as<const std::int32_t>();
-  params.kv_batch_idx = tensors[kKvBatchIdx].as<const std::int32_t>();
-  params.page_table = tensors[kPageTable].as<const std::int32_t>();
-  params.prefix_lens = tensors[kPrefixLens].as<const std::int32_t>();
-  params.sinks = tensors[kSinks].data();
-  params.scheduler_metadata = tensors[kSchedulerMetadata].as<const std::int32_t>();
-}
-
 }  // namespace
 
 const Hooks& hooks() {
@@ -144,11 +45,11 @@ bool modes_are_active() {
   PyObject* current = PyDict_GetItemWithError(hooks().forward_ad.ptr(), level);
   if (current == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
   if (current != nullptr && PyLong_Check(current) && PyLong_AsLong(current) >= 0) return true;
-  return PyObject_IsTrue(checked(PyObject_CallNoArgs(hooks().count_modes.ptr())).ptr()) != 0;
+  return PyObject_IsTrue(owned(PyObject_CallNoArgs(hooks().count_modes.ptr())).ptr()) != 0;
 }
 
 bool is_negative(py::handle tensor) {
-  return checked(PyObject_CallOneArg(hooks().is_negative.ptr(), tensor.ptr())).ptr() == Py_True;
+  return owned(PyObject_CallOneArg(hooks().is_negative.ptr(), tensor.ptr())).ptr() == Py_True;
 }
 
 void mark_written(py::handle tensor) {
@@ -156,22 +57,22 @@ void mark_written(py::handle tensor) {
   if (tuple == nullptr) throw py::error_already_set();
   PyObject* result = PyObject_CallOneArg(hooks().increment_version.ptr(), tuple);
   Py_DECREF(tuple);
-  checked(result);
+  owned(result);
 }
 
-ForwardCall::ForwardCall(py::handle tuple) {
+AttentionCall::AttentionCall(py::handle tuple) {
   if (!PyTuple_Check(tuple.ptr()) || PyTuple_GET_SIZE(tuple.ptr()) != kArgumentCount) {
     throw py::type_error("_C.forward: a call must be a tuple of " + std::to_string(kArgumentCount) + " arguments");
   }
   arguments = reinterpret_cast<PyTupleObject*>(tuple.ptr())->ob_item;
 }
 
-ForwardCall::ForwardCall(py::handle tuple, py::handle page_table, py::handle length) : ForwardCall(tuple) {
+AttentionCall::AttentionCall(py::handle tuple, py::handle page_table, py::handle length) : AttentionCall(tuple) {
   shared_page_table_object = page_table.ptr();
   shared_length = length.ptr();
 }
 
-bool ForwardCall::has_plain_types() const {
+bool AttentionCall::has_plain_types() const {
   for (int argument = 0; argument < kArgumentCount; ++argument) {
     const py::handle object = arguments[argument];
     if (is_tensor(argument) && !object.is_none() && !has_plain_type(object)) return false;
@@ -179,7 +80,7 @@ bool ForwardCall::has_plain_types() const {
   return !is_shared() || has_plain_type(shared_page_table_object);
 }
 
-bool ForwardCall::is_plain() const {
+bool AttentionCall::is_plain() const {
   if (modes_are_active()) return false;
   for (int argument = 0; argument < kArgumentCount; ++argument) {
     if (!is_tensor(argument) || !tensors[argument].present() || !tensors[argument].is_floating()) continue;
@@ -188,17 +89,17 @@ bool ForwardCall::is_plain() const {
   return true;
 }
 
-bool ForwardCall::wants_gradient() const {
+bool AttentionCall::wants_gradient() const {
   static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
-  if (checked(PyObject_CallNoArgs(hooks().is_grad_enabled.ptr())).ptr() != Py_True) return false;
+  if (owned(PyObject_CallNoArgs(hooks().is_grad_enabled.ptr())).ptr() != Py_True) return false;
   for (const Argument argument : {kQ, kK, kV, kQv, kSinks, kOut}) {
     if (!tensors[argument].present()) continue;
-    if (checked(PyObject_GetAttr(arguments[argument], requires_grad)).ptr() == Py_True) return true;
+    if (owned(PyObject_GetAttr(arguments[argument], requires_grad)).ptr() == Py_True) return true;
   }
   return false;
 }
 
-void ForwardCall::read() {
+void AttentionCall::read() {
   for (int argument = 0; argument < kArgumentCount; ++argument) {
     if (!is_tensor(argument) || tensors[argument].read(arguments[argument])) continue;
     throw BindingError(std::string("_C.forward: ") + name_of(argument) + " must be a tensor or None, got " +
@@ -217,8 +118,8 @@ Allocation::Allocation(const py::tuple& function_arguments_keywords)
       keywords_(function_arguments_keywords[2]) {}
 
 py::object Allocation::make(py::handle q) const {
-  if (arguments_.is_none()) return checked(PyObject_CallOneArg(function_.ptr(), q.ptr()));
-  return checked(PyObject_Call(function_.ptr(), arguments_.ptr(), keywords_.ptr()));
+  if (arguments_.is_none()) return owned(PyObject_CallOneArg(function_.ptr(), q.ptr()));
+  return owned(PyObject_Call(function_.ptr(), arguments_.ptr(), keywords_.ptr()));
 }
 
 void connect(const Hooks& hooks) {
@@ -227,7 +128,30 @@ void connect(const Hooks& hooks) {
   set_plain_type_test(hooks.is_plain_type);
 }
 
-py::object run(Launch& launch, ForwardCall& call, py::handle function, bool need_lse, bool is_first) {
+void set_addresses(const AttentionCall& call, AttnParams& params) {
+  const TensorView* tensors = call.tensors;
+  params.q = tensors[kQ].data();
+  params.k = tensors[kK].data();
+  params.v = tensors[kV].data();
+  params.out = tensors[kOut].data();
+  params.qv = tensors[kQv].data();
+  params.q_descale = tensors[kQDescale].as<const float>();
+  params.k_descale = tensors[kKDescale].as<const float>();
+  params.v_descale = tensors[kVDescale].as<const float>();
+  params.cu_seqlens_q = tensors[kCuSeqlensQ].as<const std::int32_t>();
+  params.cu_seqlens_k = tensors[kCuSeqlensK].as<const std::int32_t>();
+  params.seqused_q = tensors[kSequsedQ].as<const std::int32_t>();
+  params.seqused_k = tensors[kSequsedK].as<const std::int32_t>();
+  params.leftpad_k = tensors[kLeftpadK].as<const std::int32_t>();
+  params.kv_batch_idx = tensors[kKvBatchIdx].as<const std::int32_t>();
+  params.page_table = tensors[kPageTable].as<const std::int32_t>();
+  params.prefix_lens = tensors[kPrefixLens].as<const std::int32_t>();
+  params.sinks = tensors[kSinks].data();
+  params.scheduler_metadata = tensors[kSchedulerMetadata].as<const std::int32_t>();
+  params.shared_page_table = call.shared_page_table.as<const std::int32_t>();
+}
+
+py::object run(Launch& launch, AttentionCall& call, py::handle function, bool need_lse, bool is_first) {
   static PyObject* const last = PyUnicode_InternFromString("last");
   if (PyObject_SetAttr(hooks().state.ptr(), last, launch.dispatch.ptr()) != 0) throw py::error_already_set();
   check_metadata(launch, call, function);
@@ -245,14 +169,12 @@ py::object run(Launch& launch, ForwardCall& call, py::handle function, bool need
     lse = launch.lse.make(q_object);
     lse_view.read(lse);
   }
-  const Scratch scratch(q_object, q.device(), launch.scratch_size);
-  if (is_first) pack_forward(call, launch.kernel, launch.scratch_size, launch.params);
-
+  if (is_first) pack_forward(call, launch.kernel, launch.params);
   AttnParams params = launch.params;
-  set_addresses(call.tensors, params);
-  params.shared_page_table = call.shared_page_table.as<const std::int32_t>();
+  const Scratch scratch(q_object, q.device(), (params.workspace_bytes + 3) / 4);
+  params.out_partial = scratch.data();
+  set_addresses(call, params);
   set_lse(lse_view, q.ndim(), params);
-  set_scratch(scratch.data(), launch.scratch_size, launch.kernel, params);
   void* stream = current_stream(q_object, q.device());
   run_without_gil(is_first, [&](char* error) {
     return launch.kernel.library->forward(launch.kernel.index, &params, stream, error, kErrorSize);

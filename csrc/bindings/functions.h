@@ -17,6 +17,8 @@ pybind11::object signature(PyObject* const* tensors, Py_ssize_t count);
 // The same of a whole call and of what else belongs to it: (a tuple with an item for each Argument, a tuple).
 pybind11::object call_signature(ArgumentReader& reader);
 
+// Runs a backward call by its BackwardLaunch.
+void run_backward(ArgumentReader& reader);
 void append_kv(ArgumentReader& reader);
 void merge_states(ArgumentReader& reader);
 

@@ -43,7 +43,7 @@ void open(KernelLibrary& library) {
   decltype(&broadhead_build_archs) build_archs;
   decltype(&broadhead_cuda_version) cuda_version;
   decltype(&broadhead_kernel_count) kernel_count;
-  decltype(&broadhead_kernel_id) kernel_id;
+  decltype(&broadhead_kernel_info) kernel_info;
   if (!resolve(handle, "broadhead_abi_version", abi_version, library)) return;
   if (abi_version() != kAbiVersion) {
     library.error = library.path + " has ABI version " + std::to_string(abi_version()) + ", this module needs " +
@@ -53,8 +53,11 @@ void open(KernelLibrary& library) {
   if (!resolve(handle, "broadhead_build_archs", build_archs, library) ||
       !resolve(handle, "broadhead_cuda_version", cuda_version, library) ||
       !resolve(handle, "broadhead_kernel_count", kernel_count, library) ||
-      !resolve(handle, "broadhead_kernel_id", kernel_id, library) ||
+      !resolve(handle, "broadhead_kernel_info", kernel_info, library) ||
       !resolve(handle, "broadhead_forward", library.forward, library) ||
+      !resolve(handle, "broadhead_forward_workspace", library.forward_workspace, library) ||
+      !resolve(handle, "broadhead_backward", library.backward, library) ||
+      !resolve(handle, "broadhead_backward_workspace", library.backward_workspace, library) ||
       !resolve(handle, "broadhead_scheduler_metadata", library.scheduler_metadata, library) ||
       !resolve(handle, "broadhead_combine", library.combine, library) ||
       !resolve(handle, "broadhead_append_kv", library.append_kv, library) ||
@@ -63,7 +66,7 @@ void open(KernelLibrary& library) {
   }
   library.archs = build_archs();
   library.cuda_version = cuda_version();
-  for (int index = 0; index < kernel_count(); ++index) library.kernels.emplace_back(kernel_id(index));
+  for (int index = 0; index < kernel_count(); ++index) library.kernels.push_back(kernel_info(index));
 }
 
 // Opened once, also when that fails: the reason is kept.
@@ -85,13 +88,17 @@ const KernelLibrary* load(const std::string& family) {
   return library.get();
 }
 
-ElementType dtype_of(const std::string& id) {
-  auto ends_with = [&](const std::string& end) {
-    return id.size() >= end.size() && id.compare(id.size() - end.size(), end.size(), end) == 0;
-  };
-  if (ends_with("_bf16")) return ElementType::kBFloat16;
-  if (ends_with("_fp16")) return ElementType::kFloat16;
-  if (ends_with("_e4m3")) return ElementType::kFloat8E4M3;
+ElementType element_type(DataType type) {
+  switch (type) {
+    case DataType::kFloat32:
+      return ElementType::kFloat32;
+    case DataType::kBFloat16:
+      return ElementType::kBFloat16;
+    case DataType::kFloat16:
+      return ElementType::kFloat16;
+    case DataType::kFloat8E4M3:
+      return ElementType::kFloat8E4M3;
+  }
   return ElementType::kOther;
 }
 
@@ -133,30 +140,33 @@ std::vector<const KernelLibrary*> all_libraries() {
   return found;
 }
 
-const Kernel& find_kernel(const char* id) {
+const Kernel& find_kernel(const std::string& family, const std::string& id, Direction direction) {
   static auto* kernels = new std::unordered_map<std::string, Kernel>();
-  std::string name = id;
-  auto found = kernels->find(name);
-  if (found != kernels->end()) return found->second;
-
-  const std::string family = name.substr(0, name.find('_'));
-  const KernelLibrary* library = load(family);
-  if (library == nullptr) throw BindingError(name + ": " + no_library(family));
-  if (!library->error.empty()) throw BindingError(name + ": " + library->error);
-  for (std::size_t index = 0; index < library->kernels.size(); ++index) {
-    if (library->kernels[index] == name) {
-      // "..._bf16_kve4m3": q is bf16, k and v are e4m3.
-      constexpr char kKv[] = "_kv";
-      const std::size_t kv = name.rfind(kKv);
-      const ElementType dtype = dtype_of(name.substr(0, kv));
-      const ElementType kv_dtype = kv == std::string::npos ? dtype : dtype_of("_" + name.substr(kv + sizeof(kKv) - 1));
-      const bool is_decode = name.find("_decode_") != std::string::npos;
-      const Kernel kernel{library, static_cast<int>(index), dtype, kv_dtype, out_dtype_of(dtype), is_decode};
-      return kernels->emplace(name, kernel).first->second;
+  auto found = kernels->find(id);
+  if (found == kernels->end()) {
+    const KernelLibrary* library = load(family);
+    if (library == nullptr) throw BindingError(id + ": " + no_library(family));
+    if (!library->error.empty()) throw BindingError(id + ": " + library->error);
+    const auto entry = std::find_if(library->kernels.begin(), library->kernels.end(),
+                                    [&](const KernelInfo* info) { return info->id == id; });
+    if (entry == library->kernels.end()) {
+      throw BindingError(id + ": " + library->path + " was built without this kernel (it holds " +
+                         std::to_string(library->kernels.size()) + ", for \"" + library->archs + "\")");
     }
+    const ElementType dtype = element_type((*entry)->dtype);
+    const Kernel kernel{library,
+                        static_cast<int>(entry - library->kernels.begin()),
+                        *entry,
+                        dtype,
+                        element_type((*entry)->kv_dtype),
+                        out_dtype_of(dtype)};
+    found = kernels->emplace(id, kernel).first;
   }
-  throw BindingError(name + ": " + library->path + " was built without this kernel (it holds " +
-                     std::to_string(library->kernels.size()) + ", for \"" + library->archs + "\")");
+  if (found->second.info->direction != direction) {
+    throw BindingError(id + ": a " + (direction == Direction::kForward ? "forward" : "backward") +
+                       " call was given a kernel of the other direction");
+  }
+  return found->second;
 }
 
 const KernelLibrary& common_library() {

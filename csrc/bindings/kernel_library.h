@@ -16,9 +16,12 @@ struct KernelLibrary {
   std::string error;  // why it did not load
   std::string archs;
   int cuda_version = 0;
-  std::vector<std::string> kernels;
+  std::vector<const KernelInfo*> kernels;  // by their index
 
   decltype(&broadhead_forward) forward = nullptr;
+  decltype(&broadhead_forward_workspace) forward_workspace = nullptr;
+  decltype(&broadhead_backward) backward = nullptr;
+  decltype(&broadhead_backward_workspace) backward_workspace = nullptr;
   decltype(&broadhead_scheduler_metadata) scheduler_metadata = nullptr;
   decltype(&broadhead_combine) combine = nullptr;
   decltype(&broadhead_append_kv) append_kv = nullptr;
@@ -28,10 +31,12 @@ struct KernelLibrary {
 struct Kernel {
   const KernelLibrary* library;
   int index;
+  const KernelInfo* info;
   ElementType dtype;      // of q
   ElementType kv_dtype;   // of k and v
   ElementType out_dtype;  // that of q, bf16 for 8-bit q
-  bool is_decode;         // lays its workspace out itself
+
+  bool is_decode() const { return info->phase == Phase::kDecode; }
 };
 
 // Where libraries are looked for: BROADHEAD_KERNEL_LIB_DIR when set, else the directory of the module.
@@ -40,9 +45,9 @@ const std::string& library_directory();
 // Every library in that directory, loaded or with its error, by family name.
 std::vector<const KernelLibrary*> all_libraries();
 
-// The kernel of a row id ("sm80_fwd_d128_bf16"). Throws BindingError: no library, one that does not load, no such
-// kernel.
-const Kernel& find_kernel(const char* id);
+// The kernel of a row ("sm80", "sm80_fwd_d128_bf16") for calls of a direction. Throws BindingError: no library, one
+// that does not load, no such kernel, a kernel of the other direction.
+const Kernel& find_kernel(const std::string& family, const std::string& id, Direction direction);
 
 // A library for what every family holds (the sources of common/), the portable family's when it is there: it is
 // compiled for every architecture of a build. Throws BindingError when none loads.

@@ -4,8 +4,8 @@
 #include <vector>
 
 #include "bindings/argument_reader.h"
+#include "bindings/attention_call.h"
 #include "bindings/call_key.h"
-#include "bindings/forward_call.h"
 #include "bindings/functions.h"
 
 namespace py = pybind11;
@@ -20,7 +20,7 @@ constexpr std::size_t kAlignedTensors =
 struct KnownCall {
   std::vector<std::uint64_t> words;  // its key
   py::object launch;
-  Launch* target;                  // of `launch`
+  Launch* target;                 // of `launch`
   std::vector<py::object> types;  // of numbers in the key
 };
 
@@ -42,7 +42,7 @@ const KnownCall* find(const CallKey& key) {
   return nullptr;
 }
 
-bool add_call(const ForwardCall& call, CallKey& key) {
+bool add_call(const AttentionCall& call, CallKey& key) {
   for (int argument = 0; argument < kArgumentCount; ++argument) {
     const bool added = is_tensor(argument) ? key.add_tensor(call.tensors[argument], is_aligned(argument))
                                            : key.add_value(call.arguments[argument]);
@@ -62,7 +62,7 @@ void remember(const CallKey& key, py::object launch) {
   known_calls().emplace(key.hash(), std::move(call));
 }
 
-py::object run_if_known(py::handle function, bool need_lse, ForwardCall& call) {
+py::object run_if_known(py::handle function, bool need_lse, AttentionCall& call) {
   CallKey key;
   try {
     if (!call.has_plain_types()) return py::none();
@@ -80,7 +80,7 @@ py::object run_if_known(py::handle function, bool need_lse, ForwardCall& call) {
   return run(launch, call, function, need_lse, false);
 }
 
-py::object run_and_remember(py::handle target, py::handle function, bool need_lse, ForwardCall& call) {
+py::object run_and_remember(py::handle target, py::handle function, bool need_lse, AttentionCall& call) {
   const auto launch = py::reinterpret_borrow<py::object>(target);
   call.read();
   CallKey key;
@@ -95,7 +95,7 @@ py::object run_and_remember(py::handle target, py::handle function, bool need_ls
 py::object run_known(ArgumentReader& reader) {
   const py::handle function = reader.object();
   const bool need_lse = reader.truth();
-  ForwardCall call(reader.object());
+  AttentionCall call(reader.object());
   return run_if_known(function, need_lse, call);
 }
 
@@ -103,14 +103,14 @@ py::object run_known_shared(ArgumentReader& reader) {
   const py::handle function = reader.object();
   const bool need_lse = reader.truth();
   const py::handle arguments = reader.object(), page_table = reader.object(), length = reader.object();
-  ForwardCall call(arguments, page_table, length);
+  AttentionCall call(arguments, page_table, length);
   return run_if_known(function, need_lse, call);
 }
 
 py::object run_new(ArgumentReader& reader) {
   const py::handle launch = reader.object(), function = reader.object();
   const bool need_lse = reader.truth();
-  ForwardCall call(reader.object());
+  AttentionCall call(reader.object());
   return run_and_remember(launch, function, need_lse, call);
 }
 
@@ -118,7 +118,7 @@ py::object run_new_shared(ArgumentReader& reader) {
   const py::handle launch = reader.object(), function = reader.object();
   const bool need_lse = reader.truth();
   const py::handle arguments = reader.object(), page_table = reader.object(), length = reader.object();
-  ForwardCall call(arguments, page_table, length);
+  AttentionCall call(arguments, page_table, length);
   return run_and_remember(launch, function, need_lse, call);
 }
 
@@ -158,7 +158,7 @@ py::object signature(PyObject* const* tensors, Py_ssize_t count) {
 }
 
 py::object call_signature(ArgumentReader& reader) {
-  const ForwardCall call(reader.object());
+  const AttentionCall call(reader.object());
   const auto others = py::reinterpret_borrow<py::tuple>(reader.object());
   CallKey key;
   try {

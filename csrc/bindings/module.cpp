@@ -5,7 +5,8 @@
 
 #include <algorithm>
 
-#include "bindings/forward_call.h"
+#include "bindings/attention_call.h"
+#include "bindings/backward.h"
 #include "bindings/functions.h"
 #include "bindings/kernel_library.h"
 #include "bindings/packing.h"
@@ -105,7 +106,7 @@ py::dict build_info() {
       continue;
     }
     py::list kernels;
-    for (const std::string& id : library->kernels) kernels.append(id);
+    for (const KernelInfo* info : library->kernels) kernels.append(info->id);
     py::dict family;
     family["archs"] = library->archs;
     // CUDART_VERSION is 1000 * major + 10 * minor.
@@ -167,8 +168,8 @@ PyObject* signature_of(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
 }
 
 // The Launch of a row and of numbers that AttnParams names; the tensors of its first call say the rest.
-Launch make_launch(const std::string& kernel_id, int device, const py::tuple& out, const py::tuple& lse,
-                   std::int64_t scratch_size, const py::tuple& identity, const py::object& dispatch, int seqlen_q,
+Launch make_launch(const std::string& family, const std::string& kernel_id, int device, const py::tuple& out,
+                   const py::tuple& lse, const py::tuple& identity, const py::object& dispatch, int seqlen_q,
                    int seqlen_k, int window_left, int window_right, int attention_chunk, float softmax_scale,
                    float softcap, int num_splits, int pack_gqa, int metadata_tag, int heads_per_section, int max_blocks,
                    int cell_blocks) {
@@ -186,15 +187,34 @@ Launch make_launch(const std::string& kernel_id, int device, const py::tuple& ou
   params.heads_per_section = heads_per_section;
   params.max_blocks = max_blocks;
   params.cell_blocks = cell_blocks;
-  const Kernel& kernel = find_kernel(kernel_id.c_str());
-  return {kernel,   py::int_(device), Allocation(out), Allocation(lse), scratch_size,
-          identity, dispatch,         params,          py::none()};
+  const Kernel& kernel = find_kernel(family, kernel_id, Direction::kForward);
+  return {kernel, py::int_(device), Allocation(out), Allocation(lse), identity, dispatch, params, py::none()};
+}
+
+// The same of a backward row and AttnBwdParams.
+BackwardLaunch make_backward_launch(const std::string& family, const std::string& kernel_id, int device, int seqlen_q,
+                                    int seqlen_k, int window_left, int window_right, int attention_chunk,
+                                    float softmax_scale, float softcap, bool deterministic, int num_splits,
+                                    int max_blocks) {
+  AttnBwdParams params = make_params<AttnBwdParams>();
+  params.seqlen_q = seqlen_q;
+  params.seqlen_k = seqlen_k;
+  params.window_left = window_left;
+  params.window_right = window_right;
+  params.attention_chunk = attention_chunk;
+  params.softmax_scale = softmax_scale;
+  params.softcap = softcap;
+  params.deterministic = deterministic;
+  params.num_splits = num_splits;
+  params.max_blocks = max_blocks;
+  return {find_kernel(family, kernel_id, Direction::kBackward), py::int_(device), params};
 }
 
 constexpr char kRunKnown[] = "run_known";
 constexpr char kRunNew[] = "run_new";
 constexpr char kRunKnownShared[] = "run_known_shared";
 constexpr char kRunNewShared[] = "run_new_shared";
+constexpr char kRunBackward[] = "run_backward";
 constexpr char kCallSignature[] = "call_signature";
 constexpr char kSchedulerMetadata[] = "scheduler_metadata";
 constexpr char kCombine[] = "combine";
@@ -213,6 +233,7 @@ PyMethodDef methods[] = {
     method<kRunNew, &run_new, 4>("Runs a call by its Launch, which all calls like it then run by."),
     method<kRunKnownShared, &run_known_shared, 5>("As run_known, over keys that all sequences share."),
     method<kRunNewShared, &run_new_shared, 6>("As run_new, over keys that all sequences share."),
+    method<kRunBackward, &run_backward, 9>("Runs a backward call by its BackwardLaunch."),
     method<kCallSignature, &call_signature, 2>("What validation reads of a call and of further values, as bytes."),
     method<kSchedulerMetadata, &scheduler_metadata, 21>("Fills scheduler metadata on the device."),
     method<kCombine, &combine, 5>("Merges partial results into one."),
@@ -232,12 +253,17 @@ PYBIND11_MODULE(_C, module) {
              "What is installed: {'version', 'families': {name: {'archs', 'cuda', 'kernels', 'path'}}, 'errors': "
              "{name: why}}.");
   pybind11::class_<broadhead::Launch>(module, "Launch", "What all calls of a kind have in common.")
-      .def(pybind11::init(&broadhead::make_launch), py::kw_only(), py::arg("kernel_id"), py::arg("device"),
-           py::arg("out"), py::arg("lse"), py::arg("scratch_size"), py::arg("identity"), py::arg("dispatch"),
+      .def(pybind11::init(&broadhead::make_launch), py::kw_only(), py::arg("family"), py::arg("kernel_id"),
+           py::arg("device"), py::arg("out"), py::arg("lse"), py::arg("identity"), py::arg("dispatch"),
            py::arg("seqlen_q"), py::arg("seqlen_k"), py::arg("window_left"), py::arg("window_right"),
            py::arg("attention_chunk"), py::arg("softmax_scale"), py::arg("softcap"), py::arg("num_splits"),
            py::arg("pack_gqa"), py::arg("metadata_tag"), py::arg("heads_per_section"), py::arg("max_blocks"),
            py::arg("cell_blocks"));
+  pybind11::class_<broadhead::BackwardLaunch>(module, "BackwardLaunch", "Of all backward calls of a kind.")
+      .def(pybind11::init(&broadhead::make_backward_launch), py::kw_only(), py::arg("family"), py::arg("kernel_id"),
+           py::arg("device"), py::arg("seqlen_q"), py::arg("seqlen_k"), py::arg("window_left"), py::arg("window_right"),
+           py::arg("attention_chunk"), py::arg("softmax_scale"), py::arg("softcap"), py::arg("deterministic"),
+           py::arg("num_splits"), py::arg("max_blocks"));
   module.def(
       "connect",
       [](py::dict records, py::object check_identity, py::object exchange_device, py::object restore_device,

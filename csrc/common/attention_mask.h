@@ -44,7 +44,7 @@ struct AttentionMask {
     return {row_interval(q_first).begin, row_interval(q_last).end};
   }
 
-  // Keys that every query of q_first..q_last sees: a block inside needs no predicate.
+  // Keys that every query of q_first..q_last sees: an n_block inside needs no predicate.
   BROADHEAD_HOST_DEVICE KeyInterval unmasked_interval(int q_first, int q_last) const {
     const KeyInterval rows{row_interval(q_last).begin, row_interval(q_first).end};
     if (prefix_len == 0) return rows;
@@ -53,7 +53,7 @@ struct AttentionMask {
   }
 };
 
-// Key blocks of kTileN that a tile visits: [begin, end).
+// The n_blocks that a tile visits: [begin, end).
 struct BlockRange {
   int begin;
   int end;
@@ -71,7 +71,7 @@ BROADHEAD_HOST_DEVICE BlockRange block_range(const AttentionMask& mask, int q_fi
   return {begin / tile_n, ceil_div(end, tile_n)};
 }
 
-// Equal shares of a block range; split i of n.
+// Split `split` of `num_splits`, which cut a range of n_blocks into equal parts.
 BROADHEAD_HOST_DEVICE BlockRange split_range(BlockRange range, int split, int num_splits) {
   const int blocks = range.end - range.begin;
   return {range.begin + static_cast<int>(static_cast<long long>(blocks) * split / num_splits),

@@ -18,7 +18,7 @@ BROADHEAD_DEVICE std::uint32_t smem_address(const void* pointer) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Barrier among `threads` threads; id 0 is __syncthreads.
+// A barrier among `threads` threads; id 0 is __syncthreads.
 BROADHEAD_DEVICE void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }

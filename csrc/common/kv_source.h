@@ -22,7 +22,7 @@ struct LiveKeys {
     return (key < interval.end && key + count > interval.begin) || key < prefix_len;
   }
 
-  // Whether all of them are. True for every block that some rows of the tile see whole.
+  // Whether all of them are live. That holds for every n_block that some row of the tile sees whole.
   BROADHEAD_DEVICE bool all(int key, int count) const {
     const bool joined = interval.begin <= prefix_len;  // the prefix and the interval are one
     return key + count <= prefix_len ||

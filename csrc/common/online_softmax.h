@@ -1,8 +1,8 @@
-// Running softmax over key blocks for the rows of one warp (mma.sync C layout: a lane holds 2 rows per 16).
+// The online softmax over n_blocks for the rows of one warp (mma.sync C layout: a lane holds 2 rows per 16).
 //
-// The running maximum is raised only when a block exceeds it by more than 2^kSlackLog2 in the exponent: exact, because
-// the final division cancels any reference value, and it saves rescaling O in almost every block. P stays below 2^8,
-// which fp16 holds.
+// The running maximum is raised only when an n_block exceeds it by more than 2^kSlackLog2 in the exponent. This is
+// exact, because the final division cancels any reference value, and it saves rescaling O in almost every n_block. P
+// stays below 2^8, which fp16 holds.
 #pragma once
 
 #include <cmath>
@@ -16,7 +16,7 @@ struct OnlineSoftmax {
   static constexpr float kSlackLog2 = 8.f;
 
   float row_max[kRows];  // reference value, in units of S
-  float row_sum[kRows];  // this lane's share
+  float row_sum[kRows];  // the sum over this lane's keys
 
   BROADHEAD_DEVICE OnlineSoftmax() {
     BROADHEAD_UNROLL
@@ -26,7 +26,7 @@ struct OnlineSoftmax {
     }
   }
 
-  // Max of each row over this warp's keys, the same in the four lanes of a row.
+  // The maximum of each row over this warp's keys, the same in the four lanes of a row.
   template <int kMmaM, int kMmaN>
   BROADHEAD_DEVICE static void block_max(const float (&s)[kMmaM][kMmaN][4], float (&max)[kRows]) {
     BROADHEAD_UNROLL
@@ -40,8 +40,8 @@ struct OnlineSoftmax {
     }
   }
 
-  // Takes the block's row maxima and raises the references to them if one exceeds its own by more than `slack`; true
-  // when O must be multiplied by `factor` (the same answer in all lanes of a warp).
+  // Takes the row maxima of an n_block, and raises the references to them if one exceeds its own by more than `slack`;
+  // true when O must be multiplied by `factor` (the same answer in all lanes of a warp).
   BROADHEAD_DEVICE bool raise(const float (&max)[kRows], float scale_log2, float (&factor)[kRows],
                               float slack = kSlackLog2) {
     bool exceeds = false;

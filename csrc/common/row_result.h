@@ -13,10 +13,10 @@ BROADHEAD_DEVICE float load_sink(const AttnParams& params, int head) {
                                : static_cast<float>(static_cast<const Element*>(params.sinks)[head]);
 }
 
-// Where a row of a tile belongs; found once, packed rows cost a division.
+// Where a row of a tile belongs. It is found once, since packed rows cost a division.
 struct RowPlace {
   bool live;
-  int head;  // of the query
+  int head;  // the query head
   int token;
 };
 
@@ -38,7 +38,7 @@ struct RowResult {
   float lse;
 };
 
-// `split` < 0: final output, which the sink joins; else a share, whose sink the combine adds.
+// `split` < 0 means the final output, which the sink joins; else the row is of a split, and the combine adds the sink.
 template <class Element>
 BROADHEAD_DEVICE RowResult finish_row(const AttnParams& params, const RowPlace& row, RowStats stats,
                                       const ScoreScale& scale, int split) {
@@ -61,7 +61,7 @@ BROADHEAD_DEVICE std::int64_t total_row(const AttnParams& params, const SeqlenIn
   return seqlen.batch_q * static_cast<std::int64_t>(params.seqlen_q) + seqlen.row_q + token;
 }
 
-// Where the LSE of a row goes; null: it is not wanted.
+// Where the LSE of a row goes; null when it is not wanted.
 BROADHEAD_DEVICE float* lse_address(const AttnParams& params, const SeqlenInfo& seqlen, const RowPlace& row) {
   if (params.softmax_lse == nullptr) return nullptr;
   return params.softmax_lse + seqlen.batch_q * params.lse_batch_stride + row.head * params.lse_head_stride +

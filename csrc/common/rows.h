@@ -7,7 +7,7 @@ namespace broadhead {
 
 // Rows of a tile when `rows_per_token` query heads of one KV head are packed: row = token * rows_per_token + head.
 struct RowMap {
-  int first_row;       // of the tile within the sequence and (KV) head
+  int first_row;       // the tile's first row within the sequence and (KV) head
   int rows_per_token;  // 1: not packed
   int end_row;         // past the tile's last live row of the sequence
 

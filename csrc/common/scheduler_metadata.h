@@ -4,7 +4,7 @@
 //   [0, R)   splits of each sequence        [R, 2R)  metadata_tag of each sequence that was planned, else 0
 //   [2R, 4R) zero, reserved                 [4R]     semaphore, zero
 // A slot whose tag is not the one the call expects (stale, foreign or zeroed buffer) means one split: no bound depends
-// on the contents, so a wrong buffer can not cause a wrong result or an access out of bounds.
+// on the contents, so a wrong buffer cannot cause a wrong result or an access out of bounds.
 #pragma once
 
 #include <cstdint>

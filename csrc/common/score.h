@@ -14,11 +14,11 @@ namespace broadhead {
 // not linear, so in both cases S is transformed first (`transform`) and the remaining scale is 1.
 struct ScoreScale {
   float scale_log2;
-  float scale;       // of the remaining S, natural units
+  float scale;  // the scale that remains for the softmax, in natural units
   float softcap;
-  float inner;       // softcap: scale / softcap; else scale
+  float inner;  // softcap: scale / softcap; else scale
   bool transform;
-  float v_factor;    // 8-bit V: its descale
+  float v_factor;  // 8-bit V: its descale
 
   BROADHEAD_DEVICE void set(float softmax_scale, float softcap_) {
     // No score comes near the bound: it keeps `inner` a normal number where softcap is as large as "off".
@@ -54,31 +54,32 @@ BROADHEAD_DEVICE float descale(const float* factors, const DescaleStrides& strid
   return factors == nullptr ? 1.f : factors[batch * strides.batch + kv_head * strides.head];
 }
 
-// Sets S of a key block to what the QK GEMM then accumulates into: -inf for keys that do not exist, 0 for all others.
-// The loader fills K with zeros for keys that do not exist, so their scores stay -inf. `missing(n)` returns two bits,
-// which are set where the lane's first and second key of tile n do not exist.
-// PERF: S holds nothing yet at this point. Hiding these keys in apply_mask, where S, O and P are all in registers, made
-// many kernels spill.
+// Sets the scores of keys that do not exist to -inf. `missing(n)` returns two bits, which are set where the lane's
+// first and second key of tile n do not exist. Their K and V are filled with zeros.
+// PERF: it is called where such a key was seen and nowhere else, right behind the QK GEMM, and changes S in place. S
+// that began at -inf instead took a wgmma that always accumulates, and with it 100 instructions an n_block that wrote
+// zeros (head_dim 128: 17 % slower, also without pages). Hiding these keys in apply_mask made many kernels spill.
 template <int kMmaM, int kMmaN, class Missing>
-BROADHEAD_DEVICE void begin_scores(float (&s)[kMmaM][kMmaN][4], const Missing& missing) {
+BROADHEAD_DEVICE void hide_missing(float (&s)[kMmaM][kMmaN][4], const Missing& missing) {
   BROADHEAD_UNROLL
   for (int n = 0; n < kMmaN; ++n) {
     const std::uint32_t bits = missing(n);
     BROADHEAD_UNROLL
     for (int c = 0; c < 2; ++c) {
-      const float first = (bits >> c) & 1 ? -INFINITY : 0.f;
-      BROADHEAD_UNROLL
-      for (int m = 0; m < kMmaM; ++m) s[m][n][c] = s[m][n][c + 2] = first;
+      if ((bits >> c) & 1) {
+        BROADHEAD_UNROLL
+        for (int m = 0; m < kMmaM; ++m) s[m][n][c] = s[m][n][c + 2] = -INFINITY;
+      }
     }
   }
 }
 
-// What begin_scores asks for, of a bit a key: `word` has those of keys 32 * (n / 4) and on.
+// The two bits that hide_missing asks for, from a bit mask of keys: `word` holds keys 32 * (n / 4) and on.
 BROADHEAD_DEVICE std::uint32_t missing_pair(std::uint32_t word, int n) {
-  return word >> (n % 4 * 8 + threadIdx.x % 4 * 2);
+  return word >> threadIdx.x % 4 * 2 >> n % 4 * 8;  // one shift a word that depends on the lane; the rest are constants
 }
 
-// Scores of the scale and softcap of a tile; only where scale.transform. A key that does not exist keeps its -inf.
+// Applies scale and softcap to the scores; called only where scale.transform. A key that does not exist keeps its -inf.
 template <int kMmaM, int kMmaN>
 BROADHEAD_DEVICE void transform_scores(float (&s)[kMmaM][kMmaN][4], const ScoreScale& scale) {
   const auto each = [&](const auto& apply) {
@@ -100,14 +101,14 @@ BROADHEAD_DEVICE void transform_scores(float (&s)[kMmaM][kMmaN][4], const ScoreS
   }
 }
 
-// Sets what a query does not see of the warp's keys, 8 * kMmaN from key0 on, to -inf. Lane layout as in OnlineSoftmax.
-// `unmasked`: the keys that every row of the tile sees.
+// Sets the scores of keys that a query does not see to -inf. The warp holds 8 * kMmaN keys from key0 on, in the lane
+// layout of OnlineSoftmax. `unmasked` are the keys that every row of the tile sees.
 template <int kMmaM, int kMmaN>
 BROADHEAD_DEVICE void apply_mask(float (&s)[kMmaM][kMmaN][4], const AttentionMask& mask, const KeyInterval& unmasked,
                                  const RowMap& rows, int warp_row, int key0, int lane) {
   const int first_key = key0 + (lane % 4) * 2;
   if (mask.prefix_len == 0 && key0 >= unmasked.begin) {
-    // Only the upper end cuts: the diagonal of a causal mask, or the end of the sequence.
+    // Only the upper end hides keys: the diagonal of a causal mask, or the end of the sequence.
     if (mask.row_interval(rows.token(warp_row)).end >= key0 + 8 * kMmaN) return;
     BROADHEAD_UNROLL
     for (int i = 0; i < 2 * kMmaM; ++i) {

@@ -1,7 +1,7 @@
-// Maps a block index to its (query tile, head, sequence).
+// The tile scheduler of dense grids: maps the index of a CTA to its (m_block, head, sequence).
 //
-// Order: heads in sections whose K/V fit the L2 together; within a section the longest query tiles first (the last ones
-// under a causal mask), so that the tail of the grid is made of short work.
+// Heads come in sections whose K and V fit the L2 together. Within a section the longest tiles come first (under a
+// causal mask the last m_blocks), so that the tail of the grid is made of short work.
 #pragma once
 
 #include "common/macros.h"

@@ -1,4 +1,5 @@
-// What one block works on: sequence, rows, mask and where K/V lie. Computed by one thread, kept in shared memory.
+// The tile that a CTA works on: sequence, rows, mask and where K and V lie. One thread computes it; it is kept in
+// shared memory.
 #pragma once
 
 #include "common/attention_mask.h"
@@ -18,24 +19,24 @@ struct TileState {
   OutputRows output;
   AttentionMask mask;
   KeyInterval unmasked;  // keys that every row of the tile sees
-  BlockRange range;      // key blocks of this block's share
-  BlockRange whole;      // key blocks that are copied without any check: all keys live, all columns there, not paged
-  int splits;            // shares of this sequence
+  BlockRange range;      // n_blocks of this split
+  BlockRange whole;      // n_blocks that are copied without any check: all keys live, all columns there, not paged
+  int splits;            // splits of this sequence
   KvSource<Element> source;
   ScoreScale scale;
 };
 
-// What a kernel's tiles are made of.
+// The tile shape of a kernel.
 struct TileShape {
-  int rows;        // query rows that a tile holds
-  int keys;        // of a block
-  int head_dim;    // the kernel's buckets
+  int rows;      // query rows that a tile holds
+  int keys;      // keys of an n_block
+  int head_dim;  // the kernel's buckets
   int head_dim_v;
-  int cluster;     // neighbouring tiles that visit the same key blocks together
+  int cluster;  // how many neighbouring tiles visit the same n_blocks together
 };
 
-// All that is read of what another stream could change: once a tile, so that its warps agree. What the steps below make
-// of it takes its place.
+// Reads everything that another stream could change, once for each tile, so that its warps agree. The steps below
+// replace the values in place.
 struct TileLengths {
   SeqlenInfo seqlen;
   int prefix_len;
@@ -54,8 +55,8 @@ BROADHEAD_DEVICE void set_lengths(TileState<Element>& state, const TileLengths& 
   state.splits = lengths.splits;
 }
 
-// A tile without live rows or a share that the sequence does not use gets splits = 0; in a cluster the tiles of a pair
-// agree on both, a tile past the sequence's end just has no live row.
+// A tile without live rows, or a split that the sequence does not use, gets splits = 0. In a cluster both tiles of a
+// pair agree on this, and a tile past the sequence's end just has no live row.
 template <class Element>
 BROADHEAD_DEVICE void set_tile_rows(TileState<Element>& state, const AttnParams& params, const WorkTile& tile,
                                     int split, const TileShape& shape) {
@@ -68,7 +69,7 @@ BROADHEAD_DEVICE void set_tile_rows(TileState<Element>& state, const AttnParams&
   state.splits = cluster_row < num_rows && split < splits ? splits : 0;
 }
 
-// The mask and the key blocks of all tiles of the cluster.
+// Sets the mask and the n_blocks, which all tiles of a cluster share.
 template <class Element>
 BROADHEAD_DEVICE void set_tile_keys(TileState<Element>& state, const AttnParams& params, const WorkTile& tile,
                                     int split, const TileShape& shape) {

@@ -1,4 +1,5 @@
-// Merges the parts of split tiles: out = sum_p exp(lse_p - lse) out_p with lse = log sum_p exp(lse_p).
+// The combine kernel of decode: merges the splits of tiles, out = sum_i exp(lse_i - lse) out_i with
+// lse = log sum_i exp(lse_i).
 #pragma once
 
 #include "common/dependent_launch.h"
@@ -9,110 +10,110 @@
 namespace broadhead::decode {
 
 constexpr int kCombineWarps = 8;
-constexpr int kCombineCols = 128;  // of a warp: four a lane
+constexpr int kCombineCols = 128;  // columns that a warp merges at a time, four a lane
 
-// What a block of the combine merges: a row of a split tile.
+// What a CTA of the combine merges: one row of a tile that was split.
 struct SplitRow {
   SeqlenInfo seqlen{};
   int batch = 0;
   int head = 0;
   int m_block = 0;
-  RowParts own;     // parts 0: nothing is to be done
-  RowParts shared;  // of the same query over the shared keys
+  RowSplits own;     // no splits: there is nothing to merge
+  RowSplits shared;  // those of the same query over the shared keys
 
-  BROADHEAD_DEVICE int parts() const { return own.parts + shared.parts; }
-  // The place of a part's row among the rows of all slots.
-  BROADHEAD_DEVICE long long place(const Workspace& workspace, int part) const {
-    const bool is_own = part < own.parts;
-    const int slot = is_own ? own.slot(part) : shared.slot(part - own.parts);
+  BROADHEAD_DEVICE int splits() const { return own.splits + shared.splits; }
+  // The place of a split's row among the rows of all slots.
+  BROADHEAD_DEVICE long long place(const Workspace& workspace, int split) const {
+    const bool is_own = split < own.splits;
+    const int slot = is_own ? own.slot(split) : shared.slot(split - own.splits);
     return static_cast<long long>(slot) * workspace.slot_rows + (is_own ? own.row : shared.row);
   }
 };
 
-// Whether a tile passes through the thread's block behind `block`.
-BROADHEAD_DEVICE int read_passes(const Workspace& workspace, int block) {
-  const int other = block + 1 + threadIdx.x;
-  return other < workspace.num_blocks ? workspace.blocks[other].passes : 0;
+// Whether a tile passes through the thread's CTA behind `cta`.
+BROADHEAD_DEVICE int read_passes(const Workspace& workspace, int cta) {
+  const int other = cta + 1 + threadIdx.x;
+  return other < workspace.num_ctas ? workspace.ctas[other].passes : 0;
 }
 
-// Parts of the tile that block `block` of the decode grid began, and that goes on: up to the first block behind it that
-// the tile does not pass through. `passes` is the thread's read_passes. All threads.
-BROADHEAD_DEVICE int count_parts(const Workspace& workspace, int block, int passes) {
+// How many splits the tile has that CTA `cta` of the decode grid began and did not finish: they end at the first CTA
+// behind it that the tile does not pass through. `passes` is the thread's read_passes. All threads call this.
+BROADHEAD_DEVICE int count_splits(const Workspace& workspace, int cta, int passes) {
   __shared__ int passed[2][kCombineWarps];
-  int parts = 2;
+  int splits = 2;
   for (int buffer = 0;; buffer ^= 1) {
     const unsigned open = ~__ballot_sync(0xffffffffu, passes);
     if (threadIdx.x % 32 == 0) passed[buffer][threadIdx.x / 32] = open == 0 ? 32 : __ffs(open) - 1;
     __syncthreads();
     for (int w = 0; w < kCombineWarps; ++w) {
       const int in_warp = passed[buffer][w];
-      parts += in_warp;
-      if (in_warp < 32) return parts;
+      splits += in_warp;
+      if (in_warp < 32) return splits;
     }
-    block += 32 * kCombineWarps;
-    passes = read_passes(workspace, block);
+    cta += 32 * kCombineWarps;
+    passes = read_passes(workspace, cta);
   }
 }
 
-// All threads.
-template <int kTileM, int kKeys>
+// Finds the row that this CTA merges. All threads call this.
+template <int kTileM, int kTileN>
 BROADHEAD_DEVICE SplitRow find_split_row(const DecodeParams& params, const Workspace& workspace) {
-  const int block = blockIdx.x;
+  const int cta = blockIdx.x;
   const int row = blockIdx.y;
   SplitRow found;
-  if (workspace.blocks != nullptr) {
-    const BlockParts own = workspace.blocks[block];
-    const int passes = read_passes(workspace, block);
+  if (workspace.ctas != nullptr) {
+    const CtaSplits own = workspace.ctas[cta];
+    const int passes = read_passes(workspace, cta);
     if (own.batch < 0) return found;
-    const RowParts parts = balanced_parts(workspace, count_parts(workspace, block, passes), row, block);
-    return {own.seqlen, own.batch, own.head, own.m_block, parts, {}};
+    const RowSplits splits = stream_k_splits(workspace, count_splits(workspace, cta, passes), row, cta);
+    return {own.seqlen, own.batch, own.head, own.m_block, splits, {}};
   }
-  const TileParts noted = workspace.tiles != nullptr ? workspace.tiles[block] : TileParts{};
-  found.m_block = block % workspace.m_blocks;
-  found.head = block / workspace.m_blocks % params.heads_in_grid;
-  found.batch = block / workspace.m_blocks / params.heads_in_grid;
-  const SequenceWork work = sequence_work(params, found.batch, kTileM, kKeys);
+  const TileSplits noted = workspace.tiles != nullptr ? workspace.tiles[cta] : TileSplits{};
+  found.m_block = cta % workspace.m_blocks;
+  found.head = cta / workspace.m_blocks % params.heads_in_grid;
+  found.batch = cta / workspace.m_blocks / params.heads_in_grid;
+  const SequenceWork work = sequence_work(params, found.batch, kTileM, kTileN);
   found.seqlen = work.seqlen;
   if (found.m_block >= work.m_blocks) return found;
   if (workspace.tiles != nullptr) {
     const int query = found.m_block * kTileM + row;
     if (query >= sequence_rows(params, work.seqlen, found.batch)) return found;
-    found.shared = shared_parts(params, workspace, work.seqlen, found.head, query, kTileM);
-    if (found.shared.parts > 0) found.own = noted_parts(workspace, block, noted, row);
+    found.shared = shared_splits(params, workspace, work.seqlen, found.head, query, kTileM);
+    if (found.shared.splits > 0) found.own = noted_splits(workspace, cta, noted, row);
     return found;
   }
-  const int cells = cells_of(params, work, kKeys);
-  const int first = block * workspace.cells;
-  found.own = {cells > 1 ? cells : 0, row, first, first + 1, 1};
+  const int splits = num_fixed_splits(params, work, kTileN);
+  const int first = cta * workspace.fixed_splits;
+  found.own = {splits > 1 ? splits : 0, row, first, first + 1, 1};
   return found;
 }
 
-// Merges a row of the tile. All threads: kColGroups warps share the columns, the others take turns on the parts. A
-// block for each 128 columns would be four times as many blocks at head_dim 512, most of them with nothing to do:
-// PERF(H200, 16 x 8k, 32/4 heads of 512, us: 264 -> 255).
+// Merges one row. All threads call this: kColGroups warps cover the columns, and groups of so many warps take every
+// kSplitGroups-th split. A CTA for each 128 columns instead would mean four times as many CTAs at head_dim 512, most of
+// them idle: PERF(H200, 16 x 8k, 32/4 heads of 512, us: 264 -> 255).
 template <class Element, int kTileM, int kColGroups>
-BROADHEAD_DEVICE void merge_parts(const DecodeParams& params, const Workspace& workspace, const SplitRow& tile) {
+BROADHEAD_DEVICE void combine_splits(const DecodeParams& params, const Workspace& workspace, const SplitRow& tile) {
   __shared__ float4 partial[kCombineWarps][32];
   __shared__ float2 stats[kCombineWarps];
-  const int parts = tile.parts();
+  const int splits = tile.splits();
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
-  constexpr int kPartGroups = kCombineWarps / kColGroups;
+  constexpr int kSplitGroups = kCombineWarps / kColGroups;
   const int col = warp % kColGroups * kCombineCols + lane * 4;
 
-  // A warp's parts relative to the largest LSE among them; the sums do not wait for the LSEs of others.
+  // A warp's splits relative to the largest LSE among them; the sums do not wait for the LSEs of others.
   float largest = -INFINITY;
   float sum = 0.f;
   float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
   constexpr int kAtOnce = 8;
-  for (int first = warp / kColGroups; first < parts; first += kAtOnce * kPartGroups) {
+  for (int first = warp / kColGroups; first < splits; first += kAtOnce * kSplitGroups) {
     float lse[kAtOnce];
     float4 x[kAtOnce];
     BROADHEAD_UNROLL
     for (int i = 0; i < kAtOnce; ++i) {
-      const int part = first + i * kPartGroups;
-      const bool exists = part < parts;
-      const long long place = tile.place(workspace, exists ? part : 0);
+      const int split = first + i * kSplitGroups;
+      const bool exists = split < splits;
+      const long long place = tile.place(workspace, exists ? split : 0);
       lse[i] = exists ? workspace.lse[place] : -INFINITY;
       x[i] = make_float4(0.f, 0.f, 0.f, 0.f);
       if (exists && col < params.head_dim_v) {
@@ -173,15 +174,16 @@ BROADHEAD_DEVICE void merge_parts(const DecodeParams& params, const Workspace& w
   }
 }
 
-// Block (t, r): row r of tile t, in dense order, or of the split tile that block t of the decode grid began.
-template <class Element, int kTileM, int kKeys, int kHeadDim>
+// CTA (t, r) merges row r: with fixed splits or shared keys the row of tile t, in dense order, else the row of the tile
+// that CTA t of the decode grid began.
+template <class Element, int kTileM, int kTileN, int kHeadDim>
 __global__ void __launch_bounds__(32 * kCombineWarps)
     combine_kernel(const __grid_constant__ DecodeParams params, const __grid_constant__ Workspace workspace) {
   launch_dependents();
   wait_for_predecessor();
-  const SplitRow tile = find_split_row<kTileM, kKeys>(params, workspace);
-  if (tile.own.parts > 0) {
-    merge_parts<Element, kTileM, ceil_div(kHeadDim, kCombineCols)>(params, workspace, tile);
+  const SplitRow tile = find_split_row<kTileM, kTileN>(params, workspace);
+  if (tile.own.splits > 0) {
+    combine_splits<Element, kTileM, ceil_div(kHeadDim, kCombineCols)>(params, workspace, tile);
   }
 }
 

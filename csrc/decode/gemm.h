@@ -1,4 +1,4 @@
-// The two products of a warp's key block: S = Q K^T over its columns, O += P V; 8-bit K and V are widened on the way.
+// The QK and PV GEMMs of a warp on an n_block; 8-bit K and V are converted to fp16 on the way.
 #pragma once
 
 #include <cutlass/numeric_conversion.h>
@@ -12,7 +12,7 @@ namespace broadhead::decode {
 
 using namespace mma_sync;
 
-// Two e4m3 (the low or the high half of `bytes`) -> two fp16, exactly.
+// Converts two e4m3 values (the low or the high half of `bytes`) to two fp16 values, exactly.
 template <int kHalf>
 BROADHEAD_DEVICE std::uint32_t widen(std::uint32_t bytes) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
@@ -46,22 +46,23 @@ BROADHEAD_DEVICE std::uint32_t q_lane_address(const typename Traits::SharedStora
 template <class Traits>
 using QFragments = std::uint32_t[Traits::kQInRegisters ? Traits::kSteps + Traits::kBesideSteps : 1][Traits::kMmaM][4];
 
-// What a lane adds to the address of a slice: for the B fragments of K, two units of 16 keys, and of V (transposed).
+// The offset in a slice from which a lane loads the B fragments of K: two units of 16 keys.
 template <class Traits>
 BROADHEAD_DEVICE std::uint32_t k_lane_offset(int lane) {
   return slice_offset<Traits>((lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1);
 }
-// The same for K beside V.
+// The same for the rows of K beside a slice of V.
 template <class Traits>
 BROADHEAD_DEVICE std::uint32_t beside_lane_offset(int lane) {
   return beside_offset<Traits>((lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1);
 }
+// The offset in a slice from which a lane loads the B fragments of V, transposed.
 template <class Traits>
 BROADHEAD_DEVICE std::uint32_t v_lane_offset(int lane) {
   return slice_offset<Traits>(lane & 15, lane >> 4);
 }
 
-// S += q K^T over the warp's share of the columns of K, which lies beside a slice of V.
+// S += q K^T over the warp's columns of K, which lie beside a slice of V.
 template <class Traits>
 BROADHEAD_DEVICE void qk_gemm_beside(float (&s)[Traits::kMmaM][Traits::kMmaN][4], const QFragments<Traits>& q_registers,
                                      std::uint32_t k) {
@@ -106,7 +107,7 @@ BROADHEAD_DEVICE void qk_gemm(float (&s)[Traits::kMmaM][Traits::kMmaN][4], const
         for (int i = 0; i < kStepsPerLoad; ++i) {
           std::uint32_t b0, b1;
           if constexpr (Traits::k8Bit) {
-            // Columns 4 t to 4 t + 3 of a step of 16: Q's are permuted alike (QTile).
+            // These are columns 4 t to 4 t + 3 of a step of 16; those of Q are permuted in the same way (QTile).
             b0 = widen<0>(b[2 * half + i]);
             b1 = widen<1>(b[2 * half + i]);
           } else {
@@ -127,18 +128,16 @@ BROADHEAD_DEVICE void qk_gemm(float (&s)[Traits::kMmaM][Traits::kMmaN][4], const
   }
 }
 
-// P of a key block as A operands, those of 16 keys after the other.
-template <class Traits>
-using Probabilities = std::uint32_t[Traits::kKeys / 16][Traits::kMmaM][4];
-
-// O += P V over the warp's columns of a slice of V; `v` is the lane's address.
-template <class Traits>
-BROADHEAD_DEVICE void pv_gemm(float (&o)[Traits::kMmaM][Traits::kOTiles][4], const Probabilities<Traits>& p,
-                              std::uint32_t v) {
+// O += P V over the warp's columns of a slice of V; `v` is the lane's address. `take_p(p, step)` gives the A fragments
+// of the 16 keys of a step.
+template <class Traits, class TakeP>
+BROADHEAD_DEVICE void pv_gemm(float (&o)[Traits::kMmaM][Traits::kOTiles][4], const TakeP& take_p, std::uint32_t v) {
   using Element = typename Traits::Element;
   constexpr int kTilesPerLoad = Traits::k8Bit ? 4 : 2;
   BROADHEAD_UNROLL
-  for (int step = 0; step < Traits::kKeys / 16; ++step) {
+  for (int step = 0; step < Traits::kTileN / 16; ++step) {
+    std::uint32_t p[Traits::kMmaM][4];
+    take_p(p, step);
     BROADHEAD_UNROLL
     for (int load = 0; load < Traits::kOTiles / kTilesPerLoad; ++load) {
       std::uint32_t b[4];
@@ -147,7 +146,7 @@ BROADHEAD_DEVICE void pv_gemm(float (&o)[Traits::kMmaM][Traits::kOTiles][4], con
       for (int half = 0; half < 2; ++half) {
         const int tile = load * kTilesPerLoad + half * (kTilesPerLoad / 2);
         if constexpr (Traits::k8Bit) {
-          // A unit of 16 columns: the even ones are one tile, the odd ones the next.
+          // In a unit of 16 columns the even ones are one tile of O, the odd ones the next.
           std::uint32_t even[2], odd[2];
           BROADHEAD_UNROLL
           for (int i = 0; i < 2; ++i) {
@@ -157,21 +156,19 @@ BROADHEAD_DEVICE void pv_gemm(float (&o)[Traits::kMmaM][Traits::kOTiles][4], con
           }
           BROADHEAD_UNROLL
           for (int m = 0; m < Traits::kMmaM; ++m) {
-            mma<Element>(o[m][tile], p[step][m], even[0], even[1]);
-            mma<Element>(o[m][tile + 1], p[step][m], odd[0], odd[1]);
+            mma<Element>(o[m][tile], p[m], even[0], even[1]);
+            mma<Element>(o[m][tile + 1], p[m], odd[0], odd[1]);
           }
         } else {
           BROADHEAD_UNROLL
-          for (int m = 0; m < Traits::kMmaM; ++m) {
-            mma<Element>(o[m][tile], p[step][m], b[2 * half], b[2 * half + 1]);
-          }
+          for (int m = 0; m < Traits::kMmaM; ++m) mma<Element>(o[m][tile], p[m], b[2 * half], b[2 * half + 1]);
         }
       }
     }
   }
 }
 
-// The column, of those of the warp, of accumulator element `c` (0 or 1) of tile `tile`.
+// The column, counted from the warp's first, of accumulator element `c` (0 or 1) of tile `tile`.
 template <class Traits>
 BROADHEAD_DEVICE int o_column(int tile, int c, int lane) {
   return Traits::k8Bit ? tile / 2 * 16 + (lane % 4) * 4 + c * 2 + tile % 2 : tile * 8 + (lane % 4) * 2 + c;

@@ -5,16 +5,13 @@
 #include <cstdio>
 
 #include "decode/combine_kernel.h"
-#include "decode/decode_kernel.h"
+#include "decode/kernel.h"
 #include "host/launch.cuh"
 #include "host/params.h"
 
 namespace broadhead::decode {
 
-// Keys that AttnParams::cell_blocks counts in.
-constexpr int kCellTokens = 64;
-
-// What the grid asks the L2 for ahead of time; more is not worth it.
+// How many bytes the grid prefetches into the L2. Prefetching a larger tensor is not worth its time.
 inline unsigned prefetched_bytes(std::int64_t bytes) { return bytes <= 2 << 20 ? static_cast<unsigned>(bytes) : 0; }
 
 inline DecodeParams make_decode_params(const AttnParams& params, int tile_cost) {
@@ -42,14 +39,14 @@ inline DecodeParams make_decode_params(const AttnParams& params, int tile_cost) 
     result.shared_sequences = 1;
     result.shared_tokens = static_cast<int>(params.total_q);
     result.live_tokens = params.cu_seqlens_q == nullptr ? nullptr : params.cu_seqlens_q + params.batch;
-    // Tokens of all sequences lie a row apart: with one token a sequence that is the stride of a sequence.
+    // The tokens of all sequences lie one row stride apart; with one token a sequence that is the batch stride.
     if (params.cu_seqlens_q == nullptr && params.seqlen_q == 1) result.q_strides.row = params.q_strides.batch;
   }
   return result;
 }
 
-// Whether a call with shared keys is one that the line knows how to cut, over queries that are one piece.
-inline bool shares_rightly(const AttnParams& params) {
+// Whether the stream-K schedule can serve a call with shared keys, whose queries must be one piece of memory.
+inline bool shared_keys_fit(const AttnParams& params) {
   const bool one_piece = params.cu_seqlens_q != nullptr || params.seqlen_q == 1 || params.batch == 1 ||
                          params.q_strides.batch == params.seqlen_q * params.q_strides.row;
   return one_piece && params.shared_page_table != nullptr && params.page_table != nullptr && params.page_size > 0 &&
@@ -57,19 +54,23 @@ inline bool shares_rightly(const AttnParams& params) {
          params.window_right <= 0 && params.attention_chunk == 0 && params.prefix_lens == nullptr;
 }
 
-// Carves the workspace, `head_bytes` for what it begins with (TileParts or BlockParts): false when it is too small.
-inline bool place_workspace(const AttnParams& params, long long slots, long long head_bytes, Workspace& workspace) {
-  const long long floats = slots * workspace.slot_rows * (params.head_dim_v + 1ll);
-  const long long bytes = head_bytes + floats * 4;
-  char* base = reinterpret_cast<char*>(params.out_partial);
-  if (params.shared_seqlen_k > 0) {
-    workspace.tiles = reinterpret_cast<TileParts*>(base);
-  } else if (head_bytes > 0) {
-    workspace.blocks = reinterpret_cast<BlockParts*>(base);
+// CTAs that can be resident at a time at most. A workspace for so many is large enough, however few of them fit. 0:
+// there is no device.
+template <class Traits>
+int most_ctas(int max_blocks) {
+  int device = 0, multiprocessors = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
+    return 0;
   }
-  workspace.out = reinterpret_cast<float*>(base + head_bytes);
-  workspace.lse = workspace.out + slots * workspace.slot_rows * params.head_dim_v;
-  return base != nullptr && params.workspace_bytes >= bytes;
+  const int most = multiprocessors * Traits::kMinBlocks;
+  return max_blocks > 0 ? std::min(max_blocks, most) : most;
+}
+
+template <class Traits>
+std::int64_t decode_workspace(const AttnParams& params) {
+  const int ctas = most_ctas<Traits>(params.max_blocks);
+  return ctas > 0 ? plan_workspace(params, Traits::kTileM, ctas).bytes : -1;
 }
 
 template <class Traits>
@@ -86,75 +87,47 @@ int launch_decode(const char* kernel_id, const AttnParams& params, cudaStream_t 
   static PreparedKernel prepared;
   KernelLimits limits;
   if (prepared.prepare(decode_kernel<Traits>, Traits::kThreads, report, limits)) return 1;
-  // Blocks that run at once.
+  // CTAs that run at once.
   const int fitting = limits.multiprocessors * std::max(1, std::min(limits.resident, Traits::kMinBlocks));
 
   if (params.head_dim > Traits::kHeadDimK || params.head_dim_v > Traits::kHeadDim) {
     return fail("head_dim", cudaErrorInvalidValue);
   }
-  DecodeParams line = make_decode_params(params, Traits::kTileCost);
-  const long long rows = static_cast<long long>(params.seqlen_q) * line.rows_per_token;
-  const long long m_blocks = (rows + Traits::kTileM - 1) / Traits::kTileM;
-  const long long tiles = m_blocks * line.heads_in_grid * params.batch;
-  if (tiles == 0) return 0;
-  // Packed q without a token has no address; keys that all sequences share come without qv.
+  DecodeParams decode = make_decode_params(params, Traits::kTileCost);
+  const int ctas = params.max_blocks > 0 ? std::min(params.max_blocks, fitting) : fitting;
+  const WorkspacePlan plan = plan_workspace(params, Traits::kTileM, ctas);
+  if (plan.tiles == 0) return 0;
+  // Packed q without a token has no address. Calls with shared keys have no qv.
   if (Traits::kWithQv && ((params.qv == nullptr && params.total_q > 0) || params.shared_seqlen_k > 0)) {
     return fail("qv", cudaErrorInvalidValue);
   }
-  if (rows > 0x7fffff00LL || tiles > 0x7fffffffLL) return fail("grid", cudaErrorInvalidValue);
-  const int blocks = params.max_blocks > 0 ? std::min(params.max_blocks, fitting) : fitting;
-
-  Workspace workspace{};
-  const int tile_rows = static_cast<int>(std::min<long long>(Traits::kTileM, rows));
-  workspace.slot_rows = tile_rows;
-  workspace.m_blocks = static_cast<int>(m_blocks);
-  workspace.num_blocks = blocks;
-  long long merged = 0;  // tiles that the combine looks at
-  if (params.shared_seqlen_k > 0) {
-    const long long shared_rows = params.total_q * line.rows_per_token;
-    const long long shared_m_blocks = (shared_rows + Traits::kTileM - 1) / Traits::kTileM;
-    const long long all_tiles = tiles + shared_m_blocks * line.heads_in_grid;
-    if (!shares_rightly(params)) return fail("shared keys", cudaErrorInvalidValue);
-    if (shared_rows > 0x7fffff00LL || all_tiles > 0x7fffffffLL) return fail("grid", cudaErrorInvalidValue);
-    workspace.slot_rows = static_cast<int>(std::min<long long>(Traits::kTileM, std::max(rows, shared_rows)));
-    workspace.shared_m_blocks = static_cast<int>(shared_m_blocks);
-    merged = tiles;
-    const long long head_bytes = (all_tiles + 1) / 2 * 2 * static_cast<long long>(sizeof(TileParts));
-    if (!place_workspace(line, 2ll * blocks + all_tiles, head_bytes, workspace)) {
-      return fail("workspace", cudaErrorInvalidValue);
-    }
-  } else if (params.cell_blocks > 0) {
-    // The binding counts in blocks of kCellTokens; this kernel's are of kKeys.
-    const long long cell_tokens = static_cast<long long>(params.cell_blocks) * kCellTokens;
-    line.cell_blocks = params.cell_blocks * (kCellTokens / Traits::kKeys);
-    workspace.cells = static_cast<int>((params.seqlen_k + cell_tokens - 1) / cell_tokens);
-    merged = workspace.cells > 1 ? tiles : 0;
-    if (merged > 0 && !place_workspace(line, tiles * workspace.cells, 0, workspace)) {
-      return fail("workspace", cudaErrorInvalidValue);
-    }
+  if (params.shared_seqlen_k > 0 && !shared_keys_fit(params)) return fail("shared keys", cudaErrorInvalidValue);
+  if (plan.rows > 0x7fffff00LL || plan.all_tiles > 0x7fffffffLL) return fail("grid", cudaErrorInvalidValue);
+  if (params.cell_blocks > 0) {
+    // The binding counts in units of kSplitUnitTokens keys, the kernel in n_blocks.
+    decode.cell_blocks = params.cell_blocks * (kSplitUnitTokens / Traits::kTileN);
   } else if (params.num_splits == 1) {
-    line.cell_blocks = 1 << 30;  // a tile is one cell
-    workspace.cells = 1;
-  } else {
-    merged = blocks;
-    const long long head_bytes = blocks * static_cast<long long>(sizeof(BlockParts));
-    if (!place_workspace(line, 2ll * blocks, head_bytes, workspace)) return fail("workspace", cudaErrorInvalidValue);
+    decode.cell_blocks = 1 << 30;  // a tile is a single split
+  }
+  const Workspace workspace = plan.place(params);
+  if (plan.bytes > 0 && (params.out_partial == nullptr || params.workspace_bytes < plan.bytes)) {
+    return fail("workspace", cudaErrorInvalidValue);
   }
   const bool dependent = limits.dependent_launch;
   const LaunchShape shape{
-      .grid = dim3(blocks), .threads = Traits::kThreads, .smem_bytes = kSmemBytes, .dependent = dependent};
-  if (const cudaError_t status = launch_kernel(decode_kernel<Traits>, shape, stream, line, workspace)) {
+      .grid = dim3(ctas), .threads = Traits::kThreads, .smem_bytes = kSmemBytes, .dependent = dependent};
+  if (const cudaError_t status = launch_kernel(decode_kernel<Traits>, shape, stream, decode, workspace)) {
     return fail("launch", status);
   }
-  if (merged == 0) return 0;
-  const dim3 grid(static_cast<unsigned>(merged), tile_rows);
+  if (plan.merged == 0) return 0;
+  const dim3 grid(static_cast<unsigned>(plan.merged), plan.tile_rows);
   constexpr bool kKvIsBf16 = std::is_same_v<typename Traits::KvElement, cutlass::bfloat16_t>;
   const bool out_is_bf16 = Traits::k8Bit ? params.q_dtype != DataType::kFloat16 : kKvIsBf16;
   const auto combine = out_is_bf16
-                           ? combine_kernel<cutlass::bfloat16_t, Traits::kTileM, Traits::kKeys, Traits::kHeadDim>
-                           : combine_kernel<cutlass::half_t, Traits::kTileM, Traits::kKeys, Traits::kHeadDim>;
+                           ? combine_kernel<cutlass::bfloat16_t, Traits::kTileM, Traits::kTileN, Traits::kHeadDim>
+                           : combine_kernel<cutlass::half_t, Traits::kTileM, Traits::kTileN, Traits::kHeadDim>;
   const cudaError_t status = launch_kernel(
-      combine, {.grid = grid, .threads = 32 * kCombineWarps, .dependent = dependent}, stream, line, workspace);
+      combine, {.grid = grid, .threads = 32 * kCombineWarps, .dependent = dependent}, stream, decode, workspace);
   return status == cudaSuccess ? 0 : fail("combine", status);
 }
 

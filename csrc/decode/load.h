@@ -1,4 +1,4 @@
-// A warp's copies of K and V: runs over the items of its block ahead of the products, slice after slice.
+// A warp's copies of K and V: they run ahead of the products, slice by slice, over all items of the CTA.
 #pragma once
 
 #include "decode/traits.h"
@@ -8,7 +8,7 @@ namespace broadhead::decode {
 
 using namespace mma_sync;
 
-// A page of a power of two is found by a shift.
+// Finds the page of a row, by a shift where the page size is a power of two.
 struct PageSize {
   int size;   // 0: not paged
   int shift;  // -1: no power of two
@@ -33,11 +33,12 @@ class Loader {
         k_cols_(kept(params.head_dim - first_col())),
         v_cols_(kept(params.head_dim_v - first_col())) {}
 
-  // Copies the slice of K of the next key block, with qv also that of V, as one cp.async group of every lane; false
-  // when no block is known. Items up to `found` are. Without qv a slice of V, of the same block, must follow.
+  // Copies the next n_block's slice of K (with qv also that of V) as one cp.async group of every lane. Items up to
+  // `found` are in the queue; false when they hold no further n_block. Without qv, issue_v of the same n_block must
+  // follow.
   BROADHEAD_DEVICE bool issue_k(int found) {
-    if (__builtin_expect(block_ >= block_end_, 0) && !find_block(found)) return false;
-    resolve_block();
+    if (__builtin_expect(n_block_ >= n_block_end_, 0) && !find_n_block(found)) return false;
+    resolve_n_block();
     if constexpr (Traits::kWithQv) {
       copy(v_row_, params_.v_strides.row, v_cols_);
       copy_beside();
@@ -55,23 +56,24 @@ class Loader {
     advance();
   }
 
-  // A bit for each key that does not exist of the block that is multiplied next, whose slice of K is in `stage`.
-  BROADHEAD_DEVICE std::uint32_t missing_keys(std::uint32_t stage) const {
-    return page_size_.size != 0 ? missing_beside(stage) : 0;
+  // The missing keys of the stage in which `address` lies: a bit for each key of a slice of K that does not exist.
+  // Whoever multiplies the slice clears them.
+  BROADHEAD_DEVICE std::uint32_t& missing_beside(std::uint32_t address) const {
+    return smem_.missing[(address - smem_address(smem_.ring)) / Traits::kStageBytes];
   }
 
-  // Key blocks that were copied, or are being, and have not been multiplied.
+  // How many n_blocks were issued and not yet multiplied.
   BROADHEAD_DEVICE int ahead() const { return ahead_; }
-  BROADHEAD_DEVICE void block_done() { --ahead_; }
+  BROADHEAD_DEVICE void n_block_done() { --ahead_; }
 
  private:
-  // Eight lanes copy 128 bytes of a row (four all 64), so a lane has kSubtiles copies in a row.
+  // Eight lanes copy 128 bytes of a row (four lanes, where a row has 64), so a lane issues kSubtiles copies a row.
   static constexpr int kLanesPerRow = Traits::kSubtileBytes / 16;
   static constexpr int kRowsPerCopy = 32 / kLanesPerRow;
   static constexpr int kSubtiles = Traits::kSliceBytes / Traits::kSubtileBytes;
   static constexpr int kUnitElements = 16 / static_cast<int>(sizeof(KvElement));
   static constexpr int kSubtileElements = kLanesPerRow * kUnitElements;
-  static constexpr int kRowsBeside = 16;  // of K that the lanes copy at a time, two lanes a row
+  static constexpr int kRowsBeside = 16;  // rows of K that the lanes copy at a time, two lanes a row
 
   BROADHEAD_DEVICE static int lane() { return threadIdx.x % 32; }
   BROADHEAD_DEVICE static int warp() { return threadIdx.x / 32; }
@@ -81,47 +83,42 @@ class Loader {
   BROADHEAD_DEVICE static int first_col() { return Traits::col_group(warp()) * Traits::kCols + unit() * kUnitElements; }
   BROADHEAD_DEVICE const CopySource<KvElement>& source() const { return smem_.source[warp()]; }
 
-  // What is noted beside the stage of any warp in which `address` lies.
-  BROADHEAD_DEVICE std::uint32_t& missing_beside(std::uint32_t address) const {
-    return smem_.missing[(address - smem_address(smem_.ring)) / Traits::kStageBytes];
-  }
-
   BROADHEAD_DEVICE void advance() {
     cute::cp_async_fence();
     target_ += Traits::kStageBytes;
     if (target_ == end_of_ring_) target_ -= Traits::kStages * Traits::kStageBytes;
   }
 
-  // The next known item of which this warp has a key block.
-  BROADHEAD_DEVICE bool find_block(int found) {
-    const LineItem* items = smem_.queue[warp()].items;
+  // Goes to the next item in the queue that has an n_block for this warp.
+  BROADHEAD_DEVICE bool find_n_block(int found) {
+    const WorkItem* items = smem_.queue[warp()].items;
     do {
       if (item_ == found) return false;
       const BlockRange range = items[item_ % kQueueItems].range;
       ++item_;
-      block_ = range.begin + key_group();
-      block_end_ = range.end;
-    } while (block_ >= block_end_);
-    const LineItem& item = items[(item_ - 1) % kQueueItems];
+      n_block_ = range.begin + key_group();
+      n_block_end_ = range.end;
+    } while (n_block_ >= n_block_end_);
+    const WorkItem& item = items[(item_ - 1) % kQueueItems];
     __syncwarp();  // all lanes have read the source of the item before
     if (lane() == 0) set_source(item);
     __syncwarp();
     const CopySource<KvElement>& from = source();
-    // Key blocks without a dead key; none where the rows of a block may lie in several pages.
+    // The n_blocks without a dead key; there is none where the rows of an n_block may lie in several pages.
     const bool even =
-        from.table == nullptr || (page_size_.size % Traits::kKeys == 0 && from.leftpad % Traits::kKeys == 0);
-    even_begin_ = even ? ceil_div(from.live.interval.begin, Traits::kKeys) : 0;
-    even_end_ = even ? from.live.interval.end / Traits::kKeys : 0;
+        from.table == nullptr || (page_size_.size % Traits::kTileN == 0 && from.leftpad % Traits::kTileN == 0);
+    even_begin_ = even ? ceil_div(from.live.interval.begin, Traits::kTileN) : 0;
+    even_end_ = even ? from.live.interval.end / Traits::kTileN : 0;
     page_ = load_page();
     return true;
   }
 
-  // By one lane, a step at a time: it runs in the midst of the products, when registers are short.
-  BROADHEAD_DEVICE void set_source(const LineItem& item) {
+  // One lane does this, step by step: it runs in the midst of the products, when registers are short.
+  BROADHEAD_DEVICE void set_source(const WorkItem& item) {
     const DecodeParams& params = params_;
     CopySource<KvElement>& source = smem_.source[warp()];
     const SeqlenInfo& seqlen = item.seqlen;
-    // Nothing is copied before: branches around the masks and their divisions pay.
+    // No copy is issued before this ends, so branches around the masks and their divisions pay.
     if (params.sees_all) {
       source.live.prefix_len = 0;
       source.live.interval = {0, seqlen.seqlen_k};
@@ -147,46 +144,47 @@ class Loader {
     source.v = static_cast<const KvElement*>(params.v) + first_element(item, params.v_strides);
   }
 
-  // The first key, or the first page, of the item's head.
-  BROADHEAD_DEVICE std::int64_t first_element(const LineItem& item, const TensorStrides& strides) const {
+  // The offset, in elements, of the head's first key, or of its first page.
+  BROADHEAD_DEVICE std::int64_t first_element(const WorkItem& item, const TensorStrides& strides) const {
     const std::int64_t head = kv_head_of(params_, item) * strides.head;
     if (params_.page_table != nullptr) return head;
     return head + item.seqlen.batch_k * strides.batch + item.seqlen.row_k * strides.row;
   }
 
-  BROADHEAD_DEVICE bool is_even() const { return block_ >= even_begin_ && block_ < even_end_; }
+  BROADHEAD_DEVICE bool is_even() const { return n_block_ >= even_begin_ && n_block_ < even_end_; }
 
-  // The table entry of `block_`: its own, or lane t speaks for key t % kKeys. Entries of keys that no row sees are
-  // never read: they may be garbage.
+  // The page of `n_block_`, or of its key lane % kTileN where the keys may lie in several pages. Page-table entries of
+  // keys that no row sees are never read, since they may be garbage.
   BROADHEAD_DEVICE int load_page() const {
-    if (page_size_.size == 0 || block_ >= block_end_) return 0;
+    if (page_size_.size == 0 || n_block_ >= n_block_end_) return 0;
     const CopySource<KvElement>& from = source();
-    int key = block_ * Traits::kKeys;
+    int key = n_block_ * Traits::kTileN;
     if (!is_even()) {
-      key += lane() % Traits::kKeys;
+      key += lane() % Traits::kTileN;
       if (!from.live.contains(key)) return 0;
     }
-    // Not by the read-only path: with programmatic launch the kernel before may have written the table.
+    // This must not be a read-only load: with programmatic launch the kernel before may have written the table.
     int page;
     asm volatile("ld.global.b32 %0, [%1];" : "=r"(page) : "l"(from.table + page_size_.page(from.leftpad + key)));
     return page;
   }
 
-  // Where the keys of the block lie; then on to the next block, whose table entry is asked for.
-  BROADHEAD_DEVICE void resolve_block() {
+  // Computes where the keys of `n_block_` lie, then goes to the next n_block and loads its page-table entry.
+  BROADHEAD_DEVICE void resolve_n_block() {
     const CopySource<KvElement>& from = source();
     const bool even = is_even();
-    const int key = block_ * Traits::kKeys + (even ? 0 : lane() % Traits::kKeys);
+    const int key = n_block_ * Traits::kTileN + (even ? 0 : lane() % Traits::kTileN);
     const bool exists = static_cast<unsigned>(page_) < params_.pages;
-    unsigned missing = 0;
     even_ = even && exists;
     if (__builtin_expect(!even_, 0)) {
       const unsigned live = __ballot_sync(0xffffffffu, from.live.contains(key));
       alive_ = live & __ballot_sync(0xffffffffu, exists);
-      missing = live & ~alive_;
+      if (live != alive_) {
+        missing_beside(target_) = live & ~alive_;
+        smem_.some_missing = 1;
+      }
       if (!exists) page_ = 0;
     }
-    if (page_size_.size != 0 && lane() == 0) missing_beside(target_) = missing;
     int slot = key;
     if (page_size_.size != 0) {
       slot += from.leftpad;
@@ -194,27 +192,27 @@ class Loader {
     }
     k_row_ = from.k + place(params_.k_strides, slot);
     v_row_ = from.v + place(params_.v_strides, slot);
-    block_ += Traits::kKeyGroups;
+    n_block_ += Traits::kKeyGroups;
     page_ = load_page();
   }
 
-  // A key of the block's page (page 0 when not paged); neither number is negative for a key that is alive.
+  // The offset of a slot of the page (page 0 when not paged). Neither number is negative for a key that is alive.
   BROADHEAD_DEVICE long long place(const TensorStrides& strides, int slot) const {
     return static_cast<unsigned>(page_) * strides.batch + static_cast<unsigned>(slot) * strides.row;
   }
 
-  // `row`: of the block's first key, or of the lane's.
+  // Copies a slice. `row` is the row of the n_block's first key, or of the lane's key.
   BROADHEAD_DEVICE void copy(const KvElement* row, long long row_stride, int cols) const {
     if (__builtin_expect(even_, 1)) {
       row += first_col() + first_row() * row_stride;
       BROADHEAD_UNROLL
-      for (int i = 0; i < Traits::kKeys; i += kRowsPerCopy) {
+      for (int i = 0; i < Traits::kTileN; i += kRowsPerCopy) {
         copy_row(row, i, true, cols);
         row += kRowsPerCopy * row_stride;
       }
     } else {
 #pragma unroll 2
-      for (int i = 0; i < Traits::kKeys; i += kRowsPerCopy) {
+      for (int i = 0; i < Traits::kTileN; i += kRowsPerCopy) {
         const bool live = ((alive_ >> (i + first_row())) & 1) != 0;
         const long long address = __shfl_sync(0xffffffffu, reinterpret_cast<long long>(row), i + first_row());
         copy_row(reinterpret_cast<const KvElement*>(address) + first_col(), i, live, cols);
@@ -226,20 +224,20 @@ class Loader {
     const std::uint32_t target = slice_step<Traits>(target_, i, 0);
     BROADHEAD_UNROLL
     for (int s = 0; s < kSubtiles; ++s) {
-      cp_async_16(target + s * (Traits::kKeys * Traits::kSubtileBytes), row + s * kSubtileElements,
+      cp_async_16(target + s * (Traits::kTileN * Traits::kSubtileBytes), row + s * kSubtileElements,
                   row_live && s * kSubtileElements < cols);
     }
   }
 
-  // The warp's share of K into the rows beside a slice of V.
+  // Copies the warp's columns of K into the rows beside a slice of V.
   BROADHEAD_DEVICE void copy_beside() const {
     const int row = lane() / 2;
     const int col = Traits::col_group(warp()) * Traits::kBesideCols + lane() % 2 * kUnitElements;
-    // target_ is that of the lane's first copy of V.
+    // target_ is where the lane's first copy of V goes.
     const std::uint32_t stage = target_ - slice_offset<Traits>(first_row(), unit());
     const bool in_columns = col < params_.head_dim;
     BROADHEAD_UNROLL
-    for (int i = 0; i < Traits::kKeys; i += kRowsBeside) {
+    for (int i = 0; i < Traits::kTileN; i += kRowsBeside) {
       const std::uint32_t target = stage + beside_offset<Traits>(row, lane() % 2) + i * Traits::kBesideBytes;
       if (__builtin_expect(even_, 1)) {
         cp_async_16(target, k_row_ + col + (i + row) * params_.k_strides.row, in_columns);
@@ -254,19 +252,19 @@ class Loader {
   const DecodeParams& params_;
   typename Traits::SharedStorage& smem_;
   PageSize page_size_;
-  std::uint32_t target_;  // of the lane's first copy in the stage to fill
-  std::uint32_t end_of_ring_;  // of the stage behind the last
-  int k_cols_;  // columns of K that the call has from the lane's first on
-  int v_cols_;
-  int block_ = 0;  // the next key block of this warp
-  int block_end_ = 0;  // of the item
-  int even_begin_ = 0;  // key blocks whose keys are all alive, at equal distances
+  std::uint32_t target_;       // shared address of the lane's first copy in the stage to fill
+  std::uint32_t end_of_ring_;  // the same in the stage behind the last, which does not exist
+  int k_cols_;                 // how many columns of K the call has from the lane's first column on
+  int v_cols_;                 // likewise of V
+  int n_block_ = 0;            // the next n_block of this warp
+  int n_block_end_ = 0;        // the end of the item's n_blocks
+  int even_begin_ = 0;         // n_blocks whose keys are all alive, at equal distances
   int even_end_ = 0;
-  int page_ = 0;  // table entry of `block_`
+  int page_ = 0;  // page-table entry of `n_block_`
   int ahead_ = 0;
-  int item_ = 0;  // the next of the queue
-  // The block whose slices are being issued. Even: all keys are alive and at equal distances, the rows are those of
-  // the first; else they are those of the lane's key, and dead keys become zero.
+  int item_ = 0;  // the next item of the queue
+  // The n_block whose slices are being issued. Even: all keys are alive and at equal distances, and the rows below are
+  // those of its first key. Else the rows are those of the lane's key, and dead keys become zero.
   bool even_ = true;
   unsigned alive_ = 0;
   const KvElement* k_row_ = nullptr;

@@ -11,15 +11,22 @@
 namespace broadhead {
 
 using ForwardLauncher = int (*)(const AttnParams& params, cudaStream_t stream, char* error, std::size_t error_size);
+using BackwardLauncher = int (*)(const AttnBwdParams& params, cudaStream_t stream, char* error, std::size_t error_size);
+using ForwardWorkspace = std::int64_t (*)(const AttnParams& params);  // bytes
+using BackwardWorkspace = std::int64_t (*)(const AttnBwdParams& params);
 
-struct ForwardKernel {
-  const char* id;  // the id of the row in python/broadhead/support.py
-  ForwardLauncher launch;
+// One kernel. It has the functions of its direction; those of the other one are null.
+struct RegisteredKernel {
+  KernelInfo info;
   const int* shared_memory;  // bytes a block takes
+  ForwardLauncher forward;
+  ForwardWorkspace forward_workspace;
+  BackwardLauncher backward;
+  BackwardWorkspace backward_workspace;
 };
 
-extern const ForwardKernel kForwardKernels[];  // ends with a null id
-extern const int kForwardKernelCount;
+extern const RegisteredKernel kKernels[];  // ends with an entry without an id
+extern const int kKernelCount;
 extern const char* const kBuildArchs;  // as compiled: "80;90"
 
 }  // namespace broadhead

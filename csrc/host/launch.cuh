@@ -15,22 +15,43 @@
 
 namespace broadhead {
 
+// What an error text tells of a call, of either direction.
+struct CallShape {
+  int batch, seqlen_q, seqlen_k, num_heads_q, num_heads_kv, head_dim, head_dim_v, page_size, num_splits;
+
+  CallShape(const AttnParams& params) : CallShape(params, params.page_size) {}
+  CallShape(const AttnBwdParams& params) : CallShape(params, 0) {}
+
+ private:
+  template <class Params>
+  CallShape(const Params& p, int page_size)
+      : batch(p.batch),
+        seqlen_q(p.seqlen_q),
+        seqlen_k(p.seqlen_k),
+        num_heads_q(p.num_heads_q),
+        num_heads_kv(p.num_heads_kv),
+        head_dim(p.head_dim),
+        head_dim_v(p.head_dim_v),
+        page_size(page_size),
+        num_splits(p.num_splits) {}
+};
+
 // The launch of one kernel for one call: writes its error text.
 struct CallReport {
   const char* kernel_id;
-  const AttnParams& params;
+  CallShape call;
   int smem_bytes;
   char* error;
   std::size_t error_size;
 
-  // Returns 1. `more`: what else the text says of the call, ", name value" for each.
+  // Writes the error text and returns 1. `more` is what else it says of the call, ", name value" for each.
   int fail(const char* step, cudaError_t status, const char* more = "") const {
     char shape[256];
     std::snprintf(shape, sizeof(shape),
                   "batch %d, seqlen_q %d, seqlen_k %d, heads %d/%d, head_dim %d/%d, page_size %d, num_splits %d%s, "
                   "shared memory %d bytes",
-                  params.batch, params.seqlen_q, params.seqlen_k, params.num_heads_q, params.num_heads_kv,
-                  params.head_dim, params.head_dim_v, params.page_size, params.num_splits, more, smem_bytes);
+                  call.batch, call.seqlen_q, call.seqlen_k, call.num_heads_q, call.num_heads_kv, call.head_dim,
+                  call.head_dim_v, call.page_size, call.num_splits, more, smem_bytes);
     return check_cuda(status, kernel_id, step, shape, error, error_size);
   }
 };
@@ -42,7 +63,7 @@ struct KernelLimits {
   bool dependent_launch = false;  // the device has programmatic dependent launch
 };
 
-// Lets blocks of the kernel take more than 48 KB of shared memory, which is checked against what the device offers, and
+// Lets CTAs of the kernel take more than 48 KB of shared memory, which is checked against what the device offers, and
 // finds its limits. Returns 0, or 1 with an error text.
 template <class Kernel>
 int prepare_kernel(Kernel kernel, int threads, int device, const CallReport& report, KernelLimits& limits) {

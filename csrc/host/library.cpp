@@ -28,6 +28,36 @@ bool is_readable(const Params* params, const char* function, char* error, std::s
   return true;
 }
 
+// The kernel of an index; null where there is none.
+const RegisteredKernel* kernel_at(int index) { return index >= 0 && index < kKernelCount ? &kKernels[index] : nullptr; }
+
+// Launches a kernel by its launcher for the direction of Params.
+template <class Params, class Launcher>
+int launch(int index, Launcher RegisteredKernel::* launcher, const Params* params, void* stream, const char* function,
+           char* error, std::size_t error_size) {
+  if (!is_readable(params, function, error, error_size)) return 1;
+  const RegisteredKernel* kernel = kernel_at(index);
+  if (kernel == nullptr) {
+    std::snprintf(error, error_size, "%s: kernel index %d is not in [0, %d)", function, index, kKernelCount);
+    return 1;
+  }
+  if (kernel->*launcher == nullptr) {
+    std::snprintf(error, error_size, "%s: %s is a kernel of the other direction", function, kernel->info.id);
+    return 1;
+  }
+  return (kernel->*launcher)(*params, static_cast<cudaStream_t>(stream), error, error_size);
+}
+
+// Asks a kernel for its workspace by its function for the direction of Params.
+template <class Params, class Workspace>
+std::int64_t workspace(int index, Workspace RegisteredKernel::* ask, const Params* params) {
+  const RegisteredKernel* kernel = kernel_at(index);
+  char unused[1];
+  if (!is_readable(params, "workspace", unused, sizeof(unused)) || kernel == nullptr || kernel->*ask == nullptr)
+    return -1;
+  return (kernel->*ask)(*params);
+}
+
 }  // namespace
 }  // namespace broadhead
 
@@ -37,25 +67,36 @@ const char* broadhead_build_archs() { return broadhead::kBuildArchs; }
 
 int broadhead_cuda_version() { return CUDART_VERSION; }
 
-int broadhead_kernel_count() { return broadhead::kForwardKernelCount; }
+int broadhead_kernel_count() { return broadhead::kKernelCount; }
 
-const char* broadhead_kernel_id(int index) {
-  return index >= 0 && index < broadhead::kForwardKernelCount ? broadhead::kForwardKernels[index].id : nullptr;
+const broadhead::KernelInfo* broadhead_kernel_info(int index) {
+  const broadhead::RegisteredKernel* kernel = broadhead::kernel_at(index);
+  return kernel != nullptr ? &kernel->info : nullptr;
 }
 
 int broadhead_kernel_shared_memory(int index) {
-  return index >= 0 && index < broadhead::kForwardKernelCount ? *broadhead::kForwardKernels[index].shared_memory : -1;
+  const broadhead::RegisteredKernel* kernel = broadhead::kernel_at(index);
+  return kernel != nullptr ? *kernel->shared_memory : -1;
 }
 
 int broadhead_forward(int index, const broadhead::AttnParams* params, void* stream, char* error,
                       std::size_t error_size) {
-  if (!broadhead::is_readable(params, "broadhead_forward", error, error_size)) return 1;
-  if (index < 0 || index >= broadhead::kForwardKernelCount) {
-    std::snprintf(error, error_size, "broadhead_forward: kernel index %d is not in [0, %d)", index,
-                  broadhead::kForwardKernelCount);
-    return 1;
-  }
-  return broadhead::kForwardKernels[index].launch(*params, static_cast<cudaStream_t>(stream), error, error_size);
+  return broadhead::launch(index, &broadhead::RegisteredKernel::forward, params, stream, "broadhead_forward", error,
+                           error_size);
+}
+
+std::int64_t broadhead_forward_workspace(int index, const broadhead::AttnParams* params) {
+  return broadhead::workspace(index, &broadhead::RegisteredKernel::forward_workspace, params);
+}
+
+std::int64_t broadhead_backward_workspace(int index, const broadhead::AttnBwdParams* params) {
+  return broadhead::workspace(index, &broadhead::RegisteredKernel::backward_workspace, params);
+}
+
+int broadhead_backward(int index, const broadhead::AttnBwdParams* params, void* stream, char* error,
+                       std::size_t error_size) {
+  return broadhead::launch(index, &broadhead::RegisteredKernel::backward, params, stream, "broadhead_backward", error,
+                           error_size);
 }
 
 int broadhead_scheduler_metadata(const broadhead::SchedulerMetadataParams* params, void* stream, char* error,

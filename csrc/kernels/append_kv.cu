@@ -19,28 +19,28 @@ constexpr int kVectorBytes = 16;
 
 enum PartIndex { kNewKeys, kNewValues, kQueries, kParts };
 
-// One tensor on its way: the threads of the blocks from first_block on each move two vectors of one row (token, head).
+// One tensor that is moved: each thread of the CTAs from first_cta on moves two vectors of one row (token, head).
 struct Part {
   const void* source;
-  void* target;  // a cache, or q_out
-  const float* descale;  // nullable: 1
+  void* target;                    // a cache, or q_out
+  const float* descale;            // nullable: 1
   const std::int32_t* cu_seqlens;  // nullable: dense
   TensorStrides source_strides;
   TensorStrides target_strides;
   DescaleStrides descale_strides;
-  int first_block;
-  int tokens;  // of the whole batch
-  int seqlen;  // of a sequence; packed: a guess
+  int first_cta;
+  int tokens;  // tokens of the whole batch
+  int seqlen;  // tokens of a sequence; when packed, a guess
   int heads;
-  int vectors;  // of a row
-  int pairs;  // vector_pair
-  int turned_columns;  // rotary_dim; 0: the part is not rotated
+  int vectors;         // vectors in a row
+  int pairs;           // vector_pair
+  int rotary_columns;  // rotary_dim; 0: the part is not rotated
 };
 
 struct AppendArgs {
   AppendKvParams params;
   Part parts[kParts];
-  int lengths_block;  // from here on blocks write seqlens_out
+  int lengths_cta;  // the first CTA of those that write seqlens_out
 };
 
 BROADHEAD_DEVICE void write_lengths(const AppendKvParams& params, int sequence) {
@@ -89,18 +89,18 @@ struct Angles {
 
 template <class Element, int kVec>
 BROADHEAD_DEVICE Angles<kVec> load_pair_angles(const AppendKvParams& params, const VectorPair& pair,
-                                               const bool (&is_turned)[2], std::int64_t position) {
+                                               const bool (&is_rotated)[2], std::int64_t position) {
   position = position < 0 ? 0 : position < params.num_positions ? position : params.num_positions - 1;
   const std::int64_t cos_row = position * params.cos_stride, sin_row = position * params.sin_stride;
   Angles<kVec> angles;
-  if (pair.is_turned) {
+  if (pair.is_rotated) {
     load_angles<Element, kVec>(params, params.rotary_cos, cos_row + pair.first * kVec, angles.cos);
     load_angles<Element, kVec>(params, params.rotary_sin, sin_row + pair.first * kVec, angles.sin);
   } else if constexpr (kVec > 1) {
     constexpr int kHalf = kVec / 2;
     load_angles<Element, kHalf>(params, params.rotary_cos, cos_row + pair.first * kHalf, angles.cos);
     load_angles<Element, kHalf>(params, params.rotary_sin, sin_row + pair.first * kHalf, angles.sin);
-    if (is_turned[1]) {
+    if (is_rotated[1]) {
       load_angles<Element, kHalf>(params, params.rotary_cos, cos_row + pair.second * kHalf, angles.cos + kHalf);
       load_angles<Element, kHalf>(params, params.rotary_sin, sin_row + pair.second * kHalf, angles.sin + kHalf);
     }
@@ -108,38 +108,38 @@ BROADHEAD_DEVICE Angles<kVec> load_pair_angles(const AppendKvParams& params, con
   return angles;
 }
 
-// Each operation is rounded by itself, as the torch implementation does: a fused multiply-add would differ in a bit.
-BROADHEAD_DEVICE void turn(float& first, float& second, float cos, float sin) {
+// Each operation is rounded by itself, as in the torch implementation: a fused multiply-add would differ in a bit.
+BROADHEAD_DEVICE void rotate(float& first, float& second, float cos, float sin) {
   const float a = first, b = second;
   first = __fsub_rn(__fmul_rn(a, cos), __fmul_rn(b, sin));
   second = __fadd_rn(__fmul_rn(a, sin), __fmul_rn(b, cos));
 }
 
 template <int kVec>
-BROADHEAD_DEVICE void turn_pair(float (&y)[2][kVec], const VectorPair& pair, const bool (&is_turned)[2],
-                                const Angles<kVec>& angles) {
-  if (pair.is_turned) {
+BROADHEAD_DEVICE void rotate_pair(float (&y)[2][kVec], const VectorPair& pair, const bool (&is_rotated)[2],
+                                  const Angles<kVec>& angles) {
+  if (pair.is_rotated) {
     BROADHEAD_UNROLL
-    for (int i = 0; i < kVec; ++i) turn(y[0][i], y[1][i], angles.cos[i], angles.sin[i]);
+    for (int i = 0; i < kVec; ++i) rotate(y[0][i], y[1][i], angles.cos[i], angles.sin[i]);
   } else if constexpr (kVec > 1) {
     BROADHEAD_UNROLL
     for (int i = 0; i < kVec; ++i) {
       const int vector = i / (kVec / 2), first = 2 * i % kVec;
-      if (is_turned[vector]) turn(y[vector][first], y[vector][first + 1], angles.cos[i], angles.sin[i]);
+      if (is_rotated[vector]) rotate(y[vector][first], y[vector][first + 1], angles.cos[i], angles.sin[i]);
     }
   }
 }
 
-// Whether a kernel that moves vectors of kVec turns them. Those of 16 numbers leave no registers for their angles.
+// Whether a kernel that moves vectors of kVec rotates them. Vectors of 16 numbers leave no registers for their angles.
 template <int kVec>
-constexpr bool kTurns = kVec <= 8;
+constexpr bool kRotates = kVec <= 8;
 
-// Stores a vector: bit by bit as it came (`x`), or its numbers `y` when they were turned or the type changes.
+// Stores a vector: unchanged (`x`), or as the numbers `y` when they were rotated or the type changes.
 template <class To, class From, int kVec>
-BROADHEAD_DEVICE void put(To* target, const Vector<From, kVec>& x, const float (&y)[kVec], bool is_turned,
+BROADHEAD_DEVICE void put(To* target, const Vector<From, kVec>& x, const float (&y)[kVec], bool is_rotated,
                           float divisor) {
   if constexpr (std::is_same_v<To, From>) {
-    if (!kTurns<kVec> || !is_turned) return store_vector(target, x);
+    if (!kRotates<kVec> || !is_rotated) return store_vector(target, x);
   }
   // 8-bit keys have been divided by the descale already.
   constexpr bool kDivides = std::is_same_v<To, E4m3> && !std::is_same_v<From, E4m3>;
@@ -159,16 +159,16 @@ BROADHEAD_DEVICE std::int64_t row_offset(const Part& part, const TensorStrides& 
 template <class New, class Cache, int kVec>
 __global__ void __launch_bounds__(kThreads, kMinBlocks) append_kv_kernel(const __grid_constant__ AppendArgs args) {
   const AppendKvParams& params = args.params;
-  const int block = static_cast<int>(blockIdx.x);
-  if (block >= args.lengths_block) {
-    write_lengths(params, (block - args.lengths_block) * kThreads + static_cast<int>(threadIdx.x));
+  const int cta = static_cast<int>(blockIdx.x);
+  if (cta >= args.lengths_cta) {
+    write_lengths(params, (cta - args.lengths_cta) * kThreads + static_cast<int>(threadIdx.x));
     return;
   }
-  const int part_index = block < args.parts[kNewValues].first_block ? kNewKeys
-                         : block < args.parts[kQueries].first_block ? kNewValues
-                                                                    : kQueries;
+  const int part_index = cta < args.parts[kNewValues].first_cta ? kNewKeys
+                         : cta < args.parts[kQueries].first_cta ? kNewValues
+                                                                : kQueries;
   const Part& part = args.parts[part_index];
-  const unsigned thread = (block - part.first_block) * kThreads + threadIdx.x;
+  const unsigned thread = (cta - part.first_cta) * kThreads + threadIdx.x;
   const unsigned units = ceil_div(part.vectors, 2);
   const unsigned row = thread / units;
   const int unit = static_cast<int>(thread - row * units);
@@ -178,14 +178,14 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) append_kv_kernel(const _
 
   const VectorPair pair = vector_pair(unit, part.vectors, part.pairs);
   int column[2] = {pair.first * kVec, pair.second * kVec};
-  if (kVec == 1 && pair.is_turned && params.rotary_interleaved) {
+  if (kVec == 1 && pair.is_rotated && params.rotary_interleaved) {
     column[0] = 2 * unit;
     column[1] = column[0] + 1;
   }
 
-  // The row is on its way before anything is known about where it goes, and so are its angles.
+  // The row is loaded before anything is known about where it goes, and so are its angles.
   int sequence = token / part.seqlen;
-  int index = token - sequence * part.seqlen;  // of the token in its sequence
+  int index = token - sequence * part.seqlen;  // the token's index in its sequence
   const New* source =
       static_cast<const New*>(part.source) + row_offset(part, part.source_strides, token, sequence, index, head);
   Vector<New, kVec> x[2] = {};
@@ -197,13 +197,13 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) append_kv_kernel(const _
     index = token - max_int(0, part.cu_seqlens[sequence]);
   }
   const std::int64_t cached = params.cache_seqlens[sequence];
-  const bool is_turned[2] = {column[0] < part.turned_columns, pair.has_second && column[1] < part.turned_columns};
+  const bool is_rotated[2] = {column[0] < part.rotary_columns, pair.has_second && column[1] < part.rotary_columns};
   Angles<kVec> angles;
-  if constexpr (kTurns<kVec>) {
-    if (is_turned[0]) {
+  if constexpr (kRotates<kVec>) {
+    if (is_rotated[0]) {
       const std::int64_t start = params.rotary_seqlens != nullptr ? params.rotary_seqlens[sequence] : cached;
       const bool moves = part_index == kNewKeys || params.causal_or_local;
-      angles = load_pair_angles<New, kVec>(params, pair, is_turned, start + (moves ? index : 0));
+      angles = load_pair_angles<New, kVec>(params, pair, is_rotated, start + (moves ? index : 0));
     }
   }
 
@@ -218,14 +218,14 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) append_kv_kernel(const _
   }
 
   float y[2][kVec];
-  if constexpr (kTurns<kVec>) {
+  if constexpr (kRotates<kVec>) {
     unpack(x[0], y[0]);
     unpack(x[1], y[1]);
-    if (is_turned[0]) turn_pair(y, pair, is_turned, angles);
+    if (is_rotated[0]) rotate_pair(y, pair, is_rotated, angles);
     if (part_index == kQueries) {
       New* target = static_cast<New*>(part.target) + offset;
-      put(target + column[0], x[0], y[0], is_turned[0], 1.f);
-      if (pair.has_second) put(target + column[1], x[1], y[1], is_turned[1], 1.f);
+      put(target + column[0], x[0], y[0], is_rotated[0], 1.f);
+      if (pair.has_second) put(target + column[1], x[1], y[1], is_rotated[1], 1.f);
       return;
     }
   }
@@ -234,8 +234,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) append_kv_kernel(const _
     divisor = part.descale[sequence * part.descale_strides.batch + head * part.descale_strides.head];
   }
   Cache* target = static_cast<Cache*>(part.target) + offset;
-  put(target + column[0], x[0], y[0], is_turned[0], divisor);
-  if (pair.has_second) put(target + column[1], x[1], y[1], is_turned[1], divisor);
+  put(target + column[0], x[0], y[0], is_rotated[0], divisor);
+  if (pair.has_second) put(target + column[1], x[1], y[1], is_rotated[1], divisor);
 }
 
 bool is_multiple(const TensorStrides& strides, int count) {
@@ -265,11 +265,11 @@ bool vectors_fit(const AppendKvParams& params, int count, int new_bytes, int cac
          is_aligned(params.rotary_sin, kVectorBytes);
 }
 
-// Fills in what follows from the vectors' size; returns the blocks of the part.
-std::int64_t share_rows(const AppendKvParams& params, int vec, int columns, Part& part) {
+// Fills in what follows from the vectors' size; returns the CTAs of the part.
+std::int64_t divide_rows(const AppendKvParams& params, int vec, int columns, Part& part) {
   part.vectors = columns / vec;
   const bool pairs_apart = !params.rotary_interleaved || vec == 1;
-  part.pairs = pairs_apart ? part.turned_columns / 2 / vec : 0;
+  part.pairs = pairs_apart ? part.rotary_columns / 2 / vec : 0;
   const std::int64_t threads = static_cast<std::int64_t>(part.tokens) * part.heads * ceil_div(part.vectors, 2);
   return (threads + kThreads - 1) / kThreads;
 }
@@ -277,8 +277,8 @@ std::int64_t share_rows(const AppendKvParams& params, int vec, int columns, Part
 template <class New, class Cache>
 cudaError_t launch(const AppendKvParams& params, cudaStream_t stream) {
   constexpr int kLongest = kVectorBytes / static_cast<int>(sizeof(New));
-  constexpr int kTurned = min_int(kLongest, 8);
-  int vec = params.rotary_dim > 0 ? kTurned : kLongest;
+  constexpr int kRotated = min_int(kLongest, 8);
+  int vec = params.rotary_dim > 0 ? kRotated : kLongest;
   if (!vectors_fit(params, vec, sizeof(New), sizeof(Cache))) vec = 1;
   AppendArgs args{};
   args.params = params;
@@ -296,7 +296,7 @@ cudaError_t launch(const AppendKvParams& params, cudaStream_t stream) {
   k.tokens = params.total_new;
   k.seqlen = max_int(seqlen_new, 1);
   k.heads = params.num_heads_kv;
-  k.turned_columns = params.rotary_dim;
+  k.rotary_columns = params.rotary_dim;
   Part& v = args.parts[kNewValues];
   v = k;
   v.source = params.v_new;
@@ -305,7 +305,7 @@ cudaError_t launch(const AppendKvParams& params, cudaStream_t stream) {
   v.source_strides = params.v_new_strides;
   v.target_strides = params.v_cache_strides;
   v.descale_strides = params.v_descale_strides;
-  v.turned_columns = 0;
+  v.rotary_columns = 0;
   Part& q = args.parts[kQueries];
   q.source = params.q;
   q.target = params.q_out;
@@ -315,25 +315,25 @@ cudaError_t launch(const AppendKvParams& params, cudaStream_t stream) {
   q.tokens = params.total_q;
   q.seqlen = max_int(seqlen_q, 1);
   q.heads = max_int(params.num_heads_q, 1);
-  q.turned_columns = params.rotary_dim;
+  q.rotary_columns = params.rotary_dim;
 
-  std::int64_t blocks = share_rows(params, vec, params.head_dim, k);
-  const std::int64_t first_v = blocks;
-  blocks += share_rows(params, vec, params.head_dim_v, v);
-  const std::int64_t first_q = blocks;
-  blocks += share_rows(params, vec, params.head_dim, q);
-  const std::int64_t lengths_block = blocks;
-  blocks += ceil_div(params.batch, kThreads);
+  std::int64_t ctas = divide_rows(params, vec, params.head_dim, k);
+  const std::int64_t first_v = ctas;
+  ctas += divide_rows(params, vec, params.head_dim_v, v);
+  const std::int64_t first_q = ctas;
+  ctas += divide_rows(params, vec, params.head_dim, q);
+  const std::int64_t lengths_cta = ctas;
+  ctas += ceil_div(params.batch, kThreads);
   // The index of a thread has 31 bits.
-  if (blocks > INT32_MAX / kThreads) return cudaErrorInvalidValue;
-  if (blocks == 0) return cudaSuccess;
-  v.first_block = static_cast<int>(first_v);
-  q.first_block = static_cast<int>(first_q);
-  args.lengths_block = static_cast<int>(lengths_block);
+  if (ctas > INT32_MAX / kThreads) return cudaErrorInvalidValue;
+  if (ctas == 0) return cudaSuccess;
+  v.first_cta = static_cast<int>(first_v);
+  q.first_cta = static_cast<int>(first_q);
+  args.lengths_cta = static_cast<int>(lengths_cta);
   const auto kernel = vec == 1          ? append_kv_kernel<New, Cache, 1>
                       : vec == kLongest ? append_kv_kernel<New, Cache, kLongest>
-                                        : append_kv_kernel<New, Cache, kTurned>;
-  kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(args);
+                                        : append_kv_kernel<New, Cache, kRotated>;
+  kernel<<<static_cast<unsigned>(ctas), kThreads, 0, stream>>>(args);
   return cudaGetLastError();
 }
 

@@ -1,4 +1,4 @@
-// Appending new keys to a cache: whose token a row is, where it goes, and how threads share a row; and the launcher.
+// The append of new keys to a cache: which sequence owns a row, where it goes, how threads divide a row; the launcher.
 #pragma once
 
 #include <cstddef>
@@ -24,8 +24,8 @@ BROADHEAD_HOST_DEVICE int find_disordered_sequence(const std::int32_t* cu_seqlen
   return owner >= 0 && token < cu_seqlens[owner + 1] ? owner : -1;
 }
 
-// The sequence that owns packed token `token`, -1: none (padding). `guess` is tried first: it is right where all
-// sequences have the same length.
+// The sequence that owns packed token `token`; -1 for padding. `guess` is tried first: it is right where all sequences
+// have the same length.
 BROADHEAD_HOST_DEVICE int find_sequence(const std::int32_t* cu_seqlens, int batch, int token, int guess) {
   if (batch == 0) return -1;
   int begin = 0, end = batch;  // the owner is in [begin, end), or there is none
@@ -71,13 +71,13 @@ BROADHEAD_HOST_DEVICE CachePlace cache_place(const AppendKvParams& params, int s
 }
 
 // The two vectors that a thread moves of a row of `vectors`, which takes ceil(vectors / 2) threads. The first 2 *
-// `pairs` vectors are turned against each other, `pairs` apart; the others only so that neighbours read neighbouring
-// vectors.
+// `pairs` vectors are rotated in pairs that lie `pairs` apart. The others are paired so that neighbouring threads read
+// neighbouring vectors.
 struct VectorPair {
   int first;
   int second;
   bool has_second;
-  bool is_turned;
+  bool is_rotated;
 };
 
 BROADHEAD_HOST_DEVICE VectorPair vector_pair(int unit, int vectors, int pairs) {

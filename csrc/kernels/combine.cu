@@ -1,4 +1,5 @@
-// Combine kernels: out = sum_s exp(lse_s - lse) out_s with lse = log sum_s exp(lse_s).
+// The combine kernels of the prefill kernels and of flash_attn_combine: out = sum_s exp(lse_s - lse) out_s with
+// lse = log sum_s exp(lse_s).
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -19,18 +20,19 @@ namespace {
 
 constexpr int kWarps = 4;
 constexpr int kMaxSplits = 128;
-constexpr int kCols = 128;  // of a warp: four a lane
-// Blocks of a split combine: with a block a row most of a long grid would come only to find that a sequence has one
-// split. PERF(H200, 64 x 8k, 16 query tokens, 16/2 heads of 256, one split each, GB/s: 3552 -> 3654, with the dependent
-// launch)
+constexpr int kCols = 128;  // columns that a warp merges at a time, four a lane
+// How many CTAs a split combine has. With a CTA for each row, most of a long grid would start only to find that its
+// sequence has one split. PERF(H200, 64 x 8k, 16 query tokens, 16/2 heads of 256, one split each, GB/s: 3552 -> 3654,
+// with the dependent launch)
 constexpr int kMostBlocks = 2048;
-// But of few rows each: in a batch of one long sequence all work is in the blocks of that one.
+// A CTA has few rows all the same: in a batch with one long sequence, all work is in the CTAs of that one.
 constexpr int kMostRows = 8;
-// Where blocks are fewer than this several share the columns of a row: four for each multiprocessor of a large device.
+// Where there are fewer CTAs than this, several divide the columns of a row. It is four for each multiprocessor of a
+// large device.
 constexpr int kFewBlocks = 528;
-// Splits that a thread reads before it adds the first.
+// How many splits a thread reads before it adds the first.
 constexpr int kAtOnce = 8;
-// Splits up to which a warp merges a row by itself.
+// Up to this many splits a warp merges a row by itself.
 constexpr int kWarpSplits = 8;
 
 BROADHEAD_DEVICE void store4(float* target, float4 x) { *reinterpret_cast<float4*>(target) = x; }
@@ -53,19 +55,19 @@ BROADHEAD_DEVICE float warp_sum(float x) {
 }
 
 struct CombineShared {
-  SeqlenInfo seqlen;  // of the block's sequence
+  SeqlenInfo seqlen;  // the CTA's sequence
   int splits;
   float weight[kMaxSplits];
   float4 partial[kWarps][32];
 };
 
-// The columns that a block merges: every step-th kCols from the first on.
+// The columns that a CTA merges: every step-th kCols from the first on.
 struct CombineColumns {
   int first;
   int step;
 };
 
-// One block merges columns of one row of one head. `lse_of(s)` and `out_of(s)` give the partials; `sink` is -inf when
+// One CTA merges columns of one row of one head. `lse_of(s)` and `out_of(s)` give the partials; `sink` is -inf when
 // there is none.
 template <class Element, class LseOf, class OutOf>
 BROADHEAD_DEVICE void combine_row(CombineShared& smem, int splits, CombineColumns columns, int head_dim_v, float sink,
@@ -103,7 +105,7 @@ BROADHEAD_DEVICE void combine_row(CombineShared& smem, int splits, CombineColumn
           const int s = first + i * kWarps;
           weight[i] = s < splits ? smem.weight[s] : 0.f;
           x[i] = make_float4(0.f, 0.f, 0.f, 0.f);
-          // An empty share's output was never written.
+          // The output of an empty split was never written.
           if (weight[i] != 0.f) x[i] = *reinterpret_cast<const float4*>(out_of(s) + col);
         }
 #pragma unroll
@@ -131,7 +133,7 @@ BROADHEAD_DEVICE void combine_row(CombineShared& smem, int splits, CombineColumn
   }
 }
 
-// One warp merges one row, of at most kWarpSplits parts.
+// One warp merges one row of at most kWarpSplits splits.
 template <class Element, class LseOf, class OutOf>
 BROADHEAD_DEVICE void combine_row_in_warp(int splits, CombineColumns columns, int head_dim_v, float sink, LseOf lse_of,
                                           OutOf out_of, Element* out, float* lse_out) {
@@ -141,7 +143,7 @@ BROADHEAD_DEVICE void combine_row_in_warp(int splits, CombineColumns columns, in
   const float reference = largest == -INFINITY ? 0.f : fmaxf(largest, sink);
   float weight = expf(lse - reference);
   float sum = warp_sum(weight);
-  const bool empty = sum == 0.f;  // as above
+  const bool empty = sum == 0.f;  // no visible key: out 0, LSE -inf, whatever the sink
   if (!empty && sink != -INFINITY) sum += expf(sink - reference);
   weight *= empty ? 0.f : 1.f / sum;
   if (lane == 0 && lse_out != nullptr) *lse_out = empty ? -INFINITY : reference + logf(sum);
@@ -152,7 +154,7 @@ BROADHEAD_DEVICE void combine_row_in_warp(int splits, CombineColumns columns, in
     for (int s = 0; s < kWarpSplits; ++s) {
       if (s == splits) break;
       const float own = __shfl_sync(0xffffffffu, weight, s);
-      if (own == 0.f || col >= head_dim_v) continue;  // an empty share's output was never written
+      if (own == 0.f || col >= head_dim_v) continue;  // the output of an empty split was never written
       const float4 x = *reinterpret_cast<const float4*>(out_of(s) + col);
       total.x += own * x.x;
       total.y += own * x.y;
@@ -166,15 +168,15 @@ BROADHEAD_DEVICE void combine_row_in_warp(int splits, CombineColumns columns, in
 BROADHEAD_DEVICE float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 BROADHEAD_DEVICE float to_float(__half x) { return __half2float(x); }
 
-// Block b merges rows (token, head) [c * rows_per_block, (c + 1) * rows_per_block) of a sequence, for c = b % chunks;
-// the blocks of y share the columns.
+// CTA b merges rows (token, head) [c * rows_per_block, (c + 1) * rows_per_block) of a sequence, for c = b % chunks; the
+// CTAs of y divide the columns.
 template <class Element>
 __global__ void __launch_bounds__(32 * kWarps)
     split_combine_kernel(const __grid_constant__ AttnParams params, int chunks, int rows_per_block) {
   __shared__ CombineShared smem;
   wait_for_predecessor();
   const int batch = blockIdx.x / chunks;
-  // Read once a block: another stream may change them, and the warps must agree.
+  // The lengths are read once for each CTA: another stream may change them, and the warps must agree.
   if (threadIdx.x == 0) {
     smem.splits = sequence_splits(params, batch);
     smem.seqlen = make_seqlen_info(params, batch);
@@ -254,7 +256,7 @@ int report(const char* name, cudaError_t status, long long rows, int heads, int 
 
 int launch_split_combine(const AttnParams& params, bool is_bf16, bool dependent, CUstream_st* stream, char* error,
                          std::size_t error_size) {
-  const long long rows = static_cast<long long>(params.seqlen_q) * params.num_heads_q;  // of a sequence
+  const long long rows = static_cast<long long>(params.seqlen_q) * params.num_heads_q;  // rows of a sequence
   const long long rows_per_block =
       std::clamp(rows * params.batch / kMostBlocks, 1ll, static_cast<long long>(kMostRows));
   const long long chunks = (rows + rows_per_block - 1) / rows_per_block;

@@ -1,5 +1,5 @@
-// Merge kernel: out = w_a out_a + w_b out_b, where w_a = exp(lse_a - lse), w_b likewise, lse = log(exp lse_a + exp
-// lse_b).
+// The kernel of merge_attn_states: out = w_a out_a + w_b out_b, where w_a = exp(lse_a - lse), w_b = exp(lse_b - lse)
+// and lse = log(exp lse_a + exp lse_b).
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -22,8 +22,8 @@ BROADHEAD_DEVICE std::int64_t offset_of(const TensorStrides& strides, int batch,
   return batch * strides.batch + row * strides.row + head * strides.head;
 }
 
-// `lanes` neighbouring threads, a power of two up to a warp, share one row (token, head): out may be out_a or out_b, as
-// each thread writes what it alone has read.
+// `lanes` neighbouring threads, a power of two up to a warp, divide one row (token, head). `out` may be out_a or out_b,
+// since each thread writes only what it alone has read.
 template <class Element, int kVec>
 __global__ void __launch_bounds__(kThreads)
     merge_states_kernel(const __grid_constant__ MergeStatesParams params, int lanes) {
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kThreads)
   const float lse_a = params.lse_a[offset_of(params.lse_a_strides, batch, row, head)];
   const float lse_b = params.lse_b[offset_of(params.lse_b_strides, batch, row, head)];
   const bool has_a = lse_a != -INFINITY, has_b = lse_b != -INFINITY;
-  // Not fmaxf, which would drop a NaN.
+  // fmaxf would drop a NaN.
   const float largest = lse_a > lse_b || lse_a != lse_a ? lse_a : lse_b;
   float weight_a = has_a ? expf(lse_a - largest) : 0.f;
   float weight_b = has_b ? expf(lse_b - largest) : 0.f;
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kThreads)
     float a[kVec], b[kVec];
     unpack(bits_a, a);
     unpack(bits_b, b);
-    // The next vectors before this one is stored: the compiler can not know that they are others.
+    // The next vectors are loaded before this one is stored: the compiler cannot know that they do not overlap.
     const int next = column + lanes * kVec;
     if (next < params.head_dim_v) {
       bits_a = load_vector<kVec>(out_a + next);
@@ -97,12 +97,12 @@ cudaError_t launch(const MergeStatesParams& params, cudaStream_t stream) {
   while (lanes < kWarpThreads && lanes * vec < params.head_dim_v) lanes *= 2;
   const std::int64_t rows = static_cast<std::int64_t>(params.batch) * params.seqlen * params.heads;
   const int rows_per_block = kThreads / lanes;
-  const std::int64_t blocks = (rows + rows_per_block - 1) / rows_per_block;
+  const std::int64_t ctas = (rows + rows_per_block - 1) / rows_per_block;
   // The index of a row has 31 bits.
   if (rows > INT32_MAX) return cudaErrorInvalidValue;
-  if (blocks == 0) return cudaSuccess;
+  if (ctas == 0) return cudaSuccess;
   const auto kernel = vec == 1 ? merge_states_kernel<Element, 1> : merge_states_kernel<Element, kVec>;
-  kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(params, lanes);
+  kernel<<<static_cast<unsigned>(ctas), kThreads, 0, stream>>>(params, lanes);
   return cudaGetLastError();
 }
 

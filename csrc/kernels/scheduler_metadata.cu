@@ -1,4 +1,5 @@
-// get_scheduler_metadata: chooses the split count of every sequence from lengths on the device, in one block.
+// The kernel of get_scheduler_metadata: one CTA chooses the split count of every sequence from the lengths on the
+// device.
 #include <cuda_runtime.h>
 
 #include <climits>
@@ -13,11 +14,11 @@ namespace broadhead {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kMaxKeys = 1 << 30;  // of a sequence, new ones included
+constexpr int kMaxKeys = 1 << 30;  // keys of a sequence, new ones included
 
 struct Work {
-  int tiles;   // query tiles x heads
-  int blocks;  // key blocks of the longest query tile
+  int tiles;     // m_blocks x heads
+  int n_blocks;  // n_blocks of the longest tile
 };
 
 BROADHEAD_DEVICE Work sequence_work(const SchedulerMetadataParams& params, int batch) {
@@ -40,7 +41,7 @@ BROADHEAD_DEVICE Work sequence_work(const SchedulerMetadataParams& params, int b
           range.end - range.begin};
 }
 
-BROADHEAD_DEVICE long long block_sum(long long x, long long* scratch) {
+BROADHEAD_DEVICE long long cta_sum(long long x, long long* scratch) {
   for (int i = 16; i > 0; i /= 2) x += __shfl_xor_sync(0xffffffffu, x, i);
   __syncthreads();
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
@@ -50,7 +51,7 @@ BROADHEAD_DEVICE long long block_sum(long long x, long long* scratch) {
   return x;
 }
 
-BROADHEAD_DEVICE int block_max(int x, long long* scratch) {
+BROADHEAD_DEVICE int cta_max(int x, long long* scratch) {
   for (int i = 16; i > 0; i /= 2) x = max_int(x, __shfl_xor_sync(0xffffffffu, x, i));
   __syncthreads();
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
@@ -63,40 +64,40 @@ __global__ void __launch_bounds__(kThreads) metadata_kernel(const __grid_constan
   __shared__ long long scratch[kThreads / 32];
   const int slots = round_up(params.batch, 4);
 
-  long long blocks = 0;
+  long long n_blocks = 0;
   int longest = 1;
   for (int b = threadIdx.x; b < params.batch; b += kThreads) {
     const Work work = sequence_work(params, b);
-    blocks += static_cast<long long>(work.tiles) * work.blocks;
-    longest = max_int(longest, work.blocks);
+    n_blocks += static_cast<long long>(work.tiles) * work.n_blocks;
+    longest = max_int(longest, work.n_blocks);
   }
-  blocks = block_sum(blocks, scratch);
-  longest = block_max(longest, scratch);
+  n_blocks = cta_sum(n_blocks, scratch);
+  longest = cta_max(longest, scratch);
 
-  // Try every number of splits of the longest sequence; each fixes the share of a block for all of them.
-  int best_share = longest;
+  // Try every number of splits of the longest sequence; each fixes how many n_blocks a split has in all sequences.
+  int best_size = longest;
   int best_cost = INT_MAX;
   const int candidates = min_int(params.num_splits, longest);
   for (int n = 1; n <= candidates; ++n) {
-    const int share = ceil_div(longest, n);
-    if (n > 1 && share == ceil_div(longest, n - 1)) continue;
-    long long shares = 0;
+    const int size = ceil_div(longest, n);
+    if (n > 1 && size == ceil_div(longest, n - 1)) continue;
+    long long splits = 0;
     for (int b = threadIdx.x; b < params.batch; b += kThreads) {
       const Work work = sequence_work(params, b);
-      shares += static_cast<long long>(work.tiles) * max_int(1, ceil_div(work.blocks, share));
+      splits += static_cast<long long>(work.tiles) * max_int(1, ceil_div(work.n_blocks, size));
     }
-    shares = block_sum(shares, scratch);
-    const int cost = split_cost(shares, blocks, share, params.target_ctas);
+    splits = cta_sum(splits, scratch);
+    const int cost = split_cost(splits, n_blocks, size, params.target_ctas);
     if (cost < best_cost) {
       best_cost = cost;
-      best_share = share;
+      best_size = size;
     }
   }
 
   for (int i = threadIdx.x; i < 4 * slots + 1; i += kThreads) {
     int value = 0;
     if (i < params.batch) {
-      value = max_int(1, min_int(params.num_splits, ceil_div(sequence_work(params, i).blocks, best_share)));
+      value = max_int(1, min_int(params.num_splits, ceil_div(sequence_work(params, i).n_blocks, best_size)));
     } else if (i >= slots && i < slots + params.batch) {
       value = params.metadata_tag;
     }

@@ -10,12 +10,12 @@
 namespace broadhead::sm90 {
 
 // Named barrier ids; 0 is __syncthreads.
-constexpr int kTurnBarrier = 1;       // + warpgroup: 128 that wait, 128 that pass the turn on
-constexpr int kClearBarrier = 5;  // those that clear a stage of V together; + half in the wide kernel
+constexpr int kPingPongBarrier = 1;  // + warpgroup: its 128 threads wait, the 128 of the warpgroup before it arrive
+constexpr int kClearBarrier = 5;     // the warps that clear a stage of V together; + half of O in the wide kernel
 
-// What the main loop asks of a tile for every block, in registers.
+// What the mainloop asks of a tile for every n_block, in registers.
 struct BlockKinds {
-  int plain_begin;  // blocks whose scores need neither a transformation nor a mask and whose keys are all live
+  int plain_begin;  // n_blocks whose scores need neither a transformation nor a mask and whose keys are all live
   int plain_end;
   float scale_log2;
 
@@ -28,7 +28,7 @@ struct BlockKinds {
   BROADHEAD_DEVICE bool plain(int block) const { return block >= plain_begin && block < plain_end; }
 };
 
-// Scale, softcap and mask of a block's raw scores. `warp_row`: the warp's first row in the tile.
+// Scale, softcap and mask of an n_block's raw scores. `warp_row`: the warp's first row in the tile.
 template <int kKeyTiles, class Element>
 BROADHEAD_DEVICE void finish_scores(float (&s)[1][kKeyTiles][4], const TileState<Element>& state, int key0,
                                     int warp_row) {
@@ -62,8 +62,8 @@ BROADHEAD_DEVICE void clear_rows(char* stage, int begin, int end, const ClearSha
 
 // Clears the rows of a V stage that no query of the tile sees: P is 0 there, but 0 * NaN is not. The callers then fence
 // and meet before any of them lets wgmma read the stage.
-// PERF: it is the first and the last block of nearly every masked tile. A row a thread, its parts one after the other,
-// would have 32 lanes in the same banks.
+// PERF: it is the first and the last n_block of nearly every masked tile. A row a thread, its parts one after the
+// other, would have 32 lanes in the same banks.
 template <class Layout, class Element>
 BROADHEAD_DEVICE void clear_dead_rows(const KvSource<Element>& source, char* v, int key0, int keys,
                                       const ClearShare& share) {

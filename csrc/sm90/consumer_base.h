@@ -1,4 +1,5 @@
-// What consumer warpgroups of the kernels for head_dim <= 256 share: turns, barriers, S = Q K^T, the loop over tiles.
+// What consumer warpgroups of the kernels for head_dim <= 256 share: ping-pong, barriers, S = Q K^T, the loop over
+// tiles.
 #pragma once
 
 #include "common/accumulator.h"
@@ -22,7 +23,7 @@ struct ConsumerBase {
   const KernelArgs& args;
   Storage& smem;
   const int warpgroup;
-  RingState<2> ring;  // of K; V is used one block later
+  RingState<2> ring;  // the ring of K; V is used one n_block later
   std::uint32_t q_parity = 0;
   float s[1][Traits::kKeyTiles][4];
 
@@ -37,15 +38,15 @@ struct ConsumerBase {
 
   BROADHEAD_DEVICE static bool leader() { return threadIdx.x % 32 == 0; }
 
-  // To the first warpgroup.
-  BROADHEAD_DEVICE void give_first_turn() {
-    if (Traits::kTurns && warpgroup == Traits::kConsumers - 1) named_barrier_arrive(kTurnBarrier, 256);
+  // Lets the first warpgroup issue.
+  BROADHEAD_DEVICE void ping_pong_start() {
+    if (Traits::kPingPong && warpgroup == Traits::kConsumers - 1) named_barrier_arrive(kPingPongBarrier, 256);
   }
-  BROADHEAD_DEVICE void wait_turn() {
-    if constexpr (Traits::kTurns) named_barrier_sync(kTurnBarrier + warpgroup, 256);
+  BROADHEAD_DEVICE void ping_pong_wait() {
+    if constexpr (Traits::kPingPong) named_barrier_sync(kPingPongBarrier + warpgroup, 256);
   }
-  BROADHEAD_DEVICE void pass_turn() {
-    if constexpr (Traits::kTurns) named_barrier_arrive(kTurnBarrier + (warpgroup + 1) % Traits::kConsumers, 256);
+  BROADHEAD_DEVICE void ping_pong_pass() {
+    if constexpr (Traits::kPingPong) named_barrier_arrive(kPingPongBarrier + (warpgroup + 1) % Traits::kConsumers, 256);
   }
 
   BROADHEAD_DEVICE void wait_full(Barrier& barrier, std::uint32_t parity) {
@@ -62,19 +63,27 @@ struct ConsumerBase {
     const std::uint64_t a =
         Descriptor::make(smem_address(smem.q) + warpgroup * 8 * QLayout::kAtomBytes, 0, QLayout::kAtomBytes);
     const std::uint64_t b = Descriptor::make(smem_address(smem.k[stage]), 0, KLayout::kSlabStride);
-    const auto& missing = smem.missing[stage];
-    const bool some_missing = args.params.page_table != nullptr && missing.any();
     clear_accumulators(s);  // tells the compiler that they hold nothing of use: the first wgmma does not accumulate
-    if (some_missing) begin_scores(s, [&](int n) { return missing_pair(missing.keys[n / 4], n); });
     cute::warpgroup_arrive();
     BROADHEAD_UNROLL
     for (int step = 0; step < Traits::kHeadDim * static_cast<int>(sizeof(Element)) / 32; ++step) {
       wgmma_ss<Element, Traits::kTileN, Major::K>(
           s[0], a + (QLayout::step_offset(step, Traits::kTileM * QLayout::kRowBytes) >> 4),
-          b + (KLayout::step_offset(step, KLayout::kSubtileStride) >> 4), step > 0 || some_missing);
+          b + (KLayout::step_offset(step, KLayout::kSubtileStride) >> 4), step > 0);
     }
     cute::warpgroup_commit_batch();
     fence_registers(s[0]);
+  }
+
+  // Whether keys of the stage do not exist. Asked once its K is there, ahead of ping_pong_wait.
+  BROADHEAD_DEVICE bool some_missing(std::uint32_t stage) const {
+    return args.params.page_table != nullptr && smem.missing[stage].any();
+  }
+
+  // Hides the keys of the stage that do not exist from its finished S, before its K is released.
+  BROADHEAD_DEVICE void hide_missing_keys(std::uint32_t stage) {
+    const auto& missing = smem.missing[stage];
+    hide_missing(s, [&](int n) { return missing_pair(missing.keys[n / 4], n); });
   }
 };
 
@@ -83,7 +92,7 @@ template <class Consumer>
 BROADHEAD_DEVICE void consume_tiles(Consumer& consumer) {
   using Traits = typename Consumer::Traits;
   auto& smem = consumer.smem;
-  consumer.give_first_turn();
+  consumer.ping_pong_start();
   SlotState slot;
   while (true) {
     barrier_wait(smem.tile_full[slot.stage()], slot.parity());

@@ -40,7 +40,7 @@ BROADHEAD_DEVICE void write_output(const AttnParams& params, const SeqlenInfo& s
   }
 }
 
-// The same into the partial output of a share.
+// Writes O into the partial output of a split.
 template <int kTiles>
 BROADHEAD_DEVICE void write_partial(const AttnParams& params, const SeqlenInfo& seqlen, const RowPlace (&rows)[2],
                                     const float (&o)[kTiles][4], int col0, int split) {
@@ -76,7 +76,7 @@ BROADHEAD_DEVICE void place_rows(RowPlace (&rows)[2], const OutputRows& output, 
   rows[1] = place_row(output, row + 8);
 }
 
-// Rows of a share without visible keys are told by their LSE alone.
+// Drops the rows of a split without visible keys: their LSE alone tells the combine.
 BROADHEAD_DEVICE void drop_empty(RowPlace (&rows)[2], bool first_empty, bool second_empty, int split) {
   if (split < 0) return;
   rows[0].live = rows[0].live && !first_empty;

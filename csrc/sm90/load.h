@@ -1,4 +1,4 @@
-// The TMA loader of the kernels for head_dim <= 256: Q, K and V of all tiles.
+// The TMA producer of the kernels for head_dim <= 256: Q, K and V of all tiles.
 #pragma once
 
 #include "tma/box_loader.h"
@@ -22,8 +22,8 @@ BROADHEAD_DEVICE void wait_and_load_q(const KernelArgs& args, const QCoordinates
   }
 }
 
-// One warp: of all tiles Q and K (`loads_k`), V (`loads_v`), or everything, by TMA. K of a tile's first block comes
-// ahead of its Q, which waits for the last S of the tile before.
+// One warp loads Q and K (`loads_k`), V (`loads_v`), or everything, of all tiles, by TMA. K of a tile's first n_block
+// comes ahead of its Q, which waits for the last S of the tile before.
 template <class Traits>
 BROADHEAD_DEVICE void load_tiles(const KernelArgs& args, typename Traits::SharedStorage& smem, bool loads_k,
                                  bool loads_v) {
@@ -36,7 +36,7 @@ BROADHEAD_DEVICE void load_tiles(const KernelArgs& args, typename Traits::Shared
     cute::prefetch_tma_descriptor(&args.maps.k.box);
   }
   if (leader && loads_v) cute::prefetch_tma_descriptor(&args.maps.v.box);
-  RingState<Traits::kStages> ring;  // of K and of V
+  RingState<Traits::kStages> ring;  // K and V have one each, and are at the same stage
   std::uint32_t q_parity = 0;
   for_each_tile(smem, leader, [&](const TileState<Element>& state) {
     const BlockRange range = state.range;
@@ -68,7 +68,7 @@ BROADHEAD_DEVICE void load_tiles(const KernelArgs& args, typename Traits::Shared
         v_boxes.take(place, block * Traits::kTileN);
         v_boxes.prepare(0);
       }
-      place = place_of(block - 1);  // a block ahead, so that its latency is hidden
+      place = place_of(block - 1);  // an n_block ahead, so that its latency is hidden
       if (loads_k) {
         if (leader) want_next(smem.next_wanted, range, block);
         barrier_wait(smem.k_empty[stage], ring.parity() ^ 1);

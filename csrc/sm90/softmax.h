@@ -1,10 +1,10 @@
-// Softmax of a warpgroup's key blocks that looks for a new maximum only when it must.
+// Softmax of a warpgroup's n_blocks that looks for a new maximum only when it must.
 //
-// exp(S - reference) is computed with the reference of the blocks before. Only when a lane's sum says that something
-// may have grown too large is the block's maximum found and, where it exceeds the reference, the reference raised to it
-// and the block computed again: exact, because the last division cancels any reference. On random data this is the
-// first blocks of a tile and little else. It saves 64 of 300 instructions a row, and two rounds of shuffles on the way
-// from S to P. PERF(H200, head_dim 128 full: 651 -> 718 TFLOP/s)
+// exp(S - reference) is computed with the reference of the n_blocks before. Only when a lane's sum says that something
+// may have grown too large is the n_block's maximum found and, where it exceeds the reference, the reference raised to
+// it and the n_block computed again: exact, because the last division cancels any reference. On random data this is the
+// first n_blocks of a tile and little else. It saves 64 of 300 instructions a row, and two rounds of shuffles on the
+// way from S to P. PERF(H200, head_dim 128 full: 651 -> 718 TFLOP/s)
 //
 // 8-bit P has three bits: there the reference is the exact maximum so far, so that the weight of a key that dominates
 // its row is a power of two and not rounded. It is 2^8 there, so that weights down to 2^-17 of it are not lost; e4m3
@@ -47,7 +47,7 @@ BROADHEAD_DEVICE bool is_computed(float x) { return __any_sync(0xffffffffu, __fl
 template <bool k8Bit>
 struct BlockSoftmax : OnlineSoftmax<2> {
   static constexpr float kShift = k8Bit ? 8.f : 0.f;  // log2 of P at the reference
-  // A lane's share of a row's sum over one block; P stays below it, within fp16.
+  // A lane's share of a row's sum over one n_block; P stays below it, within fp16.
   static constexpr float kLargestSum = 8192.f;
   // log2 of what P may exceed the reference by where a sum made us look.
   static constexpr float kLazySlack = 0.25f;
@@ -56,7 +56,7 @@ struct BlockSoftmax : OnlineSoftmax<2> {
     return row_max[i] == -INFINITY ? 0.f : row_max[i] * scale_log2 - kShift;
   }
 
-  // P of the block from S, packed as A operand of wgmma; true when O must be multiplied by `factor` first.
+  // P of the n_block from S, packed as A operand of wgmma; true when O must be multiplied by `factor` first.
   template <class Element, int kKeyTiles>
   BROADHEAD_DEVICE bool compute_p(Probabilities<Element, kKeyTiles>& p, const float (&s)[1][kKeyTiles][4],
                                   float scale_log2, float (&factor)[2], bool first) {
@@ -104,7 +104,8 @@ struct BlockSoftmax : OnlineSoftmax<2> {
     }
   }
 
-  // P of the block against the largest score so far. O must be multiplied by `factor` before this block's P V is added.
+  // P of the n_block against the largest score so far. O must be multiplied by `factor` before this n_block's P V is
+  // added.
   template <class Element, int kKeyTiles>
   BROADHEAD_DEVICE void compute_p_exactly(Probabilities<Element, kKeyTiles>& p, const float (&s)[1][kKeyTiles][4],
                                           float scale_log2, float (&factor)[2]) {

@@ -31,7 +31,7 @@ BROADHEAD_DEVICE void barrier_wait(const Barrier& barrier, std::uint32_t parity)
       : "memory");
 }
 
-// `count` arrivals at once in block `rank` of the cluster: Barrier::arrive(rank) is one.
+// `count` arrivals at once in CTA `rank` of the cluster: Barrier::arrive(rank) is one.
 // PERF(H200): without .release.cluster, which costs 400 ns an arrival.
 BROADHEAD_DEVICE void barrier_arrive_cluster(const Barrier& barrier, std::uint32_t rank, int count) {
   asm volatile(

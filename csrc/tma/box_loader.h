@@ -9,7 +9,7 @@
 
 namespace broadhead::tma {
 
-// What a loader needs of a tile, in the coordinates of a map.
+// What a producer needs of a tile, in the coordinates of a map.
 struct KvCoordinates {
   int row0;  // of key 0
   int x;     // of the head, and of the sequence unless paged
@@ -24,7 +24,7 @@ BROADHEAD_DEVICE KvCoordinates kv_coordinates(const KvMap& map, const AttnParams
   return {static_cast<int>(state.seqlen.row_k), head * map.head_step + state.seqlen.batch_k * map.batch_step};
 }
 
-// What lane u reads from the page table for its box of a block.
+// What lane u reads from the page table for its box of an n_block.
 struct BoxPlace {
   int page;
   int slot;  // of its first row in the page; -1: nobody needs the box
@@ -48,32 +48,32 @@ BROADHEAD_DEVICE BoxPlace box_place(const KvSource<Element>& source, int key0, i
   return {source.table[entry], key - entry * page_size};
 }
 
-// Keys as boxes of a map, for a warp all of whose lanes call everything: lane u has box u of a block of kBlockKeys keys
-// and issues it itself. A block is filled in stages of kStageKeys keys and the columns of Layout; in a cluster each of
-// its blocks loads every other box into all of them.
-// PERF(H200, head_dim 512, page 64: 418 TFLOP/s, not paged 640, when one lane took the boxes from the others by
-// shuffles behind the wait for each stage): nothing is left to work out behind a wait, where every instruction counts.
-// The compiler loops over the lanes that have a box, 8 instructions each.
+// Keys as boxes of a map, for a warp all of whose lanes call everything: lane u has box u of an n_block of kBlockKeys
+// keys and issues it itself. An n_block is filled in stages of kStageKeys keys and the columns of Layout; in a cluster
+// each of its CTAs loads every other box into all of them. PERF(H200, head_dim 512, page 64: 418 TFLOP/s, not paged
+// 640, when one lane took the boxes from the others by shuffles behind the wait for each stage): nothing is left to
+// work out behind a wait, where every instruction counts. The compiler loops over the lanes that have a box, 8
+// instructions each.
 template <class Layout, int kBlockKeys, int kStageKeys, int kCluster, ColumnTail kTail>
 class BoxLoader {
   static_assert(kBlockKeys <= 32 * 8, "a lane has one box");
   static_assert(Layout::kBySubtile == (kTail == ColumnTail::kSubtiles));
-  static constexpr bool kAllColumns = kStageKeys < kBlockKeys;  // in each stage, which the block fills with some keys
+  static constexpr bool kAllColumns = kStageKeys < kBlockKeys;  // in each stage, which the n_block fills with some keys
 
   const KvMap& map_;
   const KvCoordinates at_;
   const bool paged_;
   // The lane's box:
-  const int stage_;  // of the block
+  const int stage_;             // of the n_block
   const std::uint32_t offset_;  // in the stage
-  const bool own_;  // not another block's of the cluster
+  const bool own_;              // not another CTA's of the cluster
   int x_;
   int row_;
-  int groups_;  // of 8 rows; 0: nobody needs it, or it lies past the end of the rows
+  int groups_;    // of 8 rows; 0: nobody needs it, or it lies past the end of the rows
   bool crosses_;  // the end of the rows
   // The stage that comes next:
-  std::uint32_t bytes_;  // from all blocks of the cluster
-  int pieces_;  // in which the lane issues its box: 0: not at all; 1; 2: group by group or by subtiles
+  std::uint32_t bytes_;  // from all CTAs of the cluster
+  int pieces_;           // in which the lane issues its box: 0: not at all; 1; 2: group by group or by subtiles
 
   BROADHEAD_DEVICE static int lane() { return threadIdx.x % 32; }
 
@@ -126,7 +126,7 @@ class BoxLoader {
         offset_((lane() - stage_ * map.boxes) * map.box_rows * (Layout::kSlabStride / 8)),
         own_(lane() % kCluster == static_cast<int>(rank)) {}
 
-  // Goes to the block from `key0` on. `place`: read a block ahead.
+  // Goes to the n_block from `key0` on. `place`: read an n_block ahead.
   BROADHEAD_DEVICE void take(BoxPlace place, int key0) {
     const int rows = map_.box_rows;
     if (paged_) {
@@ -148,7 +148,7 @@ class BoxLoader {
   // Whether existing_place has moved the lane's box.
   BROADHEAD_DEVICE bool is_missing(const AttnParams& params) const { return paged_ && row_ == params.page_size; }
 
-  // To be called before the wait for a stage of the block, once for those that differ only in columns.
+  // To be called before the wait for a stage of the n_block, once for those that differ only in columns.
   BROADHEAD_DEVICE void prepare(int stage) {
     const int groups = stage_ == stage ? groups_ : 0;
     bytes_ = __reduce_add_sync(0xffffffffu, groups) * Layout::kSlabBytes;

@@ -16,7 +16,7 @@ BROADHEAD_DEVICE void tma_load(const void* map, std::uint32_t target, Barrier& b
       : "memory");
 }
 
-// The same into the same address of every block in `mask`; the barrier at the same address of each counts it.
+// The same into the same address of every CTA in `mask`; the barrier at the same address of each counts it.
 BROADHEAD_DEVICE void tma_load_multicast(const void* map, std::uint32_t target, Barrier& barrier, std::uint16_t mask,
                                          int c0, int c1, int c2, int c3, int c4) {
   asm volatile(
@@ -26,7 +26,7 @@ BROADHEAD_DEVICE void tma_load_multicast(const void* map, std::uint32_t target, 
       : "memory");
 }
 
-// Brings such a box into the L2. With CuTe's, the same instruction, the compiler orders the wide kernel's loader
+// Brings such a box into the L2. With CuTe's, the same instruction, the compiler orders the wide kernel's producer
 // otherwise.
 BROADHEAD_DEVICE void tma_prefetch(const void* map, int c0, int c1, int c2, int c3, int c4) {
   asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global.tile [%0, {%1, %2, %3, %4, %5}];" ::"l"(map), "r"(c0),

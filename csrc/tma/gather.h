@@ -7,7 +7,7 @@
 
 namespace broadhead::tma {
 
-// Gathering: a block's 8-row groups are dealt to kWarps warps in turn. Lane l holds row l % 8 of its warp's groups
+// Gathering: an n_block's 8-row groups are dealt to kWarps warps in turn. Lane l holds row l % 8 of its warp's groups
 // l / 8, l / 8 + 4, ..., so that one read of the page table serves K and V.
 template <int kRows, int kWarps>
 struct GatheredRows {
@@ -25,7 +25,7 @@ struct GatheredRows {
     const int lane = threadIdx.x % 32;
     BROADHEAD_UNROLL
     for (int i = 0; i < kReads; ++i) {
-      const int row = ((lane / 8 + i * 4) * kWarps + warp) * 8 + lane % 8;  // of the block
+      const int row = ((lane / 8 + i * 4) * kWarps + warp) * 8 + lane % 8;  // of the n_block
       const unsigned at = source.leftpad + key0 + row;
       const unsigned entry = at / static_cast<unsigned>(page_size);
       const bool live = row < kRows && source.live.contains(key0 + row);

@@ -9,6 +9,7 @@
 
 #include "common/math.h"
 #include "host/launch.cuh"
+#include "host/split_workspace.h"
 #include "kernels/clear_counter.h"
 #include "kernels/combine.h"
 #include "tma/kernel_args.h"
@@ -17,9 +18,9 @@ namespace broadhead::tma {
 
 // How a kernel wants its operands cut.
 struct MapShape {
-  int row_bytes;      // of q and k
+  int row_bytes;  // of q and k
   int row_bytes_v;
-  int cluster;  // blocks that load a box of each stage
+  int cluster;  // CTAs that load a box of each stage
   int k_rows;   // keys of a stage
   int k_subtiles;
   int v_rows;
@@ -96,7 +97,7 @@ inline int make_maps(TensorMaps& maps, const AttnParams& params, const WorkPlan&
 inline WorkPlan make_plan(const AttnParams& params, int tile_m, int cluster) {
   const int rows_per_token = params.pack_gqa ? params.num_heads_q / params.num_heads_kv : 1;
   WorkPlan plan;
-  // Whole tokens, or an equal share of one's rows.
+  // A tile holds whole tokens, or an equal part of the rows of one.
   plan.rows_per_tile = rows_per_token % tile_m == 0 ? tile_m : tile_m / rows_per_token * rows_per_token;
   plan.heads = params.pack_gqa ? params.num_heads_kv : params.num_heads_q;
   const long long rows = static_cast<long long>(params.seqlen_q) * rows_per_token;
@@ -119,6 +120,11 @@ bool has_column_tail(const AttnParams& params) {
          has_column_tail(params.head_dim_v, Traits::VLayout::kRowBytes, kElementBytes);
 }
 
+template <class Traits>
+std::int64_t persistent_workspace(const AttnParams& params) {
+  return split_workspace_bytes(params, true);
+}
+
 // Launches `kernel`, the one of Traits, and what belongs in front of it and behind it.
 template <class Traits>
 int launch_persistent(void (*kernel)(const KernelArgs), const char* kernel_id, const AttnParams& params,
@@ -132,10 +138,10 @@ int launch_persistent(void (*kernel)(const KernelArgs), const char* kernel_id, c
   KernelLimits limits;
   if (prepared.prepare(kernel, Traits::kThreads, report, limits)) return 1;
   int blocks = limits.multiprocessors / Traits::kCluster * Traits::kCluster;  // whole clusters that run at a time
-  if (params.tile_counter == nullptr) return report.fail("tile_counter", cudaErrorInvalidValue);
 
   KernelArgs args{};
   args.params = params;
+  if (!place_split_workspace(args.params, true)) return report.fail("workspace", cudaErrorInvalidValue);
   args.plan = make_plan(params, Traits::kTileM, Traits::kCluster);
   if (args.plan.rows_per_tile == 0) return report.fail("pack_gqa", cudaErrorInvalidValue);
   if (args.plan.tiles == 0) return 0;
@@ -151,7 +157,7 @@ int launch_persistent(void (*kernel)(const KernelArgs), const char* kernel_id, c
     blocks = max_int(1, params.max_blocks / Traits::kCluster) * Traits::kCluster;
   }
   if (wanted < blocks) blocks = static_cast<int>(wanted);
-  if (const int status = launch_clear_counter(params.tile_counter, stream)) {
+  if (const int status = launch_clear_counter(args.params.tile_counter, stream)) {
     return report.fail("clear_counter", static_cast<cudaError_t>(status));
   }
   const LaunchShape shape{.grid = dim3(static_cast<unsigned>(blocks)),
@@ -162,7 +168,7 @@ int launch_persistent(void (*kernel)(const KernelArgs), const char* kernel_id, c
   if (const cudaError_t status = launch_kernel(kernel, shape, stream, args)) return report.fail("launch", status);
   if (params.num_splits == 1) return 0;
   constexpr bool kIsFp16 = std::is_same_v<typename Traits::Element, cutlass::half_t>;
-  return launch_split_combine(params, !kIsFp16, true, stream, error, error_size);
+  return launch_split_combine(args.params, !kIsFp16, true, stream, error, error_size);
 }
 
 }  // namespace broadhead::tma

@@ -14,7 +14,7 @@ namespace broadhead::tma {
 template <int kKeys>
 struct MissingKeys {
   static constexpr int kWords = ceil_div(kKeys, 32);
-  std::uint32_t flags;  // a byte for each share: not 0 when some of its keys do not exist
+  std::uint32_t flags;         // a byte for each share: not 0 when some of its keys do not exist
   std::uint32_t keys[kWords];  // a bit for each key: set when it does not exist
 
   // One thread calls it before the kernel's first barrier.

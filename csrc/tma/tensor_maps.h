@@ -136,7 +136,7 @@ struct KvStage {
   int subtiles;
   int box_rows;
   int stage_rows;
-  bool all_columns;  // of some of a block's keys; else some columns of all of them
+  bool all_columns;  // of some of an n_block's keys; else some columns of all of them
   ColumnTail tail;
 };
 

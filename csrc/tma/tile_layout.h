@@ -14,7 +14,7 @@ namespace broadhead::tma {
 template <class Element, int kCols, int kSubtileRows = 0>
 struct TileLayout {
   static constexpr int kBytes = kCols * static_cast<int>(sizeof(Element));  // of a row
-  static constexpr int kRowBytes = kBytes % 128 == 0 ? 128 : 64;  // of a row of a subtile
+  static constexpr int kRowBytes = kBytes % 128 == 0 ? 128 : 64;            // of a row of a subtile
   static constexpr int kSubtiles = kBytes / kRowBytes;
   static constexpr int kSubtileCols = kRowBytes / static_cast<int>(sizeof(Element));
   static constexpr int kAtomBytes = 8 * kRowBytes;
@@ -22,7 +22,7 @@ struct TileLayout {
   static constexpr bool kBySubtile = kSubtileRows > 0;
   static constexpr int kSlabStride = kBySubtile ? kAtomBytes : kSlabBytes;  // from 8 rows to the next 8
   static constexpr int kSubtileStride = kBySubtile ? kSubtileRows * kRowBytes : kAtomBytes;
-  static constexpr int kSteps = kBytes / 32;                 // wgmma steps along the columns
+  static constexpr int kSteps = kBytes / 32;  // wgmma steps along the columns
   static constexpr int kStepsPerSubtile = kRowBytes / 32;
   static_assert(kBytes % kRowBytes == 0);
 

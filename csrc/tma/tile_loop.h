@@ -6,7 +6,7 @@
 
 namespace broadhead::tma {
 
-// Blocks before the end of a tile's loads at which the next tile is taken: late, so that the longest waiting block of
+// n_blocks before the end of a tile's loads at which the next tile is taken: late, so that the longest waiting CTA of
 // the grid gets it, but early enough to hide the 2 us until it is posted.
 constexpr int kBlocksAhead = 4;
 

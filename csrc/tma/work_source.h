@@ -34,7 +34,7 @@ struct WorkStorage {
   TileSlot<Element> tiles[kTileSlots];
   Barrier tile_full[kTileSlots];   // 1 arrival: the scheduler
   Barrier tile_empty[kTileSlots];  // each reading warp
-  Barrier next_wanted;             // 1 arrival a tile: its loader is near the end
+  Barrier next_wanted;             // 1 arrival a tile: its producer is near the end
 };
 
 using SlotState = RingState<kTileSlots>;
@@ -48,7 +48,7 @@ struct WorkItem {
 // Maps a rising sequence of indices to tiles; all lanes of the warp hold the same result.
 struct WorkCursor {
   int group_start = 0;  // index of the first tile of the current 32 sequences
-  int group = 0;              // their first sequence
+  int group = 0;        // their first sequence
 
   BROADHEAD_DEVICE static int sequence_tiles(const AttnParams& params, const WorkPlan& plan, int batch, int cluster) {
     if (batch >= params.batch) return 0;
@@ -99,7 +99,7 @@ struct WorkCursor {
 };
 
 // What the leader of a cluster, rank 0, tells the others of the next tile. It alone reads the lengths: with others of
-// their own, which another stream could have changed, the blocks would wait for each other for ever.
+// their own, which another stream could have changed, the CTAs would wait for each other for ever.
 struct WorkMessage {
   static constexpr int kWords = 12;
   std::int32_t words[kWords];
@@ -128,10 +128,10 @@ struct WorkMessage {
 struct Mailbox {
   WorkMessage message[kTileSlots];
   Barrier full[kTileSlots];   // 1 arrival (own scheduler) + a message from the leader
-  Barrier empty[kTileSlots];  // leader's: 1 arrival of the scheduler of each other block
+  Barrier empty[kTileSlots];  // leader's: 1 arrival of the scheduler of each other CTA
 };
 
-// One thread of each block of the cluster: what the leader found goes to all.
+// One thread of each CTA of the cluster: what the leader found goes to all.
 template <int kCluster>
 BROADHEAD_DEVICE void share_work(const AttnParams& params, Mailbox& mailbox, SlotState& mail, std::uint32_t rank,
                                  WorkItem& work, TileLengths& lengths) {
@@ -195,15 +195,15 @@ BROADHEAD_DEVICE void post_tiles(const Args& args, SharedStorage& smem) {
         splits = posted.state.splits;
         if (splits == 1) posted.split = -1;
       }
-      // A tile without rows, or a share that its sequence does not use, is not posted.
+      // A tile without rows, or a split that its sequence does not use, is not posted.
       if (!work.valid || splits > 0) smem.tile_full[slot.stage()].arrive();
     }
     splits = __shfl_sync(0xffffffffu, splits, 0);
     if (!work.valid) return;
     if (splits > 0) {
       slot.advance();
-      // A tile taken now would wait in this block while others run dry.
-      // It has as many phases as tiles were posted.
+      // A tile taken now would wait in this CTA while others are idle. The barrier has as many phases as tiles were
+      // posted.
       if (rank == 0) barrier_wait(smem.next_wanted, slot.stage() ^ 1);
     }
 

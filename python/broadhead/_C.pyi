@@ -24,7 +24,7 @@ def build_info() -> BuildInfo: ...
 
 # A torch function that makes a tensor, its arguments and its keywords; without arguments it is given q.
 Allocation = tuple[Callable[..., Tensor], tuple[Any, ...] | None, dict[str, Any] | None]
-# The fields of broadhead.problem.AttentionArgs: q, k, v, qv, out, ...
+# The fields of AttentionArgs (call/arguments.py): q, k, v, qv, out, ...
 Call = tuple[Any, ...]
 
 class Launch:
@@ -33,13 +33,11 @@ class Launch:
     def __init__(
         self,
         *,
+        family: str,  # of the library that holds the kernel
         kernel_id: str,
         device: int,
         out: Allocation,  # as q with Dv; bf16 for 8-bit q. For calls that pass none
         lse: Allocation,  # fp32 (B, Hq, Sq) or (Hq, T). For calls that want one
-        # fp32 (num_splits, Hq, rows, Dv), then (num_splits, Hq, rows); what is left at its end: scratch. Of a decode
-        # kernel: the workspace that it lays out itself
-        scratch_size: int,
         identity: tuple[Any, ...],  # what scheduler metadata must have been made for: arguments of check_identity
         dispatch: tuple[str, str | None, str],  # what last_dispatch() returns
         seqlen_q: int,
@@ -55,6 +53,27 @@ class Launch:
         heads_per_section: int,
         max_blocks: int,
         cell_blocks: int,
+    ) -> None: ...
+
+class BackwardLaunch:
+    """What all backward calls of a kind have in common."""
+
+    def __init__(
+        self,
+        *,
+        family: str,  # of the library that holds the kernel
+        kernel_id: str,
+        device: int,
+        seqlen_q: int,
+        seqlen_k: int,
+        window_left: int,
+        window_right: int,
+        attention_chunk: int,
+        softmax_scale: float,
+        softcap: float,
+        deterministic: bool,
+        num_splits: int,
+        max_blocks: int,
     ) -> None: ...
 
 def connect(
@@ -91,6 +110,18 @@ def run_new_shared(
     shared_length: int,
     /,
 ) -> tuple[Tensor, Tensor | None]: ...
+def run_backward(
+    launch: BackwardLaunch,
+    call: Call,  # with the result of the forward call as out; without pages, offsets of the cache, qv and factors
+    dout: Tensor,  # as out
+    softmax_lse: Tensor,  # fp32 (B, Hq, Sq) or (Hq, T), the last dimension contiguous
+    dlse: Tensor | None,  # likewise
+    dq: Tensor,  # as q, written
+    dk: Tensor,  # as k, written
+    dv: Tensor,  # as v, written
+    dsinks: Tensor | None,  # fp32 (Hq,), written; exactly with sinks
+    /,
+) -> None: ...
 def forget_calls() -> None: ...
 def signature(*tensors: Tensor | None) -> bytes | None: ...  # the first five also by alignment
 def call_signature(call: Call, others: tuple[Any, ...], /) -> bytes | None: ...  # q, k, v, qv, out also by alignment

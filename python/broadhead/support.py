@@ -79,61 +79,45 @@ def id_suffix(dtype: str, kv_dtype: str = "") -> str:
 
 
 class Tile(NamedTuple):
-    """The shape of one block's work; the template arguments of ``sm80::ForwardTraits`` in this
-    order.
+    """The shape of a CTA's work; the template arguments of ``sm80::ForwardTraits`` in this order."""
 
-    tile_m: query rows; tile_n: keys a step; warps_m x warps_n: warps over rows x over keys (S) and columns (O);
-    stages: buffers in the K/V ring; k_chunk: head-dim columns of K in a stage; v_chunk x v_cols: keys x columns of V in
-    a stage; min_blocks: blocks that must fit an SM (bounds the registers).
-    """
-
-    tile_m: int
-    tile_n: int
-    warps_m: int
-    warps_n: int
-    stages: int
-    k_chunk: int
-    v_chunk: int
-    v_cols: int
-    min_blocks: int
+    tile_m: int  # query rows
+    tile_n: int  # keys of an n_block
+    warps_m: int  # warps over the rows
+    warps_n: int  # warps over the keys of S and the columns of O
+    stages: int  # stages of the ring of K and V
+    k_chunk: int  # head-dim columns of K in a stage
+    v_chunk: int  # keys of V in a stage
+    v_cols: int  # columns of V in a stage
+    min_blocks: int  # CTAs that must fit an SM: bounds the registers
 
 
 class DecodeTile(NamedTuple):
-    """The shape of one block's work in the decode kernels; arguments of ``decode::DecodeTraits`` in this order.
+    """The shape of a CTA's work in the decode kernels; arguments of ``decode::DecodeTraits`` in this order."""
 
-    tile_m: query rows; keys: of a warp's key block; warps; key_groups: groups of warps that share the key blocks, the
-    warps of a group share the columns; stages: buffers in each warp's K/V ring; min_blocks: as for ``Tile``.
-    """
-
-    tile_m: int
-    keys: int
+    tile_m: int  # query rows
+    tile_n: int  # keys of an n_block
     warps: int
-    key_groups: int
-    stages: int
-    min_blocks: int
-
-    @property
-    def tile_n(self) -> int:
-        return self.keys
+    key_groups: int  # groups of warps that divide the n_blocks of a tile; the warps of a group divide the columns
+    stages: int  # stages of each warp's ring of K and V
+    min_blocks: int  # as for Tile
 
 
 class AbsorbedDecodeTile(DecodeTile):
-    """The same for absorbed MLA, where q of few columns is for k and qv for v; the last template arguments of
+    """The same for absorbed MLA, where q has few columns and is for k, and qv is for v; the last template arguments of
     ``decode::AbsorbedTraits``."""
 
 
 class HopperTile(NamedTuple):
-    """The shape of one block's work in the Hopper kernel; the last template arguments of ``sm90::ForwardTraits``.
+    """The shape of a CTA's work in the Hopper kernel; the last template arguments of ``sm90::ForwardTraits``.
 
-    tile_m: query rows, 64 for each consumer warpgroup; tile_n: keys a step; stages: buffers of K and of V; overlap: 1:
-    the scores of a step are in flight beside the output of the step before; 2: likewise, with registers for the
-    probabilities of two steps.
+    S of an n_block is always in flight beside P V of the n_block before; ``overlap`` 2 has registers for P of both.
     """
 
-    tile_m: int
-    tile_n: int
-    stages: int
-    overlap: int
+    tile_m: int  # query rows, 64 for each consumer warpgroup
+    tile_n: int  # keys of an n_block
+    stages: int  # stages of K, and as many of V
+    overlap: int  # 1 or 2: how many P the registers hold
 
     @property
     def min_blocks(self) -> int:
@@ -141,16 +125,12 @@ class HopperTile(NamedTuple):
 
 
 class WideTile(NamedTuple):
-    """The shape of one block's work in the wide Hopper kernel; the last template arguments of ``sm90::WideTraits``.
+    """The shape of a CTA's work in the wide Hopper kernel; the last template arguments of ``sm90::WideTraits``."""
 
-    tile_m: query rows; tile_n: keys a step; q_register_cols: head-dim columns of Q that are kept in registers; cluster:
-    blocks that share their K and V, each with a tile of its own: neighbours of one head.
-    """
-
-    tile_m: int
-    tile_n: int
-    q_register_cols: int
-    cluster: int
+    tile_m: int  # query rows
+    tile_n: int  # keys of an n_block
+    q_register_cols: int  # head-dim columns of Q that are kept in registers
+    cluster: int  # CTAs that load their K and V together, for neighbouring m_blocks of one head
 
     @property
     def min_blocks(self) -> int:
@@ -158,14 +138,10 @@ class WideTile(NamedTuple):
 
 
 class Fp8Tile(NamedTuple):
-    """The shape of one block's work in the Hopper kernel of 8-bit inputs; the last template arguments of
-    ``sm90::Fp8Traits``.
+    """The shape of a CTA's work in the e4m3 Hopper kernel; the last template arguments of ``sm90::Fp8Traits``."""
 
-    tile_m: query rows, 64 for each consumer warpgroup; tile_n: keys a step.
-    """
-
-    tile_m: int
-    tile_n: int
+    tile_m: int  # query rows, 64 for each consumer warpgroup
+    tile_n: int  # keys of an n_block
 
     @property
     def min_blocks(self) -> int:
@@ -173,49 +149,52 @@ class Fp8Tile(NamedTuple):
 
 
 class AbsorbedTile(WideTile):
-    """The same for absorbed MLA, where q of few columns is for k and qv for v, the rest of the key; the last template
-    arguments of ``sm90::AbsorbedTraits``.
-
-    q_register_cols: columns of qv that are kept in registers.
-    """
+    """The same for absorbed MLA, where q has few columns and is for k, and qv is for v, the rest of the key; the last
+    template arguments of ``sm90::AbsorbedTraits``. ``q_register_cols`` are columns of qv."""
 
 
 class Template(NamedTuple):
-    """The C++ template behind a tile class, and how its launches divide their work."""
+    """The C++ templates behind a tile class, and how its launches divide their work."""
 
     header: str  # below csrc
     traits: str
     launcher: str
+    workspace: str  # tells how much scratch a call needs
     takes_head_dim_v: bool  # as a template argument behind head_dim
     whole_tokens: bool  # with packed GQA a tile holds whole tokens; else the heads of a token may straddle two tiles
-    needs_counter: bool  # takes one int32 of scratch: AttnParams::tile_counter
     of_kv_dtype: bool = False  # the traits name the dtype of K and V; q of any dtype that goes with it is read as it is
 
 
+def _hopper(folder: str, traits: str, launcher: str) -> Template:
+    """The templates of a persistent kernel in a folder of sm90."""
+    header = f"sm90/{folder}/launch.cuh"
+    return Template(header, f"sm90::{traits}", f"sm90::{launcher}", "tma::persistent_workspace", True, True)
+
+
+_DECODE = Template(
+    "decode/launch.cuh", "decode::DecodeTraits", "decode::launch_decode", "decode::decode_workspace", False, False, True
+)
 TEMPLATES: dict[type, Template] = {
-    Tile: Template("sm80/forward/launch.cuh", "sm80::ForwardTraits", "sm80::launch_forward", False, False, False),
-    DecodeTile: Template(
-        "decode/launch.cuh", "decode::DecodeTraits", "decode::launch_decode", False, False, False, True
+    Tile: Template(
+        "sm80/forward/launch.cuh", "sm80::ForwardTraits", "sm80::launch_forward", "sm80::forward_workspace", False,
+        False,
     ),
-    AbsorbedDecodeTile: Template(
-        "decode/launch.cuh", "decode::AbsorbedTraits", "decode::launch_decode", True, False, False
-    ),
-    HopperTile: Template("sm90/forward/launch.cuh", "sm90::ForwardTraits", "sm90::launch_forward", True, True, True),
-    WideTile: Template("sm90/forward_wide/launch.cuh", "sm90::WideTraits", "sm90::launch_wide", True, True, True),
-    Fp8Tile: Template("sm90/forward_fp8/launch.cuh", "sm90::Fp8Traits", "sm90::launch_fp8", True, True, True),
-    AbsorbedTile: Template(
-        "sm90/forward_wide/launch.cuh", "sm90::AbsorbedTraits", "sm90::launch_wide", True, True, True
-    ),
-}
+    DecodeTile: _DECODE,
+    AbsorbedDecodeTile: _DECODE._replace(traits="decode::AbsorbedTraits", takes_head_dim_v=True, of_kv_dtype=False),
+    HopperTile: _hopper("forward", "ForwardTraits", "launch_forward"),
+    WideTile: _hopper("forward_wide", "WideTraits", "launch_wide"),
+    Fp8Tile: _hopper("forward_fp8", "Fp8Traits", "launch_fp8"),
+    AbsorbedTile: _hopper("forward_wide", "AbsorbedTraits", "launch_wide"),
+}  # fmt: skip
 
 
 class KernelRow(NamedTuple):
     """One kernel. ``smem_limit`` is asserted at compile time."""
 
-    id: str
+    stem: str  # the id without dtypes
     family: str  # the library that holds it: "sm80" -> libbroadhead_sm80.so
-    direction: str  # "forward"
-    phase: str  # "prefill": many query rows; "decode": at most tile_m packed rows are worth it
+    direction: str  # "forward" or "backward"
+    phase: str  # "prefill": many query rows, all backward rows; "decode": at most tile_m packed rows are worth it
     capabilities: tuple[tuple[int, int], ...]
     dtype: str  # of q
     head_dim: int  # the largest it takes
@@ -229,18 +208,20 @@ class KernelRow(NamedTuple):
     max_rows: int = 0  # and above which it comes last; 0: never. Below, the table's order decides
 
     @property
-    def name(self) -> str:
-        """The id without the dtype: what rows that differ in dtype only share.
+    def id(self) -> str:
+        """The stem, the dtype of q, and that of k and v where it is another: ``sm80_fwd_decode_d64_bf16_kve4m3``."""
+        return f"{self.stem}_{id_suffix(self.dtype, self.kv_dtype)}"
 
-        Rows of 8-bit q differ in more, and so do those of another dtype of K and V: ``d64_bf16_kve4m3`` and
-        ``d64_fp16_kve4m3`` share ``d64_kve4m3``.
+    @property
+    def name(self) -> str:
+        """What rows that differ in the dtype of q only share: the source file that instantiates them.
+
+        Kernels of 8-bit q are others than those of 16 bits, but for decode kernels, which take q of any dtype over
+        8-bit k and v: ``d64_bf16_kve4m3``, ``d64_fp16_kve4m3`` and ``d64_e4m3`` share ``d64_kve4m3``.
         """
-        if ELEMENT_BYTES[self.dtype] == 1:
-            # A decode kernel of 8-bit K and V takes q of any dtype.
-            same = self.template.of_kv_dtype
-            return self.id.removesuffix("_e4m3") + "_kve4m3" if same else self.id
-        suffix = id_suffix(self.dtype, self.kv_dtype)
-        return self.id.removesuffix(f"_{suffix}") + suffix.removeprefix(ID_SUFFIXES[self.dtype])
+        if ELEMENT_BYTES[self.dtype] == 1 and not self.template.of_kv_dtype:
+            return self.id
+        return self.stem if self.kv_element_bytes > 1 else f"{self.stem}_kv{ID_SUFFIXES['float8_e4m3fn']}"
 
     @property
     def kv_element_bytes(self) -> int:
@@ -282,7 +263,7 @@ def _sm80_rows() -> tuple[KernelRow, ...]:
     )
     return tuple(
         KernelRow(
-            f"sm80_fwd_{name}_{ID_SUFFIXES[dtype]}", "sm80", "forward", phase, caps, dtype, head_dim, head_dim, limit,
+            f"sm80_fwd_{name}", "sm80", "forward", phase, caps, dtype, head_dim, head_dim, limit,
             tile, FEATURES,
         )
         for name, phase, caps, head_dim, limit, tile in shapes
@@ -293,8 +274,8 @@ def _sm80_rows() -> tuple[KernelRow, ...]:
 def _decode_rows() -> tuple[KernelRow, ...]:
     """The portable decode kernels (mma.sync, cp.async): tiles of 16 and 32 packed query rows. Those with qv come last.
 
-    Blocks of eight warps take a multiprocessor of 227 KB for themselves; those of four fit 99 KB, and two fit 227 KB.
-    One block a multiprocessor cuts less: PERF(H200, 128 x 8k, 8/1 heads of 128: 4110 GB/s, two blocks 3910).
+    CTAs of eight warps take a multiprocessor of 227 KB for themselves; those of four fit 99 KB, and two fit 227 KB.
+    One CTA a multiprocessor cuts less: PERF(H200, 128 x 8k, 8/1 heads of 128: 4110 GB/s, two CTAs 3910).
     """
     shapes = (
         # name, capabilities, head_dim, smem_limit, tile
@@ -308,7 +289,7 @@ def _decode_rows() -> tuple[KernelRow, ...]:
         ("d512_smem99", CAPABILITIES, 512, SMEM_99KB, DecodeTile(16, 16, 4, 1, 3, 2)),
         ("d64_m32", HUGE_SMEM, 64, SMEM_227KB, DecodeTile(32, 32, 8, 8, 3, 1)),
         ("d64_m32_smem99", CAPABILITIES, 64, SMEM_99KB, DecodeTile(32, 32, 4, 4, 5, 2)),
-        ("d128_m32", HUGE_SMEM, 128, SMEM_227KB, DecodeTile(32, 16, 8, 4, 5, 1)),
+        ("d128_m32", HUGE_SMEM, 128, SMEM_227KB, DecodeTile(32, 16, 8, 8, 5, 1)),
         ("d128_m32_smem99", CAPABILITIES, 128, SMEM_99KB, DecodeTile(32, 16, 4, 4, 5, 2)),
         ("d256_m32", HUGE_SMEM, 256, SMEM_227KB, DecodeTile(32, 16, 8, 4, 3, 1)),
         ("d256_m32_smem99", CAPABILITIES, 256, SMEM_99KB, DecodeTile(32, 16, 4, 2, 3, 2)),
@@ -336,7 +317,7 @@ def _decode_rows() -> tuple[KernelRow, ...]:
         is_8bit = e4m3 in (dtype, kv_dtype)
         rows += [
             KernelRow(
-                f"sm80_fwd_decode_{name}_{id_suffix(dtype, kv_dtype)}", "sm80", "forward", "decode", caps, dtype,
+                f"sm80_fwd_decode_{name}", "sm80", "forward", "decode", caps, dtype,
                 head_dim, head_dim, limit, tile, (*FEATURES, "descale") if is_8bit else FEATURES, kv_dtype=kv_dtype,
             )
             for name, caps, head_dim, limit, tile in (shapes_8bit if is_8bit else shapes)
@@ -355,7 +336,7 @@ def _absorbed_decode_rows() -> tuple[KernelRow, ...]:
     )
     return tuple(
         KernelRow(
-            f"sm80_fwd_decode_{name}_{ID_SUFFIXES[dtype]}", "sm80", "forward", "decode", caps, dtype, 64, 512, limit,
+            f"sm80_fwd_decode_{name}", "sm80", "forward", "decode", caps, dtype, 64, 512, limit,
             tile, (*FEATURES, "qv"), ("qv",),
         )
         for name, caps, limit, tile in shapes
@@ -368,7 +349,7 @@ def _sm90_row(
 ) -> KernelRow:
     """A Hopper forward kernel (wgmma, TMA, warp specialisation), on 9.0."""
     return KernelRow(
-        f"sm90_fwd_{name}_{ID_SUFFIXES[dtype]}", "sm90", "forward", "prefill", ((9, 0),), dtype, head_dim, head_dim_v,
+        f"sm90_fwd_{name}", "sm90", "forward", "prefill", ((9, 0),), dtype, head_dim, head_dim_v,
         SMEM_227KB, tile, FEATURES,
     )  # fmt: skip
 
@@ -391,7 +372,7 @@ def _sm90_rows() -> tuple[KernelRow, ...]:
     rows = [_sm90_row(name, dtype, d, dv, tile) for name, d, dv, tile in shapes for dtype in DTYPES]
     # Fewer keys a step waste less at the two ends of a window.
     # PERF(H200, head_dim 256, window 1024 of 16k: 80 keys a step 480 TFLOP/s, 64 530; without a window 725 and 705)
-    rows = [row._replace(requires=("window",)) if row.name.endswith("_window") else row for row in rows]
+    rows = [row._replace(requires=("window",)) if row.stem.endswith("_window") else row for row in rows]
     # All queries of a latent head in one tile: the second block of a cluster would have none. That row comes first.
     # PERF(H200, 64 x 8k, 64 heads, us: clusters of two 262, blocks alone 182)
     for name, cluster, max_rows in (("d64_v512_qv_m64", 1, 64), ("d64_v512_qv", 2, 0)):

@@ -5,13 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-import compare
-import oracle
 import pytest
 import torch
 from broadhead import support
 from calls import Call, build
-from checks import LSE_ATOL, check_call, check_equal
+from checks import check_call, check_equal
 from gpu_calls import PREFILL_ROWS, decode_call, prefill_call, row_call, row_cases, row_id
 
 pytestmark = [pytest.mark.gpu, pytest.mark.full]
@@ -100,33 +98,11 @@ def test_row_strides_of_more_than_2_to_the_31_elements(head_dim: int, cuda: torc
 # --- long sequences ---------------------------------------------------------------------------------------------------
 
 
-def attention_in_pieces(q, k, v, call: Call, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Textbook attention of one sequence in ``dtype``: ``(sq, Hq, Dv)`` and ``(Hq, sq)``, some query rows at a time."""
-    outs, lses, (left, right) = [], [], call.normalized_window
-    group = call.heads_q // call.heads_kv
-    keys, values = (x.to(dtype).repeat_interleave(group, dim=1).transpose(0, 1) for x in (k, v))
-    mask = oracle.visible(len(q), len(k), left, right, 0, None, q.device)
-    for piece, seen in zip(q.split(1024), mask.split(1024)):
-        scores = piece.to(dtype).transpose(0, 1) @ keys.transpose(1, 2) * call.scale
-        scores = scores.masked_fill(~seen, float("-inf"))
-        outs.append((torch.softmax(scores, dim=2) @ values).transpose(0, 1))
-        lses.append(torch.logsumexp(scores, dim=2))
-    return torch.cat(outs), torch.cat(lses, dim=1)
-
-
 @pytest.mark.parametrize("row, mask", row_cases(MASKS))
 def test_8192_keys(row: support.KernelRow, mask: str, only_row: Callable, cuda: torch.device) -> None:
     only_row(row)
     built = build(row_call(row, "varlen", (8192,), (8192,), heads_q=2, heads_kv=1, **MASKS[mask]), cuda)
-    if built.call.descale or built.call.qv:
-        check_call(built)  # the judge knows factors and qv; it takes more memory
-        return
-    out, lse = built.run()
-    q, k, v, call = built.q[0], built.k[0], built.v[0], built.call
-    truth, truth_lse = attention_in_pieces(q, k, v, call, torch.float64)
-    naive, _ = attention_in_pieces(q, k, v, call, call.dtype)
-    compare.assert_close("out", out, truth, naive, call.dtype, compare.OUT_FACTOR, str(call))
-    compare.assert_lse(lse, truth_lse, LSE_ATOL["cuda"], str(call))
+    check_call(built)
 
 
 # --- repeats ----------------------------------------------------------------------------------------------------------

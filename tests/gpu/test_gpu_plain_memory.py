@@ -13,8 +13,9 @@ import pytest
 import torch
 from broadhead.api import append
 from broadhead.run import cuda_backend
-from entries import KINDS, Entry, backward_entries, check_kind, entries
+from entries import Entry, backward_entries, entries
 from fuzz_modes import check_random_call
+from tensor_kinds import KINDS, check_kind
 from torch import Tensor
 from torch.autograd import forward_ad
 

@@ -103,30 +103,24 @@ class Step:
     def check(self, out: Tensor, lse: Tensor) -> None:
         """P and out are rounded to 16 bits, each by at most eps / 2 of sum(p * |v|); a quarter more is allowed."""
         start = 0
-        group = self.heads_q // self.heads_kv
+        scale = self.options.get("softmax_scale", self.head_dim**-0.5)
+        softcap = self.options.get("softcap", 0.0)
+        # Every query sees all of the prefix.
+        window = (-1, 0 if self.options.get("causal", True) else -1)
+        rule = oracle.Rule(scale, window, prefix=self.prefix, softcap=softcap)
+        sinks = self.options.get("sinks")
         for b, (sq, own) in enumerate(zip(self.lengths_q, self.own, strict=True)):
             rows = self.q[start : start + sq] if self.packed else self.q[b]
             got = out[start : start + sq] if self.packed else out[b]
             got_lse = lse[:, start : start + sq] if self.packed else lse[b]
             start += sq
-            q = rows.double() * self.factor("q_descale", group)[:, None]
+            q = rows.double() * self.factor("q_descale", self.heads_q // self.heads_kv)[:, None]
             k, v = (
                 self.keys(cache, b, own) * self.factor(name).unsqueeze(-1)
                 for cache, name in zip(self.caches, ("k_descale", "v_descale"), strict=True)
             )
-            k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-            scores = torch.einsum("qhd,khd->hqk", q, k) * self.options.get("softmax_scale", self.head_dim**-0.5)
-            softcap = self.options.get("softcap", 0.0)
-            scores = softcap * torch.tanh(scores / softcap) if softcap else scores
-            seen = oracle.visible(sq, own, -1, 0 if self.options.get("causal", True) else -1, 0, None, self.device)
-            seen = torch.cat((seen.new_ones(sq, self.prefix), seen), dim=1)
-            scores = scores.masked_fill(~seen, float("-inf"))
-            if self.options.get("sinks") is not None:
-                sinks = self.options["sinks"].double()[:, None, None].expand(-1, sq, 1)
-                scores = torch.cat((scores, sinks), dim=2)
-            expected_lse = torch.logsumexp(scores, dim=2)
-            p = torch.softmax(scores, dim=2)[:, :, : len(k)]
-            expected, size = (torch.einsum("hqk,khd->qhd", p, x) for x in (v, v.abs()))
+            expected, expected_lse = oracle.attention(q, k, v, rule, sinks=sinks)
+            size, _ = oracle.attention(q, k, v.abs(), rule, sinks=sinks)
             where = f"sequence {b}: {sq} queries, {self.prefix} + {own} keys"
             eps = max(torch.finfo(got.dtype).eps, torch.finfo(torch.float16).eps)
             assert ((got.double() - expected).abs() <= 1.25 * eps * size).all(), where

@@ -1,4 +1,4 @@
-// Calls of the decode kernels for host tests: random lengths, masks and cuts, and the walk of a block over its items.
+// Calls of the decode kernels for host tests: random lengths, masks and cuts, and the walk of a CTA over its items.
 #pragma once
 
 #include <algorithm>
@@ -8,24 +8,24 @@
 #include <vector>
 
 #include "check.h"
-#include "decode/line.h"
+#include "decode/stream_k.h"
 
 namespace host_test {
 
+using broadhead::decode::CtaInterval;
 using broadhead::decode::DecodeParams;
-using broadhead::decode::LineCursor;
-using broadhead::decode::LineInterval;
-using broadhead::decode::LineItem;
-using broadhead::decode::LineSum;
+using broadhead::decode::IntervalCursor;
 using broadhead::decode::SequenceWork;
+using broadhead::decode::WorkItem;
+using broadhead::decode::WorkSum;
 
-constexpr int kOneCell = 1 << 30;  // launch.cuh: num_splits = 1 makes a tile one cell
+constexpr int kOneSplit = 1 << 30;  // launch.cuh: num_splits = 1 makes a tile a single split
 
 struct Call {
   DecodeParams params{};
   std::vector<std::int32_t> cu_q, cu_k, used_q, used_k, prefixes;  // empty: not given
   int tile_m = 16;
-  int keys = 16;
+  int tile_n = 16;
   int available = 132;
   int least = 4;
   unsigned seed = 0;
@@ -55,10 +55,10 @@ struct Call {
     char text[512];
     std::snprintf(text, sizeof(text),
                   "seed %u: batch %d, seqlen_q %d, seqlen_k %d, heads in grid %d x %d rows, window (%d, %d), chunk %d, "
-                  "prefix %d, num_splits %d, cell_blocks %d, tile %d x %d, tile_cost %d, %d blocks of at least %d",
+                  "prefix %d, num_splits %d, cell_blocks %d, tile %d x %d, tile_cost %d, %d CTAs of at least %d",
                   seed, params.batch, params.seqlen_q, params.seqlen_k, params.heads_in_grid, params.rows_per_token,
                   params.window_left, params.window_right, params.attention_chunk, params.prefix_lens != nullptr,
-                  params.num_splits, params.cell_blocks, tile_m, keys, params.tile_cost, available, least);
+                  params.num_splits, params.cell_blocks, tile_m, tile_n, params.tile_cost, available, least);
     return text;
   }
 };
@@ -98,14 +98,14 @@ inline void make_random_call(Call& call, unsigned seed) {
   DecodeParams& params = call.params;
   params.batch = random.one_in(2) ? random.between(1, 6) : random.between(1, 200);
   call.tile_m = random.of({16, 32});
-  call.keys = random.of({16, 32});
+  call.tile_n = random.of({16, 32});
   call.available = random.one_in(3) ? random.of({1, 132, 264}) : random.between(1, 264);
   call.least = random.between(1, 8);
   params.tile_cost = random.between(1, 64);
   call.set_heads(random.between(1, 4), random.between(1, 8), random.one_in(2));
   params.num_splits = random.of({0, 0, 1, 2, 3, 7});
   if (params.num_splits == 1) {
-    params.cell_blocks = kOneCell;
+    params.cell_blocks = kOneSplit;
   } else if (random.one_in(3)) {
     params.num_splits = 0;
     params.cell_blocks = random.of({1, 4});
@@ -142,40 +142,40 @@ inline void make_random_call(Call& call, unsigned seed) {
 inline std::vector<SequenceWork> works_of(const Call& call) {
   std::vector<SequenceWork> works;
   for (int b = 0; b < broadhead::decode::sequences(call.params); ++b) {
-    works.push_back(broadhead::decode::sequence_work(call.params, b, call.tile_m, call.keys));
+    works.push_back(broadhead::decode::sequence_work(call.params, b, call.tile_m, call.tile_n));
   }
   return works;
 }
 
-inline LineSum sum_of(const Call& call, const std::vector<SequenceWork>& works) {
-  LineSum sum;
+inline WorkSum sum_of(const Call& call, const std::vector<SequenceWork>& works) {
+  WorkSum sum;
   for (const SequenceWork& work : works) add(call.params, sum, work);
   return sum;
 }
 
 inline int tiles_of(const Call& call, const SequenceWork& work) { return work.m_blocks * call.params.heads_in_grid; }
 
-inline bool take_part_of(const Call& call, LineCursor& cursor, LineItem& item) {
-  return call.keys == 16 ? broadhead::decode::take_part<16>(call.params, cursor, item)
-                         : broadhead::decode::take_part<32>(call.params, cursor, item);
+inline bool take_split_of(const Call& call, IntervalCursor& cursor, WorkItem& item) {
+  return call.tile_n == 16 ? broadhead::decode::take_split<16>(call.params, cursor, item)
+                           : broadhead::decode::take_split<32>(call.params, cursor, item);
 }
 
-// Where the sequences begin on a line whose tiles take tile_cost positions besides; its end.
-inline std::vector<long long> starts_on_line(const Call& call, const std::vector<SequenceWork>& works, int tile_cost) {
+// Where the sequences begin in a schedule whose tiles take tile_cost positions besides, and its end.
+inline std::vector<long long> sequence_starts(const Call& call, const std::vector<SequenceWork>& works, int tile_cost) {
   std::vector<long long> starts{0};
   for (const SequenceWork& work : works) {
-    const long long cost = tile_cost + key_blocks(work);
+    const long long cost = tile_cost + n_blocks(work);
     starts.push_back(starts.back() + tiles_of(call, work) * cost);
   }
   return starts;
 }
 
 // The items of an interval: what search and next_item find on the device.
-inline std::vector<LineItem> walk(const Call& call, const std::vector<SequenceWork>& works,
-                                  const std::vector<long long>& starts, const LineInterval& interval) {
-  std::vector<LineItem> items;
+inline std::vector<WorkItem> walk(const Call& call, const std::vector<SequenceWork>& works,
+                                  const std::vector<long long>& starts, const CtaInterval& interval) {
+  std::vector<WorkItem> items;
   if (interval.length == 0) return items;
-  LineCursor cursor{};
+  IntervalCursor cursor{};
   cursor.left = interval.length;
   cursor.tile_cost = interval.tile_cost;
   const auto behind = std::upper_bound(starts.begin(), starts.end(), interval.begin);
@@ -188,11 +188,11 @@ inline std::vector<LineItem> walk(const Call& call, const std::vector<SequenceWo
     cursor.stand_on(offset);
     offset = 0;
     while (cursor.left != 0 && cursor.tile < tiles) {
-      LineItem item;
-      if (take_part_of(call, cursor, item)) items.push_back(item);
+      WorkItem item;
+      if (take_split_of(call, cursor, item)) items.push_back(item);
     }
   }
-  CHECK(cursor.left == 0, "%d positions behind the end of the line; %s", cursor.left, call.words().c_str());
+  CHECK(cursor.left == 0, "%d positions behind the end of the work; %s", cursor.left, call.words().c_str());
   return items;
 }
 

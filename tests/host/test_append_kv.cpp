@@ -98,12 +98,12 @@ void check_pairs() {
       std::vector<int> moved(vectors, 0);
       for (int unit = 0; unit < broadhead::ceil_div(vectors, 2); ++unit) {
         const auto pair = vector_pair(unit, vectors, pairs);
-        CHECK(pair.is_turned == (unit < pairs), "unit %d of %d", unit, vectors);
-        if (pair.is_turned) CHECK(pair.has_second && pair.second == pair.first + pairs, "a pair of halves");
+        CHECK(pair.is_rotated == (unit < pairs), "unit %d of %d", unit, vectors);
+        if (pair.is_rotated) CHECK(pair.has_second && pair.second == pair.first + pairs, "a pair of halves");
         CHECK(pair.first < vectors && (!pair.has_second || pair.second < vectors), "unit %d of %d", unit, vectors);
         ++moved[pair.first];
         if (pair.has_second) ++moved[pair.second];
-        if (!pair.is_turned) CHECK(pair.first >= 2 * pairs, "a vector outside the rotary columns");
+        if (!pair.is_rotated) CHECK(pair.first >= 2 * pairs, "a vector outside the rotary columns");
       }
       for (int count : moved) CHECK(count == 1, "%d vectors, %d pairs: each is moved once", vectors, pairs);
     }

@@ -10,7 +10,7 @@ namespace broadhead::sm80 {
 
 using namespace mma_sync;
 
-// All threads of the block call this after their last use of shared memory. `split` < 0: final output.
+// All threads of the CTA call this after their last use of shared memory. `split` < 0 means the final output.
 template <class Traits>
 BROADHEAD_DEVICE void write_tile(const AttnParams& params, typename Traits::SharedStorage& smem,
                                  float (&o)[Traits::kMmaM][Traits::kOTiles][4],
@@ -22,7 +22,7 @@ BROADHEAD_DEVICE void write_tile(const AttnParams& params, typename Traits::Shar
   constexpr int kRows = 2 * Traits::kMmaM;
   softmax.reduce_sum();
   if constexpr (Traits::kSharedP) {
-    // A row's keys were dealt to kWarpsN warps: add their sums.
+    // The keys of a row are divided among kWarpsN warps, so their sums are added.
     BROADHEAD_UNROLL
     for (int i = 0; i < kRows; ++i) {
       const int row = warp_m * Traits::kRowsPerWarp + accumulator_row(i, lane);
@@ -53,7 +53,7 @@ BROADHEAD_DEVICE void write_tile(const AttnParams& params, typename Traits::Shar
     BROADHEAD_UNROLL
     for (int i = 0; i < kRows; ++i) {
       const int row = warp_m * Traits::kRowsPerWarp + accumulator_row(i, lane);
-      if (!output.live(row) || inverse[i] == 0.f) continue;  // an empty share is told by its LSE alone
+      if (!output.live(row) || inverse[i] == 0.f) continue;  // an empty split writes its LSE alone
       float* target = partial_row(params, seqlen, place_row(output, row), split);
       BROADHEAD_UNROLL
       for (int tile = 0; tile < Traits::kOTiles; ++tile) {

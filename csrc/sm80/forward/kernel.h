@@ -1,7 +1,8 @@
-// The portable forward kernel: one block computes one query tile of one (KV) head of one sequence, or one split of it.
+// The portable forward kernel: one CTA computes one tile (an m_block of one head of one sequence), or one split of it.
 //
-// K and V stream through a ring of kStages buffers (cp.async). Every step waits for its stage, meets the block's other
-// warps once, refills the stage that was used a step ago, and multiplies. Q stays in shared memory for the whole tile.
+// K and V stream through a ring of kStages stages (cp.async). In every step a warp waits for the stage, meets the other
+// warps of the CTA once, refills the stage that was used a step ago, and multiplies. Q stays in shared memory for the
+// whole tile.
 #pragma once
 
 #include "common/accumulator.h"
@@ -24,7 +25,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   extern __shared__ __align__(1024) char smem_bytes[];
   auto& smem = *reinterpret_cast<typename Traits::SharedStorage*>(smem_bytes);
 
-  // ---- which work
+  // ---- the tile
   const int thread = threadIdx.x;
   const int split = blockIdx.y;
   const TileState<Element>& state = smem.state;
@@ -46,21 +47,24 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   const BlockRange range = state.range;
   const bool paged = params.page_table != nullptr;
 
-  // Thread t resolves key t of a block: the table entry is loaded early, its offsets are stored at the end of a step.
-  const auto page_buffer = [&](int block) { return smem.pages[block % Traits::kPageBuffers]; };
-  const auto load_page = [&](int block) {
-    const int key = block * Traits::kTileN + thread;
-    // Entries of keys that are not live are never read: they may be garbage.
+  // Thread t resolves key t of an n_block: its page-table entry is loaded early, and its offsets are stored at the end
+  // of the n_block before.
+  const auto page_buffer = [&](int n_block) { return smem.pages[n_block % Traits::kPageBuffers]; };
+  const auto load_page = [&](int n_block) {
+    const int key = n_block * Traits::kTileN + thread;
+    // Entries of keys that are not live are never read, since they may be garbage.
     return source.live.contains(key) ? source.table[(source.leftpad + key) / params.page_size] : 0;
   };
-  const auto store_page = [&](int block, int page) {
-    const int slot = (source.leftpad + block * Traits::kTileN + thread) % params.page_size;
-    if (page_exists(params, page)) {
-      page_buffer(block)[thread] = {page * params.k_strides.batch + slot * params.k_strides.row,
-                                    page * params.v_strides.batch + slot * params.v_strides.row};
+  const auto store_page = [&](int n_block, int page) {
+    const int key = n_block * Traits::kTileN + thread;
+    const int slot = (source.leftpad + key) % params.page_size;
+    const bool live = source.live.contains(key);
+    if (live && page_exists(params, page)) {
+      page_buffer(n_block)[thread] = {page * params.k_strides.batch + slot * params.k_strides.row,
+                                      page * params.v_strides.batch + slot * params.v_strides.row};
     } else {
-      page_buffer(block)[thread] = {-1, -1};
-      smem.any_missing = 1;
+      page_buffer(n_block)[thread] = {-1, -1};
+      if (live) smem.any_missing = 1;
     }
   };
   if (paged && thread < Traits::kTileN) {
@@ -68,7 +72,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     for (int i = 0; i <= Traits::kAhead; ++i) store_page(range.begin + i, load_page(range.begin + i));
   }
 
-  // ---- the ring: chunk `position` counted from the first chunk of `block`
+  // ---- the ring: issues chunk `position`, counted from the first chunk of `n_block`
   const std::uint32_t ring = smem_address(smem.ring);
   constexpr std::uint32_t kStageBytes = Traits::kStageElems * sizeof(Element);
   using KCopier = ChunkCopier<Traits, Traits::kTileN, Traits::kKChunk, true>;
@@ -81,34 +85,34 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     v_next = VCopier::first_element(source, range.begin * Traits::kTileN);
   }
   std::uint32_t write_stage = ring;
-  const auto issue = [&](int block, int position) {
-    block += position / Traits::kChunks;
+  const auto issue = [&](int n_block, int position) {
+    n_block += position / Traits::kChunks;
     const int chunk = position % Traits::kChunks;
-    if (block < range.end) {
+    if (n_block < range.end) {
       const BlockRange whole = state.whole;
-      const bool is_whole = block >= whole.begin && block < whole.end;
+      const bool is_whole = n_block >= whole.begin && n_block < whole.end;
       if (chunk < Traits::kKChunks) {
         const int col0 = chunk * Traits::kKChunk;
-        const int key0 = block * Traits::kTileN;
+        const int key0 = n_block * Traits::kTileN;
         const std::uint32_t target = write_stage + KCopier::target_offset();
         if (is_whole) {
           const Element* pointer = Traits::kWalkingPointers ? k_next : KCopier::first_element(source, key0);
           KCopier::copy_whole(target, pointer + col0, params.k_strides.row);
         } else if (Traits::kHeadDim <= 256 || col0 < params.head_dim) {
-          KCopier::copy_edge(source, page_buffer(block), target, key0, 0, col0);
+          KCopier::copy_edge(source, page_buffer(n_block), target, key0, 0, col0);
         }
         if (chunk == Traits::kKChunks - 1) k_next += Traits::kTileN * params.k_strides.row;
       } else {
         const int v_chunk = chunk - Traits::kKChunks;
         const int row0 = (v_chunk / Traits::kVColChunks) * Traits::kVChunk;
         const int col0 = (v_chunk % Traits::kVColChunks) * Traits::kVCols;
-        const int key0 = block * Traits::kTileN + row0;
+        const int key0 = n_block * Traits::kTileN + row0;
         const std::uint32_t target = write_stage + VCopier::target_offset();
         if (is_whole) {
           const Element* pointer = Traits::kWalkingPointers ? v_next : VCopier::first_element(source, key0);
           VCopier::copy_whole(target, pointer + col0, params.v_strides.row);
         } else {
-          VCopier::copy_edge(source, page_buffer(block), target, key0, row0, col0);
+          VCopier::copy_edge(source, page_buffer(n_block), target, key0, row0, col0);
         }
         if (v_chunk % Traits::kVColChunks == Traits::kVColChunks - 1) {
           v_next += Traits::kVChunk * params.v_strides.row;
@@ -147,14 +151,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   }
 
   std::uint32_t read_stage = ring;
-  for (int block = range.begin; block < range.end; ++block) {
+  for (int n_block = range.begin; n_block < range.end; ++n_block) {
     int next_page = 0;
-    if (paged && thread < Traits::kTileN) next_page = load_page(block + Traits::kAhead + 1);
+    if (paged && thread < Traits::kTileN) next_page = load_page(n_block + Traits::kAhead + 1);
 
     const auto begin_step = [&](int position) {
       cp_async_wait<Traits::kStages - 2>();
       __syncthreads();
-      issue(block, position + Traits::kStages - 1);
+      issue(n_block, position + Traits::kStages - 1);
       const std::uint32_t stage = read_stage;
       read_stage = stage == ring + (Traits::kStages - 1) * kStageBytes ? ring : stage + kStageBytes;
       return stage;
@@ -162,10 +166,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
 
     float s[Traits::kMmaM][Traits::kMmaN][4];
     clear_accumulators(s);
-    if (paged && smem.any_missing != 0) {
-      const typename Traits::PagedRow* rows = page_buffer(block) + warp_n * Traits::kKeysPerWarp + lane % 4 * 2;
-      begin_scores(s, [&](int n) { return rows[n * 8].missing() | rows[n * 8 + 1].missing() << 1; });
-    }
     BROADHEAD_UNROLL
     for (int chunk = 0; chunk < Traits::kKChunks; ++chunk) {
       const std::uint32_t stage = begin_step(chunk);
@@ -175,7 +175,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     }
 
     if (scale.transform) transform_scores(s, scale);
-    const int key0 = block * Traits::kTileN;
+    if (paged && smem.any_missing != 0) {  // this also hides keys that are not live, as the mask does
+      const typename Traits::PagedRow* rows = page_buffer(n_block) + warp_n * Traits::kKeysPerWarp + lane % 4 * 2;
+      hide_missing(s, [&](int n) { return rows[n * 8].unread() | rows[n * 8 + 1].unread() << 1; });
+    }
+    const int key0 = n_block * Traits::kTileN;
     if (key0 < state.unmasked.begin || key0 + Traits::kTileN > state.unmasked.end) {
       apply_mask(s, state.mask, state.unmasked, state.output.rows, warp_row, key0 + warp_n * Traits::kKeysPerWarp,
                  lane);
@@ -184,7 +188,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     float block_max[2 * Traits::kMmaM];
     softmax.block_max(s, block_max);
     if constexpr (Traits::kSharedP) {
-      // The row's other keys are with the other warps of this row group (warp_m).
+      // The other warps of this row group (warp_m) hold the other keys of the row.
       BROADHEAD_UNROLL
       for (int i = 0; i < 2 * Traits::kMmaM; ++i) {
         const int row = warp_row + accumulator_row(i, lane);
@@ -217,7 +221,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
       const std::uint32_t stage = begin_step(Traits::kKChunks);
       exp_pv_gemm<Traits>(o, s, softmax, scale.scale_log2, stage + addresses.v, params.head_dim_v, exp2);
     }
-    if (paged && thread < Traits::kTileN) store_page(block + Traits::kAhead + 1, next_page);
+    if (paged && thread < Traits::kTileN) store_page(n_block + Traits::kAhead + 1, next_page);
   }
 
   cp_async_wait<0>();

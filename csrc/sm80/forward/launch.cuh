@@ -4,14 +4,21 @@
 
 #include "host/launch.cuh"
 #include "host/params.h"
+#include "host/split_workspace.h"
 #include "kernels/combine.h"
 #include "sm80/forward/kernel.h"
 
 namespace broadhead::sm80 {
 
 template <class Traits>
-int launch_forward(const char* kernel_id, const AttnParams& params, cudaStream_t stream, char* error,
+std::int64_t forward_workspace(const AttnParams& params) {
+  return split_workspace_bytes(params, false);
+}
+
+template <class Traits>
+int launch_forward(const char* kernel_id, const AttnParams& given, cudaStream_t stream, char* error,
                    std::size_t error_size) {
+  AttnParams params = given;
   constexpr int kSmemBytes = sizeof(typename Traits::SharedStorage);
   const CallReport report{kernel_id, params, kSmemBytes, error, error_size};
   static PreparedKernel prepared;
@@ -22,16 +29,17 @@ int launch_forward(const char* kernel_id, const AttnParams& params, cudaStream_t
   const int heads = params.pack_gqa ? params.num_heads_kv : params.num_heads_q;
   const long long rows = static_cast<long long>(params.seqlen_q) * rows_per_token;
   const int m_blocks = static_cast<int>((rows + Traits::kTileM - 1) / Traits::kTileM);
-  const long long blocks = static_cast<long long>(m_blocks) * heads * params.batch;
-  if (blocks == 0) return 0;
+  const long long ctas = static_cast<long long>(m_blocks) * heads * params.batch;
+  if (ctas == 0) return 0;
   if (params.head_dim > Traits::kHeadDim || params.head_dim_v > Traits::kHeadDim) {
     return report.fail("head_dim", cudaErrorInvalidValue);
   }
-  if (rows > 0x7fffff00LL || blocks > 0x7fffffffLL || params.num_splits > 65535)
+  if (rows > 0x7fffff00LL || ctas > 0x7fffffffLL || params.num_splits > 65535)
     return report.fail("grid", cudaErrorInvalidValue);
+  if (!place_split_workspace(params, false)) return report.fail("workspace", cudaErrorInvalidValue);
   forward_kernel<Traits>
-      <<<dim3(static_cast<unsigned>(blocks), params.num_splits), Traits::kThreads, kSmemBytes, stream>>>(params,
-                                                                                                         m_blocks);
+      <<<dim3(static_cast<unsigned>(ctas), params.num_splits), Traits::kThreads, kSmemBytes, stream>>>(params,
+                                                                                                       m_blocks);
   if (const cudaError_t status = cudaGetLastError()) return report.fail("launch", status);
   if (params.num_splits == 1) return 0;
   constexpr bool kIsBf16 = std::is_same_v<typename Traits::Element, cutlass::bfloat16_t>;

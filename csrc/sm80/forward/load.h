@@ -1,4 +1,5 @@
-// Global -> shared copies of the portable kernels: Q rows, and K/V chunks of dense, packed and paged sequences.
+// Copies from global to shared memory in the portable kernel: rows of Q, and chunks of K and V of dense, packed and
+// paged sequences.
 #pragma once
 
 #include "sm80/forward/traits.h"
@@ -7,7 +8,7 @@ namespace broadhead::sm80 {
 
 using namespace mma_sync;
 
-// Deals a kRows x kCols tile to the block's threads: eight neighbouring threads copy 128 bytes of a row.
+// Divides a kRows x kCols tile among the threads of the CTA: eight neighbouring threads copy 128 bytes of a row.
 template <int kThreads, int kRows, int kCols>
 struct CopyPlan {
   static constexpr int kSlots = kThreads / 8;
@@ -19,7 +20,7 @@ struct CopyPlan {
   static_assert(kRows % kRowSlots == 0);
 };
 
-// Copies of one thread into kRows x kCols stages of K or V. A stage whose rows are all live costs one pointer and
+// The copies of one thread into kRows x kCols stages of K or V. A stage whose rows are all live costs one pointer and
 // immediates; edges, paged sequences and head_dim tails take the general path.
 template <class Traits, int kRows, int kCols, bool kIsK>
 struct ChunkCopier {
@@ -50,14 +51,14 @@ struct ChunkCopier {
     for (int j = 0; j < Plan::kColSteps; ++j) {
       const int subtile = j * Plan::kColSlots;
       if (Plan::kSubtiles % Plan::kColSlots != 0 && col_slot() + subtile >= Plan::kSubtiles) continue;
-      // Bucket 96 in stages of 128 columns.
+      // The bucket 96 has stages of 128 columns.
       if (kCols > Traits::kHeadDim && subtile * 64 + first_col() >= Traits::kHeadDim) continue;
       cp_async_16(target + step * (Plan::kRowSlots * 128) + subtile * (kRows * 128), pointer + subtile * 64,
                   row_live && col + subtile * 64 < columns);
     }
   }
 
-  // A stage whose rows and columns all exist; `pointer` is this thread's first element of it.
+  // Copies a stage whose rows and columns all exist; `pointer` is this thread's first element of it.
   BROADHEAD_DEVICE static void copy_whole(std::uint32_t target, const Element* pointer, long long row_stride) {
     BROADHEAD_UNROLL
     for (int i = 0; i < Plan::kRowSteps; ++i) {
@@ -66,25 +67,26 @@ struct ChunkCopier {
     }
   }
 
-  // Any stage: keys from `key0` (index `row0` in the block), columns from `col0`.
+  // Copies any stage: keys from `key0` (index `row0` in the n_block), columns from `col0`.
   BROADHEAD_DEVICE static void copy_edge(const KvSource<Element>& source, const typename Traits::PagedRow* pages,
                                          std::uint32_t target, int key0, int row0, int col0) {
     const int columns = kIsK ? source.head_dim : source.head_dim_v;
     const Element* base = (kIsK ? source.k : source.v) + col0 + first_col();
-    // Few registers are free beside a large O.
+    // A large O leaves few registers free.
 #pragma unroll 1
     for (int i = 0; i < Plan::kRowSteps; ++i) {
       const int row = row_slot() + i * Plan::kRowSlots;
-      bool row_live = source.live.contains(key0 + row);
+      bool readable;
       long long offset = 0;
       if (source.table != nullptr) {
         const long long place = kIsK ? pages[row0 + row].k : pages[row0 + row].v;
-        row_live = row_live && place >= 0;
-        if (row_live) offset = place;
-      } else if (row_live) {
-        offset = (key0 + row) * (kIsK ? source.k_row_stride : source.v_row_stride);
+        readable = place >= 0;
+        if (readable) offset = place;
+      } else {
+        readable = source.live.contains(key0 + row);
+        if (readable) offset = (key0 + row) * (kIsK ? source.k_row_stride : source.v_row_stride);
       }
-      copy_row(i, target, base + offset, row_live, col0 + first_col(), columns);
+      copy_row(i, target, base + offset, readable, col0 + first_col(), columns);
     }
   }
 };

@@ -1,4 +1,4 @@
-// The two matrix products of a step: S += Q K^T over a K chunk, O += P V over a V chunk.
+// The QK and PV GEMMs of a step: S += Q K^T over a K chunk, O += P V over a V chunk.
 #pragma once
 
 #include "mma_sync/atoms.h"
@@ -32,8 +32,8 @@ struct LaneAddresses {
       const int row = warp_n * Traits::kKeysPerWarp + (lane & 7);
       k = row * 128 + (((lane >> 3) ^ swizzle) * 16);
     }
-    const int subtile = warp_n / Traits::kShare;
-    const int unit = (lane >> 4) | ((warp_n % Traits::kShare) * (8 / Traits::kShare));
+    const int subtile = warp_n / Traits::kWarpsPerSubtile;
+    const int unit = (lane >> 4) | ((warp_n % Traits::kWarpsPerSubtile) * (8 / Traits::kWarpsPerSubtile));
     v = subtile * (Traits::kVChunk * 128) + (lane & 15) * 128 + ((unit ^ swizzle) * 16);
   }
 };
@@ -105,9 +105,9 @@ BROADHEAD_DEVICE void pv_step(float (&o)[Traits::kMmaM][Traits::kOTiles][4], con
   const int col_chunk = chunk % Traits::kVColChunks;
   BROADHEAD_UNROLL
   for (int part = 0; part < Traits::kParts; ++part) {
-    const int subtile = part * (Traits::kWarpsN / Traits::kShare);
+    const int subtile = part * (Traits::kWarpsN / Traits::kWarpsPerSubtile);
     if (Traits::kHeadDim > 256) {  // one bucket serves 264..512: skip the columns this call does not have
-      if (col_chunk * Traits::kVCols + (subtile + warp_n / Traits::kShare) * 64 >= head_dim_v) continue;
+      if (col_chunk * Traits::kVCols + (subtile + warp_n / Traits::kWarpsPerSubtile) * 64 >= head_dim_v) continue;
     }
     BROADHEAD_UNROLL
     for (int n = 0; n < Traits::kPartTiles; ++n) {
@@ -141,8 +141,8 @@ BROADHEAD_DEVICE void pv_gemm(float (&o)[Traits::kMmaM][Traits::kOTiles][4], std
   }
 }
 
-// O += exp(S) V over a whole key block, with P in registers: the exponentials of 16 keys are independent of the
-// multiplications of the 16 before, so the compiler can run them side by side.
+// O += exp(S) V over a whole n_block, with P in registers. The exponentials of 16 keys are independent of the
+// multiplications of the 16 keys before, so the compiler can overlap them.
 template <class Traits, int kStep = 0, class Softmax, class Exp2>
 BROADHEAD_DEVICE void exp_pv_gemm(float (&o)[Traits::kMmaM][Traits::kOTiles][4],
                                   float (&s)[Traits::kMmaM][Traits::kMmaN][4], Softmax& softmax, float scale_log2,
@@ -163,12 +163,12 @@ BROADHEAD_DEVICE int o_column(int tile, int warp_n) {
   const int n = (tile / 2) % Traits::kPartTiles;
   const int part = (tile / 2) / Traits::kPartTiles % Traits::kParts;
   const int col_chunk = (tile / 2) / (Traits::kPartTiles * Traits::kParts);
-  const int subtile = part * (Traits::kWarpsN / Traits::kShare) + warp_n / Traits::kShare;
-  return col_chunk * Traits::kVCols + subtile * 64 + (warp_n % Traits::kShare) * Traits::kPartCols + n * 16 +
+  const int subtile = part * (Traits::kWarpsN / Traits::kWarpsPerSubtile) + warp_n / Traits::kWarpsPerSubtile;
+  return col_chunk * Traits::kVCols + subtile * 64 + (warp_n % Traits::kWarpsPerSubtile) * Traits::kPartCols + n * 16 +
          (tile % 2) * 8;
 }
 
-// S -> P in shared memory, for the warps that own other columns of O.
+// Writes P to shared memory, for the warps that own other columns of O.
 template <class Traits>
 BROADHEAD_DEVICE void store_p(typename Traits::SharedStorage& smem, const float (&s)[Traits::kMmaM][Traits::kMmaN][4],
                               int warp_m, int warp_n, int lane) {

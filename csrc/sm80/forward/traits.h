@@ -31,7 +31,7 @@ struct ForwardTraits {
   static constexpr int kRowBytes = 128;
   static constexpr int kQCols = round_up(kHeadDim, kSubtileCols);
 
-  // One step over kTileN keys consumes kKChunks stages of K, then kVChunks stages of V.
+  // One n_block takes kKChunks stages of K, then kVChunks stages of V.
   static constexpr int kKChunks = ceil_div(kHeadDim, kKChunk);
   static constexpr int kVKeyChunks = kTileN / kVChunk;
   static constexpr int kVColChunks = ceil_div(kHeadDim, kVCols);
@@ -45,12 +45,12 @@ struct ForwardTraits {
   static constexpr int kKeysPerWarp = kTileN / kWarpsN;
   static constexpr int kMmaN = kKeysPerWarp / 8;
 
-  // O: the columns of a V chunk are dealt to the kWarpsN warps in parts of a subtile; kShare warps share a subtile.
+  // O: the columns of a V chunk are divided among the kWarpsN warps; kWarpsPerSubtile warps divide a subtile.
   static constexpr int kVSubtiles = kVCols / kSubtileCols;
-  static constexpr int kShare = kVSubtiles % kWarpsN == 0 ? 1 : (kVSubtiles * 2) % kWarpsN == 0 ? 2 : 4;
-  static constexpr int kParts = kVSubtiles * kShare / kWarpsN;  // parts of each V chunk that a warp owns
-  static constexpr int kPartCols = kSubtileCols / kShare;
-  static constexpr int kPartTiles = kPartCols / 16;             // ldmatrix.x4.trans steps in a part
+  static constexpr int kWarpsPerSubtile = kVSubtiles % kWarpsN == 0 ? 1 : (kVSubtiles * 2) % kWarpsN == 0 ? 2 : 4;
+  static constexpr int kParts = kVSubtiles * kWarpsPerSubtile / kWarpsN;  // parts of each V chunk that a warp owns
+  static constexpr int kPartCols = kSubtileCols / kWarpsPerSubtile;
+  static constexpr int kPartTiles = kPartCols / 16;  // ldmatrix.x4.trans steps in a part
   // 8-column accumulators; bucket 96 keeps V in stages of 128 columns but computes 96.
   static constexpr int kOTiles = kWarpsN == 1 ? kHeadDim / 8 : kVColChunks * kParts * kPartTiles * 2;
 
@@ -62,24 +62,25 @@ struct ForwardTraits {
   static constexpr bool kQInRegisters =
       !kSharedP && kKChunks == 1 && kQRegisters <= 32 && kQRegisters + kMmaM * (kMmaN + kOTiles) * 4 <= 160;
 
-  // Four registers for walking pointers are worth it where a block is short of other work to hide address arithmetic.
+  // Four registers for walking pointers are worth it where a CTA has little other work to hide address arithmetic.
   static constexpr bool kWalkingPointers = !kSharedP && kTileN == 64;
 
-  // Page-table rows are resolved kAhead + 1 blocks ahead of the block that computes.
+  // Page-table entries are resolved kAhead + 1 n_blocks ahead of the n_block that is computed.
   static constexpr int kAhead = (kChunks + kStages - 2) / kChunks;
   static constexpr int kPageBuffers = kAhead + 1;
 
   static_assert(kRowsPerWarp % 16 == 0 && kKeysPerWarp % 8 == 0 && kTileN % kVChunk == 0 && kVChunk % 16 == 0);
   static_assert(kKChunk % kSubtileCols == 0 && kVCols % kSubtileCols == 0 && kHeadDim % 16 == 0);
   static_assert(kMmaN % 2 == 0 || kKChunk % 32 == 0);
-  static_assert((kVSubtiles * kShare) % kWarpsN == 0 && kPartTiles >= 1);
+  static_assert((kVSubtiles * kWarpsPerSubtile) % kWarpsN == 0 && kPartTiles >= 1);
   static_assert(kTileN <= kThreads && kStages >= 2);
 
-  // Where a key lies in global memory, in elements from the head's base; -1: on a page that the pool does not have.
+  // Where a key lies in global memory, in elements from the head's base; -1 when it is not read, because it is not live
+  // or lies on a page that the pool does not have.
   struct PagedRow {
     long long k;
     long long v;
-    BROADHEAD_DEVICE bool missing() const { return k < 0; }
+    BROADHEAD_DEVICE bool unread() const { return k < 0; }
   };
 
   struct SharedStorage {

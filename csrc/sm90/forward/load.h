@@ -1,4 +1,4 @@
-// The gathering loader of the forward kernel: three warps bring K and V where TMA can not.
+// The gathering producer of the forward kernel: three warps bring K and V where TMA can not.
 #pragma once
 
 #include "sm90/load.h"
@@ -46,7 +46,7 @@ BROADHEAD_DEVICE void gather_tiles(const KernelArgs& args, typename Traits::Shar
     };
     Rows rows, next;
     read(rows, range.end - 1);
-    read(next, range.end - 2);  // a block ahead, so that its latency is hidden
+    read(next, range.end - 2);  // an n_block ahead, so that its latency is hidden
     if (first) want_next(smem.next_wanted, range, range.end - 1);
     load_k(rows);
     // The others do not wait: with their K on its way they could miss a whole phase.

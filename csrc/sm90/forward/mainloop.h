@@ -1,6 +1,6 @@
 // A consumer warpgroup of the forward kernel: 64 query rows, S = Q K^T, softmax, O += P V.
 //
-// S of block j and O += P V of the block before are in flight together, the softmax of j runs beside the latter.
+// S of n_block j and O += P V of the n_block before are in flight together, the softmax of j runs beside the latter.
 #pragma once
 
 #include "common/accumulator.h"
@@ -17,8 +17,8 @@ struct Consumer final : ConsumerBase<Traits> {
   using Base = ConsumerBase<Traits>;
   using typename Base::Element;
   using VLayout = typename Traits::VLayout;
-  using Base::args, Base::leader, Base::pass_turn, Base::q_parity, Base::release, Base::ring, Base::s, Base::smem;
-  using Base::wait_full, Base::wait_turn, Base::warp_row, Base::warpgroup;
+  using Base::args, Base::leader, Base::ping_pong_pass, Base::q_parity, Base::release, Base::ring, Base::s, Base::smem;
+  using Base::wait_full, Base::ping_pong_wait, Base::warp_row, Base::warpgroup;
   using Softmax = LazySoftmax;
   using Slot = TileSlot<Element>;
   using P = Probabilities<Element, Traits::kKeyTiles>;  // A operand of P V
@@ -42,10 +42,11 @@ struct Consumer final : ConsumerBase<Traits> {
     fence_registers(o);
   }
 
-  // V of the block before the one whose K is next.
+  // Waits for V of the n_block before the one whose K is next.
   BROADHEAD_DEVICE void wait_v() { wait_full(smem.v_full[ring.stage(1)], ring.parity(1)); }
 
-  // Clears what no query sees of that V, together with the other warpgroups: not in a turn, they may wait for it.
+  // Clears what no query sees of that V, together with the other warpgroups. It must not stand between ping_pong_wait
+  // and ping_pong_pass, for which the others may wait.
   BROADHEAD_DEVICE void prepare_v(const TileState<Element>& state, int block) {
     const int key0 = block * Traits::kTileN;
     if (state.source.live.all(key0, Traits::kTileN)) return;
@@ -60,7 +61,7 @@ struct Consumer final : ConsumerBase<Traits> {
     finish_scores(s, tile.state, block * Traits::kTileN, warp_row());
   }
 
-  // P of the block from S. True when O must be multiplied by `factor` before this block's P V is added.
+  // Computes P of the n_block from S. True when O must be multiplied by `factor` before this n_block's P V is added.
   template <bool kPlain>
   BROADHEAD_DEVICE bool exponentiate(P& p, const Slot& tile, const BlockKinds& kinds, int block, float (&factor)[2],
                                      bool first) {
@@ -68,26 +69,29 @@ struct Consumer final : ConsumerBase<Traits> {
     return softmax.template compute_p<Element>(p, s, kinds.scale_log2, factor, first);
   }
 
-  // Q and K of a tile's first block.
+  // Waits for Q, and for K of a tile's first n_block.
   BROADHEAD_DEVICE void wait_first() {
     barrier_wait(smem.q_full, q_parity);
     q_parity ^= 1;
     wait_full(smem.k_full[ring.stage()], ring.parity());
   }
 
-  // S of `block` and O += P V of the block before it, whose P is `p`; leaves P of `block` in `next_p`. `last`: of the
-  // tile. kPlain: neither of the two needs a mask, and it is not the last; the code of most blocks stays in one piece.
+  // S of `block` and O += P V of the n_block before it, whose P is `p`; leaves P of `block` in `next_p`. `last`: of the
+  // tile. kPlain: neither of the two needs a mask, and it is not the last; the code of most n_blocks stays in one
+  // piece.
   template <bool kPlain>
   BROADHEAD_DEVICE void step(P& p, P& next_p, const Slot& tile, const BlockKinds& kinds, int block, bool last) {
     if (!kPlain && !kinds.plain(block + 1)) prepare_v(tile.state, block + 1);
     wait_full(smem.k_full[ring.stage()], ring.parity());
-    wait_turn();
+    const bool some_missing = Base::some_missing(ring.stage());
+    ping_pong_wait();
     Base::issue_qk(ring.stage());
     wait_v();
     issue_pv(p, ring.stage(1));
-    pass_turn();
+    ping_pong_pass();
     cute::warpgroup_wait<1>();
     fence_registers(s[0]);
+    if (some_missing) Base::hide_missing_keys(ring.stage());
     release(smem.k_empty[ring.stage()]);
     if (!kPlain && last) release(smem.q_empty);
     ring.advance();
@@ -140,9 +144,10 @@ struct Consumer final : ConsumerBase<Traits> {
     release(smem.v_empty[ring.stage(1)]);
   }
 
-  // The first block, whose S is ready; P comes into even_p.
+  // The first n_block, whose S is ready; P comes into even_p.
   BROADHEAD_DEVICE void first_block(P& even_p, const Slot& tile) {
     const BlockRange range = tile.state.range;
+    if (Base::some_missing(ring.stage())) Base::hide_missing_keys(ring.stage());
     release(smem.k_empty[ring.stage()]);
     if (range.begin == range.end - 1) release(smem.q_empty);
     ring.advance();
@@ -151,12 +156,12 @@ struct Consumer final : ConsumerBase<Traits> {
     exponentiate<false>(even_p, tile, kinds, range.end - 1, factor, true);
   }
 
-  // The blocks after the first.
+  // The n_blocks after the first.
   BROADHEAD_DEVICE void run_blocks(P& even_p, P& odd_p, const Slot& tile) {
     const BlockRange range = tile.state.range;
     const BlockKinds kinds(tile.state, Traits::kTileN);
     int block = range.end - 2;
-    // Blocks of this range that step<true> may do: the one above must be plain, too.
+    // n_blocks of this range that step<true> may do: the one above must be plain, too.
     const int plain_begin = max_int(range.begin + 1, kinds.plain_begin);
     const int plain_end = kinds.plain_end - 1;
     if constexpr (!Traits::kTwoP) {
@@ -187,7 +192,7 @@ struct Consumer final : ConsumerBase<Traits> {
     }
   }
 
-  // Begins the tile of `slot`, up to P of the first block, and writes the output of the one before (`lse`),
+  // Begins the tile of `slot`, up to P of the first n_block, and writes the output of the one before (`lse`),
   // if any, while the first S is in flight. False: there is no tile.
   BROADHEAD_DEVICE bool start_tile(P& even_p, const SlotState& slot, const float (&lse)[2]) {
     barrier_wait(smem.tile_full[slot.stage()], slot.parity());
@@ -195,9 +200,9 @@ struct Consumer final : ConsumerBase<Traits> {
     const bool has_keys = tile.valid && tile.state.range.begin < tile.state.range.end;
     if (has_keys) {
       wait_first();
-      wait_turn();
+      ping_pong_wait();
       Base::issue_qk(ring.stage());
-      pass_turn();
+      ping_pong_pass();
       if (slot.advanced()) write_tile(slot, lse);
       cute::warpgroup_wait<0>();
       fence_registers(s[0]);
@@ -211,10 +216,10 @@ struct Consumer final : ConsumerBase<Traits> {
   }
 
   BROADHEAD_DEVICE void run() {
-    Base::give_first_turn();
-    P even_p, odd_p;  // of every other block: one is read by wgmma while the other is computed
+    Base::ping_pong_start();
+    P even_p, odd_p;  // one is read by wgmma while the other, of the next n_block, is computed
     SlotState slot;
-    float lse[2];  // of the tile before
+    float lse[2];  // the LSE of the previous tile
     while (start_tile(even_p, slot, lse)) {
       slot.forget();
       const Slot& tile = smem.tiles[slot.stage()];
@@ -248,7 +253,7 @@ struct Consumer final : ConsumerBase<Traits> {
     scale_rows(o, inverse[0], inverse[1]);
   }
 
-  // The output of the tile before `slot`.
+  // Writes the output of the tile before `slot`.
   BROADHEAD_DEVICE void write_tile(const SlotState& slot, const float (&lse)[2]) {
     const Slot& tile = smem.tiles[slot.stage(1)];
     RowPlace rows[2];

@@ -21,7 +21,7 @@ struct ForwardTraits {
   static constexpr int kTileM = kTileM_;
   static constexpr int kTileN = kTileN_;
   static constexpr int kStages = kStages_;
-  // S of the next block is computed beside O += P V of this one. kTwoP: registers allow two blocks of P beside S: the
+  // S of the next n_block is computed beside O += P V of this one. kTwoP: registers allow two P beside S, so that the
   // softmax need not look for the maximum first.
   static_assert(kOverlap_ == 1 || kOverlap_ == 2);
   static constexpr bool kTwoP = kOverlap_ == 2;
@@ -35,13 +35,13 @@ struct ForwardTraits {
   static constexpr int kConsumers = kTileM / 64;  // warpgroups of 64 rows
   static constexpr int kConsumerWarps = 4 * kConsumers;
   static constexpr int kThreads = 128 * (kConsumers + 1);
-  // Registers of a thread. Their sum over the warpgroups must not exceed what the block got at launch: 504 for three
+  // Registers of a thread. Their sum over the warpgroups must not exceed what the CTA got at launch: 504 for three
   // warpgroups (168 each), 512 for four (128 each); setmaxnreg would wait for ever.
   static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
   static constexpr int kConsumerRegisters = kConsumers == 1 ? 240 : kConsumers == 2 ? 232 : 160;
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 65536 / kThreads / 8 * 8 * (kConsumers + 1));
-  // Turns between warpgroups. With 256 columns of O the tensor cores are kept busy without.
-  static constexpr bool kTurns = kConsumers > 1 && kHeadDim <= 128;
+  // Warpgroups ping-pong. With 256 columns of O the tensor cores are kept busy without.
+  static constexpr bool kPingPong = kConsumers > 1 && kHeadDim <= 128;
 
   // Before a tail subtiles are as wide as they can be, though head_dim 96 is no multiple of that: fewer boxes, and
   // fewer sectors of a row whose address is no multiple of 32 bytes.
@@ -51,10 +51,10 @@ struct ForwardTraits {
   using QLayout = TileLayout<Element, kColumns>;
   using KLayout = TileLayout<Element, kColumns, kSubtileRows>;
   using VLayout = TileLayout<Element, kColumnsV, kSubtileRows>;
-  static constexpr int kVKeys = kTileN;  // of a stage of V
+  static constexpr int kVKeys = kTileN;  // keys in a stage of V
   static constexpr int kKeyTiles = kTileN / 8;
   static constexpr int kOTiles = kHeadDimV / 8;
-  static constexpr int kLoaderWarps = 3;  // of the producer warpgroup, when they gather; two when TMA does
+  static constexpr int kLoaderWarps = 3;  // producer warps that load when they gather; with TMA two do
   static constexpr int kSchedulerWarp = 3;
 
   static_assert(kTileM % 64 == 0 && kTileN % 16 == 0 && kHeadDimV % 32 == 0);
@@ -63,8 +63,8 @@ struct ForwardTraits {
     alignas(1024) Element q[kTileM * kColumns];
     alignas(1024) Element k[kStages][kTileN * kColumns];
     alignas(1024) Element v[kStages][kTileN * kColumnsV];
-    Barrier q_full;   // 1 arrival + bytes
-    Barrier q_empty;  // each consumer warp
+    Barrier q_full;           // 1 arrival + bytes
+    Barrier q_empty;          // each consumer warp
     Barrier k_full[kStages];  // 1 arrival + bytes, or every gathering thread
     Barrier k_empty[kStages];
     Barrier v_full[kStages];

@@ -1,4 +1,4 @@
-// The Hopper forward kernel for e4m3 q, k and v: one persistent block an SM, a producer warpgroup and consumers.
+// The Hopper forward kernel for e4m3 q, k and v: one persistent CTA an SM, a producer warpgroup and consumers.
 //
 // Producer warpgroup: warp 0 loads (TMA, or gathers), warps 1 and 2 transpose V, warp 3 takes tiles. Consumers: 64
 // query rows each.

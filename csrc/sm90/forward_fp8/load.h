@@ -1,4 +1,4 @@
-// The gathering loader of the e4m3 kernel: one warp brings K and V where TMA can not.
+// The gathering producer of the e4m3 kernel: one warp brings K and V where TMA can not.
 #pragma once
 
 #include "sm90/load.h"
@@ -8,7 +8,7 @@ namespace broadhead::sm90 {
 
 using namespace tma;
 
-// One warp gathers everything: the others transpose. It has registers for the pages of half a block.
+// One warp gathers everything: the others transpose. It has registers for the pages of half an n_block.
 template <class Traits>
 BROADHEAD_DEVICE void gather_fp8_tiles(const KernelArgs& args, typename Traits::SharedStorage& smem) {
   using Element = typename Traits::Element;

@@ -1,6 +1,6 @@
 // A consumer warpgroup of the e4m3 kernel: 64 query rows, S = Q K^T, softmax to e4m3 P, O += P V in two levels.
 //
-// Warpgroups take turns on the tensor cores, for P V of a block and S of the next; the others do their softmax.
+// Warpgroups ping-pong: one issues P V of an n_block and S of the next while the others compute their softmax.
 #pragma once
 
 #include "common/accumulator.h"
@@ -19,19 +19,19 @@ struct Fp8Consumer final : ConsumerBase<Traits> {
   using typename Base::Element;
   using OutElement = typename Traits::OutElement;
   using Layout = typename Traits::TransposedLayout;
-  using Base::args, Base::leader, Base::pass_turn, Base::q_parity, Base::release, Base::ring, Base::s, Base::smem;
-  using Base::wait_full, Base::wait_turn, Base::warp_row, Base::warpgroup;
+  using Base::args, Base::leader, Base::ping_pong_pass, Base::q_parity, Base::release, Base::ring, Base::s, Base::smem;
+  using Base::wait_full, Base::ping_pong_wait, Base::warp_row, Base::warpgroup;
   using Softmax = BlockSoftmax<true>;
   static constexpr int kPartTiles = Traits::kPartCols / 8;
 
   Probabilities<Element, Traits::kKeyTiles> p;  // A operand of P V
   float o[Traits::kParts][kPartTiles][4];
-  float factor[2];  // of O, before P V of the block is added
+  float factor[2];  // of O, before P V of the n_block is added
   Softmax softmax;
 
   using Base::Base;
 
-  // `product` = P V of the block, of one part of the columns.
+  // `product` = P V of the n_block, of one part of the columns.
   BROADHEAD_DEVICE void issue_pv(float (&product)[kPartTiles][4], std::uint32_t stage, int part) {
     const std::uint64_t b = MatrixDescriptor<Layout::kRowBytes>::make(
         smem_address(smem.transposed_v[stage]) + part * kPartTiles * Layout::kSlabBytes, 0, Layout::kSlabBytes);
@@ -51,15 +51,17 @@ struct Fp8Consumer final : ConsumerBase<Traits> {
     fence_registers(product);
   }
 
-  // P of the block whose S is in flight; waits for its V.
-  BROADHEAD_DEVICE void take_scores(const TileState<Element>& state, const BlockKinds& kinds, int block) {
+  // P of the n_block whose S is in flight; waits for its V. `some_missing`: what some_missing says of its K.
+  BROADHEAD_DEVICE void take_scores(const TileState<Element>& state, const BlockKinds& kinds, int block,
+                                    bool some_missing) {
     cute::warpgroup_wait<0>();
     fence_registers(s[0]);
+    if (some_missing) Base::hide_missing_keys(ring.stage());
     release(smem.k_empty[ring.stage()]);
     ring.advance();
     if (!kinds.plain(block)) finish_scores(s, state, block * Traits::kTileN, warp_row());
     softmax.template compute_p_exactly<Element>(p, s, kinds.scale_log2, factor);
-    fence_registers(p);  // or the compiler would move the exponentials into this warpgroup's turn
+    fence_registers(p);  // or the compiler would move the exponentials behind ping_pong_wait
     barrier_wait(smem.transposed_full[ring.stage(1)], ring.parity(1));
   }
 
@@ -91,20 +93,24 @@ struct Fp8Consumer final : ConsumerBase<Traits> {
     barrier_wait(smem.q_full, q_parity);
     q_parity ^= 1;
     wait_full(smem.k_full[ring.stage()], ring.parity());
-    wait_turn();
+    bool some_missing = Base::some_missing(ring.stage());
+    ping_pong_wait();
     Base::issue_qk(ring.stage());
-    pass_turn();
+    ping_pong_pass();
     for (int block = range.end - 1;; --block) {
-      take_scores(state, kinds, block);
+      take_scores(state, kinds, block, some_missing);
       const bool last = block == range.begin;
-      if (!last) wait_full(smem.k_full[ring.stage()], ring.parity());
-      wait_turn();
+      if (!last) {
+        wait_full(smem.k_full[ring.stage()], ring.parity());
+        some_missing = Base::some_missing(ring.stage());
+      }
+      ping_pong_wait();
       add_block();
       if (last) break;
       Base::issue_qk(ring.stage());
-      pass_turn();
+      ping_pong_pass();
     }
-    pass_turn();
+    ping_pong_pass();
     release(smem.q_empty);
   }
 

@@ -38,21 +38,21 @@ struct Fp8Traits {
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 152;
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 65536 / kThreads / 8 * 8 * (kConsumers + 1));
 
-  // P V of a block goes to accumulators of its own, kPartCols columns at a time, and is then added to O in fp32. The
+  // P V of an n_block goes to accumulators of its own, kPartCols columns at a time, and is then added to O in fp32. The
   // tensor cores cut every product at 13 bits below the largest sum: measured, a sum of positive products is 0.18 %
   // short after 128 keys, 1.4 % after 1024, and stands still before 128k.
   static constexpr int kParts = ceil_div(kHeadDimV, 128);
   static constexpr int kPartCols = kHeadDimV / kParts;
-  static constexpr bool kTurns = kConsumers > 1;
+  static constexpr bool kPingPong = kConsumers > 1;
 
   using QLayout = TileLayout<Element, kHeadDim>;
   static constexpr int kSubtileRows = kTail == ColumnTail::kSubtiles ? kTileN : 0;
   using KLayout = TileLayout<Element, kHeadDim, kSubtileRows>;
   using VLayout = TileLayout<Element, kHeadDimV, kSubtileRows>;  // as it comes
-  using TransposedLayout = TileLayout<Element, kTileN>;      // kHeadDimV rows of kTileN keys
-  static constexpr int kVKeys = kTileN;  // of a stage of V
+  using TransposedLayout = TileLayout<Element, kTileN>;          // kHeadDimV rows of kTileN keys
+  static constexpr int kVKeys = kTileN;                          // keys in a stage of V
   static constexpr int kKeyTiles = kTileN / 8;
-  static constexpr int kGatherPieces = 2;  // of a block
+  static constexpr int kGatherPieces = 2;  // an n_block is gathered in so many pieces
   static constexpr int kTransposeWarps = 2;
   static constexpr int kSchedulerWarp = 3;
 
@@ -63,14 +63,14 @@ struct Fp8Traits {
     alignas(1024) Element k[kStages][kTileN * kHeadDim];
     alignas(1024) Element v[kStages][kTileN * kHeadDimV];
     alignas(1024) Element transposed_v[kStages][kTileN * kHeadDimV];
-    Barrier q_full;   // 1 arrival + bytes
-    Barrier q_empty;  // each consumer warp
-    Barrier k_full[kStages];  // 1 arrival + bytes, or every gathering thread
-    Barrier k_empty[kStages];  // each consumer warp
-    Barrier v_full[kStages];  // as k_full
-    Barrier v_empty[kStages];  // each transposing warp
-    Barrier transposed_full[kStages];   // each transposing warp
-    Barrier transposed_empty[kStages];  // each consumer warp
+    Barrier q_full;                        // 1 arrival + bytes
+    Barrier q_empty;                       // each consumer warp
+    Barrier k_full[kStages];               // 1 arrival + bytes, or every gathering thread
+    Barrier k_empty[kStages];              // each consumer warp
+    Barrier v_full[kStages];               // as k_full
+    Barrier v_empty[kStages];              // each transposing warp
+    Barrier transposed_full[kStages];      // each transposing warp
+    Barrier transposed_empty[kStages];     // each consumer warp
     MissingKeys<kTileN> missing[kStages];  // of K
   };
   static_assert(sizeof(SharedStorage) <= kSmemLimit_, "the tile does not fit the shared memory its row promises");

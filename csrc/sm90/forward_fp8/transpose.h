@@ -35,7 +35,7 @@ struct Transposer {
 
   std::uint32_t source_row;  // of this lane in a unit of 16 keys x 32 columns
   std::uint32_t target_row;  // at part 0; other parts by exclusive or
-  std::uint32_t selector;  // of two registers' bytes for the first matrix that is stored; the second has the others
+  std::uint32_t selector;    // of two registers' bytes for the first matrix that is stored; the second has the others
 
   BROADHEAD_DEVICE Transposer() {
     const int lane = threadIdx.x % 32;

@@ -1,5 +1,5 @@
-// The Hopper forward kernel for 256 < head_dim <= 512 and for absorbed MLA: persistent clusters of two blocks, or
-// blocks; see traits.h.
+// The Hopper forward kernel for 256 < head_dim <= 512 and for absorbed MLA: persistent clusters of two CTAs, or single
+// CTAs; see traits.h.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) wide_kernel(const __grid_
   __syncthreads();
   cute::cluster_sync();
 
-  // Each role ends by itself, or ptxas would not see what registers it has. No block leaves before the other: until
+  // Each role ends by itself, or ptxas would not see what registers it has. No CTA leaves before the other: until
   // then that one may write into its shared memory.
   if (warp < 4) {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();

@@ -1,4 +1,4 @@
-// The loaders of the wide kernel: all tiles' Q, K and V, by TMA to both blocks of a cluster, or gathered.
+// The producers of the wide kernel: all tiles' Q, K and V, by TMA to both CTAs of a cluster, or gathered.
 #pragma once
 
 #include "tma/box_loader.h"
@@ -46,11 +46,11 @@ BROADHEAD_DEVICE void load_wide_q(const KernelArgs& args, const TileState<typena
   load_q<QLayout, Traits::kTileM>(map, at, rows, target, smem.q_full, kFirst, QLayout::kSubtiles - kFirst);
 }
 
-// Two warps load by TMA, one K and the other V. In a cluster these go to both blocks, each loads half of a stage.
+// Two warps load by TMA, one K and the other V. In a cluster these go to both CTAs, each loads half of a stage.
 //
 // Each warp fills a ring, of K or of V, in order. Q's first columns come through the ring of K; those of absorbed MLA
 // through that of V, as K has a buffer beside it. A warp that filled only some stages of a ring would not see all their
-// phases: the other block's O may be more than a fill behind.
+// phases: the other CTA's O may be more than a fill behind.
 template <class Traits>
 struct WideLoader {
   using Element = typename Traits::Element;
@@ -119,7 +119,7 @@ struct WideLoader {
       boxes.prepare(0);
       auto& missing_keys = smem.missing[Traits::kWithQv ? 0 : k_ring.stage()];
       const bool note = paged && missing_keys.changes(boxes.is_missing(args.params), 0);
-      place = place_of(state, map, block - 1);  // a block ahead, so that its latency is hidden
+      place = place_of(state, map, block - 1);  // an n_block ahead, so that its latency is hidden
       if (leader) want_next(smem.next_wanted, range, block);
       if constexpr (Traits::kWithQv) {
         wait_k();
@@ -215,7 +215,7 @@ struct WideLoader {
     }
   }
 
-  // Three warps gather K and V, each block for itself; the first loads Q.
+  // Three warps gather K and V, each CTA for itself; the first loads Q.
   BROADHEAD_DEVICE void run_gathering(int warp) {
     const bool leader = threadIdx.x % 32 == 0;
     const bool first = leader && warp == 0;
@@ -230,7 +230,7 @@ struct WideLoader {
       read(rows, range.end - 1);
       load_q(state, first);
       for (int block = range.end - 1; block >= range.begin; --block) {
-        read(next, block - 1);  // a block ahead, so that its latency is hidden
+        read(next, block - 1);  // an n_block ahead, so that its latency is hidden
         if (first) want_next(smem.next_wanted, range, block);
         gather_k(state, rows, warp);
         if (Traits::kWithQv) {

@@ -17,7 +17,7 @@ struct OutputWarpgroup {
   using Storage = typename Traits::SharedStorage;
   using VLayout = typename Traits::VLayout;
   using PLayout = typename Traits::PLayout;
-  // Stages of a block: all, of each its columns, or its own ones.
+  // Stages of an n_block: all, of each its columns, or its own ones.
   static constexpr int kChunks = Traits::kWithQv ? kParts : Traits::kVChunks;
   static constexpr int kPartBytes = Traits::kPartCols / VLayout::kSubtileCols * VLayout::kAtomBytes;
   static constexpr int kRightBytes = Traits::kWithQv ? 0 : Traits::kLeftParts * kPartBytes;  // where O right begins
@@ -63,7 +63,7 @@ struct OutputWarpgroup {
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       barrier_wait(smem.full[ring.stage()], ring.parity());
       if (args.maps.gather) cutlass::arch::fence_view_async_shared();
-      const int first = Traits::kWithQv ? 0 : chunk * Traits::kVKeys;  // key of the block
+      const int first = Traits::kWithQv ? 0 : chunk * Traits::kVKeys;  // key of the n_block
       const int key0 = block * Traits::kTileN + first;
       if (!kinds.plain(block) && !state.source.live.all(key0, Traits::kVKeys)) {
         // Each warpgroup its own columns.
@@ -109,7 +109,7 @@ struct OutputWarpgroup {
     if (range.begin >= range.end) return;
     const BlockKinds kinds(state, Traits::kTileN);
     if constexpr (Traits::kWithQv) {
-      // The ring's order: Q, V of the first block (left, right), V of the second, ...
+      // The ring's order: Q, V of the first n_block (left, right), V of the second, ...
       ring.skip(Traits::kQRegisterChunks + half * kChunks);
       for (int block = range.end - 1; block >= range.begin; --block) {
         add_block(state, kinds, block);

@@ -1,7 +1,7 @@
 // The score warpgroup of the wide kernel: S = Q K^T, softmax, P and row factors into shared memory.
 //
-// P of a block is handed over only once S of the next block is complete: O += P V then fills the tensor cores during
-// this warpgroup's softmax instead of slowing its wgmma down.
+// P of an n_block is handed over only once S of the next n_block is complete: O += P V then fills the tensor cores
+// during this warpgroup's softmax instead of slowing its wgmma down.
 #pragma once
 
 #include "sm90/consumer.h"
@@ -15,7 +15,7 @@ namespace broadhead::sm90 {
 
 using namespace tma;
 
-// Tells every block of the cluster. By one thread: were they told far apart, a block that fills a stage for itself
+// Tells every CTA of the cluster. By one thread: were they told far apart, a CTA that fills a stage for itself
 // alone (Q, gathered rows) could come round again before the other has seen the first.
 template <int kCluster>
 BROADHEAD_DEVICE void arrive_everywhere(Barrier& barrier, int count) {
@@ -23,7 +23,7 @@ BROADHEAD_DEVICE void arrive_everywhere(Barrier& barrier, int count) {
   for (int rank = 0; rank < kCluster; ++rank) barrier_arrive_cluster(barrier, rank, count);
 }
 
-// Frees, in all blocks of the cluster, a stage that wgmma has read. It is an instruction of the whole warpgroup, so
+// Frees, in all CTAs of the cluster, a stage that wgmma has read. It is an instruction of the whole warpgroup, so
 // one warp's wait tells of all four. `share`: of the stage's kReleases, for the warpgroup.
 template <class Traits>
 BROADHEAD_DEVICE void release_stage(Barrier& barrier, int warp, int share) {
@@ -31,8 +31,8 @@ BROADHEAD_DEVICE void release_stage(Barrier& barrier, int warp, int share) {
   arrive_everywhere<Traits::kCluster>(barrier, share);
 }
 
-// Address of this lane's row of a 16 x 16 block at column step `step` of 64 rows whose first 16 bytes lie at `base`, in
-// subtiles of 64 columns; ldmatrix and stmatrix take four 8 x 8 ones.
+// Address of this lane's row of a 16 x 16 matrix at column step `step` of 64 rows whose first 16 bytes lie at `base`,
+// in subtiles of 64 columns; ldmatrix and stmatrix take four 8 x 8 ones.
 BROADHEAD_DEVICE std::uint32_t matrix_address(std::uint32_t base, int warp_row, int step) {
   const int lane = threadIdx.x % 32;
   const int row = warp_row + lane % 16;
@@ -51,12 +51,12 @@ struct ScoreWarpgroup {
 
   const KernelArgs& args;
   Storage& smem;
-  const int warp;      // in the warpgroup
+  const int warp;  // in the warpgroup
   const int warp_row;
   typename Traits::KRing ring;
   std::uint32_t q_parity = 0;
   std::uint32_t k_parity = 0;  // kWithQv
-  SlotState p_slot;  // blocks so far
+  SlotState p_slot;            // n_blocks so far
   SlotState inverse_slot;
   std::uint32_t q[Traits::kQRegisterChunks * ScoreLayout::kSteps][4];
   float s[1][Traits::kKeyTiles][4];
@@ -95,45 +95,48 @@ struct ScoreWarpgroup {
   // Descriptor of the columns of Q in shared memory from `subtile` on.
   BROADHEAD_DEVICE std::uint64_t shared_q(int subtile) const {
     std::uint32_t base = smem_address(smem.q);
-    // Or ptxas keeps those of all steps from one block to the next: 40 registers.
+    // Or ptxas keeps those of all steps from one n_block to the next: 40 registers.
     if (Traits::kWithQv) asm volatile("" : "+r"(base));
     return MatrixDescriptor<128>::make(base + subtile * kQSubtileBytes, 0, QLayout::kAtomBytes);
   }
 
-  // Lets S of keys that do not exist begin at -inf; false: there are none, S holds nothing of use. `stage`: whose K is
-  // there, of the block's first columns.
-  BROADHEAD_DEVICE bool hide_missing(std::uint32_t stage) {
+  // Whether keys of the n_block do not exist. `stage` holds the n_block's first columns of K, which are there. The warp
+  // keeps what is noted of these keys: the stage is filled again before S is finished.
+  BROADHEAD_DEVICE bool keep_missing(std::uint32_t stage) {
     const auto& missing = smem.missing[stage];
-    const bool some_missing = args.params.page_table != nullptr && missing.any();
-    if (some_missing) begin_scores(s, [&](int n) { return missing_pair(missing.keys[n / 4], n); });
-    return some_missing;
+    if (args.params.page_table == nullptr || !missing.any()) return false;
+    const int lane = threadIdx.x % 32;
+    if (lane < Traits::kTileN / 32) smem.kept_missing[warp][lane] = missing.keys[lane];
+    __syncwarp();
+    return true;
   }
 
-  // S = q K^T.
-  BROADHEAD_DEVICE void multiply_q() {
+  // S = q K^T. Returns what keep_missing does.
+  BROADHEAD_DEVICE bool multiply_q() {
     wait_full(smem.k_full, k_parity);
     k_parity ^= 1;
-    const bool some_missing = hide_missing(0);
+    const bool some_missing = keep_missing(0);
     const std::uint64_t a = shared_q(0);
     const std::uint64_t b = MatrixDescriptor<128>::make(smem_address(smem.k), 0, KLayout::kSlabBytes);
     cute::warpgroup_arrive();
     BROADHEAD_UNROLL
     for (int step = 0; step < KLayout::kSteps; ++step) {
       wgmma_ss<Element, Traits::kTileN, Major::K>(s[0], a + (QLayout::step_offset(step, kQSubtileBytes) >> 4),
-                                                  b + (KLayout::step_offset(step, KLayout::kAtomBytes) >> 4),
-                                                  step > 0 || some_missing);
+                                                  b + (KLayout::step_offset(step, KLayout::kAtomBytes) >> 4), step > 0);
     }
     cute::warpgroup_commit_batch();
+    return some_missing;
   }
 
   BROADHEAD_DEVICE void compute_scores() {
     std::uint32_t previous = 0;
     fence_registers(s[0]);
-    if constexpr (Traits::kWithQv) multiply_q();
+    bool some_missing = false;
+    if constexpr (Traits::kWithQv) some_missing = multiply_q();
     BROADHEAD_UNROLL
     for (int chunk = 0; chunk < Traits::kScoreChunks; ++chunk) {
       wait_full(smem.full[ring.stage()], ring.parity());
-      const bool accumulates = Traits::kWithQv || chunk > 0 || hide_missing(ring.stage());
+      if (!Traits::kWithQv && chunk == 0) some_missing = keep_missing(ring.stage());
       const std::uint64_t b =
           MatrixDescriptor<128>::make(smem_address(smem.ring[ring.stage()]), 0, ScoreLayout::kSlabBytes);
       const int shared_chunk = chunk - Traits::kQRegisterChunks;  // negative: in registers
@@ -143,7 +146,7 @@ struct ScoreWarpgroup {
       BROADHEAD_UNROLL
       for (int step = 0; step < ScoreLayout::kSteps; ++step) {
         const std::uint64_t b_step = b + (ScoreLayout::step_offset(step, ScoreLayout::kAtomBytes) >> 4);
-        const bool accumulate = accumulates || step > 0;
+        const bool accumulate = Traits::kWithQv || chunk + step > 0;
         if (shared_chunk < 0) {
           wgmma_rs<Element, Traits::kTileN, Major::K>(s[0], q[chunk * ScoreLayout::kSteps + step], b_step, accumulate);
         } else {
@@ -165,6 +168,11 @@ struct ScoreWarpgroup {
     cute::warpgroup_wait<0>();
     fence_registers(s[0]);
     release_stage<Traits>(smem.empty[previous], warp, Traits::kScoreShare);
+    if (some_missing) {
+      const auto& keys = smem.kept_missing[warp];
+      hide_missing(s, [&](int n) { return missing_pair(keys[n / 4], n); });
+      __syncwarp();  // all lanes have read them
+    }
   }
 
   // Softmax of S; P and the factors of O into the next slot, which the O warpgroups are not told of yet.

@@ -1,9 +1,9 @@
 // Compile-time shapes of the wide Hopper kernel: 256 < head_dim <= 512, and absorbed MLA (head_dim_v 512).
 //
 // O of 64 rows x 512 columns does not fit the registers of one warpgroup: two own 256 each, or 256 and 128. A third
-// computes S and P for both. A cluster of two blocks, neighbouring query tiles, shares every K and V stage by
-// multicast: alone, a block of 64 rows would need 1.7 times the bandwidth of the L2. Where a head's queries make but
-// one tile a block is alone (kCluster 1): of two, one would have no rows.
+// computes S and P for both. A cluster of two CTAs, with neighbouring m_blocks, shares every K and V stage by
+// multicast: alone, a CTA of 64 rows would need 1.7 times the bandwidth of the L2. Where a head's queries make but
+// one tile a CTA is alone (kCluster 1): of two, one would have no rows.
 #pragma once
 
 #include "common/math.h"
@@ -55,7 +55,7 @@ struct WideShape {
   using ScoreLayout = TileLayout<Element, kScoreCols>;
   static_assert(ScoreLayout::kRowBytes == 128 && kTileM <= kTileN);
 
-  // Columns of one wgmma: ptxas refuses an accumulator of 128 registers in a block of 512 threads. O left has two such
+  // Columns of one wgmma: ptxas refuses an accumulator of 128 registers in a CTA of 512 threads. O left has two such
   // parts, O right the rest.
   static constexpr int kPartCols = 128;
   static constexpr int kLeftParts = 2;
@@ -64,11 +64,11 @@ struct WideShape {
   static constexpr int kKeyTiles = kTileN / 8;
   using PLayout = TileLayout<Element, kTileN>;
 
-  // What a block's arrivals on a stage's `empty` count for: that of S (K), both of O (V), S and one of O (V of absorbed
+  // What a CTA's arrivals on a stage's `empty` count for: that of S (K), both of O (V), S and one of O (V of absorbed
   // MLA), or the four warps of S that read Q.
   static constexpr int kReleases = 4;
 
-  // Beside P: what O must be multiplied by before this block's P V is added.
+  // Beside P: what O must be multiplied by before this n_block's P V is added.
   struct Rescale {
     float factor[kTileM];
     int needed[4];  // of each warp's 16 rows
@@ -86,11 +86,12 @@ struct WideShape {
     Barrier q_empty;  // 4 warps of S
     Barrier full[kStages];
     Barrier empty[kStages];
-    Barrier p_full[2];   // 4 warps of S
-    Barrier p_empty[2];  // 8 warps of O
-    Barrier inverse_full[2];   // 4 warps of S
-    Barrier inverse_empty[2];  // 8 warps of O
-    MissingKeys<kTileN> missing[kStages];  // of a key block, beside the stage of K with its first columns
+    Barrier p_full[2];                           // 4 warps of S
+    Barrier p_empty[2];                          // 8 warps of O
+    Barrier inverse_full[2];                     // 4 warps of S
+    Barrier inverse_empty[2];                    // 8 warps of O
+    MissingKeys<kTileN> missing[kStages];        // of an n_block, beside the stage of K with its first columns
+    std::uint32_t kept_missing[4][kTileN / 32];  // a warp of S keeps those of the n_block it computes, if there are any
   };
 };
 
@@ -113,7 +114,7 @@ struct WideTraits : WideShape<Element_, kHeadDim_, kHeadDimV_, kTileM_, kTileN_,
   using VLayout = TileLayout<Element, kHeadDimV_>;
   static_assert(kKChunks * kKChunk == kHeadDim_ && kVKeys % 16 == 0);
 
-  // Stages of a block that S reads.
+  // Stages of an n_block that S reads.
   static constexpr int kScoreChunks = kKChunks;
   static constexpr int kScoreShare = Shape::kReleases;
 
@@ -135,7 +136,7 @@ struct AbsorbedTraits : WideShape<Element_, kHeadDim_, kHeadDimV_, kTileM_, kTil
   using Shape = WideShape<Element_, kHeadDim_, kHeadDimV_, kTileM_, kTileN_, kCluster_>;
   using Element = Element_;
   static constexpr bool kWithQv = true;
-  // V of two blocks, S being a block ahead, and what the next one begins with.
+  // V of two n_blocks, S being an n_block ahead, and what the next one begins with.
   static constexpr int kStages = 10;
   using KRing = StageRing<0, kStages>;  // one for qv's first columns and V
   using VRing = KRing;
@@ -161,7 +162,7 @@ struct AbsorbedTraits : WideShape<Element_, kHeadDim_, kHeadDimV_, kTileM_, kTil
 
   struct KStorage : WorkStorage<Element> {
     Barrier k_full;   // 1 arrival + bytes, or every gathering thread
-    Barrier k_empty;  // S of every block of the cluster
+    Barrier k_empty;  // S of every CTA of the cluster
     alignas(1024) Element k[kTileN_ * kHeadDim_];
   };
   using SharedStorage = typename Shape::template Storage<KStorage, kStages, kHeadDim_ + kHeadDimV_ - kQRegisterCols_>;

@@ -11,6 +11,7 @@ from ..call.arguments import AttentionArgs
 from ..errors import InvalidArgumentError
 from .append import NewKeys, append_new_keys
 from .forward import run_forward
+from .results import may_return_lse
 
 
 def maybe_contiguous(x: Tensor | None) -> Tensor | None:
@@ -18,6 +19,7 @@ def maybe_contiguous(x: Tensor | None) -> Tensor | None:
     return x.contiguous() if x is not None and x.stride(-1) != 1 else x
 
 
+@may_return_lse
 def flash_attn_func(
     q: Tensor,
     k: Tensor,
@@ -45,40 +47,54 @@ def flash_attn_func(
     learnable_sink: Tensor | None = None,
     q_v: Tensor | None = None,
     return_softmax_lse: bool = False,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention of dense tensors. Differentiable in q, k, v, qv and sinks.
 
+    The kernels take bf16 and fp16, and on Hopper float8_e4m3fn with D and Dv multiples of 16. The torch fallback also
+    takes fp32, fp64 and float8_e5m2. k and v alone may be float8_e4m3fn under bf16 or fp16 q; such a call has no
+    gradients. Hq is a multiple of Hkv; D and Dv are multiples of 8. A tensor of any strides is accepted; one whose last
+    dimension is not contiguous is copied in every call.
+
     Args:
-        q: ``(B, Sq, Hq, D)``; k: ``(B, Sk, Hkv, D)``; v: ``(B, Sk, Hkv, Dv)``. Hq is a multiple of Hkv; D and Dv are
-            multiples of 8. bf16 or fp16 on the kernels, float8_e4m3fn (D and Dv multiples of 16) on those of Hopper;
-            also fp32, fp64 and float8 on the torch fallback. k and v alone may be float8_e4m3fn under bf16 or fp16 q:
-            without gradients. Any strides; a tensor whose last dimension is not contiguous is copied in every call.
-        softmax_scale: ``D ** -0.5`` by default, ``(D + Dv) ** -0.5`` with qv.
-        causal, window_size: query i sits at position ``i + Sk - Sq`` and sees keys from ``left`` before to ``right``
-            after it; None, an int, or (left, right), negative or None = unbounded; causal clamps right to 0.
-        qv: ``(B, Sq, Hq, Dv)``, adds ``qv . v`` to the scores. q_descale, k_descale, v_descale: fp32 ``(B, Hkv)``,
-            factors of float8 q, k and v; None: 1. q_descale must be None where k and v alone are float8.
-        attention_chunk: queries see keys of their own chunk of this many positions; 0 or None: off.
-        softcap: ``softcap * tanh(score / softcap)``; 0 or None: off.
-        num_splits: at most so many blocks share the keys of a row, 0 for the heuristic. Up to 256 may be asked for; the
-            kernels use up to 128.
-        pack_gqa: let query heads share a tile; None decides by shape. sm_margin: multiprocessors to leave free.
-            deterministic: accepted.
-        sinks: ``(Hq,)`` fp32 or the dtype of out, a logit in the softmax denominator; also s_aux, learnable_sink.
-        prefix_lens: int32 ``(B,)``: keys below it are visible to every query; needs causal.
-        out: written if given, ``(B, Sq, Hq, Dv)``; excludes gradients.
-        backend: None (a kernel if there is one, else the torch fallback, with a warning on a CUDA device), "cuda" or
-            "torch".
+        q: queries, ``(B, Sq, Hq, D)``.
+        k: keys, ``(B, Sk, Hkv, D)``, dtype of q or float8_e4m3fn.
+        v: values, ``(B, Sk, Hkv, Dv)``, dtype of k.
+        softmax_scale: factor of the scores; None: ``D ** -0.5``, with qv ``(D + Dv) ** -0.5``.
+        causal: query i, at position ``i + Sk - Sq``, sees no key behind its position: clamps the right window to 0.
+        qv: second queries, ``(B, Sq, Hq, Dv)``, dtype of q; they add ``qv . v`` to the scores.
+        q_descale: fp32 ``(B, Hkv)``, factor of float8 q; None: 1. It must be None where k and v alone are float8.
+        k_descale: fp32 ``(B, Hkv)``, factor of float8 k; None: 1.
+        v_descale: fp32 ``(B, Hkv)``, factor of float8 v; None: 1.
+        window_size: ``(left, right)`` keys that a query sees before and behind its position, or one int for both; None
+            or a negative number: unbounded.
+        attention_chunk: positions of a chunk; a query sees keys of its own chunk only. 0 or None: off.
+        softcap: bound of the scores, ``softcap * tanh(score / softcap)``; 0 or None: off.
+        num_splits: at most so many CTAs divide the keys of a row, up to 256, of which the kernels use up to 128; 0: a
+            heuristic decides.
+        pack_gqa: whether the query heads of a KV head share a tile; None: the shape decides.
+        deterministic: accepted.
+        sm_margin: multiprocessors to leave free.
+        return_attn_probs: also return softmax_lse.
+        sinks: ``(Hq,)``, fp32 or the dtype of out: a logit that joins the softmax denominator of each row of its head.
+        prefix_lens: int32 ``(B,)``, keys below it are visible to every query of the sequence; needs causal.
+        out: ``(B, Sq, Hq, Dv)``, written and returned if given; excludes gradients.
+        backend: None: a kernel if there is one, else the torch fallback, with a warning on a CUDA device; "cuda": a
+            kernel or an error; "torch": the fallback.
+        s_aux: synonym of sinks.
+        learnable_sink: synonym of sinks.
+        q_v: synonym of qv.
+        return_softmax_lse: synonym of return_attn_probs.
 
     A scalar may also be a NumPy scalar or a 0-dim tensor on the CPU, window_size a CPU tensor of two; causal may be an
-    int. On another device they would have to be read back: such tensors are refused by name.
+    int. Such tensors on another device would have to be read back, so they are refused by name.
 
     Returns:
         out ``(B, Sq, Hq, Dv)`` of the dtype of q, bf16 for float8; with return_attn_probs ``(out, softmax_lse)``,
         softmax_lse fp32 ``(B, Hq, Sq)``, natural log. A row that sees no key has out 0 and softmax_lse -inf.
 
     Raises:
-        InvalidArgumentError, InvalidTypeError: an argument is wrong; the text names it.
+        InvalidArgumentError: an argument has a wrong value, shape or device; the text names it.
+        InvalidTypeError: an argument has a wrong type or dtype; the text names it.
         UnsupportedError: no kernel runs the call, and backend="cuda" or BROADHEAD_STRICT=1 forbids the fallback.
     """
     if s_aux is not None or learnable_sink is not None:
@@ -91,10 +107,11 @@ def flash_attn_func(
         softmax_scale, causal, window_size, attention_chunk, softcap, None, num_splits, pack_gqa, sm_margin, sinks,
         prefix_lens, backend, 0,
     )  # fmt: skip
-    result = run_forward("flash_attn_func", call, need_lse)
+    result = run_forward("flash_attn_func", call, need_lse, deterministic)
     return result if need_lse else result[0]
 
 
+@may_return_lse
 def flash_attn_varlen_func(
     q: Tensor,
     k: Tensor,
@@ -132,29 +149,39 @@ def flash_attn_varlen_func(
     q_v: Tensor | None = None,
     return_softmax_lse: bool = False,
     tokens_per_split: int = 0,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention of packed sequences, over packed keys or a paged cache. Differentiable as flash_attn_func.
 
     Args:
-        q: ``(T, Hq, D)``, sequence b in rows ``[cu_seqlens_q[b], cu_seqlens_q[b + 1])``; T may exceed
+        q: queries, ``(T, Hq, D)``, sequence b in rows ``[cu_seqlens_q[b], cu_seqlens_q[b + 1])``; T may exceed
             ``cu_seqlens_q[-1]``.
-        k, v: ``(Tk, Hkv, D | Dv)`` with cu_seqlens_k, or ``(num_pages, page_size, Hkv, D | Dv)`` with page_table (int32
-            ``(B, max_pages)``, also block_table) and seqused_k (or cu_seqlens_k, for its lengths). Pages are never
-            copied: their last dimension must be contiguous.
-        cu_seqlens_q, cu_seqlens_k: int32 ``(B + 1,)``. max_seqlen_q, max_seqlen_k: ints; with a page table the
-            length is ``page_table.size(1) * page_size`` and max_seqlen_k is ignored.
-        seqused_q, seqused_k: int32 ``(B,)``, live rows of each sequence; out keeps what it holds in the other rows.
-        scheduler_metadata: as get_scheduler_metadata returns it. out: ``(T, Hq, Dv)``.
+        k: keys, ``(Tk, Hkv, D)`` with cu_seqlens_k, or pages ``(num_pages, page_size, Hkv, D)`` with page_table. Pages
+            are never copied, so their last dimension must be contiguous.
+        v: values, as k with Dv.
+        cu_seqlens_q: int32 ``(B + 1,)``, offsets of the sequences in q.
+        cu_seqlens_k: int32 ``(B + 1,)``, offsets in k; with page_table its differences are the lengths, unless
+            seqused_k gives them.
+        max_seqlen_q: tokens of the longest sequence in q.
+        max_seqlen_k: tokens of the longest sequence in k; ignored with page_table, where it is ``page_table.size(1) *
+            page_size``.
+        seqused_q: int32 ``(B,)``, live rows of each sequence in q; out keeps what it holds in the other rows.
+        seqused_k: int32 ``(B,)``, live rows of each sequence in k.
+        page_table: int32 ``(B, max_pages)``, the page ids of each sequence.
+        scheduler_metadata: int32, as get_scheduler_metadata returns it.
+        out: ``(T, Hq, Dv)``, written and returned if given; excludes gradients.
+        block_table: synonym of page_table.
         tokens_per_split: batch-invariant mode, as for flash_attn_with_kvcache. It cuts nothing at num_splits=1, the
             default here.
-        The other arguments: as for flash_attn_func.
+        softmax_scale, causal, qv, ...: the other arguments are those of flash_attn_func, with ``(T, Hq, Dv)`` for qv.
 
     Returns:
         out ``(T, Hq, Dv)``; with return_attn_probs ``(out, softmax_lse)``, softmax_lse fp32 ``(Hq, T)``, natural log.
         Rows that no sequence owns are undefined where out is allocated here.
 
     Raises:
-        InvalidArgumentError, InvalidTypeError, UnsupportedError: as flash_attn_func.
+        InvalidArgumentError: an argument has a wrong value, shape or device; the text names it.
+        InvalidTypeError: an argument has a wrong type or dtype; the text names it.
+        UnsupportedError: no kernel runs the call, and backend="cuda" or BROADHEAD_STRICT=1 forbids the fallback.
     """
     function = "flash_attn_varlen_func"
     if block_table is not None:
@@ -178,7 +205,7 @@ def flash_attn_varlen_func(
         None, None, q_descale, k_descale, v_descale, softmax_scale, causal, window_size, attention_chunk, softcap,
         scheduler_metadata, num_splits, pack_gqa, sm_margin, sinks, prefix_lens, backend, tokens_per_split,
     )  # fmt: skip
-    result = run_forward(function, call, need_lse)
+    result = run_forward(function, call, need_lse, deterministic)
     return result if need_lse else result[0]
 
 
@@ -228,24 +255,37 @@ def mha_fwd(
     learnable_sink: Tensor | None = None,
     tokens_per_split: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Attention with every argument there is, in the order of FlashAttention-3's operator: ``(out, softmax_lse)``.
+    """Attention with every argument there is, in the order of FlashAttention-3's operator.
 
     Args:
-        q: ``(B, Sq, Hq, D)``, or ``(T, Hq, D)`` with cu_seqlens_q and max_seqlen_q.
-        k, v: ``(B, Sk, Hkv, D | Dv)``, ``(Tk, Hkv, D | Dv)`` with cu_seqlens_k and max_seqlen_k, or
-            ``(num_pages, page_size, Hkv, D | Dv)`` with page_table, int32 ``(B, max_pages)``.
-        k_new, v_new, cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved: keys to append to
-            the cache k, v at row ``seqused_k``, as k, v of flash_attn_with_kvcache.
-        kv_batch_idx: int32 ``(B,)``, row of the cache or page table; leftpad_k: int32 ``(B,)``.
-        window_size_left, window_size_right, or window_size as in flash_attn_func. num_splits: 0 is the heuristic.
+        q: queries, ``(B, Sq, Hq, D)``, or ``(T, Hq, D)`` with cu_seqlens_q and max_seqlen_q.
+        k: keys, ``(B, Sk, Hkv, D)``, or ``(Tk, Hkv, D)`` with cu_seqlens_k and max_seqlen_k, or pages ``(num_pages,
+            page_size, Hkv, D)`` with page_table.
+        v: values, as k with Dv.
+        k_new: keys to append to the cache k at row ``seqused_k``, as k of flash_attn_with_kvcache.
+        v_new: values to append to the cache v, likewise.
+        cu_seqlens_k_new: int32 ``(B + 1,)``, offsets in packed k_new and v_new.
+        kv_batch_idx: int32 ``(B,)``, the row of the cache, or of the page table, of each sequence.
+        leftpad_k: int32 ``(B,)``, cache rows in front of each sequence that hold no key of it.
+        rotary_cos: ``(positions, rotary_dim / 2)``, rotates q and k_new, as for flash_attn_with_kvcache.
+        rotary_sin: like rotary_cos.
+        rotary_interleaved: whether columns 2 i and 2 i + 1 are rotated together, or the halves of rotary_dim.
+        rotary_seqlens: int32 ``(B,)``, position of the first new token; None: seqused_k.
+        window_size_left: keys that a query sees before its position; negative: unbounded.
+        window_size_right: keys that a query sees behind its position; negative: unbounded.
+        window_size: both, as in flash_attn_func; replaces them.
+        num_splits: as for flash_attn_func; 0, the default, is the heuristic.
         tokens_per_split: batch-invariant mode, as for flash_attn_with_kvcache.
-        The other arguments: as for flash_attn_func and flash_attn_varlen_func.
+        qv, out, cu_seqlens_q, ...: the other arguments are those of flash_attn_func and flash_attn_varlen_func.
 
     Returns:
-        out ``(B, Sq, Hq, Dv)`` or ``(T, Hq, Dv)``, and softmax_lse fp32 ``(B, Hq, Sq)`` or ``(Hq, T)``, natural log.
+        ``(out, softmax_lse)``: out ``(B, Sq, Hq, Dv)`` or ``(T, Hq, Dv)``; softmax_lse fp32 ``(B, Hq, Sq)`` or ``(Hq,
+        T)``, natural log.
 
     Raises:
-        InvalidArgumentError, InvalidTypeError, UnsupportedError: as flash_attn_func.
+        InvalidArgumentError: an argument has a wrong value, shape or device; the text names it.
+        InvalidTypeError: an argument has a wrong type or dtype; the text names it.
+        UnsupportedError: no kernel runs the call, and backend="cuda" or BROADHEAD_STRICT=1 forbids the fallback.
     """
     function = "mha_fwd"
     if block_table is not None:

@@ -83,21 +83,31 @@ def mha_bwd(
     dlse: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of attention: ``(dq, dk, dv, dsinks)``; dsinks is None without ``sinks``.
+    """Gradients of attention.
 
     Args:
-        dout: of the shape and dtype of the output; dlse: fp32, of the shape of softmax_lse, if the loss depends on it.
-        q, k, v: as for mha_fwd, dense or varlen.
-        out, softmax_lse: the results of the forward call, of the shapes and dtypes that it returns. They are used as
-            they are given: those of a whole whose keys q attends to in parts give each part its share of the gradient
-            of the whole. A row whose softmax_lse is -inf has no gradient. None: computed.
-        dq, dk, dv: written if given, with a contiguous last dimension; their rows past seqused or past
-            ``cu_seqlens[-1]`` keep what they hold.
-        The other arguments: as in the forward call. deterministic: accepted; results always are, bit for bit.
+        dout: gradient of the output, of its shape and dtype.
+        q: as for mha_fwd, dense or varlen.
+        k: as for mha_fwd, dense or varlen.
+        v: as for mha_fwd, dense or varlen.
+        out: the output of the forward call, used as it is given; None: computed.
+        softmax_lse: the softmax_lse of the forward call, likewise. Those of a whole whose keys q attends to in parts
+            give each part its gradient of the whole. A row whose softmax_lse is -inf has no gradient.
+        dq: of the shape and dtype of q, the last dimension contiguous: written and returned if given. Rows past
+            seqused_q, or past ``cu_seqlens_q[-1]``, keep what they hold.
+        dk: likewise for k.
+        dv: likewise for v.
+        deterministic: accepted; results always are, bit for bit.
+        dlse: gradient of softmax_lse, fp32, of its shape; None: the loss does not depend on it.
+        cu_seqlens_q, softmax_scale, ...: the other arguments are those of the forward call.
+
+    Returns:
+        ``(dq, dk, dv, dsinks)``; dsinks is None without ``sinks``.
 
     Raises:
+        InvalidArgumentError: an argument has a wrong value, shape or device; the text names it.
+        InvalidTypeError: an argument has a wrong type or dtype; the text names it.
         UnsupportedError: ``backend="cuda"``: this release has no CUDA backward kernel.
-        InvalidArgumentError, InvalidTypeError: an argument is wrong; the text names it.
     """
     function = "mha_bwd"
     args = AttentionArgs(
@@ -126,9 +136,9 @@ def mha_bwd(
     if is_dynamo_compiling() or runs_as_operator(*outputs, *args):
         if not is_dynamo_compiling() and any(x is not None for x in (dq, dk, dv)):
             refuse_transformed(function, "dq=, dk= and dv=", *outputs, *args, dq, dk, dv)
-        gradients = Gradients(*call_backward(function, outputs, args))
+        gradients = Gradients(*call_backward(function, outputs, args, bool(deterministic)))
     else:
-        gradients = run_backward_below(function, outputs, args)
+        gradients = run_backward_below(function, outputs, args, bool(deterministic))
     return (
         store_gradient(dq, gradients.dq, cu_seqlens_q, seqused_q),
         store_gradient(dk, gradients.dk, cu_seqlens_k, seqused_k),

@@ -25,20 +25,22 @@ def flash_attn_combine(
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Merge the results of splits of the keys: ``(out, softmax_lse)``.
+    """Merge the results of splits of the keys.
 
     Args:
         out_partial: fp32 ``(splits, B, S, H, Dv)`` or ``(splits, T, H, Dv)``, each split normalised by its own sum;
             copied where the last dimension is not contiguous.
-        lse_partial: fp32 ``(splits, B, S, H)`` or ``(splits, T, H)``, natural log; -inf: the split saw no key.
-        out: written if given, ``(B, S, H, Dv)`` or ``(T, H, Dv)``; out_dtype: of a new output, fp32 by default.
+        lse_partial: fp32 ``(splits, B, S, H)`` or ``(splits, T, H)``, natural log; -inf where a split saw no key.
+        out: ``(B, S, H, Dv)`` or ``(T, H, Dv)``, written and returned if given.
+        out_dtype: dtype of a new output; None: fp32.
         backend: as for flash_attn_func; where the kernel does not take the call torch ops merge.
 
     Returns:
-        out, and softmax_lse fp32 of shape ``lse_partial.shape[1:]``.
+        ``(out, softmax_lse)``, softmax_lse fp32 of shape ``lse_partial.shape[1:]``, natural log.
 
     Raises:
-        InvalidArgumentError, InvalidTypeError: an argument is wrong; the text names it.
+        InvalidArgumentError: an argument has a wrong value, shape or device; the text names it.
+        InvalidTypeError: an argument has a wrong type or dtype; the text names it.
         UnsupportedError: the kernel does not take the call, and backend="cuda" or BROADHEAD_STRICT=1 asks for it.
     """
     function = "flash_attn_combine"

@@ -175,18 +175,37 @@ def is_supported(
 ) -> tuple[bool, str]:
     """Whether a CUDA kernel runs a call, and why: ``(supported, reason)``.
 
+    The call is taken to bring no scheduler metadata.
+
     Args:
-        q, k, v: the tensors of the call; or describe them by head_dim, head_dim_v, dtype, kv_dtype (of k and v; None:
-            dtype), num_heads_q, num_heads_kv, batch_size, seqlen_q and seqlen_k.
+        q: the queries of the call; None: the arguments below describe it.
+        k: its keys, with q.
+        v: its values, with q.
+        head_dim: columns of q and k, without q.
+        head_dim_v: columns of v; None: head_dim.
+        dtype: dtype of q.
+        kv_dtype: dtype of k and v; None: dtype.
+        num_heads_q: query heads.
+        num_heads_kv: KV heads; None: num_heads_q.
+        batch_size: sequences.
+        seqlen_q: query tokens of the longest sequence.
+        seqlen_k: keys of the longest sequence.
+        page_size: keys of a page; None: not paged.
+        varlen: whether q is packed.
+        sinks: whether the call has them, or the tensor itself.
+        prefix_lens: likewise.
+        qv: likewise.
+        descale: likewise.
+        requires_grad: whether a gradient is asked for.
+        direction: "forward" or "backward".
         device: None for the device of q, else the current CUDA device, else the CPU; a torch.device or its name; a
             compute capability such as ``(8, 9)`` or ``"8.9"``; or a DeviceDescription.
         build: the kernels to look at; None for those of this installation.
-        sinks, prefix_lens, qv, descale: whether the call has them, or the tensors themselves.
-        The other arguments: what the call asks for, as in flash_attn_func. The call is taken to bring no scheduler
-            metadata.
+        causal, window_size, ...: the other arguments are what the call asks for, as in flash_attn_func.
 
     Raises:
-        InvalidArgumentError, InvalidTypeError: the description makes no sense; the text names the argument.
+        InvalidArgumentError: the description makes no sense; the text names the argument.
+        InvalidTypeError: an argument has a wrong type or dtype; the text names it.
     """
     function = "is_supported"
     where = _device(function, q.device if device is None and isinstance(q, Tensor) else device)

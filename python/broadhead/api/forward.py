@@ -24,19 +24,24 @@ def _find_run_known(*call: Any) -> Any:
 _run_known: Any = _find_run_known
 
 
-def run_forward(function: str, call: tuple[Any, ...], need_lse: bool = True) -> tuple[Tensor, Any]:
+def run_forward(
+    function: str, call: tuple[Any, ...], need_lse: bool = True, deterministic: Any = False
+) -> tuple[Tensor, Any]:
     """``(out, softmax_lse)`` of a call; ``function`` names the public function in errors.
 
     ``call`` holds the fields of AttentionArgs in their order. Public functions build it as a plain tuple of 30: a call
     with more arguments than that, or a longer tuple, Python collects in a list first, which takes 0.3 us.
+    ``deterministic`` is asked of gradients alone, so that it is no part of a call.
     Without ``need_lse`` softmax_lse may be None: a kernel then neither allocates nor writes it.
     """
     # Dynamo knows this function for a constant. Eagerly it takes a third of the time of is_compiling(), and what else
     # traces calls shows in their tensors.
     if is_dynamo_compiling():
-        return call_forward(function, AttentionArgs(*call))
+        return call_forward(function, AttentionArgs(*call), bool(deterministic))
     result = _run_known(function, need_lse, call)
     if result is not None:
         return result
     args = AttentionArgs(*call)
-    return call_forward(function, args) if runs_as_operator(*args) else run_plain(function, args, need_lse)
+    if runs_as_operator(*args):
+        return call_forward(function, args, bool(deterministic))
+    return run_plain(function, args, need_lse, bool(deterministic))

@@ -31,7 +31,8 @@ def _validate_head_dims(
     """Assert that kernels of this installation run dense attention of the head dims.
 
     Args:
-        head_dim, head_dim_v: of q and k, and of v.
+        head_dim: columns of q and k.
+        head_dim_v: columns of v.
         compute_capability: a major version, or (major, minor). Where the current CUDA device has it, the question is
             about that device; else about a device of that capability, and for a major version about all that are known.
             None: the current CUDA device.

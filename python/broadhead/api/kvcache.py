@@ -11,8 +11,10 @@ from ..call.arguments import AttentionArgs
 from ..call.cache_length import lengths_tensor
 from .append import NewKeys, append_new_keys
 from .forward import run_forward
+from .results import may_return_lse
 
 
+@may_return_lse
 def flash_attn_with_kvcache(
     q: Tensor,
     k_cache: Tensor,
@@ -55,42 +57,59 @@ def flash_attn_with_kvcache(
     q_v: Tensor | None = None,
     return_attn_probs: bool = False,
     tokens_per_split: int = 0,
-) -> Any:
-    """Attention of new queries over a KV cache.
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of new queries over a KV cache, which first takes new keys if there are any.
 
     Args:
-        q: ``(B, Sq, Hq, D)``, or ``(T, Hq, D)`` with cu_seqlens_q (int32 ``(B + 1,)``) and max_seqlen_q.
-        k_cache, v_cache: ``(B, S, Hkv, D | Dv)``, or ``(num_pages, page_size, Hkv, D | Dv)`` with page_table, int32
-            ``(B, max_pages)``; any page_size >= 1, any strides with a contiguous last dimension, for they are never
-            copied. Of the dtype of q, or
-            float8_e4m3fn under bf16 or fp16 q, with factors k_descale, v_descale, fp32 ``(B, Hkv)``.
-        k, v: ``(B, S_new, Hkv, D | Dv)``, or ``(T_new, Hkv, D | Dv)`` with cu_seqlens_k_new (int32 ``(B + 1,)``):
-            written to the cache from row ``cache_seqlens`` on, before attention. cu_seqlens_k_new without k and v is
-            ignored. In a float8_e4m3fn cache wider keys are divided by k_descale, v_descale and rounded.
-        rotary_cos, rotary_sin: ``(positions, rotary_dim / 2)``: rotate q and k; only with k and v. Fastest as fp32 or
-            in the dtype of q.
-        cache_seqlens: an int for all sequences or int32 ``(B,)``: cached keys before the append; None: the whole cache.
-            An int that the cache does not hold, new keys included, is refused on every device.
-        cache_batch_idx: int32 ``(B,)``: row of the cache or page table of each sequence. cache_leftpad: int32 ``(B,)``:
-            the keys of a sequence are cache rows ``[cache_leftpad, cache_seqlens)``.
-        tokens_per_split: batch-invariant mode: the keys of every sequence are cut at multiples of this many, itself a
-            multiple of 64; 0: off. On one kind of device the kernels then give a sequence bitwise the same result
-            whatever else is in the batch, in all calls of the same max_seqlen_q, heads, head dims, dtypes, page size
-            and tokens_per_split. It costs balance: splits no longer follow from what fills the device, so that a few
-            sequences, or short ones, may leave it partly idle, and small pieces of long sequences are much to merge.
-            Calls of more than 32 query rows (max_seqlen_q times the query heads of a KV head) are prefill: they are
-            not cut, and not split by what fills the device either. num_splits must be 0, or 1 for no cut. Results of
-            pieces may take 4 GiB, counted for sequences as long as the page table or cache allows. The torch fallback
-            ignores it.
-        The other arguments: as for flash_attn_func; scheduler_metadata as get_scheduler_metadata returns it.
+        q: queries, ``(B, Sq, Hq, D)``, or ``(T, Hq, D)`` with cu_seqlens_q and max_seqlen_q.
+        k_cache: cached keys, ``(B, S, Hkv, D)``, or pages ``(num_pages, page_size, Hkv, D)`` with page_table, of any
+            page_size >= 1. The dtype is that of q, or float8_e4m3fn under bf16 or fp16 q. The cache is never copied:
+            any strides with a contiguous last dimension are accepted.
+        v_cache: cached values, as k_cache with Dv.
+        k: new keys, ``(B, S_new, Hkv, D)``, or ``(T_new, Hkv, D)`` with cu_seqlens_k_new. They are written to the cache
+            from row ``cache_seqlens`` on, before attention. For a float8_e4m3fn cache wider keys are divided by
+            k_descale and rounded.
+        v: new values, as k with Dv, divided by v_descale.
+        rotary_cos: ``(positions, rotary_dim / 2)``: rotates q and k; only with k and v. Fastest as fp32 or in the dtype
+            of q.
+        rotary_sin: like rotary_cos.
+        cache_seqlens: int32 ``(B,)``, or an int for all sequences: cached keys before the append; None: the whole
+            cache. An int that the cache does not hold, new keys included, is refused on every device.
+        cache_batch_idx: int32 ``(B,)``, the row of the cache, or of the page table, of each sequence.
+        cache_leftpad: int32 ``(B,)``: the keys of a sequence are cache rows ``[cache_leftpad, cache_seqlens)``.
+        page_table: int32 ``(B, max_pages)``, the page ids of each sequence.
+        cu_seqlens_q: int32 ``(B + 1,)``, offsets of the sequences in packed q.
+        cu_seqlens_k_new: int32 ``(B + 1,)``, offsets in packed k and v; ignored without them.
+        max_seqlen_q: tokens of the longest sequence in packed q.
+        rotary_seqlens: int32 ``(B,)``, position of the first new token; None: cache_seqlens.
+        k_descale: fp32 ``(B, Hkv)``, factor of float8 keys; None: 1.
+        v_descale: fp32 ``(B, Hkv)``, factor of float8 values; None: 1.
+        rotary_interleaved: whether columns 2 i and 2 i + 1 are rotated together, or the halves of rotary_dim.
+        scheduler_metadata: int32, as get_scheduler_metadata returns it.
+        return_softmax_lse: also return softmax_lse.
+        tokens_per_split: batch-invariant mode; see below. A multiple of 64; 0: off.
+        block_table: synonym of page_table.
+        return_attn_probs: synonym of return_softmax_lse.
+        qv, q_descale, softmax_scale, ...: the other arguments are those of flash_attn_func.
+
+    With tokens_per_split the keys of every sequence are cut at multiples of so many tokens. On one kind of device the
+    kernels then give a sequence bitwise the same result whatever else is in the batch, in all calls of the same
+    max_seqlen_q, heads, head dims, dtypes, page size and tokens_per_split. It costs balance, since splits no longer
+    follow from what fills the device: a few sequences, or short ones, may leave it partly idle, and small splits of
+    long sequences are much to combine. Calls of more than 32 query rows (max_seqlen_q times the query heads of a KV
+    head) are prefill: they are not cut, and not split by what fills the device either. num_splits must be 0, or 1 for
+    no cut. The partial results may take 4 GiB, counted for sequences as long as the page table or cache allows. The
+    torch fallback ignores the argument.
 
     Returns:
-        out, of the shape of q with Dv and the dtype of q (bf16 for float8); with return_softmax_lse also softmax_lse,
-        fp32, natural log, ``(B, Hq, Sq)`` or ``(Hq, T)``.
+        out, of the shape of q with Dv and the dtype of q (bf16 for float8); with return_softmax_lse ``(out,
+        softmax_lse)``, softmax_lse fp32 ``(B, Hq, Sq)`` or ``(Hq, T)``, natural log.
 
     Raises:
-        InvalidArgumentError, InvalidTypeError: an argument is wrong; the text names it.
-        UnsupportedError: no kernel runs the call and falling back was forbidden; appending to a cache under autograd.
+        InvalidArgumentError: an argument has a wrong value, shape or device; the text names it.
+        InvalidTypeError: an argument has a wrong type or dtype; the text names it.
+        UnsupportedError: no kernel runs the call and falling back was forbidden; or new keys are appended under
+            autograd.
     """
     if block_table is not None:
         page_table = check.pick_synonym(  # type: ignore[assignment]

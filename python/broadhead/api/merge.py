@@ -42,20 +42,22 @@ def merge_attn_states(
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Merge two attention results of the same queries over disjoint keys: ``(out, softmax_lse)``. Differentiable.
+    """Merge two attention results of the same queries over disjoint keys. Differentiable.
 
     Args:
-        out_a, out_b: ``(B, S, H, Dv)`` or ``(T, H, Dv)``, of one dtype; copied where the last dimension is not
-            contiguous.
-        lse_a, lse_b: fp32 ``(B, H, S)`` or ``(H, T)``, natural log; -inf where a part saw no key.
-        out: written if given, of the shape and dtype of out_a; may be out_a or out_b itself.
+        out_a: ``(B, S, H, Dv)`` or ``(T, H, Dv)``; copied where the last dimension is not contiguous.
+        lse_a: fp32 ``(B, H, S)`` or ``(H, T)``, natural log; -inf where a row saw no key.
+        out_b: as out_a, of the same dtype.
+        lse_b: as lse_a.
+        out: of the shape and dtype of out_a, written and returned if given; may be out_a or out_b itself.
         backend: as for flash_attn_func; without a kernel, or where a gradient is asked for, torch ops merge.
 
     Returns:
-        out, and softmax_lse of the shape of lse_a.
+        ``(out, softmax_lse)``, softmax_lse fp32 of the shape of lse_a, natural log.
 
     Raises:
-        InvalidArgumentError, InvalidTypeError: an argument is wrong; the text names it.
+        InvalidArgumentError: an argument has a wrong value, shape or device; the text names it.
+        InvalidTypeError: an argument has a wrong type or dtype; the text names it.
         UnsupportedError: the kernel does not take the call, and backend="cuda" or BROADHEAD_STRICT=1 asks for it.
     """
     if is_dynamo_compiling():

@@ -48,27 +48,45 @@ def get_scheduler_metadata(
 ) -> Tensor:
     """Plan the splits of a decode step on the device, for the attention calls of all layers of a kind.
 
+    The call neither waits for the device nor reads from it.
+
     Args:
-        batch_size, max_seqlen_q, max_seqlen_k: ints. With ``page_table`` (int32 ``(batch, max_pages)``) and
-            ``page_size`` the length is ``page_table.size(1) * page_size``, as the forward call derives it, and
-            max_seqlen_k is ignored.
-        num_heads_q, num_heads_kv: ints; also spelled num_heads, num_heads_k. headdim, headdim_v: multiples of 8.
+        batch_size: sequences.
+        max_seqlen_q: query tokens of the longest sequence.
+        max_seqlen_k: keys of the longest sequence; ignored with page_table, where it is ``page_table.size(1) *
+            page_size``, as the forward call derives it.
+        num_heads_q: query heads.
+        num_heads_kv: KV heads.
+        headdim: columns of q and k, a multiple of 8.
         cache_seqlens: int32 ``(batch,)``, the lengths before this call's ``max_seqlen_k_new`` keys are appended.
-        cu_seqlens_q: int32 ``(batch + 1,)``; cache_leftpad: int32 ``(batch,)``.
-        causal, window_size, attention_chunk: the mask of the forward call. cu_seqlens_k_new, has_softcap: accepted; no
-            plan depends on them, nor on descales.
+        qkv_dtype: dtype of q; without kv_dtype that of k and v may be meant, too.
+        headdim_v: columns of v, a multiple of 8; None: headdim.
+        cu_seqlens_q: int32 ``(batch + 1,)``, offsets of the sequences in packed q.
+        cu_seqlens_k_new: accepted; no plan depends on it.
+        cache_leftpad: int32 ``(batch,)``, cache rows in front of each sequence that hold no key of it.
+        page_size: keys of a page.
+        max_seqlen_k_new: keys that the forward call appends to each sequence.
+        causal: that of the forward call.
+        window_size: that of the forward call.
+        attention_chunk: that of the forward call.
+        has_softcap: accepted; no plan depends on it, nor on descales.
+        num_splits: the bound of every sequence, up to 256, of which the kernels use up to 128; 0: a heuristic decides.
+        pack_gqa: that of the forward call.
+        sm_margin: multiprocessors to leave free.
+        out: int32 buffer of at least ``1 + 4 * round_up(batch, 4)`` elements, written and returned if given.
+        page_table: int32 ``(batch, max_pages)``; only its shape is read.
+        num_heads: synonym of num_heads_q.
+        num_heads_k: synonym of num_heads_kv.
         has_qv: whether the forward call passes qv; None: assumed where headdim <= 64 and headdim_v > 256.
-        qkv_dtype, kv_dtype: the dtypes of q, and of k and v. Without kv_dtype qkv_dtype may be either.
-        num_splits: 0 for the heuristic, else the bound of every sequence, up to 256, of which the kernels use up to
-            128.
+        kv_dtype: dtype of k and v; None: qkv_dtype.
         tokens_per_split: that of the forward call; see flash_attn_with_kvcache.
-        out: int32 buffer of at least ``1 + 4 * round_up(batch, 4)`` elements; nothing is allocated then.
 
     Returns:
-        int32 ``(1 + 4 * round_up(batch, 4),)``, or ``out``. The call neither waits for the device nor reads from it.
+        int32 ``(1 + 4 * round_up(batch, 4),)``, or ``out``.
 
     Raises:
-        InvalidArgumentError, InvalidTypeError: an argument is wrong; the text names it.
+        InvalidArgumentError: an argument has a wrong value, shape or device; the text names it.
+        InvalidTypeError: an argument has a wrong type or dtype; the text names it.
     """
     heads_q = check.pick_synonym(FUNCTION, "num_heads_q", num_heads_q, "num_heads", num_heads)
     heads_kv = check.pick_synonym(FUNCTION, "num_heads_kv", num_heads_kv, "num_heads_k", num_heads_k)

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..call import validation as check
 from ..errors import InvalidArgumentError
 from .forward import run_forward
+from .results import may_return_lse
 
 
 def _split(function: str, packed: Any, rank: int, num_heads_q: int | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,6 +40,7 @@ def _split(function: str, packed: Any, rank: int, num_heads_q: int | None) -> tu
     return q, k, v
 
 
+@may_return_lse
 def flash_attn_qkvpacked_func(
     qkv: Tensor,
     softmax_scale: float | None = None,
@@ -61,10 +63,14 @@ def flash_attn_qkvpacked_func(
     s_aux: Tensor | None = None,
     learnable_sink: Tensor | None = None,
     return_softmax_lse: bool = False,
-) -> Any:
-    """flash_attn_func of ``qkv``: ``(B, S, 3, H, D)``, or ``(B, S, Hq + 2 Hkv, D)`` with num_heads_q. No copy is made.
+) -> Tensor | tuple[Tensor, Tensor]:
+    """flash_attn_func of q, k and v in one tensor. No copy is made.
 
-    Returns and raises as flash_attn_func.
+    Args:
+        qkv: ``(B, S, 3, H, D)``; with num_heads_q ``(B, S, Hq + 2 Hkv, D)``.
+        num_heads_q: Hq, where there are fewer KV heads than query heads.
+        softmax_scale, causal, ...: the other arguments are those of flash_attn_func, whose results and errors these
+            are.
     """
     function = "flash_attn_qkvpacked_func"
     if s_aux is not None or learnable_sink is not None:
@@ -76,10 +82,11 @@ def flash_attn_qkvpacked_func(
         softmax_scale, causal, window_size, attention_chunk, softcap, None, 1, None, sm_margin, sinks, prefix_lens,
         backend, 0,
     )  # fmt: skip
-    result = run_forward(function, call, need_lse)
+    result = run_forward(function, call, need_lse, deterministic)
     return result if need_lse else result[0]
 
 
+@may_return_lse
 def flash_attn_kvpacked_func(
     q: Tensor,
     kv: Tensor,
@@ -99,10 +106,14 @@ def flash_attn_kvpacked_func(
     s_aux: Tensor | None = None,
     learnable_sink: Tensor | None = None,
     return_softmax_lse: bool = False,
-) -> Any:
-    """flash_attn_func of q ``(B, Sq, Hq, D)`` and ``kv`` ``(B, Sk, 2, Hkv, D)``. No copy is made.
+) -> Tensor | tuple[Tensor, Tensor]:
+    """flash_attn_func of k and v in one tensor. No copy is made.
 
-    Returns and raises as flash_attn_func.
+    Args:
+        q: ``(B, Sq, Hq, D)``.
+        kv: ``(B, Sk, 2, Hkv, D)``.
+        softmax_scale, causal, ...: the other arguments are those of flash_attn_func, whose results and errors these
+            are.
     """
     function = "flash_attn_kvpacked_func"
     tensor = check.check_tensor(function, "kv", kv, "a tensor that holds k and v")
@@ -118,10 +129,11 @@ def flash_attn_kvpacked_func(
         q, k, v, None, out, None, None, None, None, None, None, None, None, None, None, None, None, softmax_scale,
         causal, window_size, attention_chunk, softcap, None, 1, None, sm_margin, sinks, prefix_lens, backend, 0,
     )  # fmt: skip
-    result = run_forward(function, call, need_lse)
+    result = run_forward(function, call, need_lse, deterministic)
     return result if need_lse else result[0]
 
 
+@may_return_lse
 def flash_attn_varlen_qkvpacked_func(
     qkv: Tensor,
     cu_seqlens: Tensor,
@@ -143,10 +155,16 @@ def flash_attn_varlen_qkvpacked_func(
     s_aux: Tensor | None = None,
     learnable_sink: Tensor | None = None,
     return_softmax_lse: bool = False,
-) -> Any:
-    """flash_attn_varlen_func of ``qkv``: ``(T, 3, H, D)``, or ``(T, Hq + 2 Hkv, D)`` with num_heads_q. No copy is made.
+) -> Tensor | tuple[Tensor, Tensor]:
+    """flash_attn_varlen_func of q, k and v in one tensor. No copy is made.
 
-    cu_seqlens: int32 ``(B + 1,)``, of queries and keys alike. Returns and raises as flash_attn_varlen_func.
+    Args:
+        qkv: ``(T, 3, H, D)``; with num_heads_q ``(T, Hq + 2 Hkv, D)``.
+        cu_seqlens: int32 ``(B + 1,)``, offsets of queries and keys alike.
+        max_seqlen: tokens of the longest sequence.
+        num_heads_q: Hq, where there are fewer KV heads than query heads.
+        softmax_scale, causal, ...: the other arguments are those of flash_attn_func; results and errors are those of
+            flash_attn_varlen_func.
     """
     function = "flash_attn_varlen_qkvpacked_func"
     if s_aux is not None or learnable_sink is not None:
@@ -160,5 +178,5 @@ def flash_attn_varlen_qkvpacked_func(
         None, softmax_scale, causal, window_size, attention_chunk, softcap, None, 1, None, sm_margin, sinks,
         prefix_lens, backend, 0,
     )  # fmt: skip
-    result = run_forward(function, call, need_lse)
+    result = run_forward(function, call, need_lse, deterministic)
     return result if need_lse else result[0]

@@ -20,8 +20,10 @@ from ..run.shared_prefix import COMPOSED, FUNCTION, Composed, decide, run_first,
 from .forward import run_forward
 from .kvcache import flash_attn_with_kvcache
 from .merge import merge_attn_states
+from .results import may_return_lse
 
 
+@may_return_lse
 def flash_attn_with_shared_prefix(
     q: Tensor,
     k_cache: Tensor,
@@ -45,32 +47,41 @@ def flash_attn_with_shared_prefix(
     out: Tensor | None = None,
     backend: str | None = None,
     return_softmax_lse: bool = False,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of new queries over paged sequences that share their first ``prefix_len`` tokens (cascade).
 
-    All queries attend to the prefix in one pass, so its keys are read once and not once a sequence; each sequence
-    attends to its own rest; the two results are merged by their LSE. Few queries take one launch of a decode kernel and
-    its merge; many take a call for each pass and merge_attn_states (``last_dispatch()`` tells which, and why).
+    All queries attend to the prefix in one pass, so its keys are read once and not once for each sequence. Each
+    sequence attends to its own rest, and the two results are merged by their LSE. Few queries take one launch of a
+    decode kernel and its combine; many take a call for each pass and merge_attn_states. ``last_dispatch()`` tells
+    which, and why.
 
     Args:
-        q: ``(B, Sq, Hq, D)``, or ``(T, Hq, D)`` with cu_seqlens_q (int32 ``(B + 1,)``) and max_seqlen_q.
-        k_cache, v_cache: ``(num_pages, page_size, Hkv, D | Dv)``, as for flash_attn_with_kvcache.
+        q: queries, ``(B, Sq, Hq, D)``, or ``(T, Hq, D)`` with cu_seqlens_q and max_seqlen_q.
+        k_cache: pages of keys, ``(num_pages, page_size, Hkv, D)``, as for flash_attn_with_kvcache.
+        v_cache: pages of values, ``(num_pages, page_size, Hkv, Dv)``.
         prefix_len: tokens that all sequences share, >= 0; without prefix_page_table a multiple of page_size.
-        prefix_page_table: int32 ``(pages,)``, the pages of the prefix. page_table (int32 ``(B, max_pages)``) and
-            cache_seqlens (int32 ``(B,)``) are then those of what follows the prefix, which begins on a page of its own.
-            None: page_table and cache_seqlens are those of the whole sequences, whose first pages are the same.
-        k_descale, v_descale, q_descale: fp32 ``(B, Hkv)``; the factors of sequence 0 are those of the prefix.
-        causal: bottom-right as everywhere; the queries are the last tokens of their sequences, behind the prefix.
-        sinks: join the denominator once. scheduler_metadata: of the call over what follows the prefix.
-        The other arguments: as for flash_attn_with_kvcache.
+        page_table: int32 ``(B, max_pages)``: with prefix_page_table the pages of what follows the prefix, which begins
+            on a page of its own; else those of the whole sequences, whose first pages are the same.
+        cache_seqlens: int32 ``(B,)``, the keys to which page_table leads.
+        prefix_page_table: int32 ``(pages,)``, the pages of the prefix; None: the first pages of page_table.
+        cu_seqlens_q: int32 ``(B + 1,)``, offsets of the sequences in packed q.
+        max_seqlen_q: tokens of the longest sequence in packed q.
+        q_descale: fp32 ``(B, Hkv)``, factor of float8 q; that of sequence 0 is the prefix's.
+        k_descale: fp32 ``(B, Hkv)``, factor of float8 keys, likewise.
+        v_descale: fp32 ``(B, Hkv)``, factor of float8 values, likewise.
+        causal: bottom-right aligned; the queries are the last tokens of their sequences, behind the prefix.
+        sinks: ``(Hq,)``, fp32 or the dtype of out; they join the denominator once.
+        scheduler_metadata: int32, made for the call over what follows the prefix.
+        softmax_scale, softcap, ...: the other arguments are those of flash_attn_with_kvcache.
 
     Returns:
-        out, of the shape of q with Dv; with return_softmax_lse also softmax_lse, fp32, natural log, ``(B, Hq, Sq)`` or
-        ``(Hq, T)``.
+        out, of the shape of q with Dv; with return_softmax_lse ``(out, softmax_lse)``, softmax_lse fp32 ``(B, Hq, Sq)``
+        or ``(Hq, T)``, natural log.
 
     Raises:
-        InvalidArgumentError, InvalidTypeError: an argument is wrong; the text names it.
-        UnsupportedError: no kernel runs the call and falling back was forbidden.
+        InvalidArgumentError: an argument has a wrong value, shape or device; the text names it.
+        InvalidTypeError: an argument has a wrong type or dtype; the text names it.
+        UnsupportedError: no kernel runs the call, and backend="cuda" or BROADHEAD_STRICT=1 forbids the fallback.
     """
     if type(prefix_len) is not int and not is_compiling():
         prefix_len = check.check_int(FUNCTION, "prefix_len", prefix_len)
@@ -90,7 +101,9 @@ def flash_attn_with_shared_prefix(
     )  # fmt: skip
     composed: Composed | None = None
     if not is_dynamo_compiling() and not runs_as_operator(*call, prefix_page_table):
-        result = _run_one_launch(call, prefix_page_table, prefix_len, return_softmax_lse, not by_length)
+        result = _run_one_launch(
+            call, prefix_page_table, prefix_len, need_lse=return_softmax_lse, unchecked=not by_length
+        )
         if not isinstance(result, Composed):
             return result if return_softmax_lse else result[0]
         composed = result
@@ -129,9 +142,17 @@ def flash_attn_with_shared_prefix(
 
 
 def _run_one_launch(
-    call: tuple[Any, ...], prefix_page_table: Any, prefix_len: Any, need_lse: bool, unchecked: bool
-) -> tuple[Tensor, Tensor | None] | Composed:
-    """What one launch gives, or why there is none."""
+    call: tuple[Any, ...], prefix_page_table: Any, prefix_len: Any, *, need_lse: bool, unchecked: bool
+) -> tuple[Tensor, Any] | Composed:
+    """``(out, softmax_lse)`` of one launch, or why there is none.
+
+    Args:
+        call: the fields of AttentionArgs.
+        prefix_page_table: int32 ``(pages,)``.
+        prefix_len: tokens of the prefix.
+        need_lse: without it softmax_lse may be None.
+        unchecked: the prefix has not been validated yet.
+    """
     result = run_known(need_lse, call, prefix_page_table, prefix_len)
     if result is not None:
         return result
@@ -139,7 +160,7 @@ def _run_one_launch(
     args = read_tensors(FUNCTION, plain_fields(FUNCTION, given, written=("out",)))
     pages = contiguous(plain(FUNCTION, "prefix_page_table", prefix_page_table))
     if args is not given or pages is not prefix_page_table:
-        found = _run_one_launch(args, pages, prefix_len, need_lse, unchecked)
+        found = _run_one_launch(args, pages, prefix_len, need_lse=need_lse, unchecked=unchecked)
         return found if isinstance(found, Composed) or given.out is None else (given.out, found[1])
     if unchecked:
         _check_prefix(args.q, args.k, args.page_table, args.seqused_k, prefix_len, prefix_page_table)

@@ -77,7 +77,8 @@ def _operator_arguments() -> dict[str, str]:
             found.update(dict.fromkeys(_WINDOW, "SymInt"))
         elif name != "out":
             found.setdefault(name, argument.schema)
-    found["function"] = "str"
+    # How the call is differentiated: whether its sums must have an order, and whether it will be at all.
+    found |= {"deterministic": "bool", "differentiable": "bool", "function": "str"}
     return found
 
 
@@ -87,16 +88,30 @@ OPERATOR_NAMES = tuple(OPERATOR_ARGUMENTS)
 OPERATOR_SCHEMA = ", ".join(f"{kind} {name}" for name, kind in OPERATOR_ARGUMENTS.items())
 
 
-def to_operator(function: str, args: AttentionArgs, window: tuple[int, int]) -> tuple[Any, ...]:
+class OperatorCall(NamedTuple):
+    """What an operator was given."""
+
+    function: str
+    args: AttentionArgs
+    deterministic: bool  # gradients: every sum in an order that is the same in every run
+    differentiable: bool  # of the forward operator: the call must be one that has gradients
+
+
+def to_operator(
+    function: str, args: AttentionArgs, window: tuple[int, int], deterministic: bool, differentiable: bool
+) -> tuple[Any, ...]:
     """The arguments of an operator; ``window`` is the normalised window_size. torch.compile traces it."""
     values = dict(zip(AttentionArgs._fields, args))
     values["window_left"], values["window_right"] = window
     values["function"] = function
+    values["deterministic"] = deterministic
+    values["differentiable"] = differentiable
     return tuple([values[name] for name in OPERATOR_NAMES])
 
 
-def from_operator(inputs: tuple[Any, ...]) -> tuple[str, AttentionArgs]:
-    """``(function, arguments)`` of what an operator was given."""
+def from_operator(inputs: tuple[Any, ...]) -> OperatorCall:
+    """The call of what an operator was given."""
     values = dict(zip(OPERATOR_NAMES, inputs, strict=True))
-    function = values.pop("function")
-    return function, AttentionArgs(window_size=tuple(values.pop(name) for name in _WINDOW), **values)
+    own = {name: values.pop(name) for name in ("function", "deterministic", "differentiable")}
+    window = tuple(values.pop(name) for name in _WINDOW)
+    return OperatorCall(args=AttentionArgs(window_size=window, **values), **own)

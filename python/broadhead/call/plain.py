@@ -110,7 +110,7 @@ def refuse_transformed(function: str, what: str, *values: Any) -> None:
         )
 
 
-def plain(function: str, name: str, value: Any, written: bool = False) -> Any:
+def plain(function: str, name: str, value: Any, *, written: bool = False) -> Any:
     """``value`` as plain memory, without copies but for negated and conjugated views; values that are no tensors pass.
 
     Args:
@@ -127,10 +127,10 @@ def plain(function: str, name: str, value: Any, written: bool = False) -> Any:
             f"{function}: {name} must be a strided tensor, got layout {value.layout}; pass {name}.to_dense(), or the"
             " values of a nested tensor with cu_seqlens_q and cu_seqlens_k"
         )
-    return resolved(function, name, value, written)
+    return resolved(function, name, value, written=written)
 
 
-def resolved(function: str, name: str, value: Any, written: bool = False) -> Any:
+def resolved(function: str, name: str, value: Any, *, written: bool = False) -> Any:
     """``value`` without pending negation or conjugation, which operators that write do not take; see plain."""
     if not isinstance(value, Tensor) or not (value.is_neg() or value.is_conj()):
         return value
@@ -167,7 +167,7 @@ def resolved_fields(function: str, fields: _Fields, written: tuple[str, ...] = (
 def _map_fields(change: Callable[..., Any], function: str, fields: _Fields, written: tuple[str, ...]) -> _Fields:
     names: tuple[str, ...] = fields._fields  # type: ignore[attr-defined]
     found = [
-        change(function, shown_name(function, name), value, name in written)
+        change(function, shown_name(function, name), value, written=name in written)
         for name, value in zip(names, fields, strict=True)
     ]
     if all(a is b for a, b in zip(found, fields, strict=True)):

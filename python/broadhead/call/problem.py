@@ -93,7 +93,8 @@ def make_problem(
     """The one constructor of an AttentionProblem.
 
     Args:
-        window: normalised. kv_dtype: None is dtype.
+        window: ``(left, right)``, normalised.
+        kv_dtype: dtype of k and v; None: dtype.
         features: what the call has of support.FEATURES and EXTRA_FEATURES that no other argument tells, and
             "gradients".
     """
@@ -130,6 +131,18 @@ def make_problem(
         obstacles=obstacles,
         kv_dtype="" if kv_dtype is None or kv_dtype == dtype else DTYPE_NAMES[kv_dtype],
         tokens_per_split=tokens_per_split,
+    )
+
+
+def backward_of(problem: AttentionProblem) -> AttentionProblem:
+    """The problem of the gradients of a forward problem: how its keys were divided does not matter to them."""
+    return problem._replace(
+        direction="backward",
+        features=tuple(name for name in problem.features if name not in ("gradients", "split_kv")),
+        num_splits=0,
+        pack_gqa=None,
+        has_metadata=False,
+        tokens_per_split=0,
     )
 
 

@@ -89,7 +89,8 @@ def load_smollm2(
     """Load the tokenizer and the model.
 
     Args:
-        dtype, device: of the weights.
+        dtype: dtype of the weights.
+        device: where the weights lie.
         on_stage: called with what is being done.
         on_tensor: called for each decoded tensor, `tensor_count` times in all.
 

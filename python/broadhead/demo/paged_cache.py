@@ -91,8 +91,12 @@ class PagedKVCache:
 
         Args:
             layer: the layer's index.
-            q: ``(B, S, Hq, D)``; k: ``(B, S, Hkv, D)``; v: ``(B, S, Hkv, Dv)``, of the tokens of this step.
-            softmax_scale, softcap, sinks: as in `broadhead.flash_attn_with_kvcache`.
+            q: ``(B, S, Hq, D)``, the queries of this step.
+            k: ``(B, S, Hkv, D)``, the keys of this step.
+            v: ``(B, S, Hkv, Dv)``, the values of this step.
+            softmax_scale: as in `broadhead.flash_attn_with_kvcache`.
+            softcap: likewise.
+            sinks: likewise.
             window_left: keys before its own that a query sees, -1 for all.
 
         Returns:
@@ -218,7 +222,9 @@ def paged_attention_forward(
 
     Args:
         module: the attention layer, of which ``layer_idx`` is read.
-        query: ``(B, Hq, S, D)``; key, value: ``(B, Hkv, S, D or Dv)``, of the new tokens only.
+        query: ``(B, Hq, S, D)``, of the new tokens only.
+        key: ``(B, Hkv, S, D)``, likewise.
+        value: ``(B, Hkv, S, Dv)``, likewise.
 
     Returns:
         ``(out, None)`` with out ``(B, S, Hq, Dv)``.

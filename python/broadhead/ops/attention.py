@@ -23,8 +23,9 @@ from ..call.plain import (
 )
 from ..call.problem import needs_gradients, out_dtype, refuse_float8_gradient
 from ..errors import UnsupportedError
-from ..run.backward import run_backward_below
-from ..run.forward import run
+from ..plan.dispatch import has_rows
+from ..run.backward import gradient_plan, run_backward_below
+from ..run.forward import run, run_differentiable
 from . import transforms
 from .canonical import canonical
 
@@ -45,14 +46,14 @@ def _fake_outputs(args: AttentionArgs) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("broadhead::mha_fwd", mutates_args=(), schema=f"({OPERATOR_SCHEMA}) -> (Tensor, Tensor)")
 @check.clamped()
 def mha_fwd(*inputs: Any) -> tuple[Tensor, Tensor]:
-    function, args = from_operator(inputs)
-    out, lse = run(function, args)
+    given = from_operator(inputs)
+    out, lse = (run_differentiable if given.differentiable else run)(given.function, given.args)
     return canonical(out), canonical(lse)
 
 
 @mha_fwd.register_fake
 def _(*inputs: Any) -> tuple[Tensor, Tensor]:
-    return _fake_outputs(from_operator(inputs)[1])
+    return _fake_outputs(from_operator(inputs).args)
 
 
 @torch.library.custom_op(
@@ -65,9 +66,11 @@ def mha_bwd(
     dout: Tensor | None, dlse: Tensor | None, out: Tensor | None, softmax_lse: Tensor | None, *inputs: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, qv and sinks; empty where the input was not given."""
-    function, args = from_operator(inputs)
-    args = args._replace(backend="torch", scheduler_metadata=None)
-    gradients = run_backward_below(function, (dout, dlse, out, softmax_lse), args)
+    function, args, deterministic, _ = from_operator(inputs)
+    args = args._replace(scheduler_metadata=None)
+    if args.backend != "torch" and gradient_plan(function, args) is None:
+        args = args._replace(backend="torch")
+    gradients = run_backward_below(function, (dout, dlse, out, softmax_lse), args, deterministic)
     return tuple(  # type: ignore[return-value]
         args.q.new_empty(0) if gradient is None else canonical(gradient) for gradient in gradients
     )
@@ -97,45 +100,47 @@ mha_fwd.register_autograd(_differentiate, setup_context=transforms.Forward.setup
 )
 @check.clamped()
 def mha_fwd_out(*inputs_and_out: Any) -> Tensor:
-    function, args = from_operator(inputs_and_out[:-1])
+    function, args, *_ = from_operator(inputs_and_out[:-1])
     return canonical(run(function, args._replace(out=inputs_and_out[-1]))[1])
 
 
 @mha_fwd_out.register_fake
 def _(*inputs_and_out: Any) -> Tensor:
-    return _fake_outputs(from_operator(inputs_and_out[:-1])[1])[1]
+    return _fake_outputs(from_operator(inputs_and_out[:-1]).args)[1]
 
 
-def _operator_inputs(function: str, args: AttentionArgs, backend: str | None) -> tuple[Any, ...]:
+def _operator_inputs(
+    function: str, args: AttentionArgs, deterministic: bool, differentiable: bool = False
+) -> tuple[Any, ...]:
     """The arguments of an operator, of those of a call."""
-    changes: dict[str, Any] = {"backend": backend}
+    changes: dict[str, Any] = {}
     if args.page_table is not None and args.cu_seqlens_k is not None:
         if args.seqused_k is None:
             changes["seqused_k"] = args.cu_seqlens_k[1:] - args.cu_seqlens_k[:-1]
         changes["cu_seqlens_k"] = None
-    return to_operator(function, changed(args, changes), normalize_window(args.window_size, args.causal, function))
+    window = normalize_window(args.window_size, args.causal, function)
+    return to_operator(function, changed(args, changes), window, deterministic, differentiable)
 
 
-def call_forward(function: str, args: AttentionArgs) -> tuple[Tensor, Tensor]:
+def call_forward(function: str, args: AttentionArgs, deterministic: bool = False) -> tuple[Tensor, Tensor]:
     """A call through the operators; traceable, so it validates only what a schema needs."""
     args = plain_scalars(function, read_tensors(function, args))
-    backend = args.backend
     if not is_compiling():
         refuse_tangents(function, *args)
         args = resolved_fields(function, args, written=("out",))
         if any(isinstance(x, Tensor) and x.device.type == "meta" for x in args):
             check_forward(function, args)  # nothing behind this will
-    if needs_gradients(args.q, args.k, args.v, args.qv, args.sinks, args.out):
+    differentiable = needs_gradients(args.q, args.k, args.v, args.qv, args.sinks, args.out)
+    if differentiable:
         refuse_float8_gradient(function, args.q.dtype, args.k.dtype)
         if args.out is not None:
             raise UnsupportedError(f"{function}: out= has no gradient; leave out away, or call under torch.no_grad()")
-        if backend == "cuda":
+        if args.backend == "cuda" and not has_rows("backward"):
             raise UnsupportedError(
                 f"{function}: backend='cuda' has no backward kernel in this release, and an input requires grad;"
                 " leave backend unset, or call under torch.no_grad()"
             )
-        backend = "torch"
-    inputs = _operator_inputs(function, args, backend)
+    inputs = _operator_inputs(function, args, deterministic, differentiable)
     if not is_compiling() and is_transformed(*args):
         if args.out is not None:
             refuse_transformed(function, "out=", *args)
@@ -147,11 +152,14 @@ def call_forward(function: str, args: AttentionArgs) -> tuple[Tensor, Tensor]:
 
 
 def call_backward(
-    function: str, outputs: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None], args: AttentionArgs
+    function: str,
+    outputs: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    args: AttentionArgs,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Its gradients through the operators; traceable, so it validates only what a schema needs."""
     args = plain_scalars(function, read_tensors(function, args))
-    if args.backend == "cuda":
+    if args.backend == "cuda" and not has_rows("backward"):
         raise UnsupportedError(
             f"{function}: backend='cuda' has no backward kernel in this release; leave backend unset"
         )
@@ -167,7 +175,7 @@ def call_backward(
         )
         if any(isinstance(x, Tensor) and x.device.type == "meta" for x in (*outputs, *args)):
             check_forward(function, args)  # nothing behind this will
-    inputs = _operator_inputs(function, args, args.backend)
+    inputs = _operator_inputs(function, args, deterministic)
     # The result has no derivative: like that of an eager call, it is a leaf.
     with torch.no_grad():
         if not is_compiling() and is_transformed(*outputs, *args):

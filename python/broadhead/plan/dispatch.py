@@ -6,7 +6,7 @@ import sys
 import zlib
 from typing import NamedTuple
 
-from ..call.problem import ALIGNMENT_BYTES, AttentionProblem, canonical_right
+from ..call.problem import ALIGNMENT_BYTES, AttentionProblem, backward_of, canonical_right
 from ..support import ELEMENT_BYTES, EXTRA_FEATURES, FEATURES, ROWS, KernelRow, arch_for
 from .device import DeviceDescription
 from .native import BuildDescription, build_description, build_help
@@ -14,9 +14,6 @@ from .schedule import Schedule, plan_schedule
 
 #: Features of calls whose sequences differ in length, or may: the host does not know the lengths.
 LENGTHS_ON_DEVICE = ("leftpad", "paged", "seqused", "varlen")
-
-#: Features of a problem that no row lists, with the words of the refusal.
-UNSERVED = {"gradients": "an input requires grad and this release has no CUDA backward kernel"}
 
 #: head_dim above which a tile is chosen for the rows of a shared prefix as well. Below, tiles of 16 rows that find it
 #: in the L2 beat those of 32. PERF(H200, 4 sequences sharing 8k, us with 16 and 32 rows: 32/8 heads of 128 26.5, 30.9;
@@ -165,13 +162,29 @@ def _build_refusal(row: KernelRow, device: DeviceDescription, build: BuildDescri
     return ""
 
 
-def _general_refusals(problem: AttentionProblem, device: DeviceDescription) -> list[str]:
+def has_rows(direction: str) -> bool:
+    """Whether the table has a kernel of a direction at all."""
+    return any(row.direction == direction for row in ROWS)
+
+
+def _gradient_refusals(problem: AttentionProblem, device: DeviceDescription, build: BuildDescription) -> list[str]:
+    """Why no kernel computes the gradients of a forward problem, if it asks for them."""
+    if "gradients" not in problem.features:
+        return []
+    if not has_rows("backward"):
+        return ["an input requires grad and this release has no CUDA backward kernel"]
+    if device.type != "cuda":
+        return []
+    plan = resolve(backward_of(problem), device, build)
+    return [] if plan.row is not None else [f"an input requires grad, and no CUDA kernel differentiates: {plan.reason}"]
+
+
+def _general_refusals(problem: AttentionProblem, device: DeviceDescription, build: BuildDescription) -> list[str]:
     """Reasons that hold for every row."""
     reasons = []
     if device.type != "cuda":
         reasons.append(f"the tensors are on a {device.type} device; kernels run on NVIDIA CUDA devices")
-    reasons += [words for name, words in UNSERVED.items() if name in problem.features]
-    return reasons + _short_rows(problem) + list(problem.obstacles)
+    return reasons + _gradient_refusals(problem, device, build) + _short_rows(problem) + list(problem.obstacles)
 
 
 def _short_rows(problem: AttentionProblem) -> list[str]:
@@ -241,7 +254,7 @@ _rows_by_dtypes: tuple[tuple[KernelRow, ...], dict[tuple[str, str, str], list[Ke
 
 
 def _decide(problem: AttentionProblem, device: DeviceDescription, build: BuildDescription) -> Plan:
-    general = _general_refusals(problem, device)
+    general = _general_refusals(problem, device, build)
     if general:
         return _no_plan(problem, "; ".join(general), False)
     needed = _needed_features(problem)
@@ -287,7 +300,7 @@ def refusals(
     """
     build = build_description() if build is None else build
     needed = _needed_features(problem)
-    found = [Refusal("", reason) for reason in _general_refusals(problem, device)]
+    found = [Refusal("", reason) for reason in _general_refusals(problem, device, build)]
     for row in ROWS:
         reason = _request_refusal(row, problem, needed)
         if not reason and device.type == "cuda":

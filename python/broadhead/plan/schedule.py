@@ -52,6 +52,8 @@ class Schedule(NamedTuple):
 
 def plan_schedule(problem: AttentionProblem, row: KernelRow, device: DeviceDescription) -> Schedule:
     """The schedule of ``problem`` on the kernel of ``row``."""
+    if row.direction == "backward":
+        return _plan_backward(problem, row, device)
     group = problem.num_heads_q // problem.num_heads_kv
     template = row.template
     tile_m = row.tile.tile_m * row.cluster
@@ -81,6 +83,23 @@ def plan_schedule(problem: AttentionProblem, row: KernelRow, device: DeviceDescr
         target_ctas=target_ctas,
         max_blocks=blocks if problem.sm_margin else 0,
         tokens_per_split=problem.tokens_per_split if _cuts_cells(problem, row) else 0,
+    )
+
+
+def _plan_backward(problem: AttentionProblem, row: KernelRow, device: DeviceDescription) -> Schedule:
+    """That of a backward kernel, which divides its work as it finds best."""
+    blocks = max(row.cluster, (device.sm_count - problem.sm_margin) * row.tile.min_blocks)
+    return Schedule(
+        num_splits=0,
+        pack_gqa=False,
+        heads_per_section=0,
+        rows_per_token=1,
+        heads_in_grid=problem.num_heads_q,
+        tile_m=row.tile.tile_m,
+        m_blocks=max(1, ceil(problem.seqlen_q / row.tile.tile_m)),
+        target_ctas=blocks // row.cluster,
+        max_blocks=blocks if problem.sm_margin else 0,
+        tokens_per_split=0,
     )
 
 

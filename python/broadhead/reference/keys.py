@@ -27,7 +27,7 @@ class KeyPlace(NamedTuple):
     shared: bool  # a row may belong to several sequences
 
 
-def place_keys(rows: Rows, k: Tensor, page_table: Tensor | None, shared: bool) -> tuple[KeyPlace, Tensor | None]:
+def place_keys(rows: Rows, k: Tensor, page_table: Tensor | None, *, shared: bool) -> tuple[KeyPlace, Tensor | None]:
     """Where the keys of ``rows`` lie, and which of these places do not exist: ``(B, rows)``, None for none of them."""
     first, last = 0, rows.max_rows
     if isinstance(rows.row_begin, int) and isinstance(rows.row_end, int):
@@ -66,12 +66,12 @@ def _batch_of(place: KeyPlace, x: Tensor) -> int:
     return x.shape[0]
 
 
-def new_gradient(x: Tensor, compute: torch.dtype, shared: bool) -> Tensor:
+def new_gradient(x: Tensor, compute: torch.dtype, *, shared: bool) -> Tensor:
     """Zeros for the gradient of k or v. What several sequences add to is rounded to the dtype of x at the end."""
     return x.new_zeros(x.shape, dtype=compute if shared else x.dtype)
 
 
-def add_keys(target: Tensor, values: Tensor, place: KeyPlace, read_lengths: bool) -> Tensor:
+def add_keys(target: Tensor, values: Tensor, place: KeyPlace, *, read_lengths: bool) -> Tensor:
     """``target``, of the shape of k or v, with the gradients ``(B, rows, H, D)`` of padded keys added in their places.
 
     Writes into target where it can. Without read_lengths no tensor is read, and ``values`` are all there is.

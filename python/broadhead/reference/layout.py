@@ -125,7 +125,7 @@ def spread_rows(values: Tensor, begin: Tensor, length: Tensor, total: int) -> tu
 
 
 def find_tokens(begin: Tensor, length: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each of ``total`` packed tokens ``(total,)``: its sequence, its row there, and whether a sequence owns it.
+    """The sequence of each packed token, its row there, and whether a sequence owns it: ``(total,)`` each.
 
     Sequence b, of at least one, has rows ``[begin[b], begin[b] + length[b])`` within the tokens. No tensor is read.
     """

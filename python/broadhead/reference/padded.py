@@ -112,7 +112,7 @@ def pad(call: Call, rows: Rows, alive: Tensor | None = None) -> Padded:
         q, qv = select_rows(q, sequence), None if qv is None else select_rows(qv, sequence)
         k_factor, v_factor = choose(k_factor, sequence), choose(v_factor, sequence)
         prefix_lens = choose(prefix_lens, sequence)
-    place, absent = place_keys(key_rows, call.k, call.page_table, call.kv_batch_idx is not None)
+    place, absent = place_keys(key_rows, call.k, call.page_table, shared=call.kv_batch_idx is not None)
     if absent is not None and call.read_lengths and not bool(absent.any()):
         absent = None
     k, v = take_keys(call.k, place), take_keys(call.v, place)

@@ -101,7 +101,7 @@ def backward(
 
     dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
     dqv = None if qv is None else torch.zeros_like(qv, memory_format=torch.contiguous_format)
-    dk, dv = new_gradient(call.k, compute, shared), new_gradient(call.v, compute, shared)
+    dk, dv = new_gradient(call.k, compute, shared=shared), new_gradient(call.v, compute, shared=shared)
     dsinks = None if sinks is None else torch.zeros_like(sinks, dtype=compute)
     rows = locate_call(call)
     for group in _group(call, rows) if call.read_lengths else [rows]:
@@ -119,14 +119,16 @@ def backward(
         found, place, sequence = _differentiate(call, group, terms, alive, out if grad_lse is None else None)
 
         grad_q = descale(_whole(found.q, sequence, group.batch), choose(call.q_descale, group.sequences), compute)
-        dq = _put_queries(dq, grad_q, group, live, call.read_lengths)
+        dq = _put_queries(dq, grad_q, group, live, read_lengths=call.read_lengths)
         if dqv is not None and found.qv is not None:
-            dqv = _put_queries(dqv, _whole(found.qv, sequence, group.batch), group, live, call.read_lengths)
+            dqv = _put_queries(
+                dqv, _whole(found.qv, sequence, group.batch), group, live, read_lengths=call.read_lengths
+            )
         of_part = group.sequences if sequence is None else sequence
         grad_k = descale(_rows_first(found.k, call.k.shape[-2]), choose(call.k_descale, of_part), compute)
         grad_v = descale(_rows_first(found.v, call.v.shape[-2]), choose(call.v_descale, of_part), compute)
-        dk = add_keys(dk, grad_k, place, call.read_lengths)
-        dv = add_keys(dv, grad_v, place, call.read_lengths)
+        dk = add_keys(dk, grad_k, place, read_lengths=call.read_lengths)
+        dv = add_keys(dv, grad_v, place, read_lengths=call.read_lengths)
     dsinks = None if dsinks is None or sinks is None else dsinks.to(sinks.dtype)
     return dq, dk.to(call.k.dtype), dv.to(call.v.dtype), dqv, dsinks
 
@@ -163,7 +165,7 @@ def _rows_first(x: Tensor, num_heads: int) -> Tensor:
     return x.view(-1, num_heads, *x.shape[1:]).transpose(1, 2)
 
 
-def _put_queries(target: Tensor, grad: Tensor, rows: Rows, live: Tensor | None, read_lengths: bool) -> Tensor:
+def _put_queries(target: Tensor, grad: Tensor, rows: Rows, live: Tensor | None, *, read_lengths: bool) -> Tensor:
     """``target``, of the shape of q, with the gradients ``(B, Sq, ...)`` of the group's rows."""
     if read_lengths:
         put_rows(target, grad, rows.begin_q, rows.sequences, 0, live)

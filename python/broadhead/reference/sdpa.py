@@ -89,8 +89,8 @@ def differentiate(call: Call, rows: Rows, terms: RowTerms, out: Tensor) -> tuple
             v[:, keys],
             out[:, part.first_row :],
             terms.lse[:, :, part.first_row :],
-            part.causal,
-            call.softmax_scale,
+            causal=part.causal,
+            scale=call.softmax_scale,
         )
         grad_q[:, part.first_row :] += found[0]
         grad_k[:, keys] += found[1]
@@ -114,7 +114,7 @@ def _plan(call: Call, rows: Rows) -> _Plan | None:
     parts = _cut(seqlen_q, seqlen_k, call.window_left, call.window_right, call.attention_chunk)
     if not parts:
         return None
-    place, absent = place_keys(rows, call.k, call.page_table, call.kv_batch_idx is not None)
+    place, absent = place_keys(rows, call.k, call.page_table, shared=call.kv_batch_idx is not None)
     if absent is not None and bool(absent.any()):
         return None
     return _Plan(place, parts)
@@ -145,7 +145,7 @@ def _is_available(dtype: torch.dtype) -> bool:
     x = torch.ones(1, 2, 1, 8, dtype=dtype)
     try:
         out, lse = _attend_part(x, x, x, _Part(0, 0, 2, True), 1.0)
-        _differentiate_part(x, x, x, x, out, lse, True, 1.0)
+        _differentiate_part(x, x, x, x, out, lse, causal=True, scale=1.0)
     except (AttributeError, NotImplementedError, RuntimeError, TypeError):
         return False
     return True
@@ -177,6 +177,7 @@ def _differentiate_part(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    *,
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:

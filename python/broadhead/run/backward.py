@@ -1,4 +1,4 @@
-"""Runs the gradients of a call, on the torch reference, from out and softmax_lse as they are given."""
+"""Runs the gradients of a call, from out and softmax_lse as they are given: a kernel, else the torch reference."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ from ..call.arguments import AttentionArgs
 from ..call.check import CheckedCall, check_forward
 from ..call.inputs import read_tensors
 from ..call.plain import plain, plain_fields, refuse_tangents
-from ..call.problem import out_dtype, refuse_float8_gradient
+from ..call.problem import backward_of, out_dtype, refuse_float8_gradient
 from ..errors import InvalidArgumentError, InvalidTypeError
-from .forward import describe_call, select
+from ..plan.device import describe
+from ..plan.dispatch import Plan, has_rows, resolve
+from .choice import describe_call, select
+from .cuda_backend import launch_backward, make_launch, run_new
+from .fallback import state
 
 
 class Gradients(NamedTuple):
@@ -28,7 +32,25 @@ class Gradients(NamedTuple):
     dsinks: Tensor | None
 
 
-def run_backward_below(function: str, outputs: tuple[Any, Any, Any, Any], args: AttentionArgs) -> Gradients:
+def gradient_plan(function: str, args: AttentionArgs) -> Plan | None:
+    """The plan of the gradients of a call, or None: torch computes them. There is no warning for that here.
+
+    Raises:
+        UnsupportedError: ``backend="cuda"`` asks for a kernel, and there is none.
+    """
+    if not has_rows("backward"):
+        return None
+    with torch.no_grad():
+        problem = backward_of(check_forward(function, args._replace(out=None)).problem)
+    if args.backend == "cuda":
+        return select(function, problem, args.q.device, "cuda")
+    plan = resolve(problem, describe(args.q.device))
+    return None if plan.row is None else plan
+
+
+def run_backward_below(
+    function: str, outputs: tuple[Any, Any, Any, Any], args: AttentionArgs, deterministic: bool
+) -> Gradients:
     """run_backward of ``(dout, dlse, out, softmax_lse)`` on arguments that no mode or subclass has a say in."""
     refuse_tangents(function, *outputs)
     dout, dlse, out, softmax_lse = (
@@ -36,7 +58,7 @@ def run_backward_below(function: str, outputs: tuple[Any, Any, Any, Any], args: 
         for name, value in zip(("dout", "dlse", "out", "softmax_lse"), outputs, strict=True)
     )
     args = read_tensors(function, plain_fields(function, args))
-    return run_backward(function, dout, dlse, args, out=out, softmax_lse=softmax_lse)
+    return run_backward(function, dout, dlse, args, out=out, softmax_lse=softmax_lse, deterministic=deterministic)
 
 
 def run_backward(
@@ -44,23 +66,40 @@ def run_backward(
     dout: Any,
     dlse: Any,
     args: AttentionArgs,
-    checked: CheckedCall | None = None,
     *,
     out: Any = None,
     softmax_lse: Any = None,
+    deterministic: bool = False,
 ) -> Gradients:
     """Gradients of ``out`` and ``softmax_lse`` with respect to q, k, v, qv and sinks. Rows that nobody owns get 0.
 
-    out, softmax_lse: results of the call, or of one that its keys are a part of; None: they are computed.
+    Args:
+        out, softmax_lse: results of the call, or of one that its keys are a part of; None: they are computed.
+        deterministic: every sum in an order that is the same in every run. The torch reference always adds so.
     """
     backend = check.check_backend(function, args.backend)
     with torch.no_grad():
-        call = check_forward(function, args._replace(out=None)) if checked is None else checked
+        call = check_forward(function, args._replace(out=None))
         refuse_float8_gradient(function, args.q.dtype, args.k.dtype)
         _check_results(function, dout, dlse, out, softmax_lse, args, call)
-    problem = call.problem._replace(direction="backward")
-    select(function, problem, args.q.device, backend)
-    return Gradients(*reference.gradients(describe_call(args, call), dout, dlse, out, softmax_lse))
+        plan = select(function, backward_of(call.problem), args.q.device, backend)
+        if plan is None or call.total_q == 0 or call.problem.batch == 0 or args.k.numel() == 0:
+            if plan is not None and plan.row is not None:
+                state.last = ("cuda", plan.row.id, "no query or no key: nothing was launched")
+            return Gradients(*reference.gradients(describe_call(args, call), dout, dlse, out, softmax_lse))
+        if out is None or softmax_lse is None:
+            found = _forward(function, args, call)
+            out, softmax_lse = (found[i] if x is None else x for i, x in enumerate((out, softmax_lse)))
+        dq, dk, dv, dsinks = launch_backward(args, call, plan, (dout, dlse, out, softmax_lse), deterministic)
+        return Gradients(dq, dk, dv, None, dsinks)
+
+
+def _forward(function: str, args: AttentionArgs, call: CheckedCall) -> tuple[Any, Any]:
+    """``(out, softmax_lse)`` of the call, by a kernel if there is one."""
+    plan = resolve(call.problem, describe(args.q.device))
+    if plan.row is None or call.total_q == 0 or call.problem.batch == 0:
+        return reference.run(describe_call(args, call), None)
+    return run_new(make_launch(args, call, plan), function, True, args)
 
 
 def _check_results(

@@ -13,45 +13,13 @@ from torch.autograd import forward_ad
 from ..call.arguments import AttentionArgs
 from ..call.check import CheckedCall
 from ..call.plain import count_dispatch_modes, is_plain_type
-from ..call.problem import AttentionProblem, out_dtype
+from ..call.problem import ALIGNMENT_BYTES, out_dtype
 from ..call.validation import TOKENS_PER_SPLIT_STEP
 from ..errors import KernelError
 from ..plan import native
 from ..plan.dispatch import Plan
-from ..plan.schedule import Schedule
-from ..support import KernelRow
 from .fallback import state
 from .metadata import check_identity, filled
-
-#: What csrc/decode/workspace.h keeps of a block besides its partial results, in fp32.
-BLOCK_PARTS_SIZE = 12
-#: What it keeps of a tile in a call with a shared prefix.
-TILE_PARTS_SIZE = 2
-
-
-def _decode_workspace(problem: AttentionProblem, row: KernelRow, schedule: Schedule) -> int:
-    """fp32 elements of the workspace of a decode kernel: csrc/decode/workspace.h.
-
-    A slot holds the rows of a tile and their LSE. Slots follow from what the call declares, never from a length on the
-    device, and launch_decode counts as this does: rows of a tile and tiles from max_seqlen_q (dense: q.shape[1]),
-    cells from the capacity of keys (page_table.size(1) * page_size, max_seqlen_k, or the cache's rows). Without cells
-    there are two slots for each block that runs at once, however many tiles there are: a block holds at most the end
-    of one tile and the begin of another as parts. check_cells (call/validation.py) bounds those of cells. With a shared
-    prefix every tile has a slot besides, for when it is one part.
-    """
-    if problem.shared_tokens:
-        rows, shared_rows = (n * schedule.rows_per_token for n in (problem.seqlen_q, problem.shared_tokens))
-        m_blocks = problem.batch * schedule.m_blocks + -(-shared_rows // row.tile.tile_m)
-        tiles = m_blocks * schedule.heads_in_grid
-        slot = min(row.tile.tile_m, max(rows, shared_rows)) * (problem.head_dim_v + 1)
-        return TILE_PARTS_SIZE * (tiles + tiles % 2) + (2 * schedule.target_ctas + tiles) * slot
-    slot = min(row.tile.tile_m, problem.seqlen_q * schedule.rows_per_token) * (problem.head_dim_v + 1)
-    if schedule.tokens_per_split:
-        cells = -(-problem.seqlen_k // schedule.tokens_per_split)
-        return problem.batch * schedule.heads_in_grid * schedule.m_blocks * cells * slot if cells > 1 else 0
-    if schedule.num_splits == 1:
-        return 0
-    return schedule.target_ctas * (BLOCK_PARTS_SIZE + 2 * slot)
 
 
 def make_launch(args: AttentionArgs, call: CheckedCall, plan: Plan) -> Any:
@@ -60,22 +28,15 @@ def make_launch(args: AttentionArgs, call: CheckedCall, plan: Plan) -> Any:
     problem, schedule = call.problem, plan.schedule
     q = args.q
     heads = problem.num_heads_q
-    splits = schedule.num_splits
-    # fp32 of the splits' partial outputs and LSE in one buffer, and the counter of kernels that need one at its end; or
-    # the workspace of a decode kernel.
-    if plan.row.phase == "decode":
-        partial_size = _decode_workspace(problem, plan.row, schedule)
-    else:
-        partial_size = splits * heads * call.total_q * (problem.head_dim_v + 1) if splits > 1 else 0
     # Rows exist that no sequence may own: outputs allocated here are cleared first.
     clear = args.seqused_q is not None
     lse_shape = (heads, q.shape[0]) if args.cu_seqlens_q is not None else (q.shape[0], heads, q.shape[1])
     return connected_module().Launch(
+        family=plan.row.family,
         kernel_id=plan.row.id,
         device=q.device.index,
         out=_allocation(q, (*q.shape[:-1], problem.head_dim_v), out_dtype(q.dtype), 0.0 if clear else None),
         lse=_allocation(q, lse_shape, torch.float32, float("-inf") if clear else None),
-        scratch_size=partial_size + int(plan.row.template.needs_counter),
         identity=(plan.metadata_config, problem.page_size, problem.seqlen_k, problem.num_splits),
         dispatch=("cuda", plan.row.id, plan.reason),
         # Fields of AttnParams (csrc/host/params.h).
@@ -86,13 +47,69 @@ def make_launch(args: AttentionArgs, call: CheckedCall, plan: Plan) -> Any:
         attention_chunk=problem.attention_chunk,
         softmax_scale=call.softmax_scale,
         softcap=call.softcap,
-        num_splits=splits,
+        num_splits=schedule.num_splits,
         pack_gqa=int(schedule.pack_gqa),
         metadata_tag=plan.metadata_tag,
         heads_per_section=schedule.heads_per_section,
         max_blocks=schedule.max_blocks,
         cell_blocks=schedule.tokens_per_split // TOKENS_PER_SPLIT_STEP,
     )
+
+
+def launch_backward(
+    args: AttentionArgs, call: CheckedCall, plan: Plan, outputs: tuple[Any, Any, Any, Any], deterministic: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """``(dq, dk, dv, dsinks)`` by the kernel of ``plan``, from ``(dout, dlse, out, softmax_lse)``."""
+    assert plan.row is not None and plan.schedule is not None
+    problem = call.problem
+    dout, dlse, out, softmax_lse = outputs
+    if dout is None:
+        dout = torch.zeros_like(out)
+    # Rows that no sequence may own are cleared; kernels leave them alone.
+    new_q, new_k = (
+        torch.empty_like if cu_seqlens is None and seqused is None else torch.zeros_like
+        for cu_seqlens, seqused in ((args.cu_seqlens_q, args.seqused_q), (args.cu_seqlens_k, args.seqused_k))
+    )
+    dense = torch.contiguous_format
+    dq = new_q(args.q, memory_format=dense)
+    dk, dv = (new_k(x, memory_format=dense) for x in (args.k, args.v))
+    dsinks = None if args.sinks is None else torch.empty_like(args.sinks, dtype=torch.float32)
+    state.last = ("cuda", plan.row.id, plan.reason)
+    launch = connected_module().BackwardLaunch(
+        family=plan.row.family,
+        kernel_id=plan.row.id,
+        device=args.q.device.index,
+        # Fields of AttnBwdParams (csrc/host/params.h).
+        seqlen_q=problem.seqlen_q,
+        seqlen_k=problem.seqlen_k,
+        window_left=problem.window_left,
+        window_right=problem.window_right,
+        attention_chunk=problem.attention_chunk,
+        softmax_scale=call.softmax_scale,
+        softcap=call.softcap,
+        deterministic=deterministic,
+        num_splits=plan.schedule.num_splits,
+        max_blocks=plan.schedule.max_blocks,
+    )
+    given = args._replace(out=_movable(out), scheduler_metadata=None)
+    lse, lse_gradient = _rows_last(softmax_lse), None if dlse is None else _rows_last(dlse)
+    connected_module().run_backward(launch, given, _movable(dout), lse, lse_gradient, dq, dk, dv, dsinks)
+    return dq, dk, dv, dsinks if dsinks is None else dsinks.to(args.sinks.dtype)
+
+
+def _movable(x: Tensor) -> Tensor:
+    """``x``, or a copy where kernels, which move 16 bytes at a time, would not take its strides or its address."""
+    step = ALIGNMENT_BYTES // x.element_size()
+    rows = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
+    fits = x.stride(-1) == 1 and x.data_ptr() % ALIGNMENT_BYTES == 0
+    if fits and all(stride > 0 and stride % step == 0 for stride in rows):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _rows_last(lse: Tensor) -> Tensor:
+    """A log-sum-exp, or its gradient, in fp32 with the rows of a head side by side."""
+    return lse.float() if lse.stride(-1) == 1 else lse.float().contiguous()
 
 
 def _allocation(q: Tensor, shape: tuple[int, ...], dtype: torch.dtype, fill: float | None) -> tuple[Any, ...]:

@@ -9,15 +9,17 @@ from torch import Tensor
 
 from .. import reference
 from ..call import validation as check
-from ..call.arguments import AttentionArgs
+from ..call.arguments import DIFFERENTIABLE, AttentionArgs
 from ..call.check import CheckedCall, check_forward
 from ..call.inputs import read_tensors
-from ..call.plain import plain_fields
+from ..call.plain import plain_fields, refuse_second_derivative
 from ..call.problem import AttentionProblem, out_dtype
-from ..plan.device import DeviceDescription, describe
-from ..plan.dispatch import Plan, refusal_text, resolve
+from ..plan.device import describe
+from ..plan.dispatch import resolve
+from .backward import gradient_plan, run_backward
+from .choice import describe_call, select
 from .cuda_backend import find_run_known, make_launch, run_new
-from .fallback import ASKED_FOR_TORCH, settle_fallback, state
+from .fallback import state
 from .metadata import check_buffer, check_identity
 
 
@@ -27,7 +29,14 @@ def run(function: str, args: AttentionArgs) -> tuple[Tensor, Any]:
     return run_plain(function, args, True) if result is None else result
 
 
-def run_plain(function: str, given: AttentionArgs, need_lse: bool) -> tuple[Tensor, Any]:
+def run_differentiable(function: str, args: AttentionArgs) -> tuple[Tensor, Any]:
+    """As run, of a call whose gradients an operator will compute: where no kernel does, torch runs it as well."""
+    if args.backend != "torch" and gradient_plan(function, args) is None:
+        args = args._replace(backend="torch")
+    return run(function, args)
+
+
+def run_plain(function: str, given: AttentionArgs, need_lse: bool, deterministic: bool = False) -> tuple[Tensor, Any]:
     """A call that is not known, on arguments that no mode or subclass has a say in."""
     args = read_tensors(function, plain_fields(function, given, written=("out",)))
     if args.page_table is not None and args.cu_seqlens_k is not None:
@@ -37,7 +46,7 @@ def run_plain(function: str, given: AttentionArgs, need_lse: bool) -> tuple[Tens
         result = find_run_known()(function, need_lse, args)
         if result is not None:
             return _as_given(result, given)
-    return _as_given(_decide_and_run(function, args, need_lse), given)
+    return _as_given(_decide_and_run(function, args, need_lse, deterministic), given)
 
 
 def _as_given(result: tuple[Tensor, Any], given: AttentionArgs) -> tuple[Tensor, Any]:
@@ -50,26 +59,6 @@ def _lengths_of_paged(function: str, q: Any, cu_seqlens_k: Any, seqused_k: Any) 
     check.check_tensor(function, "q", q, "a tensor")
     cu = check.check_int32(function, "cu_seqlens_k", cu_seqlens_k, (None,), q.device, "(batch + 1,)")
     return cu[1:] - cu[:-1] if seqused_k is None else seqused_k
-
-
-def select(function: str, problem: AttentionProblem, device: torch.device, backend: str | None) -> Plan | None:
-    """The plan to run, or None for the torch fallback; warns about a fallback on a CUDA device.
-
-    Raises:
-        UnsupportedError: ``backend="cuda"`` or BROADHEAD_STRICT=1 asks for a kernel, and there is none.
-    """
-    if backend == "torch":
-        state.last = ("torch", None, ASKED_FOR_TORCH)
-        return None
-    description = describe(device)
-    plan = resolve(problem, description)
-    if plan.row is not None:
-        return plan
-    settle_fallback(
-        function, description, backend, plan.reason, lambda: _cuda_refusal(function, problem, description, plan)
-    )
-    state.last = ("torch", None, plan.reason)
-    return None
 
 
 def check_only(function: str, args: AttentionArgs) -> bool:
@@ -95,16 +84,7 @@ def _identity_of(problem: AttentionProblem, device: torch.device) -> tuple[Any, 
     return config, problem.page_size, problem.seqlen_k, problem.num_splits
 
 
-def _cuda_refusal(function: str, problem: AttentionProblem, device: DeviceDescription, plan: Plan) -> str:
-    if device.type not in ("cuda", "hip"):
-        return (
-            f"{function}: backend='cuda' needs tensors on an NVIDIA CUDA device, got tensors on {device.type};"
-            " move them with .cuda(), or leave backend unset to run on the torch fallback"
-        )
-    return refusal_text(function, problem, device, plan)
-
-
-def _decide_and_run(function: str, args: AttentionArgs, need_lse: bool) -> tuple[Tensor, Any]:
+def _decide_and_run(function: str, args: AttentionArgs, need_lse: bool, deterministic: bool) -> tuple[Tensor, Any]:
     backend = check.check_backend(function, args.backend)
     call = check_forward(function, args)
     problem = call.problem
@@ -120,6 +100,8 @@ def _decide_and_run(function: str, args: AttentionArgs, need_lse: bool) -> tuple
         assert plan.row is not None
         state.last = ("cuda", plan.row.id, "no query: nothing was launched")
         return _empty_result(args, call)
+    if "gradients" in problem.features:
+        return _Attention.apply(function, deterministic, *args)
     return run_new(make_launch(args, call, plan), function, need_lse, args)
 
 
@@ -137,31 +119,52 @@ def _run_reference(args: AttentionArgs, call: CheckedCall) -> tuple[Tensor, Tens
     return reference.run(describe_call(args, call), args.out)
 
 
-def describe_call(args: AttentionArgs, call: CheckedCall) -> reference.Call:
-    """A validated call as the torch fallback takes it."""
-    problem = call.problem
-    return reference.describe(
-        args.q,
-        args.k,
-        args.v,
-        qv=args.qv,
-        softmax_scale=call.softmax_scale,
-        window_left=problem.window_left,
-        window_right=problem.window_right,
-        attention_chunk=problem.attention_chunk,
-        softcap=call.softcap,
-        sinks=args.sinks,
-        prefix_lens=args.prefix_lens,
-        cu_seqlens_q=args.cu_seqlens_q,
-        cu_seqlens_k=args.cu_seqlens_k,
-        max_seqlen_q=problem.seqlen_q,
-        max_seqlen_k=problem.seqlen_k,
-        seqused_q=args.seqused_q,
-        seqused_k=args.seqused_k,
-        leftpad_k=args.leftpad_k,
-        kv_batch_idx=args.kv_batch_idx,
-        page_table=args.page_table,
-        q_descale=args.q_descale,
-        k_descale=args.k_descale,
-        v_descale=args.v_descale,
-    )
+class _Attention(torch.autograd.Function):
+    """``(out, softmax_lse)`` of the fields of AttentionArgs, on kernels in both directions."""
+
+    @staticmethod
+    def forward(function: str, deterministic: bool, *fields: Any) -> tuple[Tensor, Tensor]:
+        return run(function, AttentionArgs(*fields))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.function, ctx.deterministic, *fields = inputs
+        saved = (*output, *fields)
+        ctx.others = [None if isinstance(value, Tensor) else value for value in saved]
+        ctx.is_tensor = [isinstance(value, Tensor) for value in saved]
+        ctx.save_for_backward(*[value for value in saved if isinstance(value, Tensor)])
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        tensors = iter(ctx.saved_tensors)
+        out, lse, *fields = [
+            next(tensors) if tensor else other for tensor, other in zip(ctx.is_tensor, ctx.others, strict=True)
+        ]
+        nothing: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        if dout is None and dlse is None:
+            return tuple(nothing)
+        given = (ctx.function, ctx.deterministic, dout, dlse, out, lse, *fields)
+        found = _Gradients.apply(*given) if torch.is_grad_enabled() else _Gradients.forward(*given)
+        for name, gradient in zip(DIFFERENTIABLE, found, strict=True):
+            position = 2 + AttentionArgs._fields.index(name)
+            nothing[position] = gradient if ctx.needs_input_grad[position] else None
+        return tuple(nothing)
+
+
+class _Gradients(torch.autograd.Function):
+    """The backward pass as a function of its own, which says that it has no derivative."""
+
+    @staticmethod
+    def forward(function: str, deterministic: bool, *given: Any) -> tuple[Tensor | None, ...]:
+        dout, dlse, out, lse, *fields = given
+        args = AttentionArgs(*fields)._replace(scheduler_metadata=None)
+        return run_backward(function, dout, dlse, args, out=out, softmax_lse=lse, deterministic=deterministic)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Nothing is kept: its derivative is refused."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[None, ...]:
+        return refuse_second_derivative()

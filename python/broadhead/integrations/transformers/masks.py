@@ -35,8 +35,11 @@ def attention_mask(
     (padding between live keys, packed sequences) is asserted on the device.
 
     Args:
-        batch_size, q_length, kv_length: the shape of the attention.
-        q_offset, kv_offset: positions of the first query and of the first key.
+        batch_size: sequences.
+        q_length: queries of a sequence.
+        kv_length: keys of a sequence.
+        q_offset: position of the first query.
+        kv_offset: position of the first key.
         mask_function: the index-based mask of the model.
         attention_mask: bool ``(batch_size, seen tokens)``, False where a token is padding.
         use_vmap: transformers sets it when the model gave its own mask function.

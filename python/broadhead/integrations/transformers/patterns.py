@@ -74,7 +74,8 @@ def find_prefix(
     Args:
         mask_function: a union of a causal mask and blocks of tokens.
         starts: bool ``(B, S)``, True where a sequence starts.
-        begin, end: ``(B,)``, the tokens of a row that are no padding.
+        begin: ``(B,)``, the first token of a row that is no padding.
+        end: ``(B,)``, behind the last such token.
 
     Returns:
         ``(in_prefix, told)``: bool ``(B, S)``, and bool ``(B,)``: whether this describes all that tokens see ahead.

@@ -37,7 +37,8 @@ def packed_by_positions(module: torch.nn.Module, positions: Any, q: Tensor, k: T
     Args:
         module: the layer, with its ``layer_idx``.
         positions: ``(S,)``, ``(B, S)``, or ``(rows, B, S)`` with a row for each rotary axis; None: one sequence a row.
-        q, k: ``(B, Sq, H, D)`` and ``(B, Sk, Hkv, D)``.
+        q: ``(B, Sq, H, D)``.
+        k: ``(B, Sk, Hkv, D)``.
     """
     if not isinstance(positions, Tensor) or q.shape[1] < 2 or q.shape[1] != k.shape[1]:
         return None

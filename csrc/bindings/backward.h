@@ -1,0 +1,17 @@
+// What backward calls of a kind have in common.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include "bindings/kernel_library.h"
+#include "host/params.h"
+
+namespace broadhead {
+
+struct BackwardLaunch {
+  const Kernel& kernel;
+  pybind11::int_ device;
+  AttnBwdParams params;  // the numbers; tensors say the rest
+};
+
+}  // namespace broadhead

@@ -1,0 +1,139 @@
+"""Every argument of every public function reaches its own field of AttentionArgs, and an operator's own argument."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import broadhead
+import pytest
+import torch
+from broadhead.api import forward
+from broadhead.call.arguments import (
+    ARGUMENTS,
+    OPERATOR_NAMES,
+    OPERATOR_SCHEMA,
+    AttentionArgs,
+    from_operator,
+    to_operator,
+)
+from broadhead.call.names import shown_name
+
+ROOT = Path(__file__).resolve().parents[2]
+#: Other spellings of fields.
+SPELLINGS = (("block_table", "page_table"), ("s_aux", "sinks"), ("learnable_sink", "sinks"), ("q_v", "qv"))
+#: What each function takes besides the fields of AttentionArgs: other spellings, what is appended, what is returned.
+BESIDE = {
+    "k_new", "v_new", "k", "v", "cu_seqlens_k_new", "rotary_cos", "rotary_sin", "rotary_seqlens", "rotary_interleaved",
+    "block_table", "s_aux", "learnable_sink", "q_v", "return_attn_probs", "return_softmax_lse", "deterministic",
+    "window_size_left", "window_size_right",
+}  # fmt: skip
+FUNCTIONS = ("mha_fwd", "flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache")
+
+
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> list[AttentionArgs]:
+    """The calls that public functions hand over, which then end."""
+    calls: list[AttentionArgs] = []
+
+    def know(function: str, need_lse: bool, call: tuple[Any, ...]) -> tuple[Any, Any]:
+        calls.append(AttentionArgs._make(call))
+        return None, None
+
+    monkeypatch.setattr(forward, "_run_known", know)
+    return calls
+
+
+def fields_of(function: str) -> dict[str, str]:
+    """The parameters of a function that are fields of AttentionArgs, by their names there."""
+    parameters = inspect.signature(getattr(broadhead, function)).parameters
+    shown = {shown_name(function, field): field for field in AttentionArgs._fields}
+    return {name: shown[name] for name in parameters if name in shown}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_an_argument_reaches_its_field(function: str, captured: list[AttentionArgs]) -> None:
+    fields = fields_of(function)
+    lengths = torch.tensor([3], dtype=torch.int32)
+    sentinels: dict[str, Any] = {name: lengths if field == "seqused_k" else object() for name, field in fields.items()}
+    getattr(broadhead, function)(**sentinels)
+    (call,) = captured
+    for name, field in fields.items():
+        assert getattr(call, field) is sentinels[name], f"{function}({name}=...) reaches another field than {field}"
+    for field in set(AttentionArgs._fields) - set(fields.values()):
+        value = getattr(call, field)
+        assert value is None or type(value) in (bool, int, float, tuple), f"{function} fills {field} with {value!r}"
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_nothing_is_left_out(function: str) -> None:
+    """What is no field is known to be something else; every field is an argument of some function."""
+    parameters = set(inspect.signature(getattr(broadhead, function)).parameters)
+    assert parameters - set(fields_of(function)) <= BESIDE
+    every = {field for name in FUNCTIONS for field in fields_of(name).values()}
+    assert every == set(AttentionArgs._fields)
+
+
+@pytest.mark.parametrize(
+    ("function", "given", "field"),
+    [
+        (name, given, field)
+        for name in FUNCTIONS
+        for given, field in (
+            ("block_table", "page_table"),
+            ("s_aux", "sinks"),
+            ("learnable_sink", "sinks"),
+            ("q_v", "qv"),
+        )
+        if given in inspect.signature(getattr(broadhead, name)).parameters
+    ],
+)
+def test_another_spelling_reaches_the_same_field(
+    function: str, given: str, field: str, captured: list[AttentionArgs]
+) -> None:
+    required = {
+        name: object()
+        for name, parameter in inspect.signature(getattr(broadhead, function)).parameters.items()
+        if parameter.default is inspect.Parameter.empty
+    }
+    if function == "flash_attn_varlen_func":
+        required["cu_seqlens_k"] = object()  # or a page table
+    sentinel = torch.zeros(1)
+    getattr(broadhead, function)(**required, **{given: sentinel})
+    assert getattr(captured[0], field) is sentinel
+
+
+def test_operators_take_every_argument_once() -> None:
+    args = AttentionArgs(**{name: object() for name in AttentionArgs._fields})
+    deterministic, differentiable = object(), object()
+    inputs = to_operator("f", args, (3, 5), deterministic, differentiable)  # type: ignore[arg-type]
+    assert len(set(map(id, inputs))) == len(inputs) == len(OPERATOR_NAMES)
+    function, back, *how = from_operator(inputs)
+    assert how == [deterministic, differentiable]
+    assert function == "f" and back.window_size == (3, 5) and back.out is None
+    for name in set(AttentionArgs._fields) - {"window_size", "out"}:
+        assert getattr(back, name) is getattr(args, name), name
+
+
+@pytest.mark.parametrize("operator", ["mha_fwd", "mha_fwd_out", "mha_bwd"])
+def test_schemas_are_made_from_the_list(operator: str) -> None:
+    names = [argument.name for argument in getattr(torch.ops.broadhead, operator).default._schema.arguments]
+    own = [name for name in names if name in OPERATOR_NAMES and name != "out"]
+    assert own == list(OPERATOR_NAMES) and len(names) - len(own) <= 4
+    assert OPERATOR_SCHEMA.count(",") == len(OPERATOR_NAMES) - 1
+
+
+def test_the_build_writes_the_list_for_the_compiled_module(tmp_path: Path) -> None:
+    target = tmp_path / "arguments.inc"
+    command = [sys.executable, str(ROOT / "cmake/generate.py"), "arguments", "--out", str(target)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    found = re.findall(r'^BROADHEAD_ARGUMENT\((\w+), "(\w+)", (\w+), (\w+)\)$', target.read_text(), re.MULTILINE)
+    assert [name for _, name, _, _ in found] == list(AttentionArgs._fields)
+    for constant, name, is_tensor, aligned in found:
+        assert constant == "k" + name.title().replace("_", "")
+        argument = ARGUMENTS[name]
+        assert (is_tensor, aligned) == (str(argument.is_tensor).lower(), str(argument.aligned).lower())

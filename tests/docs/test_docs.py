@@ -1,0 +1,155 @@
+"""The documentation holds: links lead to files, tables have one shape, examples run, numbers are of the results."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+#: Pages beside the code.
+MAPS = [ROOT / name / "README.md" for name in ("benchmarks", "csrc", "csrc/decode")]
+#: Pages whose Python blocks run one after the other.
+EXAMPLES = ("README.md", "docs/guide.md")
+#: Columns of the tables of numbers, and the names that the result files have for them.
+COLUMNS = {
+    "broadhead": "broadhead",
+    "dense": "baseline",
+    "no window": "baseline",
+    "bf16": "baseline",
+    "plain call": "baseline",
+    "step alone": "baseline",
+    "free schedule": "baseline",
+    "FA2": "fa2",
+    "FA3": "fa3",
+    "FA4": "fa4",
+    "FFPA": "ffpa",
+    "FlashInfer": "flashinfer",
+    "cuDNN": "cudnn",
+    "memory-efficient": "memeff",
+}
+
+
+def page_id(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors_of(path: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    found: set[str] = set()
+    for heading in re.findall(r"^#+ (.+)$", without_code(path.read_text(encoding="utf-8")), re.MULTILINE):
+        words = re.sub(r"[^\w\- ]", "", heading.strip().lower())
+        found.add(words.replace(" ", "-"))
+    return found
+
+
+def tables_of(path: Path) -> list[list[list[str]]]:
+    """The tables of a page as rows of cells, the line of dashes among them."""
+    tables: list[list[list[str]]] = [[]]
+    for line in without_code(path.read_text(encoding="utf-8")).splitlines():
+        if line.startswith("|"):
+            tables[-1].append([cell.strip() for cell in re.split(r"(?<!\\)\|", line.rstrip()[1:-1])])
+        elif tables[-1]:
+            tables.append([])
+    return [table for table in tables if table]
+
+
+@pytest.mark.parametrize("page", [*PAGES, *MAPS], ids=page_id)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(page.read_text(encoding="utf-8"))):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name).resolve() if name else page
+        assert path.exists(), f"{page_id(page)} links to {target}"
+        if anchor and path.suffix == ".md":
+            assert anchor in anchors_of(path), f"{page_id(page)} links to {target}, which has no such heading"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_tables_have_one_shape(page: Path) -> None:
+    for table in tables_of(page):
+        begin = f"{page_id(page)}: the table that begins with {' | '.join(table[0])}"
+        assert len(table) > 1 and all(re.fullmatch(r":?-+:?", cell) for cell in table[1]), f"{begin} has no header"
+        assert len({len(row) for row in table}) == 1, f"{begin} has rows of {sorted({len(row) for row in table})} cells"
+        for row in table:
+            assert all(len(cell) <= 400 for cell in row), f"{begin} has a cell of more than 400 characters: {row}"
+
+
+def test_the_index_names_every_page() -> None:
+    index = (ROOT / "docs/README.md").read_text(encoding="utf-8")
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name == "README.md" or f"({page.name})" in index, f"docs/README.md does not link to {page.name}"
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", EXAMPLES)
+@pytest.mark.filterwarnings("ignore::broadhead.FallbackWarning")
+def test_examples_run(page: str) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert blocks
+    scope: dict[str, object] = {"__name__": "__example__"}
+    for block in blocks:
+        exec(compile(block, page, "exec"), scope)
+
+
+def results() -> dict[tuple[str, str], list[float]]:
+    """The values of each case and implementation, over all result files."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for path in sorted((ROOT / "benchmarks/results").glob("*.json")):
+        for record in json.loads(path.read_text(encoding="utf-8")):
+            if record["value"] is not None:
+                found.setdefault((record["case"], record["impl"]), []).append(record["value"])
+    return found
+
+
+def is_rounded(text: str, value: float) -> bool:
+    digits = len(text.partition(".")[2])
+    return f"{value:.{digits}f}" == text
+
+
+@pytest.mark.parametrize("page", ["docs/performance.md"])
+def test_numbers_are_those_of_the_results(page: str) -> None:
+    """In tables whose first column holds cases of the benchmarks; a footnote may stand behind a number."""
+    known, checked = results(), 0
+    for table in tables_of(ROOT / page):
+        if table[0][0] != "case":
+            continue
+        for row in table[2:]:
+            case = row[0].strip("`")
+            for column, cell in zip(table[0][1:], row[1:], strict=True):
+                impl = COLUMNS.get(re.sub(r"\W*\[\^\w+\]$", "", column).strip())
+                number = re.sub(r"\[\^\w+\]", "", cell).strip("* ")
+                if impl is None or not re.fullmatch(r"[\d.]+", number):
+                    continue
+                values = known.get((case, impl), [])
+                assert any(is_rounded(number, value) for value in values), f"{case}, {column}: {number} of {values}"
+                checked += 1
+    assert checked > 100
+
+
+def test_the_readme_has_six_numbers_of_the_results() -> None:
+    """Each row: case, ratios, the numbers that they are ratios of (broadhead's first), the file."""
+    (table,) = (table for table in tables_of(ROOT / "README.md") if "result file" in table[0])
+    rows = table[2:]
+    assert len(rows) == 6
+    for _, ratios, numbers, link in rows:
+        (target,) = re.findall(r"\(([^)]+\.json)\)", link)
+        values = [r["value"] for r in json.loads((ROOT / target).read_text(encoding="utf-8")) if r["value"] is not None]
+        measured = re.findall(r"[\d.]+", numbers)
+        for number in measured:
+            assert any(is_rounded(number, value) for value in values), f"{target} has no {number}"
+        ours, *peers = (float(number) for number in measured)
+        claimed = [float(ratio) for ratio in re.findall(r"([\d.]+) of", ratios)]
+        found = sorted(peer / ours if numbers.endswith(" us") else ours / peer for peer in peers)
+        assert claimed == pytest.approx(found, abs=0.05 if numbers.endswith(" us") else 0.006), ratios

@@ -1,0 +1,161 @@
+"""Assertions on a built call: live rows and gradients against the judge by the tolerance rule, dead rows untouched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tolerance
+import torch
+from calls import Built
+from judge import judge, judge_gradients, largest_score
+from layouts import bytes_of
+from torch import Tensor
+
+#: Absolute tolerance of the LSE. Kernels exponentiate in base 2 with the hardware's approximation.
+LSE_ATOL = {"cpu": 1e-5, "cuda": 2e-4}
+#: With softcap the kernels approximate tanh too: their error is a part of the score, whatever softcap is.
+SOFTCAP_LSE_RTOL = 2e-5
+#: Tensor cores add products of 8-bit inputs with 13 bits beside the largest, cutting off the rest of each: the error of
+#: a score, by its bound, and what the output may err beyond the tolerance rule, whose emulation adds in fp32.
+E4M3_SCORE_RTOL = 2.0**-12
+E4M3_OUT_FACTOR = 3.0
+
+
+def check_equal(a: Tensor, b: Tensor) -> None:
+    """Bitwise equality (NaN equals NaN)."""
+    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def check_call(built: Built, **overrides: Any) -> tuple[Tensor, Tensor]:
+    """Run the call into its poisoned ``out`` and check everything there is to check; returns ``(out, softmax_lse)``."""
+    poison_allocator(built)
+    keep = {name: built.kwargs[name] for name in ("k_cache", "v_cache") if name in built.kwargs}
+    before = {name: cache.clone() for name, cache in keep.items()} if built.call.num_new else {}
+    out, lse = built.run(**overrides)
+    assert out.data_ptr() == built.out.data_ptr() and out.shape == built.out.shape, "out= must be returned"
+    check_against(built, out, lse)
+    check_dead_rows(built, out)
+    if before:
+        check_appended(built, before)
+    return out, lse
+
+
+def check_against(built: Built, out: Tensor, lse: Tensor | None = None) -> None:
+    """Live rows of ``out`` and ``lse`` against the judge."""
+    call = built.call
+    rows = built.kwargs["q"].shape[:-2]
+    assert out.shape == (*rows, call.heads_q, call.dim_v), f"{call}: out has shape {tuple(out.shape)}"
+    if lse is not None:
+        expected = (call.heads_q, *rows) if len(rows) == 1 else (rows[0], call.heads_q, rows[1])
+        assert lse.shape == expected and lse.dtype == torch.float32, f"{call}: LSE is {lse.dtype} {tuple(lse.shape)}"
+    check_split(built, out, lse)
+
+
+def check_split(built: Built, out: Tensor, lse: Tensor | None = None) -> None:
+    """As check_against, for tensors whose rows are merely in the order of the call's: (R, Hq, Dv) and (Hq, R)."""
+    call = built.call
+    truth, truth_lse = judge(built)
+    if not truth:
+        return
+    actual, expected = torch.cat(built.split(out)), torch.cat(truth)
+    assert not actual.isnan().any(), f"{call}: {int(actual.isnan().any(dim=(1, 2)).sum())} live rows hold NaN"
+    if call.dtype == torch.float64:  # the judge's own dtype: only the order of the sums differs
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
+    else:
+        # The fallback has no tensor cores of 8 bits: it must be as good as bf16.
+        emulated = call.dtype == torch.float8_e4m3fn and out.device.type == "cuda"
+        naive = torch.cat(judge(built, call.dtype if emulated else call.out_dtype)[0])
+        factor = E4M3_OUT_FACTOR if emulated else tolerance.OUT_FACTOR
+        tolerance.assert_close("out", actual, expected, naive, call.out_dtype, factor, str(call))
+    empty = (torch.cat(truth_lse, dim=1) == float("-inf")).all(dim=0)
+    assert (actual[empty] == 0).all(), f"{call}: a row that sees no key must be 0"
+    if lse is not None:
+        atol = LSE_ATOL[out.device.type]
+        if out.device.type == "cuda" and call.softcap:
+            atol += SOFTCAP_LSE_RTOL * min(call.softcap, largest_score(built))
+        if out.device.type == "cuda" and call.dtype.itemsize == 1:
+            atol += E4M3_SCORE_RTOL * largest_score(built)
+        tolerance.assert_lse(torch.cat(built.split_lse(lse), dim=1), torch.cat(truth_lse, dim=1), atol, str(call))
+
+
+def check_dead_rows(built: Built, out: Tensor) -> None:
+    """Rows that no sequence owns still hold the poison, and so does what lies between the rows and heads of out."""
+    dead = ~built.live_mask()
+    if bool(dead.any()):
+        assert out.flatten(0, -3)[dead].isnan().all(), f"{built.call}: rows that no sequence owns were written"
+    store = built.out_store
+    if store is not None and store.numel() > out.numel():
+        inside = torch.zeros_like(store, dtype=torch.bool)
+        inside.as_strided(out.shape, out.stride(), out.storage_offset()).fill_(True)
+        assert store[~inside].isnan().all(), f"{built.call}: memory around out was written"
+
+
+def check_new_rows(built: Built, out: Tensor, lse: Tensor) -> None:
+    """Rows that no sequence owns, of results that the call allocated, are 0 and -inf."""
+    dead = ~built.live_mask()
+    assert (out.flatten(0, -3)[dead] == 0).all(), f"{built.call}: rows that no sequence owns must be 0"
+    by_row = lse.T if lse.dim() == 2 else lse.transpose(1, 2).flatten(0, 1)
+    assert (by_row[dead] == float("-inf")).all(), f"{built.call}: the LSE of rows that no sequence owns must be -inf"
+
+
+def check_gradients(
+    built: Built, gradients: dict[str, Tensor], grad_out: Tensor, grad_lse: Tensor | None = None
+) -> None:
+    """Gradients by name, shaped as the arguments, against the judge's; where nothing depends on one it must be 0."""
+    call = built.call
+    rows, columns = built.split(grad_out), None if grad_lse is None else built.split_lse(grad_lse)
+    truth = judge_gradients(built, torch.float64, rows, columns)
+    naive = judge_gradients(built, call.dtype, rows, columns)
+    # The backward pass reads out as it was stored: D = rowsum(dout * out) - dlse moves by what was rounded off.
+    moved_lse = []
+    for b, out in enumerate(judge(built)[0]):
+        rounded_off = ((out.to(call.dtype).double() - out) * rows[b].double()).sum(dim=-1).T
+        moved_lse.append((0.0 if columns is None else columns[b].double()) - rounded_off)
+    moved = judge_gradients(built, torch.float64, rows, moved_lse)
+    for name, actual in gradients.items():
+        expected, of_naive, of_moved = (_scattered(built, name, x[name], actual) for x in (truth, naive, moved))
+        assert (actual[expected == 0] == 0).all(), f"{call}: d{name} is not 0 where nothing depends on {name}"
+        noise = tolerance.max_error(of_moved, expected)
+        tolerance.assert_close(
+            f"d{name}", actual, expected, of_naive, actual.dtype, tolerance.GRADIENT_FACTOR, str(call), noise
+        )
+
+
+def _scattered(built: Built, name: str, sequences: list[Tensor], like: Tensor) -> Tensor:
+    """The sequences of an argument where they lie in it, 0 elsewhere."""
+    if name == "sinks":
+        return sequences[0]
+    placed = torch.zeros(like.flatten(0, -3).shape, dtype=sequences[0].dtype if sequences else like.dtype)
+    placed = placed.to(like.device)
+    for x, place in zip(sequences, built.places(name), strict=True):
+        placed[place] = x
+    return placed.view(like.shape)
+
+
+def check_appended(built: Built, before: dict[str, Tensor]) -> None:
+    """The new keys are in the cache, bit for bit, and no other slot changed."""
+    call, kwargs = built.call, built.kwargs
+    for name, logical in (("k_cache", built.k), ("v_cache", built.v)):
+        cache, old = bytes_of(kwargs[name]), bytes_of(before[name])
+        expected = old.clone()
+        for b, new in enumerate(call.num_new):
+            begin = int(kwargs["cache_seqlens"][b])
+            owner = int(kwargs["cache_batch_idx"][b]) if call.batch_idx else b
+            for i in range(new):
+                row, value = begin + i, bytes_of(logical[b][len(logical[b]) - new + i])
+                if call.page_size:
+                    page = int(kwargs["page_table"][owner, row // call.page_size])
+                    expected[page, row % call.page_size] = value
+                else:
+                    expected[owner, row] = value
+        if call.k_layout != "overlapping":  # there a slot of K is a slot of V too
+            check_equal(cache, expected)
+
+
+def poison_allocator(built: Built) -> None:
+    """Leave NaN in the device memory that the call is about to be given, so that what it forgets to write shows."""
+    if built.out.device.type != "cuda":
+        return
+    sizes = (built.out.numel() // max(built.call.dim_v, 1), built.out.numel(), 1 << 18)
+    blocks = [torch.full((max(n, 1),), float("nan"), device=built.out.device) for n in sizes for _ in range(3)]
+    del blocks
