@@ -11,19 +11,25 @@
 // ends at 448.
 #pragma once
 
-#include <cutlass/numeric_conversion.h>
-
 #include <cmath>
 
 #include "common/online_softmax.h"
 
 namespace broadhead::sm90 {
 
-// Four numbers rounded to e4m3, the first in the lowest byte.
+// Four numbers rounded to e4m3, the first in the lowest byte. With CUTLASS's conversion the compiler orders the D128
+// kernel otherwise.
 BROADHEAD_DEVICE std::uint32_t pack_e4m3(float a, float b, float c, float d) {
-  const cutlass::Array<float, 4> x{a, b, c, d};
-  const auto packed = cutlass::NumericArrayConverter<cutlass::float_e4m3_t, float, 4>::convert(x);
-  return reinterpret_cast<const std::uint32_t&>(packed);
+  std::uint32_t packed;
+  asm("{\n"
+      ".reg .b16 lo, hi;\n"
+      "cvt.rn.satfinite.e4m3x2.f32 lo, %2, %1;\n"
+      "cvt.rn.satfinite.e4m3x2.f32 hi, %4, %3;\n"
+      "mov.b32 %0, {lo, hi};\n"
+      "}"
+      : "=r"(packed)
+      : "f"(a), "f"(b), "f"(c), "f"(d));
+  return packed;
 }
 
 // A warpgroup's P of kKeyTiles x 8 keys as operand A of P V: neighbouring accumulators of S, packed.
