@@ -86,9 +86,12 @@ class BoxLoader {
     }
   }
 
+  // Whether K or V ends within a subtile of columns, and stages are not laid out for it.
+  BROADHEAD_DEVICE bool has_tail() const { return kTail == ColumnTail::kGroups && map_.whole_subtiles > 0; }
+
   // A box that crosses the end of the rows, or with a tail of columns.
   BROADHEAD_DEVICE void issue_groups(std::uint32_t target, Barrier& full, int subtile0) const {
-    const bool tail = kTail == ColumnTail::kGroups && map_.whole_subtiles > 0;
+    const bool tail = has_tail();
 #pragma unroll 1
     for (int group = 0; group < groups_; ++group) {
       const std::uint32_t address = target + group * Layout::kSlabBytes;
@@ -106,6 +109,16 @@ class BoxLoader {
       for (; s < Layout::kSubtiles; ++s) {
         issue(map_.group, address + s * Layout::kAtomBytes, full, (subtile0 + s) * Layout::kSubtileCols, row, 0, x_);
       }
+    }
+  }
+
+  // A box that issue_groups may have to cut: in a stage of whole subtiles it need not be cut for the tail.
+  BROADHEAD_DEVICE void issue_pieces(std::uint32_t target, Barrier& full, int subtile0) const {
+    const bool whole = has_tail() && !kAllColumns && !crosses_ && subtile0 + Layout::kSubtiles <= map_.whole_subtiles;
+    if (whole) {
+      issue(map_.box, target, full, 0, row_, subtile0, x_);
+    } else {
+      issue_groups(target, full, subtile0);
     }
   }
 
@@ -152,8 +165,7 @@ class BoxLoader {
   BROADHEAD_DEVICE void prepare(int stage) {
     const int groups = stage_ == stage ? groups_ : 0;
     bytes_ = __reduce_add_sync(0xffffffffu, groups) * Layout::kSlabBytes;
-    const bool tail = kTail == ColumnTail::kGroups && kAllColumns && map_.whole_subtiles > 0;
-    pieces_ = !own_ || groups == 0 ? 0 : crosses_ || tail || Layout::kBySubtile ? 2 : 1;
+    pieces_ = !own_ || groups == 0 ? 0 : crosses_ || has_tail() || Layout::kBySubtile ? 2 : 1;
   }
 
   // Behind the wait: the stage's columns from subtile `subtile0` on.
@@ -162,11 +174,8 @@ class BoxLoader {
     if constexpr (Layout::kBySubtile) {
       if (pieces_ != 0) issue_subtiles(target + offset_, full);
     } else {
-      // When stages differ in columns, the last ones may hold a tail.
-      const bool tail = kTail == ColumnTail::kGroups && !kAllColumns && map_.whole_subtiles > 0 &&
-                        subtile0 + Layout::kSubtiles > map_.whole_subtiles;
-      if (pieces_ == 1 && !tail) issue(map_.box, target + offset_, full, 0, row_, subtile0, x_);
-      if (pieces_ == 2 || (pieces_ == 1 && tail)) issue_groups(target + offset_, full, subtile0);
+      if (pieces_ == 1) issue(map_.box, target + offset_, full, 0, row_, subtile0, x_);
+      if (pieces_ == 2) issue_pieces(target + offset_, full, subtile0);
     }
   }
 };
