@@ -1,7 +1,6 @@
 // Writes a tile's result: the final output with its LSE, or a split's partial output and partial LSE.
 #pragma once
 
-#include "common/accumulator.h"
 #include "common/online_softmax.h"
 #include "common/row_result.h"
 #include "sm80/forward/mainloop.h"
@@ -25,13 +24,13 @@ BROADHEAD_DEVICE void write_tile(const AttnParams& params, typename Traits::Shar
     // The keys of a row are divided among kWarpsN warps, so their sums are added.
     BROADHEAD_UNROLL
     for (int i = 0; i < kRows; ++i) {
-      const int row = warp_m * Traits::kRowsPerWarp + accumulator_row(i, lane);
+      const int row = warp_m * Traits::kRowsPerWarp + (i / 2) * 16 + (i % 2) * 8 + lane / 4;
       if (lane % 4 == 0) smem.row_stats[warp_n * Traits::kTileM + row] = softmax.row_sum[i];
     }
     __syncthreads();
     BROADHEAD_UNROLL
     for (int i = 0; i < kRows; ++i) {
-      const int row = warp_m * Traits::kRowsPerWarp + accumulator_row(i, lane);
+      const int row = warp_m * Traits::kRowsPerWarp + (i / 2) * 16 + (i % 2) * 8 + lane / 4;
       float sum = 0.f;
       BROADHEAD_UNROLL
       for (int w = 0; w < Traits::kWarpsN; ++w) sum += smem.row_stats[w * Traits::kTileM + row];
@@ -42,7 +41,7 @@ BROADHEAD_DEVICE void write_tile(const AttnParams& params, typename Traits::Shar
   float inverse[kRows];
   BROADHEAD_UNROLL
   for (int i = 0; i < kRows; ++i) {
-    const int row = warp_m * Traits::kRowsPerWarp + accumulator_row(i, lane);
+    const int row = warp_m * Traits::kRowsPerWarp + (i / 2) * 16 + (i % 2) * 8 + lane / 4;
     const RowPlace place = place_row(output, row);
     const RowResult result = finish_row<Element>(params, place, {softmax.row_max[i], softmax.row_sum[i]}, scale, split);
     inverse[i] = result.inverse;
@@ -52,7 +51,7 @@ BROADHEAD_DEVICE void write_tile(const AttnParams& params, typename Traits::Shar
   if (split >= 0) {
     BROADHEAD_UNROLL
     for (int i = 0; i < kRows; ++i) {
-      const int row = warp_m * Traits::kRowsPerWarp + accumulator_row(i, lane);
+      const int row = warp_m * Traits::kRowsPerWarp + (i / 2) * 16 + (i % 2) * 8 + lane / 4;
       if (!output.live(row) || inverse[i] == 0.f) continue;  // an empty split writes its LSE alone
       float* target = partial_row(params, seqlen, place_row(output, row), split);
       BROADHEAD_UNROLL
@@ -72,7 +71,7 @@ BROADHEAD_DEVICE void write_tile(const AttnParams& params, typename Traits::Shar
   char* base = reinterpret_cast<char*>(smem.q);
   BROADHEAD_UNROLL
   for (int i = 0; i < kRows; ++i) {
-    const int row = warp_m * Traits::kRowsPerWarp + accumulator_row(i, lane);
+    const int row = warp_m * Traits::kRowsPerWarp + (i / 2) * 16 + (i % 2) * 8 + lane / 4;
     BROADHEAD_UNROLL
     for (int tile = 0; tile < Traits::kOTiles; ++tile) {
       const int col = o_column<Traits>(tile, warp_n);

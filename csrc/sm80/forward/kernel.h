@@ -191,13 +191,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
       // The other warps of this row group (warp_m) hold the other keys of the row.
       BROADHEAD_UNROLL
       for (int i = 0; i < 2 * Traits::kMmaM; ++i) {
-        const int row = warp_row + accumulator_row(i, lane);
+        const int row = warp_row + (i / 2) * 16 + (i % 2) * 8 + lane / 4;
         if (lane % 4 == 0) smem.row_stats[warp_n * Traits::kTileM + row] = block_max[i];
       }
       named_barrier_sync(1 + warp_m, 32 * Traits::kWarpsN);
       BROADHEAD_UNROLL
       for (int i = 0; i < 2 * Traits::kMmaM; ++i) {
-        const int row = warp_row + accumulator_row(i, lane);
+        const int row = warp_row + (i / 2) * 16 + (i % 2) * 8 + lane / 4;
         float x = smem.row_stats[row];
         BROADHEAD_UNROLL
         for (int w = 1; w < Traits::kWarpsN; ++w) x = fmaxf(x, smem.row_stats[w * Traits::kTileM + row]);
