@@ -14,6 +14,11 @@ struct KeyInterval {
   int end;  // exclusive; end <= begin: empty
 };
 
+struct QueryInterval {
+  int begin;
+  int end;  // exclusive; end <= begin: empty
+};
+
 struct AttentionMask {
   int seqlen_q;
   int seqlen_k;
@@ -42,6 +47,23 @@ struct AttentionMask {
   // Union over queries q_first..q_last (inclusive) without the prefix: the keys a tile must load besides it.
   BROADHEAD_HOST_DEVICE KeyInterval tile_interval(int q_first, int q_last) const {
     return {row_interval(q_first).begin, row_interval(q_last).end};
+  }
+
+  // Union over keys key_first..key_last (inclusive): the queries that see one of them lie within. The inverse of
+  // tile_interval.
+  BROADHEAD_HOST_DEVICE QueryInterval query_interval(int key_first, int key_last) const {
+    if (key_first < prefix_len) return {0, seqlen_q};
+    // Query q is at position q + shift, and the ends of its interval never decrease as q grows.
+    const long long shift = static_cast<long long>(seqlen_k) - seqlen_q;
+    long long begin = 0, end = seqlen_q;
+    if (window_right >= 0) begin = max_int64(begin, key_first - static_cast<long long>(window_right) - shift);
+    if (window_left >= 0) end = min_int64(end, key_last + static_cast<long long>(window_left) - shift + 1);
+    if (attention_chunk > 0) {
+      const long long chunk = attention_chunk;
+      begin = max_int64(begin, key_first / chunk * chunk - shift);
+      end = min_int64(end, (key_last / chunk + 1) * chunk - shift);
+    }
+    return {static_cast<int>(min_int64(begin, seqlen_q)), static_cast<int>(max_int64(end, 0))};
   }
 
   // Keys that every query of q_first..q_last sees: an n_block inside needs no predicate.

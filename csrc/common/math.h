@@ -9,6 +9,8 @@ BROADHEAD_HOST_DEVICE constexpr int ceil_div(int a, int b) { return (a + b - 1) 
 BROADHEAD_HOST_DEVICE constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
 BROADHEAD_HOST_DEVICE constexpr int min_int(int a, int b) { return a < b ? a : b; }
 BROADHEAD_HOST_DEVICE constexpr int max_int(int a, int b) { return a > b ? a : b; }
+BROADHEAD_HOST_DEVICE constexpr long long min_int64(long long a, long long b) { return a < b ? a : b; }
+BROADHEAD_HOST_DEVICE constexpr long long max_int64(long long a, long long b) { return a > b ? a : b; }
 // low <= high.
 BROADHEAD_HOST_DEVICE constexpr int clamp_int(int x, int low, int high) { return max_int(low, min_int(x, high)); }
 

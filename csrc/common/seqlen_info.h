@@ -31,8 +31,10 @@ BROADHEAD_HOST_DEVICE RowSpan packed_rows(const std::int32_t* cu_seqlens, int ba
 // The host sees none of these values. Whatever they are, and whatever another stream makes of them meanwhile, the
 // result lies within the tensors: lengths are clamped to what these hold, offsets to the rows that exist, and there is
 // no key behind a batch index that is out of range. Rows of q from max_seqlen_q on are as those past seqused_q.
-BROADHEAD_HOST_DEVICE SeqlenInfo make_seqlen_info(const AttnParams& params, int batch) {
-  SeqlenInfo info;
+
+// Where the queries of sequence `batch` lie. `params`: of either direction.
+template <class Params>
+BROADHEAD_HOST_DEVICE void locate_queries(const Params& params, int batch, SeqlenInfo& info) {
   int capacity_q = params.seqlen_q;
   info.row_q = 0;
   info.batch_q = batch;
@@ -43,14 +45,13 @@ BROADHEAD_HOST_DEVICE SeqlenInfo make_seqlen_info(const AttnParams& params, int 
     info.batch_q = 0;
   }
   info.seqlen_q = params.seqused_q ? clamp_int(params.seqused_q[batch], 0, capacity_q) : capacity_q;
+}
 
-  int capacity_k = params.seqlen_k;
+// Where its keys lie. `capacity_k`: the keys that row `batch_k` of dense k has.
+template <class Params>
+BROADHEAD_HOST_DEVICE void locate_keys(const Params& params, int batch, int batch_k, int capacity_k, SeqlenInfo& info) {
   info.row_k = 0;
-  info.batch_k = batch;
-  if (params.kv_batch_idx) {
-    info.batch_k = params.kv_batch_idx[batch];
-    if (info.batch_k < 0 || info.batch_k >= params.num_kv_batches) info.batch_k = capacity_k = 0;
-  }
+  info.batch_k = batch_k;
   if (params.cu_seqlens_k) {
     const RowSpan rows = packed_rows(params.cu_seqlens_k, batch, params.total_k);
     info.row_k = rows.begin;
@@ -58,11 +59,29 @@ BROADHEAD_HOST_DEVICE SeqlenInfo make_seqlen_info(const AttnParams& params, int 
     info.batch_k = 0;
   }
   info.seqlen_k = params.seqused_k ? clamp_int(params.seqused_k[batch], 0, capacity_k) : capacity_k;
+}
+
+BROADHEAD_HOST_DEVICE SeqlenInfo make_seqlen_info(const AttnParams& params, int batch) {
+  SeqlenInfo info;
+  locate_queries(params, batch, info);
+  int batch_k = batch, capacity_k = params.seqlen_k;
+  if (params.kv_batch_idx) {
+    batch_k = params.kv_batch_idx[batch];
+    if (batch_k < 0 || batch_k >= params.num_kv_batches) batch_k = capacity_k = 0;
+  }
+  locate_keys(params, batch, batch_k, capacity_k, info);
   if (params.leftpad_k) {
     const int leftpad = clamp_int(params.leftpad_k[batch], 0, info.seqlen_k);
     info.row_k += leftpad;
     info.seqlen_k -= leftpad;
   }
+  return info;
+}
+
+BROADHEAD_HOST_DEVICE SeqlenInfo make_seqlen_info(const AttnBwdParams& params, int batch) {
+  SeqlenInfo info;
+  locate_queries(params, batch, info);
+  locate_keys(params, batch, batch, params.seqlen_k, info);
   return info;
 }
 
@@ -72,7 +91,8 @@ BROADHEAD_HOST_DEVICE bool page_exists(const AttnParams& params, int page) {
 }
 
 // Keys that every query of a sequence of `seqlen_k` keys sees.
-BROADHEAD_HOST_DEVICE int sequence_prefix(const AttnParams& params, int batch, int seqlen_k) {
+template <class Params>
+BROADHEAD_HOST_DEVICE int sequence_prefix(const Params& params, int batch, int seqlen_k) {
   return params.prefix_lens ? clamp_int(params.prefix_lens[batch], 0, seqlen_k) : 0;
 }
 

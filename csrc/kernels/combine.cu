@@ -11,6 +11,7 @@
 #include "common/math.h"
 #include "common/scheduler_metadata.h"
 #include "common/seqlen_info.h"
+#include "common/warp.h"
 #include "host/cuda_check.h"
 #include "host/launch.cuh"
 #include "kernels/combine.h"
@@ -43,15 +44,6 @@ BROADHEAD_DEVICE void store4(__nv_bfloat16* target, float4 x) {
 BROADHEAD_DEVICE void store4(__half* target, float4 x) {
   __half2 pair[2] = {__floats2half2_rn(x.x, x.y), __floats2half2_rn(x.z, x.w)};
   *reinterpret_cast<uint2*>(target) = *reinterpret_cast<uint2*>(pair);
-}
-
-BROADHEAD_DEVICE float warp_max(float x) {
-  for (int i = 16; i > 0; i /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, i));
-  return x;
-}
-BROADHEAD_DEVICE float warp_sum(float x) {
-  for (int i = 16; i > 0; i /= 2) x += __shfl_xor_sync(0xffffffffu, x, i);
-  return x;
 }
 
 struct CombineShared {

@@ -7,6 +7,7 @@
 
 #include "common/attention_mask.h"
 #include "common/seqlen_info.h"
+#include "common/warp.h"
 #include "host/cuda_check.h"
 #include "kernels/scheduler_metadata.h"
 
@@ -42,7 +43,7 @@ BROADHEAD_DEVICE Work sequence_work(const SchedulerMetadataParams& params, int b
 }
 
 BROADHEAD_DEVICE long long cta_sum(long long x, long long* scratch) {
-  for (int i = 16; i > 0; i /= 2) x += __shfl_xor_sync(0xffffffffu, x, i);
+  x = warp_sum(x);
   __syncthreads();
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
   __syncthreads();
@@ -52,7 +53,7 @@ BROADHEAD_DEVICE long long cta_sum(long long x, long long* scratch) {
 }
 
 BROADHEAD_DEVICE int cta_max(int x, long long* scratch) {
-  for (int i = 16; i > 0; i /= 2) x = max_int(x, __shfl_xor_sync(0xffffffffu, x, i));
+  x = warp_max(x);
   __syncthreads();
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
   __syncthreads();

@@ -1,6 +1,6 @@
 // Which keys of a stage of K do not exist, because the page table names a page that the pool does not have.
 //
-// The producer notes such keys beside the stage, and the consumer starts their scores at -inf. As long as every page
+// The producer notes such keys beside the stage, and the consumer sets their scores to -inf. As long as every page
 // exists, the producer writes nothing here and the consumer reads one flag a stage.
 #pragma once
 

@@ -153,6 +153,33 @@ class AbsorbedTile(WideTile):
     template arguments of ``sm90::AbsorbedTraits``. ``q_register_cols`` are columns of qv."""
 
 
+class BackwardTile(NamedTuple):
+    """The shape of one CTA's work in the portable backward kernels; the last template arguments of
+    ``sm80::BackwardTraits``.
+
+    One kernel keeps a tile of keys and gives dK and dV, the other keeps a tile of queries and gives dQ.
+
+    rows: keys or queries that are kept; cols: queries or keys that stream by at a time; warps_rows, warps_cols: groups
+    of warps that share rows, and warps of a group, which divide the columns; stages: buffers for what streams by;
+    min_blocks: as for ``Tile``.
+    """
+
+    rows: int
+    cols: int
+    warps_rows: int
+    warps_cols: int
+    stages: int
+    min_blocks: int
+
+    @property
+    def tile_m(self) -> int:
+        return self.rows
+
+    @property
+    def tile_n(self) -> int:
+        return self.cols
+
+
 class Template(NamedTuple):
     """The C++ templates behind a tile class, and how its launches divide their work."""
 
@@ -185,6 +212,10 @@ TEMPLATES: dict[type, Template] = {
     WideTile: _hopper("forward_wide", "WideTraits", "launch_wide"),
     Fp8Tile: _hopper("forward_fp8", "Fp8Traits", "launch_fp8"),
     AbsorbedTile: _hopper("forward_wide", "AbsorbedTraits", "launch_wide"),
+    BackwardTile: Template(
+        "sm80/backward/launch.cuh", "sm80::BackwardTraits", "sm80::launch_backward", "sm80::backward_workspace", False,
+        False,
+    ),
 }  # fmt: skip
 
 
@@ -200,7 +231,7 @@ class KernelRow(NamedTuple):
     head_dim: int  # the largest it takes
     head_dim_v: int  # the largest it takes
     smem_limit: int
-    tile: Tile | DecodeTile | AbsorbedDecodeTile | HopperTile | WideTile | Fp8Tile | AbsorbedTile
+    tile: Tile | DecodeTile | AbsorbedDecodeTile | HopperTile | WideTile | Fp8Tile | AbsorbedTile | BackwardTile
     features: tuple[str, ...]
     requires: tuple[str, ...] = ()  # features without which a call is not for this kernel
     kv_dtype: str = ""  # of k and v where it is not dtype
@@ -267,6 +298,36 @@ def _sm80_rows() -> tuple[KernelRow, ...]:
             tile, FEATURES,
         )
         for name, phase, caps, head_dim, limit, tile in shapes
+        for dtype in DTYPES
+    )  # fmt: skip
+
+
+#: What backward kernels compute. Gradients through windows, chunks, pages, batch indices and left padding are left to
+#: torch.
+BACKWARD_FEATURES = ("causal", "gqa", "lse", "prefix_lens", "seqused", "sinks", "softcap", "varlen")
+
+
+def _sm80_backward_rows() -> tuple[KernelRow, ...]:
+    """The portable backward kernels (mma.sync, cp.async): of rows that serve a request, the best one first."""
+    shapes = (
+        # name, capabilities, head_dim, smem_limit, tile
+        ("d64", CAPABILITIES, 64, SMEM_99KB, BackwardTile(128, 64, 8, 1, 2, 1)),
+        ("d96", CAPABILITIES, 96, SMEM_99KB, BackwardTile(128, 32, 8, 1, 2, 1)),
+        ("d128", CAPABILITIES, 128, SMEM_99KB, BackwardTile(128, 32, 8, 1, 2, 1)),
+        ("d192", LARGE_SMEM, 192, SMEM_163KB, BackwardTile(64, 32, 4, 2, 2, 1)),
+        ("d192_smem99", CAPABILITIES, 192, SMEM_99KB, BackwardTile(64, 32, 4, 2, 1, 1)),
+        ("d256", LARGE_SMEM, 256, SMEM_163KB, BackwardTile(64, 32, 4, 2, 2, 1)),
+        ("d256_smem99", CAPABILITIES, 256, SMEM_99KB, BackwardTile(64, 16, 4, 2, 1, 1)),
+        ("d512", HUGE_SMEM, 512, SMEM_227KB, BackwardTile(32, 32, 2, 4, 2, 1)),
+        ("d512_smem163", LARGE_SMEM, 512, SMEM_163KB, BackwardTile(32, 32, 2, 4, 1, 1)),
+        ("d512_smem99", CAPABILITIES, 512, SMEM_99KB, BackwardTile(16, 32, 1, 4, 1, 1)),
+    )
+    return tuple(
+        KernelRow(
+            f"sm80_bwd_{name}", "sm80", "backward", "prefill", caps, dtype, head_dim, head_dim,
+            limit, tile, BACKWARD_FEATURES,
+        )
+        for name, caps, head_dim, limit, tile in shapes
         for dtype in DTYPES
     )  # fmt: skip
 
@@ -393,7 +454,7 @@ def _sm90_rows() -> tuple[KernelRow, ...]:
 
 
 #: Of rows that serve a request equally tightly dispatch takes the first.
-ROWS: tuple[KernelRow, ...] = (*_sm90_rows(), *_sm80_rows(), *_decode_rows())
+ROWS: tuple[KernelRow, ...] = (*_sm90_rows(), *_sm80_rows(), *_sm80_backward_rows(), *_decode_rows())
 
 
 #: Major compute capabilities for which the kernels of a family are written. The portable ones run on all of

@@ -23,8 +23,9 @@ def test_is_supported_and_explain() -> None:
     assert not ok and "7.5" in reason
     ok, reason = broadhead.is_supported(head_dim=100, device=(9, 0), build=FULL)
     assert not ok and "multiple of 8" in reason
-    ok, reason = broadhead.is_supported(head_dim=128, device=(9, 0), build=FULL, requires_grad=True)
-    assert not ok and "backward" in reason
+    assert broadhead.is_supported(head_dim=128, device=(9, 0), build=FULL, requires_grad=True)[0]
+    ok, reason = broadhead.is_supported(head_dim=128, page_size=16, device=(9, 0), build=FULL, requires_grad=True)
+    assert not ok and "no CUDA kernel differentiates" in reason and "paged" in reason
     ok, reason = broadhead.is_supported(head_dim=128, device=(9, 0), build=NO_KERNELS)
     assert not ok and "left out of this build" in reason
     text = broadhead.explain(

@@ -54,8 +54,10 @@ def test_a_build_for_other_devices_has_none() -> None:
     refused('was built for "86"', 128, 128, 8, build=build_of("86"))  # a major version: also 8.0
 
 
-def test_backward_has_no_kernel() -> None:
-    refused("this release has no CUDA backward kernel", 64, 64, 9, direction="backward", build=FULL)
+def test_backward_kernels_take_what_the_table_says() -> None:
+    validate(64, 64, 9, direction="backward", build=FULL)
+    validate(512, 512, (8, 9), direction="backward", build=FULL)
+    refused("520 exceeds 512", 520, 520, 9, direction="backward", build=FULL)
 
 
 def test_native_rows() -> None:

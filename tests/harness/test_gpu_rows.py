@@ -30,16 +30,22 @@ PARTS = {
     "test_curated.test_edges": lambda row: row in ONE_OF_A_KIND,
 }
 
+#: Tests, by the beginning of their names, that together take every row of a direction.
+KINDS = {
+    "forward": ("test_gpu_", "test_curated", "test_gpu_fuzz", "test_gpu_edges"),
+    "backward": ("test_gpu_backward.test_random_calls", "test_gpu_backward.test_dense"),
+}
+
 Forced = dict[str, frozenset[KernelRow]]
 
 
 def left_out(forced: Forced, table: tuple[KernelRow, ...]) -> dict[str, list[str]]:
-    """By test: rows of its phases that it should take and does not, by id."""
+    """By test: rows of its directions and phases that it should take and does not, by id."""
     missing = {}
     for test, rows in forced.items():
-        phases = {row.phase for row in rows}
+        kinds = {(row.direction, row.phase) for row in rows}
         part = PARTS.get(test, PARTS.get(test.split(".")[0], lambda row: True))
-        wanted = {row for row in table if row.phase in phases and part(row)}
+        wanted = {row for row in table if (row.direction, row.phase) in kinds and part(row)}
         if wanted - rows:
             missing[test] = sorted(row.id for row in wanted - rows)
     return missing
@@ -60,28 +66,27 @@ def forced(tmp_path_factory: pytest.TempPathFactory) -> Forced:
     return {test: frozenset(rows[i] for i in ids) for test, ids in json.loads(target.read_text()).items()}
 
 
-FORWARD = tuple(row for row in support.ROWS if row.direction == "forward")
-
-
 def test_every_test_takes_every_row(forced: Forced) -> None:
     assert len(forced) > 30, sorted(forced)
-    assert left_out(forced, FORWARD) == {}
+    assert left_out(forced, support.ROWS) == {}
 
 
 @pytest.mark.parametrize("capability", support.CAPABILITIES, ids=str)
 def test_every_row_of_a_device_is_forced(capability: tuple[int, int], forced: Forced) -> None:
     """Among many tests and among those that the sanitizers run; only_row skips what the device has not."""
-    runnable = {row for row in FORWARD if capability in row.capabilities}
-    for kind in ("test_gpu_", "test_curated", "test_gpu_fuzz", "test_gpu_edges"):
-        union = frozenset().union(*(rows for test, rows in forced.items() if test.startswith(kind)))
-        assert {row for row in union if capability in row.capabilities} == runnable, kind
+    for direction, kinds in KINDS.items():
+        runnable = {row for row in support.ROWS if row.direction == direction and capability in row.capabilities}
+        for kind in kinds:
+            union = frozenset().union(*(rows for test, rows in forced.items() if test.startswith(kind)))
+            found = {row for row in union if row.direction == direction and capability in row.capabilities}
+            assert found == runnable, kind
 
 
 def test_a_row_left_out_is_told(forced: Forced) -> None:
     """In whichever test it is."""
-    for row in FORWARD:
+    for row in support.ROWS:
         spoilt = {test: rows - {row} for test, rows in forced.items()}
-        told = left_out(spoilt, FORWARD)
+        told = left_out(spoilt, support.ROWS)
         assert set(told) == {test for test, rows in forced.items() if row in rows}, row.id
         assert all(ids == [row.id] for ids in told.values()), told
 

@@ -1,5 +1,5 @@
-// common/attention_mask.h against the mask rule written out key by key: predicate, block range, unmasked blocks,
-// splits.
+// common/attention_mask.h against the mask rule written out key by key: predicate, block range, unmasked blocks, the
+// queries that see some keys, splits.
 #include <algorithm>
 #include <cmath>
 
@@ -66,6 +66,29 @@ void check_tile(const AttentionMask& mask, int q_first, int q_last, int tile_n) 
   CHECK(range.begin == first_seen / tile_n, CASE " visits blocks before the first key", CASE_OF(mask, q_first));
 }
 
+// The inverse: who sees one of some keys lies in the interval, and its ends are no further than the mask's rule
+// demands.
+void check_queries(const AttentionMask& mask, int key_first, int key_last) {
+  const broadhead::QueryInterval queries = mask.query_interval(key_first, key_last);
+  CHECK(queries.begin >= 0 && queries.begin <= mask.seqlen_q && queries.end >= 0 && queries.end <= mask.seqlen_q,
+        CASE " keys %d to %d", CASE_OF(mask, 0), key_first, key_last);
+  int first_seen = mask.seqlen_q, last_seen = -1;
+  for (int q = 0; q < mask.seqlen_q; ++q) {
+    for (int key = key_first; key <= key_last; ++key) {
+      if (!rule(mask, q, key)) continue;
+      first_seen = std::min(first_seen, q);
+      last_seen = q;
+    }
+  }
+  if (last_seen < 0) return;
+  CHECK(queries.begin <= first_seen && queries.end > last_seen, CASE " keys %d to %d: [%d, %d) is too short",
+        CASE_OF(mask, first_seen), key_first, key_last, queries.begin, queries.end);
+  if (mask.window_left < 0 && mask.attention_chunk == 0 && key_first >= mask.prefix_len) {
+    CHECK(queries.begin == first_seen, CASE " keys %d to %d: begins too early", CASE_OF(mask, first_seen), key_first,
+          key_last);
+  }
+}
+
 void check_splits() {
   for (int blocks = 0; blocks <= 40; ++blocks) {
     for (int splits = 1; splits <= 12; ++splits) {
@@ -96,6 +119,9 @@ int main() {
               if (prefix > 0 && right != 0) continue;  // prefix_lens requires a causal mask
               const AttentionMask mask{sq, sk, left, right, chunk, std::min(prefix, sk)};
               check_rows(mask);
+              for (int tile_n : {1, 4, 16}) {
+                for (int key = 0; key < sk; key += tile_n) check_queries(mask, key, std::min(key + tile_n, sk) - 1);
+              }
               for (int tile_m : {1, 4, 16}) {
                 for (int q = 0; q < sq; q += tile_m) {
                   for (int tile_n : {4, 16}) check_tile(mask, q, std::min(q + tile_m, sq) - 1, tile_n);

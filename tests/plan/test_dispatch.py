@@ -88,6 +88,7 @@ def test_every_row_is_reached() -> None:
     special = [problem(seqlen_q=sq, dtype=t, **absorbed) for sq in queries for t in ("bf16", "fp16")]
     window = {"window_left": 100, "features": ("lse", "window")}
     special += [problem(head_dim=256, dtype=t, **window) for t in ("bf16", "fp16")]
+    special += [problem(direction="backward", head_dim=d, dtype=t) for d in HEAD_DIMS for t in ("bf16", "fp16")]
     capabilities = ((8, 0), (9, 0), (12, 0))
     plans += [resolve(x, hypothetical(c), FULL) for x, c in itertools.product(special, capabilities)]
     assert {plan.row.id for plan in plans if plan.row is not None} == {row.id for row in ROWS}
@@ -119,8 +120,11 @@ def test_unknown_capability_is_no_kernel(capability: tuple[int, int]) -> None:
         ({"features": ("lse", "qv")}, "head_dim 128 exceeds 64, the largest of any CUDA kernel for bf16 with qv"),
         ({"head_dim": 64, "head_dim_v": 520, "features": ("lse", "qv")}, "head_dim_v 520 exceeds 512"),
         ({"features": ("descale", "lse")}, "there is no CUDA kernel for bf16 with descale"),
-        ({"features": ("gradients", "lse")}, "no CUDA backward kernel"),
-        ({"direction": "backward"}, "no CUDA backward kernel"),
+        (
+            {"features": ("gradients", "lse", "paged")},
+            "no CUDA kernel differentiates: no CUDA kernel combines lse, paged",
+        ),
+        ({"direction": "backward", "head_dim": 520}, "head_dim 520 exceeds 512"),
         ({"obstacles": ("the strides of q, (3, 1), are not multiples of 8 elements",)}, "strides of q"),
     ],
 )

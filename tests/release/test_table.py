@@ -138,6 +138,7 @@ def test_generated_sources_equal_the_table(tmp_path: Path) -> None:
         support.WideTile: ("sm90::WideTraits", "sm90::launch_wide", "sm90/forward_wide/launch.cuh"),
         support.Fp8Tile: ("sm90::Fp8Traits", "sm90::launch_fp8", "sm90/forward_fp8/launch.cuh"),
         support.AbsorbedTile: ("sm90::AbsorbedTraits", "sm90::launch_wide", "sm90/forward_wide/launch.cuh"),
+        support.BackwardTile: ("sm80::BackwardTraits", "sm80::launch_backward", "sm80/backward/launch.cuh"),
     }
     for row in support.ROWS:
         traits, launcher, header = templates[type(row.tile)]
@@ -149,11 +150,9 @@ def test_generated_sources_equal_the_table(tmp_path: Path) -> None:
         assert row.phase == "decode" or not row.kv_dtype
         assert f"Traits_{row.id} = {traits}<{element}, {values}>;" in sources
         assert f'return {launcher}<Traits_{row.id}>("{row.id}"' in sources
-        workspace = row.template.workspace
-        assert (
-            f"workspace_{row.id}(const AttnParams& params) {{ return {workspace}<Traits_{row.id}>(params); }}"
-            in sources
-        )
+        workspace = f"return {row.template.workspace}<Traits_{row.id}>(params);"
+        params = "AttnParams" if row.direction == "forward" else "AttnBwdParams"
+        assert f"workspace_{row.id}(const {params}& params) {{ {workspace} }}" in sources
         unit = (tmp_path / row.family / f"{row.name}.cu").read_text()
         assert row.id in unit and re.findall(r'#include "(.+)"', unit) == [header]
 
@@ -166,12 +165,13 @@ def test_the_registry_tells_what_a_row_is(tmp_path: Path) -> None:
         (line,) = (
             line for line in (tmp_path / row.family / "registry.cpp").read_text().splitlines() if f'"{row.id}"' in line
         )
-        kinds = f"Direction::kForward, Phase::k{row.phase.capitalize()}"
+        kinds = f"Direction::k{row.direction.capitalize()}, Phase::k{row.phase.capitalize()}"
         dtypes = f"DataType::{types[row.dtype]}, DataType::{types[row.kv_dtype or row.dtype]}"
         sizes = f"{row.head_dim}, {row.head_dim_v}, {row.tile.tile_m}, {row.tile.tile_n}"
         assert f'"{row.id}", {kinds}, {dtypes}, {sizes}, "{" ".join(row.features)}"}}' in line
-        functions = f"&shared_memory_{row.id}, &launch_{row.id}, &workspace_{row.id}, nullptr, nullptr}}"
-        assert line.endswith(f"{functions},")
+        own, none = f"&launch_{row.id}, &workspace_{row.id}", "nullptr, nullptr"
+        functions = f"{own}, {none}" if row.direction == "forward" else f"{none}, {own}"
+        assert line.endswith(f"&shared_memory_{row.id}, {functions}}},")
 
 
 @pytest.mark.parametrize(
@@ -227,8 +227,10 @@ def test_a_second_run_changes_no_file(tmp_path: Path) -> None:
     assert run_generate(*arguments).returncode == 0
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     assert run_generate(*arguments, "--filter", "d64_bf16$").returncode == 0
-    assert set(generated_ids(tmp_path)) == {"sm80_fwd_d64_bf16", "sm80_fwd_decode_d64_bf16", "sm90_fwd_d64_bf16"}
-    assert len(list(tmp_path.glob("sm80/*.cu"))) == 2, "sources of rows that are not built any more must go"
+    assert set(generated_ids(tmp_path)) == {
+        "sm80_bwd_d64_bf16", "sm80_fwd_d64_bf16", "sm80_fwd_decode_d64_bf16", "sm90_fwd_d64_bf16",
+    }  # fmt: skip
+    assert len(list(tmp_path.glob("sm80/*.cu"))) == 3, "sources of rows that are not built any more must go"
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from broadhead.run import append as append_launch
 from broadhead.run import fallback as fallback_notice
 from broadhead.run import signature
 from broadhead.run.append import Append
-from test_cuda_backend_host import Recorder
+from recorder import Recorder
 from torch import Tensor
 
 FP8 = torch.float8_e4m3fn

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import dis
-from pathlib import Path
 from typing import Any
 
 import broadhead
@@ -19,6 +17,7 @@ from broadhead.plan.native import BuildDescription, FamilyBuild
 from broadhead.run import cuda_backend, metadata
 from broadhead.run import fallback as fallback_notice
 from broadhead.support import ROWS
+from recorder import Recorder
 from torch import Tensor
 
 BUILD = BuildDescription(True, (FamilyBuild("sm80", ("80", "90a"), (13, 0), frozenset(r.id for r in ROWS)),), ())
@@ -32,52 +31,6 @@ BUILD_90A = BuildDescription(
     (),
 )
 H200 = DeviceDescription("cuda", "NVIDIA H200", (9, 0), 227 * 1024, 132, 50 << 20, (13, 0))
-
-
-def binding_parameters(function: str) -> list[str]:
-    """The names of the arguments of a function of the compiled module, in order, from its type stub."""
-    stub = ast.parse((Path(broadhead.__file__).parent / "_C.pyi").read_text())
-    found = next(node for node in stub.body if isinstance(node, ast.FunctionDef) and node.name == function)
-    return [argument.arg for argument in found.args.posonlyargs + found.args.args]
-
-
-def keyword_parameters(name: str) -> list[str]:
-    """The names of the keyword arguments of a function of the compiled module, or of the constructor of a class."""
-    stub = ast.parse((Path(broadhead.__file__).parent / "_C.pyi").read_text())
-    found: Any = next(node for node in stub.body if getattr(node, "name", "") == name)
-    if isinstance(found, ast.ClassDef):
-        found = next(node for node in found.body if isinstance(node, ast.FunctionDef))
-    return [argument.arg for argument in found.args.kwonlyargs]
-
-
-class Recorder:
-    """Stands in for the compiled module and keeps the arguments by the names of the stub."""
-
-    def __init__(self) -> None:
-        self.calls: list[dict[str, Any]] = []
-
-    def __getattr__(self, function: str) -> Any:
-        names = binding_parameters(function)
-
-        def call(*arguments: Any) -> None:
-            assert len(arguments) == len(names)
-            self.calls.append(dict(zip(names, arguments, strict=True)))
-
-        return call
-
-    def connect(self, **hooks: Any) -> None:
-        assert list(hooks) == keyword_parameters("connect")
-
-    def Launch(self, **fields: Any) -> dict[str, Any]:
-        assert list(fields) == keyword_parameters("Launch")
-        return fields
-
-
-@pytest.fixture
-def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    module = Recorder()
-    monkeypatch.setattr(native, "extension", lambda: module)
-    return module
 
 
 def launch(

@@ -12,7 +12,7 @@ from broadhead.plan import native
 from broadhead.run import fallback as fallback_notice
 from broadhead.run import merge as run_merge
 from broadhead.run import signature
-from test_cuda_backend_host import Recorder
+from recorder import Recorder
 from torch import Tensor
 
 

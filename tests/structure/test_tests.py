@@ -13,7 +13,7 @@ MODULES = [path for path in FILES if path.suffix == ".py"]
 README = (TESTS / "README.md").read_text(encoding="utf-8")
 MOST_LINES = 400
 #: Test modules whose helpers other tests still import: they are to move to support/.
-STILL_IMPORTED = {"test_bindings", "test_bindings_known_calls", "test_cuda_backend_host"}
+STILL_IMPORTED = {"test_bindings", "test_bindings_known_calls"}
 
 
 def imported(source: str) -> set[str]:

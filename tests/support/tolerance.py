@@ -52,5 +52,9 @@ def storage_noise(truth: Tensor, dtype: torch.dtype) -> float:
         return 0.0
     stored = truth.to(dtype)
     shifted = max_error(stored + 0.3 - 0.3, stored)
-    arithmetic = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
-    return 2.0 * shifted + 32 * arithmetic * float(truth.abs().max())
+    return 2.0 * shifted + 32 * arithmetic_eps(dtype) * float(truth.abs().max())
+
+
+def arithmetic_eps(dtype: torch.dtype) -> float:
+    """The rounding of sums over inputs of that dtype."""
+    return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps

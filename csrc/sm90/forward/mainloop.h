@@ -76,26 +76,14 @@ struct Consumer final : ConsumerBase<Traits> {
     wait_full(smem.k_full[ring.stage()], ring.parity());
   }
 
-  // Whether keys of the next `count` n_blocks, one or two, do not exist. It waits for K of both, which no other
-  // warpgroup can hold back: each has issued S of the n_block before by then.
-  // PERF: the plain steps have no code for such keys. With it the loop took 7611 instead of 6375 instructions at
-  // head_dim 128 and was 5 to 8 % slower, though it was never executed.
-  BROADHEAD_DEVICE bool meets_missing(int count) {
-    if (args.params.page_table == nullptr) return false;
-    wait_full(smem.k_full[ring.stage()], ring.parity());
-    if (count == 1) return Base::some_missing(ring.stage());
-    wait_full(smem.k_full[ring.stage(1)], ring.parity(1) ^ 1);  // of two stages, that of the n_block after the next
-    return Base::some_missing(ring.stage()) || Base::some_missing(ring.stage(1));
-  }
-
   // S of `block` and O += P V of the n_block before it, whose P is `p`; leaves P of `block` in `next_p`. `last`: of the
-  // tile. kPlain: neither of the two needs a mask, all keys of `block` exist, and it is not the last; the code
-  // of most n_blocks stays in one piece.
+  // tile. kPlain: neither of the two needs a mask, and it is not the last; the code of most n_blocks stays in one
+  // piece.
   template <bool kPlain>
   BROADHEAD_DEVICE void step(P& p, P& next_p, const Slot& tile, const BlockKinds& kinds, int block, bool last) {
     if (!kPlain && !kinds.plain(block + 1)) prepare_v(tile.state, block + 1);
     wait_full(smem.k_full[ring.stage()], ring.parity());
-    const bool some_missing = !kPlain && Base::some_missing(ring.stage());
+    const bool some_missing = Base::some_missing(ring.stage());
     ping_pong_wait();
     Base::issue_qk(ring.stage());
     wait_v();
@@ -103,7 +91,7 @@ struct Consumer final : ConsumerBase<Traits> {
     ping_pong_pass();
     cute::warpgroup_wait<1>();
     fence_registers(s[0]);
-    if (!kPlain && some_missing) Base::hide_missing_keys(ring.stage());
+    if (some_missing) Base::hide_missing_keys(ring.stage());
     release(smem.k_empty[ring.stage()]);
     if (!kPlain && last) release(smem.q_empty);
     ring.advance();
@@ -179,8 +167,7 @@ struct Consumer final : ConsumerBase<Traits> {
     if constexpr (!Traits::kTwoP) {
       while (block >= range.begin) {
         if (block < plain_end) {
-          for (; block >= plain_begin && !meets_missing(1); --block)
-            step<true>(even_p, even_p, tile, kinds, block, false);
+          for (; block >= plain_begin; --block) step<true>(even_p, even_p, tile, kinds, block, false);
         }
         step<false>(even_p, even_p, tile, kinds, block, block == range.begin);
         --block;
@@ -188,7 +175,7 @@ struct Consumer final : ConsumerBase<Traits> {
       last_pv(even_p, tile, kinds, range.begin);
     } else {
       for (; block > range.begin; block -= 2) {
-        if (block < plain_end && block > plain_begin && !meets_missing(2)) {
+        if (block < plain_end && block > plain_begin) {
           step<true>(even_p, odd_p, tile, kinds, block, false);
           step<true>(odd_p, even_p, tile, kinds, block - 1, false);
         } else {

@@ -107,7 +107,7 @@ def mha_bwd(
     Raises:
         InvalidArgumentError: an argument has a wrong value, shape or device; the text names it.
         InvalidTypeError: an argument has a wrong type or dtype; the text names it.
-        UnsupportedError: ``backend="cuda"``: this release has no CUDA backward kernel.
+        UnsupportedError: ``backend="cuda"``, and no CUDA backward kernel takes the call; the text says why.
     """
     function = "mha_bwd"
     args = AttentionArgs(

@@ -23,7 +23,6 @@ from ..call.plain import (
 )
 from ..call.problem import needs_gradients, out_dtype, refuse_float8_gradient
 from ..errors import UnsupportedError
-from ..plan.dispatch import has_rows
 from ..run.backward import gradient_plan, run_backward_below
 from ..run.forward import run, run_differentiable
 from . import transforms
@@ -135,11 +134,6 @@ def call_forward(function: str, args: AttentionArgs, deterministic: bool = False
         refuse_float8_gradient(function, args.q.dtype, args.k.dtype)
         if args.out is not None:
             raise UnsupportedError(f"{function}: out= has no gradient; leave out away, or call under torch.no_grad()")
-        if args.backend == "cuda" and not has_rows("backward"):
-            raise UnsupportedError(
-                f"{function}: backend='cuda' has no backward kernel in this release, and an input requires grad;"
-                " leave backend unset, or call under torch.no_grad()"
-            )
     inputs = _operator_inputs(function, args, deterministic, differentiable)
     if not is_compiling() and is_transformed(*args):
         if args.out is not None:
@@ -159,10 +153,6 @@ def call_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Its gradients through the operators; traceable, so it validates only what a schema needs."""
     args = plain_scalars(function, read_tensors(function, args))
-    if args.backend == "cuda" and not has_rows("backward"):
-        raise UnsupportedError(
-            f"{function}: backend='cuda' has no backward kernel in this release; leave backend unset"
-        )
     if not is_compiling():
         refuse_tangents(function, *outputs, *args)
         args = resolved_fields(function, args)

@@ -16,7 +16,7 @@ from ..call.plain import plain, plain_fields, refuse_tangents
 from ..call.problem import backward_of, out_dtype, refuse_float8_gradient
 from ..errors import InvalidArgumentError, InvalidTypeError
 from ..plan.device import describe
-from ..plan.dispatch import Plan, has_rows, resolve
+from ..plan.dispatch import Plan, resolve
 from .choice import describe_call, select
 from .cuda_backend import launch_backward, make_launch, run_new
 from .fallback import state
@@ -38,8 +38,6 @@ def gradient_plan(function: str, args: AttentionArgs) -> Plan | None:
     Raises:
         UnsupportedError: ``backend="cuda"`` asks for a kernel, and there is none.
     """
-    if not has_rows("backward"):
-        return None
     with torch.no_grad():
         problem = backward_of(check_forward(function, args._replace(out=None)).problem)
     if args.backend == "cuda":

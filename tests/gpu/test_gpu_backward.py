@@ -1,0 +1,157 @@
+"""Every backward row: masks, head dims, groups and lengths around its tiles, random calls, sums in a fixed order."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from broadhead import support
+from broadhead.plan import dispatch
+from broadhead.run import backward
+from broadhead.run.cuda_backend import forget_calls
+from calls import Built, Call, build
+from checks import check_gradients
+from gpu_calls import EXTRAS, MASKS, TORCH_DTYPES, row_cases, row_id
+from random_calls import random_call
+
+pytestmark = pytest.mark.gpu
+
+FORWARD_ROWS = tuple(row for row in support.ROWS if row.direction == "forward")
+BACKWARD_ROWS = tuple(row for row in support.ROWS if row.direction == "backward")
+GROUPS = ((4, 4), (4, 2), (6, 1))
+#: Calls of each random test.
+CALLS = 25
+
+each_row = pytest.mark.parametrize("row", BACKWARD_ROWS, ids=row_id)
+
+
+#: Ids of the rows that computed gradients. Autograd calls them in a thread of its own, so that last_dispatch() of the
+#: thread of the test does not tell.
+LAUNCHED: list[str] = []
+
+
+@pytest.fixture
+def only_backward(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[support.KernelRow], None]]:
+    """`only_backward(row)`: gradients run on that row or are refused."""
+    launch = backward.launch_backward
+
+    def record(args: Any, call: Any, plan: Any, *rest: Any) -> Any:
+        LAUNCHED.append(plan.row.id)
+        return launch(args, call, plan, *rest)
+
+    monkeypatch.setattr(backward, "launch_backward", record)
+
+    def forget() -> None:
+        dispatch._plans.clear()
+        forget_calls()
+
+    def show(row: support.KernelRow) -> None:
+        capability = torch.cuda.get_device_capability()
+        if capability not in row.capabilities:
+            pytest.skip(f"{row.id} runs on {row.capabilities}, this device is {capability}")
+        monkeypatch.setattr(dispatch, "ROWS", (*FORWARD_ROWS, row))
+        forget()
+
+    forget()
+    yield show
+    forget()
+
+
+def run(row: support.KernelRow, built: Built) -> dict[str, torch.Tensor]:
+    """Gradients of a call, with NaN coming in at the rows that no sequence owns; they are checked."""
+    LAUNCHED.clear()
+    leaves = built.requires_grad()
+    built.kwargs.pop("out", None)
+    out, lse = built.run()
+    grad_out, grad_lse = torch.randn_like(out), torch.randn_like(lse)
+    poisoned = grad_out.clone()
+    poisoned.flatten(0, -3)[~built.live_mask()] = float("nan")
+    found = dict(zip(leaves, torch.autograd.grad((out, lse), [*leaves.values()], (poisoned, grad_lse)), strict=True))
+    some = all(built.kwargs[name].numel() for name in ("q", "k"))
+    expected = [row.id] if some else []
+    assert expected == LAUNCHED, "which row ran"
+    check_gradients(built, found, grad_out, grad_lse)
+    return found
+
+
+def call_of(row: support.KernelRow, seqlens_q: tuple[int, ...], seqlens_k: tuple[int, ...], **options: Any) -> Call:
+    sizes = {"head_dim": row.head_dim, "head_dim_v": row.head_dim_v, "dtype": TORCH_DTYPES[row.dtype]}
+    return Call("varlen", seqlens_q, seqlens_k, **{**sizes, **options})
+
+
+@pytest.mark.parametrize("row, mask", row_cases(MASKS, BACKWARD_ROWS))
+def test_masks(row: support.KernelRow, mask: str, only_backward: Callable, cuda: torch.device, rng: Any) -> None:
+    only_backward(row)
+    extras = list(EXTRAS.values())
+    extra = extras[(list(MASKS).index(mask) + row.head_dim // 8) % len(extras)]
+    rows, cols = row.tile.tile_m, row.tile.tile_n
+    heads = dict(zip(("heads_q", "heads_kv"), rng.choice(GROUPS), strict=True))
+    lengths = (rows, 1, 0, 2 * rows + 65, cols + 7), (rows, 64, 9, 3 * rows + 3, 63)
+    call = call_of(row, *lengths, **heads, **MASKS[mask], **extra)
+    slack = {"slack_q": rng.choice((0, 3)), "slack_k": rng.choice((0, 2)), "tail": rng.choice((0, 5))}
+    run(row, build(call.with_(**slack), cuda, rng))
+
+
+@each_row
+def test_head_dims(row: support.KernelRow, only_backward: Callable, cuda: torch.device, rng: Any) -> None:
+    """NaN lies behind the last column of each head, or the next tensor does."""
+    only_backward(row)
+    d = row.head_dim
+    for head_dim, head_dim_v in ((8, d), (d, 8), (d - 8, d - 8), (d, d - 24), (max(8, d // 2 - 8), d // 2)):
+        options = {"head_dim": head_dim, "head_dim_v": head_dim_v, "heads_q": 4, "causal": True}
+        run(row, build(call_of(row, (row.tile.tile_m + 3, 9), (row.tile.tile_n + 3, 70), **options), cuda, rng))
+
+
+@pytest.mark.curated
+@each_row
+def test_dense(row: support.KernelRow, only_backward: Callable, cuda: torch.device, rng: Any) -> None:
+    only_backward(row)
+    for seqlen_q, seqlen_k in ((1, 1), (70, 200), (200, 70), (129, 129)):
+        call = call_of(row, (seqlen_q,) * 2, (seqlen_k,) * 2, heads_q=4, heads_kv=2, causal=seqlen_q == seqlen_k)
+        run(row, build(call.with_(function="func"), cuda, rng))
+
+
+@each_row
+def test_sums_have_an_order(row: support.KernelRow, only_backward: Callable, cuda: torch.device, rng: Any) -> None:
+    only_backward(row)
+    call = call_of(row, (300, 300), (300, 300), heads_q=6, heads_kv=2, causal=True).with_(function="func")
+    built = build(call, cuda, rng)
+    leaves = built.requires_grad()
+    built.kwargs.pop("out", None)
+    grad_out: torch.Tensor | None = None
+    first: tuple[torch.Tensor, ...] = ()
+    for _ in range(20):
+        out, _ = built.run(deterministic=True)
+        grad_out = torch.randn_like(out) if grad_out is None else grad_out
+        found = torch.autograd.grad(out, [*leaves.values()], grad_out)
+        first = first or found
+        assert all(torch.equal(a, b) for a, b in zip(found, first, strict=True))
+
+
+@each_row
+def test_random_calls(row: support.KernelRow, seed: int, only_backward: Callable, cuda: torch.device) -> None:
+    """Whatever the row takes: calls that append or read pages, and those with windows, are left out."""
+    only_backward(row)
+    ran = 0
+    for i in range(12 * CALLS):
+        rng = random.Random(seed + i)
+        torch.manual_seed(seed + i)
+        longest = rng.choice((3, row.tile.tile_n + 1, 2 * row.tile.tile_m + 5, 400))
+        dims = tuple(range(8, row.head_dim + 1, 8))
+        call = random_call(rng, (TORCH_DTYPES[row.dtype],), longest, head_dims=(rng.choice(dims),), decode=0.2)
+        left, right = call.normalized_window
+        if call.function == "kvcache" or call.page_size or call.dim_v > row.head_dim:
+            continue
+        if left >= 0 or right > 0 or call.attention_chunk:
+            continue
+        try:
+            run(row, build(call.with_(num_splits=None, pack_gqa=None, tokens_per_split=0), cuda, rng))
+        except AssertionError as error:
+            raise AssertionError(f"case {i} (seed {seed + i}): {call}") from error
+        ran += 1
+        if ran == CALLS:
+            break
+    assert ran >= CALLS // 3
