@@ -1,4 +1,4 @@
-// Small device helpers of every kernel family: what CUTLASS lacks, and named barriers, as its own trap before SM90.
+// Small device helpers of every kernel family. PTX is what CUTLASS lacks, and named barriers: its own trap before SM90.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -1,4 +1,6 @@
 // A warp's copies of K and V: they run ahead of the products, slice by slice, over all items of the CTA.
+//
+// The load of a page-table entry is PTX: CUTLASS's global_load is under a predicate.
 #pragma once
 
 #include "decode/traits.h"

@@ -1,4 +1,6 @@
 // Q of an item: prefetched into the L2, read, converted and stored to shared memory.
+//
+// The loads are PTX: they must be volatile, and CUTLASS's global_load is under a predicate.
 #pragma once
 
 #include <cutlass/arch/memory.h>
@@ -119,8 +121,7 @@ struct QTile {
     if (row >= Traits::kTileM || col >= (kQv ? params.head_dim_v : params.head_dim)) return make_uint4(0, 0, 0, 0);
     const std::int64_t offset = q_row_offset<Traits, kQv>(params, item, row);
     if (offset < 0) return make_uint4(0, 0, 0, 0);
-    // The loads are volatile so that the compiler does not move them behind the copies of K and V. Those of CUTLASS are
-    // under a predicate.
+    // The loads are volatile so that the compiler does not move them behind the copies of K and V.
     uint4 value = make_uint4(0, 0, 0, 0);
     if (Traits::k8Bit && params.q_dtype == DataType::kFloat8E4M3) {
       asm volatile("ld.global.v2.b32 {%0, %1}, [%2];"

@@ -1,4 +1,4 @@
-// The instructions of the portable kernels: mma.sync through CuTe; cp.async where CuTe's makes other machine code.
+// The instructions of the portable kernels: mma.sync through CuTe; cp.async in PTX, as CuTe's makes other machine code.
 #pragma once
 
 #include <cute/arch/copy_sm80.hpp>

@@ -1,4 +1,4 @@
-// The mbarriers of kernels that load by TMA: CUTLASS's, and two operations in forms that CUTLASS lacks.
+// The mbarriers of kernels that load by TMA: CUTLASS's, and two operations in PTX, in forms that CUTLASS lacks.
 //
 // A phase parity is 0 or 1: waiting for parity p returns once the barrier's phase p has completed; a fresh barrier's
 // "previous" phase has parity 1.

@@ -1,4 +1,4 @@
-// Copies in forms that CUTLASS lacks: TMA without a cache hint, cp.async of zeros by a predicate; and a prefetch.
+// Copies in PTX that CUTLASS lacks: TMA without a cache hint, cp.async of zeros by a predicate; and a prefetch.
 #pragma once
 
 #include "tma/barrier.h"
