@@ -1,4 +1,4 @@
-// Small device helpers of every kernel family. PTX is what CUTLASS lacks, and named barriers: its own trap before SM90.
+// Small device helpers of every kernel family. The PTX has no function in CUTLASS.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -16,16 +16,6 @@ constexpr float kLog2e = 1.4426950408889634f;
 
 BROADHEAD_DEVICE std::uint32_t smem_address(const void* pointer) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
-// A barrier among `threads` threads; id 0 is __syncthreads.
-BROADHEAD_DEVICE void named_barrier_sync(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
-// Arrives without waiting; `threads` counts those that wait and those that only arrive.
-BROADHEAD_DEVICE void named_barrier_arrive(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // Keeps the compiler from computing what follows early, which would occupy registers.

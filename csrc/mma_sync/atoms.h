@@ -1,4 +1,5 @@
-// The instructions of the portable kernels: mma.sync through CuTe; cp.async in PTX, as CuTe's makes other machine code.
+// The instructions of the portable kernels: mma.sync through CuTe; cp.async in PTX, as CuTe's makes other machine code,
+// and named barriers, as CUTLASS's trap before SM90.
 #pragma once
 
 #include <cute/arch/copy_sm80.hpp>
@@ -40,6 +41,11 @@ BROADHEAD_DEVICE void cp_async_16(std::uint32_t target, const void* source, bool
 template <int kPending>
 BROADHEAD_DEVICE void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// A barrier among `threads` threads; id 0 is __syncthreads.
+BROADHEAD_DEVICE void named_barrier_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 }  // namespace broadhead::mma_sync

@@ -40,13 +40,17 @@ struct ConsumerBase {
 
   // Lets the first warpgroup issue.
   BROADHEAD_DEVICE void ping_pong_start() {
-    if (Traits::kPingPong && warpgroup == Traits::kConsumers - 1) named_barrier_arrive(kPingPongBarrier, 256);
+    if (Traits::kPingPong && warpgroup == Traits::kConsumers - 1) {
+      NamedBarrier::arrive(256, hardware_id(kPingPongBarrier));
+    }
   }
   BROADHEAD_DEVICE void ping_pong_wait() {
-    if constexpr (Traits::kPingPong) named_barrier_sync(kPingPongBarrier + warpgroup, 256);
+    if constexpr (Traits::kPingPong) NamedBarrier::sync(256, hardware_id(kPingPongBarrier + warpgroup));
   }
   BROADHEAD_DEVICE void ping_pong_pass() {
-    if constexpr (Traits::kPingPong) named_barrier_arrive(kPingPongBarrier + (warpgroup + 1) % Traits::kConsumers, 256);
+    if constexpr (Traits::kPingPong) {
+      NamedBarrier::arrive(256, hardware_id(kPingPongBarrier + (warpgroup + 1) % Traits::kConsumers));
+    }
   }
 
   BROADHEAD_DEVICE void wait_full(Barrier& barrier, std::uint32_t parity) {

@@ -54,7 +54,7 @@ struct Consumer final : ConsumerBase<Traits> {
     const ClearShare share{static_cast<int>(threadIdx.x) / 32 - 4, Traits::kConsumerWarps, 0, VLayout::kBytes / 16};
     clear_dead_rows<VLayout>(state.source, reinterpret_cast<char*>(smem.v[ring.stage(1)]), key0, Traits::kTileN, share);
     cutlass::arch::fence_view_async_shared();
-    named_barrier_sync(kClearBarrier, 32 * Traits::kConsumerWarps);
+    NamedBarrier::sync(32 * Traits::kConsumerWarps, hardware_id(kClearBarrier));
   }
 
   BROADHEAD_DEVICE void mask_scores(const Slot& tile, int block) {

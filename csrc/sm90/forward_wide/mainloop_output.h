@@ -73,7 +73,7 @@ struct OutputWarpgroup {
                                      : ClearShare{warp, 4, half * Traits::kLeftParts * kUnits, kParts * kUnits};
         clear_dead_rows<VLayout>(state.source, smem.ring[ring.stage()], key0, Traits::kVKeys, share);
         cutlass::arch::fence_view_async_shared();
-        named_barrier_sync(kClearBarrier + half, 128);
+        NamedBarrier::sync(128, hardware_id(kClearBarrier + half));
       }
       const std::uint64_t b = MatrixDescriptor<128>::make(smem_address(smem.ring[ring.stage()]) + half * kRightBytes,
                                                           VLayout::kAtomBytes, VLayout::kSlabBytes);
