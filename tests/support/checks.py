@@ -115,7 +115,8 @@ def check_gradients(
         products = out * rows[b].double()
         rounded_off = ((out.to(call.dtype).double() - out) * rows[b].double()).sum(dim=-1).T
         arithmetic = D_ROUNDINGS * tolerance.arithmetic_eps(call.dtype) * products.abs().sum(dim=-1).T
-        moved_lse.append((0.0 if columns is None else columns[b].double()) - rounded_off - arithmetic.copysign(rounded_off))
+        error = rounded_off + arithmetic.copysign(rounded_off)
+        moved_lse.append((0.0 if columns is None else columns[b].double()) - error)
     moved = judge_gradients(built, torch.float64, rows, moved_lse)
     for name, actual in gradients.items():
         expected, of_naive, of_moved = (_scattered(built, name, x[name], actual) for x in (truth, naive, moved))
