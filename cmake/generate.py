@@ -33,8 +33,15 @@ COMMON_SOURCES = tuple(
 
 
 def load_module(path: str) -> ModuleType:
-    """A module of the package, without importing the package (which needs torch)."""
-    spec = importlib.util.spec_from_file_location(f"broadhead_{Path(path).stem}", ROOT / "python/broadhead" / path)
+    """A module of the package, without importing the package (which needs torch): its folders stand in for it."""
+    *folders, stem = Path(path).with_suffix("").parts
+    package, folder = "broadhead_sources", ROOT / "python/broadhead"
+    for part in ("", *folders):
+        package, folder = f"{package}.{part}".rstrip("."), folder / part
+        if package not in sys.modules:
+            sys.modules[package] = ModuleType(package)
+            sys.modules[package].__path__ = [str(folder)]
+    spec = importlib.util.spec_from_file_location(f"{package}.{stem}", folder / f"{stem}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)

@@ -32,9 +32,9 @@ PLACES = {
     "append": ("api.append", "append_call"),
     "metadata": ("run.metadata", "metadata"),
 }
-#: What remembers a decision, by module: attributes with ``clear()``, and functions.
+#: What remembers a decision, by module and version: attributes with ``clear()`` or ``cache_clear()``, and functions.
 MEMORIES = {
-    "dispatch": ("_plans",),
+    "dispatch": ("_plans", "_decided"),
     "cuda_backend": ("forget_calls",),
     "append": ("clear_known",),
     "metadata": ("_prepared",),
@@ -60,7 +60,8 @@ def forget() -> None:
         for name in names:
             memory = getattr(found, name, None)
             if memory is not None:
-                getattr(memory, "clear", memory)()
+                forget_it = getattr(memory, "cache_clear", None) or getattr(memory, "clear", memory)
+                forget_it()
 
 
 class Side:

@@ -23,6 +23,27 @@ class ArgumentChecker {
     if (!condition) fail(name, std::string("must be ") + accepted + ", got " + got.describe());
   }
 
+  // The items of a tuple that must have `count` of them; they live as long as it.
+  PyObject* const* items(pybind11::handle tuple, const char* name, Py_ssize_t count) const {
+    if (PyTuple_Check(tuple.ptr()) && PyTuple_GET_SIZE(tuple.ptr()) == count) {
+      return reinterpret_cast<PyTupleObject*>(tuple.ptr())->ob_item;
+    }
+    throw pybind11::type_error(std::string("_C.") + function_ + ": " + name + " must be a tuple of " +
+                               std::to_string(count) + " items");
+  }
+
+  static long long to_integer(PyObject* object) {
+    const long long value = PyLong_AsLongLong(object);
+    if (value == -1 && PyErr_Occurred() != nullptr) throw pybind11::error_already_set();
+    return value;
+  }
+
+  std::int32_t to_int32(PyObject* object, const char* name) const {
+    const long long value = to_integer(object);
+    if (value < INT32_MIN || value > INT32_MAX) fail(name, "must fit 32 bits, got " + std::to_string(value));
+    return static_cast<std::int32_t>(value);
+  }
+
  protected:
   const char* function_;
 };
@@ -60,27 +81,15 @@ class ArgumentReader : public ArgumentChecker {
     return optional_tensor(name, type, ndim);
   }
 
-  std::int32_t integer(const char* name) {
-    const long long value = wide_integer();
-    if (value < INT32_MIN || value > INT32_MAX) fail(name, "must fit 32 bits, got " + std::to_string(value));
-    return static_cast<std::int32_t>(value);
-  }
+  std::int32_t integer(const char* name) { return to_int32(*next_++, name); }
 
   // A raw cudaStream_t; -1 is the stream that torch works on where `like` lives.
   void* stream(pybind11::handle like, int device) {
-    const long long value = wide_integer();
+    const long long value = to_integer(*next_++);
     return value == -1 ? current_stream(like, device) : reinterpret_cast<void*>(static_cast<std::intptr_t>(value));
   }
 
  private:
-  long long wide_integer() { return to_integer(*next_++); }
-
-  static long long to_integer(PyObject* object) {
-    const long long value = PyLong_AsLongLong(object);
-    if (value == -1 && PyErr_Occurred() != nullptr) throw pybind11::error_already_set();
-    return value;
-  }
-
   PyObject* const* next_;
 };
 

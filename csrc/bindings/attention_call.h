@@ -3,10 +3,15 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
+#include <utility>
 
+#include "bindings/call_key.h"
 #include "bindings/kernel_library.h"
+#include "bindings/resources.h"
 #include "bindings/tensor_view.h"
 #include "host/params.h"
 
@@ -59,6 +64,11 @@ struct AttentionCall {
 
   bool is_shared() const { return shared_length != nullptr; }
 
+  // Adds what validation reads of the call, behind its kind; false: there is no key for it.
+  bool add_to(CallKey& key) const;
+  // The same without the kind.
+  bool add_arguments(CallKey& key) const;
+
   PyObject* const* arguments;
   TensorView tensors[kArgumentCount];
   PyObject* shared_page_table_object = nullptr;
@@ -99,6 +109,9 @@ void pack_forward(const AttentionCall& call, const Kernel& kernel, AttnParams& p
 // Sets the addresses of a call's tensors.
 void set_addresses(const AttentionCall& call, AttnParams& params);
 
+// What Python keeps for a Launch, about: two allocations, what identifies it, the texts of a dispatch.
+inline constexpr std::size_t kPythonBytes = 1200;
+
 // What a call needs of Python, handed over by python/broadhead/run/cuda_backend.py.
 struct Hooks {
   pybind11::dict records;            // address of metadata -> what it was made for
@@ -112,6 +125,9 @@ struct Hooks {
   pybind11::object count_modes;        // the dispatch modes that are active, as an int
   pybind11::dict forward_ad;           // its `_current_level` is -1 outside forward-mode AD
   pybind11::object increment_version;  // tells autograd that the tensors of a tuple were written
+  pybind11::object empty_like;         // torch.empty_like
+  pybind11::object dtype;              // torch.dtype
+  pybind11::object remember_metadata;  // (buffer, MetadataLaunch::made_for): adds to `records`
 };
 
 const Hooks& hooks();
@@ -125,6 +141,35 @@ bool is_negative(pybind11::handle tensor);
 
 // Tells autograd that `tensor`, which the caller gave, was written.
 void mark_written(pybind11::handle tensor);
+
+// Whether autograd is on and one of these, of which absent ones do not count, asks for a gradient.
+bool wants_gradient(const std::pair<pybind11::handle, const TensorView*>* tensors, std::size_t count);
+
+// Refuses metadata of `call` that was made for another one.
+void check_metadata(Launch& launch, const AttentionCall& call, pybind11::handle function);
+
+// One run of a Launch: what it writes is allocated by the constructor, then it can be launched.
+class AttentionRun {
+ public:
+  // `q`: the tensor that call.tensors[kQ] was read from, by which others are allocated. The device is the current one.
+  AttentionRun(Launch& launch, AttentionCall& call, pybind11::handle q, bool need_lse, bool is_first);
+
+  // 0, or writes why not. Without the GIL.
+  int launch(char* error) const;
+
+  // Tells what was written; (out, softmax_lse or None).
+  pybind11::object finish() const;
+
+  void* stream() const { return stream_; }
+
+ private:
+  const Kernel& kernel_;
+  bool out_was_given_;
+  pybind11::object out_, lse_;
+  AttnParams params_;
+  std::optional<Scratch> scratch_;
+  void* stream_;
+};
 
 // Runs a call that was read: allocates what the kernel writes, and launches it: (out, softmax_lse or None). `is_first`:
 // the launch is not packed yet.

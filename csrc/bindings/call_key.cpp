@@ -9,7 +9,7 @@ namespace broadhead {
 namespace {
 
 // The first word of a value.
-enum Tag : std::uint64_t { kNone, kFalse, kTrue, kInt, kFloat, kText, kSequence, kOtherInt, kOtherFloat };
+enum Tag : std::uint64_t { kNone, kFalse, kTrue, kInt, kFloat, kText, kSequence, kOtherInt, kOtherFloat, kPermanent };
 
 std::uint64_t bits_of(double value) {
   std::uint64_t bits;
@@ -64,6 +64,10 @@ bool CallKey::add_value(py::handle value) {
   }
   if (PyUnicode_CheckExact(object)) return add_text(value);
   return add_number(value);
+}
+
+bool CallKey::add_permanent(py::handle object) {
+  return add(kPermanent) && add(reinterpret_cast<std::uintptr_t>(object.ptr()));
 }
 
 bool CallKey::add_text(py::handle value) {

@@ -9,6 +9,9 @@
 
 namespace broadhead {
 
+// What a key is of, its first word: keys of two kinds never meet.
+enum class CallKind : std::uint64_t { kAttention, kShared, kAppend, kMerge, kMetadata };
+
 class CallKey {
  public:
   static constexpr int kMaxWords = 320;
@@ -18,6 +21,9 @@ class CallKey {
   CallKey(const CallKey&) = delete;
   CallKey& operator=(const CallKey&) = delete;
 
+  // Adds what the key is of.
+  bool add_kind(CallKind kind) { return add(static_cast<std::uint64_t>(kind)); }
+
   // Adds dtype, device, shape and strides, with `alignment` also the address modulo 16. Like add_value it returns false
   // when there is no key for the call: it must be validated each time.
   bool add_tensor(const TensorView& tensor, bool alignment);
@@ -25,6 +31,9 @@ class CallKey {
   // Adds None, a bool, an int, a float, a str, or a tuple or list of such; another number by its type and value. A
   // tensor is none: reading it would wait for the device.
   bool add_value(pybind11::handle value);
+
+  // Adds an object that lives as long as the process, such as a dtype, by its address.
+  bool add_permanent(pybind11::handle object);
 
   const std::uint64_t* words() const { return words_; }
   int size() const { return size_; }

@@ -1,6 +1,9 @@
 // Runs a forward call by its Launch: allocates what the kernel writes, sets the addresses, launches.
+#include <iterator>
+
 #include "bindings/argument_reader.h"
 #include "bindings/attention_call.h"
+#include "bindings/call_table.h"
 #include "bindings/packing.h"
 #include "bindings/resources.h"
 
@@ -11,19 +14,6 @@ namespace {
 
 // Held for the life of the process: Python objects must not be freed after the interpreter.
 Hooks* connected = nullptr;
-
-// Refuses metadata that was made for another call. What passed once passes again while its record is the same: the
-// record tells what was written, and a buffer that was overwritten since is not refused either.
-void check_metadata(Launch& launch, const AttentionCall& call, py::handle function) {
-  const TensorView& metadata = call.tensors[kSchedulerMetadata];
-  if (!metadata.present()) return;
-  const py::object address = owned(PyLong_FromVoidPtr(metadata.data()));
-  PyObject* record = PyDict_GetItemWithError(hooks().records.ptr(), address.ptr());
-  if (record == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
-  if (record == nullptr || record == launch.accepted_record.ptr()) return;
-  launch.accepted_record =
-      hooks().check_identity(function, py::handle(call.arguments[kSchedulerMetadata]), *launch.identity);
-}
 
 void set_lse(const TensorView& lse, int q_ndim, AttnParams& params) {
   lse.check("forward", "softmax_lse", ElementType::kFloat32, q_ndim - 1);
@@ -89,14 +79,36 @@ bool AttentionCall::is_plain() const {
   return true;
 }
 
-bool AttentionCall::wants_gradient() const {
+bool wants_gradient(const std::pair<py::handle, const TensorView*>* tensors, std::size_t count) {
   static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
   if (owned(PyObject_CallNoArgs(hooks().is_grad_enabled.ptr())).ptr() != Py_True) return false;
-  for (const Argument argument : {kQ, kK, kV, kQv, kSinks, kOut}) {
-    if (!tensors[argument].present()) continue;
-    if (owned(PyObject_GetAttr(arguments[argument], requires_grad)).ptr() == Py_True) return true;
+  for (std::size_t i = 0; i < count; ++i) {
+    if (!tensors[i].second->present()) continue;
+    if (owned(PyObject_GetAttr(tensors[i].first.ptr(), requires_grad)).ptr() == Py_True) return true;
   }
   return false;
+}
+
+bool AttentionCall::wants_gradient() const {
+  constexpr Argument kWatched[] = {kQ, kK, kV, kQv, kSinks, kOut};
+  std::pair<py::handle, const TensorView*> watched[std::size(kWatched)];
+  for (std::size_t i = 0; i < std::size(kWatched); ++i) watched[i] = {arguments[kWatched[i]], &tensors[kWatched[i]]};
+  return broadhead::wants_gradient(watched, std::size(watched));
+}
+
+bool AttentionCall::add_arguments(CallKey& key) const {
+  for (int argument = 0; argument < kArgumentCount; ++argument) {
+    const bool added = is_tensor(argument) ? key.add_tensor(tensors[argument], is_aligned(argument))
+                                           : key.add_value(arguments[argument]);
+    if (!added) return false;
+  }
+  return true;
+}
+
+bool AttentionCall::add_to(CallKey& key) const {
+  if (!is_shared()) return key.add_kind(CallKind::kAttention) && add_arguments(key);
+  return key.add_kind(CallKind::kShared) && add_arguments(key) && key.add_tensor(shared_page_table, false) &&
+         key.add_value(shared_length);
 }
 
 void AttentionCall::read() {
@@ -151,36 +163,60 @@ void set_addresses(const AttentionCall& call, AttnParams& params) {
   params.shared_page_table = call.shared_page_table.as<const std::int32_t>();
 }
 
+// Refuses metadata that was made for another call. What passed once passes again while its record is the same: the
+// record tells what was written, and a buffer that was overwritten since is not refused either.
+void check_metadata(Launch& launch, const AttentionCall& call, py::handle function) {
+  const TensorView& metadata = call.tensors[kSchedulerMetadata];
+  if (!metadata.present()) return;
+  const py::object address = owned(PyLong_FromVoidPtr(metadata.data()));
+  PyObject* record = PyDict_GetItemWithError(hooks().records.ptr(), address.ptr());
+  if (record == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+  if (record == nullptr || record == launch.accepted_record.ptr()) return;
+  launch.accepted_record =
+      hooks().check_identity(function, py::handle(call.arguments[kSchedulerMetadata]), *launch.identity);
+}
+
+AttentionRun::AttentionRun(Launch& launch, AttentionCall& call, py::handle q_object, bool need_lse, bool is_first)
+    : kernel_(launch.kernel),
+      out_was_given_(!py::handle(call.arguments[kOut]).is_none()),
+      out_(py::reinterpret_borrow<py::object>(call.arguments[kOut])),
+      lse_(py::none()) {
+  const TensorView& q = call.tensors[kQ];
+  if (!out_was_given_) {
+    out_ = launch.out.make(q_object);
+    call.tensors[kOut].read(out_);
+  }
+  TensorView lse;
+  if (need_lse) {
+    lse_ = launch.lse.make(q_object);
+    lse.read(lse_);
+  }
+  if (is_first) pack_forward(call, kernel_, launch.params);
+  params_ = launch.params;
+  scratch_.emplace(q_object, q.device(), (params_.workspace_bytes + 3) / 4);
+  params_.out_partial = scratch_->data();
+  set_addresses(call, params_);
+  set_lse(lse, q.ndim(), params_);
+  stream_ = current_stream(q_object, q.device());
+}
+
+int AttentionRun::launch(char* error) const {
+  return kernel_.library->forward(kernel_.index, &params_, stream_, error, kErrorSize);
+}
+
+py::object AttentionRun::finish() const {
+  if (out_was_given_) mark_written(out_);
+  return py::make_tuple(out_, lse_);
+}
+
 py::object run(Launch& launch, AttentionCall& call, py::handle function, bool need_lse, bool is_first) {
   static PyObject* const last = PyUnicode_InternFromString("last");
   if (PyObject_SetAttr(hooks().state.ptr(), last, launch.dispatch.ptr()) != 0) throw py::error_already_set();
   check_metadata(launch, call, function);
   const DeviceGuard guard(launch.device);
-
-  const TensorView& q = call.tensors[kQ];
-  const py::handle q_object = call.arguments[kQ];
-  py::object out = py::reinterpret_borrow<py::object>(call.arguments[kOut]), lse = py::none();
-  if (out.is_none()) {
-    out = launch.out.make(q_object);
-    call.tensors[kOut].read(out);
-  }
-  TensorView lse_view;
-  if (need_lse) {
-    lse = launch.lse.make(q_object);
-    lse_view.read(lse);
-  }
-  if (is_first) pack_forward(call, launch.kernel, launch.params);
-  AttnParams params = launch.params;
-  const Scratch scratch(q_object, q.device(), (params.workspace_bytes + 3) / 4);
-  params.out_partial = scratch.data();
-  set_addresses(call, params);
-  set_lse(lse_view, q.ndim(), params);
-  void* stream = current_stream(q_object, q.device());
-  run_without_gil(is_first, [&](char* error) {
-    return launch.kernel.library->forward(launch.kernel.index, &params, stream, error, kErrorSize);
-  });
-  if (!py::handle(call.arguments[kOut]).is_none()) mark_written(out);
-  return py::make_tuple(out, lse);
+  const AttentionRun run(launch, call, call.arguments[kQ], need_lse, is_first);
+  run_without_gil(is_first, [&](char* error) { return run.launch(error); });
+  return run.finish();
 }
 
 }  // namespace broadhead

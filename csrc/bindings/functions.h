@@ -10,16 +10,16 @@ pybind11::object run_new(ArgumentReader& reader);
 // Likewise over keys that all sequences share.
 pybind11::object run_known_shared(ArgumentReader& reader);
 pybind11::object run_new_shared(ArgumentReader& reader);
-void forget_calls();
-// bytes that tell apart calls that validation could tell apart by these tensors, the first five also by alignment; None
-// when a tensor can not be read.
-pybind11::object signature(PyObject* const* tensors, Py_ssize_t count);
-// The same of a whole call and of what else belongs to it: (a tuple with an item for each Argument, a tuple).
-pybind11::object call_signature(ArgumentReader& reader);
+// Likewise of a call that appends new keys first: one Launch of two kernels.
+pybind11::object run_known_append(ArgumentReader& reader);
+pybind11::object remember_append(ArgumentReader& reader);
 
 // Runs a backward call by its BackwardLaunch.
 void run_backward(ArgumentReader& reader);
 void append_kv(ArgumentReader& reader);
-void merge_states(ArgumentReader& reader);
+pybind11::object run_known_merge(ArgumentReader& reader);
+pybind11::object run_new_merge(ArgumentReader& reader);
+pybind11::object run_known_metadata(ArgumentReader& reader);
+pybind11::object run_new_metadata(ArgumentReader& reader);
 
 }  // namespace broadhead

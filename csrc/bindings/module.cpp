@@ -4,11 +4,12 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <memory>
 
-#include "bindings/attention_call.h"
-#include "bindings/backward.h"
+#include "bindings/call_table.h"
 #include "bindings/functions.h"
 #include "bindings/kernel_library.h"
+#include "bindings/launch.h"
 #include "bindings/packing.h"
 #include "bindings/tensor_view.h"
 #include "host/params.h"
@@ -17,40 +18,6 @@ namespace py = pybind11;
 
 namespace broadhead {
 namespace {
-
-void scheduler_metadata(ArgumentReader& reader) {
-  const py::handle like = reader.peek();
-  const TensorView metadata = reader.tensor("metadata", ElementType::kInt32, 1);
-  std::int64_t batch = reader.peek_integer(5);
-  reader.require(contiguous(metadata) && batch >= 0 && metadata.size(0) >= metadata_size(batch), "metadata",
-                 "contiguous, 1 + 4 * round_up(batch, 4) entries", metadata);
-
-  SchedulerMetadataParams params = make_params<SchedulerMetadataParams>();
-  params.metadata = metadata.as<std::int32_t>();
-  params.seqused_k = read_lengths(reader, "seqused_k", &batch);
-  params.cu_seqlens_k = read_lengths(reader, "cu_seqlens_k", &batch, 1);
-  params.leftpad_k = read_lengths(reader, "leftpad_k", &batch);
-  params.cu_seqlens_q = read_lengths(reader, "cu_seqlens_q", &batch, 1);
-  params.seqused_q = read_lengths(reader, "seqused_q", &batch);
-  params.batch = reader.integer("batch");
-  params.seqlen_q = reader.integer("seqlen_q");
-  params.seqlen_k = reader.integer("seqlen_k");
-  params.seqlen_k_new = reader.integer("seqlen_k_new");
-  params.window_left = reader.integer("window_left");
-  params.window_right = reader.integer("window_right");
-  params.attention_chunk = reader.integer("attention_chunk");
-  params.rows_per_token = reader.integer("rows_per_token");
-  params.heads_in_grid = reader.integer("heads_in_grid");
-  params.tile_m = reader.integer("tile_m");
-  params.tile_n = reader.integer("tile_n");
-  params.num_splits = reader.integer("num_splits");
-  params.target_ctas = reader.integer("target_ctas");
-  params.metadata_tag = reader.integer("metadata_tag");
-
-  void* stream = reader.stream(like, metadata.device());
-  const KernelLibrary& library = common_library();
-  run_without_gil(false, [&](char* error) { return library.scheduler_metadata(&params, stream, error, kErrorSize); });
-}
 
 void combine(ArgumentReader& reader) {
   const py::handle like = reader.peek();
@@ -163,63 +130,19 @@ PyObject* fastcall(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   });
 }
 
-PyObject* signature_of(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  return guarded([&] { return signature(arguments, count); });
-}
-
-// The Launch of a row and of numbers that AttnParams names; the tensors of its first call say the rest.
-Launch make_launch(const std::string& family, const std::string& kernel_id, int device, const py::tuple& out,
-                   const py::tuple& lse, const py::tuple& identity, const py::object& dispatch, int seqlen_q,
-                   int seqlen_k, int window_left, int window_right, int attention_chunk, float softmax_scale,
-                   float softcap, int num_splits, int pack_gqa, int metadata_tag, int heads_per_section, int max_blocks,
-                   int cell_blocks) {
-  AttnParams params = make_params<AttnParams>();
-  params.seqlen_q = seqlen_q;
-  params.seqlen_k = seqlen_k;
-  params.window_left = window_left;
-  params.window_right = window_right;
-  params.attention_chunk = attention_chunk;
-  params.softmax_scale = softmax_scale;
-  params.softcap = softcap;
-  params.num_splits = num_splits;
-  params.pack_gqa = pack_gqa;
-  params.metadata_tag = metadata_tag;
-  params.heads_per_section = heads_per_section;
-  params.max_blocks = max_blocks;
-  params.cell_blocks = cell_blocks;
-  const Kernel& kernel = find_kernel(family, kernel_id, Direction::kForward);
-  return {kernel, py::int_(device), Allocation(out), Allocation(lse), identity, dispatch, params, py::none()};
-}
-
-// The same of a backward row and AttnBwdParams.
-BackwardLaunch make_backward_launch(const std::string& family, const std::string& kernel_id, int device, int seqlen_q,
-                                    int seqlen_k, int window_left, int window_right, int attention_chunk,
-                                    float softmax_scale, float softcap, bool deterministic, int num_splits,
-                                    int max_blocks) {
-  AttnBwdParams params = make_params<AttnBwdParams>();
-  params.seqlen_q = seqlen_q;
-  params.seqlen_k = seqlen_k;
-  params.window_left = window_left;
-  params.window_right = window_right;
-  params.attention_chunk = attention_chunk;
-  params.softmax_scale = softmax_scale;
-  params.softcap = softcap;
-  params.deterministic = deterministic;
-  params.num_splits = num_splits;
-  params.max_blocks = max_blocks;
-  return {find_kernel(family, kernel_id, Direction::kBackward), py::int_(device), params};
-}
-
 constexpr char kRunKnown[] = "run_known";
 constexpr char kRunNew[] = "run_new";
 constexpr char kRunKnownShared[] = "run_known_shared";
 constexpr char kRunNewShared[] = "run_new_shared";
 constexpr char kRunBackward[] = "run_backward";
-constexpr char kCallSignature[] = "call_signature";
-constexpr char kSchedulerMetadata[] = "scheduler_metadata";
 constexpr char kCombine[] = "combine";
 constexpr char kAppendKv[] = "append_kv";
-constexpr char kMergeStates[] = "merge_states";
+constexpr char kRunKnownAppend[] = "run_known_append";
+constexpr char kRememberAppend[] = "remember_append";
+constexpr char kRunKnownMerge[] = "run_known_merge";
+constexpr char kRunNewMerge[] = "run_new_merge";
+constexpr char kRunKnownMetadata[] = "run_known_metadata";
+constexpr char kRunNewMetadata[] = "run_new_metadata";
 
 template <const char* name, auto body, Py_ssize_t expected>
 PyMethodDef method(const char* doc) {
@@ -234,13 +157,16 @@ PyMethodDef methods[] = {
     method<kRunKnownShared, &run_known_shared, 5>("As run_known, over keys that all sequences share."),
     method<kRunNewShared, &run_new_shared, 6>("As run_new, over keys that all sequences share."),
     method<kRunBackward, &run_backward, 9>("Runs a backward call by its BackwardLaunch."),
-    method<kCallSignature, &call_signature, 2>("What validation reads of a call and of further values, as bytes."),
-    method<kSchedulerMetadata, &scheduler_metadata, 21>("Fills scheduler metadata on the device."),
     method<kCombine, &combine, 5>("Merges partial results into one."),
     method<kAppendKv, &append_kv, 20>("Appends new keys and values to a cache, with rotary embedding."),
-    method<kMergeStates, &merge_states, 7>("Merges two attention results."),
-    {"signature", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&signature_of)), METH_FASTCALL,
-     "What validation reads of tensors, as bytes."},
+    method<kRunKnownAppend, &run_known_append, 4>("As run_known, of a call that appends new keys first."),
+    method<kRememberAppend, &remember_append, 5>(
+        "Makes calls known that append first, by the Launch of their attention."),
+    method<kRunKnownMerge, &run_known_merge, 5>("Merges two attention results as one like them before; None: none."),
+    method<kRunNewMerge, &run_new_merge, 8>("Merges two attention results, as all like them then are."),
+    method<kRunKnownMetadata, &run_known_metadata, 6>(
+        "Plans splits by a request like one before; None: there was none."),
+    method<kRunNewMetadata, &run_new_metadata, 10>("Plans splits, as all requests like it then are."),
     {nullptr, nullptr, 0, nullptr},
 };
 
@@ -252,31 +178,32 @@ PYBIND11_MODULE(_C, module) {
   module.def("build_info", &broadhead::build_info,
              "What is installed: {'version', 'families': {name: {'archs', 'cuda', 'kernels', 'path'}}, 'errors': "
              "{name: why}}.");
-  pybind11::class_<broadhead::Launch>(module, "Launch", "What all calls of a kind have in common.")
-      .def(pybind11::init(&broadhead::make_launch), py::kw_only(), py::arg("family"), py::arg("kernel_id"),
-           py::arg("device"), py::arg("out"), py::arg("lse"), py::arg("identity"), py::arg("dispatch"),
-           py::arg("seqlen_q"), py::arg("seqlen_k"), py::arg("window_left"), py::arg("window_right"),
-           py::arg("attention_chunk"), py::arg("softmax_scale"), py::arg("softcap"), py::arg("num_splits"),
-           py::arg("pack_gqa"), py::arg("metadata_tag"), py::arg("heads_per_section"), py::arg("max_blocks"),
-           py::arg("cell_blocks"));
+  pybind11::class_<broadhead::Launch, std::shared_ptr<broadhead::Launch>>(module, "Launch",
+                                                                          "What all calls of a kind have in common.")
+      .def(pybind11::init(&broadhead::make_launch), py::kw_only(), py::arg("call"), py::arg("plan"), py::arg("device"),
+           py::arg("out"), py::arg("lse"), py::arg("identity"), py::arg("dispatch"));
   pybind11::class_<broadhead::BackwardLaunch>(module, "BackwardLaunch", "Of all backward calls of a kind.")
-      .def(pybind11::init(&broadhead::make_backward_launch), py::kw_only(), py::arg("family"), py::arg("kernel_id"),
-           py::arg("device"), py::arg("seqlen_q"), py::arg("seqlen_k"), py::arg("window_left"), py::arg("window_right"),
-           py::arg("attention_chunk"), py::arg("softmax_scale"), py::arg("softcap"), py::arg("deterministic"),
-           py::arg("num_splits"), py::arg("max_blocks"));
+      .def(pybind11::init(&broadhead::make_backward_launch), py::kw_only(), py::arg("call"), py::arg("plan"),
+           py::arg("device"), py::arg("deterministic"));
   module.def(
       "connect",
       [](py::dict records, py::object check_identity, py::object exchange_device, py::object restore_device,
          py::object is_grad_enabled, py::object state, py::object is_plain_type, py::object is_negative,
-         py::object count_modes, py::dict forward_ad, py::object increment_version) {
+         py::object count_modes, py::dict forward_ad, py::object increment_version, py::object empty_like,
+         py::object dtype, py::object remember_metadata) {
         broadhead::connect({records, check_identity, exchange_device, restore_device, is_grad_enabled, state,
-                            is_plain_type, is_negative, count_modes, forward_ad, increment_version});
+                            is_plain_type, is_negative, count_modes, forward_ad, increment_version, empty_like, dtype,
+                            remember_metadata});
       },
       py::kw_only(), py::arg("records"), py::arg("check_identity"), py::arg("exchange_device"),
       py::arg("restore_device"), py::arg("is_grad_enabled"), py::arg("state"), py::arg("is_plain_type"),
       py::arg("is_negative"), py::arg("count_modes"), py::arg("forward_ad"), py::arg("increment_version"),
-      "What running a call needs of Python.");
-  module.def("forget_calls", &broadhead::forget_calls, "Forgets every call that run_known knows.");
+      py::arg("empty_like"), py::arg("dtype"), py::arg("remember_metadata"), "What running a call needs of Python.");
+  module.def("forget_calls", &broadhead::forget_calls, "Forgets every call that is known.");
+  module.def("known_calls_size", &broadhead::known_calls_size,
+             "How many calls are known, and the bytes that they take.");
+  module.def("bound_known_calls", &broadhead::bound_known_calls, py::arg("bytes"),
+             "Bounds what known calls take; 0: as the module is built.");
   py::register_local_exception_translator([](std::exception_ptr exception) {
     try {
       if (exception) std::rethrow_exception(exception);

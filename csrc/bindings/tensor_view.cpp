@@ -123,6 +123,13 @@ const char* name_of(ElementType type) {
   return "another dtype";
 }
 
+bool have_plain_types(PyObject* const* objects, int count) {
+  for (int i = 0; i < count; ++i) {
+    if (objects[i] != Py_None && !has_plain_type(objects[i])) return false;
+  }
+  return true;
+}
+
 TensorView::TensorView(py::handle tensor, const char* function, const char* name, ElementType type, int ndim) {
   if (!read(tensor)) {
     throw BindingError(std::string("_C.") + function + ": " + name + " must be a tensor or None, got " +

@@ -86,6 +86,9 @@ void set_plain_type_test(pybind11::object is_plain_type);
 // Whether that function said so of the type of `tensor`. Reading another one may warn, and gives no memory.
 bool has_plain_type(pybind11::handle tensor);
 
+// The same of all tensors among `count` objects, each a tensor or None.
+bool have_plain_types(PyObject* const* objects, int count);
+
 // The stream that torch works on at `device`: by the exchange API of the tensor's type, else from torch.cuda.
 void* current_stream(pybind11::handle tensor, int device);
 

@@ -9,6 +9,9 @@ from typing import Any, TypedDict
 
 from torch import Tensor
 
+from .call.check import CheckedCall
+from .plan.dispatch import Plan
+
 class Family(TypedDict):
     archs: str  # as compiled: "80;90"
     cuda: tuple[int, int]
@@ -33,26 +36,13 @@ class Launch:
     def __init__(
         self,
         *,
-        family: str,  # of the library that holds the kernel
-        kernel_id: str,
+        call: CheckedCall,
+        plan: Plan,  # with a row and a schedule
         device: int,
         out: Allocation,  # as q with Dv; bf16 for 8-bit q. For calls that pass none
         lse: Allocation,  # fp32 (B, Hq, Sq) or (Hq, T). For calls that want one
         identity: tuple[Any, ...],  # what scheduler metadata must have been made for: arguments of check_identity
         dispatch: tuple[str, str | None, str],  # what last_dispatch() returns
-        seqlen_q: int,
-        seqlen_k: int,
-        window_left: int,
-        window_right: int,
-        attention_chunk: int,
-        softmax_scale: float,
-        softcap: float,
-        num_splits: int,
-        pack_gqa: int,
-        metadata_tag: int,
-        heads_per_section: int,
-        max_blocks: int,
-        cell_blocks: int,
     ) -> None: ...
 
 class BackwardLaunch:
@@ -61,19 +51,10 @@ class BackwardLaunch:
     def __init__(
         self,
         *,
-        family: str,  # of the library that holds the kernel
-        kernel_id: str,
+        call: CheckedCall,
+        plan: Plan,  # with a row and a schedule
         device: int,
-        seqlen_q: int,
-        seqlen_k: int,
-        window_left: int,
-        window_right: int,
-        attention_chunk: int,
-        softmax_scale: float,
-        softcap: float,
         deterministic: bool,
-        num_splits: int,
-        max_blocks: int,
     ) -> None: ...
 
 def connect(
@@ -90,6 +71,9 @@ def connect(
     count_modes: Callable[[], int],  # dispatch modes that are active
     forward_ad: dict[str, Any],  # its "_current_level" is -1 outside forward-mode AD
     increment_version: Callable[[tuple[Tensor, ...]], None],  # tells autograd that tensors were written
+    empty_like: Callable[[Tensor], Tensor],
+    dtype: type,  # torch.dtype
+    remember_metadata: Callable[[Tensor, Any], None],  # notes in `records` what a buffer was made for
 ) -> None: ...  # before any call is run
 def run_known(function: str, need_lse: bool, call: Call, /) -> tuple[Tensor, Tensor | None] | None: ...
 def run_new(launch: Launch, function: str, need_lse: bool, call: Call, /) -> tuple[Tensor, Tensor | None]: ...
@@ -123,32 +107,59 @@ def run_backward(
     /,
 ) -> None: ...
 def forget_calls() -> None: ...
-def signature(*tensors: Tensor | None) -> bytes | None: ...  # the first five also by alignment
-def call_signature(call: Call, others: tuple[Any, ...], /) -> bytes | None: ...  # q, k, v, qv, out also by alignment
-def scheduler_metadata(
-    metadata: Tensor,  # int32 (1 + 4 * round_up(batch, 4),)
-    seqused_k: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    leftpad_k: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    seqused_q: Tensor | None,
-    batch: int,
-    seqlen_q: int,
-    seqlen_k: int,
-    seqlen_k_new: int,
-    window_left: int,
-    window_right: int,
-    attention_chunk: int,
-    rows_per_token: int,
-    heads_in_grid: int,
-    tile_m: int,
-    tile_n: int,
-    num_splits: int,
-    target_ctas: int,
-    metadata_tag: int,
-    stream: int,
+def run_known_append(
+    function: str,
+    need_lse: bool,
+    call: Call,
+    new: tuple[Any, ...],  # the fields of NewKeys (api/append.py)
     /,
-) -> None: ...
+) -> tuple[Tensor, Tensor | None] | None: ...
+def remember_append(
+    dispatch: tuple[str, str | None, str],
+    causal_or_local: bool,
+    call: Call,
+    new: tuple[Any, ...],
+    attention: Call,  # the call behind its append, which ran by a Launch: rotated q, new lengths
+    /,
+) -> bool: ...  # whether there is such a Launch
+def run_known_merge(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor | None, /
+) -> tuple[Tensor, Tensor] | None: ...
+def run_new_merge(
+    device: int,
+    new_out: Allocation,  # as out_a; for calls that pass none
+    new_lse: Allocation,  # as lse_a
+    out_a: Tensor,  # fp32, bf16 or fp16 (B, S, H, Dv) or (T, H, Dv)
+    lse_a: Tensor,  # fp32 (B, H, S) or (H, T)
+    out_b: Tensor,  # as out_a
+    lse_b: Tensor,  # as lse_a
+    out: Tensor | None,  # as out_a, written; may be out_a or out_b
+    /,
+) -> tuple[Tensor, Tensor]: ...
+def known_calls_size() -> tuple[int, int]: ...  # how many calls are known, and the bytes that they take
+def bound_known_calls(bytes: int) -> None: ...  # 0: as the module is built
+def run_known_metadata(
+    cache_seqlens: Tensor,  # int32 (B,)
+    cu_seqlens_q: Tensor | None,  # int32 (B + 1,)
+    cache_leftpad: Tensor | None,  # int32 (B,)
+    out: Tensor | None,  # int32 (1 + 4 * round_up(batch, 4),) or longer, written
+    page_table: Tensor | None,  # int32 (B, max_pages); only its shape is looked at
+    numbers: tuple[Any, ...],  # the other arguments of get_scheduler_metadata
+    /,
+) -> Tensor | None: ...
+def run_new_metadata(
+    device: int,
+    new_metadata: Callable[[Tensor], Tensor],  # given cache_seqlens; for requests that pass no out
+    made_for: Any,  # what remember_metadata is given with each buffer
+    schedule: tuple[int, ...],  # ScheduleNumbers (run/metadata.py)
+    cache_seqlens: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cache_leftpad: Tensor | None,
+    out: Tensor | None,
+    page_table: Tensor | None,
+    numbers: tuple[Any, ...] | None,  # None: no other request is to be run as this one
+    /,
+) -> Tensor: ...
 def combine(
     out_partial: Tensor,  # fp32 (splits, rows, heads, Dv)
     lse_partial: Tensor,  # fp32 (splits, rows, heads)
@@ -177,16 +188,6 @@ def append_kv(
     v_descale: Tensor | None,  # fp32 (B, Hkv)
     rotary_interleaved: int,
     causal_or_local: int,  # q token i is at the position of new token i; else all are at that of the first
-    stream: int,
-    /,
-) -> None: ...
-def merge_states(
-    out_a: Tensor,  # fp32, bf16 or fp16 (B, S, H, Dv) or (T, H, Dv)
-    lse_a: Tensor,  # fp32 (B, H, S) or (H, T)
-    out_b: Tensor,  # as out_a
-    lse_b: Tensor,  # as lse_a
-    out: Tensor,  # as out_a, written; may be out_a or out_b
-    softmax_lse: Tensor,  # as lse_a, written
     stream: int,
     /,
 ) -> None: ...

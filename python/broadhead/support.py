@@ -1,13 +1,26 @@
 """The table: one row is one CUDA kernel. It is the only list of kernels.
 
 Read by ``cmake/generate.py`` (instantiations, C++ registry, the matrix of docs/support.md), by ``plan/dispatch.py``
-(choice, refusals) and by the tests. It imports nothing outside the standard library, so a build without torch can read
-it.
+(choice, refusals) and by the tests. It imports nothing but ``tiles.py`` and the standard library, so a build without
+torch can read it.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+from .tiles import (
+    TEMPLATES,
+    AbsorbedDecodeTile,
+    AbsorbedTile,
+    BackwardTile,
+    DecodeTile,
+    Fp8Tile,
+    HopperTile,
+    Template,
+    Tile,
+    WideTile,
+)
 
 #: Bytes of shared memory one block may use, by device class (CUDA C++ Programming Guide, technical specifications).
 SMEM_99KB = 99 * 1024  # 8.6, 8.9, 12.0
@@ -76,147 +89,6 @@ MASK_FEATURES = ("causal", "window", "attention_chunk", "prefix_lens")
 def id_suffix(dtype: str, kv_dtype: str = "") -> str:
     """What ends a row's id: its dtype, and that of K and V where it is another, as in ``bf16_kve4m3``."""
     return ID_SUFFIXES[dtype] + (f"_kv{ID_SUFFIXES[kv_dtype]}" if kv_dtype else "")
-
-
-class Tile(NamedTuple):
-    """The shape of a CTA's work; the template arguments of ``sm80::ForwardTraits`` in this order."""
-
-    tile_m: int  # query rows
-    tile_n: int  # keys of an n_block
-    warps_m: int  # warps over the rows
-    warps_n: int  # warps over the keys of S and the columns of O
-    stages: int  # stages of the ring of K and V
-    k_chunk: int  # head-dim columns of K in a stage
-    v_chunk: int  # keys of V in a stage
-    v_cols: int  # columns of V in a stage
-    min_blocks: int  # CTAs that must fit an SM: bounds the registers
-
-
-class DecodeTile(NamedTuple):
-    """The shape of a CTA's work in the decode kernels; arguments of ``decode::DecodeTraits`` in this order."""
-
-    tile_m: int  # query rows
-    tile_n: int  # keys of an n_block
-    warps: int
-    key_groups: int  # groups of warps that divide the n_blocks of a tile; the warps of a group divide the columns
-    stages: int  # stages of each warp's ring of K and V
-    min_blocks: int  # as for Tile
-
-
-class AbsorbedDecodeTile(DecodeTile):
-    """The same for absorbed MLA, where q has few columns and is for k, and qv is for v; the last template arguments of
-    ``decode::AbsorbedTraits``."""
-
-
-class HopperTile(NamedTuple):
-    """The shape of a CTA's work in the Hopper kernel; the last template arguments of ``sm90::ForwardTraits``.
-
-    S of an n_block is always in flight beside P V of the n_block before; ``overlap`` 2 has registers for P of both.
-    """
-
-    tile_m: int  # query rows, 64 for each consumer warpgroup
-    tile_n: int  # keys of an n_block
-    stages: int  # stages of K, and as many of V
-    overlap: int  # 1 or 2: how many P the registers hold
-
-    @property
-    def min_blocks(self) -> int:
-        return 1
-
-
-class WideTile(NamedTuple):
-    """The shape of a CTA's work in the wide Hopper kernel; the last template arguments of ``sm90::WideTraits``."""
-
-    tile_m: int  # query rows
-    tile_n: int  # keys of an n_block
-    q_register_cols: int  # head-dim columns of Q that are kept in registers
-    cluster: int  # CTAs that load their K and V together, for neighbouring m_blocks of one head
-
-    @property
-    def min_blocks(self) -> int:
-        return 1
-
-
-class Fp8Tile(NamedTuple):
-    """The shape of a CTA's work in the e4m3 Hopper kernel; the last template arguments of ``sm90::Fp8Traits``."""
-
-    tile_m: int  # query rows, 64 for each consumer warpgroup
-    tile_n: int  # keys of an n_block
-
-    @property
-    def min_blocks(self) -> int:
-        return 1
-
-
-class AbsorbedTile(WideTile):
-    """The same for absorbed MLA, where q has few columns and is for k, and qv is for v, the rest of the key; the last
-    template arguments of ``sm90::AbsorbedTraits``. ``q_register_cols`` are columns of qv."""
-
-
-class BackwardTile(NamedTuple):
-    """The shape of one CTA's work in the portable backward kernels; the last template arguments of
-    ``sm80::BackwardTraits``.
-
-    One kernel keeps a tile of keys and gives dK and dV, the other keeps a tile of queries and gives dQ.
-
-    rows: keys or queries that are kept; cols: queries or keys that stream by at a time; warps_rows, warps_cols: groups
-    of warps that share rows, and warps of a group, which divide the columns; stages: buffers for what streams by;
-    min_blocks: as for ``Tile``.
-    """
-
-    rows: int
-    cols: int
-    warps_rows: int
-    warps_cols: int
-    stages: int
-    min_blocks: int
-
-    @property
-    def tile_m(self) -> int:
-        return self.rows
-
-    @property
-    def tile_n(self) -> int:
-        return self.cols
-
-
-class Template(NamedTuple):
-    """The C++ templates behind a tile class, and how its launches divide their work."""
-
-    header: str  # below csrc
-    traits: str
-    launcher: str
-    workspace: str  # tells how much scratch a call needs
-    takes_head_dim_v: bool  # as a template argument behind head_dim
-    whole_tokens: bool  # with packed GQA a tile holds whole tokens; else the heads of a token may straddle two tiles
-    of_kv_dtype: bool = False  # the traits name the dtype of K and V; q of any dtype that goes with it is read as it is
-
-
-def _hopper(folder: str, traits: str, launcher: str) -> Template:
-    """The templates of a persistent kernel in a folder of sm90."""
-    header = f"sm90/{folder}/launch.cuh"
-    return Template(header, f"sm90::{traits}", f"sm90::{launcher}", "tma::persistent_workspace", True, True)
-
-
-_DECODE = Template(
-    "decode/launch.cuh", "decode::DecodeTraits", "decode::launch_decode", "decode::decode_workspace", False, False, True
-)
-TEMPLATES: dict[type, Template] = {
-    Tile: Template(
-        "sm80/forward/launch.cuh", "sm80::ForwardTraits", "sm80::launch_forward", "sm80::forward_workspace", False,
-        False,
-    ),
-    DecodeTile: _DECODE,
-    AbsorbedDecodeTile: _DECODE._replace(traits="decode::AbsorbedTraits", takes_head_dim_v=True, of_kv_dtype=False),
-    HopperTile: _hopper("forward", "ForwardTraits", "launch_forward"),
-    WideTile: _hopper("forward_wide", "WideTraits", "launch_wide"),
-    Fp8Tile: _hopper("forward_fp8", "Fp8Traits", "launch_fp8"),
-    AbsorbedTile: _hopper("forward_wide", "AbsorbedTraits", "launch_wide"),
-    BackwardTile: Template(
-        "sm80/backward/launch.cuh", "sm80::BackwardTraits", "sm80::launch_backward", "sm80::backward_workspace", False,
-        False,
-    ),
-}  # fmt: skip
 
 
 class KernelRow(NamedTuple):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from broadhead.call.validation import MAX_SPLITS
-from broadhead.run import metadata as metadata_module
+from broadhead.run import metadata_records
 from spelled_calls import (
     CALLS,
     COMMON,
@@ -137,21 +137,13 @@ def test_metadata_takes_the_same() -> None:
         same(got, expected)
 
 
-def test_metadata_is_not_remembered_by_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The value of a tensor may change between two calls; the metadata of a device is remembered by its arguments."""
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
-    monkeypatch.setattr(metadata_module, "_prepared", {})
-    sizes = []
-    monkeypatch.setattr(
-        metadata_module, "fill", lambda prepared, *_: sizes.append(prepared.request.problem.window_left)
-    )
-    lengths, left = int32(7, 5), torch.tensor(3)
-    for window in ((left, 0), (left, 0), torch.tensor([8, 0])):
-        broadhead.get_scheduler_metadata(**{**metadata(), "cache_seqlens": lengths}, window_size=window)
+def test_metadata_reads_a_tensor_each_time() -> None:
+    """The value of a tensor may change between two calls."""
+    left = torch.tensor(3)
+    for window, expected in (((left, 0), 3), ((left, 0), 4), (torch.tensor([8, 0]), 8)):
+        made = broadhead.get_scheduler_metadata(**metadata(), window_size=window)
+        assert metadata_records.filled[made.data_ptr()].made_for.config.window_left == expected
         left += 1
-    assert sizes == [3, 4, 8] and not metadata_module._prepared
-    broadhead.get_scheduler_metadata(**{**metadata(), "cache_seqlens": lengths}, window_size=(3, 0))
-    assert len(metadata_module._prepared) == 1
 
 
 def test_num_splits_to_256() -> None:

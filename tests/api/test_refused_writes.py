@@ -7,11 +7,7 @@ from typing import Any
 import broadhead
 import pytest
 import torch
-from broadhead.api import append as append_call
 from broadhead.api import shared_prefix
-from broadhead.api.append import NewKeys, append_new_keys
-from broadhead.call.arguments import AttentionArgs
-from broadhead.run import signature
 from entries import Entry, backward_entries, entries
 from torch import Tensor
 
@@ -98,53 +94,6 @@ def test_a_prefix_that_no_kernel_takes_is_refused_before_out_is_written(monkeypa
     with pytest.raises(broadhead.UnsupportedError, match="no kernel takes"):
         entry.function(**given, **entry.values)
     assert calls == ["second"] and torch.equal(given["out"], before)
-
-
-class DeviceTensor(Tensor):
-    """A CPU tensor that passes for one of a device."""
-
-    is_cuda = True
-
-
-def test_a_known_append_is_checked_before_it_writes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Values that are equal to Python are not one value; metadata is compared for known calls, too."""
-    appended: list[bool] = []
-    validated: list[Any] = []
-
-    def on_device(x: Tensor) -> Tensor:
-        return x.as_subclass(DeviceTensor)
-
-    def launch(call: append_call.Append) -> tuple[None, Tensor]:
-        appended.append(call.causal_or_local)
-        return None, call.cache_seqlens
-
-    monkeypatch.setattr(append_call, "_known", {})
-    monkeypatch.setattr(append_call, "runs_as_operator", lambda *values: False)
-    monkeypatch.setattr(append_call, "plain_fields", lambda function, args, written: args)
-    monkeypatch.setattr(append_call, "_plain_new", lambda function, new: new)
-    monkeypatch.setattr(append_call, "kernel_obstacle", lambda call: None)
-    monkeypatch.setattr(append_call, "_validate", lambda function, args, new: validated.append(args.causal) or True)
-    monkeypatch.setattr(append_call, "launch_append", launch)
-    monkeypatch.setattr(append_call, "run_append", lambda call, backend: launch(call))
-    monkeypatch.setattr(signature, "_call_signature", signature._call_signature_in_python)
-    entry = WRITING["append"]
-    t = entry.tensors
-    lengths = t["cache_seqlens"]
-    wanted, other = planned(entry, headdim=64), planned(entry, headdim=128)
-    args = AttentionArgs(
-        on_device(t["q"]), t["k_cache"], t["v_cache"], seqused_k=lengths, page_table=t["page_table"], causal=True,
-        num_splits=0, scheduler_metadata=wanted,
-    )  # fmt: skip
-    new = NewKeys(t["k"], t["v"], None, None, None, None, True)
-    for _ in range(2):
-        append_new_keys("flash_attn_with_kvcache", args, new)
-    assert (len(appended), len(validated)) == (2, 1), "the second is known"
-    with pytest.raises(broadhead.InvalidArgumentError, match="headdim"):
-        append_new_keys("flash_attn_with_kvcache", args._replace(scheduler_metadata=other), new)
-    assert len(appended) == 2
-    for changed in ({"causal": 1}, {"softcap": 0}, {"sm_margin": 0.0}):
-        append_new_keys("flash_attn_with_kvcache", args._replace(**changed, scheduler_metadata=None), new)
-    assert len(validated) == 4, "1 is not True, and 0 is not 0.0"
 
 
 def test_backward_gradients_are_checked_before_any_is_written() -> None:

@@ -26,7 +26,7 @@ _right, _mode = flash_attn_with_kvcache, pathlib.Path(__file__).with_name("mode"
 
 def flash_attn_with_kvcache(*args, **kwargs):
     if _mode.read_text() == "slow":
-        time.sleep(0.05)
+        time.sleep(0.8)
     if _mode.read_text() == "fail":
         raise OSError("no")
     return _right(*args, **kwargs)
@@ -53,8 +53,12 @@ def workers(two: tuple[Path, Path]) -> Iterator[tuple[Worker, Worker]]:
         worker.stop()
 
 
+#: The new side may take so many times as long: other work on the machine makes a side look slower.
+TOLERANCE = 3.0
+
+
 def compare_rows(workers: tuple[Worker, Worker]) -> tuple[list[Compared], list[str]]:
-    return compare.compare_kernels(*workers, torch.device("cpu"), "", 3.0, rounds=1)
+    return compare.compare_kernels(*workers, torch.device("cpu"), "", TOLERANCE, rounds=1)
 
 
 def test_two_installations(two: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,7 +84,7 @@ def test_what_befalls_a_side_is_told(mode: str, workers: tuple[Worker, Worker], 
         assert results == [] and complaints == ["torch short: new: OSError: no"]
         return
     assert complaints == []
-    assert (compare.too_slow(results, 3.0, 0.5) == results) == (mode == "slow"), results
+    assert (compare.too_slow(results, TOLERANCE, 0.5) == results) == (mode == "slow"), results
 
 
 def test_a_row_that_one_side_lacks_is_told(workers: tuple[Worker, Worker], monkeypatch: pytest.MonkeyPatch) -> None:

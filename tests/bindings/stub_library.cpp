@@ -1,7 +1,11 @@
-// A kernel library without kernels: keeps the last argument block as text, so that a test can read what was packed.
+// A kernel library without kernels: keeps the argument blocks of its launches as text, so that a test can read what was
+// packed.
 #include <chrono>
 #include <cstdio>
 #include <cstring>
+#include <deque>
+#include <mutex>
+#include <string>
 #include <thread>
 
 #include "host/params.h"
@@ -13,7 +17,23 @@
 
 namespace {
 
-char text[4096] = "";
+// The last launches, the newest one at the end: "entry=NAME", then a line for each field.
+constexpr std::size_t kMostLaunches = 64;
+std::deque<std::string> launches;
+std::mutex launches_mutex;
+
+// While it lives, what is put belongs to one launch.
+class Launch {
+ public:
+  explicit Launch(const char* entry) : lock_(launches_mutex) {
+    if (launches.size() == kMostLaunches) launches.pop_front();
+    launches.push_back(std::string("entry=") + entry + "\n");
+  }
+
+ private:
+  std::lock_guard<std::mutex> lock_;
+};
+
 using broadhead::DataType;
 using broadhead::Direction;
 using broadhead::KernelInfo;
@@ -26,6 +46,9 @@ constexpr KernelInfo kernel(const char* id, Direction direction, Phase phase, Da
 
 constexpr auto kForward = Direction::kForward;
 const KernelInfo kKernels[] = {
+#ifdef STUB_KERNELS
+#include STUB_KERNELS
+#else
     kernel("sm80_fwd_d64_bf16", kForward, Phase::kPrefill, DataType::kBFloat16, DataType::kBFloat16),
     kernel("counting", kForward, Phase::kPrefill, DataType::kFloat16, DataType::kFloat16),
     kernel("prefill_8_bit", kForward, Phase::kPrefill, DataType::kFloat8E4M3, DataType::kFloat8E4M3),
@@ -34,30 +57,26 @@ const KernelInfo kKernels[] = {
     kernel("decode_bf16_kve4m3", kForward, Phase::kDecode, DataType::kBFloat16, DataType::kFloat8E4M3),
     kernel("decode_fp16_kve4m3", kForward, Phase::kDecode, DataType::kFloat16, DataType::kFloat8E4M3),
     kernel("backward_bf16", Direction::kBackward, Phase::kPrefill, DataType::kBFloat16, DataType::kBFloat16),
+#endif
 };
 constexpr int kKernelCount = sizeof(kKernels) / sizeof(kKernels[0]);
-constexpr int kCounting = 1;
 
-void put(const char* name, long long value) {
-  const std::size_t length = std::strlen(text);
-  std::snprintf(text + length, sizeof(text) - length, "%s=%lld\n", name, value);
-}
+bool counts_tiles(int index) { return std::strcmp(kKernels[index].id, "counting") == 0; }
+
+void put(const char* name, const std::string& value) { launches.back() += std::string(name) + "=" + value + "\n"; }
+
+void put(const char* name, long long value) { put(name, std::to_string(value)); }
 
 void put(const char* name, const void* pointer) {
   put(name, static_cast<long long>(reinterpret_cast<std::intptr_t>(pointer)));
 }
 
 void put(const char* name, const broadhead::TensorStrides& strides) {
-  const std::size_t length = std::strlen(text);
-  std::snprintf(text + length, sizeof(text) - length, "%s=%lld,%lld,%lld\n", name,
-                static_cast<long long>(strides.batch), static_cast<long long>(strides.row),
-                static_cast<long long>(strides.head));
+  put(name, std::to_string(strides.batch) + "," + std::to_string(strides.row) + "," + std::to_string(strides.head));
 }
 
 void put(const char* name, const broadhead::DescaleStrides& strides) {
-  const std::size_t length = std::strlen(text);
-  std::snprintf(text + length, sizeof(text) - length, "%s=%lld,%lld\n", name, static_cast<long long>(strides.batch),
-                static_cast<long long>(strides.head));
+  put(name, std::to_string(strides.batch) + "," + std::to_string(strides.head));
 }
 
 // A launch that waits, as launches do while the queue of a device is full: of `size` 77.
@@ -66,15 +85,24 @@ void wait_if_asked(long long size) {
 }
 
 void put_float(const char* name, float value) {
-  const std::size_t length = std::strlen(text);
-  std::snprintf(text + length, sizeof(text) - length, "%s=%.9g\n", name, static_cast<double>(value));
+  char digits[32];
+  std::snprintf(digits, sizeof(digits), "%.9g", static_cast<double>(value));
+  put(name, std::string(digits));
 }
 
 }  // namespace
 
 #define PUT(field) put(#field, p.field)
 
-BROADHEAD_EXPORT const char* stub_text() { return text; }
+// The launches since they were asked for last, an empty line behind each; `forget` drops them.
+BROADHEAD_EXPORT const char* stub_launches(int forget) {
+  const std::lock_guard<std::mutex> lock(launches_mutex);
+  static std::string text;
+  text.clear();
+  for (const std::string& launch : launches) text += launch + "\n";
+  if (forget) launches.clear();
+  return text.c_str();
+}
 
 std::uint32_t broadhead_abi_version() { return STUB_ABI_VERSION; }
 const char* broadhead_build_archs() { return "80;90"; }
@@ -85,14 +113,14 @@ const KernelInfo* broadhead_kernel_info(int index) { return &kKernels[index]; }
 std::int64_t broadhead_forward_workspace(int index, const broadhead::AttnParams* params) {
   if (params->batch <= 0 || params->q == nullptr) return -1;  // whatever it depends on is there by now
   if (kKernels[index].phase == Phase::kDecode) return 4ll * params->max_blocks;
-  return broadhead::split_workspace_bytes(*params, index == kCounting);
+  return broadhead::split_workspace_bytes(*params, counts_tiles(index));
 }
 
 int broadhead_forward(int index, const broadhead::AttnParams* params, void* stream, char* error,
                       std::size_t error_size) {
   const broadhead::AttnParams& p = *params;
   wait_if_asked(p.attention_chunk);
-  text[0] = '\0';
+  const Launch launch("forward");
   if (p.softcap < 0) {
     std::snprintf(error, error_size, "%s: launch: the stub was asked to fail", kKernels[index].id);
     return 1;
@@ -127,7 +155,7 @@ int broadhead_backward(int index, const broadhead::AttnBwdParams* params, void* 
                        std::size_t error_size) {
   const broadhead::AttnBwdParams& p = *params;
   wait_if_asked(p.attention_chunk);
-  text[0] = '\0';
+  const Launch launch("backward");
   if (p.softcap < 0) {
     std::snprintf(error, error_size, "%s: launch: the stub was asked to fail", kKernels[index].id);
     return 1;
@@ -151,7 +179,7 @@ int broadhead_backward(int index, const broadhead::AttnBwdParams* params, void* 
 int broadhead_scheduler_metadata(const broadhead::SchedulerMetadataParams* params, void* stream, char*, std::size_t) {
   const broadhead::SchedulerMetadataParams& p = *params;
   wait_if_asked(p.seqlen_k);
-  text[0] = '\0';
+  const Launch launch("scheduler_metadata");
   put("stream", stream);
   put("struct_size_fits", p.struct_size == sizeof(broadhead::SchedulerMetadataParams));
   PUT(metadata), PUT(seqused_k), PUT(cu_seqlens_k), PUT(leftpad_k), PUT(cu_seqlens_q), PUT(seqused_q);
@@ -164,7 +192,7 @@ int broadhead_scheduler_metadata(const broadhead::SchedulerMetadataParams* param
 int broadhead_combine(const broadhead::CombineParams* params, void* stream, char*, std::size_t) {
   const broadhead::CombineParams& p = *params;
   wait_if_asked(p.rows);
-  text[0] = '\0';
+  const Launch launch("combine");
   put("stream", stream);
   put("struct_size_fits", p.struct_size == sizeof(broadhead::CombineParams));
   PUT(out_partial), PUT(lse_partial), PUT(out), PUT(softmax_lse), PUT(out_partial_split_stride);
@@ -177,7 +205,7 @@ int broadhead_combine(const broadhead::CombineParams* params, void* stream, char
 int broadhead_append_kv(const broadhead::AppendKvParams* params, void* stream, char* error, std::size_t error_size) {
   const broadhead::AppendKvParams& p = *params;
   wait_if_asked(p.block_size);
-  text[0] = '\0';
+  const Launch launch("append_kv");
   if (p.seqlen_new == 99) {
     std::snprintf(error, error_size, "append_kv: launch: the stub was asked to fail");
     return 1;
@@ -201,7 +229,7 @@ int broadhead_append_kv(const broadhead::AppendKvParams* params, void* stream, c
 int broadhead_merge_states(const broadhead::MergeStatesParams* params, void* stream, char*, std::size_t) {
   const broadhead::MergeStatesParams& p = *params;
   wait_if_asked(p.seqlen);
-  text[0] = '\0';
+  const Launch launch("merge_states");
   put("stream", stream);
   put("struct_size_fits", p.struct_size == sizeof(broadhead::MergeStatesParams));
   PUT(out_a), PUT(out_b), PUT(out), PUT(lse_a), PUT(lse_b), PUT(softmax_lse), PUT(out_a_strides);

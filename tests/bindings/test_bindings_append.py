@@ -1,11 +1,11 @@
-"""_C.append_kv and _C.merge_states without a GPU: what they pack, by the stub kernel library, and what they refuse."""
+"""Appends and merges without a GPU: what is packed, by the stub kernel library, refused, and known the next time."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from test_bindings import pytestmark, run, stub  # noqa: F401
+from stub_process import pytestmark, run, stub  # noqa: F401
 
 APPEND = """
 def append(T, **changes):
@@ -35,11 +35,21 @@ def merge(T, **changes):
     a = dict(
         out_a=T(1 << 12, (2, 3, 4, 32)), lse_a=T(2 << 12, (2, 4, 3), F32), out_b=T(3 << 12, (2, 3, 4, 32)),
         lse_b=T(4 << 12, (2, 4, 3), F32, strides=(1, 2, 8)), out=T(5 << 12, (2, 3, 4, 32), strides=(960, 320, 40, 1)),
-        softmax_lse=T(6 << 12, (2, 4, 3), F32), stream=0,
-    )
+        softmax_lse=T(6 << 12, (2, 4, 3), F32))
     a.update(changes)
-    _C.merge_states(*a.values())
+    lse = a.pop("softmax_lse")
+    made = [(lambda t: new_out, None, None), (lambda t: lse, None, None)]
+    out, result = _C.run_new_merge(0, *made, *a.values())
+    assert out is (new_out if a["out"] is None else a["out"]) and result is lse
     return last_call(library)
+
+def known_merge(T, **changes):
+    a = dict(
+        out_a=T(7 << 12, (2, 3, 4, 32)), lse_a=T(8 << 12, (2, 4, 3), F32), out_b=T(9 << 12, (2, 3, 4, 32)),
+        lse_b=T(10 << 12, (2, 4, 3), F32, strides=(1, 2, 8)), out=T(11 << 12, (2, 3, 4, 32), strides=(960, 320, 40, 1)))
+    return _C.run_known_merge(*(a | changes).values())
+
+new_out = ExchangeTensor(12 << 12, (2, 3, 4, 32))
 """
 
 
@@ -159,11 +169,11 @@ def test_merge_states(stub: Path, kind: str) -> None:  # noqa: F811
         MERGE
         + f"""
 T = {kind}
-got = merge(T, stream=5)
+got = merge(T)
 wanted = dict(out_a=1 << 12, lse_a=2 << 12, out_b=3 << 12, lse_b=4 << 12, out=5 << 12, softmax_lse=6 << 12,
               out_a_strides="384,128,32", out_b_strides="384,128,32", out_strides="960,320,40", lse_a_strides="12,1,3",
-              lse_b_strides="1,8,2", lse_strides="12,1,3", batch=2, seqlen=3, heads=4, head_dim_v=32, dtype=1, stream=5,
-              struct_size_fits=1)
+              lse_b_strides="1,8,2", lse_strides="12,1,3", batch=2, seqlen=3, heads=4, head_dim_v=32, dtype=1,
+              stream=CURRENT_STREAM, struct_size_fits=1)
 assert got == {{name: str(value) for name, value in wanted.items()}}, got
 packed, lse = T(4096, (9, 4, 32), F32), T(8192, (4, 9), F32)
 got = merge(T, out_a=packed, out_b=packed, out=packed, lse_a=lse, lse_b=lse, softmax_lse=lse)
@@ -180,5 +190,178 @@ for changes, words in (
 ):
     text = error(lambda: merge(T, **changes))
     assert words in text, text
+""",
+    )
+
+
+def test_a_known_merge(stub: Path) -> None:  # noqa: F811
+    """Only addresses come from the call itself; what validation could tell apart is no known call."""
+    run(
+        stub,
+        MERGE
+        + """
+T = ExchangeTensor
+assert known_merge(T) is None
+merge(T)
+out, lse = known_merge(T)
+got = last_call(library)
+pages = dict(out_a=7, lse_a=8, out_b=9, lse_b=10, out=11, softmax_lse=6)
+assert {name: got[name] for name in pages} == {name: str(page << 12) for name, page in pages.items()}, got
+assert out.data_ptr() == 11 << 12 and lse.data_ptr() == 6 << 12 and hooks.written == [5 << 12, 11 << 12]
+assert got["out_strides"] == "960,320,40" and got["lse_b_strides"] == "1,8,2"
+plain = T(7 << 12, (2, 3, 4, 32))
+for change in (dict(out=None), dict(out_a=T(4096, (2, 3, 4, 32), F32)), dict(out_b=T(4104, (2, 3, 4, 32))),
+               dict(lse_a=T(4096, (2, 4, 5), F32)), dict(out=plain), dict(lse_b=None), dict(out_a=7)):
+    assert known_merge(T, **change) is None, change
+class Other(ExchangeTensor):
+    pass
+assert known_merge(T, lse_a=Other(4096, (2, 4, 3), F32)) is None
+negated = T(7 << 12, (2, 3, 4, 32))
+negated.is_negative = True
+assert known_merge(T, out_a=negated) is None
+hooks.grad, plain.requires_grad = True, True
+assert known_merge(T, out_a=plain) is None and known_merge(T) is not None
+hooks.grad, hooks.modes = False, 1
+assert known_merge(T) is None
+""",
+    )
+
+
+APPENDING = """
+NEW_NAMES = ("k", "v", "cu_seqlens_k_new", "rotary_cos", "rotary_sin", "rotary_seqlens", "rotary_interleaved")
+READ = dict(leftpad_k=None, prefix_lens=None, attention_chunk=0)
+
+def fresh(T, **changes):
+    a = dict(k=T(20 << 12, (2, 3, 2, 64)), v=T(21 << 12, (2, 3, 2, 32)), cu_seqlens_k_new=None,
+             rotary_cos=T(22 << 12, (112, 16), F32), rotary_sin=T(23 << 12, (112, 16), F32), rotary_seqlens=None,
+             rotary_interleaved=True)
+    assert tuple(a) == NEW_NAMES and not set(changes) - set(a)
+    return tuple((a | changes).values())
+
+def known_append(T, new={}, need_lse=True, **changes):
+    return _C.run_known_append("known", need_lse, arguments(T, **READ | changes), fresh(T, **new))
+
+def remember_append(T, new={}, launch={}, causal_or_local=True, **changes):
+    # Attention runs on the rotated q and the new lengths.
+    behind = arguments(T, **READ | dict(q=T(24 << 12, (2, 3, 4, 64)), seqused_k=T(25 << 12, (2,), INT)) | changes)
+    _C.run_new(make_launch(T, attention_chunk=0, **launch), "new", True, behind)
+    dispatch = ("cuda", "append_kv", "why")
+    return _C.remember_append(dispatch, causal_or_local, arguments(T, **READ | changes), fresh(T, **new), behind)
+"""
+
+
+def test_a_known_append_is_one_launch_of_two_kernels(stub: Path) -> None:  # noqa: F811
+    run(
+        stub,
+        APPENDING
+        + """
+T = ExchangeTensor
+assert known_append(T) is None
+assert remember_append(T) is True
+hooks.written.clear()
+out, lse = known_append(T, scheduler_metadata=T(30 << 12, (17,), INT))
+append, attention = last_call(library, "append_kv"), last_call(library)
+rotated, lengths = hooks.made
+assert rotated.shape == (2, 3, 4, 64) and lengths.shape == (2,)
+wanted = dict(k_cache=2 << 12, v_cache=3 << 12, k_new=20 << 12, v_new=21 << 12, q=1 << 12, q_out=rotated.data_ptr(),
+              rotary_cos=22 << 12, rotary_sin=23 << 12, cache_seqlens=8 << 12, seqlens_out=lengths.data_ptr(),
+              page_table=11 << 12, cache_batch_idx=10 << 12, rotary_interleaved=1, causal_or_local=1, batch=2,
+              stream=CURRENT_STREAM)
+assert {name: append[name] for name in wanted} == {name: str(value) for name, value in wanted.items()}, append
+assert attention["q"] == str(rotated.data_ptr()) and attention["seqused_k"] == str(lengths.data_ptr()), attention
+assert attention["scheduler_metadata"] == str(30 << 12) and attention["k"] == str(2 << 12)
+assert hooks.written == [2 << 12, 3 << 12, 4 << 12], "both caches and out"
+assert hooks.append == ("cuda", "append_kv", "why") and hooks.last == ("cuda", "row", "why")
+# Without rotary q is attention's own.
+no_rotary = dict(rotary_cos=None, rotary_sin=None)
+remember_append(T, no_rotary, sm_margin=1)
+hooks.made.clear()
+known_append(T, no_rotary, sm_margin=1)
+append, attention = last_call(library, "append_kv"), last_call(library)
+assert append["q"] == append["q_out"] == append["rotary_cos"] == "0" and attention["q"] == str(1 << 12)
+assert len(hooks.made) == 1 and attention["seqused_k"] == append["seqlens_out"]
+""",
+    )
+
+
+def test_appends_that_differ_are_not_known(stub: Path) -> None:  # noqa: F811
+    run(
+        stub,
+        APPENDING
+        + """
+T = ExchangeTensor
+remember_append(T)
+for changes in (dict(causal=1), dict(softcap=29.0), dict(q=T((1 << 12) + 8, (2, 3, 4, 64))), dict(out=None),
+                dict(seqused_k=None), dict(k_descale=T(4096, (2, 2), F32)), dict(backend="cuda"),
+                dict(num_splits=6.0), dict(q=T(1 << 12, (2, 3, 4, 64), is_cuda=False))):
+    assert known_append(T, **changes) is None, changes
+for new in (dict(k=T(4096, (2, 4, 2, 64))), dict(v=T(4096, (2, 3, 2, 32), FP8)), dict(rotary_interleaved=False),
+            dict(rotary_interleaved=1), dict(rotary_seqlens=T(4096, (2,), INT)), dict(rotary_cos=None), dict(k=None),
+            dict(cu_seqlens_k_new=T(4096, (3,), INT)), dict(k=7)):
+    assert known_append(T, new) is None, new
+learning, negated = T(20 << 12, (2, 3, 2, 64)), T(20 << 12, (2, 3, 2, 64))
+learning.requires_grad = negated.is_negative = True
+assert known_append(T, dict(k=negated)) is None
+hooks.grad = True
+assert known_append(T, dict(k=learning)) is None and known_append(T) is not None
+hooks.grad, hooks.modes = False, 1
+assert known_append(T) is None
+hooks.modes = 0
+assert known_append(T) is not None
+# Attention that did not run by a Launch makes no append known.
+call = arguments(T, **READ | dict(sm_margin=5))
+assert _C.remember_append(None, True, call, fresh(T), call) is False and known_append(T, sm_margin=5) is None
+""",
+    )
+
+
+def test_a_refused_append_has_written_nothing(stub: Path) -> None:  # noqa: F811
+    """Metadata of another call is refused before the first of the two launches."""
+    run(
+        stub,
+        APPENDING
+        + """
+T = ExchangeTensor
+remember_append(T)
+known_append(T)
+before = last_call(library, "append_kv")
+hooks.written.clear()
+def refuse(*arguments):
+    raise ValueError("made for another call")
+connect(check_identity=refuse)
+hooks.records[14 << 12] = "another"
+for _ in range(2):
+    try:
+        known_append(T, dict(k=T(40 << 12, (2, 3, 2, 64))))
+    except ValueError:
+        assert last_call(library, "append_kv") == before and hooks.written == []
+    else:
+        raise AssertionError("it ran")
+""",
+    )
+
+
+def test_known_calls_are_bounded_in_bytes(stub: Path) -> None:  # noqa: F811
+    """Calls of every kind count together; at the bound all are forgotten, and what runs then is remembered."""
+    run(
+        stub,
+        MERGE
+        + APPENDING
+        + """
+T = ExchangeTensor
+sizes = []
+for remember in (lambda: remember_append(T), lambda: merge(T)):
+    remember()
+    sizes.append(_C.known_calls_size())
+(first, bytes_of_two), (second, all_bytes) = sizes
+assert (first, second) == (2, 3) and 2000 < bytes_of_two < all_bytes < 20000, sizes
+merge(T)
+assert _C.known_calls_size() == (3, all_bytes), "it was known"
+_C.bound_known_calls(all_bytes)
+merge(T, out=None)
+assert _C.known_calls_size()[0] == 1 and known_merge(T) is None and known_merge(T, out=None) is not None
+_C.bound_known_calls(0)
+_C.forget_calls()
+assert _C.known_calls_size() == (0, 0)
 """,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_bindings import pytestmark, run, stub  # noqa: F401
+from stub_process import pytestmark, run, stub  # noqa: F401
 
 BACKWARD = """
 ROW = "backward_bf16"
@@ -14,7 +14,8 @@ def make_backward(**changes):
     a = dict(family="sm80", kernel_id=ROW, device=0, seqlen_q=3, seqlen_k=5, window_left=7, window_right=2,
              attention_chunk=9, softmax_scale=0.125, softcap=30.0, deterministic=True, num_splits=6, max_blocks=11)
     assert not set(changes) - set(a), changes
-    return _C.BackwardLaunch(**a | changes)
+    a |= changes
+    return _C.BackwardLaunch(**decision(a), **a)
 
 def backward_arguments(T, **changes):
     # 2 sequences of 3 queries and 5 keys, 4 heads over 2 KV heads, head_dim 64, head_dim_v 32.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_bindings import pytestmark, run, stub  # noqa: F401
+from stub_process import pytestmark, run, stub  # noqa: F401
 
 DECODE = """
 def decode(T, kernel="bf16", **changes):

@@ -5,15 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_bindings import pytestmark, run, stub  # noqa: F401
-
-KNOWN = """
-def known(T, need_lse=True, **changes):
-    return _C.run_known("known", need_lse, arguments(T, **changes))
-
-def remember(T, launch={}, **changes):
-    return _C.run_new(make_launch(T, **launch), "new", True, arguments(T, **changes))
-"""
+from stub_process import KNOWN, pytestmark, run, stub  # noqa: F401
 
 
 @pytest.mark.parametrize("kind", ["AttributeTensor", "ExchangeTensor"])

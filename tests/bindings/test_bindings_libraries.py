@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_bindings import compile_stub, pytestmark, run, stub  # noqa: F401
+from stub_process import compile_stub, pytestmark, run, stub  # noqa: F401
 
 
 def test_build_info(stub: Path) -> None:  # noqa: F811

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_bindings import pytestmark, run, stub  # noqa: F401
-from test_bindings_known_calls import KNOWN
+from stub_process import KNOWN, pytestmark, run, stub  # noqa: F401
 
 #: A call of each function that launches, by lambdas of a function that makes its tensors.
 READERS = """
@@ -15,17 +14,18 @@ def chunks(T, size):
 
 # name -> (its tensors, how it is called with them, the size that makes the stub wait)
 def metadata_of(t, size=64):
-    return _C.scheduler_metadata(*t, 2, 1, size, 0, -1, -1, 0, 1, 1, 16, 64, 1, 132, 7, -1)
+    schedule = (2, 1, size, 0, -1, -1, 0, 1, 1, 16, 64, 1, 132, 7)
+    return _C.run_new_metadata(0, None, "made for", schedule, *t, None)
 def combine_of(t):
     return _C.combine(*t, -1)
 def append_of(t):
     return _C.append_kv(*t, 1, 0, -1)
 def merge_of(t):
-    return _C.merge_states(*t, -1)
+    return _C.run_new_merge(0, *((lambda _: made, None, None) for made in (None, t[5])), *t[:5])
 def readers(T, size=16):
     return {
-        "metadata": (metadata_of, [T(1 << 12, (17,), INT), T(2 << 12, (2,), INT), T(3 << 12, (3,), INT),
-                                   T(4 << 12, (2,), INT), T(5 << 12, (3,), INT), T(6 << 12, (2,), INT)]),
+        "metadata": (metadata_of, [T(1 << 12, (2,), INT), T(2 << 12, (3,), INT), T(3 << 12, (2,), INT),
+                                   T(4 << 12, (17,), INT), T(5 << 12, (2, 7), INT)]),
         "combine": (combine_of, [T(1 << 12, (3, size, 4, 32), F32), T(2 << 12, (3, size, 4), F32),
                                  T(3 << 12, (size, 4, 32)), T(4 << 12, (size, 4), F32)]),
         "append": (append_of, [
@@ -66,9 +66,6 @@ for name, value in given.items():
         call = tuple((given | {{name: without_memory(value)}}).values())
         assert "no memory of its own" in error(lambda: _C.run_new(make_launch(T), "new", True, call)), name
         assert _C.run_known("known", True, call) is None, name
-        assert _C.signature(without_memory(value)) is None
-# A tensor without elements has no memory either.
-assert _C.signature(T(0, (0, 4), F32)) is not None
 """,
     )
 
@@ -90,9 +87,6 @@ for name, value in given.items():
     if isinstance(value, T):
         other = Other(value.data_ptr(), value.shape, value.dtype, value.stride())
         assert known(T, **qv | {name: other}) is None, name
-        assert _C.signature(value, other) is None and _C.signature(value, value) is not None
-        assert _C.call_signature(tuple((given | {name: other}).values()), ()) is None, name
-assert _C.call_signature(tuple(given.values()), (other,)) is None
 """,
     )
 
@@ -114,11 +108,10 @@ def negated(name):
     return tuple(given.values())
 for name in floats:
     assert _C.run_known("known", True, negated(name)) is None, name
-    assert _C.call_signature(negated(name), ()) is None, name
 hooks.modes = 1
-assert known(T, **more) is None and _C.signature(T(4096, (1,), F32)) is None, "FakeTensorMode and its like"
+assert known(T, **more) is None, "FakeTensorMode and its like"
 hooks.modes, hooks.forward_ad["_current_level"] = 0, 0
-assert known(T, **more) is None and _C.signature(T(4096, (1,), F32)) is None, "forward-mode AD"
+assert known(T, **more) is None, "forward-mode AD"
 hooks.forward_ad["_current_level"] = -1
 assert known(T, **more) is not None
 """,
@@ -152,9 +145,16 @@ def test_a_call_that_is_forgotten_while_python_runs_keeps_its_launch(stub: Path)
 import gc, weakref
 T = ExchangeTensor
 launch = make_launch(T)
-alive = weakref.ref(launch)
+# What the launch holds, and nobody else.
+class Dispatch:
+    pass
+dispatch = Dispatch()
+launch = make_launch(T, dispatch=dispatch)
+alive = weakref.ref(dispatch)
+hooks.last = None
 _C.run_new(launch, "new", True, arguments(T))
-del launch
+del launch, dispatch
+hooks.last = None
 seen = []
 def forget():
     _C.forget_calls()
@@ -163,6 +163,7 @@ def forget():
     return False
 connect(is_grad_enabled=forget)
 assert known(T) is not None and seen == [True]
+hooks.last = None
 assert known(T) is None and alive() is None, "it was forgotten, and freed afterwards"
 """,
     )
@@ -195,31 +196,12 @@ thread = threading.Thread(target=tick)
 thread.start()
 time.sleep(0.02)
 begin = time.perf_counter()
-assert launch() is None if {function!r} != "forward" else launch() is not None
+assert (launch() is None) == ({function!r} in ("combine", "append"))
 end = time.perf_counter()
 done.set()
 thread.join()
 during = [begin, *(t for t in stamps if begin < t < end), end]
 assert end - begin >= 0.3, "the stub waits"
 assert max(b - a for a, b in zip(during, during[1:])) < 0.2, "the other thread stood still"
-""",
-    )
-
-
-def test_values_of_a_call_signature_count_by_their_types(stub: Path) -> None:  # noqa: F811
-    """1, 1.0 and True are equal to Python, and validation takes one of them for another argument."""
-    run(
-        stub,
-        """
-T = ExchangeTensor
-def of(*others, **changes):
-    return _C.call_signature(arguments(T, **changes), others)
-keys = [of(causal=value) for value in (True, 1, 1.0)] + [of(True), of(1), of(1.0), of(None), of(T(4096, (1,), F32))]
-assert len(set(keys)) == len(keys) and None not in keys
-assert of(window_size=[7, 0]) == of(window_size=(7, 0)) and of(True) == of(True)
-class Index:
-    def __index__(self): return 3
-assert of(num_splits=Index()) is None, "a key of bytes keeps no type alive"
-assert of(object()) is None and of(causal=T(4096, (1,), F32)) is None
 """,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from test_bindings import pytestmark, run, stub  # noqa: F401
+from stub_process import pytestmark, run, stub  # noqa: F401
 
 SHARED = """
 OWN = dict(prefix_lens=None, leftpad_k=None, kv_batch_idx=None)

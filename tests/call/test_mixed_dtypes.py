@@ -16,7 +16,7 @@ from broadhead.call.problem import DTYPE_NAMES
 from broadhead.plan import dispatch
 from calls import build
 from checks import check_against, check_call, check_equal, check_new_rows
-from described import ALL_ARCHS, FULL, build_of, h200, problem
+from described import ALL_ARCHS, FULL, build_of, forget_plans, h200, problem
 from random_calls import drawn_call
 from torch import Tensor
 
@@ -232,7 +232,7 @@ def test_refusals_name_both_dtypes() -> None:
 
 def test_no_row_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "ROWS", tuple(row for row in support.ROWS if not row.kv_dtype))
-    monkeypatch.setattr(dispatch, "_plans", {})
+    forget_plans(monkeypatch)
     plan = dispatch.resolve(problem(kv_dtype=NAME, features=("descale", "lse")), h200(), FULL)
     assert (
         not plan.left_out and f"dtype bf16 over {NAME} k and v has no CUDA kernel; kernels take bf16, " in plan.reason

@@ -8,9 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from broadhead import support
-from broadhead.api.append import clear_known
 from broadhead.plan import dispatch as dispatch_module
-from broadhead.run import metadata as metadata_module
 from broadhead.run.cuda_backend import forget_calls
 from calls import Built, Call, build
 from checks import check_call
@@ -47,10 +45,8 @@ def only_row(
     """`only_row(row)`: from now on dispatch sees a table of that row alone, so that it runs or the call is refused."""
 
     def forget() -> None:
-        dispatch_module._plans.clear()
+        dispatch_module._decided.cache_clear()
         forget_calls()
-        clear_known()
-        metadata_module._prepared.clear()
 
     def show(row: support.KernelRow) -> None:
         if capability not in row.capabilities:

@@ -9,6 +9,7 @@ import broadhead
 import pytest
 import torch
 from broadhead.api import append as append_call
+from broadhead.run import cuda_backend
 from broadhead.run import fallback as fallback_notice
 from broadhead.run.append import BY_KERNEL, Append, kernel_obstacle, run_append
 from gpu_calls import capture
@@ -327,10 +328,10 @@ def test_public_function_uses_the_kernel(cuda: torch.device, row_ran: Any, monke
     expected = {name: x.clone() if isinstance(x, Tensor) else x for name, x in step.items()}
     with monkeypatch.context() as patch:
         patch.setattr(append_call, "run_append", lambda call, backend: run_append(call, "torch"))
-        append_call.clear_known()
+        cuda_backend.forget_calls()
         expected_out = broadhead.flash_attn_with_kvcache(**expected)
     assert fallback_notice.state.append[0] == "torch"
-    append_call.clear_known()
+    cuda_backend.forget_calls()
     out = broadhead.flash_attn_with_kvcache(**step)
     row_ran(phase="decode", dtype=torch.bfloat16, head_dim=128)
     assert fallback_notice.state.append == BY_KERNEL

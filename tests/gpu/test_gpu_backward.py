@@ -45,7 +45,7 @@ def only_backward(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[support
     monkeypatch.setattr(backward, "launch_backward", record)
 
     def forget() -> None:
-        dispatch._plans.clear()
+        dispatch._decided.cache_clear()
         forget_calls()
 
     def show(row: support.KernelRow) -> None:

@@ -14,7 +14,7 @@ import broadhead
 import pytest
 import torch
 from broadhead import UnsupportedError
-from broadhead.run import metadata as metadata_module
+from broadhead.run import metadata_records
 from entries import Entry, backward_entries, entries
 from tensor_kinds import Passing, Subclass, Wrapper
 from torch import Tensor
@@ -354,9 +354,9 @@ def test_threads_in_different_modes(name: str) -> None:
 
 def test_a_mode_hides_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """The metadata of a fake call is no metadata of a real one."""
-    monkeypatch.setattr(metadata_module, "filled", {})
+    monkeypatch.setattr(metadata_records, "filled", {})
     entry = entries()["metadata"]
     with FakeTensorMode() as mode:
         entry.run({key: mode.from_tensor(x) for key, x in entry.tensors.items()})
     entry.run({key: x.to("meta") for key, x in entry.tensors.items()})
-    assert not metadata_module.filled
+    assert not metadata_records.filled

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from broadhead import support
+from broadhead import support, tiles
 from installed import FAMILIES, needs_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,7 +73,7 @@ def test_registers_allow_the_blocks_that_the_row_promises() -> None:
             element = {"bf16": "bfloat16_t", "fp16": "half_t", "float8_e4m3fn": "float_e4m3_t"}[row.dtype]
             functions = [f for f in report if f["source"] == row.name and element in f["function"] and f["entry"]]
             assert functions, row.id
-            if not isinstance(row.tile, support.Tile):
+            if not isinstance(row.tile, tiles.Tile):
                 continue  # Hopper kernels move registers between their warpgroups at run time
             threads = 32 * row.tile.warps_m * row.tile.warps_n
             for function in functions:

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from broadhead import support
+from broadhead import support, tiles
 from generator import GENERATE, load_generate
 from installed import FAMILIES, needs_kernels
 
@@ -80,7 +80,7 @@ def test_every_device_has_every_head_dim_up_to_512(capability: tuple[int, int], 
     """With a tile made for it: head_dim 128 must not fall to the kernel of 192. In a release the code is there, too."""
     generate = load_generate()
     for dtype in support.DTYPES:
-        for phase, tiles in (("prefill", (64, 96, 128, 192, 256, 512)), ("decode", (64, 128, 256, 512))):
+        for phase, sizes in (("prefill", (64, 96, 128, 192, 256, 512)), ("decode", (64, 128, 256, 512))):
             able = {
                 row.head_dim
                 for row in support.ROWS
@@ -91,7 +91,7 @@ def test_every_device_has_every_head_dim_up_to_512(capability: tuple[int, int], 
                 and set(row.features) >= set(support.FEATURES)
                 and (not archs or runs(generate, row, archs, capability))
             }
-            assert able >= set(tiles), (dtype, phase)
+            assert able >= set(sizes), (dtype, phase)
 
 
 def runs(generate, row: support.KernelRow, archs: str, capability: tuple[int, int]) -> bool:
@@ -131,14 +131,14 @@ def test_generated_sources_equal_the_table(tmp_path: Path) -> None:
     sources = "".join(path.read_text() for path in tmp_path.glob("*/*.cu"))
     elements = {"bf16": "cutlass::bfloat16_t", "fp16": "cutlass::half_t", "float8_e4m3fn": "cutlass::float_e4m3_t"}
     templates = {
-        support.Tile: ("sm80::ForwardTraits", "sm80::launch_forward", "sm80/forward/launch.cuh"),
-        support.DecodeTile: ("decode::DecodeTraits", "decode::launch_decode", "decode/launch.cuh"),
-        support.AbsorbedDecodeTile: ("decode::AbsorbedTraits", "decode::launch_decode", "decode/launch.cuh"),
-        support.HopperTile: ("sm90::ForwardTraits", "sm90::launch_forward", "sm90/forward/launch.cuh"),
-        support.WideTile: ("sm90::WideTraits", "sm90::launch_wide", "sm90/forward_wide/launch.cuh"),
-        support.Fp8Tile: ("sm90::Fp8Traits", "sm90::launch_fp8", "sm90/forward_fp8/launch.cuh"),
-        support.AbsorbedTile: ("sm90::AbsorbedTraits", "sm90::launch_wide", "sm90/forward_wide/launch.cuh"),
-        support.BackwardTile: ("sm80::BackwardTraits", "sm80::launch_backward", "sm80/backward/launch.cuh"),
+        tiles.Tile: ("sm80::ForwardTraits", "sm80::launch_forward", "sm80/forward/launch.cuh"),
+        tiles.DecodeTile: ("decode::DecodeTraits", "decode::launch_decode", "decode/launch.cuh"),
+        tiles.AbsorbedDecodeTile: ("decode::AbsorbedTraits", "decode::launch_decode", "decode/launch.cuh"),
+        tiles.HopperTile: ("sm90::ForwardTraits", "sm90::launch_forward", "sm90/forward/launch.cuh"),
+        tiles.WideTile: ("sm90::WideTraits", "sm90::launch_wide", "sm90/forward_wide/launch.cuh"),
+        tiles.Fp8Tile: ("sm90::Fp8Traits", "sm90::launch_fp8", "sm90/forward_fp8/launch.cuh"),
+        tiles.AbsorbedTile: ("sm90::AbsorbedTraits", "sm90::launch_wide", "sm90/forward_wide/launch.cuh"),
+        tiles.BackwardTile: ("sm80::BackwardTraits", "sm80::launch_backward", "sm80/backward/launch.cuh"),
     }
     for row in support.ROWS:
         traits, launcher, header = templates[type(row.tile)]

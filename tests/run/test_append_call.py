@@ -10,14 +10,13 @@ import broadhead
 import pytest
 import torch
 from broadhead.api import append as append_call
-from broadhead.api.append import NewKeys, append_new_keys
+from broadhead.api.append import NewKeys, run_appending
 from broadhead.call.arguments import AttentionArgs
 from broadhead.errors import FallbackWarning, InvalidArgumentError, InvalidTypeError, UnsupportedError
 from broadhead.plan import device, native
 from broadhead.plan.native import BuildDescription, FamilyBuild
 from broadhead.run import append as append_launch
 from broadhead.run import fallback as fallback_notice
-from broadhead.run import signature
 from broadhead.run.append import Append
 from recorder import Recorder
 from torch import Tensor
@@ -158,19 +157,28 @@ class DeviceTensor:
 
 @pytest.fixture
 def validated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Counts validations; the kernel takes every call."""
+    """Names what is done with a call; the kernel takes every call, and none is known."""
     calls: list[str] = []
 
     def validate(function: str, args: AttentionArgs, new: NewKeys) -> bool:
-        calls.append(function)
+        calls.append("validate")
         return True
 
-    monkeypatch.setattr(append_call, "_known", {})
-    monkeypatch.setattr(signature, "_call_signature", signature._call_signature_in_python)
+    def append(call: Append, backend: str | None) -> tuple[None, str]:
+        calls.append(f"append {call.causal_or_local}")
+        return None, "lengths"
+
+    def attend(function: str, args: AttentionArgs, need_lse: bool) -> tuple[str, str]:
+        assert args.seqused_k == "lengths"
+        calls.append("attention")
+        return "out", "lse"
+
+    monkeypatch.setattr(append_call, "_run_known", lambda *call: None)
     monkeypatch.setattr(append_call, "_validate", validate)
     monkeypatch.setattr(append_call, "kernel_obstacle", lambda call: None)
-    monkeypatch.setattr(append_call, "run_append", lambda call, backend: ("first", call.causal_or_local))
-    monkeypatch.setattr(append_call, "launch_append", lambda call: ("known", call.causal_or_local))
+    monkeypatch.setattr(append_call, "run_append", append)
+    monkeypatch.setattr(append_call, "run_forward", attend)
+    monkeypatch.setattr(append_call, "remember_append", lambda *call: calls.append("remember"))
     return calls
 
 
@@ -184,57 +192,34 @@ def on_device(**changes: Any) -> tuple[AttentionArgs, NewKeys]:
     return args._replace(**{n: x for n, x in changes.items() if n not in mine}), new._replace(**mine)
 
 
-def test_a_known_call_is_not_validated_again(validated: list[str]) -> None:
-    for expected in ("first", "known", "known"):
-        assert append_new_keys("f", *on_device()) == (expected, True)
-    assert append_new_keys("f", *on_device(causal=False)) == ("first", False)
-    assert append_new_keys("f", *on_device(causal=False)) == ("known", False)
-    assert len(validated) == 2
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_call_is_validated_before_it_writes_and_remembered_behind(validated: list[str], causal: bool) -> None:
+    assert run_appending("f", *on_device(causal=causal)) == ("out", "lse")
+    assert validated == ["validate", f"append {causal}", "attention", "remember"]
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"q": DeviceTensor((2, 1, 4, 16), address=4104)},
-        {"k": DeviceTensor((2, 9, 2, 16), FP8)},
-        {"seqused_k": DeviceTensor((3,), torch.int32)},
-        {"page_table": DeviceTensor((2, 3), torch.int32)},
-        {"sinks": DeviceTensor((4,))},
-        {"k_descale": DeviceTensor((2, 2), torch.float32)},
-        {"num_splits": 4},
-        {"window_size": [7, 0]},
-        {"backend": "cuda"},
-        {"softcap": 1.5},
-        {"out": DeviceTensor((2, 1, 4, 16))},
-        {"rotary_cos": DeviceTensor((9, 4), torch.float32)},
-        {"rotary_interleaved": False},
-        {"cu_seqlens_k_new": DeviceTensor((3,), torch.int32)},
-    ],
-)
-def test_another_call_is_validated(validated: list[str], changes: dict[str, Any]) -> None:
-    append_new_keys("f", *on_device())
-    for _ in range(2):
-        append_new_keys("f", *on_device(**changes))
-    assert len(validated) == 2
+def test_a_known_call_is_not_validated(validated: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    args, new = on_device()
+    seen: list[Any] = []
+    monkeypatch.setattr(append_call, "_run_known", lambda *call: seen.append(call) or ("known", "lse"))
+    assert run_appending("f", args, new, False) == ("known", "lse")
+    assert validated == [] and seen == [("f", False, args, new)]
 
 
-def test_calls_that_need_gradients_are_always_validated(validated: list[str]) -> None:
-    learning = DeviceTensor((2, 9, 2, 16), requires_grad=True)
-    for _ in range(2):
-        assert append_new_keys("f", *on_device(v=learning)) == ("first", True)
-    assert len(validated) == 2
-    with torch.no_grad():
-        for _ in range(3):
-            append_new_keys("f", *on_device(v=learning))
-    assert len(validated) == 3
+def test_a_copy_is_looked_up_again(validated: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call whose tensors are copied first is known by the copies, and returns the out that was given."""
+    args, new = on_device(out="given")
+    ready = args._replace(num_splits=4)
+    monkeypatch.setattr(append_call, "_readable", lambda function, args, new: (ready, new))
+    monkeypatch.setattr(append_call, "_run_known", lambda name, lse, call, new: ("k", "lse") if call is ready else None)
+    assert run_appending("f", args, new) == ("given", "lse") and validated == []
 
 
 def test_torch_attention_is_not_remembered(validated: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """BROADHEAD_STRICT may be set between two calls: the second must be refused before it writes."""
     monkeypatch.setattr(append_call, "_validate", lambda *arguments: validated.append("torch") or False)
-    for _ in range(2):
-        append_new_keys("f", *on_device())
-    assert validated == ["torch"] * 2
+    run_appending("f", *on_device())
+    assert validated == ["torch", "append True", "attention"]
 
 
 @pytest.fixture
@@ -253,12 +238,12 @@ def test_an_append_on_torch_ops_is_no_secret(obstructed: None, monkeypatch: pyte
     with pytest.warns(
         FallbackWarning, match="f: .*the append kernel does not take this call: rotary_cos is torch.float64"
     ):
-        append_new_keys("f", *on_device())
+        run_appending("f", *on_device())
     with pytest.raises(UnsupportedError, match=r"^f: the append kernel does not take this call: rotary_cos is"):
-        append_new_keys("f", *on_device(backend="cuda"))
+        run_appending("f", *on_device(backend="cuda"))
     monkeypatch.setenv("BROADHEAD_STRICT", "1")
     with pytest.raises(UnsupportedError, match="BROADHEAD_STRICT=1: f: the append kernel"):
-        append_new_keys("f", *on_device())
+        run_appending("f", *on_device())
 
 
 # --- refusals through the public functions ---------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import broadhead
 import pytest
 import torch
-from broadhead import reference, support
+from broadhead import reference, support, tiles
 from broadhead.api import forward as api_forward
 from broadhead.call.arguments import AttentionArgs
 from broadhead.call.check import check_forward
@@ -17,7 +17,7 @@ from broadhead.plan import dispatch, native
 from broadhead.plan.device import describe
 from broadhead.plan.native import BuildDescription, FamilyBuild
 from broadhead.run import backward, choice, cuda_backend, forward
-from described import h200, problem
+from described import forget_plans, h200, problem
 from generator import load_generate
 from torch import Tensor
 
@@ -35,7 +35,7 @@ class BackwardTile(NamedTuple):
         return 1
 
 
-TEMPLATE = support.Template(
+TEMPLATE = tiles.Template(
     HEADER, "sm90::BackwardTraits", "sm90::launch_backward", "sm90::backward_workspace", True, False
 )
 FEATURES = ("causal", "window", "attention_chunk", "softcap", "sinks", "prefix_lens", "varlen", "seqused", "gqa", "lse")
@@ -60,9 +60,9 @@ BUILD = BuildDescription(
 @pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch) -> None:
     """The forward rows of the table with two backward rows."""
-    monkeypatch.setitem(support.TEMPLATES, BackwardTile, TEMPLATE)
+    monkeypatch.setitem(tiles.TEMPLATES, BackwardTile, TEMPLATE)
     monkeypatch.setattr(dispatch, "ROWS", (*FORWARD, *ROWS))
-    monkeypatch.setattr(dispatch, "_plans", {})
+    forget_plans(monkeypatch)
 
 
 def test_the_build_instantiates_and_registers_it(table: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,11 +175,18 @@ def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def check_launch(launch: dict[str, Any]) -> None:
-    assert launch == {
-        "family": "sm90", "kernel_id": "sm90_bwd_d128_bf16", "device": None, "seqlen_q": 40, "seqlen_k": 50,
-        "window_left": 7, "window_right": 0, "attention_chunk": 0, "softmax_scale": 0.5, "softcap": 3.0,
-        "deterministic": True, "num_splits": 0, "max_blocks": 130,
-    }  # fmt: skip
+    call, plan = launch.pop("call"), launch.pop("plan")
+    assert launch == {"device": None, "deterministic": True}
+    problem, schedule = call.problem, plan.schedule
+    assert (plan.row.family, plan.row.id) == ("sm90", "sm90_bwd_d128_bf16")
+    assert (problem.seqlen_q, problem.seqlen_k, problem.attention_chunk) == (40, 50, 0)
+    assert (problem.window_left, problem.window_right) == (7, 0)
+    assert (call.softmax_scale, call.softcap) == (0.5, 3.0)
+    assert (schedule.num_splits, schedule.max_blocks) == (0, 130)
+
+
+def row_of(launch: dict[str, Any]) -> str:
+    return launch["plan"].row.id
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
@@ -196,7 +203,7 @@ def test_autograd_launches_it(module: Module, compiled: bool) -> None:
     dout, dlse = torch.randn_like(out), torch.randn_like(lse)
     got = torch.autograd.grad((out, lse), (q, k, v, sinks), (dout, dlse))
     first, second = module.launches
-    assert first["kernel_id"].startswith("sm90_fwd_")
+    assert row_of(first).startswith("sm90_fwd_")
     check_launch(second)
     args, given_dout, given_lse, given_dlse, dq, dk, dv, dsinks = module.given[0]
     assert torch.equal(args.out, out) and torch.equal(given_lse, lse), "the results of the forward kernel"
@@ -222,12 +229,12 @@ def test_mha_bwd_launches_it(module: Module) -> None:
     got = broadhead.mha_bwd(
         dout, q, k, v, out, strided, dq=dq, sinks=sinks, deterministic=True, sm_margin=2, backend="cuda", **options
     )
-    check_launch(module.launches[0])
+    check_launch(dict(module.launches[0]))
     torch.testing.assert_close(got, want)
     assert got[0] is dq and module.given[0][1].is_contiguous() and module.given[0][2].stride(-1) == 1
     # Results that are not given are those of the forward kernel.
     again = broadhead.mha_bwd(dout, q, k, v, sinks=sinks, **options)
-    assert [launch["kernel_id"][:8] for launch in module.launches] == ["sm90_bwd", "sm90_fwd", "sm90_bwd"]
+    assert [row_of(launch)[:8] for launch in module.launches] == ["sm90_bwd", "sm90_fwd", "sm90_bwd"]
     torch.testing.assert_close(again, want)
 
 
@@ -241,7 +248,7 @@ def test_rows_that_nobody_owns_are_cleared_before(module: Module, monkeypatch: p
     )
     found = broadhead.mha_bwd(out, q, k, v, out, lse, cu, cu, max_seqlen_q=4, max_seqlen_k=4)
     assert all((gradient == 0).all() for gradient in found[:3])
-    assert module.launches[-1]["kernel_id"] == "sm90_bwd_d128_bf16"
+    assert row_of(module.launches[-1]) == "sm90_bwd_d128_bf16"
 
 
 def test_without_a_row_torch_computes_both_directions(module: Module) -> None:

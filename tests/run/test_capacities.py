@@ -82,7 +82,7 @@ def test_capacities_are_bounded_whatever_the_page_table(seqlen_q: int, pack_gqa:
             continue
         assert call.problem.seqlen_k == min(keys, 2**30)
         launch: Any = make_launch(args, call, resolve(call.problem, h200(), FULL))
-        assert launch["seqlen_k"] <= 2**30 and launch["cell_blocks"] == tokens // 64
+        assert launch["call"].problem.seqlen_k <= 2**30 and launch["plan"].schedule.cell_blocks == tokens // 64
         if tokens:
             cells = -(-call.problem.seqlen_k // tokens)
             assert cells * 3 * seqlen_q * 8 * (64 + 1) <= 2**30
@@ -102,8 +102,9 @@ def test_metadata_and_call_bound_the_page_table_alike(keys: int) -> None:
     plan = resolve(call.problem, h200(), FULL)
     assert call.problem.seqlen_k == min(keys, 2**30)
     fields: Any = make_launch(args, call, plan)
-    numbers = [value for value in fields.values() if isinstance(value, int)]
-    assert len(numbers) >= 8 and all(-INT32_MAX <= number <= INT32_MAX for number in numbers)
+    decided = (*fields["call"].problem, *fields["plan"].schedule, fields["plan"].metadata_tag)
+    numbers = [value for value in decided if isinstance(value, int)]
+    assert len(numbers) >= 20 and all(-INT32_MAX <= number <= INT32_MAX for number in numbers)
     for new in (0, 5, INT32_MAX):
         request = describe_request(
             2, 1, 7, 8, 2, 64, None, BF16, args.k.shape[1], new, False, None, 0, 0, None, 0, args.page_table

@@ -14,10 +14,10 @@ from broadhead.plan import native
 from broadhead.plan.device import DeviceDescription
 from broadhead.plan.dispatch import MetadataConfig, resolve
 from broadhead.plan.native import BuildDescription, FamilyBuild
-from broadhead.run import cuda_backend, metadata
+from broadhead.run import cuda_backend, metadata, metadata_records
 from broadhead.run import fallback as fallback_notice
 from broadhead.support import ROWS
-from recorder import Recorder
+from recorder import Recorder, allocate
 from torch import Tensor
 
 BUILD = BuildDescription(True, (FamilyBuild("sm80", ("80", "90a"), (13, 0), frozenset(r.id for r in ROWS)),), ())
@@ -33,22 +33,25 @@ BUILD_90A = BuildDescription(
 H200 = DeviceDescription("cuda", "NVIDIA H200", (9, 0), 227 * 1024, 132, 50 << 20, (13, 0))
 
 
+def numbers_of(fields: dict[str, Any]) -> dict[str, Any]:
+    """What the compiled module reads of the records of a decision, by the names of its argument block."""
+    call, plan = fields["call"], fields["plan"]
+    return {
+        "family": plan.row.family, "kernel_id": plan.row.id, "metadata_tag": plan.metadata_tag,
+        "softmax_scale": call.softmax_scale, "softcap": call.softcap, "cell_blocks": plan.schedule.cell_blocks,
+        **call.problem._asdict(), **plan.schedule._asdict(),
+    }  # fmt: skip
+
+
 def launch(
     recorder: Recorder, args: AttentionArgs, build: BuildDescription = BUILD
 ) -> tuple[dict[str, Any], Tensor, Tensor]:
     """The launch of a call, with what it allocates."""
     call = check_forward("mha_fwd", args)
     plan = resolve(call.problem, H200, build)
-    made = cuda_backend.make_launch(args, call, plan)
+    fields: Any = cuda_backend.make_launch(args, call, plan)
+    made = {**fields, **numbers_of(fields)}
     return made, allocate(made["out"], args.q), allocate(made["lse"], args.q)
-
-
-def allocate(allocation: tuple[Any, ...], q: Tensor) -> Tensor:
-    """What the compiled module does with an allocation."""
-    function, arguments, keywords = allocation
-    made = function(q) if arguments is None else function(*arguments, **keywords)
-    assert made.is_contiguous() and made.device == q.device
-    return made
 
 
 def test_launch_of_a_call(recorder: Recorder) -> None:
@@ -157,62 +160,54 @@ def test_rows_that_seqused_q_leaves_out_are_cleared_when_allocated_here(recorder
     assert (out == 0).all() and (lse == float("-inf")).all() and out.dtype == q.dtype
 
 
-def test_metadata_of_whole_token_tiles(recorder: Recorder) -> None:
+def test_metadata_of_whole_token_tiles() -> None:
     """Six heads a token: a tile of 192 rows holds 32 tokens, one of 128 rows 21 of them, 126 rows."""
-    lengths = torch.tensor([900, 300], dtype=torch.int32)
     for headdim, tile_m in ((64, 192), (128, 126)):
         request = metadata.describe_request(
             2, 100, 4096, 12, 2, headdim, None, torch.bfloat16, 16, 0, True, None, 0, 0, None, 0, None
         )
         plan = resolve(request.problem, H200, BUILD_90A)
         assert plan.row is not None and plan.row.id == f"sm90_fwd_d{headdim}_bf16"
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(metadata, "resolve", lambda problem, device, plan=plan: plan)
-            patch.setattr(torch.cuda, "current_device", lambda: -1)  # get_device() of a CPU tensor
-            metadata.fill(metadata.prepare(request, lengths.device), lengths, None, None, None)
-        got = recorder.calls[-1]
-        assert (got["tile_m"], got["tile_n"], got["rows_per_token"]) == (tile_m, plan.row.tile.tile_n, 6)
+        got = metadata.schedule_numbers(request, plan)
+        assert got is not None and (got.tile_m, got.tile_n, got.rows_per_token) == (tile_m, plan.row.tile.tile_n, 6)
 
 
-def test_metadata_arguments(recorder: Recorder) -> None:
-    lengths = torch.tensor([9, 3, 1], dtype=torch.int32)
-    request = metadata.describe_request(
-        3, 1, 4096, 8, 2, 64, None, torch.bfloat16, 16, 2, True, None, 0, 32, None, 0, None
-    )
+def test_metadata_arguments(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths, starts = torch.tensor([9, 3, 1], dtype=torch.int32), torch.arange(4, dtype=torch.int32)
+    numbers = (3, 1, 4096, 8, 2, 64, None, torch.bfloat16, 16, 2, True, None, 0, 32, None, 0, None, None, 0)
+    request = metadata.describe_request(*numbers[:16], None, *numbers[16:])
     plan = resolve(request.problem, H200, BUILD)
     assert plan.row is not None and plan.schedule is not None
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metadata, "resolve", lambda problem, device: plan)
-        patch.setattr(torch.cuda, "current_device", lambda: -1)  # get_device() of a CPU tensor
-        result = metadata.fill(metadata.prepare(request, lengths.device), lengths, None, None, None)
+    monkeypatch.setattr(metadata, "resolve", lambda problem, device: plan)
+    metadata.run_new((lengths, starts, None, None, None), numbers)
     (got,) = recorder.calls
+    assert got.pop("schedule")._asdict() == {
+        "batch": 3, "seqlen_q": 1, "seqlen_k": 4096, "seqlen_k_new": 2, "window_left": -1, "window_right": 0,
+        "attention_chunk": 0, "rows_per_token": 4, "heads_in_grid": 2, "tile_m": plan.row.tile.tile_m,
+        "tile_n": plan.row.tile.tile_n, "num_splits": 32, "target_ctas": plan.schedule.target_ctas,
+        "metadata_tag": plan.metadata_tag,
+    }  # fmt: skip
+    assert got.pop("new_metadata")(lengths).shape == (17,)
+    assert got.pop("made_for") == metadata.made_for_request(request, plan)
     expected = {
-        "metadata": result, "seqused_k": lengths, "cu_seqlens_k": None, "leftpad_k": None, "cu_seqlens_q": None,
-        "seqused_q": None, "batch": 3, "seqlen_q": 1, "seqlen_k": 4096, "seqlen_k_new": 2, "window_left": -1,
-        "window_right": 0, "attention_chunk": 0, "rows_per_token": 4, "heads_in_grid": 2,
-        "tile_m": plan.row.tile.tile_m, "tile_n": plan.row.tile.tile_n, "num_splits": 32,
-        "target_ctas": plan.schedule.target_ctas, "metadata_tag": plan.metadata_tag, "stream": -1,
+        "device": -1, "cache_seqlens": lengths, "cu_seqlens_q": starts, "cache_leftpad": None, "out": None,
+        "page_table": None, "numbers": numbers,
     }  # fmt: skip
     assert got.keys() == expected.keys()
     for name, value in expected.items():
         assert got[name] is value or got[name] == value, name
-    assert result.shape == (17,)
 
 
 @pytest.mark.parametrize("asked, bound", [(0, 1), (1, 1), (9, 9)])
-def test_metadata_of_decode_kernels_plans_nothing(recorder: Recorder, asked: int, bound: int) -> None:
+def test_metadata_of_decode_kernels_plans_nothing(asked: int, bound: int) -> None:
     """They plan for themselves: without a bound of the caller's the device writes one split for each sequence."""
-    lengths = torch.tensor([9000, 3], dtype=torch.int32)
     request = metadata.describe_request(
         2, 1, 65536, 8, 2, 64, None, torch.bfloat16, 16, 0, True, None, 0, asked, None, 0, None
     )
     plan = resolve(request.problem, H200, BUILD)
     assert plan.row is not None and plan.row.phase == "decode"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metadata, "resolve", lambda problem, device: plan)
-        patch.setattr(torch.cuda, "current_device", lambda: -1)
-        metadata.fill(metadata.prepare(request, lengths.device), lengths, None, None, None)
-    assert recorder.calls[-1]["num_splits"] == bound
+    got = metadata.schedule_numbers(request, plan)
+    assert got is not None and got.num_splits == bound
 
 
 def test_a_call_is_built_at_once() -> None:
@@ -224,7 +219,7 @@ def test_a_call_is_built_at_once() -> None:
 
 def test_without_the_module_no_call_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "extension", lambda: None)
-    assert cuda_backend.find_run_known()("f", True, ()) is None
+    assert cuda_backend.find_known("run_known")("f", True, ()) is None
     cuda_backend.forget_calls()
     with pytest.raises(broadhead.KernelError, match="not installed"):
         cuda_backend.run_new(None, "f", True, AttentionArgs(1, 2, 3))
@@ -234,7 +229,7 @@ def test_the_module_gets_its_hooks_once(recorder: Recorder, monkeypatch: pytest.
     seen: list[dict[str, Any]] = []
     monkeypatch.setattr(recorder, "connect", lambda **hooks: seen.append(hooks), raising=False)
     for _ in range(2):
-        assert callable(cuda_backend.find_run_known())
+        assert callable(cuda_backend.find_known("run_known"))
     (hooks,) = seen
-    assert hooks["records"] is metadata.filled and hooks["state"] is fallback_notice.state
-    assert hooks["check_identity"] is metadata.check_identity
+    assert hooks["records"] is metadata_records.filled and hooks["state"] is fallback_notice.state
+    assert hooks["check_identity"] is metadata_records.check_identity

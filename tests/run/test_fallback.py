@@ -20,7 +20,7 @@ from broadhead.run import append as append_launch
 from broadhead.run import choice, merge
 from broadhead.run import combine as run_combine
 from broadhead.run import fallback as fallback_notice
-from described import FULL, build_of, h200, problem
+from described import FULL, build_of, forget_plans, h200, problem
 
 Call = Callable[[], Any]
 
@@ -200,7 +200,7 @@ def shape(index: int) -> Any:
 
 def test_plans_of_many_shapes_stay_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is held after more shapes than are kept: so much at most after any number of them."""
-    monkeypatch.setattr(dispatch, "_plans", {})
+    forget_plans(monkeypatch)
     here, build, most = h200(), FULL, 5000
     first = resolve(shape(0), here, build)
     assert resolve(shape(0), here, build) is first
@@ -219,7 +219,7 @@ def test_a_new_shape_is_decided_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     here, build = h200(), FULL
     times = []
     for turn in range(5):
-        monkeypatch.setattr(dispatch, "_plans", {})
+        forget_plans(monkeypatch)
         shapes = [shape(i + 1000 * turn) for i in range(500)]
         start = time.process_time()
         for each in shapes:
@@ -269,7 +269,7 @@ def test_the_kinds_that_are_remembered_are_bounded(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_plan_keeps_no_text_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_plans", {})
+    forget_plans(monkeypatch)
     first, second = (resolve(problem(seqlen_k=size), h200(), FULL) for size in (777, 778))
     assert first.reason is second.reason
     texts = [field for field in first if isinstance(field, (str, tuple)) and not hasattr(field, "_fields")]

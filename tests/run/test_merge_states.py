@@ -8,11 +8,9 @@ import broadhead
 import pytest
 import torch
 from broadhead.api import merge as api_merge
-from broadhead.plan import native
 from broadhead.run import fallback as fallback_notice
 from broadhead.run import merge as run_merge
-from broadhead.run import signature
-from recorder import Recorder
+from recorder import Recorder, allocate
 from torch import Tensor
 
 
@@ -43,11 +41,11 @@ def test_merge(batch: int | None, given: str) -> None:
 
 @pytest.fixture
 def on_kernel(monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    """CPU tensors pass for those of a device, and the compiled module keeps what it is given."""
+    """CPU tensors pass for those of a device, and the compiled module keeps what it is given; no call is known."""
     module = Recorder()
     monkeypatch.setattr(run_merge, "common_kernel_obstacle", lambda device: None)
-    monkeypatch.setattr(native, "extension", lambda: module)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # get_device() of a CPU tensor
+    monkeypatch.setattr(run_merge, "connected_module", lambda: module)
+    monkeypatch.setattr(api_merge, "_run_known", lambda *call: None)
     return module
 
 
@@ -55,12 +53,13 @@ def test_arguments_of_the_binding(on_kernel: Recorder) -> None:
     tensors = dict(zip(("out_a", "lse_a", "out_b", "lse_b"), states(torch.bfloat16, 2)))
     given = torch.empty_like(tensors["out_a"])
     for out in (None, given):
-        result, lse = broadhead.merge_attn_states(**tensors, out=out)
+        broadhead.merge_attn_states(**tensors, out=out)
         got = on_kernel.calls.pop()
         assert all(got.pop(name) is value for name, value in tensors.items())
-        assert got == {"out": result, "softmax_lse": lse, "stream": -1} and (out is None or result is given)
-        assert result.shape == given.shape and result.dtype == given.dtype
-        assert lse.shape == tensors["lse_a"].shape and lse.dtype == torch.float32
+        new_out, new_lse = allocate(got.pop("new_out"), given), allocate(got.pop("new_lse"), tensors["lse_a"])
+        assert got == {"device": -1, "out": out}
+        assert (new_out.shape, new_out.dtype) == (given.shape, given.dtype)
+        assert (new_lse.shape, new_lse.dtype) == (tensors["lse_a"].shape, torch.float32)
     assert fallback_notice.state.merge == run_merge.BY_KERNEL
 
 
@@ -92,33 +91,14 @@ def test_gradients_take_torch_ops(on_kernel: Recorder) -> None:
 
 
 def test_a_known_merge_is_not_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    checked: list[int] = []
-
-    class DeviceTensor:
-        is_cuda, requires_grad, dtype = True, False, torch.float32
-
-        def __init__(self, *shape: int) -> None:
-            self.shape = shape
-
-        def stride(self) -> tuple[int, ...]:
-            return self.shape
-
-        def get_device(self) -> int:
-            return 0
-
-        def data_ptr(self) -> int:
-            return 4096
-
-    monkeypatch.setattr(api_merge, "_known", set())
-    monkeypatch.setattr(signature, "_signature", signature._signature_in_python)
-    monkeypatch.setattr(api_merge, "_check", lambda *tensors: checked.append(1))
-    for module in (api_merge, run_merge):
-        monkeypatch.setattr(module, "kernel_obstacle", lambda *tensors: None)
-        monkeypatch.setattr(module, "launch", lambda *tensors: "launched")
-    out, lse = DeviceTensor(5, 4, 16), DeviceTensor(4, 5)
-    for _ in range(3):
-        assert broadhead.merge_attn_states(out, lse, out, lse) == "launched"  # type: ignore[arg-type]
-    assert len(checked) == 1
-    broadhead.merge_attn_states(out, lse, out, lse, out)  # type: ignore[arg-type]
-    broadhead.merge_attn_states(out, lse, out, DeviceTensor(4, 6))  # type: ignore[arg-type]
-    assert len(checked) == 3
+    """Nor looked up where torch ops are asked for."""
+    tensors = states()
+    seen: list[Any] = []
+    monkeypatch.setattr(api_merge, "_run_known", lambda *call: seen.append(call) or ("out", "lse"))
+    monkeypatch.setattr(api_merge, "_check", lambda *tensors: pytest.fail("checked"))
+    assert broadhead.merge_attn_states(*tensors) == ("out", "lse")
+    assert fallback_notice.state.merge == run_merge.BY_KERNEL
+    assert len(seen) == 1 and all(a is b for a, b in zip(seen[0], (*tensors, None), strict=True))
+    monkeypatch.undo()
+    broadhead.merge_attn_states(*tensors, backend="torch")
+    assert fallback_notice.state.merge[0] == "torch"

@@ -13,7 +13,7 @@ from broadhead.call.check import check_forward
 from broadhead.plan.device import DeviceDescription
 from broadhead.plan.dispatch import resolve
 from broadhead.plan.native import BuildDescription, FamilyBuild
-from broadhead.run import metadata
+from broadhead.run import metadata_records
 from broadhead.run.metadata import describe_request, metadata_size
 from broadhead.support import ROWS
 from torch import Tensor
@@ -259,16 +259,16 @@ def test_rewritten_copied_and_freed_buffers_are_unknown() -> None:
     run(paged_call(), torch.zeros(17, dtype=torch.int32))
     gone = plan_of(headdim_v=128)
     pointer = gone.data_ptr()
-    assert pointer in metadata.filled
+    assert pointer in metadata_records.filled
     del gone
     gc.collect()
-    assert metadata.filled[pointer].buffer() is None
+    assert metadata_records.filled[pointer].buffer() is None
 
 
 def test_the_registry_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metadata, "_MAX_FILLED", 8)
+    monkeypatch.setattr(metadata_records, "_MAX_FILLED", 8)
     kept = [plan_of() for _ in range(30)]
-    assert len(metadata.filled) <= 8
+    assert len(metadata_records.filled) <= 8
     run(paged_call(), kept[0])
 
 

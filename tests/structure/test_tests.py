@@ -12,8 +12,6 @@ FILES = sorted(path for kind in ("*.py", "*.cpp", "*.h") for path in TESTS.rglob
 MODULES = [path for path in FILES if path.suffix == ".py"]
 README = (TESTS / "README.md").read_text(encoding="utf-8")
 MOST_LINES = 400
-#: Test modules whose helpers other tests still import: they are to move to support/.
-STILL_IMPORTED = {"test_bindings", "test_bindings_known_calls"}
 
 
 def imported(source: str) -> set[str]:
@@ -47,7 +45,7 @@ def test_files_that_the_page_names_exist() -> None:
 def test_every_test_is_in_a_folder() -> None:
     assert [path.name for path in TESTS.glob("test_*")] == []
     for path in MODULES:
-        assert path.parent == TESTS / "support" or path.name.startswith(("test_", "conftest", "stub_")), path
+        assert path.parent == TESTS / "support" or path.name.startswith(("test_", "conftest")), path
         assert path.parent != TESTS / "support" or not path.name.startswith("test_"), path
 
 
@@ -59,7 +57,7 @@ def test_names_of_modules_are_unique() -> None:
 
 def test_no_test_is_imported() -> None:
     for path in MODULES:
-        assert among_tests(imported(path.read_text(encoding="utf-8"))) <= STILL_IMPORTED, path
+        assert among_tests(imported(path.read_text(encoding="utf-8"))) == set(), path
 
 
 def test_an_import_of_a_test_is_found() -> None:
@@ -75,5 +73,5 @@ def test_an_import_of_a_test_is_found() -> None:
 
 def test_files_are_not_too_long() -> None:
     lengths = {path.relative_to(TESTS).as_posix(): len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
-    long = {name for name, lines in lengths.items() if lines > MOST_LINES and Path(name).stem not in STILL_IMPORTED}
+    long = {name for name, lines in lengths.items() if lines > MOST_LINES}
     assert long == set()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import pytest
 from broadhead.call.problem import AttentionProblem
+from broadhead.plan import dispatch
 from broadhead.plan.device import DeviceDescription
 from broadhead.plan.dispatch import resolve
 from broadhead.plan.native import BuildDescription, FamilyBuild
@@ -51,6 +54,11 @@ def problem(**changes: Any) -> AttentionProblem:
     if values["head_dim_v"] is None:
         values["head_dim_v"] = values["head_dim"]
     return AttentionProblem(**values)
+
+
+def forget_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No plan is known, and what this test decides is forgotten after it."""
+    monkeypatch.setattr(dispatch, "_decided", functools.lru_cache(maxsize=dispatch.MAX_PLANS)(dispatch._decide))
 
 
 def h200(**changes: Any) -> DeviceDescription:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import broadhead
+from torch import Tensor
 
 
 def binding_parameters(function: str) -> list[str]:
@@ -49,3 +50,11 @@ class Recorder:
     def Launch(self, **fields: Any) -> dict[str, Any]:
         assert list(fields) == keyword_parameters("Launch")
         return fields
+
+
+def allocate(allocation: tuple[Any, ...], q: Tensor) -> Tensor:
+    """What the compiled module does with an allocation."""
+    function, arguments, keywords = allocation
+    made = function(q) if arguments is None else function(*arguments, **keywords)
+    assert made.is_contiguous() and made.device == q.device
+    return made

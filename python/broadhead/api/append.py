@@ -11,7 +11,7 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 from ..call import validation as check
 from ..call import values
 from ..call.arguments import AttentionArgs
-from ..call.inputs import read_tensors
+from ..call.inputs import changed, read_tensors
 from ..call.layout import contiguous, refuse_strided
 from ..call.masking import normalize_window
 from ..call.names import shown_name
@@ -27,11 +27,11 @@ from ..call.plain import (
 from ..call.problem import needs_gradients
 from ..errors import InvalidArgumentError, InvalidTypeError, UnsupportedError
 from ..plan.device import describe
-from ..run.append import Append, kernel_obstacle, launch_append, run_append
+from ..run.append import Append, kernel_obstacle, remember_append, run_append
+from ..run.cuda_backend import find_known
 from ..run.fallback import settle_operation
-from ..run.forward import check_only, metadata_identity
-from ..run.metadata import check_identity, filled
-from ..run.signature import call_signature_of
+from ..run.forward import check_only
+from .forward import run_forward
 
 
 class NewKeys(NamedTuple):
@@ -46,77 +46,65 @@ class NewKeys(NamedTuple):
     rotary_interleaved: Any
 
 
-class _KnownAppend:
-    """What calls of a kind have in common that were validated and that the kernels take."""
-
-    __slots__ = ("accepted_record", "causal_or_local", "identity")
-
-    def __init__(self, causal_or_local: bool, identity: tuple[Any, ...]) -> None:
-        self.causal_or_local = causal_or_local
-        self.identity = identity  # what scheduler metadata must have been made for: arguments of check_identity
-        self.accepted_record: Any = None  # of the metadata that was checked last
-
-    def check_metadata(self, function: str, metadata: Tensor) -> None:
-        """Refuse metadata of another call, which attention would refuse when the new keys are written."""
-        record = filled.get(metadata.data_ptr())
-        if record is not None and record is not self.accepted_record:
-            self.accepted_record = check_identity(function, metadata, *self.identity)
+def _find_run_known(*call: Any) -> Any:
+    """Bound on first use: _C.run_known_append, which runs a call that is like one before; None: there was none."""
+    global _run_known
+    _run_known = find_known("run_known_append")
+    return _run_known(*call)
 
 
-#: By everything that validation looked at.
-_known: dict[Any, _KnownAppend] = {}
-_MAX_KNOWN = 8192
+_run_known: Any = _find_run_known
 
 
-def clear_known() -> None:
-    """Forget every decision; for tests that change the device or the build."""
-    _known.clear()
+def run_appending(
+    function: str, call: tuple[Any, ...], new: tuple[Any, ...], need_lse: bool = True
+) -> tuple[Tensor, Any]:
+    """``(out, softmax_lse)`` of a call that writes new keys into its cache first, and rotates them and q.
 
-
-def append_new_keys(function: str, args: AttentionArgs, new: NewKeys) -> tuple[Any, Any]:
-    """Write the new keys into the cache ``args.k``, ``args.v`` and rotate q: ``(q, lengths after the append)``.
-
-    Nothing is written unless the attention of ``args`` that follows is accepted too.
+    ``call`` holds the fields of AttentionArgs, ``new`` those of NewKeys: plain tuples, as for run_forward.
+    Nothing is written unless the attention that follows is accepted too.
     """
     if is_dynamo_compiling():
-        return _append_by_operator(function, args, new)
-    key: Any = None
-    known: _KnownAppend | None = None
-    try:
-        if args.q.is_cuda and not needs_gradients(args.q, args.k, args.v, new.k, new.v, args.sinks, args.qv, args.out):
-            key = call_signature_of(args, new)
-            if key is not None:
-                known = _known.get(key)
-    except (AttributeError, TypeError):
-        key = None  # not tensors, or unhashable values: validation names them
-    if known is not None:
-        if args.scheduler_metadata is not None:
-            known.check_metadata(function, args.scheduler_metadata)
-        q, lengths = launch_append(_describe(args, new, known.causal_or_local))
-        return args.q if q is None else q, lengths
+        args = AttentionArgs(*call)
+        return run_forward(function, _behind(args, *_append_by_operator(function, args, NewKeys(*new))))
+    result = _run_known(function, need_lse, call, new)
+    if result is not None:
+        return result
+    given, fresh = AttentionArgs(*call), NewKeys(*new)
+    if runs_as_operator(*given, *fresh):
+        refuse_tangents(function, *given, *fresh)
+        refuse_transformed(function, "appending to a cache", *given, *fresh)
+        args = resolved_fields(function, given, written=("k", "v", "out"))
+        appended = _append_by_operator(function, args, _resolved_new(function, fresh))
+        return run_forward(function, _behind(given, *appended), need_lse)
+    args = plain_fields(function, given, written=("k", "v", "out"))
+    args, fresh = _readable(function, args, _plain_new(function, fresh))
+    result = None
+    if any(a is not b for a, b in zip((*args, *fresh), (*given, *new), strict=True)):
+        result = _run_known(function, need_lse, args, fresh)
+    if result is None:
+        result = _run_new(function, args, fresh, need_lse)
+    return result if given.out is None else (given.out, result[1])
 
-    if runs_as_operator(*args, *new):
-        refuse_tangents(function, *args, *new)
-        refuse_transformed(function, "appending to a cache", *args, *new)
-        args = resolved_fields(function, args, written=("k", "v", "out"))
-        return _append_by_operator(function, args, _resolved_new(function, new))
-    given = args
-    args = plain_fields(function, args, written=("k", "v", "out"))
-    ready, ready_new = _readable(function, args, _plain_new(function, new))
-    if any(a is not b for a, b in zip((*ready, *ready_new), (*given, *new), strict=True)):
-        return append_new_keys(function, ready, ready_new)
+
+def _run_new(function: str, args: AttentionArgs, new: NewKeys, need_lse: bool) -> tuple[Tensor, Any]:
+    """A call that is not known, on plain memory: validated, then append and attention one after the other."""
     attention_on_kernel = _validate(function, args, new)
-    call = _describe(args, new, _causal_or_local(function, args))
-    obstacle = kernel_obstacle(call)
+    append = _describe(args, new, _causal_or_local(function, args))
+    obstacle = kernel_obstacle(append)
     if attention_on_kernel and obstacle is not None:
         _refuse_or_warn(function, obstacle, args)
-    if attention_on_kernel and obstacle is None and key is not None:
-        if len(_known) >= _MAX_KNOWN:
-            _known.clear()
-        identity = () if args.scheduler_metadata is None else metadata_identity(function, args)
-        _known[key] = _KnownAppend(call.causal_or_local, identity)
-    q, lengths = run_append(call, args.backend)
-    return args.q if q is None else q, lengths
+    q, lengths = run_append(append, args.backend)
+    attention = _behind(args, args.q if q is None else q, lengths)
+    result = run_forward(function, attention, need_lse)
+    if attention_on_kernel and obstacle is None:
+        remember_append(append.causal_or_local, args, new, attention)
+    return result
+
+
+def _behind(args: AttentionArgs, q: Any, lengths: Any) -> AttentionArgs:
+    """The attention of a call behind its append."""
+    return changed(args, {"q": q, "seqused_k": lengths})
 
 
 def _plain_new(function: str, new: NewKeys) -> NewKeys:
@@ -150,7 +138,7 @@ def _readable(function: str, args: AttentionArgs, new: NewKeys) -> tuple[Attenti
 
 
 def _append_by_operator(function: str, args: AttentionArgs, new: NewKeys) -> tuple[Any, Any]:
-    """append_new_keys through the operator; traceable, so it validates only what a schema needs."""
+    """The append through its operator; traceable, so it validates only what a schema needs."""
     args, new = _readable(function, args, new)
     if is_compiling():
         _check_given(function, args, new)

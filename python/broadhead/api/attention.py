@@ -7,9 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from ..call import validation as check
-from ..call.arguments import AttentionArgs
 from ..errors import InvalidArgumentError
-from .append import NewKeys, append_new_keys
+from .append import run_appending
 from .forward import run_forward
 from .results import may_return_lse
 
@@ -298,20 +297,12 @@ def mha_fwd(
         qv = check.pick_synonym(function, "qv", qv, "q_v", q_v)  # type: ignore[assignment]
     if window_size is None:
         window_size = (window_size_left, window_size_right)
-    if k_new is not None or v_new is not None or rotary_cos is not None or rotary_sin is not None:
-        q, seqused_k = append_new_keys(
-            function,
-            AttentionArgs(
-                q, k, v, qv, out, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k,
-                page_table, kv_batch_idx, leftpad_k, q_descale, k_descale, v_descale, softmax_scale, causal,
-                window_size, attention_chunk, softcap, scheduler_metadata, num_splits, pack_gqa, sm_margin, sinks,
-                prefix_lens, backend, tokens_per_split,
-            ),
-            NewKeys(k_new, v_new, cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved),
-        )  # fmt: skip
     call = (
         q, k, v, qv, out, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k, page_table,
         kv_batch_idx, leftpad_k, q_descale, k_descale, v_descale, softmax_scale, causal, window_size, attention_chunk,
         softcap, scheduler_metadata, num_splits, pack_gqa, sm_margin, sinks, prefix_lens, backend, tokens_per_split,
     )  # fmt: skip
-    return run_forward(function, call)
+    if k_new is None and v_new is None and rotary_cos is None and rotary_sin is None:
+        return run_forward(function, call)
+    new = (k_new, v_new, cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved)
+    return run_appending(function, call, new)

@@ -10,14 +10,14 @@ from torch.compiler import is_dynamo_compiling
 from ..call.arguments import AttentionArgs
 from ..call.plain import runs_as_operator
 from ..ops.attention import call_forward
-from ..run.cuda_backend import find_run_known
+from ..run.cuda_backend import find_known
 from ..run.forward import run_plain
 
 
 def _find_run_known(*call: Any) -> Any:
     """Bound on first use: _C.run_known, which runs a call that is like one before; None: there was none."""
     global _run_known
-    _run_known = find_run_known()
+    _run_known = find_known("run_known")
     return _run_known(*call)
 
 

@@ -7,9 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from ..call import validation as check
-from ..call.arguments import AttentionArgs
 from ..call.cache_length import lengths_tensor
-from .append import NewKeys, append_new_keys
+from .append import run_appending
 from .forward import run_forward
 from .results import may_return_lse
 
@@ -123,17 +122,6 @@ def flash_attn_with_kvcache(
         cache_seqlens = lengths_tensor(
             "flash_attn_with_kvcache", q, cu_seqlens_q, cache_seqlens, k_cache, page_table, k, cu_seqlens_k_new
         )
-    if k is not None or v is not None or rotary_cos is not None or rotary_sin is not None:
-        q, cache_seqlens = append_new_keys(
-            "flash_attn_with_kvcache",
-            AttentionArgs(
-                q, k_cache, v_cache, qv, out, cu_seqlens_q, None, None, cache_seqlens, max_seqlen_q, None, page_table,
-                cache_batch_idx, cache_leftpad, q_descale, k_descale, v_descale, softmax_scale, causal, window_size,
-                attention_chunk, softcap, scheduler_metadata, num_splits, pack_gqa, sm_margin, sinks, prefix_lens,
-                backend, tokens_per_split,
-            ),
-            NewKeys(k, v, cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved),
-        )  # fmt: skip
     need_lse = return_softmax_lse or return_attn_probs
     call = (
         q, k_cache, v_cache, qv, out, cu_seqlens_q, None, None, cache_seqlens, max_seqlen_q, None, page_table,
@@ -141,5 +129,9 @@ def flash_attn_with_kvcache(
         attention_chunk, softcap, scheduler_metadata, num_splits, pack_gqa, sm_margin, sinks, prefix_lens, backend,
         tokens_per_split,
     )  # fmt: skip
-    result = run_forward("flash_attn_with_kvcache", call, need_lse)
+    if k is None and v is None and rotary_cos is None and rotary_sin is None:
+        result = run_forward("flash_attn_with_kvcache", call, need_lse)
+    else:
+        new = (k, v, cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved)
+        result = run_appending("flash_attn_with_kvcache", call, new, need_lse)
     return result if need_lse else result[0]

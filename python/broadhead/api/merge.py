@@ -14,23 +14,21 @@ from ..call.plain import has_tangent, is_transformed, refuse_transformed, resolv
 from ..call.problem import needs_gradients
 from ..errors import InvalidArgumentError, InvalidTypeError, UnsupportedError
 from ..run.combine import NO_BACKWARD
-from ..run.merge import (
-    FUNCTION,
-    fall_back,
-    kernel_obstacle,
-    launch,
-    map_states,
-    plain_states,
-    run_merge,
-    run_torch,
-)
-from ..run.signature import signature_of
+from ..run.cuda_backend import find_known
+from ..run.fallback import state
+from ..run.merge import BY_KERNEL, FUNCTION, fall_back, map_states, plain_states, run_merge, run_torch
 
 NO_TANGENT = "an input is transformed or has a forward-mode tangent, which it does not propagate"
 
-#: Calls that were validated and that the kernel takes, by everything that validation looked at.
-_known: set[Any] = set()
-_MAX_KNOWN = 8192
+
+def _find_run_known(*call: Any) -> Any:
+    """Bound on first use: _C.run_known_merge, which runs a call that is like one before; None: there was none."""
+    global _run_known
+    _run_known = find_known("run_known_merge")
+    return _run_known(*call)
+
+
+_run_known: Any = _find_run_known
 
 
 def merge_attn_states(
@@ -62,14 +60,11 @@ def merge_attn_states(
     """
     if is_dynamo_compiling():
         return _merge_by_operator(out_a, lse_a, out_b, lse_b, out, backend)
-    key = None
-    try:
-        if backend != "torch" and out_a.is_cuda and not needs_gradients(out_a, lse_a, out_b, lse_b, out):
-            key = signature_of(out_a, out_b, out, lse_a, lse_b)
-            if key in _known:
-                return launch(out_a, lse_a, out_b, lse_b, out)
-    except AttributeError:
-        key = None  # not tensors: validation names them
+    if backend != "torch":
+        result = _run_known(out_a, lse_a, out_b, lse_b, out)
+        if result is not None:
+            state.merge = BY_KERNEL
+            return result
     if runs_as_operator(out_a, lse_a, out_b, lse_b, out):
         return _merge_by_operator(out_a, lse_a, out_b, lse_b, out, backend)
     _check(out_a, lse_a, out_b, lse_b, out, backend)
@@ -78,10 +73,6 @@ def merge_attn_states(
         return fall_back(NO_TANGENT, backend, out_a, lse_a, out_b, lse_b, out)
     if needs_gradients(out_a, lse_a, out_b, lse_b, out):
         return fall_back(NO_BACKWARD, backend, out_a, lse_a, out_b, lse_b, out)
-    if key is not None and kernel_obstacle(out_a, lse_a, out_b, lse_b, out) is None:
-        if len(_known) >= _MAX_KNOWN:
-            _known.clear()
-        _known.add(key)
     return run_merge(out_a, lse_a, out_b, lse_b, out, backend)
 
 

@@ -100,12 +100,12 @@ def get_scheduler_metadata(
     tensors = (cache_seqlens, cu_seqlens_q, cache_leftpad, out, page_table)
     if is_dynamo_compiling():
         return _run_operator(tensors, numbers)
-    key, prepared = metadata.find(tensors, numbers)
-    if prepared is not None:
-        return metadata.fill(prepared, cache_seqlens, cu_seqlens_q, cache_leftpad, out)  # type: ignore[arg-type]
+    known = metadata.run_known(tensors, numbers)
+    if known is not None:
+        return known
     if runs_as_operator(*tensors):
         return _run_operator(tensors, numbers)
-    return metadata.run_new(key, tensors, numbers)
+    return metadata.run_new(tensors, numbers)
 
 
 def _run_operator(tensors: tuple[Any, ...], numbers: tuple[Any, ...]) -> Tensor:
@@ -117,9 +117,9 @@ def _run_operator(tensors: tuple[Any, ...], numbers: tuple[Any, ...]) -> Tensor:
     ) = numbers  # fmt: skip
     if not is_dynamo_compiling():
         refuse_transformed(FUNCTION, "planning the splits", *tensors)
-        names = ("cache_seqlens", "cu_seqlens_q", "cache_leftpad", "out", "page_table")
         tensors = tuple(
-            resolved(FUNCTION, name, value, written=name == "out") for name, value in zip(names, tensors, strict=True)
+            resolved(FUNCTION, name, value, written=name == "out")
+            for name, value in zip(metadata.NAMES, tensors, strict=True)
         )
     cache_seqlens, cu_seqlens_q, cache_leftpad, out, page_table = tensors
     return call_get_scheduler_metadata(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from ..errors import UnsupportedError
 from ..support import DECODE_MAX_ROWS
@@ -149,11 +148,6 @@ def backward_of(problem: AttentionProblem) -> AttentionProblem:
 def canonical_right(seqlen_q: int, window_right: int) -> int:
     """The right window for comparing masks: one query at the end of its sequence has no key to its right."""
     return -1 if seqlen_q <= 1 else window_right
-
-
-def tensor_signature(t: Tensor) -> tuple[Any, ...]:
-    """What validation reads of a tensor, as a part of a key: calls with equal keys need not be validated again."""
-    return type(t), t.shape, t.stride(), t.dtype, t.get_device()
 
 
 def needs_gradients(*tensors: Any) -> bool:

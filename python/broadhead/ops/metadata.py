@@ -11,6 +11,7 @@ from ..call import validation as check
 from ..call.masking import normalize_window
 from ..call.metadata_request import FUNCTION
 from ..run import metadata
+from ..run.metadata_records import metadata_size
 
 _METADATA = (
     "Tensor cache_seqlens, SymInt batch_size, SymInt max_seqlen_q, SymInt max_seqlen_k, SymInt num_heads_q,"
@@ -43,7 +44,7 @@ def get_scheduler_metadata(*inputs: Any) -> Tensor:
 
 @get_scheduler_metadata.register_fake
 def _(cache_seqlens: Tensor, batch_size: int, *rest: Any) -> Tensor:
-    return cache_seqlens.new_empty(metadata.metadata_size(batch_size))
+    return cache_seqlens.new_empty(metadata_size(batch_size))
 
 
 @torch.library.custom_op(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import zlib
 from typing import NamedTuple
@@ -339,26 +340,19 @@ def metadata_identity(problem: AttentionProblem, row: KernelRow | None, pack_gqa
     return (zlib.crc32(text.encode()) & 0x7FFFFFFF) or 1, config
 
 
-_plans: dict[tuple[AttentionProblem, DeviceDescription, BuildDescription], Plan] = {}
-#: About 2 KB each, with its key: 8 MB. A plan costs less than 0.1 ms to make again.
-_MAX_PLANS = 4096
+#: A plan takes about 2 KB with its key, and about 0.1 ms to make again. Calls that kernels run are found in the table
+#: of known calls (csrc/bindings/call_table.h) before anybody asks for a plan: these serve the fallback and gradients.
+MAX_PLANS = 512
+_decided = functools.lru_cache(maxsize=MAX_PLANS)(_decide)
 
 
 def resolve(problem: AttentionProblem, device: DeviceDescription, build: BuildDescription | None = None) -> Plan:
-    """The plan of ``problem`` on ``device``: the same for mha_fwd and get_scheduler_metadata. Cached.
+    """The plan of ``problem`` on ``device``: the same for mha_fwd and get_scheduler_metadata.
 
     Args:
         build: what the installation holds; None for this one. Tests hand in their own.
     """
-    if build is None:
-        build = build_description()
-    key = (problem, device, build)
-    plan = _plans.get(key)
-    if plan is None:
-        if len(_plans) >= _MAX_PLANS:
-            _plans.clear()
-        plan = _plans[key] = _decide(problem, device, build)
-    return plan
+    return _decided(problem, device, build_description() if build is None else build)
 
 
 def refusal_text(function: str, problem: AttentionProblem, device: DeviceDescription, plan: Plan) -> str:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ..call.masking import mask_width
 from ..call.problem import AttentionProblem
-from ..call.validation import MAX_SPLITS
+from ..call.validation import MAX_SPLITS, TOKENS_PER_SPLIT_STEP
 from ..support import MASK_FEATURES, KernelRow
 from .device import DeviceDescription
 
@@ -48,6 +48,11 @@ class Schedule(NamedTuple):
     target_ctas: int  # blocks, or clusters, that fill the device once
     max_blocks: int  # of a persistent kernel: what sm_margin leaves; 0: all
     tokens_per_split: int  # the keys of every sequence are cut at multiples of it, instead of num_splits; 0: off
+
+    @property
+    def cell_blocks(self) -> int:
+        """tokens_per_split in blocks of TOKENS_PER_SPLIT_STEP keys, as kernels take it."""
+        return self.tokens_per_split // TOKENS_PER_SPLIT_STEP
 
 
 def plan_schedule(problem: AttentionProblem, row: KernelRow, device: DeviceDescription) -> Schedule:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +11,8 @@ from ..call.plain import is_autocast, mark_written
 from ..plan import native
 from ..plan.device import common_kernel_obstacle, describe
 from ..reference import append as append_kv
+from .cuda_backend import CURRENT_STREAM, connected_module
 from .fallback import ASKED_FOR_TORCH, Dispatch, settle_operation, state
-from .metadata import CURRENT_STREAM
 
 _FLOAT8 = torch.float8_e4m3fn
 #: (dtype of the cache, of the new keys) that the kernel stores.
@@ -106,6 +106,13 @@ def launch_append(call: Append) -> tuple[Tensor | None, Tensor]:
     mark_written(k_cache, v_cache)
     state.append = BY_KERNEL
     return q_out, lengths
+
+
+def remember_append(
+    causal_or_local: bool, args: tuple[Any, ...], new: tuple[Any, ...], attention: tuple[Any, ...]
+) -> None:
+    """Make calls like ``args`` and ``new`` known: both ran on kernels, attention as ``attention``."""
+    connected_module().remember_append(BY_KERNEL, causal_or_local, args, new, attention)
 
 
 def _run_torch(call: Append) -> tuple[Tensor | None, Tensor]:

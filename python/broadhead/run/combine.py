@@ -9,7 +9,7 @@ from ..call.problem import needs_gradients
 from ..call.validation import MAX_SPLITS
 from ..plan import native
 from ..plan.device import common_kernel_obstacle
-from .metadata import CURRENT_STREAM
+from .cuda_backend import CURRENT_STREAM
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -14,45 +14,31 @@ from ..call.arguments import AttentionArgs
 from ..call.check import CheckedCall
 from ..call.plain import count_dispatch_modes, is_plain_type
 from ..call.problem import ALIGNMENT_BYTES, out_dtype
-from ..call.validation import TOKENS_PER_SPLIT_STEP
 from ..errors import KernelError
 from ..plan import native
 from ..plan.dispatch import Plan
 from .fallback import state
-from .metadata import check_identity, filled
+from .metadata_records import check_identity, filled, remember
+
+CURRENT_STREAM = -1  # the binding takes torch's current stream
 
 
 def make_launch(args: AttentionArgs, call: CheckedCall, plan: Plan) -> Any:
     """The _C.Launch of a validated call for which ``plan`` has a row: what repeats from call to call of its kind."""
     assert plan.row is not None and plan.schedule is not None
-    problem, schedule = call.problem, plan.schedule
-    q = args.q
+    problem, q = call.problem, args.q
     heads = problem.num_heads_q
     # Rows exist that no sequence may own: outputs allocated here are cleared first.
     clear = args.seqused_q is not None
     lse_shape = (heads, q.shape[0]) if args.cu_seqlens_q is not None else (q.shape[0], heads, q.shape[1])
     return connected_module().Launch(
-        family=plan.row.family,
-        kernel_id=plan.row.id,
+        call=call,
+        plan=plan,
         device=q.device.index,
-        out=_allocation(q, (*q.shape[:-1], problem.head_dim_v), out_dtype(q.dtype), 0.0 if clear else None),
-        lse=_allocation(q, lse_shape, torch.float32, float("-inf") if clear else None),
+        out=allocation(q, (*q.shape[:-1], problem.head_dim_v), out_dtype(q.dtype), 0.0 if clear else None),
+        lse=allocation(q, lse_shape, torch.float32, float("-inf") if clear else None),
         identity=(plan.metadata_config, problem.page_size, problem.seqlen_k, problem.num_splits),
         dispatch=("cuda", plan.row.id, plan.reason),
-        # Fields of AttnParams (csrc/host/params.h).
-        seqlen_q=problem.seqlen_q,
-        seqlen_k=problem.seqlen_k,
-        window_left=problem.window_left,
-        window_right=problem.window_right,
-        attention_chunk=problem.attention_chunk,
-        softmax_scale=call.softmax_scale,
-        softcap=call.softcap,
-        num_splits=schedule.num_splits,
-        pack_gqa=int(schedule.pack_gqa),
-        metadata_tag=plan.metadata_tag,
-        heads_per_section=schedule.heads_per_section,
-        max_blocks=schedule.max_blocks,
-        cell_blocks=schedule.tokens_per_split // TOKENS_PER_SPLIT_STEP,
     )
 
 
@@ -61,7 +47,6 @@ def launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """``(dq, dk, dv, dsinks)`` by the kernel of ``plan``, from ``(dout, dlse, out, softmax_lse)``."""
     assert plan.row is not None and plan.schedule is not None
-    problem = call.problem
     dout, dlse, out, softmax_lse = outputs
     if dout is None:
         dout = torch.zeros_like(out)
@@ -76,20 +61,7 @@ def launch_backward(
     dsinks = None if args.sinks is None else torch.empty_like(args.sinks, dtype=torch.float32)
     state.last = ("cuda", plan.row.id, plan.reason)
     launch = connected_module().BackwardLaunch(
-        family=plan.row.family,
-        kernel_id=plan.row.id,
-        device=args.q.device.index,
-        # Fields of AttnBwdParams (csrc/host/params.h).
-        seqlen_q=problem.seqlen_q,
-        seqlen_k=problem.seqlen_k,
-        window_left=problem.window_left,
-        window_right=problem.window_right,
-        attention_chunk=problem.attention_chunk,
-        softmax_scale=call.softmax_scale,
-        softcap=call.softcap,
-        deterministic=deterministic,
-        num_splits=plan.schedule.num_splits,
-        max_blocks=plan.schedule.max_blocks,
+        call=call, plan=plan, device=args.q.device.index, deterministic=deterministic
     )
     given = args._replace(out=_movable(out), scheduler_metadata=None)
     lse, lse_gradient = _rows_last(softmax_lse), None if dlse is None else _rows_last(dlse)
@@ -112,7 +84,7 @@ def _rows_last(lse: Tensor) -> Tensor:
     return lse.float() if lse.stride(-1) == 1 else lse.float().contiguous()
 
 
-def _allocation(q: Tensor, shape: tuple[int, ...], dtype: torch.dtype, fill: float | None) -> tuple[Any, ...]:
+def allocation(q: Tensor, shape: tuple[int, ...], dtype: torch.dtype, fill: float | None) -> tuple[Any, ...]:
     """A function that makes a contiguous tensor on the device of ``q``, and its arguments; None: it is given q.
 
     The cheapest of torch's: empty and new_empty, which look for a shape among more kinds of arguments, take twice as
@@ -146,6 +118,9 @@ def connected_module() -> ModuleType:
             count_modes=count_dispatch_modes,
             forward_ad=vars(forward_ad),
             increment_version=torch._C._increment_version,
+            empty_like=torch.empty_like,
+            dtype=torch.dtype,
+            remember_metadata=remember,
         )
         _connected = module
     return module
@@ -154,14 +129,9 @@ def connected_module() -> ModuleType:
 _connected: ModuleType | None = None
 
 
-def find_run_known() -> Any:
-    """_C.run_known, or without the compiled module what knows no call."""
-    return _know_nothing if native.extension() is None else connected_module().run_known
-
-
-def find_run_known_shared() -> Any:
-    """_C.run_known_shared, likewise."""
-    return _know_nothing if native.extension() is None else connected_module().run_known_shared
+def find_known(name: str) -> Any:
+    """A function of _C that runs calls like one before, or without the compiled module what knows no call."""
+    return _know_nothing if native.extension() is None else getattr(connected_module(), name)
 
 
 def _know_nothing(*call: Any) -> None:

@@ -18,14 +18,14 @@ from ..plan.device import describe
 from ..plan.dispatch import resolve
 from .backward import gradient_plan, run_backward
 from .choice import describe_call, select
-from .cuda_backend import find_run_known, make_launch, run_new
+from .cuda_backend import find_known, make_launch, run_new
 from .fallback import state
-from .metadata import check_buffer, check_identity
+from .metadata_records import check_buffer, check_identity
 
 
 def run(function: str, args: AttentionArgs) -> tuple[Tensor, Any]:
     """``(out, softmax_lse)`` of a call; ``function`` names the public function in errors."""
-    result = find_run_known()(function, True, args)
+    result = find_known("run_known")(function, True, args)
     return run_plain(function, args, True) if result is None else result
 
 
@@ -43,10 +43,28 @@ def run_plain(function: str, given: AttentionArgs, need_lse: bool, deterministic
         lengths = _lengths_of_paged(function, args.q, args.cu_seqlens_k, args.seqused_k)
         args = args._replace(seqused_k=lengths, cu_seqlens_k=None)
     if args is not given:
-        result = find_run_known()(function, need_lse, args)
+        result = find_known("run_known")(function, need_lse, args)
         if result is not None:
             return _as_given(result, given)
-    return _as_given(_decide_and_run(function, args, need_lse, deterministic), given)
+    backend = check.check_backend(function, args.backend)
+    call = check_forward(function, args)
+    problem, device = call.problem, args.q.device
+    if args.scheduler_metadata is not None:
+        check_buffer(function, "scheduler_metadata", args.scheduler_metadata, problem.batch, device)
+    plan = select(function, problem, device, backend)
+    if plan is None:
+        if args.scheduler_metadata is not None:
+            check_identity(function, args.scheduler_metadata, *_identity_of(problem, device))
+        result = _run_reference(args, call)
+    elif call.total_q == 0 or problem.batch == 0:
+        assert plan.row is not None
+        state.last = ("cuda", plan.row.id, "no query: nothing was launched")
+        result = _empty_result(args, call)
+    elif "gradients" in problem.features:
+        result = _Attention.apply(function, deterministic, *args)
+    else:
+        result = run_new(make_launch(args, call, plan), function, need_lse, args)
+    return _as_given(result, given)
 
 
 def _as_given(result: tuple[Tensor, Any], given: AttentionArgs) -> tuple[Tensor, Any]:
@@ -74,35 +92,9 @@ def check_only(function: str, args: AttentionArgs) -> bool:
     return select(function, problem, args.q.device, backend) is not None
 
 
-def metadata_identity(function: str, args: AttentionArgs) -> tuple[Any, ...]:
-    """What scheduler metadata of a call must have been made for: the last arguments of check_identity."""
-    return _identity_of(check_forward(function, args).problem, args.q.device)
-
-
 def _identity_of(problem: AttentionProblem, device: torch.device) -> tuple[Any, ...]:
     config = resolve(problem, describe(device)).metadata_config
     return config, problem.page_size, problem.seqlen_k, problem.num_splits
-
-
-def _decide_and_run(function: str, args: AttentionArgs, need_lse: bool, deterministic: bool) -> tuple[Tensor, Any]:
-    backend = check.check_backend(function, args.backend)
-    call = check_forward(function, args)
-    problem = call.problem
-    device = args.q.device
-    if args.scheduler_metadata is not None:
-        check_buffer(function, "scheduler_metadata", args.scheduler_metadata, problem.batch, device)
-    plan = select(function, problem, device, backend)
-    if plan is None:
-        if args.scheduler_metadata is not None:
-            check_identity(function, args.scheduler_metadata, *_identity_of(problem, device))
-        return _run_reference(args, call)
-    if call.total_q == 0 or problem.batch == 0:
-        assert plan.row is not None
-        state.last = ("cuda", plan.row.id, "no query: nothing was launched")
-        return _empty_result(args, call)
-    if "gradients" in problem.features:
-        return _Attention.apply(function, deterministic, *args)
-    return run_new(make_launch(args, call, plan), function, need_lse, args)
 
 
 def _empty_result(args: AttentionArgs, call: CheckedCall) -> tuple[Tensor, Tensor]:

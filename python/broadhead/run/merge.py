@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from ..call.layout import contiguous
-from ..call.plain import mark_written, plain
+from ..call.plain import plain
 from ..call.validation import INT32_MAX
-from ..plan import native
 from ..plan.device import common_kernel_obstacle, describe
 from ..reference.merge import merge_parts
+from .cuda_backend import allocation, connected_module
 from .fallback import ASKED_FOR_TORCH, Dispatch, settle_operation, state
-from .metadata import CURRENT_STREAM
 
 FUNCTION = "merge_attn_states"
 
@@ -70,20 +69,12 @@ def kernel_obstacle(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, 
 
 
 def launch(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
-    if out_a.get_device() != torch.cuda.current_device():
-        with torch.cuda.device(out_a.device):
-            return launch(out_a, lse_a, out_b, lse_b, out)
-    given = out
-    if out is None:
-        out = out_a.new_empty(out_a.shape)
-    lse = lse_a.new_empty(lse_a.shape)
-    module = native.extension()
-    assert module is not None
-    module.merge_states(out_a, lse_a, out_b, lse_b, out, lse, CURRENT_STREAM)
-    if given is not None:
-        mark_written(given)
+    """The first merge of a kind: _C.run_known_merge runs those that follow."""
+    new_out = allocation(out_a, tuple(out_a.shape), out_a.dtype, None)
+    new_lse = allocation(lse_a, tuple(lse_a.shape), lse_a.dtype, None)
+    result = connected_module().run_new_merge(out_a.get_device(), new_out, new_lse, out_a, lse_a, out_b, lse_b, out)
     state.merge = BY_KERNEL
-    return out, lse
+    return result
 
 
 def run_torch(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:

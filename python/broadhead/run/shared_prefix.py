@@ -13,8 +13,8 @@ from ..call.check import CheckedCall, check_forward
 from ..plan.device import describe
 from ..plan.dispatch import Plan, resolve
 from ..support import DECODE_MAX_ROWS
-from .cuda_backend import find_run_known_shared, make_launch, run_new_shared
-from .metadata import check_buffer
+from .cuda_backend import find_known, make_launch, run_new_shared
+from .metadata_records import check_buffer
 
 FUNCTION = "flash_attn_with_shared_prefix"
 
@@ -49,7 +49,7 @@ class OneLaunch:
 def _find_run_known(*call: Any) -> Any:
     """Bound on first use: _C.run_known_shared."""
     global _run_known
-    _run_known = find_run_known_shared()
+    _run_known = find_known("run_known_shared")
     return _run_known(*call)
 
 

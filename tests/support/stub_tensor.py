@@ -60,6 +60,7 @@ DTYPES = {
     "torch.int32": (0, 32),
     "torch.float8_e4m3fn": (10, 8),
 }
+CUDA_DEVICE = 2  # kDLCUDA
 CURRENT_STREAM = 0x5EED
 SCRATCH = 6 << 12  # the address of what a call allocates for itself
 OUT_OF_MEMORY = 9999  # a size that the exchange API refuses
@@ -67,12 +68,15 @@ scratch_sizes: list[int] = []
 freed: list[int] = []  # of those allocated through the exchange API
 
 
-@ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.POINTER(_DLTensor))
+TensorReader = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.POINTER(_DLTensor))
+
+
+@TensorReader
 def _read(tensor, out) -> int:
     view = out[0]
     # Half of the address by the offset: the reader must add it.
     view.data, view.byte_offset = tensor.data_ptr() - 8, 8
-    view.device_type, view.device_id = (2 if tensor.is_cuda else 1), tensor.device.index
+    view.device_type, view.device_id = (CUDA_DEVICE if tensor.is_cuda else 1), tensor.device.index
     view.ndim, view.lanes = len(tensor.shape), 1
     view.code, view.bits = DTYPES.get(tensor.dtype, (6, 8))
     view.shape = ctypes.cast(tensor.c_shape, ctypes.POINTER(ctypes.c_int64))
@@ -120,7 +124,7 @@ def _allocate(like, out, context, set_error) -> int:
 _managed = _Managed()
 
 
-class _ExchangeAPI(ctypes.Structure):
+class ExchangeAPI(ctypes.Structure):
     _fields_ = [
         ("major", ctypes.c_uint32),
         ("minor", ctypes.c_uint32),
@@ -133,29 +137,34 @@ class _ExchangeAPI(ctypes.Structure):
     ]
 
 
-_api = _ExchangeAPI(
-    1,
-    3,
-    None,
-    ctypes.cast(_allocate, ctypes.c_void_p),
-    None,
-    None,
-    ctypes.cast(_read, ctypes.c_void_p),
-    ctypes.cast(_stream, ctypes.c_void_p),
-)
 _new_capsule = ctypes.pythonapi.PyCapsule_New
-_CAPSULE_NAME = b"dlpack_exchange_api"  # a capsule keeps the pointer
+CAPSULE_NAME = b"dlpack_exchange_api"  # a capsule keeps the pointer
 _new_capsule.restype, _new_capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+_kept: list[tuple[ExchangeAPI, TensorReader]] = []
+
+
+def make_exchange_api(read: TensorReader) -> object:
+    """DLPack's C exchange API in its capsule: ``read`` describes a tensor, memory and stream are the stub's."""
+    functions = [None if f is None else ctypes.cast(f, ctypes.c_void_p) for f in (_allocate, None, None, read, _stream)]
+    _kept.append((ExchangeAPI(1, 3, None, *functions), read))
+    return _new_capsule(ctypes.addressof(_kept[-1][0]), CAPSULE_NAME, None)
 
 
 class ExchangeTensor(AttributeTensor):
     """The same to whoever reads DLPack's C exchange API."""
 
-    __dlpack_c_exchange_api__ = _new_capsule(ctypes.addressof(_api), _CAPSULE_NAME, None)
+    __dlpack_c_exchange_api__ = make_exchange_api(_read)
 
 
-def last_call(library: Path) -> dict[str, str]:
-    """What the stub library was given last."""
+def stub_launches(library: Path, forget: bool = False) -> list[dict[str, str]]:
+    """What the stub library was launched with, by the fields of the argument blocks; ``entry`` names the entry."""
     stub = ctypes.CDLL(str(library))
-    stub.stub_text.restype = ctypes.c_char_p
-    return dict(line.split("=", 1) for line in stub.stub_text().decode().splitlines())
+    stub.stub_launches.restype = ctypes.c_char_p
+    texts = stub.stub_launches(int(forget)).decode().split("\n\n")
+    return [dict(line.split("=", 1) for line in text.splitlines()) for text in texts if text]
+
+
+def last_call(library: Path, entry: str = "") -> dict[str, str]:
+    """The fields of the last launch, of an entry if one is named; none where there was no launch."""
+    calls = [call for call in stub_launches(library) if entry in ("", call["entry"])]
+    return {name: value for call in calls[-1:] for name, value in call.items() if name != "entry"}
