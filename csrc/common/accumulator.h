@@ -7,6 +7,10 @@
 
 namespace broadhead {
 
+// Row `i` of the lane's two in each 16-row tile, from the warp's first on.
+// The portable forward kernel writes this out: with the function nvcc (13.0) makes other code of it for 12.0.
+BROADHEAD_DEVICE int accumulator_row(int i, int lane) { return i / 2 * 16 + i % 2 * 8 + lane / 4; }
+
 template <int kTiles>
 BROADHEAD_DEVICE void clear_accumulators(float (&x)[kTiles][4]) {
   BROADHEAD_UNROLL

@@ -11,14 +11,14 @@ constexpr int kDependentLaunchMajor = 9;
 // Once all CTAs have called it or ended, the next kernel of the stream may start if it was launched that way.
 BROADHEAD_DEVICE void launch_dependents() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
+  cudaTriggerProgrammaticLaunchCompletion();
 #endif
 }
 
 // Waits until the kernel before has ended and its writes are visible.
 BROADHEAD_DEVICE void wait_for_predecessor() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
+  cudaGridDependencySynchronize();
 #endif
 }
 

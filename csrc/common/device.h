@@ -1,4 +1,4 @@
-// Small device helpers every kernel family uses: shared addresses, barriers, exp2, packing of 16-bit pairs.
+// Small device helpers of every kernel family. The PTX has no function in CUTLASS.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -18,19 +18,17 @@ BROADHEAD_DEVICE std::uint32_t smem_address(const void* pointer) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// A barrier among `threads` threads; id 0 is __syncthreads.
-BROADHEAD_DEVICE void named_barrier_sync(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
-// Arrives without waiting; `threads` counts those that wait and those that only arrive.
-BROADHEAD_DEVICE void named_barrier_arrive(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
 // Keeps the compiler from computing what follows early, which would occupy registers.
 BROADHEAD_DEVICE void compile_barrier() { asm volatile("" ::: "memory"); }
 
+// threadIdx.x, read where it is needed: what follows from it is not kept in registers over a whole tile.
+BROADHEAD_DEVICE int fresh_thread() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
+// CUTLASS has the exponential to base e alone.
 BROADHEAD_DEVICE float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -64,7 +62,8 @@ BROADHEAD_DEVICE float keep_minus_infinity(float x, float other) {
   return selected;
 }
 
-// Two numbers rounded to nearest even, `lo` in the low half.
+// Two numbers rounded to nearest even, `lo` in the low half. With CUTLASS's conversion the compiler orders the e4m3
+// kernel otherwise.
 template <class Element>
 BROADHEAD_DEVICE std::uint32_t pack_pair(float lo, float hi) {
   if constexpr (std::is_same_v<Element, cutlass::half_t>) {

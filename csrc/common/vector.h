@@ -1,4 +1,6 @@
 // Neighbouring elements that one instruction loads or stores, and their conversion from and to fp32.
+//
+// Without CUTLASS, whose headers take longer to compile than the kernels that use this.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -2,6 +2,7 @@
 // split.
 #pragma once
 
+#include "common/accumulator.h"
 #include "common/online_softmax.h"
 #include "common/row_result.h"
 #include "decode/gemm.h"
@@ -73,7 +74,7 @@ BROADHEAD_DEVICE void write_item(const DecodeParams& params, const WorkItem& ite
   if (col_group == 0 && lane % 4 == 0) {
     BROADHEAD_UNROLL
     for (int i = 0; i < 2 * Traits::kMmaM; ++i) {
-      const int row = i / 2 * 16 + i % 2 * 8 + lane / 4;
+      const int row = accumulator_row(i, lane);
       smem.stats[group][row] = make_float2(softmax.row_max[i], softmax.row_sum[i]);
     }
   }
@@ -83,7 +84,7 @@ BROADHEAD_DEVICE void write_item(const DecodeParams& params, const WorkItem& ite
   float factor[2 * Traits::kMmaM];
   BROADHEAD_UNROLL
   for (int i = 0; i < 2 * Traits::kMmaM; ++i) {
-    const int row = i / 2 * 16 + i % 2 * 8 + lane / 4;
+    const int row = accumulator_row(i, lane);
     const RowResult result = merge_row<Traits>(params, smem, scale, is_split, group, row);
     factor[i] = result.inverse;
     float* lse = smem.rows[row].lse;
@@ -97,7 +98,7 @@ BROADHEAD_DEVICE void write_item(const DecodeParams& params, const WorkItem& ite
     if (pass > 0) __syncthreads();  // the previous columns are written
     BROADHEAD_UNROLL
     for (int i = 0; i < 2 * Traits::kMmaM; ++i) {
-      const int row = i / 2 * 16 + i % 2 * 8 + lane / 4;
+      const int row = accumulator_row(i, lane);
       float* target = smem.merge[warp][row];
       BROADHEAD_UNROLL
       for (int t = 0; t < kTilesPerPass; t += Traits::k8Bit ? 2 : 1) {

@@ -1,6 +1,8 @@
 // The QK and PV GEMMs of a warp on an n_block; 8-bit K and V are converted to fp16 on the way.
 #pragma once
 
+#include <cutlass/numeric_conversion.h>
+
 #include "common/device.h"
 #include "decode/traits.h"
 #include "mma_sync/atoms.h"
@@ -14,9 +16,11 @@ using namespace mma_sync;
 template <int kHalf>
 BROADHEAD_DEVICE std::uint32_t widen(std::uint32_t bytes) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
-  std::uint32_t pair;
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"(static_cast<std::uint16_t>(bytes >> (16 * kHalf))));
-  return pair;
+  using Two = cutlass::Array<cutlass::float_e4m3_t, 2>;
+  const auto two = static_cast<std::uint16_t>(bytes >> (16 * kHalf));
+  const auto pair = cutlass::NumericArrayConverter<cutlass::half_t, cutlass::float_e4m3_t, 2>::convert(
+      reinterpret_cast<const Two&>(two));
+  return reinterpret_cast<const std::uint32_t&>(pair);
 #else
   // Sign, exponent and mantissa move to their places; the exponent's bias is 7 instead of 15 (OCP 8-bit Floating Point
   // Specification), so times 2^8. NaN becomes 480.

@@ -5,6 +5,8 @@
 // the combine merges.
 #pragma once
 
+#include <cute/arch/copy.hpp>
+
 #include "common/accumulator.h"
 #include "common/dependent_launch.h"
 #include "common/score.h"
@@ -60,13 +62,13 @@ BROADHEAD_DEVICE void add_scores(float (&s)[Traits::kMmaM][Traits::kMmaN][4], ty
 BROADHEAD_DEVICE void prefetch_inputs(const DecodeParams& params) {
   const unsigned offset = (blockIdx.x * blockDim.x + threadIdx.x) * 128;
   if (offset < params.q_bytes) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(params.q) + offset));
+    cute::prefetch(static_cast<const char*>(params.q) + offset);
   }
   if (offset < params.table_bytes) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(reinterpret_cast<const char*>(params.page_table) + offset));
+    cute::prefetch(reinterpret_cast<const char*>(params.page_table) + offset);
   }
   if (offset < params.shared_table_bytes) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(reinterpret_cast<const char*>(params.shared_page_table) + offset));
+    cute::prefetch(reinterpret_cast<const char*>(params.shared_page_table) + offset);
   }
 }
 

@@ -1,4 +1,6 @@
 // A warp's copies of K and V: they run ahead of the products, slice by slice, over all items of the CTA.
+//
+// The load of a page-table entry is PTX: CUTLASS's global_load is under a predicate.
 #pragma once
 
 #include "decode/traits.h"
@@ -84,7 +86,7 @@ class Loader {
   BROADHEAD_DEVICE const CopySource<KvElement>& source() const { return smem_.source[warp()]; }
 
   BROADHEAD_DEVICE void advance() {
-    cp_async_commit();
+    cute::cp_async_fence();
     target_ += Traits::kStageBytes;
     if (target_ == end_of_ring_) target_ -= Traits::kStages * Traits::kStageBytes;
   }

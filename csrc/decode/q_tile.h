@@ -1,5 +1,10 @@
 // Q of an item: prefetched into the L2, read, converted and stored to shared memory.
+//
+// The loads are PTX: they must be volatile, and CUTLASS's global_load is under a predicate.
 #pragma once
+
+#include <cutlass/arch/memory.h>
+#include <cute/arch/copy.hpp>
 
 #include "decode/gemm.h"
 
@@ -28,8 +33,7 @@ BROADHEAD_DEVICE void prefetch_rows(const DecodeParams& params, const WorkItem& 
     const int col = index % kLines * kLineElements;
     if (offset < 0 || col >= (kQv ? params.head_dim_v : params.head_dim)) continue;
     const int size = Traits::k8Bit && params.q_dtype == DataType::kFloat8E4M3 ? 1 : 2;
-    asm volatile(
-        "prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(kQv ? params.qv : params.q) + (offset + col) * size));
+    cute::prefetch(static_cast<const char*>(kQv ? params.qv : params.q) + (offset + col) * size);
   }
 }
 
@@ -146,9 +150,7 @@ struct QTile {
     if (Traits::kTileM * kUnits % Traits::kThreads != 0 && row >= Traits::kTileM) return;
     const std::uint32_t base = smem_address(smem.q);
     if constexpr (!Traits::k8Bit) {
-      asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(base + q_offset<Traits>(row, unit)), "r"(value.x),
-                   "r"(value.y), "r"(value.z), "r"(value.w)
-                   : "memory");
+      cutlass::arch::shared_store<16>(base + q_offset<Traits>(row, unit), &value);
       return;
     }
     if (params.q_dtype == DataType::kFloat8E4M3) {
@@ -161,12 +163,9 @@ struct QTile {
     // and 2 t + 9 of its B fragment (m16n8k16). The columns of Q are permuted to match.
     const int first = unit / 2 * 2;
     const std::uint32_t half = unit % 2 * 8;
-    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(base + q_offset<Traits>(row, first) + half), "r"(value.x),
-                 "r"(value.z)
-                 : "memory");
-    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(base + q_offset<Traits>(row, first + 1) + half), "r"(value.y),
-                 "r"(value.w)
-                 : "memory");
+    const uint2 low = make_uint2(value.x, value.z), high = make_uint2(value.y, value.w);
+    cutlass::arch::shared_store<8>(base + q_offset<Traits>(row, first) + half, &low);
+    cutlass::arch::shared_store<8>(base + q_offset<Traits>(row, first + 1) + half, &high);
   }
 };
 

@@ -1,9 +1,12 @@
-// The instructions of the portable kernels: mma.sync through CuTe, ldmatrix and cp.async on 32-bit shared addresses.
+// The instructions of the portable kernels: mma.sync through CuTe; cp.async in PTX, as CuTe's makes other machine code,
+// and named barriers, as CUTLASS's trap before SM90.
 #pragma once
 
+#include <cute/arch/copy_sm80.hpp>
 #include <cute/arch/mma_sm80.hpp>
 
 #include "common/device.h"
+#include "common/ldmatrix.h"
 
 namespace broadhead::mma_sync {
 
@@ -26,30 +29,23 @@ BROADHEAD_DEVICE void mma(float (&d)[4], const std::uint32_t (&a)[4], std::uint3
   MmaAtom<Element>::Op::fma(d[0], d[1], d[2], d[3], a[0], a[1], a[2], a[3], b0, b1, d[0], d[1], d[2], d[3]);
 }
 
-BROADHEAD_DEVICE void ldmatrix_x4(std::uint32_t (&r)[4], std::uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address));
-}
-
-BROADHEAD_DEVICE void ldmatrix_x4_trans(std::uint32_t (&r)[4], std::uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address));
-}
-
-// Copies 16 bytes; when `live` is false it writes 16 zero bytes and does not read `source`.
+// Copies 16 bytes; when `live` is false it writes 16 zero bytes and does not read `source`. With CuTe's, which takes
+// references, decode kernels for 8.0 come out in another order.
 BROADHEAD_DEVICE void cp_async_16(std::uint32_t target, const void* source, bool live) {
   const int bytes = live ? 16 : 0;
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(bytes)
                : "memory");
 }
 
-BROADHEAD_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
+// CuTe's waits for 0 with another instruction, wait_all.
 template <int kPending>
 BROADHEAD_DEVICE void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// A barrier among `threads` threads; id 0 is __syncthreads.
+BROADHEAD_DEVICE void named_barrier_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 }  // namespace broadhead::mma_sync

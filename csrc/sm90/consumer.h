@@ -3,15 +3,24 @@
 // A warpgroup owns 64 rows; lane layout of its accumulators as in OnlineSoftmax with one 16-row tile a warp.
 #pragma once
 
+#include <cutlass/arch/barrier.h>
+
 #include "common/online_softmax.h"
 #include "common/row_result.h"
 #include "common/score.h"
 
 namespace broadhead::sm90 {
 
+using cutlass::arch::NamedBarrier;  // its static functions: with objects nvcc (13.0) makes other code
+
 // Named barrier ids; 0 is __syncthreads.
 constexpr int kPingPongBarrier = 1;  // + warpgroup: its 128 threads wait, the 128 of the warpgroup before it arrive
 constexpr int kClearBarrier = 5;     // the warps that clear a stage of V together; + half of O in the wide kernel
+
+// The type says that an id is the hardware's. CUTLASS adds 8 to plain numbers, and keeps the first 8 to itself.
+BROADHEAD_DEVICE cutlass::arch::ReservedNamedBarriers hardware_id(int id) {
+  return static_cast<cutlass::arch::ReservedNamedBarriers>(id);
+}
 
 // What the mainloop asks of a tile for every n_block, in registers.
 struct BlockKinds {

@@ -40,22 +40,26 @@ struct ConsumerBase {
 
   // Lets the first warpgroup issue.
   BROADHEAD_DEVICE void ping_pong_start() {
-    if (Traits::kPingPong && warpgroup == Traits::kConsumers - 1) named_barrier_arrive(kPingPongBarrier, 256);
+    if (Traits::kPingPong && warpgroup == Traits::kConsumers - 1) {
+      NamedBarrier::arrive(256, hardware_id(kPingPongBarrier));
+    }
   }
   BROADHEAD_DEVICE void ping_pong_wait() {
-    if constexpr (Traits::kPingPong) named_barrier_sync(kPingPongBarrier + warpgroup, 256);
+    if constexpr (Traits::kPingPong) NamedBarrier::sync(256, hardware_id(kPingPongBarrier + warpgroup));
   }
   BROADHEAD_DEVICE void ping_pong_pass() {
-    if constexpr (Traits::kPingPong) named_barrier_arrive(kPingPongBarrier + (warpgroup + 1) % Traits::kConsumers, 256);
+    if constexpr (Traits::kPingPong) {
+      NamedBarrier::arrive(256, hardware_id(kPingPongBarrier + (warpgroup + 1) % Traits::kConsumers));
+    }
   }
 
   BROADHEAD_DEVICE void wait_full(Barrier& barrier, std::uint32_t parity) {
     barrier_wait(barrier, parity);
-    if (args.maps.gather) fence_async_shared();  // cp.async writes are ordinary ones
+    if (args.maps.gather) cutlass::arch::fence_view_async_shared();  // cp.async writes are ordinary ones
   }
 
   BROADHEAD_DEVICE void release(Barrier& barrier) {
-    if (leader()) barrier_arrive(barrier);
+    if (leader()) barrier.arrive();
   }
 
   BROADHEAD_DEVICE void issue_qk(std::uint32_t stage) {
@@ -64,14 +68,14 @@ struct ConsumerBase {
         Descriptor::make(smem_address(smem.q) + warpgroup * 8 * QLayout::kAtomBytes, 0, QLayout::kAtomBytes);
     const std::uint64_t b = Descriptor::make(smem_address(smem.k[stage]), 0, KLayout::kSlabStride);
     clear_accumulators(s);  // tells the compiler that they hold nothing of use: the first wgmma does not accumulate
-    wgmma_fence();
+    cute::warpgroup_arrive();
     BROADHEAD_UNROLL
     for (int step = 0; step < Traits::kHeadDim * static_cast<int>(sizeof(Element)) / 32; ++step) {
       wgmma_ss<Element, Traits::kTileN, Major::K>(
           s[0], a + (QLayout::step_offset(step, Traits::kTileM * QLayout::kRowBytes) >> 4),
           b + (KLayout::step_offset(step, KLayout::kSubtileStride) >> 4), step > 0);
     }
-    wgmma_commit();
+    cute::warpgroup_commit_batch();
     fence_registers(s[0]);
   }
 

@@ -32,10 +32,10 @@ BROADHEAD_DEVICE void load_tiles(const KernelArgs& args, typename Traits::Shared
   const bool paged = params.page_table != nullptr;
   const bool leader = threadIdx.x % 32 == 0;
   if (leader && loads_k) {
-    prefetch_map(&args.maps.q.map);
-    prefetch_map(&args.maps.k.box);
+    cute::prefetch_tma_descriptor(&args.maps.q.map);
+    cute::prefetch_tma_descriptor(&args.maps.k.box);
   }
-  if (leader && loads_v) prefetch_map(&args.maps.v.box);
+  if (leader && loads_v) cute::prefetch_tma_descriptor(&args.maps.v.box);
   RingState<Traits::kStages> ring;  // K and V have one each, and are at the same stage
   std::uint32_t q_parity = 0;
   for_each_tile(smem, leader, [&](const TileState<Element>& state) {

@@ -9,6 +9,8 @@
 // 8-bit P has three bits: there the reference is the exact maximum so far, so that the weight of a key that dominates
 // its row is a power of two and not rounded. It is 2^8 there, so that weights down to 2^-17 of it are not lost; e4m3
 // ends at 448.
+//
+// The conversion to e4m3 is PTX: with CUTLASS's the compiler orders the D128 kernel otherwise.
 #pragma once
 
 #include <cmath>

@@ -68,15 +68,8 @@ BROADHEAD_DEVICE void wgmma_rs(float (&d)[kN / 8][4], const std::uint32_t (&a)[4
   wgmma_rs_call<Op>(a, b, &d[0][0], accumulate, std::make_integer_sequence<int, kN / 2>());
 }
 
-// Before the first wgmma that reads registers or shared memory written since the last one.
-BROADHEAD_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-BROADHEAD_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int kPending>
-BROADHEAD_DEVICE void wgmma_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
-}
-
-// Keeps the compiler from moving accesses of registers across this point: wgmma writes them behind its back.
+// Keeps the compiler from moving accesses of registers across this point: wgmma writes them behind its back. Four at a
+// time: with CuTe's fence, which takes one, the compiler orders the e4m3 kernel otherwise.
 template <int kTiles>
 BROADHEAD_DEVICE void fence_registers(float (&d)[kTiles][4]) {
   BROADHEAD_UNROLL

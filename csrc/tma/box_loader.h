@@ -4,7 +4,7 @@
 #include "common/math.h"
 #include "common/seqlen_info.h"
 #include "common/tile_state.h"
-#include "tma/ptx.h"
+#include "tma/copy.h"
 #include "tma/tensor_maps.h"
 
 namespace broadhead::tma {
@@ -170,7 +170,7 @@ class BoxLoader {
 
   // Behind the wait: the stage's columns from subtile `subtile0` on.
   BROADHEAD_DEVICE void load(int subtile0, std::uint32_t target, Barrier& full) const {
-    if (lane() == 0) barrier_expect(full, bytes_);
+    if (lane() == 0) full.arrive_and_expect_tx(bytes_);
     if constexpr (Layout::kBySubtile) {
       if (pieces_ != 0) issue_subtiles(target + offset_, full);
     } else {

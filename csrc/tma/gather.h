@@ -3,7 +3,7 @@
 
 #include "common/seqlen_info.h"
 #include "common/tile_state.h"
-#include "tma/ptx.h"
+#include "tma/copy.h"
 
 namespace broadhead::tma {
 
@@ -110,7 +110,7 @@ BROADHEAD_DEVICE void gather_stage(const AttnParams& params, const GatheredRows<
       }
     }
   }
-  barrier_arrive_cp_async(full);
+  cutlass::arch::cpasync_barrier_arrive_noinc(reinterpret_cast<const std::uint64_t*>(&full));
 }
 
 }  // namespace broadhead::tma

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/tile_state.h"
-#include "tma/ptx.h"
+#include "tma/copy.h"
 #include "tma/tensor_maps.h"
 
 namespace broadhead::tma {
@@ -33,7 +33,7 @@ BROADHEAD_DEVICE void prefetch_q(const QMap& map, const QCoordinates& at) {
 template <class Layout, int kTileM>
 BROADHEAD_DEVICE void load_q(const QMap& map, const QCoordinates& at, int rows, std::uint32_t target, Barrier& full,
                              int subtile0 = 0, int subtiles = Layout::kSubtiles) {
-  barrier_expect(full, subtiles * rows * Layout::kRowBytes);
+  full.arrive_and_expect_tx(subtiles * rows * Layout::kRowBytes);
   for (int s = 0; s < subtiles; ++s) {
     tma_load(&map.map, target + s * kTileM * Layout::kRowBytes, full, (subtile0 + s) * Layout::kSubtileCols, at.head,
              at.row, 0, at.x);

@@ -21,7 +21,7 @@ BROADHEAD_DEVICE void for_each_tile(Storage& smem, bool arrives, const Body& bod
     if (!tile.valid) break;
     body(tile.state);
     __syncwarp();
-    if (arrives) barrier_arrive(smem.tile_empty[slot.stage()]);
+    if (arrives) smem.tile_empty[slot.stage()].arrive();
     slot.advance();
   }
 }
@@ -30,7 +30,7 @@ BROADHEAD_DEVICE void for_each_tile(Storage& smem, bool arrives, const Body& bod
 // range.end.
 BROADHEAD_DEVICE void want_next(Barrier& next_wanted, const BlockRange& range, int block) {
   const int at = min_int(range.begin + kBlocksAhead, range.end);
-  if (block == at) barrier_arrive(next_wanted);
+  if (block == at) next_wanted.arrive();
 }
 
 }  // namespace broadhead::tma

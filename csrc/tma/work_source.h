@@ -5,7 +5,8 @@
 #pragma once
 
 #include "common/tile_state.h"
-#include "tma/ptx.h"
+#include "tma/barrier.h"
+#include "tma/ring_state.h"
 
 namespace broadhead::tma {
 
@@ -142,14 +143,15 @@ BROADHEAD_DEVICE void share_work(const AttnParams& params, Mailbox& mailbox, Slo
     for (int peer = 1; peer < kCluster; ++peer) {
       BROADHEAD_UNROLL
       for (int i = 0; i < WorkMessage::kWords; ++i) {
-        store_async(smem_address(&mailbox.message[stage].words[i]), message.words[i], mailbox.full[stage], peer);
+        cute::store_shared_remote(message.words[i], smem_address(&mailbox.message[stage].words[i]),
+                                  smem_address(&mailbox.full[stage]), peer);
       }
     }
   } else {
-    barrier_expect(mailbox.full[stage], sizeof(WorkMessage));
+    mailbox.full[stage].arrive_and_expect_tx(sizeof(WorkMessage));
     barrier_wait(mailbox.full[stage], mail.parity());
     mailbox.message[stage].get(params, work, lengths);
-    barrier_arrive_cluster(mailbox.empty[stage], 0);
+    mailbox.empty[stage].arrive(0u);
   }
   mail.advance();
 }
@@ -161,7 +163,7 @@ BROADHEAD_DEVICE void post_tiles(const Args& args, SharedStorage& smem) {
   const AttnParams& params = args.params;
   const WorkPlan& plan = args.plan;
   const int lane = threadIdx.x % 32;
-  const std::uint32_t rank = kCluster > 1 ? cluster_rank() : 0;
+  const std::uint32_t rank = kCluster > 1 ? cute::block_rank_in_cluster() : 0;
   WorkCursor cursor;
   SlotState slot;
   SlotState mail;
@@ -194,7 +196,7 @@ BROADHEAD_DEVICE void post_tiles(const Args& args, SharedStorage& smem) {
         if (splits == 1) posted.split = -1;
       }
       // A tile without rows, or a split that its sequence does not use, is not posted.
-      if (!work.valid || splits > 0) barrier_arrive(smem.tile_full[slot.stage()]);
+      if (!work.valid || splits > 0) smem.tile_full[slot.stage()].arrive();
     }
     splits = __shfl_sync(0xffffffffu, splits, 0);
     if (!work.valid) return;

@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
         ++next_head;
       }
     }
-    cp_async_commit();
+    cute::cp_async_fence();
   };
   BROADHEAD_UNROLL
   for (int i = 0; i < Traits::kStages - 1; ++i) issue();

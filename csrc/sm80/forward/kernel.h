@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
         }
       }
     }
-    cp_async_commit();
+    cute::cp_async_fence();
     write_stage = write_stage == ring + (Traits::kStages - 1) * kStageBytes ? ring : write_stage + kStageBytes;
   };
 

@@ -4,6 +4,8 @@
 // takes tiles. Consumers: 64 query rows each.
 #pragma once
 
+#include <cutlass/arch/reg_reconfig.h>
+
 #include "common/dependent_launch.h"
 #include "sm90/forward/load.h"
 #include "sm90/forward/mainloop.h"
@@ -24,26 +26,26 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) forward_kernel(const __gr
     const int loaders = args.maps.gather ? Traits::kLoaderWarps : 2;
     const int fills = args.maps.gather ? Traits::kLoaderWarps * 32 : 1;
     for (int i = 0; i < kTileSlots; ++i) {
-      barrier_init(smem.tile_full[i], 1);
-      barrier_init(smem.tile_empty[i], Traits::kConsumerWarps + loaders);
+      smem.tile_full[i].init(1);
+      smem.tile_empty[i].init(Traits::kConsumerWarps + loaders);
     }
-    barrier_init(smem.next_wanted, 1);
-    barrier_init(smem.q_full, 1);
-    barrier_init(smem.q_empty, Traits::kConsumerWarps);
+    smem.next_wanted.init(1);
+    smem.q_full.init(1);
+    smem.q_empty.init(Traits::kConsumerWarps);
     for (int i = 0; i < Traits::kStages; ++i) {
-      barrier_init(smem.k_full[i], fills);
-      barrier_init(smem.k_empty[i], Traits::kConsumerWarps);
-      barrier_init(smem.v_full[i], fills);
-      barrier_init(smem.v_empty[i], Traits::kConsumerWarps);
+      smem.k_full[i].init(fills);
+      smem.k_empty[i].init(Traits::kConsumerWarps);
+      smem.v_full[i].init(fills);
+      smem.v_empty[i].init(Traits::kConsumerWarps);
       smem.missing[i].clear();
     }
-    barrier_init_fence();
+    cutlass::arch::fence_barrier_init();
     wait_for_predecessor();  // nothing before reads or writes global memory
   }
   __syncthreads();
 
   if (warp < 4) {
-    give_registers<Traits::kProducerRegisters>();
+    cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
     if (warp == Traits::kSchedulerWarp) {
       post_tiles<Traits>(args, smem);
     } else if (args.maps.gather) {
@@ -52,7 +54,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) forward_kernel(const __gr
       load_tiles<Traits>(args, smem, warp == 0, warp == 1);
     }
   } else {
-    take_registers<Traits::kConsumerRegisters>();
+    cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
     Consumer<Traits>(args, smem).run();
   }
 }

@@ -33,12 +33,12 @@ struct Consumer final : ConsumerBase<Traits> {
     fence_registers(p);
     const std::uint64_t b = MatrixDescriptor<VLayout::kRowBytes>::make(smem_address(smem.v[stage]),
                                                                        VLayout::kSubtileStride, VLayout::kSlabStride);
-    wgmma_fence();
+    cute::warpgroup_arrive();
     BROADHEAD_UNROLL
     for (int step = 0; step < Traits::kTileN / 16; ++step) {
       wgmma_rs<Element, Traits::kHeadDimV, Major::MN>(o, p[step], b + (step * 2 * VLayout::kSlabStride >> 4), true);
     }
-    wgmma_commit();
+    cute::warpgroup_commit_batch();
     fence_registers(o);
   }
 
@@ -53,8 +53,8 @@ struct Consumer final : ConsumerBase<Traits> {
     wait_v();
     const ClearShare share{static_cast<int>(threadIdx.x) / 32 - 4, Traits::kConsumerWarps, 0, VLayout::kBytes / 16};
     clear_dead_rows<VLayout>(state.source, reinterpret_cast<char*>(smem.v[ring.stage(1)]), key0, Traits::kTileN, share);
-    fence_async_shared();
-    named_barrier_sync(kClearBarrier, 32 * Traits::kConsumerWarps);
+    cutlass::arch::fence_view_async_shared();
+    NamedBarrier::sync(32 * Traits::kConsumerWarps, hardware_id(kClearBarrier));
   }
 
   BROADHEAD_DEVICE void mask_scores(const Slot& tile, int block) {
@@ -89,7 +89,7 @@ struct Consumer final : ConsumerBase<Traits> {
     wait_v();
     issue_pv(p, ring.stage(1));
     ping_pong_pass();
-    wgmma_wait<1>();
+    cute::warpgroup_wait<1>();
     fence_registers(s[0]);
     if (some_missing) Base::hide_missing_keys(ring.stage());
     release(smem.k_empty[ring.stage()]);
@@ -112,10 +112,10 @@ struct Consumer final : ConsumerBase<Traits> {
     // The two forms are one to us; of each ptxas makes good code in one place only (spills, C7512 in the other).
     const bool computed = is_computed(softmax.row_sum[0] + softmax.row_sum[1]);
     if constexpr (Traits::kTwoP) {
-      if (computed) wgmma_wait<0>();
+      if (computed) cute::warpgroup_wait<0>();
     } else {
       if (!computed) __trap();
-      wgmma_wait<0>();
+      cute::warpgroup_wait<0>();
     }
     fence_registers(o);
     if (raised) scale_rows(o, factor[0], factor[1]);
@@ -139,7 +139,7 @@ struct Consumer final : ConsumerBase<Traits> {
     if (!kinds.plain(block)) prepare_v(tile.state, block);
     wait_v();
     issue_pv(p, ring.stage(1));
-    wgmma_wait<0>();
+    cute::warpgroup_wait<0>();
     fence_registers(o);
     release(smem.v_empty[ring.stage(1)]);
   }
@@ -204,7 +204,7 @@ struct Consumer final : ConsumerBase<Traits> {
       Base::issue_qk(ring.stage());
       ping_pong_pass();
       if (slot.advanced()) write_tile(slot, lse);
-      wgmma_wait<0>();
+      cute::warpgroup_wait<0>();
       fence_registers(s[0]);
       softmax = Softmax();
       first_block(even_p, smem.tiles[slot.stage()]);

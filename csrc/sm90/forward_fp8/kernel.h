@@ -4,6 +4,8 @@
 // query rows each.
 #pragma once
 
+#include <cutlass/arch/reg_reconfig.h>
+
 #include "sm90/forward_fp8/load.h"
 #include "sm90/forward_fp8/mainloop.h"
 #include "sm90/forward_fp8/traits.h"
@@ -22,27 +24,27 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) fp8_kernel(const __grid_c
   if (threadIdx.x == 0) {
     const int fills = args.maps.gather ? 32 * Traits::kGatherPieces : 1;
     for (int i = 0; i < kTileSlots; ++i) {
-      barrier_init(smem.tile_full[i], 1);
-      barrier_init(smem.tile_empty[i], Traits::kConsumerWarps + 1 + Traits::kTransposeWarps);
+      smem.tile_full[i].init(1);
+      smem.tile_empty[i].init(Traits::kConsumerWarps + 1 + Traits::kTransposeWarps);
     }
-    barrier_init(smem.next_wanted, 1);
-    barrier_init(smem.q_full, 1);
-    barrier_init(smem.q_empty, Traits::kConsumerWarps);
+    smem.next_wanted.init(1);
+    smem.q_full.init(1);
+    smem.q_empty.init(Traits::kConsumerWarps);
     for (int i = 0; i < Traits::kStages; ++i) {
-      barrier_init(smem.k_full[i], fills);
-      barrier_init(smem.k_empty[i], Traits::kConsumerWarps);
-      barrier_init(smem.v_full[i], fills);
-      barrier_init(smem.v_empty[i], Traits::kTransposeWarps);
-      barrier_init(smem.transposed_full[i], Traits::kTransposeWarps);
-      barrier_init(smem.transposed_empty[i], Traits::kConsumerWarps);
+      smem.k_full[i].init(fills);
+      smem.k_empty[i].init(Traits::kConsumerWarps);
+      smem.v_full[i].init(fills);
+      smem.v_empty[i].init(Traits::kTransposeWarps);
+      smem.transposed_full[i].init(Traits::kTransposeWarps);
+      smem.transposed_empty[i].init(Traits::kConsumerWarps);
       smem.missing[i].clear();
     }
-    barrier_init_fence();
+    cutlass::arch::fence_barrier_init();
   }
   __syncthreads();
 
   if (warp < 4) {
-    give_registers<Traits::kProducerRegisters>();
+    cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
     if (warp == Traits::kSchedulerWarp) {
       post_tiles<Traits>(args, smem);
     } else if (warp > 0) {
@@ -53,7 +55,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) fp8_kernel(const __grid_c
       load_tiles<Traits>(args, smem, true, true);
     }
   } else {
-    take_registers<Traits::kConsumerRegisters>();
+    cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
     Fp8Consumer<Traits> consumer(args, smem);
     consume_tiles(consumer);
   }

@@ -41,20 +41,20 @@ struct Fp8Consumer final : ConsumerBase<Traits> {
       clear_accumulators(product);  // as in issue_qk
     }
     fence_registers(p);
-    wgmma_fence();
+    cute::warpgroup_arrive();
     BROADHEAD_UNROLL
     for (int step = 0; step < Layout::kSteps; ++step) {
       wgmma_rs<Element, Traits::kPartCols, Major::K>(
           product, p[step], b + (Layout::step_offset(step, Layout::kAtomBytes) >> 4), step > 0);
     }
-    wgmma_commit();
+    cute::warpgroup_commit_batch();
     fence_registers(product);
   }
 
   // P of the n_block whose S is in flight; waits for its V. `some_missing`: what some_missing says of its K.
   BROADHEAD_DEVICE void take_scores(const TileState<Element>& state, const BlockKinds& kinds, int block,
                                     bool some_missing) {
-    wgmma_wait<0>();
+    cute::warpgroup_wait<0>();
     fence_registers(s[0]);
     if (some_missing) Base::hide_missing_keys(ring.stage());
     release(smem.k_empty[ring.stage()]);
@@ -73,7 +73,7 @@ struct Fp8Consumer final : ConsumerBase<Traits> {
       float own[kPartTiles][4];
       auto& product = *(Traits::kParts > 1 ? reinterpret_cast<float (*)[kPartTiles][4]>(s[0]) : &own);
       issue_pv(product, stage, part);
-      wgmma_wait<0>();
+      cute::warpgroup_wait<0>();
       fence_registers(product);
       BROADHEAD_UNROLL
       for (int t = 0; t < kPartTiles; ++t) {

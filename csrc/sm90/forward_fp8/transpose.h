@@ -7,7 +7,7 @@
 
 #include "sm90/consumer.h"
 #include "sm90/forward_fp8/traits.h"
-#include "sm90/matrix.h"
+#include "sm90/stmatrix.h"
 #include "tma/kernel_args.h"
 
 namespace broadhead::sm90 {
@@ -52,14 +52,14 @@ struct Transposer {
     selector = upper ? 0x7531 : 0x6420;
   }
 
-  // What load_matrices_transposed read of 16 keys, key group `group` of the stage, but for the bytes that `mask`
+  // What ldmatrix_x4_trans read of 16 keys, key group `group` of the stage, but for the bytes that `mask`
   // clears.
   BROADHEAD_DEVICE void store(std::uint32_t to, int group, const std::uint32_t (&x)[4], std::uint32_t mask) const {
     constexpr int kParts = Layout::kRowBytes / 16;
     const std::uint32_t y[4] = {
         __byte_perm(x[0], x[1], selector) & mask, __byte_perm(x[0], x[1], selector ^ 0x1111) & mask,
         __byte_perm(x[2], x[3], selector) & mask, __byte_perm(x[2], x[3], selector ^ 0x1111) & mask};
-    store_matrices((to + group / kParts * Layout::kAtomBytes) ^ (group % kParts * 16), y);
+    stmatrix_x4((to + group / kParts * Layout::kAtomBytes) ^ (group % kParts * 16), y);
   }
 
   template <bool kMasked>
@@ -78,7 +78,7 @@ struct Transposer {
 #pragma unroll 1
         for (int group = 0; group < kKeyGroups; ++group) {
           std::uint32_t x[4];
-          load_matrices_transposed(x, from + group * 2 * VLayout::kSlabStride);
+          ldmatrix_x4_trans(x, from + group * 2 * VLayout::kSlabStride);
           store(to, group, x, live_bytes(source, key0 + group * 16));
         }
       } else {
@@ -86,13 +86,12 @@ struct Transposer {
         std::uint32_t x[kAhead + 1][4];
         BROADHEAD_UNROLL
         for (int group = 0; group < kAhead; ++group) {
-          load_matrices_transposed(x[group], from + group * 2 * VLayout::kSlabStride);
+          ldmatrix_x4_trans(x[group], from + group * 2 * VLayout::kSlabStride);
         }
         BROADHEAD_UNROLL
         for (int group = 0; group < kKeyGroups; ++group) {
           const int next = group + kAhead;
-          if (next < kKeyGroups)
-            load_matrices_transposed(x[next % (kAhead + 1)], from + next * 2 * VLayout::kSlabStride);
+          if (next < kKeyGroups) ldmatrix_x4_trans(x[next % (kAhead + 1)], from + next * 2 * VLayout::kSlabStride);
           store(to, group, x[group % (kAhead + 1)], ~0u);
         }
       }
@@ -126,16 +125,16 @@ BROADHEAD_DEVICE void transpose_tiles(const KernelArgs& args, typename Traits::S
       } else {
         transposer.template run<true>(source, key0, v, target, warp);
       }
-      fence_async_shared();  // ordinary writes, read by wgmma
+      cutlass::arch::fence_view_async_shared();  // ordinary writes, read by wgmma
       __syncwarp();
       if (leader) {
-        barrier_arrive(smem.transposed_full[stage]);
-        barrier_arrive(smem.v_empty[stage]);
+        smem.transposed_full[stage].arrive();
+        smem.v_empty[stage].arrive();
       }
       ring.advance();
     }
     __syncwarp();
-    if (leader) barrier_arrive(smem.tile_empty[slot.stage()]);
+    if (leader) smem.tile_empty[slot.stage()].arrive();
     slot.advance();
   }
 }

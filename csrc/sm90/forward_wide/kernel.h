@@ -2,6 +2,8 @@
 // CTAs; see traits.h.
 #pragma once
 
+#include <cutlass/arch/reg_reconfig.h>
+
 #include "common/dependent_launch.h"
 #include "sm90/forward_wide/load.h"
 #include "sm90/forward_wide/mainloop_output.h"
@@ -21,38 +23,38 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) wide_kernel(const __grid_
     launch_dependents();  // the combine may take its place; it waits for the end of this grid
     const int loaders = args.maps.gather ? Traits::kLoaderWarps : 2;
     for (int i = 0; i < kTileSlots; ++i) {
-      barrier_init(smem.tile_full[i], 1);
-      barrier_init(smem.tile_empty[i], 12 + loaders);
-      barrier_init(smem.mailbox.full[i], 1);
-      barrier_init(smem.mailbox.empty[i], max_int(1, Traits::kCluster - 1));
-      barrier_init(smem.p_full[i], 4);
-      barrier_init(smem.p_empty[i], 8);
-      barrier_init(smem.inverse_full[i], 4);
-      barrier_init(smem.inverse_empty[i], 8);
+      smem.tile_full[i].init(1);
+      smem.tile_empty[i].init(12 + loaders);
+      smem.mailbox.full[i].init(1);
+      smem.mailbox.empty[i].init(max_int(1, Traits::kCluster - 1));
+      smem.p_full[i].init(4);
+      smem.p_empty[i].init(8);
+      smem.inverse_full[i].init(4);
+      smem.inverse_empty[i].init(8);
     }
-    barrier_init(smem.next_wanted, 1);
-    barrier_init(smem.q_full, Traits::kWithQv ? 2 : 1);
-    barrier_init(smem.q_empty, 4);
+    smem.next_wanted.init(1);
+    smem.q_full.init(Traits::kWithQv ? 2 : 1);
+    smem.q_empty.init(4);
     const int arrivals = args.maps.gather ? Traits::kLoaderWarps * 32 : 1;
     if constexpr (Traits::kWithQv) {
-      barrier_init(smem.k_full, arrivals);
-      barrier_init(smem.k_empty, Traits::kReleases * Traits::kCluster);
+      smem.k_full.init(arrivals);
+      smem.k_empty.init(Traits::kReleases * Traits::kCluster);
     }
     for (int i = 0; i < Traits::kStages; ++i) {
-      barrier_init(smem.full[i], arrivals);
-      barrier_init(smem.empty[i], Traits::kReleases * Traits::kCluster);
+      smem.full[i].init(arrivals);
+      smem.empty[i].init(Traits::kReleases * Traits::kCluster);
       smem.missing[i].clear();
     }
-    barrier_init_fence();
+    cutlass::arch::fence_barrier_init();
     wait_for_predecessor();  // nothing before reads or writes global memory
   }
   __syncthreads();
-  cluster_sync();
+  cute::cluster_sync();
 
   // Each role ends by itself, or ptxas would not see what registers it has. No CTA leaves before the other: until
   // then that one may write into its shared memory.
   if (warp < 4) {
-    give_registers<Traits::kProducerRegisters>();
+    cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
     if (warp == Traits::kSchedulerWarp) {
       post_tiles<Traits>(args, smem);
     } else if (args.maps.gather) {
@@ -61,22 +63,22 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) wide_kernel(const __grid_
       WideLoader<Traits>(args, smem).run(warp == 0);
     }
     __syncwarp();
-    cluster_sync();
+    cute::cluster_sync();
   } else if (warp < 8) {
-    take_registers<Traits::kScoreRegisters>();
+    cutlass::arch::warpgroup_reg_alloc<Traits::kScoreRegisters>();
     ScoreWarpgroup<Traits>(args, smem).run();
     __syncwarp();
-    cluster_sync();
+    cute::cluster_sync();
   } else if (Traits::kLeftParts == Traits::kRightParts || warp < 12) {
-    take_registers<Traits::kOutputRegisters>();
+    cutlass::arch::warpgroup_reg_alloc<Traits::kOutputRegisters>();
     OutputWarpgroup<Traits, Traits::kLeftParts>(args, smem, warp / 4 - 2).run();
     __syncwarp();
-    cluster_sync();
+    cute::cluster_sync();
   } else if constexpr (Traits::kLeftParts != Traits::kRightParts) {
-    take_registers<Traits::kOutputRegisters>();
+    cutlass::arch::warpgroup_reg_alloc<Traits::kOutputRegisters>();
     OutputWarpgroup<Traits, Traits::kRightParts>(args, smem, 1).run();
     __syncwarp();
-    cluster_sync();
+    cute::cluster_sync();
   }
 }
 

@@ -33,7 +33,7 @@ BROADHEAD_DEVICE void load_wide_q(const KernelArgs& args, const TileState<typena
       load_q<QLayout, Traits::kTileM>(map, at, rows, smem_address(smem.ring[stage]), smem.full[stage],
                                       chunk * kSubtiles, kSubtiles);
     } else if (args.maps.gather) {
-      barrier_arrive(smem.full[stage]);  // every thread's arrival is expected
+      smem.full[stage].arrive();  // every thread's arrival is expected
     }
   }
   barrier_wait(smem.q_empty, q_parity ^ 1);
@@ -65,7 +65,7 @@ struct WideLoader {
   std::uint32_t k_parity = 0;
 
   BROADHEAD_DEVICE WideLoader(const KernelArgs& args_, Storage& smem_)
-      : args(args_), smem(smem_), rank(Traits::kCluster > 1 ? cluster_rank() : 0) {}
+      : args(args_), smem(smem_), rank(Traits::kCluster > 1 ? cute::block_rank_in_cluster() : 0) {}
 
   template <class Ring>
   BROADHEAD_DEVICE std::uint32_t next_stage(Ring& ring) {
@@ -159,12 +159,12 @@ struct WideLoader {
   BROADHEAD_DEVICE void run(bool loads_k) {
     const bool leader = threadIdx.x % 32 == 0;
     if (leader && loads_k) {
-      prefetch_map(&args.maps.q.map);
-      prefetch_map(&args.maps.k.box);
+      cute::prefetch_tma_descriptor(&args.maps.q.map);
+      cute::prefetch_tma_descriptor(&args.maps.k.box);
     }
     if (leader && !loads_k) {
-      prefetch_map(&args.maps.v.box);
-      if constexpr (Traits::kWithQv) prefetch_map(&args.maps.qv.map);
+      cute::prefetch_tma_descriptor(&args.maps.v.box);
+      if constexpr (Traits::kWithQv) cute::prefetch_tma_descriptor(&args.maps.qv.map);
     }
     for_each_tile(smem, leader, [&](const TileState<Element>& state) {
       const BlockRange range = state.range;

@@ -62,7 +62,7 @@ struct OutputWarpgroup {
     BROADHEAD_UNROLL
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       barrier_wait(smem.full[ring.stage()], ring.parity());
-      if (args.maps.gather) fence_async_shared();
+      if (args.maps.gather) cutlass::arch::fence_view_async_shared();
       const int first = Traits::kWithQv ? 0 : chunk * Traits::kVKeys;  // key of the n_block
       const int key0 = block * Traits::kTileN + first;
       if (!kinds.plain(block) && !state.source.live.all(key0, Traits::kVKeys)) {
@@ -72,12 +72,12 @@ struct OutputWarpgroup {
                                      ? ClearShare{warp, 4, 0, kUnits}
                                      : ClearShare{warp, 4, half * Traits::kLeftParts * kUnits, kParts * kUnits};
         clear_dead_rows<VLayout>(state.source, smem.ring[ring.stage()], key0, Traits::kVKeys, share);
-        fence_async_shared();
-        named_barrier_sync(kClearBarrier + half, 128);
+        cutlass::arch::fence_view_async_shared();
+        NamedBarrier::sync(128, hardware_id(kClearBarrier + half));
       }
       const std::uint64_t b = MatrixDescriptor<128>::make(smem_address(smem.ring[ring.stage()]) + half * kRightBytes,
                                                           VLayout::kAtomBytes, VLayout::kSlabBytes);
-      wgmma_fence();
+      cute::warpgroup_arrive();
       BROADHEAD_UNROLL
       for (int step = 0; step < Traits::kVKeys / 16; ++step) {
         BROADHEAD_UNROLL
@@ -88,18 +88,18 @@ struct OutputWarpgroup {
               b + ((step * 2 * VLayout::kSlabBytes + (Traits::kWithQv ? 0 : part * kPartBytes)) >> 4), true);
         }
       }
-      wgmma_commit();
+      cute::warpgroup_commit_batch();
       if (chunk > 0) {
-        wgmma_wait<1>();
+        cute::warpgroup_wait<1>();
         release_stage<Traits>(smem.empty[previous], warp, Traits::kReleases / 2);
       }
       previous = ring.stage();
       ring.advance();
     }
-    wgmma_wait<0>();
+    cute::warpgroup_wait<0>();
     fence_output();
     release_stage<Traits>(smem.empty[previous], warp, Traits::kReleases / 2);
-    if (leader()) barrier_arrive(smem.p_empty[slot]);
+    if (leader()) smem.p_empty[slot].arrive();
     p_slot.advance();
   }
 
@@ -126,7 +126,7 @@ struct OutputWarpgroup {
     const float* row_inverse = smem.inverse[inverse_slot.stage()];
     const float inverse[2] = {row_inverse[warp_row + lane / 4], row_inverse[warp_row + lane / 4 + 8]};
     __syncwarp();
-    if (leader()) barrier_arrive(smem.inverse_empty[inverse_slot.stage()]);
+    if (leader()) smem.inverse_empty[inverse_slot.stage()].arrive();
     inverse_slot.advance();
     RowPlace rows[2];
     place_rows(rows, state.output, warp_row + lane / 4);
@@ -148,7 +148,7 @@ struct OutputWarpgroup {
       run_tile(tile.state);
       write_tile(tile.state, tile.split);
       __syncwarp();
-      if (leader()) barrier_arrive(smem.tile_empty[slot.stage()]);
+      if (leader()) smem.tile_empty[slot.stage()].arrive();
       slot.advance();
     }
   }

@@ -6,8 +6,8 @@
 
 #include "sm90/consumer.h"
 #include "sm90/forward_wide/traits.h"
-#include "sm90/matrix.h"
 #include "sm90/softmax.h"
+#include "sm90/stmatrix.h"
 #include "sm90/wgmma.h"
 #include "tma/kernel_args.h"
 
@@ -72,7 +72,7 @@ struct ScoreWarpgroup {
 
   BROADHEAD_DEVICE void wait_full(Barrier& barrier, std::uint32_t parity) {
     barrier_wait(barrier, parity);
-    if (args.maps.gather) fence_async_shared();  // cp.async writes are ordinary ones
+    if (args.maps.gather) cutlass::arch::fence_view_async_shared();  // cp.async writes are ordinary ones
   }
 
   BROADHEAD_DEVICE void load_q_registers() {
@@ -82,9 +82,9 @@ struct ScoreWarpgroup {
       const std::uint32_t base = smem_address(smem.ring[ring.stage()]);
       BROADHEAD_UNROLL
       for (int step = 0; step < ScoreLayout::kSteps; ++step) {
-        load_matrices(q[chunk * ScoreLayout::kSteps + step], matrix_address(base, warp_row, step));
+        ldmatrix_x4(q[chunk * ScoreLayout::kSteps + step], matrix_address(base, warp_row, step));
       }
-      fence_async_shared();  // read by ordinary loads, next written by TMA
+      cutlass::arch::fence_view_async_shared();  // read by ordinary loads, next written by TMA
       __syncwarp();
       // Ordinary loads: each warp frees what it has read.
       if (leader()) arrive_everywhere<Traits::kCluster>(smem.empty[ring.stage()], Traits::kReleases / 4);
@@ -118,13 +118,13 @@ struct ScoreWarpgroup {
     const bool some_missing = keep_missing(0);
     const std::uint64_t a = shared_q(0);
     const std::uint64_t b = MatrixDescriptor<128>::make(smem_address(smem.k), 0, KLayout::kSlabBytes);
-    wgmma_fence();
+    cute::warpgroup_arrive();
     BROADHEAD_UNROLL
     for (int step = 0; step < KLayout::kSteps; ++step) {
       wgmma_ss<Element, Traits::kTileN, Major::K>(s[0], a + (QLayout::step_offset(step, kQSubtileBytes) >> 4),
                                                   b + (KLayout::step_offset(step, KLayout::kAtomBytes) >> 4), step > 0);
     }
-    wgmma_commit();
+    cute::warpgroup_commit_batch();
     return some_missing;
   }
 
@@ -142,7 +142,7 @@ struct ScoreWarpgroup {
       const int shared_chunk = chunk - Traits::kQRegisterChunks;  // negative: in registers
       const std::uint64_t a =
           shared_chunk < 0 ? 0 : shared_q(Traits::kQSharedSubtile + shared_chunk * ScoreLayout::kSubtiles);
-      wgmma_fence();
+      cute::warpgroup_arrive();
       BROADHEAD_UNROLL
       for (int step = 0; step < ScoreLayout::kSteps; ++step) {
         const std::uint64_t b_step = b + (ScoreLayout::step_offset(step, ScoreLayout::kAtomBytes) >> 4);
@@ -154,18 +154,18 @@ struct ScoreWarpgroup {
                                                       b_step, accumulate);
         }
       }
-      wgmma_commit();
+      cute::warpgroup_commit_batch();
       if (chunk > 0) {
-        wgmma_wait<1>();
+        cute::warpgroup_wait<1>();
         release_stage<Traits>(smem.empty[previous], warp, Traits::kScoreShare);
       } else if constexpr (Traits::kWithQv) {
-        wgmma_wait<1>();
+        cute::warpgroup_wait<1>();
         release_stage<Traits>(smem.k_empty, warp, Traits::kReleases);
       }
       previous = ring.stage();
       ring.advance();
     }
-    wgmma_wait<0>();
+    cute::warpgroup_wait<0>();
     fence_registers(s[0]);
     release_stage<Traits>(smem.empty[previous], warp, Traits::kScoreShare);
     if (some_missing) {
@@ -193,16 +193,16 @@ struct ScoreWarpgroup {
     const std::uint32_t base = smem_address(smem.p[slot]);
     BROADHEAD_UNROLL
     for (int step = 0; step < Traits::kTileN / 16; ++step) {
-      store_matrices(matrix_address(base, warp_row, step), p[step]);
+      stmatrix_x4(matrix_address(base, warp_row, step), p[step]);
     }
   }
 
   BROADHEAD_DEVICE void hand_over_p() {
     // Ordinary writes, read by wgmma; complete by now, so that the fence costs nothing (13 % of this warpgroup's time
     // right behind them).
-    fence_async_shared();
+    cutlass::arch::fence_view_async_shared();
     __syncwarp();
-    if (leader()) barrier_arrive(smem.p_full[p_slot.stage()]);
+    if (leader()) smem.p_full[p_slot.stage()].arrive();
     p_slot.advance();
   }
 
@@ -222,7 +222,7 @@ struct ScoreWarpgroup {
       store_p(state, kinds, block, false);
     }
     hand_over_p();
-    if (leader()) barrier_arrive(smem.q_empty);
+    if (leader()) smem.q_empty.arrive();
   }
 
   BROADHEAD_DEVICE void finish_tile(const TileState<Element>& state, int split) {
@@ -241,7 +241,7 @@ struct ScoreWarpgroup {
       }
     }
     __syncwarp();
-    if (leader()) barrier_arrive(smem.inverse_full[inverse_slot.stage()]);
+    if (leader()) smem.inverse_full[inverse_slot.stage()].arrive();
     inverse_slot.advance();
   }
 
@@ -254,7 +254,7 @@ struct ScoreWarpgroup {
       run_tile(tile.state);
       finish_tile(tile.state, tile.split);
       __syncwarp();
-      if (leader()) barrier_arrive(smem.tile_empty[slot.stage()]);
+      if (leader()) smem.tile_empty[slot.stage()].arrive();
       slot.advance();
     }
   }
