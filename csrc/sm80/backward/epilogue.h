@@ -17,7 +17,7 @@ struct RowTarget {
 
 template <class Element>
 BROADHEAD_DEVICE RowTarget<Element> target_of(const RowSource<Element>& rows) {
-  return {const_cast<Element*>(rows.base), rows.row_stride, rows.end_row, rows.columns};
+  return {const_cast<Element*>(rows.base), rows.row_stride, rows.live.interval.end, rows.columns};
 }
 
 // factor * gradient. Neighbouring lanes write neighbouring columns, 16 bytes of a row together.

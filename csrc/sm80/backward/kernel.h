@@ -31,20 +31,23 @@ BROADHEAD_DEVICE void set_backward_state(BackwardState& state, const AttnBwdPara
   state.mask = mask;
   state.scale.set(params.softmax_scale, params.softcap);
   state.head = head;
+  state.rows = {{0, kSide == Side::kKeys ? seqlen.seqlen_k : seqlen.seqlen_q}, 0};
   if constexpr (kSide == Side::kKeys) {
     state.first_row = tile * Traits::kRows;
     state.end_row = seqlen.seqlen_k;
     const QueryInterval seen =
         mask.query_interval(state.first_row, min_int(state.first_row + Traits::kRows, seqlen.seqlen_k) - 1);
-    state.begin = max_int(seen.begin, 0) / Traits::kCols;
-    state.end = ceil_div(min_int(seen.end, seqlen.seqlen_q), Traits::kCols);
+    state.cols = {{seen.begin, min_int(seen.end, seqlen.seqlen_q)}, 0};
+    state.begin = state.cols.interval.begin / Traits::kCols;
+    state.end = ceil_div(state.cols.interval.end, Traits::kCols);
     state.first_head = head * group;
     state.heads = group;
   } else {
     state.first_row = (tiles - 1 - tile) * Traits::kRows;
     state.end_row = seqlen.seqlen_q;
-    const BlockRange range = block_range(mask, state.first_row,
-                                         min_int(state.first_row + Traits::kRows, seqlen.seqlen_q) - 1, Traits::kCols);
+    const int last_row = min_int(state.first_row + Traits::kRows, seqlen.seqlen_q) - 1;
+    const BlockRange range = block_range(mask, state.first_row, last_row, Traits::kCols);
+    state.cols = {mask.tile_interval(state.first_row, last_row), mask.prefix_len};
     state.begin = range.begin;
     state.end = range.end;
     state.first_head = head;
@@ -74,10 +77,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
 
   // ---- copies
   const auto queries = [&](const void* tensor, const TensorStrides& strides, int head, int cols) {
-    return query_rows<Element>(tensor, strides, state.seqlen, head, cols);
+    return query_rows<Element>(tensor, strides, state.seqlen, head, kKeys ? state.cols : state.rows, cols);
   };
   const auto keys = [&](const void* tensor, const TensorStrides& strides, int cols) {
-    return key_rows<Element>(tensor, strides, state.seqlen, kv_head, cols);
+    return key_rows<Element>(tensor, strides, state.seqlen, kv_head, kKeys ? state.rows : state.cols, cols);
   };
   if (steps > 0) {
     copy_rows<Traits, Traits::kRows>(

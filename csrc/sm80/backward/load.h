@@ -8,13 +8,14 @@ namespace broadhead::sm80 {
 
 using namespace mma_sync;
 
-// Rows of one sequence and head in global memory. `base` is that of row 0.
+// Rows of one sequence and head in global memory. `base` is that of row 0. Rows that no pair of the tile needs become
+// zeros and are never read: they may be NaN, and a weight of 0 does not hide that.
 template <class Element>
 struct RowSource {
   const Element* base;
   long long row_stride;
-  int end_row;  // rows from here on become zero
-  int columns;  // likewise
+  LiveKeys live;  // of queries, too
+  int columns;    // columns from here on become zeros
 };
 
 // Copies rows [first_row, first_row + kTileRows), all threads of the CTA together.
@@ -28,7 +29,7 @@ BROADHEAD_DEVICE void copy_rows(const void* tile, const RowSource<typename Trait
   BROADHEAD_UNROLL
   for (int i = 0; i < Plan::kRowSteps; ++i) {
     const int row = first_row + row_slot + i * Plan::kRowSlots;
-    const bool live = row < source.end_row;
+    const bool live = source.live.contains(row);
     const typename Traits::Element* pointer = source.base + unit * 8 + (live ? row * source.row_stride : 0);
     BROADHEAD_UNROLL
     for (int j = 0; j < Plan::kColSteps; ++j) {
@@ -43,19 +44,19 @@ BROADHEAD_DEVICE void copy_rows(const void* tile, const RowSource<typename Trait
 // Rows of sequence and head in a tensor of queries (q, dout).
 template <class Element>
 BROADHEAD_DEVICE RowSource<Element> query_rows(const void* tensor, const TensorStrides& strides,
-                                               const SeqlenInfo& seqlen, int head, int columns) {
+                                               const SeqlenInfo& seqlen, int head, const LiveKeys& live, int columns) {
   const Element* base = static_cast<const Element*>(tensor) + seqlen.batch_q * strides.batch +
                         seqlen.row_q * strides.row + head * strides.head;
-  return {base, strides.row, seqlen.seqlen_q, columns};
+  return {base, strides.row, live, columns};
 }
 
 // Likewise of keys (k, v).
 template <class Element>
 BROADHEAD_DEVICE RowSource<Element> key_rows(const void* tensor, const TensorStrides& strides, const SeqlenInfo& seqlen,
-                                             int head, int columns) {
+                                             int head, const LiveKeys& live, int columns) {
   const Element* base = static_cast<const Element*>(tensor) + seqlen.batch_k * strides.batch +
                         seqlen.row_k * strides.row + head * strides.head;
-  return {base, strides.row, seqlen.seqlen_k, columns};
+  return {base, strides.row, live, columns};
 }
 
 // {LSE in units of log2(e), D} of a query. A query that does not exist or sees no key has an LSE of +inf, so that its

@@ -12,6 +12,7 @@
 #pragma once
 
 #include "common/attention_mask.h"
+#include "common/kv_source.h"
 #include "common/math.h"
 #include "common/score.h"
 #include "common/seqlen_info.h"
@@ -29,6 +30,8 @@ struct BackwardState {
   int head;       // query head, or KV head where keys are kept
   int first_row;  // of the tile within the sequence
   int end_row;    // the sequence's rows of this side
+  LiveKeys rows;  // the rows of this side that the sequence has
+  LiveKeys cols;  // columns that some row of the tile sees, or is seen by
   int begin;      // tiles of columns that some row sees: [begin, end)
   int end;
   int first_head;  // query heads [first_head, first_head + heads) stream by, one after the other
