@@ -75,4 +75,14 @@ BROADHEAD_DEVICE std::uint32_t pack_pair(float lo, float hi) {
   }
 }
 
+// Its inverse: {low half, high half}.
+template <class Element>
+BROADHEAD_DEVICE float2 unpack_pair(std::uint32_t pair) {
+  if constexpr (std::is_same_v<Element, cutlass::half_t>) {
+    return __half22float2(reinterpret_cast<const __half2&>(pair));
+  } else {
+    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+  }
+}
+
 }  // namespace broadhead

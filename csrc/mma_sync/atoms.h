@@ -37,6 +37,12 @@ BROADHEAD_DEVICE void cp_async_16(std::uint32_t target, const void* source, bool
                : "memory");
 }
 
+// The same for one fp32 number: it goes through the L1.
+BROADHEAD_DEVICE void cp_async_4(std::uint32_t target, const void* source, bool live) {
+  const int bytes = live ? 4 : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(target), "l"(source), "r"(bytes) : "memory");
+}
+
 // CuTe's waits for 0 with another instruction, wait_all.
 template <int kPending>
 BROADHEAD_DEVICE void cp_async_wait() {
@@ -46,6 +52,11 @@ BROADHEAD_DEVICE void cp_async_wait() {
 // A barrier among `threads` threads; id 0 is __syncthreads.
 BROADHEAD_DEVICE void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Arrives there for those that wait: what was written before is theirs to read.
+BROADHEAD_DEVICE void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 }  // namespace broadhead::mma_sync

@@ -174,32 +174,44 @@ def _sm80_rows() -> tuple[KernelRow, ...]:
     )  # fmt: skip
 
 
-#: What backward kernels compute. Gradients through windows, chunks, pages, batch indices and left padding are left to
-#: torch.
-BACKWARD_FEATURES = ("causal", "gqa", "lse", "prefix_lens", "seqused", "sinks", "softcap", "varlen")
+#: What backward kernels compute. Gradients through pages, batch indices and left padding are left to torch.
+BACKWARD_FEATURES = (
+    "causal",
+    "window",
+    "attention_chunk",
+    "softcap",
+    "sinks",
+    "prefix_lens",
+    "varlen",
+    "seqused",
+    "gqa",
+    "lse",
+)
 
 
 def _sm80_backward_rows() -> tuple[KernelRow, ...]:
     """The portable backward kernels (mma.sync, cp.async): of rows that serve a request, the best one first."""
     shapes = (
-        # name, capabilities, head_dim, smem_limit, tile
-        ("d64", CAPABILITIES, 64, SMEM_99KB, BackwardTile(128, 64, 8, 1, 2, 1)),
-        ("d96", CAPABILITIES, 96, SMEM_99KB, BackwardTile(128, 32, 8, 1, 2, 1)),
-        ("d128", CAPABILITIES, 128, SMEM_99KB, BackwardTile(128, 32, 8, 1, 2, 1)),
-        ("d192", LARGE_SMEM, 192, SMEM_163KB, BackwardTile(64, 32, 4, 2, 2, 1)),
-        ("d192_smem99", CAPABILITIES, 192, SMEM_99KB, BackwardTile(64, 32, 4, 2, 1, 1)),
-        ("d256", LARGE_SMEM, 256, SMEM_163KB, BackwardTile(64, 32, 4, 2, 2, 1)),
-        ("d256_smem99", CAPABILITIES, 256, SMEM_99KB, BackwardTile(64, 16, 4, 2, 1, 1)),
-        ("d512", HUGE_SMEM, 512, SMEM_227KB, BackwardTile(32, 32, 2, 4, 2, 1)),
-        ("d512_smem163", LARGE_SMEM, 512, SMEM_163KB, BackwardTile(32, 32, 2, 4, 1, 1)),
-        ("d512_smem99", CAPABILITIES, 512, SMEM_99KB, BackwardTile(16, 32, 1, 4, 1, 1)),
+        # name, capabilities, head_dim, smem_limit, the shapes of the kernels that keep keys and that keep queries:
+        # rows, columns, warps over rows and over columns, stages, blocks
+        ("d64", CAPABILITIES, 64, SMEM_99KB, (64, 32, 2, 1, 2, 3), (128, 32, 4, 1, 2, 2)),
+        ("d96", CAPABILITIES, 96, SMEM_99KB, (64, 32, 2, 1, 2, 2), (128, 32, 4, 1, 2, 2)),
+        ("d128", CAPABILITIES, 128, SMEM_99KB, (64, 32, 2, 1, 2, 2), (128, 32, 4, 1, 2, 2)),
+        ("d192", LARGE_SMEM, 192, SMEM_163KB, (64, 64, 2, 2, 2, 1), (64, 64, 2, 2, 1, 2)),
+        ("d192_smem99", CAPABILITIES, 192, SMEM_99KB, (64, 32, 2, 2, 1, 1), (64, 32, 2, 2, 1, 1)),
+        ("d256", HUGE_SMEM, 256, SMEM_227KB, (64, 64, 2, 2, 2, 1), (128, 64, 4, 2, 1, 1)),
+        ("d256_smem163", LARGE_SMEM, 256, SMEM_163KB, (64, 32, 2, 2, 2, 1), (64, 64, 2, 4, 1, 1)),
+        ("d256_smem99", CAPABILITIES, 256, SMEM_99KB, (64, 16, 2, 2, 1, 1), (64, 16, 2, 2, 2, 1)),
+        ("d512", HUGE_SMEM, 512, SMEM_227KB, (32, 32, 1, 4, 2, 1), (32, 32, 1, 4, 2, 1)),
+        ("d512_smem163", LARGE_SMEM, 512, SMEM_163KB, (32, 32, 1, 4, 1, 1), (32, 32, 1, 4, 1, 1)),
+        ("d512_smem99", CAPABILITIES, 512, SMEM_99KB, (16, 32, 1, 4, 1, 1), (16, 32, 1, 4, 1, 1)),
     )
     return tuple(
         KernelRow(
             f"sm80_bwd_{name}", "sm80", "backward", "prefill", caps, dtype, head_dim, head_dim,
-            limit, tile, BACKWARD_FEATURES,
+            limit, BackwardTile(*keys, *queries), BACKWARD_FEATURES,
         )
-        for name, caps, head_dim, limit, tile in shapes
+        for name, caps, head_dim, limit, keys, queries in shapes
         for dtype in DTYPES
     )  # fmt: skip
 

@@ -84,30 +84,40 @@ class AbsorbedTile(WideTile):
 
 
 class BackwardTile(NamedTuple):
-    """The shape of one CTA's work in the portable backward kernels; the last template arguments of
+    """The shapes of a CTA's work in the two portable backward kernels; the last template arguments of
     ``sm80::BackwardTraits``.
 
-    One kernel keeps a tile of keys and gives dK and dV, the other keeps a tile of queries and gives dQ.
-
-    rows: keys or queries that are kept; cols: queries or keys that stream by at a time; warps_rows, warps_cols: groups
-    of warps that share rows, and warps of a group, which divide the columns; stages: buffers for what streams by;
-    min_blocks: as for ``Tile``.
+    ``key_*`` is of the kernel that keeps a tile of keys and gives dK and dV, ``query_*`` of the one that keeps a tile
+    of queries and gives dQ. rows: of the side that is kept; cols: rows of the other side that stream by at a time;
+    warps_rows, warps_cols: groups of warps that share rows, and warps of a group, which divide the columns (a kernel
+    with two roles has twice as many: ``sm80::SideTraits``); stages: buffers for what streams by; min_blocks: as for
+    ``Tile``.
     """
 
-    rows: int
-    cols: int
-    warps_rows: int
-    warps_cols: int
-    stages: int
-    min_blocks: int
+    key_rows: int
+    key_cols: int
+    key_warps_rows: int
+    key_warps_cols: int
+    key_stages: int
+    key_min_blocks: int
+    query_rows: int
+    query_cols: int
+    query_warps_rows: int
+    query_warps_cols: int
+    query_stages: int
+    query_min_blocks: int
 
     @property
     def tile_m(self) -> int:
-        return self.rows
+        return max(self.key_rows, self.query_rows)
 
     @property
     def tile_n(self) -> int:
-        return self.cols
+        return max(self.key_cols, self.query_cols)
+
+    @property
+    def min_blocks(self) -> int:
+        return min(self.key_min_blocks, self.query_min_blocks)
 
 
 class Template(NamedTuple):

@@ -46,7 +46,7 @@ def ways_of(case: Case | OperationCase) -> tuple[str, ...]:
 
 def main(directory: Path) -> None:
     stub_cuda.install()
-    # No backward kernel has a window yet; that theirs will be told of it is tested here all the same.
+    # Backward kernels do less than forward kernels; that one which did it would be told is tested here all the same.
     dispatch.ROWS = tuple(
         row._replace(features=FEATURES) if row.direction == "backward" else row for row in dispatch.ROWS
     )

@@ -35,7 +35,7 @@ BROADHEAD_DEVICE void write_gradient(const Gradient<Traits>& gradient, float fac
       Element* to = target.base + row * target.row_stride + place.lane % 4 * 2;
       BROADHEAD_UNROLL
       for (int n = 0; n < Traits::kOutTiles; ++n) {
-        const int col = place.warp_c * Traits::kOutCols + n * 8;
+        const int col = out_col<Traits>(place, n);
         if (col >= target.columns) break;
         *reinterpret_cast<std::uint32_t*>(to + col) =
             pack_pair<Element>(gradient[m][n][2 * half] * factor, gradient[m][n][2 * half + 1] * factor);

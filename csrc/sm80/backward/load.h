@@ -22,15 +22,12 @@ struct RowSource {
 template <class Traits, int kTileRows>
 BROADHEAD_DEVICE void copy_rows(const void* tile, const RowSource<typename Traits::Element>& source, int first_row) {
   using Plan = CopyPlan<Traits::kThreads, kTileRows, Traits::kTileCols>;
-  const int unit = threadIdx.x % 8;
-  const int row_slot = (threadIdx.x / 8) % Plan::kRowSlots;
-  const int col_slot = (threadIdx.x / 8) / Plan::kRowSlots;
+  const unsigned thread = fresh_thread();  // unsigned: cheaper to divide
+  const int unit = thread % 8;
+  const int row_slot = thread / 8 % Plan::kRowSlots;
+  const int col_slot = thread / 8 / Plan::kRowSlots;
   const std::uint32_t target = smem_address(tile) + row_slot * 128 + ((unit ^ (row_slot & 7)) * 16);
-  BROADHEAD_UNROLL
-  for (int i = 0; i < Plan::kRowSteps; ++i) {
-    const int row = first_row + row_slot + i * Plan::kRowSlots;
-    const bool live = source.live.contains(row);
-    const typename Traits::Element* pointer = source.base + unit * 8 + (live ? row * source.row_stride : 0);
+  const auto copy_row = [&](int i, const typename Traits::Element* pointer, bool live) {
     BROADHEAD_UNROLL
     for (int j = 0; j < Plan::kColSteps; ++j) {
       const int subtile = col_slot + j * Plan::kColSlots;
@@ -38,6 +35,19 @@ BROADHEAD_DEVICE void copy_rows(const void* tile, const RowSource<typename Trait
       cp_async_16(target + i * Plan::kRowSlots * 128 + subtile * (kTileRows * 128), pointer + subtile * 64,
                   live && subtile * 64 + unit * 8 < source.columns);
     }
+  };
+  const typename Traits::Element* first = source.base + unit * 8;
+  if (first_row >= source.live.interval.begin && first_row + kTileRows <= source.live.interval.end) {
+    first += (first_row + row_slot) * source.row_stride;
+    BROADHEAD_UNROLL
+    for (int i = 0; i < Plan::kRowSteps; ++i) copy_row(i, first + i * Plan::kRowSlots * source.row_stride, true);
+    return;
+  }
+#pragma unroll 1
+  for (int i = 0; i < Plan::kRowSteps; ++i) {
+    const int row = first_row + row_slot + i * Plan::kRowSlots;
+    const bool live = source.live.contains(row);
+    copy_row(i, first + (live ? row * source.row_stride : 0), live);
   }
 }
 
@@ -59,15 +69,17 @@ BROADHEAD_DEVICE RowSource<Element> key_rows(const void* tensor, const TensorStr
   return {base, strides.row, live, columns};
 }
 
-// {LSE in units of log2(e), D} of a query. A query that does not exist or sees no key has an LSE of +inf, so that its
-// P is 0.
-BROADHEAD_DEVICE float2 load_stats(const AttnBwdParams& params, const SeqlenInfo& seqlen, int head, int query) {
-  if (query >= seqlen.seqlen_q) return make_float2(INFINITY, 0.f);
-  const std::int64_t row = seqlen.row_q + query;
-  const float lse = params.softmax_lse[seqlen.batch_q * params.lse_batch_stride + head * params.lse_head_stride + row];
-  if (lse == -INFINITY) return make_float2(INFINITY, 0.f);
-  const std::int64_t total_row = seqlen.batch_q * static_cast<std::int64_t>(params.seqlen_q) + row;
-  return make_float2(lse * kLog2e, params.delta[head * params.total_q + total_row]);
+// Copies LSE and D of queries [first, first + kCount), of which `live` exist. Those of the others become 0, as their dO
+// is.
+template <int kCount>
+BROADHEAD_DEVICE void copy_stats(const float* target_lse, const float* target_delta, const float* lse,
+                                 const float* delta, int first, int live) {
+  const int thread = fresh_thread();
+  if (thread >= kCount) return;
+  const bool exists = first + thread < live;
+  const int query = exists ? first + thread : 0;
+  cp_async_4(smem_address(target_lse + thread), lse + query, exists);
+  cp_async_4(smem_address(target_delta + thread), delta + query, exists);
 }
 
 }  // namespace broadhead::sm80

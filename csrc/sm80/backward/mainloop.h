@@ -1,4 +1,4 @@
-// What a warp computes of one step: S and dP of its rows, P and dS from them, and its share of the gradients.
+// What a warp computes of one step: S and dP of its rows, and its share of the gradients.
 #pragma once
 
 #include "common/accumulator.h"
@@ -12,15 +12,28 @@ using namespace mma_sync;
 // The place of a warp and its lane in the tiles.
 struct WarpPlace {
   int lane;
+  int role;  // kRoles 2. 0: S, P and dV; 1: dP, dS and dK
   int warp_r;
   int warp_c;
 };
+
+template <class Traits>
+BROADHEAD_DEVICE WarpPlace warp_place(unsigned thread) {
+  constexpr unsigned kWarps = Traits::kWarpsR * Traits::kWarpsC;  // of a role
+  const unsigned warp = thread / 32 % kWarps;
+  return {static_cast<int>(thread % 32), static_cast<int>(thread / 32 / kWarps),
+          static_cast<int>(warp / Traits::kWarpsC), static_cast<int>(warp % Traits::kWarpsC)};
+}
 
 template <class Traits>
 using Scores = float[Traits::kRowTiles][Traits::kColTiles][4];
 
 template <class Traits>
 using Gradient = float[Traits::kRowTiles][Traits::kOutTiles][4];
+
+// A operands of 16 columns of head_dim, for each row tile.
+template <class Traits>
+using RowFragments = std::uint32_t[Traits::kRowTiles][4];
 
 // The row of accumulator element `c` of row tile `m`, within the tile.
 template <class Traits>
@@ -34,167 +47,140 @@ BROADHEAD_DEVICE int tile_col(const WarpPlace& place, int n) {
   return place.warp_c * Traits::kColsPerWarp + n * 8 + place.lane % 4 * 2;
 }
 
-// `s` = rows x columns^T over the head_dim; `columns` of it are not zero.
+// The first column of head_dim in tile `n` of the warp's gradient.
 template <class Traits>
-BROADHEAD_DEVICE void multiply_rows(Scores<Traits>& s, const void* rows, const void* cols, const WarpPlace& place,
+BROADHEAD_DEVICE int out_col(const WarpPlace& place, int n) {
+  constexpr int kTiles = Traits::kOutTilesPerSubtile;
+  return n / kTiles * 64 + place.warp_c * (8 * kTiles) + n % kTiles * 8;
+}
+
+// The A operands of the warp's rows, columns [16 * step, 16 * step + 16) of head_dim. `rows`: address of the tile.
+template <class Traits>
+BROADHEAD_DEVICE void load_rows(RowFragments<Traits>& a, std::uint32_t rows, const WarpPlace& place, int step) {
+  const int lane = place.lane;
+  const std::uint32_t first =
+      rows + (place.warp_r * Traits::kRowsPerWarp + (lane & 15)) * 128 + (((lane >> 4) ^ (lane & 7)) * 16);
+  BROADHEAD_UNROLL
+  for (int m = 0; m < Traits::kRowTiles; ++m) {
+    ldmatrix_x4(a[m], (first ^ (step % 4 * 32)) + step / 4 * (Traits::kRows * 128) + m * (16 * 128));
+  }
+}
+
+// `s` = rows x columns^T over the head_dim, of which `columns` are not zero. `load(a, step)` gives the rows' operands;
+// `cols`: address of the tile of columns.
+template <class Traits, class Load>
+BROADHEAD_DEVICE void multiply_rows(Scores<Traits>& s, const Load& load, std::uint32_t cols, const WarpPlace& place,
                                     int columns) {
   using Element = typename Traits::Element;
   constexpr bool kPairs = Traits::kColTiles % 2 == 0;
+  constexpr int kSteps = kPairs ? 1 : 2;  // a load of columns: 16 columns x 16 of head_dim, or 8 x 32
   const int lane = place.lane, swizzle = lane & 7;
-  const std::uint32_t a_lane =
-      smem_address(rows) + (place.warp_r * Traits::kRowsPerWarp + (lane & 15)) * 128 + (((lane >> 4) ^ swizzle) * 16);
-  // 16 columns x 16 of head_dim a load, or 8 x 32.
   const int col = place.warp_c * Traits::kColsPerWarp + (lane & 7) + (kPairs ? (lane >> 4) << 3 : 0);
   const int unit = kPairs ? (lane >> 3) & 1 : lane >> 3;
-  const std::uint32_t b_lane = smem_address(cols) + col * 128 + ((unit ^ swizzle) * 16);
+  const std::uint32_t b_lane = cols + col * 128 + ((unit ^ swizzle) * 16);
   clear_accumulators(s);
   BROADHEAD_UNROLL
-  for (int step = 0; step < Traits::kHeadDim / 16; step += kPairs ? 1 : 2) {
+  for (int step = 0; step < Traits::kHeadDim / 16; step += kSteps) {
     if (Traits::kHeadDim > 256 && step % 4 == 0 && step * 16 >= columns) break;
     const std::uint32_t b_step = (b_lane ^ (step % 4 * 32)) + step / 4 * (Traits::kCols * 128);
-    std::uint32_t a[kPairs ? 1 : 2][Traits::kRowTiles][4];
+    RowFragments<Traits> a[kSteps];
     BROADHEAD_UNROLL
-    for (int i = 0; i < (kPairs ? 1 : 2); ++i) {
-      BROADHEAD_UNROLL
-      for (int m = 0; m < Traits::kRowTiles; ++m) {
-        ldmatrix_x4(a[i][m],
-                    (a_lane ^ ((step + i) % 4 * 32)) + (step + i) / 4 * (Traits::kRows * 128) + m * (16 * 128));
-      }
-    }
+    for (int i = 0; i < kSteps; ++i) load(a[i], step + i);
     std::uint32_t b[4];
-    if constexpr (kPairs) {
-      BROADHEAD_UNROLL
-      for (int n = 0; n < Traits::kColTiles; n += 2) {
-        ldmatrix_x4(b, b_step + n * (8 * 128));
-        BROADHEAD_UNROLL
-        for (int m = 0; m < Traits::kRowTiles; ++m) {
-          mma<Element>(s[m][n], a[0][m], b[0], b[1]);
-          mma<Element>(s[m][n + 1], a[0][m], b[2], b[3]);
-        }
-      }
-    } else {
-      ldmatrix_x4(b, b_step);
+    BROADHEAD_UNROLL
+    for (int n = 0; n < Traits::kColTiles; n += 2) {
+      ldmatrix_x4(b, b_step + n * (8 * 128));
       BROADHEAD_UNROLL
       for (int m = 0; m < Traits::kRowTiles; ++m) {
-        mma<Element>(s[m][0], a[0][m], b[0], b[1]);
-        mma<Element>(s[m][0], a[1][m], b[2], b[3]);
+        mma<Element>(s[m][n], a[0][m], b[0], b[1]);
+        mma<Element>(s[m][kPairs ? n + 1 : n], a[kPairs ? 0 : 1][m], b[2], b[3]);
       }
     }
   }
 }
 
-// Which pairs of a step are not seen; `whole`: all are.
-struct StepMask {
-  const AttentionMask& mask;
-  int first_row;
-  int first_col;
-  bool whole;
+// Fragments of P or dS in shared memory: [row tile of the CTA][16 columns][lane], the four words of an A operand.
+template <class Traits>
+BROADHEAD_DEVICE int fragment_index(const WarpPlace& place, int m, int step) {
+  return ((place.warp_r * Traits::kRowTiles + m) * (Traits::kCols / 16) + step) * 32 + place.lane;
+}
+
+// Stores and loads the words of the warp's own columns: word i is that of column tile i / 2. A warp with one tile of
+// columns has half an operand.
+template <class Traits>
+struct OwnFragment {
+  static constexpr int kTiles = Traits::kColTiles == 1 ? 1 : 2;
+
+  // Of row tile `m` and column tiles `n` to n + kTiles - 1.
+  BROADHEAD_DEVICE static void store(uint4* fragments, const WarpPlace& place, int m, int n,
+                                     const std::uint32_t (&words)[2 * kTiles]) {
+    if constexpr (kTiles == 1) {
+      reinterpret_cast<uint2*>(fragments + fragment_index<Traits>(place, m, place.warp_c / 2))[place.warp_c % 2] =
+          make_uint2(words[0], words[1]);
+    } else {
+      fragments[fragment_index<Traits>(place, m, place.warp_c * (Traits::kColTiles / 2) + n / 2)] =
+          make_uint4(words[0], words[1], words[2], words[3]);
+    }
+  }
+
+  BROADHEAD_DEVICE static void load(const uint4* fragments, const WarpPlace& place, int m, int n,
+                                    std::uint32_t (&words)[2 * kTiles]) {
+    if constexpr (kTiles == 1) {
+      const uint2 x = reinterpret_cast<const uint2*>(
+          fragments + fragment_index<Traits>(place, m, place.warp_c / 2))[place.warp_c % 2];
+      words[0] = x.x, words[1] = x.y;
+    } else {
+      const uint4 x = fragments[fragment_index<Traits>(place, m, place.warp_c * (Traits::kColTiles / 2) + n / 2)];
+      words[0] = x.x, words[1] = x.y, words[2] = x.z, words[3] = x.w;
+    }
+  }
 };
 
-template <class Traits, Side kSide>
-BROADHEAD_DEVICE StepMask make_step_mask(const BackwardState& state, int first_col) {
-  const int first_query = kSide == Side::kQueries ? state.first_row : first_col;
-  const int first_key = kSide == Side::kQueries ? first_col : state.first_row;
-  constexpr int kQueries = kSide == Side::kQueries ? Traits::kRows : Traits::kCols;
-  constexpr int kKeys = kSide == Side::kQueries ? Traits::kCols : Traits::kRows;
-  const int last_query = min_int(first_query + kQueries, state.mask.seqlen_q) - 1;
-  const KeyInterval all = state.mask.unmasked_interval(first_query, last_query);
-  return {state.mask, state.first_row, first_col, first_key >= all.begin && first_key + kKeys <= all.end};
-}
-
-// From S and dP to P and dS, in place. `stats(i)`: {LSE in units of log2(e), D} of the query in row i of the lane's
-// rows (queries) or in column tile i / 2, element i % 2 (keys).
-//   P = exp(scale S - LSE);  dS = P (dP - D), times the derivative of the softcap. The scale joins at the end.
-template <class Traits, Side kSide, class Stats>
-BROADHEAD_DEVICE void differentiate_scores(Scores<Traits>& s, Scores<Traits>& dp, const StepMask& step,
-                                           const ScoreScale& scale, const WarpPlace& place, const Stats& stats) {
-  const bool capped = scale.softcap > 0.f;
-  const float factor = capped ? kLog2e : scale.inner * kLog2e;
-  const float inverse_cap = capped ? 1.f / scale.softcap : 0.f;
-  BROADHEAD_UNROLL
-  for (int n = 0; n < Traits::kColTiles; ++n) {
-    BROADHEAD_UNROLL
-    for (int m = 0; m < Traits::kRowTiles; ++m) {
-      BROADHEAD_UNROLL
-      for (int c = 0; c < 4; ++c) {
-        const float2 of_query = stats(kSide == Side::kQueries ? 2 * m + c / 2 : 2 * n + c % 2);
-        float x = s[m][n][c], slope = 1.f;
-        if (capped) {
-          x = scale.cap(x);
-          const float t = x * inverse_cap;
-          slope = 1.f - t * t;
-        }
-        const float p = exp2_approx(fmaf(x, factor, -of_query.x));
-        s[m][n][c] = p;
-        dp[m][n][c] = p * (dp[m][n][c] - of_query.y) * slope;
-      }
-    }
-  }
-  if (step.whole) return;
-  BROADHEAD_UNROLL
-  for (int n = 0; n < Traits::kColTiles; ++n) {
-    BROADHEAD_UNROLL
-    for (int m = 0; m < Traits::kRowTiles; ++m) {
-      BROADHEAD_UNROLL
-      for (int c = 0; c < 4; ++c) {
-        const int row = step.first_row + tile_row<Traits>(place, m, c);
-        const int col = step.first_col + tile_col<Traits>(place, n) + c % 2;
-        const int query = kSide == Side::kQueries ? row : col, key = kSide == Side::kQueries ? col : row;
-        // Not a product with 0: what is not seen may be NaN.
-        if (!step.mask.visible(step.mask.row_interval(query), key)) s[m][n][c] = dp[m][n][c] = 0.f;
-      }
-    }
-  }
-}
-
-// Stores P or dS of the warp for its row group, from column `first` of the exchange on.
+// Stores the warp's part of dS for its row group.
 template <class Traits>
-BROADHEAD_DEVICE void store_exchange(void* exchange, const Scores<Traits>& s, int first, const WarpPlace& place) {
-  char* base = static_cast<char*>(exchange);
+BROADHEAD_DEVICE void share_fragments(uint4* fragments, const Scores<Traits>& ds, const WarpPlace& place) {
+  using Fragment = OwnFragment<Traits>;
   BROADHEAD_UNROLL
   for (int m = 0; m < Traits::kRowTiles; ++m) {
     BROADHEAD_UNROLL
-    for (int n = 0; n < Traits::kColTiles; ++n) {
-      const int row = tile_row<Traits>(place, m, 0);
-      const int col = first + place.warp_c * Traits::kColsPerWarp + n * 8;
-      char* target =
-          base + col / 64 * (Traits::kRows * 128) + row * 128 + ((col / 8 % 8) ^ (row & 7)) * 16 + place.lane % 4 * 4;
-      *reinterpret_cast<std::uint32_t*>(target) = pack_pair<typename Traits::Element>(s[m][n][0], s[m][n][1]);
-      *reinterpret_cast<std::uint32_t*>(target + 8 * 128) = pack_pair<typename Traits::Element>(s[m][n][2], s[m][n][3]);
+    for (int n = 0; n < Traits::kColTiles; n += Fragment::kTiles) {
+      std::uint32_t words[2 * Fragment::kTiles];
+      BROADHEAD_UNROLL
+      for (int i = 0; i < 2 * Fragment::kTiles; ++i) {
+        const auto& tile = ds[m][n + i / 2];
+        words[i] = pack_pair<typename Traits::Element>(tile[i % 2 * 2], tile[i % 2 * 2 + 1]);
+      }
+      Fragment::store(fragments, place, m, n, words);
     }
   }
 }
 
-// gradient += weights x columns, over the columns of a step; weights are P or dS: `s`, or the exchange from column
-// `first` on.
+// gradient += weights x columns, over the columns of a step; weights are P or dS: `s`, or the fragments of the row
+// group. `cols`: address of the tile of columns; `columns` of its head_dim are not zero.
 template <class Traits>
-BROADHEAD_DEVICE void add_gradient(Gradient<Traits>& gradient, const Scores<Traits>& s, const void* exchange, int first,
-                                   const void* cols, const WarpPlace& place, int columns) {
+BROADHEAD_DEVICE void add_gradient(Gradient<Traits>& gradient, const Scores<Traits>& s, const uint4* fragments,
+                                   std::uint32_t cols, const WarpPlace& place, int columns) {
   using Element = typename Traits::Element;
-  const int lane = place.lane, swizzle = lane & 7;
-  const std::uint32_t a_lane = smem_address(exchange) + (place.warp_r * Traits::kRowsPerWarp + (lane & 15)) * 128;
-  const std::uint32_t b_lane = smem_address(cols) + (lane & 15) * 128;
-  const int first_col = place.warp_c * Traits::kOutCols;
+  const int lane = place.lane;
+  constexpr int kTiles = Traits::kOutTilesPerSubtile;
+  const std::uint32_t b_lane = cols + (lane & 15) * 128 + (((lane >> 4) ^ (lane & 7) ^ (place.warp_c * kTiles)) * 16);
   BROADHEAD_UNROLL
   for (int step = 0; step < Traits::kCols / 16; ++step) {
-    std::uint32_t a[Traits::kRowTiles][4];
-    if constexpr (Traits::kExchange) {
-      const int col = first + step * 16;
+    RowFragments<Traits> a;
+    if constexpr (Traits::kShares) {
       BROADHEAD_UNROLL
       for (int m = 0; m < Traits::kRowTiles; ++m) {
-        ldmatrix_x4(a[m], a_lane + col / 64 * (Traits::kRows * 128) + m * (16 * 128) +
-                              (((col / 8 % 8 + (lane >> 4)) ^ swizzle) * 16));
+        const uint4 x = fragments[fragment_index<Traits>(place, m, step)];
+        a[m][0] = x.x, a[m][1] = x.y, a[m][2] = x.z, a[m][3] = x.w;
       }
     } else {
       pack_p<Element>(a, s, step);
     }
     BROADHEAD_UNROLL
     for (int n = 0; n < Traits::kOutTiles; n += 2) {
-      const int col = first_col + n * 8;
-      if (Traits::kHeadDim > 256 && col >= columns) break;  // the same in the whole warp
+      if (Traits::kHeadDim > 256 && out_col<Traits>(place, n) >= columns) break;  // the same in the whole warp
       std::uint32_t b[4];
-      ldmatrix_x4_trans(b, b_lane + col / 64 * (Traits::kCols * 128) + step * (16 * 128) +
-                               (((col / 8 % 8 + (lane >> 4)) ^ swizzle) * 16));
+      ldmatrix_x4_trans(b, (b_lane ^ (n % kTiles * 16)) + n / kTiles * (Traits::kCols * 128) + step * (16 * 128));
       BROADHEAD_UNROLL
       for (int m = 0; m < Traits::kRowTiles; ++m) {
         mma<Element>(gradient[m][n], a[m], b[0], b[1]);

@@ -11,6 +11,8 @@
 // as those of the forward kernels (sm80/forward/traits.h).
 #pragma once
 
+#include <type_traits>
+
 #include "common/attention_mask.h"
 #include "common/kv_source.h"
 #include "common/math.h"
@@ -27,21 +29,35 @@ struct BackwardState {
   SeqlenInfo seqlen;
   AttentionMask mask;
   ScoreScale scale;
-  int head;       // query head, or KV head where keys are kept
+  float inverse_softcap;
+  int head;  // query head, or KV head where keys are kept
+  int kv_head;
   int first_row;  // of the tile within the sequence
   int end_row;    // the sequence's rows of this side
   LiveKeys rows;  // the rows of this side that the sequence has
   LiveKeys cols;  // columns that some row of the tile sees, or is seen by
   int begin;      // tiles of columns that some row sees: [begin, end)
   int end;
+  KeyInterval whole;          // columns that every row of the tile sees, or is seen by
+  const void* stream_first;   // what streams by, from row 0 of the sequence on: Q of query head 0, or K
+  const void* stream_second;  // likewise dO, or V
+  const float* lse;           // of the sequence's queries, head 0
+  const float* delta;
   int first_head;  // query heads [first_head, first_head + heads) stream by, one after the other
   int heads;
 };
 
-template <class Element_, int kHeadDim_, int kRows_, int kCols_, int kWarpsR_, int kWarpsC_, int kStages_,
-          int kMinBlocks_, int kSmemLimit_>
-struct BackwardTraits {
+// One of the two kernels of a row.
+//
+// A warp owns whole 16-row tiles of its row group. With keys it has one of two roles: P and dV of its rows, or dP, dS
+// and dK. Each has registers for 32 rows of one gradient, so that every fragment of what streams by serves twice as
+// many products as with 16 rows of both.
+template <class Element_, Side kSide_, int kHeadDim_, int kRows_, int kCols_, int kWarpsR_, int kWarpsC_, int kStages_,
+          int kMinBlocks_>
+struct SideTraits {
   using Element = Element_;
+  static constexpr Side kSide = kSide_;
+  static constexpr bool kKeys = kSide == Side::kKeys;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kRows = kRows_;
   static constexpr int kCols = kCols_;
@@ -49,9 +65,9 @@ struct BackwardTraits {
   static constexpr int kWarpsC = kWarpsC_;
   static constexpr int kStages = kStages_;
   static constexpr int kMinBlocks = kMinBlocks_;
-  static constexpr int kSmemLimit = kSmemLimit_;
 
-  static constexpr int kThreads = 32 * kWarpsR * kWarpsC;
+  static constexpr int kRoles = kKeys ? 2 : 1;
+  static constexpr int kThreads = 32 * kWarpsR * kWarpsC * kRoles;
   static constexpr int kTileCols = round_up(kHeadDim, 64);  // columns of head_dim in shared memory
 
   // S and dP: warp (r, c) owns kRowTiles x 16 rows and kColTiles x 8 columns.
@@ -60,27 +76,54 @@ struct BackwardTraits {
   static constexpr int kColsPerWarp = kCols / kWarpsC;
   static constexpr int kColTiles = kColsPerWarp / 8;
 
-  // Gradients: it owns the same rows and kOutCols columns of head_dim.
-  static constexpr int kOutCols = kHeadDim / kWarpsC;
-  static constexpr int kOutTiles = kOutCols / 8;
+  // Gradients: it owns the same rows and kOutTiles x 8 columns of head_dim, kOutTilesPerSubtile of each 64.
+  static constexpr int kOutTiles = kHeadDim / kWarpsC / 8;
+  static constexpr int kOutTilesPerSubtile = 8 / kWarpsC;
 
-  // P and dS stay in registers when a warp owns whole rows of S, else its row group exchanges them.
-  static constexpr bool kExchange = kWarpsC > 1;
-  static constexpr int kExchangeCols = round_up(2 * kCols, 64);
+  // Fragments of Q and dO stay in registers where they fit.
+  static constexpr bool kRowsInRegisters = !kKeys && kHeadDim <= 64;
+  // With one stage K and V of a step are refilled apart, each under the products of the other.
+  static constexpr bool kRefillsApart = !kKeys && kStages == 1;
 
-  static_assert(kRowsPerWarp % 16 == 0 && kColsPerWarp % 8 == 0 && kOutCols % 16 == 0 && kCols % 16 == 0);
-  static_assert(kColTiles % 2 == 0 || kColTiles == 1);
-  static_assert(kHeadDim % 16 == 0 && kCols <= kThreads && (kStages == 1 || kStages == 2));
+  // P and dS stay in registers as A operands when a warp owns whole rows of S. Else its row group shares their
+  // fragments. The roles hand P over in the same way.
+  static constexpr bool kShares = kWarpsC > 1;
+  static constexpr int kFragmentSets = kRoles == 2 ? (kShares ? 2 : 1) : (kShares ? 1 : 0);
+
+  static_assert(kRowsPerWarp % 16 == 0 && kColsPerWarp % 8 == 0 && kCols % 16 == 0);
+  static_assert(kColTiles % 2 == 0 || (kColTiles == 1 && kShares && kHeadDim % 32 == 0));
+  static_assert(kHeadDim % 16 == 0 && (kWarpsC == 1 || kHeadDim % 64 == 0) && 8 % (2 * kWarpsC) == 0);
+  static_assert((kKeys ? kCols : kRows) <= kThreads && (kStages == 1 || kStages == 2));
+  static_assert(3 * kWarpsR < 16, "three named barriers a row group");
 
   struct SharedStorage {
-    alignas(1024) Element first[kRows * kTileCols];                         // K, or Q
-    alignas(1024) Element second[kRows * kTileCols];                        // V, or dO
-    alignas(1024) Element stream_first[kStages][kCols * kTileCols];         // Q, or K
-    alignas(1024) Element stream_second[kStages][kCols * kTileCols];        // dO, or V
-    alignas(1024) Element exchange[kExchange ? kRows * kExchangeCols : 8];  // P (keys alone), behind it dS
-    alignas(16) float2 stats[kStages][kCols];  // of the queries that stream by: LSE in units of log2(e), D
+    alignas(1024) Element first[kRows * kTileCols];                   // K, or Q
+    alignas(1024) Element second[kRows * kTileCols];                  // V, or dO
+    alignas(1024) Element stream_first[kStages][kCols * kTileCols];   // Q, or K
+    alignas(1024) Element stream_second[kStages][kCols * kTileCols];  // dO, or V
+    // A operands, each of 16 rows and 16 columns as the 32 lanes hold it. Roles: P (shared alone), behind it what the
+    // first role hands over, which becomes dS. One role: dS.
+    alignas(16) uint4 fragments[kFragmentSets > 0 ? kFragmentSets * (kRows / 16) * (kCols / 16) * 32 : 1];
+    alignas(16) float lse[kKeys ? kStages : 1][kKeys ? kCols : kRows];    // of the queries
+    alignas(16) float delta[kKeys ? kStages : 1][kKeys ? kCols : kRows];  // likewise: D
     BackwardState state;
   };
+};
+
+template <class Element_, int kHeadDim_, int kKeyRows, int kKeyCols, int kKeyWarpsR, int kKeyWarpsC, int kKeyStages,
+          int kKeyMinBlocks, int kQueryRows, int kQueryCols, int kQueryWarpsR, int kQueryWarpsC, int kQueryStages,
+          int kQueryMinBlocks, int kSmemLimit>
+struct BackwardTraits {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
+  using Keys =
+      SideTraits<Element, Side::kKeys, kHeadDim, kKeyRows, kKeyCols, kKeyWarpsR, kKeyWarpsC, kKeyStages, kKeyMinBlocks>;
+  using Queries = SideTraits<Element, Side::kQueries, kHeadDim, kQueryRows, kQueryCols, kQueryWarpsR, kQueryWarpsC,
+                             kQueryStages, kQueryMinBlocks>;
+  // The larger one: what a row needs.
+  using SharedStorage =
+      std::conditional_t<(sizeof(typename Keys::SharedStorage) > sizeof(typename Queries::SharedStorage)),
+                         typename Keys::SharedStorage, typename Queries::SharedStorage>;
   static_assert(sizeof(SharedStorage) <= kSmemLimit, "the tile does not fit the shared memory its row promises");
 };
 

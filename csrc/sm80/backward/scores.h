@@ -1,0 +1,222 @@
+// From S and dP to P and dS, with the mask and the softcap:
+//   P = exp(scale S - LSE);  dS = P (dP - D), times the derivative of the softcap. The scale joins dQ and dK at the
+//   end.
+//
+// Each function exists with and without a mask, and with and without a softcap: a step takes the one that it needs.
+#pragma once
+
+#include "sm80/backward/mainloop.h"
+
+namespace broadhead::sm80 {
+
+// Columns that a row sees, relative to the lane's first column of the step: what is compared with them are constants.
+struct SeenColumns {
+  int begin;
+  int end;
+  int prefix;
+
+  // Column `c` of column tile `n`.
+  BROADHEAD_DEVICE bool operator()(int n, int c) const {
+    const int col = n * 8 + c;
+    return (col < prefix) | ((col >= begin) & (col < end));  // without branches
+  }
+};
+
+// What the lane's rows see in a step: `row(m, half)` is of row 8 * half of row tile m.
+template <class Traits>
+struct MaskedStep {
+  const BackwardState& state;
+  const WarpPlace& place;
+  int lane_col;
+
+  BROADHEAD_DEVICE SeenColumns row(int m, int half) const {
+    compile_barrier();  // what is known of all rows at once takes too many registers
+    const int row = state.first_row + tile_row<Traits>(place, m, 2 * half);
+    if constexpr (Traits::kKeys) {
+      const QueryInterval seen = state.mask.query_interval(row, row);
+      return {seen.begin - lane_col, seen.end - lane_col, -lane_col};
+    } else {
+      const KeyInterval seen = state.mask.row_interval(row);
+      return {seen.begin - lane_col, seen.end - lane_col, state.mask.prefix_len - lane_col};
+    }
+  }
+};
+
+struct WholeStep {
+  struct AllColumns {
+    BROADHEAD_DEVICE bool operator()(int, int) const { return true; }
+  };
+  BROADHEAD_DEVICE AllColumns row(int, int) const { return {}; }
+};
+
+// Calls `work` with what the rows see.
+template <class Traits, class Work>
+BROADHEAD_DEVICE void with_mask(const BackwardState& state, int first_col, const WarpPlace& place, const Work& work) {
+  if (first_col >= state.whole.begin && first_col + Traits::kCols <= state.whole.end) {
+    work(WholeStep{});
+  } else {
+    work(MaskedStep<Traits>{state, place, first_col + tile_col<Traits>(place, 0)});
+  }
+}
+
+// P of a score, and the derivative of its softcap. `lse` in units of log2(e).
+template <bool kCapped_>
+struct Weigh {
+  static constexpr bool kCapped = kCapped_;
+  const ScoreScale& scale;
+  float factor;
+  float inverse_cap;
+
+  BROADHEAD_DEVICE explicit Weigh(const BackwardState& state)
+      : scale(state.scale),
+        factor(kCapped ? kLog2e : state.scale.inner * kLog2e),
+        inverse_cap(kCapped ? state.inverse_softcap : 0.f) {}
+
+  BROADHEAD_DEVICE float operator()(float s, float lse, float& slope) const {
+    slope = 1.f;
+    if constexpr (kCapped) {
+      s = scale.cap(s);
+      const float t = s * inverse_cap;
+      slope = 1.f - t * t;
+    }
+    return exp2_approx(fmaf(s, factor, -lse));
+  }
+};
+
+template <class Work>
+BROADHEAD_DEVICE void with_softcap(const BackwardState& state, const Work& work) {
+  if (state.scale.softcap > 0.f) {
+    work(Weigh<true>(state));
+  } else {
+    work(Weigh<false>(state));
+  }
+}
+
+// LSE of a query as Weigh takes it. A query without keys gets +inf, so that its P is 0.
+BROADHEAD_DEVICE float weigh_lse(float lse) { return lse == -INFINITY ? INFINITY : lse * kLog2e; }
+
+// Both S and dP in a warp: `dp` becomes dS. `lse`, `delta`: of the queries of the tile. It works row after row, as what
+// is known of one takes registers.
+template <class Traits, class Step>
+BROADHEAD_DEVICE void differentiate(const Scores<Traits>& s, Scores<Traits>& dp, const Step& step, float factor,
+                                    const float* lse, const float* delta, const WarpPlace& place) {
+  BROADHEAD_UNROLL
+  for (int m = 0; m < Traits::kRowTiles; ++m) {
+    BROADHEAD_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const auto seen = step.row(m, half);
+      const int row = tile_row<Traits>(place, m, 2 * half);
+      const float of_lse = weigh_lse(lse[row]), of_delta = delta[row];
+      BROADHEAD_UNROLL
+      for (int n = 0; n < Traits::kColTiles; ++n) {
+        BROADHEAD_UNROLL
+        for (int c = 0; c < 2; ++c) {
+          float& element = dp[m][n][2 * half + c];
+          const float ds = exp2_approx(fmaf(s[m][n][2 * half + c], factor, -of_lse)) * (element - of_delta);
+          element = seen(n, c) ? ds : 0.f;  // not a product with 0: what is not seen may be NaN
+        }
+      }
+    }
+  }
+}
+
+// Ahead of `differentiate`, where there is a softcap: `s` becomes the capped score, and `dp` what makes dS of P:
+// (dP - D) times the slope, plus D.
+template <class Traits>
+BROADHEAD_DEVICE void cap_scores(Scores<Traits>& s, Scores<Traits>& dp, const BackwardState& state, const float* delta,
+                                 const WarpPlace& place) {
+  BROADHEAD_UNROLL
+  for (int m = 0; m < Traits::kRowTiles; ++m) {
+    BROADHEAD_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      compile_barrier();
+      const float of_delta = delta[tile_row<Traits>(place, m, 2 * half)];
+      BROADHEAD_UNROLL
+      for (int n = 0; n < Traits::kColTiles; ++n) {
+        BROADHEAD_UNROLL
+        for (int c = 0; c < 2; ++c) {
+          float& element = s[m][n][2 * half + c];
+          float& of_dp = dp[m][n][2 * half + c];
+          element = state.scale.cap(element);
+          const float t = element * state.inverse_softcap;
+          of_dp = fmaf(of_dp - of_delta, 1.f - t * t, of_delta);
+        }
+      }
+    }
+  }
+}
+
+// The first of two roles: `s` becomes P, and P times the slope goes to `handed`. Where the row group shares P, it goes
+// to `shared`, too. `lse`: of the step's queries.
+template <class Traits, class Step, class W>
+BROADHEAD_DEVICE void weigh_scores(Scores<Traits>& s, const Step& step, const W& weigh, const float* lse, uint4* handed,
+                                   uint4* shared, const WarpPlace& place) {
+  using Element = typename Traits::Element;
+  using Fragment = OwnFragment<Traits>;
+  constexpr int kTiles = Fragment::kTiles;
+  float of_query[Traits::kColTiles][2];
+  BROADHEAD_UNROLL
+  for (int n = 0; n < Traits::kColTiles; ++n) {
+    const float2 pair = *reinterpret_cast<const float2*>(lse + tile_col<Traits>(place, n));
+    of_query[n][0] = weigh_lse(pair.x), of_query[n][1] = weigh_lse(pair.y);
+  }
+  BROADHEAD_UNROLL
+  for (int m = 0; m < Traits::kRowTiles; ++m) {
+    const decltype(step.row(0, 0)) seen[2] = {step.row(m, 0), step.row(m, 1)};
+    BROADHEAD_UNROLL
+    for (int n = 0; n < Traits::kColTiles; n += kTiles) {
+      std::uint32_t p[2 * kTiles], with_slope[2 * kTiles];
+      BROADHEAD_UNROLL
+      for (int i = 0; i < 2 * kTiles; ++i) {
+        float y[2];
+        BROADHEAD_UNROLL
+        for (int c = 0; c < 2; ++c) {
+          float& element = s[m][n + i / 2][i % 2 * 2 + c];
+          float slope;
+          const float x = weigh(element, of_query[n + i / 2][c], slope);
+          element = seen[i % 2](n + i / 2, c) ? x : 0.f;
+          y[c] = element * slope;
+        }
+        p[i] = pack_pair<Element>(s[m][n + i / 2][i % 2 * 2], s[m][n + i / 2][i % 2 * 2 + 1]);
+        with_slope[i] = pack_pair<Element>(y[0], y[1]);
+      }
+      Fragment::store(handed, place, m, n, with_slope);
+      if constexpr (Traits::kShares) Fragment::store(shared, place, m, n, p);
+    }
+  }
+}
+
+// The second role: `dp` becomes dS, by what the first one handed over. Where the row group shares dS, it takes that
+// place. `delta`: D of the step's queries.
+template <class Traits, class Step>
+BROADHEAD_DEVICE void differentiate_scores(Scores<Traits>& dp, const Step& step, const float* delta, uint4* handed,
+                                           const WarpPlace& place) {
+  using Element = typename Traits::Element;
+  using Fragment = OwnFragment<Traits>;
+  constexpr int kTiles = Fragment::kTiles;
+  BROADHEAD_UNROLL
+  for (int m = 0; m < Traits::kRowTiles; ++m) {
+    const decltype(step.row(0, 0)) seen[2] = {step.row(m, 0), step.row(m, 1)};
+    BROADHEAD_UNROLL
+    for (int n = 0; n < Traits::kColTiles; n += kTiles) {
+      std::uint32_t words[2 * kTiles];
+      Fragment::load(handed, place, m, n, words);
+      BROADHEAD_UNROLL
+      for (int i = 0; i < 2 * kTiles; ++i) {
+        const float2 p = unpack_pair<Element>(words[i]);
+        const float2 of_query = *reinterpret_cast<const float2*>(delta + tile_col<Traits>(place, n + i / 2));
+        float& first = dp[m][n + i / 2][i % 2 * 2];
+        float& second = dp[m][n + i / 2][i % 2 * 2 + 1];
+        first = p.x * (first - of_query.x);
+        second = p.y * (second - of_query.y);
+        // What is not seen may be NaN, and is not made 0 by a P of 0.
+        first = seen[i % 2](n + i / 2, 0) ? first : 0.f;
+        second = seen[i % 2](n + i / 2, 1) ? second : 0.f;
+        words[i] = pack_pair<Element>(first, second);
+      }
+      if constexpr (Traits::kShares) Fragment::store(handed, place, m, n, words);
+    }
+  }
+}
+
+}  // namespace broadhead::sm80
