@@ -194,16 +194,20 @@ def _sm80_backward_rows() -> tuple[KernelRow, ...]:
     shapes = (
         # name, capabilities, head_dim, smem_limit, the shapes of the kernels that keep keys and that keep queries:
         # rows, columns, warps over rows and over columns, stages, blocks
-        ("d64", CAPABILITIES, 64, SMEM_99KB, (64, 32, 2, 1, 2, 3), (128, 32, 4, 1, 2, 2)),
-        ("d96", CAPABILITIES, 96, SMEM_99KB, (64, 32, 2, 1, 2, 2), (128, 32, 4, 1, 2, 2)),
-        ("d128", CAPABILITIES, 128, SMEM_99KB, (64, 32, 2, 1, 2, 2), (128, 32, 4, 1, 2, 2)),
+        # Blocks of four warps are for devices where two or more fit a multiprocessor: 227 KB, at head_dim 64 163 KB.
+        ("d64", LARGE_SMEM, 64, SMEM_99KB, (64, 32, 2, 1, 2, 3), (128, 32, 4, 1, 2, 2)),
+        ("d64_smem99", CAPABILITIES, 64, SMEM_99KB, (64, 32, 2, 1, 2, 2), (128, 32, 4, 1, 1, 2)),
+        ("d96", HUGE_SMEM, 96, SMEM_99KB, (64, 32, 2, 1, 2, 2), (128, 32, 4, 1, 2, 2)),
+        ("d96_smem99", CAPABILITIES, 96, SMEM_99KB, (128, 16, 4, 1, 2, 1), (128, 32, 8, 1, 2, 1)),
+        ("d128", HUGE_SMEM, 128, SMEM_99KB, (64, 32, 2, 1, 2, 2), (128, 32, 4, 1, 2, 2)),
+        ("d128_smem99", CAPABILITIES, 128, SMEM_99KB, (128, 16, 4, 1, 2, 1), (128, 32, 8, 1, 2, 1)),
         ("d192", LARGE_SMEM, 192, SMEM_163KB, (64, 64, 2, 2, 2, 1), (64, 64, 2, 2, 1, 2)),
-        ("d192_smem99", CAPABILITIES, 192, SMEM_99KB, (64, 32, 2, 2, 1, 1), (64, 32, 2, 2, 1, 1)),
+        ("d192_smem99", CAPABILITIES, 192, SMEM_99KB, (64, 32, 2, 2, 1, 1), (64, 32, 4, 2, 1, 1)),
         ("d256", HUGE_SMEM, 256, SMEM_227KB, (64, 64, 2, 2, 2, 1), (128, 64, 4, 2, 1, 1)),
         ("d256_smem163", LARGE_SMEM, 256, SMEM_163KB, (64, 32, 2, 2, 2, 1), (64, 64, 2, 4, 1, 1)),
-        ("d256_smem99", CAPABILITIES, 256, SMEM_99KB, (64, 16, 2, 2, 1, 1), (64, 16, 2, 2, 2, 1)),
-        ("d512", HUGE_SMEM, 512, SMEM_227KB, (32, 32, 1, 4, 2, 1), (32, 32, 1, 4, 2, 1)),
-        ("d512_smem163", LARGE_SMEM, 512, SMEM_163KB, (32, 32, 1, 4, 1, 1), (32, 32, 1, 4, 1, 1)),
+        ("d256_smem99", CAPABILITIES, 256, SMEM_99KB, (64, 16, 2, 2, 1, 1), (64, 16, 4, 2, 1, 1)),
+        ("d512", HUGE_SMEM, 512, SMEM_227KB, (32, 32, 1, 4, 2, 1), (64, 32, 2, 4, 1, 1)),
+        ("d512_smem163", LARGE_SMEM, 512, SMEM_163KB, (32, 32, 1, 4, 1, 1), (32, 32, 2, 4, 1, 1)),
         ("d512_smem99", CAPABILITIES, 512, SMEM_99KB, (16, 32, 1, 4, 1, 1), (16, 32, 1, 4, 1, 1)),
     )
     return tuple(

@@ -94,7 +94,7 @@ struct SideTraits {
   static_assert(kColTiles % 2 == 0 || (kColTiles == 1 && kShares && kHeadDim % 32 == 0));
   static_assert(kHeadDim % 16 == 0 && (kWarpsC == 1 || kHeadDim % 64 == 0) && 8 % (2 * kWarpsC) == 0);
   static_assert((kKeys ? kCols : kRows) <= kThreads && (kStages == 1 || kStages == 2));
-  static_assert(3 * kWarpsR < 16, "three named barriers a row group");
+  static_assert(3 * kWarpsR < 16 || kFragmentSets == 0, "three named barriers a row group");
 
   struct SharedStorage {
     alignas(1024) Element first[kRows * kTileCols];                   // K, or Q
