@@ -128,12 +128,22 @@ py::object run(const AppendLaunch& launch, AttentionCall& call, const NewKeys& f
   call.tensors[kSequsedK].read(lengths);
   const AttentionRun attention(*launch.attention, call, q, need_lse, false);
   const KernelLibrary& library = common_library();
-  run_without_gil(false, [&](char* error) {
-    const int status = library.append_kv(&params, attention.stream(), error, kErrorSize);
-    return status != 0 ? status : attention.launch(error);
-  });
-  mark_written(call.arguments[kK]);
-  mark_written(call.arguments[kV]);
+  bool appended = false;
+  const auto mark_caches = [&] {
+    mark_written(call.arguments[kK]);
+    mark_written(call.arguments[kV]);
+  };
+  try {
+    run_without_gil(false, [&](char* error) {
+      const int status = library.append_kv(&params, attention.stream(), error, kErrorSize);
+      appended = status == 0;
+      return appended ? attention.launch(error) : status;
+    });
+  } catch (const BindingError&) {
+    if (appended) mark_caches();
+    throw;
+  }
+  mark_caches();
   PyObject* const state = hooks().state.ptr();
   if (PyObject_SetAttr(state, append, launch.dispatch.ptr()) != 0 ||
       PyObject_SetAttr(state, last, launch.attention->dispatch.ptr()) != 0) {

@@ -103,8 +103,7 @@ py::object run(const MetadataLaunch& launch, MetadataRequest& request, bool is_f
   params.cu_seqlens_q = tensors[kCuSeqlensQ].as<const std::int32_t>();
   void* stream = current_stream(like, tensors[kCacheSeqlens].device());
   const KernelLibrary& library = common_library();
-  run_without_gil(is_first,
-                  [&](char* error) { return library.scheduler_metadata(&params, stream, error, kErrorSize); });
+  run_without_gil(false, [&](char* error) { return library.scheduler_metadata(&params, stream, error, kErrorSize); });
   if (was_given) mark_written(metadata);
   owned(PyObject_CallFunctionObjArgs(hooks().remember_metadata.ptr(), metadata.ptr(), launch.made_for.ptr(), nullptr));
   return metadata;
