@@ -119,8 +119,8 @@ py::object run(const AppendLaunch& launch, AttentionCall& call, const NewKeys& f
   if (rotates) q = empty_like(q);
   const py::object lengths = empty_like(call.arguments[kSequsedK]);
   TensorView q_out, seqlens_out;
-  if (rotates) q_out.read(q);
-  seqlens_out.read(lengths);
+  if (rotates) q_out.read_new(q);
+  seqlens_out.read_new(lengths);
   AppendKvParams params = launch.params;
   set_append_addresses(tensors_of(call, fresh, q_out, seqlens_out), params);
   // Attention gets what the append writes.
@@ -173,7 +173,7 @@ py::object run_known_append(ArgumentReader& reader) {
   if (launch == nullptr || !call.is_plain() || !fresh.is_plain() || call.wants_gradient() || fresh.wants_gradient()) {
     return py::none();
   }
-  return run(*launch, call, fresh, function, need_lse);
+  return none_if_watched([&] { return run(*launch, call, fresh, function, need_lse); });
 }
 
 py::object remember_append(ArgumentReader& reader) {

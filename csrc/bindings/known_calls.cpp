@@ -23,7 +23,7 @@ py::object run_if_known(py::handle function, bool need_lse, AttentionCall& call)
   // Held from here on: Python code may run, and another thread with it, which may forget the call.
   const std::shared_ptr<Launch> launch = find_call<Launch>(key);
   if (launch == nullptr || !call.is_plain() || call.wants_gradient()) return py::none();
-  return run(*launch, call, function, need_lse, false);
+  return none_if_watched([&] { return run(*launch, call, function, need_lse, false); });
 }
 
 py::object run_and_remember(py::handle target, py::handle function, bool need_lse, AttentionCall& call) {

@@ -135,10 +135,10 @@ py::object run(MergeLaunch& launch, MergeCall& call, bool is_first) {
   py::object out = py::reinterpret_borrow<py::object>(given);
   if (given.is_none()) {
     out = launch.out.make(call.objects[0]);
-    tensors.out.read(out);
+    tensors.out.read_new(out);
   }
   const py::object lse = launch.lse.make(call.objects[1]);
-  tensors.lse.read(lse);
+  tensors.lse.read_new(lse);
   if (is_first) launch.params = pack(tensors);
   MergeStatesParams params = launch.params;
   params.out_a = tensors.out_a.data();
@@ -169,7 +169,7 @@ py::object run_known_merge(ArgumentReader& reader) {
   // Held from here on: Python code may run, and another thread with it, which may forget the call.
   const std::shared_ptr<MergeLaunch> launch = find_call<MergeLaunch>(key);
   if (launch == nullptr || !call.is_plain() || call.wants_gradient()) return py::none();
-  return run(*launch, call, false);
+  return none_if_watched([&] { return run(*launch, call, false); });
 }
 
 py::object run_new_merge(ArgumentReader& reader) {

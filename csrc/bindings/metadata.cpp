@@ -93,7 +93,7 @@ py::object run(const MetadataLaunch& launch, MetadataRequest& request, bool is_f
   const bool was_given = !metadata.is_none();
   if (!was_given) {
     metadata = owned(PyObject_CallOneArg(launch.new_metadata.ptr(), like.ptr()));
-    tensors[kMetadata].read(metadata);
+    tensors[kMetadata].read_new(metadata);
   }
   if (is_first) check(request, launch.params.batch);
   SchedulerMetadataParams params = launch.params;
@@ -124,7 +124,8 @@ py::object run_known_metadata(ArgumentReader& reader) {
   // Held from here on: Python code may run, and another thread with it, which may forget the request. Integers are
   // negated lazily by no public function: only a mode is left to ask for.
   const std::shared_ptr<MetadataLaunch> launch = find_call<MetadataLaunch>(key);
-  return launch == nullptr || modes_are_active() ? py::none() : run(*launch, request, false);
+  if (launch == nullptr || modes_are_active()) return py::none();
+  return none_if_watched([&] { return run(*launch, request, false); });
 }
 
 py::object run_new_metadata(ArgumentReader& reader) {

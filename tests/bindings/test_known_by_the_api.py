@@ -73,9 +73,9 @@ def run(library: Path, code: str) -> None:
 
 APPEND = """
 k_cache, v_cache, table = bf16(8, 16, 2, 64), bf16(8, 16, 2, 64), torch.zeros(2, 4, dtype=torch.int32)
-q, new = bf16(2, 1, 4, 64), bf16(2, 1, 2, 64)
+q, new, lengths = bf16(2, 1, 4, 64), bf16(2, 1, 2, 64), int32(30, 50)
 def append(**changes):
-    return broadhead.mha_fwd(q, k_cache, v_cache, k_new=new, v_new=new, page_table=table, seqused_k=int32(3, 5),
+    return broadhead.mha_fwd(q, k_cache, v_cache, k_new=new, v_new=new, page_table=table, seqused_k=lengths,
                              **changes)
 """
 
@@ -130,5 +130,36 @@ plan = lambda **more: broadhead.get_scheduler_metadata(2, 1, 64, 8, 2, 64, lengt
 assert decisions(plan) == ["run_new_metadata"]
 assert decisions(lambda: plan(out=torch.empty(64, dtype=torch.int32))) == ["run_new_metadata"]
 assert decisions(lambda: plan(window_size=(torch.tensor(3), 0))) == ["run_new_metadata"] * 3
+""",
+    )
+
+
+def test_tensors_that_a_transform_does_not_wrap(library: Path) -> None:
+    """A frozen branch inside torch.func: what torch makes there has no memory, so the call goes to the operators."""
+    run(
+        library,
+        APPEND
+        + """
+states = bf16(5, 4, 32), torch.randn(4, 5), bf16(5, 4, 32), torch.randn(4, 5)
+calls = {
+    "forward": lambda: broadhead.flash_attn_func(q, q, q, causal=True),
+    "append_kv": append,
+    "merge_states": lambda: broadhead.merge_attn_states(*states)[0],
+    "scheduler_metadata": lambda: broadhead.get_scheduler_metadata(2, 1, 64, 8, 2, 64, lengths, page_size=16),
+}
+def differentiated(call):
+    def loss(x):
+        call()
+        return x.sum()
+    return lambda: torch.func.grad(loss)(torch.ones(3))
+for entry, call in calls.items():
+    for known in (False, True):
+        if known:
+            decisions(call)
+        stub_cuda.take_launches(directory)
+        with stub_cuda.on_device(), clamped():
+            assert differentiated(call)().tolist() == [1, 1, 1]
+        launches = [launch["entry"] for launch in stub_cuda.take_launches(directory)]
+        assert launches.count(entry) == 1, (entry, known, launches)
 """,
     )
