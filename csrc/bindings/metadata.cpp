@@ -48,6 +48,11 @@ struct MetadataRequest {
     if (!tensors[kCacheSeqlens].present()) checker.fail(kNames[kCacheSeqlens], "must be a tensor, got None");
   }
 
+  bool on_cuda() const { return tensors[kCacheSeqlens].on_cuda(); }
+
+  // Integers are negated lazily by no public function, and have no gradient: only a mode is left to ask for.
+  bool may_run_unseen() const { return !modes_are_active(); }
+
   // False: there is no key for the request.
   bool add_to(CallKey& key) const {
     bool added = PyTuple_Check(numbers.ptr()) && key.add_kind(CallKind::kMetadata);
@@ -113,19 +118,7 @@ py::object run(const MetadataLaunch& launch, MetadataRequest& request, bool is_f
 
 py::object run_known_metadata(ArgumentReader& reader) {
   MetadataRequest request(reader);
-  CallKey key;
-  try {
-    if (!request.has_plain_types()) return py::none();
-    request.read();
-  } catch (const std::exception&) {  // Python's among them. Whoever validates the call finds better words
-    return py::none();
-  }
-  if (!request.tensors[kCacheSeqlens].on_cuda() || !request.add_to(key)) return py::none();
-  // Held from here on: Python code may run, and another thread with it, which may forget the request. Integers are
-  // negated lazily by no public function: only a mode is left to ask for.
-  const std::shared_ptr<MetadataLaunch> launch = find_call<MetadataLaunch>(key);
-  if (launch == nullptr || modes_are_active()) return py::none();
-  return none_if_watched([&] { return run(*launch, request, false); });
+  return run_if_known<MetadataLaunch>(request, [&](MetadataLaunch& launch) { return run(launch, request, false); });
 }
 
 py::object run_new_metadata(ArgumentReader& reader) {

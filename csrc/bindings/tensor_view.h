@@ -87,16 +87,6 @@ class TensorView {
   std::int64_t own_strides_[kMaxDims];
 };
 
-// What `run` returns, or None where it throws WatchedError: then the call counts as not known.
-template <class Run>
-pybind11::object none_if_watched(const Run& run) {
-  try {
-    return run();
-  } catch (const WatchedError&) {
-    return pybind11::none();
-  }
-}
-
 // The exchange API of a tensor's type, null when it has none.
 const DLPackExchangeAPI* exchange_api(pybind11::handle tensor);
 

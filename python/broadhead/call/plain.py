@@ -2,7 +2,7 @@
 
 A tensor is plain memory when its type is torch.Tensor, torch.nn.Parameter or a type that overrides nothing of what
 torch does, when nothing is pending on it (negation, conjugation), and when no transform or mode watches the call. The
-compiled module asks the same of calls that it knows (csrc/bindings/known_calls.cpp). What is not plain goes to the
+compiled module asks the same of calls that it knows (csrc/bindings/call_table.h). What is not plain goes to the
 operators (ops/), which every mode and subclass of torch understands, or is resolved first.
 """
 
