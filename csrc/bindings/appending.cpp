@@ -35,12 +35,11 @@ struct NewKeys {
 
   bool has_plain_types() const { return have_plain_types(arguments, kNewTensorCount); }
 
-  // False when one is no tensor.
-  bool read() {
+  void read() {
     for (int i = 0; i < kNewTensorCount; ++i) {
-      if (!tensors[i].read(arguments[i])) return false;
+      if (!tensors[i].read(arguments[i])) checker.fail("new keys", "must be tensors or None");
     }
-    return tensors[kNewK].present() && tensors[kNewV].present();
+    if (!tensors[kNewK].present() || !tensors[kNewV].present()) checker.fail("new keys", "must be there");
   }
 
   bool is_plain() const {
@@ -76,9 +75,28 @@ struct AppendLaunch {
   py::object dispatch;    // what says that an append ran by its kernel
 };
 
-bool add_call(const AttentionCall& call, const NewKeys& fresh, CallKey& key) {
-  return key.add_kind(CallKind::kAppend) && call.add_arguments(key) && fresh.add_to(key);
-}
+// A call and what it appends first.
+struct AppendingCall {
+  bool has_plain_types() const { return call.has_plain_types() && fresh.has_plain_types(); }
+
+  void read() {
+    call.read();
+    fresh.read();
+  }
+
+  bool on_cuda() const { return call.on_cuda(); }
+
+  bool add_to(CallKey& key) const {
+    return key.add_kind(CallKind::kAppend) && call.add_arguments(key) && fresh.add_to(key);
+  }
+
+  bool may_run_unseen() const {
+    return call.is_plain() && fresh.is_plain() && !call.wants_gradient() && !fresh.wants_gradient();
+  }
+
+  AttentionCall& call;
+  NewKeys& fresh;
+};
 
 // Without rotary no query is given.
 AppendTensors tensors_of(const AttentionCall& call, const NewKeys& fresh, const TensorView& q_out,
@@ -119,8 +137,8 @@ py::object run(const AppendLaunch& launch, AttentionCall& call, const NewKeys& f
   if (rotates) q = empty_like(q);
   const py::object lengths = empty_like(call.arguments[kSequsedK]);
   TensorView q_out, seqlens_out;
-  if (rotates) q_out.read(q);
-  seqlens_out.read(lengths);
+  if (rotates) q_out.read_new(q);
+  seqlens_out.read_new(lengths);
   AppendKvParams params = launch.params;
   set_append_addresses(tensors_of(call, fresh, q_out, seqlens_out), params);
   // Attention gets what the append writes.
@@ -128,12 +146,22 @@ py::object run(const AppendLaunch& launch, AttentionCall& call, const NewKeys& f
   call.tensors[kSequsedK].read(lengths);
   const AttentionRun attention(*launch.attention, call, q, need_lse, false);
   const KernelLibrary& library = common_library();
-  run_without_gil(false, [&](char* error) {
-    const int status = library.append_kv(&params, attention.stream(), error, kErrorSize);
-    return status != 0 ? status : attention.launch(error);
-  });
-  mark_written(call.arguments[kK]);
-  mark_written(call.arguments[kV]);
+  bool appended = false;
+  const auto mark_caches = [&] {
+    mark_written(call.arguments[kK]);
+    mark_written(call.arguments[kV]);
+  };
+  try {
+    run_without_gil(false, [&](char* error) {
+      const int status = library.append_kv(&params, attention.stream(), error, kErrorSize);
+      appended = status == 0;
+      return appended ? attention.launch(error) : status;
+    });
+  } catch (const BindingError&) {
+    if (appended) mark_caches();
+    throw;
+  }
+  mark_caches();
   PyObject* const state = hooks().state.ptr();
   if (PyObject_SetAttr(state, append, launch.dispatch.ptr()) != 0 ||
       PyObject_SetAttr(state, last, launch.attention->dispatch.ptr()) != 0) {
@@ -149,21 +177,9 @@ py::object run_known_append(ArgumentReader& reader) {
   const bool need_lse = reader.truth();
   AttentionCall call(reader.object());
   NewKeys fresh(reader.object());
-  CallKey key;
-  try {
-    if (!call.has_plain_types() || !fresh.has_plain_types()) return py::none();
-    call.read();
-    if (!fresh.read()) return py::none();
-  } catch (const std::exception&) {  // Python's among them. Whoever validates the call finds better words
-    return py::none();
-  }
-  if (!call.tensors[kQ].on_cuda() || !add_call(call, fresh, key)) return py::none();
-  // Held from here on: Python code may run, and another thread with it, which may forget the call.
-  const std::shared_ptr<AppendLaunch> launch = find_call<AppendLaunch>(key);
-  if (launch == nullptr || !call.is_plain() || !fresh.is_plain() || call.wants_gradient() || fresh.wants_gradient()) {
-    return py::none();
-  }
-  return run(*launch, call, fresh, function, need_lse);
+  AppendingCall both{call, fresh};
+  return run_if_known<AppendLaunch>(both,
+                                    [&](AppendLaunch& launch) { return run(launch, call, fresh, function, need_lse); });
 }
 
 py::object remember_append(ArgumentReader& reader) {
@@ -172,10 +188,11 @@ py::object remember_append(ArgumentReader& reader) {
   AttentionCall call(reader.object());
   NewKeys fresh(reader.object());
   AttentionCall attention(reader.object());
-  call.read();
+  AppendingCall both{call, fresh};
+  both.read();
   attention.read();
   CallKey key, attention_key;
-  if (!fresh.read() || !add_call(call, fresh, key) || !attention.add_to(attention_key)) return py::bool_(false);
+  if (!both.add_to(key) || !attention.add_to(attention_key)) return py::bool_(false);
   std::shared_ptr<Launch> found = find_call<Launch>(attention_key);
   if (found == nullptr) return py::bool_(false);
   const AppendTensors tensors = tensors_of(call, fresh, attention.tensors[kQ], attention.tensors[kSequsedK]);

@@ -68,9 +68,6 @@ class ArgumentReader : public ArgumentChecker {
     return value == 1;
   }
 
-  // An integer `offset` arguments ahead, which what comes before it is checked against.
-  long long peek_integer(int offset) const { return to_integer(next_[offset]); }
-
   // None gives an absent view. `type` kOther takes any element type, `ndim` 0 any rank.
   TensorView optional_tensor(const char* name, ElementType type = ElementType::kOther, int ndim = 0) {
     return TensorView(*next_++, function_, name, type, ndim);
@@ -80,8 +77,6 @@ class ArgumentReader : public ArgumentChecker {
     if (*next_ == Py_None) fail(name, "must be a tensor, got None");
     return optional_tensor(name, type, ndim);
   }
-
-  std::int32_t integer(const char* name) { return to_int32(*next_++, name); }
 
   // A raw cudaStream_t; -1 is the stream that torch works on where `like` lives.
   void* stream(pybind11::handle like, int device) {

@@ -62,6 +62,10 @@ struct AttentionCall {
   // Whether autograd is on and asks for a gradient, which no kernel has, or watches `out`.
   bool wants_gradient() const;
 
+  bool on_cuda() const { return tensors[kQ].on_cuda(); }
+
+  bool may_run_unseen() const { return is_plain() && !wants_gradient(); }
+
   bool is_shared() const { return shared_length != nullptr; }
 
   // Adds what validation reads of the call, behind its kind; false: there is no key for it.

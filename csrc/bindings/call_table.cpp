@@ -14,7 +14,7 @@ namespace {
 
 // A Launch takes about 2 KB with what Python keeps for it, a key about 1 KB: some 10,000 kinds of calls.
 constexpr std::size_t kMaxBytes = 32u << 20;
-// Of an entry besides its key and its Launch: nodes of the map, reference counts.
+// What an entry takes besides its key and its Launch: nodes of the map, reference counts.
 constexpr std::size_t kEntryBytes = 160;
 
 struct KnownCall {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <exception>
 #include <memory>
 
 #include "bindings/call_key.h"
@@ -19,6 +20,30 @@ std::shared_ptr<Found> find_call(const CallKey& key) {
 // Remembers the Launch of a key, unless another thread came first. `bytes`: what the Launch takes, about. When all
 // entries together take more than the table may, they are forgotten.
 void remember_call(const CallKey& key, std::shared_ptr<void> launch, std::size_t bytes);
+
+// Runs a call by the Launch of one like it: run(launch). None where there was none, or where torch must see the call;
+// whoever validates it then also finds better words for what is wrong with it. What a call must have:
+// has_plain_types(), read(), which throws, on_cuda(), add_to(key), and may_run_unseen(), which asks for modes, negated
+// views and gradients.
+template <class Found, class Call, class Run>
+pybind11::object run_if_known(Call& call, const Run& run) {
+  CallKey key;
+  try {
+    if (!call.has_plain_types()) return pybind11::none();
+    call.read();
+  } catch (const std::exception&) {  // Python's among them
+    return pybind11::none();
+  }
+  if (!call.on_cuda() || !call.add_to(key)) return pybind11::none();
+  // Held from here on: Python code may run, and another thread with it, which may forget the call.
+  const std::shared_ptr<Found> launch = find_call<Found>(key);
+  if (launch == nullptr || !call.may_run_unseen()) return pybind11::none();
+  try {
+    return run(*launch);
+  } catch (const WatchedError&) {
+    return pybind11::none();
+  }
+}
 
 void forget_calls();
 

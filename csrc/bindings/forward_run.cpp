@@ -184,12 +184,12 @@ AttentionRun::AttentionRun(Launch& launch, AttentionCall& call, py::handle q_obj
   const TensorView& q = call.tensors[kQ];
   if (!out_was_given_) {
     out_ = launch.out.make(q_object);
-    call.tensors[kOut].read(out_);
+    call.tensors[kOut].read_new(out_);
   }
   TensorView lse;
   if (need_lse) {
     lse_ = launch.lse.make(q_object);
-    lse.read(lse_);
+    lse.read_new(lse_);
   }
   if (is_first) pack_forward(call, kernel_, launch.params);
   params_ = launch.params;

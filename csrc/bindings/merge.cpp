@@ -109,6 +109,10 @@ struct MergeCall {
     if (objects[4] != Py_None) broadhead::read("out", objects[4], tensors.out);
   }
 
+  bool on_cuda() const { return tensors.out_a.on_cuda(); }
+
+  bool may_run_unseen() const { return is_plain() && !wants_gradient(); }
+
   bool wants_gradient() const {
     const std::pair<py::handle, const TensorView*> watched[] = {{objects[0], &tensors.out_a},
                                                                 {objects[1], &tensors.lse_a},
@@ -135,10 +139,10 @@ py::object run(MergeLaunch& launch, MergeCall& call, bool is_first) {
   py::object out = py::reinterpret_borrow<py::object>(given);
   if (given.is_none()) {
     out = launch.out.make(call.objects[0]);
-    tensors.out.read(out);
+    tensors.out.read_new(out);
   }
   const py::object lse = launch.lse.make(call.objects[1]);
-  tensors.lse.read(lse);
+  tensors.lse.read_new(lse);
   if (is_first) launch.params = pack(tensors);
   MergeStatesParams params = launch.params;
   params.out_a = tensors.out_a.data();
@@ -149,7 +153,7 @@ py::object run(MergeLaunch& launch, MergeCall& call, bool is_first) {
   params.softmax_lse = tensors.lse.as<float>();
   void* stream = current_stream(call.objects[0], tensors.out_a.device());
   const KernelLibrary& library = common_library();
-  run_without_gil(is_first, [&](char* error) { return library.merge_states(&params, stream, error, kErrorSize); });
+  run_without_gil(false, [&](char* error) { return library.merge_states(&params, stream, error, kErrorSize); });
   if (!given.is_none()) mark_written(out);
   return py::make_tuple(out, lse);
 }
@@ -158,18 +162,7 @@ py::object run(MergeLaunch& launch, MergeCall& call, bool is_first) {
 
 py::object run_known_merge(ArgumentReader& reader) {
   MergeCall call(reader);
-  CallKey key;
-  try {
-    if (!call.has_plain_types()) return py::none();
-    call.read();
-  } catch (const std::exception&) {  // Python's among them. Whoever validates the call finds better words
-    return py::none();
-  }
-  if (!call.tensors.out_a.on_cuda() || !call.add_to(key)) return py::none();
-  // Held from here on: Python code may run, and another thread with it, which may forget the call.
-  const std::shared_ptr<MergeLaunch> launch = find_call<MergeLaunch>(key);
-  if (launch == nullptr || !call.is_plain() || call.wants_gradient()) return py::none();
-  return run(*launch, call, false);
+  return run_if_known<MergeLaunch>(call, [&](MergeLaunch& launch) { return run(launch, call, false); });
 }
 
 py::object run_new_merge(ArgumentReader& reader) {

@@ -48,6 +48,11 @@ struct MetadataRequest {
     if (!tensors[kCacheSeqlens].present()) checker.fail(kNames[kCacheSeqlens], "must be a tensor, got None");
   }
 
+  bool on_cuda() const { return tensors[kCacheSeqlens].on_cuda(); }
+
+  // Integers are negated lazily by no public function, and have no gradient: only a mode is left to ask for.
+  bool may_run_unseen() const { return !modes_are_active(); }
+
   // False: there is no key for the request.
   bool add_to(CallKey& key) const {
     bool added = PyTuple_Check(numbers.ptr()) && key.add_kind(CallKind::kMetadata);
@@ -93,7 +98,7 @@ py::object run(const MetadataLaunch& launch, MetadataRequest& request, bool is_f
   const bool was_given = !metadata.is_none();
   if (!was_given) {
     metadata = owned(PyObject_CallOneArg(launch.new_metadata.ptr(), like.ptr()));
-    tensors[kMetadata].read(metadata);
+    tensors[kMetadata].read_new(metadata);
   }
   if (is_first) check(request, launch.params.batch);
   SchedulerMetadataParams params = launch.params;
@@ -103,8 +108,7 @@ py::object run(const MetadataLaunch& launch, MetadataRequest& request, bool is_f
   params.cu_seqlens_q = tensors[kCuSeqlensQ].as<const std::int32_t>();
   void* stream = current_stream(like, tensors[kCacheSeqlens].device());
   const KernelLibrary& library = common_library();
-  run_without_gil(is_first,
-                  [&](char* error) { return library.scheduler_metadata(&params, stream, error, kErrorSize); });
+  run_without_gil(false, [&](char* error) { return library.scheduler_metadata(&params, stream, error, kErrorSize); });
   if (was_given) mark_written(metadata);
   owned(PyObject_CallFunctionObjArgs(hooks().remember_metadata.ptr(), metadata.ptr(), launch.made_for.ptr(), nullptr));
   return metadata;
@@ -114,18 +118,7 @@ py::object run(const MetadataLaunch& launch, MetadataRequest& request, bool is_f
 
 py::object run_known_metadata(ArgumentReader& reader) {
   MetadataRequest request(reader);
-  CallKey key;
-  try {
-    if (!request.has_plain_types()) return py::none();
-    request.read();
-  } catch (const std::exception&) {  // Python's among them. Whoever validates the call finds better words
-    return py::none();
-  }
-  if (!request.tensors[kCacheSeqlens].on_cuda() || !request.add_to(key)) return py::none();
-  // Held from here on: Python code may run, and another thread with it, which may forget the request. Integers are
-  // negated lazily by no public function: only a mode is left to ask for.
-  const std::shared_ptr<MetadataLaunch> launch = find_call<MetadataLaunch>(key);
-  return launch == nullptr || modes_are_active() ? py::none() : run(*launch, request, false);
+  return run_if_known<MetadataLaunch>(request, [&](MetadataLaunch& launch) { return run(launch, request, false); });
 }
 
 py::object run_new_metadata(ArgumentReader& reader) {

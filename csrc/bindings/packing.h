@@ -89,27 +89,12 @@ inline void check_lengths(const ArgumentChecker& checker, const char* name, cons
   }
 }
 
-// Reads what check_lengths takes.
-inline const std::int32_t* read_lengths(ArgumentReader& reader, const char* name, std::int64_t* batch, int extra = 0) {
-  const TensorView lengths = reader.optional_tensor(name, ElementType::kInt32, 1);
-  check_lengths(reader, name, lengths, batch, extra);
-  return lengths.as<const std::int32_t>();
-}
-
 // Checks factors for 8-bit q, k or v, one for each sequence and KV head; 0 strides when absent.
 inline DescaleStrides check_descale(const ArgumentChecker& checker, const char* name, const TensorView& descale,
                                     std::int64_t batch, std::int64_t heads) {
   if (!descale.present()) return {0, 0};
   checker.require(descale.size(0) == batch && descale.size(1) == heads, name, "[batch, heads of k]", descale);
   return {descale.stride(0), descale.stride(1)};
-}
-
-// Reads what check_descale takes.
-inline const float* read_descale(ArgumentReader& reader, const char* name, std::int64_t batch, std::int64_t heads,
-                                 DescaleStrides* strides) {
-  const TensorView descale = reader.optional_tensor(name, ElementType::kFloat32, 2);
-  *strides = check_descale(reader, name, descale, batch, heads);
-  return descale.as<const float>();
 }
 
 }  // namespace broadhead

@@ -161,6 +161,14 @@ bool TensorView::read(py::handle tensor) {
   return true;
 }
 
+void TensorView::read_new(py::handle tensor) {
+  try {
+    read(tensor);
+  } catch (const std::exception& exception) {  // Python's among them
+    throw WatchedError(exception.what());
+  }
+}
+
 void TensorView::check(const char* function, const char* name, ElementType type, int ndim) const {
   if (!present_) return;
   if (on_cuda_ && (type == ElementType::kOther || type == type_) && (ndim == 0 || ndim == ndim_)) return;

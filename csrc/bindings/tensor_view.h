@@ -17,6 +17,13 @@ class BindingError : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// A tensor that torch made for a call has no memory of its own: a transform of torch.func watches what is made. The
+// call is to go through the operators.
+class WatchedError : public BindingError {
+ public:
+  using BindingError::BindingError;
+};
+
 // The element types that kernels take.
 enum class ElementType { kFloat32, kBFloat16, kFloat16, kFloat8E4M3, kInt32, kOther };
 
@@ -35,6 +42,9 @@ class TensorView {
   // Reads `tensor` by the DLPack exchange API of its type, else by its attributes; None gives an absent tensor. Returns
   // false when it is no tensor. Throws when it has elements and no address: a tensor that wraps others has none.
   bool read(pybind11::handle tensor);
+
+  // The same of a tensor that torch made just now; throws WatchedError where it has no memory.
+  void read_new(pybind11::handle tensor);
 
   // Throws BindingError, naming `function` and `name`, unless it is absent or a CUDA tensor of `type` (kOther: any) and
   // rank `ndim` (0: any).

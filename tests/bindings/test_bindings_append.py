@@ -341,6 +341,21 @@ for _ in range(2):
     )
 
 
+def test_an_append_whose_attention_fails_has_written(stub: Path) -> None:  # noqa: F811
+    """Its caches were written, and autograd is told; an append that failed itself wrote nothing."""
+    run(
+        stub,
+        APPENDING
+        + """
+T = ExchangeTensor
+remember_append(T)
+hooks.written.clear()
+text = error(lambda: known_append(T, out=T(0xBAD << 12, (2, 3, 4, 32))))
+assert "the stub was asked to fail" in text and hooks.written == [2 << 12, 3 << 12], (text, hooks.written)
+""",
+    )
+
+
 def test_known_calls_are_bounded_in_bytes(stub: Path) -> None:  # noqa: F811
     """Calls of every kind count together; at the bound all are forgotten, and what runs then is remembered."""
     run(

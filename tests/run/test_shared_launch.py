@@ -122,8 +122,8 @@ def test_one_launch_is_cut_evenly(recorder: Recorder) -> None:
     args = step(4, 3, heads=(8, 2), dim=128)
     decision = decide(args, 40)
     assert isinstance(decision, OneLaunch)
-    made = cuda_backend.make_launch(args, decision.call, decision.plan)
-    assert made["cell_blocks"] == 0 and made["num_splits"] == 0
+    schedule = cuda_backend.make_launch(args, decision.call, decision.plan)["plan"].schedule
+    assert schedule.cell_blocks == 0 and schedule.num_splits == 0
 
 
 def test_empty_sequences_keep_the_sink() -> None:

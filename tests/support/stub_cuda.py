@@ -53,7 +53,7 @@ class _Module:
         value = getattr(_C, name)
         if name.endswith("Launch"):
             return lambda **fields: value(**{**fields, "device": 0})
-        if not name.startswith("run_new"):
+        if not name.startswith(("run_new", "remember")):
             return value
 
         def decide(*arguments: Any) -> Any:

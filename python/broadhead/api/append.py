@@ -103,8 +103,9 @@ def _run_new(function: str, args: AttentionArgs, new: NewKeys, need_lse: bool) -
 
 
 def _behind(args: AttentionArgs, q: Any, lengths: Any) -> AttentionArgs:
-    """The attention of a call behind its append."""
-    return changed(args, {"q": q, "seqused_k": lengths})
+    """The attention of a call behind its append. Over pages cu_seqlens_k only says lengths, and those are given."""
+    cu_seqlens_k = args.cu_seqlens_k if args.page_table is None else None
+    return changed(args, {"q": q, "seqused_k": lengths, "cu_seqlens_k": cu_seqlens_k})
 
 
 def _plain_new(function: str, new: NewKeys) -> NewKeys:
@@ -179,6 +180,8 @@ def _validate(function: str, args: AttentionArgs, new: NewKeys) -> bool:
     attention = args if args.page_table is None else args._replace(cu_seqlens_k=None)
     with check.clamped():  # its lengths are those before the append; values.check_append knows those after it
         attention_on_kernel = check_only(function, attention)
+    if args.page_table is not None and args.cu_seqlens_k is not None:
+        check.check_int32(function, "cu_seqlens_k", args.cu_seqlens_k, (None,), args.q.device, "(batch + 1,)")
     _check_given(function, args, new)
     _check_append(
         function, args.q, args.k, args.v, new.k, new.v, new.rotary_cos, new.rotary_sin, args.seqused_k,

@@ -60,7 +60,7 @@ def merge_attn_states(
     """
     if is_dynamo_compiling():
         return _merge_by_operator(out_a, lse_a, out_b, lse_b, out, backend)
-    if backend != "torch":
+    if backend in (None, "cuda"):
         result = _run_known(out_a, lse_a, out_b, lse_b, out)
         if result is not None:
             state.merge = BY_KERNEL

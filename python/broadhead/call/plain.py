@@ -2,7 +2,7 @@
 
 A tensor is plain memory when its type is torch.Tensor, torch.nn.Parameter or a type that overrides nothing of what
 torch does, when nothing is pending on it (negation, conjugation), and when no transform or mode watches the call. The
-compiled module asks the same of calls that it knows (csrc/bindings/known_calls.cpp). What is not plain goes to the
+compiled module asks the same of calls that it knows (csrc/bindings/call_table.h). What is not plain goes to the
 operators (ops/), which every mode and subclass of torch understands, or is resolved first.
 """
 
@@ -46,15 +46,15 @@ def is_transformed(*values: Any) -> bool:
 def runs_as_operator(*values: Any) -> bool:
     """Whether a call on these arguments goes through the operators.
 
-    So it is when the call is traced or watched by a mode, when a subclass overrides what torch does, when a transform
-    of torch.func hides a tensor, and when a tensor is on the meta device. Values that are no tensors do not matter.
+    So it is when the call is traced, or watched by a mode or a transform of torch.func, when a subclass overrides what
+    torch does, and when a tensor is on the meta device. Values that are no tensors do not matter.
     """
     if is_compiling() or count_dispatch_modes() > 0:
         return True
     for value in values:
         if isinstance(value, Tensor) and (not is_plain_type(type(value)) or value.device.type == "meta"):
             return True
-    return is_transformed(*values)
+    return torch._C._are_functorch_transforms_active()
 
 
 def has_tangent(*values: Any) -> bool:

@@ -12,7 +12,7 @@ from ..call.plain import plain
 from ..call.validation import INT32_MAX
 from ..plan.device import common_kernel_obstacle, describe
 from ..reference.merge import merge_parts
-from .cuda_backend import allocation, connected_module
+from .cuda_backend import allocation, connected_module, find_known
 from .fallback import ASKED_FOR_TORCH, Dispatch, settle_operation, state
 
 FUNCTION = "merge_attn_states"
@@ -69,7 +69,11 @@ def kernel_obstacle(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, 
 
 
 def launch(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The first merge of a kind: _C.run_known_merge runs those that follow."""
+    """A merge by the kernel: as one like it before, or as the first of its kind."""
+    result = find_known("run_known_merge")(out_a, lse_a, out_b, lse_b, out)
+    if result is not None:
+        state.merge = BY_KERNEL
+        return result
     new_out = allocation(out_a, tuple(out_a.shape), out_a.dtype, None)
     new_lse = allocation(lse_a, tuple(lse_a.shape), lse_a.dtype, None)
     result = connected_module().run_new_merge(out_a.get_device(), new_out, new_lse, out_a, lse_a, out_b, lse_b, out)
