@@ -8,7 +8,6 @@
 #include "common/online_softmax.h"
 #include "common/row_result.h"
 #include "common/score.h"
-#include "common/tile_state.h"
 
 namespace broadhead::sm90 {
 

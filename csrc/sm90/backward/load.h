@@ -42,6 +42,8 @@ BROADHEAD_DEVICE void load_tiles(const BackwardArgs& args, typename Traits::Shar
   const BackwardWork& work = smem.work;
   const BlockRange range = work.range;
   if (range.begin >= range.end) return;
+  cute::prefetch_tma_descriptor(&args.first_cols.box);
+  cute::prefetch_tma_descriptor(&args.second_cols.box);
   const SeqlenInfo& seqlen = work.seqlen;
   const int row0 = static_cast<int>(kKeys ? seqlen.row_k : seqlen.row_q) + work.first_row;
   const int col0 = static_cast<int>(kKeys ? seqlen.row_q : seqlen.row_k);

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "common/accumulator.h"
+#include "common/tile_state.h"
 #include "sm90/backward/load.h"
 #include "sm90/consumer.h"
 #include "sm90/wgmma.h"
