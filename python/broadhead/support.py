@@ -337,7 +337,7 @@ def _sm90_backward_rows() -> tuple[KernelRow, ...]:
     """The Hopper backward kernels (wgmma, TMA, warp specialisation), on 9.0."""
     shapes = (
         # name, head_dim, head_dim_v, tile
-        ("d64", 64, 64, HopperBackwardTile(128, 96, 3, 128, 128, 2, 2)),
+        ("d64", 64, 64, HopperBackwardTile(128, 64, 3, 128, 128, 2, 2)),
         ("d96", 96, 96, HopperBackwardTile(128, 64, 3, 128, 96, 2, 2)),
         ("d128", 128, 128, HopperBackwardTile(128, 64, 3, 128, 96, 2, 2)),
         ("d192_v128", 192, 128, HopperBackwardTile(64, 96, 2, 128, 64, 2, 2)),
