@@ -66,6 +66,14 @@ struct AttentionMask {
     return {static_cast<int>(min_int64(begin, seqlen_q)), static_cast<int>(max_int64(end, 0))};
   }
 
+  // Queries that see every key of key_first..key_last: a step inside needs no predicate. The inverse of
+  // unmasked_interval. Both ends of query_interval of one key never decrease as the key grows, but for the prefix.
+  BROADHEAD_HOST_DEVICE QueryInterval unmasked_queries(int key_first, int key_last) const {
+    if (key_last < prefix_len) return {0, seqlen_q};
+    const int first = max_int(key_first, prefix_len);
+    return {query_interval(key_last, key_last).begin, query_interval(first, first).end};
+  }
+
   // Keys that every query of q_first..q_last sees: an n_block inside needs no predicate.
   BROADHEAD_HOST_DEVICE KeyInterval unmasked_interval(int q_first, int q_last) const {
     const KeyInterval rows{row_interval(q_last).begin, row_interval(q_first).end};

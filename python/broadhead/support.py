@@ -16,6 +16,7 @@ from .tiles import (
     BackwardTile,
     DecodeTile,
     Fp8Tile,
+    HopperBackwardTile,
     HopperTile,
     Template,
     Tile,
@@ -103,7 +104,10 @@ class KernelRow(NamedTuple):
     head_dim: int  # the largest it takes
     head_dim_v: int  # the largest it takes
     smem_limit: int
-    tile: Tile | DecodeTile | AbsorbedDecodeTile | HopperTile | WideTile | Fp8Tile | AbsorbedTile | BackwardTile
+    tile: (
+        Tile | DecodeTile | AbsorbedDecodeTile | HopperTile | WideTile | Fp8Tile | AbsorbedTile | BackwardTile
+        | HopperBackwardTile
+    )  # fmt: skip
     features: tuple[str, ...]
     requires: tuple[str, ...] = ()  # features without which a call is not for this kernel
     kv_dtype: str = ""  # of k and v where it is not dtype
@@ -341,8 +345,37 @@ def _sm90_rows() -> tuple[KernelRow, ...]:
     return (*rows, *(row._replace(features=(*FEATURES, "descale")) for row in fp8_rows))
 
 
+
+
+def _sm90_backward_rows() -> tuple[KernelRow, ...]:
+    """The Hopper backward kernels (wgmma, TMA, warp specialisation), on 9.0."""
+    shapes = (
+        # name, head_dim, head_dim_v, tile
+        ("d64", 64, 64, HopperBackwardTile(128, 64, 3, 128, 128, 2, 2)),
+        ("d96", 96, 96, HopperBackwardTile(128, 64, 3, 128, 96, 2, 2)),
+        ("d128", 128, 128, HopperBackwardTile(128, 64, 3, 128, 96, 2, 2)),
+        ("d192_v128", 192, 128, HopperBackwardTile(64, 96, 2, 128, 64, 2, 2)),
+        ("d192", 192, 192, HopperBackwardTile(64, 64, 2, 128, 64, 2, 2)),
+        ("d256", 256, 256, HopperBackwardTile(64, 64, 2, 128, 64, 2, 1)),
+    )
+    return tuple(
+        KernelRow(
+            f"sm90_bwd_{name}", "sm90", "backward", "prefill", ((9, 0),), dtype, head_dim, head_dim_v,
+            SMEM_227KB, tile, BACKWARD_FEATURES,
+        )
+        for name, head_dim, head_dim_v, tile in shapes
+        for dtype in DTYPES
+    )  # fmt: skip
+
+
 #: Of rows that serve a request equally tightly dispatch takes the first.
-ROWS: tuple[KernelRow, ...] = (*_sm90_rows(), *_sm80_rows(), *_sm80_backward_rows(), *_decode_rows())
+ROWS: tuple[KernelRow, ...] = (
+    *_sm90_rows(),
+    *_sm80_rows(),
+    *_sm80_backward_rows(),
+    *_sm90_backward_rows(),
+    *_decode_rows(),
+)
 
 
 #: Major compute capabilities for which the kernels of a family are written. The portable ones run on all of

@@ -120,6 +120,35 @@ class BackwardTile(NamedTuple):
         return min(self.key_min_blocks, self.query_min_blocks)
 
 
+class HopperBackwardTile(NamedTuple):
+    """The shapes of a CTA's work in the two Hopper backward kernels; the last template arguments of
+    ``sm90::BackwardTraits``.
+
+    One keeps keys and gives dK and dV. With 128 of them two warpgroups share the keys, with 64 the products. The other
+    keeps queries and gives dQ.
+    """
+
+    key_rows: int  # keys that are kept
+    key_cols: int  # queries that stream by them at a time
+    key_stages: int  # buffers for those
+    query_rows: int  # queries that are kept
+    query_cols: int  # keys that stream by them at a time
+    k_stages: int  # buffers for their K
+    v_stages: int  # buffers for their V
+
+    @property
+    def tile_m(self) -> int:
+        return self.query_rows
+
+    @property
+    def tile_n(self) -> int:
+        return self.key_rows
+
+    @property
+    def min_blocks(self) -> int:
+        return 1
+
+
 class Template(NamedTuple):
     """The C++ templates behind a tile class, and how its launches divide their work."""
 
@@ -154,6 +183,10 @@ TEMPLATES: dict[type, Template] = {
     AbsorbedTile: _hopper("forward_wide", "AbsorbedTraits", "launch_wide"),
     BackwardTile: Template(
         "sm80/backward/launch.cuh", "sm80::BackwardTraits", "sm80::launch_backward", "sm80::backward_workspace", False,
+        False,
+    ),
+    HopperBackwardTile: Template(
+        "sm90/backward/launch.cuh", "sm90::BackwardTraits", "sm90::launch_backward", "sm90::backward_workspace", True,
         False,
     ),
 }  # fmt: skip

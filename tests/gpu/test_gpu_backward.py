@@ -99,8 +99,8 @@ def test_masks(row: support.KernelRow, mask: str, only_backward: Callable, cuda:
 def test_head_dims(row: support.KernelRow, only_backward: Callable, cuda: torch.device, rng: Any) -> None:
     """NaN lies behind the last column of each head, or the next tensor does."""
     only_backward(row)
-    d = row.head_dim
-    for head_dim, head_dim_v in ((8, d), (d, 8), (d - 8, d - 8), (d, d - 24), (max(8, d // 2 - 8), d // 2)):
+    d, dv = row.head_dim, row.head_dim_v
+    for head_dim, head_dim_v in ((8, dv), (d, 8), (d - 8, dv - 8), (d, dv - 24), (max(8, d // 2 - 8), dv // 2)):
         options = {"head_dim": head_dim, "head_dim_v": head_dim_v, "heads_q": 4, "causal": True}
         run(row, build(call_of(row, (row.tile.tile_m + 3, 9), (row.tile.tile_n + 3, 70), **options), cuda, rng))
 
@@ -142,7 +142,7 @@ def test_random_calls(row: support.KernelRow, seed: int, only_backward: Callable
         longest = rng.choice((3, row.tile.tile_n + 1, 2 * row.tile.tile_m + 5, 400))
         dims = tuple(range(8, row.head_dim + 1, 8))
         call = random_call(rng, (TORCH_DTYPES[row.dtype],), longest, head_dims=(rng.choice(dims),), decode=0.2)
-        if call.function == "kvcache" or call.page_size or call.dim_v > row.head_dim:
+        if call.function == "kvcache" or call.page_size or call.dim_v > row.head_dim_v:
             continue
         try:
             run(row, build(call.with_(num_splits=None, pack_gqa=None, tokens_per_split=0), cuda, rng))

@@ -66,12 +66,27 @@ void check_tile(const AttentionMask& mask, int q_first, int q_last, int tile_n) 
   CHECK(range.begin == first_seen / tile_n, CASE " visits blocks before the first key", CASE_OF(mask, q_first));
 }
 
+// Exact: the queries that see one key, and those that see every one of some keys.
+void check_exact_queries(const AttentionMask& mask, int key_first, int key_last) {
+  const broadhead::QueryInterval of_first = mask.query_interval(key_first, key_first);
+  const broadhead::QueryInterval whole = mask.unmasked_queries(key_first, key_last);
+  for (int q = 0; q < mask.seqlen_q; ++q) {
+    CHECK((q >= of_first.begin && q < of_first.end) == rule(mask, q, key_first), CASE " key %d", CASE_OF(mask, q),
+          key_first);
+    bool all = true;
+    for (int key = key_first; key <= key_last; ++key) all = all && rule(mask, q, key);
+    CHECK((q >= whole.begin && q < whole.end) == all, CASE " keys %d to %d: [%d, %d)", CASE_OF(mask, q), key_first,
+          key_last, whole.begin, whole.end);
+  }
+}
+
 // The inverse: who sees one of some keys lies in the interval, and its ends are no further than the mask's rule
 // demands.
 void check_queries(const AttentionMask& mask, int key_first, int key_last) {
   const broadhead::QueryInterval queries = mask.query_interval(key_first, key_last);
   CHECK(queries.begin >= 0 && queries.begin <= mask.seqlen_q && queries.end >= 0 && queries.end <= mask.seqlen_q,
         CASE " keys %d to %d", CASE_OF(mask, 0), key_first, key_last);
+  check_exact_queries(mask, key_first, key_last);
   int first_seen = mask.seqlen_q, last_seen = -1;
   for (int q = 0; q < mask.seqlen_q; ++q) {
     for (int key = key_first; key <= key_last; ++key) {

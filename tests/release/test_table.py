@@ -139,6 +139,7 @@ def test_generated_sources_equal_the_table(tmp_path: Path) -> None:
         tiles.Fp8Tile: ("sm90::Fp8Traits", "sm90::launch_fp8", "sm90/forward_fp8/launch.cuh"),
         tiles.AbsorbedTile: ("sm90::AbsorbedTraits", "sm90::launch_wide", "sm90/forward_wide/launch.cuh"),
         tiles.BackwardTile: ("sm80::BackwardTraits", "sm80::launch_backward", "sm80/backward/launch.cuh"),
+        tiles.HopperBackwardTile: ("sm90::BackwardTraits", "sm90::launch_backward", "sm90/backward/launch.cuh"),
     }
     for row in support.ROWS:
         traits, launcher, header = templates[type(row.tile)]
@@ -228,7 +229,8 @@ def test_a_second_run_changes_no_file(tmp_path: Path) -> None:
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     assert run_generate(*arguments, "--filter", "d64_bf16$").returncode == 0
     assert set(generated_ids(tmp_path)) == {
-        "sm80_bwd_d64_bf16", "sm80_fwd_d64_bf16", "sm80_fwd_decode_d64_bf16", "sm90_fwd_d64_bf16",
+        "sm80_bwd_d64_bf16", "sm80_fwd_d64_bf16", "sm80_fwd_decode_d64_bf16", "sm90_bwd_d64_bf16",
+        "sm90_fwd_d64_bf16",
     }  # fmt: skip
     assert len(list(tmp_path.glob("sm80/*.cu"))) == 3, "sources of rows that are not built any more must go"
 

@@ -25,7 +25,7 @@ MAY_INCLUDE = {
     "tma": {"common", "host", "kernels"},
     "sm80": {"common", "host", "kernels", "mma_sync"},
     "decode": {"common", "host", "mma_sync"},
-    "sm90": {"common", "host", "tma"},
+    "sm90": {"common", "host", "kernels", "tma"},
 }
 #: Written by the build.
 GENERATED = {"bindings/arguments.inc"}

@@ -1,0 +1,108 @@
+// What a CTA of a backward kernel works on: a tile of keys or of queries, and the tiles of the other side that it
+// meets.
+//
+// "Rows" are those of the side that is kept, "columns" those of the side that streams by.
+#pragma once
+
+#include "common/attention_mask.h"
+#include "common/kv_source.h"
+#include "common/math.h"
+#include "common/score.h"
+#include "common/seqlen_info.h"
+#include "common/tile_scheduler.h"
+#include "host/params.h"
+
+namespace broadhead {
+
+enum class Side { kQueries, kKeys };
+
+// A range of keys or of queries.
+struct Columns {
+  int begin;
+  int end;  // exclusive
+};
+
+struct BackwardWork {
+  SeqlenInfo seqlen;
+  AttentionMask mask;
+  ScoreScale scale;
+  int head;     // query head, or KV head where keys are kept
+  int kv_head;  // that it belongs to, or is
+  int first_row;
+  int end_row;       // the sequence's rows of this side
+  BlockRange range;  // tiles of columns that some row meets
+  int first_head;    // query heads [first_head, first_head + heads) stream by, one after the other
+  int heads;
+  LiveKeys live;  // columns that some row meets, keys or queries. The others may be NaN, and become zeros
+  Columns whole;  // columns that every row meets
+};
+
+// `tile`: of `rows` keys. Tiles of columns hold `cols` queries.
+BROADHEAD_HOST_DEVICE void set_key_tile(BackwardWork& work, int tile, int rows, int cols) {
+  const AttentionMask& mask = work.mask;
+  work.first_row = tile * rows;
+  work.end_row = mask.seqlen_k;
+  const int last_row = min_int(work.first_row + rows, mask.seqlen_k) - 1;
+  const QueryInterval seen = mask.query_interval(work.first_row, last_row);
+  const QueryInterval whole = mask.unmasked_queries(work.first_row, last_row);
+  const int end = min_int(seen.end, mask.seqlen_q);
+  work.live = {{seen.begin, end}, 0};
+  work.whole = {whole.begin, whole.end};
+  work.range = {seen.begin / cols, seen.begin < end ? ceil_div(end, cols) : 0};
+}
+
+// `tile`: of `rows` queries. Tiles of columns hold `cols` keys.
+BROADHEAD_HOST_DEVICE void set_query_tile(BackwardWork& work, int tile, int rows, int cols) {
+  const AttentionMask& mask = work.mask;
+  work.first_row = tile * rows;
+  work.end_row = mask.seqlen_q;
+  const int last_row = min_int(work.first_row + rows, mask.seqlen_q) - 1;
+  const KeyInterval whole = mask.unmasked_interval(work.first_row, last_row);
+  work.live = {mask.tile_interval(work.first_row, last_row), mask.prefix_len};
+  work.whole = {whole.begin, whole.end};
+  work.range = block_range(mask, work.first_row, last_row, cols);
+}
+
+// Work `index` of the grid. Heads come in sections whose columns share the L2 (common/tile_scheduler.h). Within one the
+// tiles that may be the longest come first: the last queries, the first keys.
+template <Side kSide>
+BROADHEAD_DEVICE void set_backward_work(BackwardWork& work, const AttnBwdParams& params, int index, int tiles,
+                                        int heads_per_section, int rows, int cols) {
+  constexpr bool kKeys = kSide == Side::kKeys;
+  const int group = params.num_heads_q / params.num_heads_kv;
+  const int heads = kKeys ? params.num_heads_kv : params.num_heads_q;
+  const WorkTile at = work_tile(index, tiles, heads, params.batch, heads_per_section);
+  const SeqlenInfo seqlen = make_seqlen_info(params, at.batch);
+  work.seqlen = seqlen;
+  work.mask = {seqlen.seqlen_q,     seqlen.seqlen_k,        params.window_left,
+               params.window_right, params.attention_chunk, sequence_prefix(params, at.batch, seqlen.seqlen_k)};
+  work.scale.set(params.softmax_scale, params.softcap);
+  work.head = at.head;
+  work.kv_head = kKeys ? at.head : at.head / group;
+  work.first_head = kKeys ? at.head * group : at.head;
+  work.heads = kKeys ? group : 1;
+  if constexpr (kKeys) {
+    set_key_tile(work, tiles - 1 - at.m_block, rows, cols);
+  } else {
+    set_query_tile(work, at.m_block, rows, cols);
+  }
+}
+
+// What a backward kernel reads of a query.
+struct QueryStats {
+  float lse;    // in units of log2(e); +inf: its P is 0, whatever q, out and dout hold there
+  float delta;  // D
+};
+
+// A query behind the end of the sequence, or with an LSE of -inf, has no gradient.
+BROADHEAD_DEVICE QueryStats load_query_stats(const AttnBwdParams& params, const SeqlenInfo& seqlen, int head,
+                                             int query) {
+  if (query >= seqlen.seqlen_q) return {INFINITY, 0.f};
+  const std::int64_t row = seqlen.row_q + query;
+  const float lse = params.softmax_lse[seqlen.batch_q * params.lse_batch_stride + head * params.lse_head_stride + row];
+  if (lse == -INFINITY) return {INFINITY, 0.f};
+  const std::int64_t total_row = seqlen.batch_q * static_cast<std::int64_t>(params.seqlen_q) + row;
+  return {lse * kLog2e, params.delta[head * params.total_q + total_row]};
+}
+
+}  // namespace broadhead

@@ -1,0 +1,119 @@
+// Host side of the Hopper backward kernels: D, then dK and dV, then dQ. Instantiated once a row by cmake/generate.py.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "host/launch.cuh"
+#include "kernels/backward_prepare.h"
+#include "sm90/backward/kernel.h"
+
+namespace broadhead::sm90 {
+
+using namespace tma;
+
+template <class Traits>
+std::int64_t backward_workspace(const AttnBwdParams& params) {
+  return backward_prepare_bytes(params);
+}
+
+// Bytes of columns that neighbouring CTAs of a kernel may share: half of the L2 of 9.0.
+constexpr long long kSectionBytes = 24LL << 20;
+
+// A tensor of queries (q, dout) or of keys (k, v).
+inline OperandShape operand_of(const AttnBwdParams& params, const void* data, const TensorStrides& strides, int columns,
+                               bool queries) {
+  const bool packed = (queries ? params.cu_seqlens_q : params.cu_seqlens_k) != nullptr;
+  const std::int64_t rows =
+      queries ? (packed ? params.total_q : params.seqlen_q) : (packed ? params.total_k : params.seqlen_k);
+  return {
+      data, strides, 2, columns, rows, queries ? params.num_heads_q : params.num_heads_kv, packed ? 1 : params.batch};
+}
+
+// `rows`: of a box. 0, or a CUresult.
+template <class Layout>
+int make_box_map(KvMap& map, const OperandShape& operand, int rows) {
+  return make_kv_map(map, operand,
+                     {.row_bytes = Layout::kRowBytes,
+                      .subtiles = Layout::kSubtiles,
+                      .box_rows = rows,
+                      .stage_rows = rows,
+                      .all_columns = false,
+                      .tail = ColumnTail::kSubtiles});
+}
+
+template <class Traits>
+int make_backward_maps(BackwardArgs& args) {
+  constexpr bool kKeys = Traits::kKeys;
+  const AttnBwdParams& params = args.params;
+  const OperandShape q = operand_of(params, params.q, params.q_strides, params.head_dim, true);
+  const OperandShape dout = operand_of(params, params.dout, params.dout_strides, params.head_dim_v, true);
+  const OperandShape k = operand_of(params, params.k, params.k_strides, params.head_dim, false);
+  const OperandShape v = operand_of(params, params.v, params.v_strides, params.head_dim_v, false);
+  int error = make_box_map<typename Traits::FirstRows>(args.first_rows, kKeys ? k : q, Traits::kRows);
+  if (!error) error = make_box_map<typename Traits::SecondRows>(args.second_rows, kKeys ? v : dout, Traits::kRows);
+  if (!error) error = make_box_map<typename Traits::FirstCols>(args.first_cols, kKeys ? q : k, Traits::kCols);
+  if (!error) error = make_box_map<typename Traits::SecondCols>(args.second_cols, kKeys ? dout : v, Traits::kCols);
+  return error;
+}
+
+// Heads whose columns share the L2: at least one KV head.
+template <class Traits>
+int section_heads(const AttnBwdParams& params) {
+  const int group = params.num_heads_q / params.num_heads_kv;
+  const long long of_row = 2LL * (params.head_dim + params.head_dim_v);
+  const long long of_kv_head = Traits::kKeys ? of_row * params.seqlen_q * group : of_row * params.seqlen_k;
+  const long long kv_heads = std::clamp(kSectionBytes / std::max(of_kv_head, 1LL), 1LL, 65535LL);
+  return static_cast<int>(Traits::kKeys ? kv_heads : std::min(kv_heads * group, 65535LL));
+}
+
+template <class Traits>
+int launch_side(const AttnBwdParams& params, CallReport report, cudaStream_t stream) {
+  constexpr bool kKeys = Traits::kKeys;
+  report.smem_bytes = sizeof(typename Traits::SharedStorage);
+  static PreparedKernel prepared;
+  KernelLimits limits;
+  if (prepared.prepare(backward_kernel<Traits>, Traits::kThreads, report, limits)) return 1;
+  BackwardArgs args{};
+  args.params = params;
+  args.tiles = ceil_div(kKeys ? params.seqlen_k : params.seqlen_q, Traits::kRows);
+  args.heads_per_section = section_heads<Traits>(params);
+  const int heads = kKeys ? params.num_heads_kv : params.num_heads_q;
+  const long long blocks = static_cast<long long>(args.tiles) * heads * params.batch;
+  if (blocks == 0) return 0;
+  if (blocks > 0x7fffffffLL) return report.fail("grid", cudaErrorInvalidValue);
+  if (const int status = make_backward_maps<Traits>(args)) {
+    return report.fail(
+        status == CUDA_ERROR_NOT_FOUND ? "cuTensorMapEncodeTiled: the driver is too old" : "cuTensorMapEncodeTiled",
+        cudaErrorInvalidValue);
+  }
+  const LaunchShape shape{
+      .grid = dim3(static_cast<unsigned>(blocks)), .threads = Traits::kThreads, .smem_bytes = report.smem_bytes};
+  if (const cudaError_t status = launch_kernel(backward_kernel<Traits>, shape, stream, args)) {
+    return report.fail(kKeys ? "launch of dk and dv" : "launch of dq", status);
+  }
+  return 0;
+}
+
+template <class Traits>
+int launch_backward(const char* kernel_id, const AttnBwdParams& params, cudaStream_t stream, char* error,
+                    std::size_t error_size) {
+  const CallReport report{kernel_id, params, sizeof(typename Traits::SharedStorage), error, error_size};
+  if (params.head_dim > Traits::kHeadDim || params.head_dim_v > Traits::kHeadDimV) {
+    return report.fail("head_dim", cudaErrorInvalidValue);
+  }
+  if (params.num_heads_q > 65535 || params.batch > 65535) return report.fail("grid", cudaErrorInvalidValue);
+  constexpr bool kIsBf16 = std::is_same_v<typename Traits::Keys::Element, cutlass::bfloat16_t>;
+  float* scratch = static_cast<float*>(params.workspace);
+  if (const int status = launch_backward_prepare(params, kIsBf16, scratch, stream)) {
+    return report.fail("launch of the row sums", static_cast<cudaError_t>(status));
+  }
+  if (params.softcap > 0.f) {
+    if (launch_side<typename Traits::Keys::Capped>(params, report, stream)) return 1;
+    return launch_side<typename Traits::Queries::Capped>(params, report, stream);
+  }
+  if (launch_side<typename Traits::Keys>(params, report, stream)) return 1;
+  return launch_side<typename Traits::Queries>(params, report, stream);
+}
+
+}  // namespace broadhead::sm90

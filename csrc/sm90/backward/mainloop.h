@@ -1,0 +1,217 @@
+// What the consumer warpgroups of both Hopper backward kernels do with 64 rows of S and dP.
+//
+// A lane holds two rows of a 64 x kCols product, two columns of each eight: common/accumulator.h.
+#pragma once
+
+#include "common/accumulator.h"
+#include "common/tile_state.h"
+#include "sm90/backward/load.h"
+#include "sm90/consumer.h"
+#include "sm90/wgmma.h"
+
+namespace broadhead::sm90 {
+
+using namespace tma;
+
+template <class Traits>
+using Scores = float[Traits::kColTiles][4];
+
+// P or dS as operand A: neighbouring accumulators, packed.
+template <class Traits>
+using Weights = std::uint32_t[Traits::kWeightSteps][4];
+
+// Uniform in a warp, and the compiler should know it. 0 or 1.
+BROADHEAD_DEVICE int consumer_warpgroup() {
+  return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0) - 1;
+}
+
+// The lane's first row of the warpgroup's 64.
+BROADHEAD_DEVICE int lane_row() {
+  const int thread = fresh_thread();
+  return thread / 32 % 4 * 16 + thread % 32 / 4;
+}
+
+// The lane's first column of each eight.
+BROADHEAD_DEVICE int lane_col() { return fresh_thread() % 4 * 2; }
+
+// A warp has done with what the barrier stands for.
+BROADHEAD_DEVICE void release(Barrier& barrier) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) barrier.arrive();
+}
+
+// Clears the rows of a stage for which `dead(row)` holds, a row a warp. All consumers call it, and meet before any of
+// them lets wgmma read the stage: meet_clear.
+template <class Layout, int kRows, class Dead>
+BROADHEAD_DEVICE void clear_where(void* stage, const Dead& dead) {
+  const int thread = fresh_thread() - 128;
+#pragma unroll 1
+  for (int row = thread / 32; row < kRows; row += 8) {
+    if (!dead(row)) continue;
+    char* target = static_cast<char*>(stage) + row * Layout::kRowBytes;
+#pragma unroll 1
+    for (int part = thread % 32; part < Layout::kBytes / 16; part += 32) {
+      *reinterpret_cast<uint4*>(target + part / 8 * Layout::kSubtileStride + part % 8 * 16) = uint4{0, 0, 0, 0};
+    }
+  }
+}
+BROADHEAD_DEVICE void meet_clear() {
+  cutlass::arch::fence_view_async_shared();
+  NamedBarrier::sync(256, hardware_id(kClearBarrier));
+}
+
+// Issues s = rows x columns^T over kDim of head_dim: 64 rows from `first_row` on, and all columns of a stage.
+template <class Rows, class Cols, int kDim, class Element, int kColTiles>
+BROADHEAD_DEVICE void issue_scores(float (&s)[kColTiles][4], const Element* rows, int first_row, const Element* cols) {
+  using Descriptor = MatrixDescriptor<Rows::kRowBytes>;
+  const std::uint64_t a = Descriptor::make(smem_address(rows) + first_row * Rows::kRowBytes, 0, Rows::kSlabStride);
+  const std::uint64_t b = Descriptor::make(smem_address(cols), 0, Cols::kSlabStride);
+  clear_accumulators(s);  // tells the compiler that they hold nothing of use: the first wgmma does not accumulate
+  cute::warpgroup_arrive();
+  BROADHEAD_UNROLL
+  for (int step = 0; step < kDim / 16; ++step) {
+    wgmma_ss<Element, 8 * kColTiles, Major::K>(s, a + (Rows::step_offset(step, Rows::kSubtileStride) >> 4),
+                                               b + (Cols::step_offset(step, Cols::kSubtileStride) >> 4), step > 0);
+  }
+  cute::warpgroup_commit_batch();
+  fence_registers(s);
+}
+
+// Issues gradient += weights x columns over all columns of a stage.
+template <class Cols, class Element, int kTiles, int kSteps>
+BROADHEAD_DEVICE void issue_gradient(float (&gradient)[kTiles][4], std::uint32_t (&weights)[kSteps][4],
+                                     const Element* cols) {
+  fence_registers(gradient);
+  fence_registers(weights);
+  const std::uint64_t b =
+      MatrixDescriptor<Cols::kRowBytes>::make(smem_address(cols), Cols::kSubtileStride, Cols::kSlabStride);
+  cute::warpgroup_arrive();
+  BROADHEAD_UNROLL
+  for (int step = 0; step < kSteps; ++step) {
+    wgmma_rs<Element, 8 * kTiles, Major::MN>(gradient, weights[step], b + (step * 2 * Cols::kSlabStride >> 4), true);
+  }
+  cute::warpgroup_commit_batch();
+  fence_registers(gradient);
+}
+
+// Which columns of a step the lane's two rows meet, in columns from the lane's first on: those below `prefix`, and
+// those of [begin, end).
+struct StepMask {
+  int begin[2];
+  int end[2];
+  int prefix;
+
+  BROADHEAD_DEVICE bool hides(int tile, int c) const {
+    const int col = tile * 8 + c % 2;  // a constant
+    return col >= prefix && (col < begin[c / 2] || col >= end[c / 2]);
+  }
+};
+
+// That of the lane's row `row` of the sequence, the one eight below, and the columns from `first_col` on.
+template <Side kSide>
+BROADHEAD_DEVICE StepMask make_step_mask(const AttentionMask& mask, int row, int first_col) {
+  const int col = first_col + lane_col();
+  StepMask step;
+  step.prefix = kSide == Side::kQueries ? mask.prefix_len - col : 0;  // query_interval knows of the prefix
+  BROADHEAD_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    if constexpr (kSide == Side::kKeys) {
+      const QueryInterval seen = mask.query_interval(row + 8 * i, row + 8 * i);
+      step.begin[i] = seen.begin - col;
+      step.end[i] = seen.end - col;
+    } else {
+      const KeyInterval seen = mask.row_interval(row + 8 * i);
+      step.begin[i] = seen.begin - col;
+      step.end[i] = seen.end - col;
+    }
+  }
+  return step;
+}
+
+// Packs the four numbers of column tile `n` of operand A.
+template <class Element, int kSteps>
+BROADHEAD_DEVICE void pack_tile(std::uint32_t (&weights)[kSteps][4], int n, const float (&x)[4]) {
+  weights[n / 2][n % 2 * 2] = pack_pair<Element>(x[0], x[1]);
+  weights[n / 2][n % 2 * 2 + 1] = pack_pair<Element>(x[2], x[3]);
+}
+
+// The LSE or the D of the queries of a lane's numbers. Keys: those of a column tile, from shared memory.
+struct ColumnStats {
+  const float* of_stage;
+  BROADHEAD_DEVICE void read(int n, float (&x)[4]) const {
+    const float2 pair = *reinterpret_cast<const float2*>(of_stage + n * 8);
+    x[0] = x[2] = pair.x;
+    x[1] = x[3] = pair.y;
+  }
+};
+
+// Queries: those of its two rows.
+struct RowStats {
+  float of_row[2];
+  BROADHEAD_DEVICE void read(int, float (&x)[4]) const {
+    x[0] = x[1] = of_row[0];
+    x[2] = x[3] = of_row[1];
+  }
+};
+
+// P = exp(scale S - LSE), in place, and packed where kPack; with a softcap (kCapped) P in place is multiplied by its
+// slope, as dS asks. `hides(tile, c)`: the lane's number `c` of a column tile is of a pair that does not meet.
+template <class Element, bool kPack, bool kCapped, int kColTiles, int kSteps, class Stats, class Hides>
+BROADHEAD_DEVICE void exponentiate(float (&s)[kColTiles][4], std::uint32_t (&p)[kSteps][4], const Stats& lse,
+                                   const ScoreScale& scale, const Hides& hides) {
+  const float factor = kCapped ? kLog2e : scale.inner * kLog2e;
+  const float inverse_cap = kCapped ? 1.f / scale.softcap : 0.f;
+  BROADHEAD_UNROLL
+  for (int n = 0; n < kColTiles; ++n) {
+    float of_query[4], x[4];
+    lse.read(n, of_query);
+    BROADHEAD_UNROLL
+    for (int c = 0; c < 4; ++c) {
+      const float score = kCapped ? scale.cap(s[n][c]) : s[n][c];
+      const float exponent = fmaf(score, factor, -of_query[c]);
+      x[c] = exp2_approx(hides(n, c) ? -INFINITY : exponent);
+      const float t = score * inverse_cap;
+      s[n][c] = kCapped ? x[c] * (1.f - t * t) : x[c];
+    }
+    if constexpr (kPack) pack_tile<Element>(p, n, x);
+  }
+}
+
+// The same of a step: `whole` where every row meets every column, else by `make_mask()`.
+template <class Traits, bool kPack, class Stats, class MakeMask>
+BROADHEAD_DEVICE void exponentiate_step(Scores<Traits>& s, Weights<Traits>& p, const Stats& lse,
+                                        const ScoreScale& scale, bool whole, const MakeMask& make_mask) {
+  using Element = typename Traits::Element;
+  if (!Traits::kCapped && whole) {
+    exponentiate<Element, kPack, Traits::kCapped>(s, p, lse, scale, [](int, int) { return false; });
+  } else {
+    const StepMask mask = make_mask();
+    exponentiate<Element, kPack, Traits::kCapped>(s, p, lse, scale, [&](int n, int c) { return mask.hides(n, c); });
+  }
+}
+
+// dS = P (dP - D), packed. `p`: what exponentiate leaves in place, by a function of the column tile. `whole`: every row
+// meets every column; else dP may be NaN where P is 0.
+template <class Element, int kColTiles, int kSteps, class Probabilities, class Stats>
+BROADHEAD_DEVICE void differentiate(std::uint32_t (&ds)[kSteps][4], const Probabilities& p,
+                                    const float (&dp)[kColTiles][4], const Stats& delta, bool whole) {
+  const auto each = [&](const auto& multiply) {
+    BROADHEAD_UNROLL
+    for (int n = 0; n < kColTiles; ++n) {
+      float of_query[4], x[4];
+      delta.read(n, of_query);
+      const float4 weight = p(n);
+      const float weights[4] = {weight.x, weight.y, weight.z, weight.w};
+      BROADHEAD_UNROLL
+      for (int c = 0; c < 4; ++c) x[c] = multiply(weights[c], dp[n][c] - of_query[c]);
+      pack_tile<Element>(ds, n, x);
+    }
+  };
+  if (whole) {
+    each([](float weight, float x) { return weight * x; });
+  } else {
+    each([](float weight, float x) { return weight == 0.f ? 0.f : weight * x; });
+  }
+}
+
+}  // namespace broadhead::sm90

@@ -1,0 +1,220 @@
+// The consumers of the Hopper kernel that keeps keys: dK and dV.
+//
+//   128 keys: each warpgroup computes everything of its 64:  S^T, dP^T | P | dV += P^T dO | dS | dK += dS^T Q
+//    64 keys: warpgroup 0:  S^T | P -> shared memory, dV += P^T dO     warpgroup 1:  dP^T | dS | dK += dS^T Q
+//
+// Of two warpgroups one has products to multiply while the other computes P or dS, since each issues its products of a
+// step in two pairs.
+#pragma once
+
+#include "sm90/backward/epilogue.h"
+#include "sm90/backward/mainloop.h"
+
+namespace broadhead::sm90 {
+
+using namespace tma;
+
+// Named barriers of kSplitProducts; see consumer.h for others.
+constexpr int kPFullBarrier = 1;   // P of a step is in shared memory
+constexpr int kPEmptyBarrier = 2;  // and has been read
+
+template <class Traits>
+struct KeyConsumer {
+  using Element = typename Traits::Element;
+  using Storage = typename Traits::SharedStorage;
+  using FirstCols = typename Traits::FirstCols;
+  using SecondCols = typename Traits::SecondCols;
+
+  const AttnBwdParams& params;
+  Storage& smem;
+  const int warpgroup = consumer_warpgroup();
+  RingState<Traits::kStages> ring;
+
+  // The warpgroup's first key in the tile.
+  BROADHEAD_DEVICE int first_row() const { return Traits::kSplitProducts ? 0 : warpgroup * 64; }
+
+  // The lane's first key in the sequence.
+  BROADHEAD_DEVICE int key() const { return smem.work.first_row + first_row() + lane_row(); }
+
+  BROADHEAD_DEVICE void wait_first() { barrier_wait(smem.first_full[ring.stage()], ring.parity()); }
+  BROADHEAD_DEVICE void wait_second() { barrier_wait(smem.second_full[ring.stage()], ring.parity()); }
+
+  // Waits for Q and its LSE. Where queries of the stage have no gradient their Q and dO become zeros: they may be NaN,
+  // and a weight of 0 does not hide that. All consumers do it together.
+  BROADHEAD_DEVICE void wait_queries() {
+    wait_first();
+    const std::uint32_t stage = ring.stage();
+    if (smem.dead[stage] == 0) return;
+    wait_second();
+    const auto dead = [&](int row) { return smem.lse[stage][row] == INFINITY; };
+    clear_where<FirstCols, Traits::kCols>(smem.first_cols[stage], dead);
+    clear_where<SecondCols, Traits::kCols>(smem.second_cols[stage], dead);
+    meet_clear();
+  }
+
+  BROADHEAD_DEVICE void release_stage() {
+    release(smem.first_empty[ring.stage()]);
+    release(smem.second_empty[ring.stage()]);
+    ring.advance();
+  }
+
+  BROADHEAD_DEVICE void issue_s(Scores<Traits>& s) {
+    issue_scores<typename Traits::FirstRows, FirstCols, Traits::kHeadDim>(s, smem.first_rows, first_row(),
+                                                                          smem.first_cols[ring.stage()]);
+  }
+  BROADHEAD_DEVICE void issue_dp(Scores<Traits>& dp) {
+    issue_scores<typename Traits::SecondRows, SecondCols, Traits::kHeadDimV>(dp, smem.second_rows, first_row(),
+                                                                             smem.second_cols[ring.stage()]);
+  }
+
+  BROADHEAD_DEVICE ColumnStats lse() const { return {smem.lse[ring.stage()] + lane_col()}; }
+  BROADHEAD_DEVICE ColumnStats delta() const { return {smem.delta[ring.stage()] + lane_col()}; }
+
+  // Whether all keys of the tile meet all queries of the step from `query0` on.
+  BROADHEAD_DEVICE bool is_whole(int query0) const {
+    const BackwardWork& work = smem.work;
+    return query0 >= work.whole.begin && min_int(query0 + Traits::kCols, work.seqlen.seqlen_q) <= work.whole.end;
+  }
+
+  BROADHEAD_DEVICE void compute_p(Scores<Traits>& s, Weights<Traits>& p, int query0) {
+    exponentiate_step<Traits, true>(s, p, lse(), smem.work.scale, is_whole(query0),
+                                    [&] { return make_step_mask<Side::kKeys>(smem.work.mask, key(), query0); });
+  }
+
+  template <class P>
+  BROADHEAD_DEVICE void compute_ds(Weights<Traits>& ds, const P& p, const Scores<Traits>& dp, int query0) {
+    differentiate<Element>(ds, p, dp, delta(), is_whole(query0));
+  }
+
+  // Calls `step(first query)` for each tile of queries of each head.
+  template <class Step>
+  BROADHEAD_DEVICE void for_each_step(const Step& step) {
+    const BackwardWork& work = smem.work;
+    if (!has_steps()) return;
+    int tile = work.range.begin;
+    for (int left = (work.range.end - tile) * work.heads; left > 0; --left) {
+      step(tile * Traits::kCols);
+      if (++tile == work.range.end) tile = work.range.begin;
+    }
+  }
+
+  BROADHEAD_DEVICE bool has_steps() const { return smem.work.range.begin < smem.work.range.end; }
+
+  template <int kTiles>
+  BROADHEAD_DEVICE void write(const float (&gradient)[kTiles][4], float factor, void* tensor,
+                              const TensorStrides& strides, int columns) const {
+    const SeqlenInfo& seqlen = smem.work.seqlen;
+    write_gradient(
+        gradient, factor,
+        gradient_rows<Element>(tensor, strides, seqlen.batch_k, seqlen.row_k, smem.work.head, seqlen.seqlen_k, columns),
+        key(), {true, true});
+  }
+  BROADHEAD_DEVICE void write_dk(const float (&dk)[Traits::kHeadDim / 8][4]) const {
+    write(dk, params.softmax_scale, params.dk, params.dk_strides, params.head_dim);
+  }
+  BROADHEAD_DEVICE void write_dv(const float (&dv)[Traits::kHeadDimV / 8][4]) const {
+    write(dv, 1.f, params.dv, params.dv_strides, params.head_dim_v);
+  }
+
+  // All of 64 keys.
+  BROADHEAD_DEVICE void run_all() {
+    float dk[Traits::kHeadDim / 8][4], dv[Traits::kHeadDimV / 8][4];
+    clear_accumulators(dk);
+    clear_accumulators(dv);
+    if (has_steps()) {
+      barrier_wait(smem.rows_full[0], 0);
+      barrier_wait(smem.rows_full[1], 0);
+    }
+    for_each_step([&](int query0) {
+      Scores<Traits> s, dp;
+      Weights<Traits> p, ds;
+      wait_queries();
+      issue_s(s);
+      wait_second();
+      issue_dp(dp);
+      cute::warpgroup_wait<1>();
+      fence_registers(s);
+      compute_p(s, p, query0);
+      issue_gradient<SecondCols>(dv, p, smem.second_cols[ring.stage()]);
+      cute::warpgroup_wait<1>();
+      fence_registers(dp);
+      compute_ds(ds, [&](int n) { return make_float4(s[n][0], s[n][1], s[n][2], s[n][3]); }, dp, query0);
+      issue_gradient<FirstCols>(dk, ds, smem.first_cols[ring.stage()]);
+      cute::warpgroup_wait<0>();
+      fence_registers(dv);
+      fence_registers(dk);
+      fence_registers(p);
+      fence_registers(ds);
+      release_stage();
+    });
+    write_dk(dk);
+    write_dv(dv);
+  }
+
+  // S, P and dV.
+  BROADHEAD_DEVICE void run_dv() {
+    float dv[Traits::kHeadDimV / 8][4];
+    clear_accumulators(dv);
+    if (has_steps()) barrier_wait(smem.rows_full[0], 0);
+    for_each_step([&](int query0) {
+      Scores<Traits> s;
+      Weights<Traits> p;
+      wait_queries();
+      issue_s(s);
+      cute::warpgroup_wait<0>();
+      fence_registers(s);
+      compute_p(s, p, query0);
+      NamedBarrier::sync(256, hardware_id(kPEmptyBarrier));
+      BROADHEAD_UNROLL
+      for (int n = 0; n < Traits::kColTiles; ++n) {
+        smem.p[n * 128 + threadIdx.x % 128] = make_float4(s[n][0], s[n][1], s[n][2], s[n][3]);
+      }
+      NamedBarrier::arrive(256, hardware_id(kPFullBarrier));
+      wait_second();
+      issue_gradient<SecondCols>(dv, p, smem.second_cols[ring.stage()]);
+      cute::warpgroup_wait<0>();
+      fence_registers(dv);
+      fence_registers(p);
+      release_stage();
+    });
+    write_dv(dv);
+  }
+
+  // dP, dS and dK.
+  BROADHEAD_DEVICE void run_dk() {
+    float dk[Traits::kHeadDim / 8][4];
+    clear_accumulators(dk);
+    if (has_steps()) barrier_wait(smem.rows_full[1], 0);
+    NamedBarrier::arrive(256, hardware_id(kPEmptyBarrier));
+    for_each_step([&](int query0) {
+      Scores<Traits> dp;
+      Weights<Traits> ds;
+      wait_queries();
+      wait_second();
+      issue_dp(dp);
+      cute::warpgroup_wait<0>();
+      fence_registers(dp);
+      NamedBarrier::sync(256, hardware_id(kPFullBarrier));
+      compute_ds(ds, [&](int n) { return smem.p[n * 128 + threadIdx.x % 128]; }, dp, query0);
+      NamedBarrier::arrive(256, hardware_id(kPEmptyBarrier));
+      issue_gradient<FirstCols>(dk, ds, smem.first_cols[ring.stage()]);
+      cute::warpgroup_wait<0>();
+      fence_registers(dk);
+      fence_registers(ds);
+      release_stage();
+    });
+    write_dk(dk);
+  }
+
+  BROADHEAD_DEVICE void run() {
+    if constexpr (!Traits::kSplitProducts) {
+      run_all();
+    } else if (warpgroup == 0) {
+      run_dv();
+    } else {
+      run_dk();
+    }
+  }
+};
+
+}  // namespace broadhead::sm90

@@ -1,0 +1,102 @@
+// Compile-time shape of the Hopper backward kernels of one row of python/broadhead/support.py.
+//
+// A CTA keeps a tile of one side of S in shared memory, and tiles of the other side stream by it, as in the portable
+// kernels. "Rows" are those of the side that is kept, "columns" those of the side that streams by; the first operand is
+// that of S (K or Q), the second that of dP (V or dO):
+//
+//   keys:     S^T = K Q^T    dP^T = V dO^T    dV += P^T dO    dK += dS^T Q
+//   queries:  S = Q K^T      dP = dO V^T      dQ += dS K
+//
+// Two consumer warpgroups compute. With 128 rows each owns 64 of them. With 64 keys, where dK and dV of a row are more
+// than a thread has registers for, both own all of them: one computes S, P and dV, and hands P to the other, which
+// computes dP, dS and dK (kSplitProducts).
+#pragma once
+
+#include <type_traits>
+
+#include "common/backward_work.h"
+#include "common/math.h"
+#include "tma/barrier.h"
+#include "tma/ring_state.h"
+#include "tma/tensor_maps.h"
+#include "tma/tile_layout.h"
+
+namespace broadhead::sm90 {
+
+using namespace tma;
+
+template <class Element_, int kHeadDim_, int kHeadDimV_, Side kSide_, int kRows_, int kCols_, int kStages_,
+          int kStages2_, bool kCapped_ = false>
+struct BackwardSide {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kHeadDimV = kHeadDimV_;
+  static constexpr Side kSide = kSide_;
+  static constexpr bool kKeys = kSide == Side::kKeys;
+  static constexpr int kRows = kRows_;
+  static constexpr int kCols = kCols_;
+  static constexpr int kStages = kStages_;    // of the first operand's columns
+  static constexpr int kStages2 = kStages2_;  // of the second's
+  static constexpr bool kSplitProducts = kRows == 64;
+  static constexpr bool kCapped = kCapped_;  // with a softcap, whose slope is worked out beside P
+  using Capped = BackwardSide<Element_, kHeadDim_, kHeadDimV_, kSide_, kRows_, kCols_, kStages_, kStages2_, true>;
+
+  static constexpr int kConsumers = 2;  // warpgroups
+  static constexpr int kConsumerWarps = 4 * kConsumers;
+  static constexpr int kThreads = 128 * (kConsumers + 1);
+  static constexpr int kProducerRegisters = 40;
+  static constexpr int kConsumerRegisters = 232;
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 65536 / kThreads / 8 * 8 * (kConsumers + 1));
+
+  // Subtiles of 64 columns of head_dim with all their rows in one piece: each is a box, whatever head_dim is.
+  static constexpr int kTileColumns = round_up(kHeadDim, 64);
+  static constexpr int kTileColumnsV = round_up(kHeadDimV, 64);
+  using FirstRows = TileLayout<Element, kTileColumns, kRows>;
+  using SecondRows = TileLayout<Element, kTileColumnsV, kRows>;
+  using FirstCols = TileLayout<Element, kTileColumns, kCols>;
+  using SecondCols = TileLayout<Element, kTileColumnsV, kCols>;
+  static constexpr int kRowBytes = FirstRows::kRowBytes;
+  static_assert(kRowBytes == 128 && SecondRows::kRowBytes == 128);
+
+  static constexpr int kColTiles = kCols / 8;      // of S and dP
+  static constexpr int kWeightSteps = kCols / 16;  // of P and dS as operand A
+  static_assert(kRows == 128 || (kRows == 64 && kKeys));
+  static_assert(kCols % 32 == 0 && kCols <= 256 && kHeadDim % 32 == 0 && kHeadDimV % 32 == 0);
+  static_assert(!kKeys || kStages == kStages2, "Q and dO of a step are loaded and freed together");
+
+  struct SharedStorage {
+    alignas(1024) Element first_rows[kRows * kTileColumns];
+    alignas(1024) Element second_rows[kRows * kTileColumnsV];
+    alignas(1024) Element first_cols[kStages][kCols * kTileColumns];
+    alignas(1024) Element second_cols[kStages2][kCols * kTileColumnsV];
+    alignas(16) float4 p[kSplitProducts ? kColTiles * 128 : 1];  // [column tile][thread]: P, times the softcap's slope
+    // Of the queries that stream by: see QueryStats.
+    alignas(16) float lse[kKeys ? kStages : 1][kCols];
+    alignas(16) float delta[kKeys ? kStages : 1][kCols];
+    std::int32_t dead[kStages];    // some query of the stage has no gradient
+    Barrier rows_full[2];          // 1 arrival + bytes
+    Barrier first_full[kStages];   // 1 arrival + bytes; keys: and the lanes of the warp that brings the stats
+    Barrier first_empty[kStages];  // each consumer warp
+    Barrier second_full[kStages2];
+    Barrier second_empty[kStages2];
+    BackwardWork work;
+  };
+};
+
+// `kKeyRows` keys are kept, `kKeyCols` queries stream by; `kQueryRows` queries are kept, `kQueryCols` keys stream by.
+template <class Element, int kHeadDim_, int kHeadDimV_, int kKeyRows, int kKeyCols, int kKeyStages, int kQueryRows,
+          int kQueryCols, int kStagesK, int kStagesV, int kSmemLimit>
+struct BackwardTraits {
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kHeadDimV = kHeadDimV_;
+  using Keys = BackwardSide<Element, kHeadDim, kHeadDimV, Side::kKeys, kKeyRows, kKeyCols, kKeyStages, kKeyStages>;
+  using Queries =
+      BackwardSide<Element, kHeadDim, kHeadDimV, Side::kQueries, kQueryRows, kQueryCols, kStagesK, kStagesV>;
+  // That of the kernel which takes more.
+  using SharedStorage =
+      std::conditional_t<(sizeof(typename Keys::SharedStorage) > sizeof(typename Queries::SharedStorage)),
+                         typename Keys::SharedStorage, typename Queries::SharedStorage>;
+  static_assert(sizeof(SharedStorage) <= kSmemLimit, "the tiles do not fit the shared memory their row promises");
+};
+
+}  // namespace broadhead::sm90
