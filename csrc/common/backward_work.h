@@ -26,6 +26,7 @@ struct BackwardWork {
   SeqlenInfo seqlen;
   AttentionMask mask;
   ScoreScale scale;
+  int batch;
   int head;     // query head, or KV head where keys are kept
   int kv_head;  // that it belongs to, or is
   int first_row;
@@ -77,6 +78,7 @@ BROADHEAD_DEVICE void set_backward_work(BackwardWork& work, const AttnBwdParams&
   work.mask = {seqlen.seqlen_q,     seqlen.seqlen_k,        params.window_left,
                params.window_right, params.attention_chunk, sequence_prefix(params, at.batch, seqlen.seqlen_k)};
   work.scale.set(params.softmax_scale, params.softcap);
+  work.batch = at.batch;
   work.head = at.head;
   work.kv_head = kKeys ? at.head : at.head / group;
   work.first_head = kKeys ? at.head * group : at.head;

@@ -11,4 +11,9 @@ BROADHEAD_DEVICE void stmatrix_x4(std::uint32_t address, const std::uint32_t (&x
   cute::SM90_U32x4_STSM_N::copy(x[0], x[1], x[2], x[3], smem_vector(address));
 }
 
+// Each matrix transposed.
+BROADHEAD_DEVICE void stmatrix_x4_trans(std::uint32_t address, const std::uint32_t (&x)[4]) {
+  cute::SM90_U16x8_STSM_T::copy(x[0], x[1], x[2], x[3], smem_vector(address));
+}
+
 }  // namespace broadhead::sm90

@@ -1,4 +1,5 @@
-// Copies in PTX that CUTLASS lacks: TMA without a cache hint, cp.async of zeros by a predicate; and a prefetch.
+// Copies in PTX that CUTLASS lacks: TMA without a cache hint, cp.async of zeros by a predicate, a bulk addition; and a
+// prefetch.
 #pragma once
 
 #include "tma/barrier.h"
@@ -45,6 +46,14 @@ BROADHEAD_DEVICE void cp_async_16(std::uint32_t target, const void* source, bool
       "}\n" ::"r"(target),
       "l"(source), "r"(static_cast<int>(live))
       : "memory");
+}
+
+// Adds `bytes` of fp32 in shared memory to those in global memory, as part of the thread's bulk group. CuTe's additions
+// need a tensor map.
+BROADHEAD_DEVICE void bulk_add(float* target, std::uint32_t source, int bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(target), "r"(source),
+               "r"(bytes)
+               : "memory");
 }
 
 }  // namespace broadhead::tma

@@ -16,6 +16,7 @@ from .tiles import (
     BackwardTile,
     DecodeTile,
     Fp8Tile,
+    FusedBackwardTile,
     HopperBackwardTile,
     HopperTile,
     Template,
@@ -73,8 +74,9 @@ FEATURES = (
     "split_kv",
     "lse",
 )
-#: Features that only some kernels do: qv: a second query for v; descale: factors of 8-bit q, k and v.
-EXTRA_FEATURES = ("qv", "descale")
+#: Features that only some kernels do: qv: a second query for v; descale: factors of 8-bit q, k and v; deterministic:
+#: gradients whose sums have an order, so that they are the same in every run.
+EXTRA_FEATURES = ("qv", "descale", "deterministic")
 #: Query rows (tokens x heads of one KV head) up to which a call is decode: bound by memory, not by its products.
 #: PERF(H200, 8192 keys, 32 rows, GB/s on decode and Hopper kernels: head_dim 128 3705, 3329; 256 3973, 3805; 512 3876,
 #: 3758)
@@ -106,7 +108,7 @@ class KernelRow(NamedTuple):
     smem_limit: int
     tile: (
         Tile | DecodeTile | AbsorbedDecodeTile | HopperTile | WideTile | Fp8Tile | AbsorbedTile | BackwardTile
-        | HopperBackwardTile
+        | FusedBackwardTile | HopperBackwardTile
     )  # fmt: skip
     features: tuple[str, ...]
     requires: tuple[str, ...] = ()  # features without which a call is not for this kernel
@@ -217,7 +219,7 @@ def _sm80_backward_rows() -> tuple[KernelRow, ...]:
     return tuple(
         KernelRow(
             f"sm80_bwd_{name}", "sm80", "backward", "prefill", caps, dtype, head_dim, head_dim,
-            limit, BackwardTile(*keys, *queries), BACKWARD_FEATURES,
+            limit, BackwardTile(*keys, *queries), (*BACKWARD_FEATURES, "deterministic"),
         )
         for name, caps, head_dim, limit, keys, queries in shapes
         for dtype in DTYPES
@@ -351,6 +353,10 @@ def _sm90_backward_rows() -> tuple[KernelRow, ...]:
     """The Hopper backward kernels (wgmma, TMA, warp specialisation), on 9.0."""
     shapes = (
         # name, head_dim, head_dim_v, tile
+        # Fused kernels multiply five times a step, the others seven, but add dQ in no order.
+        ("d64_fused", 64, 64, FusedBackwardTile(128, 64, 3)),
+        ("d96_fused", 96, 96, FusedBackwardTile(128, 64, 2)),
+        ("d128_fused", 128, 128, FusedBackwardTile(128, 64, 2)),
         ("d64", 64, 64, HopperBackwardTile(128, 64, 3, 128, 128, 2, 2)),
         ("d96", 96, 96, HopperBackwardTile(128, 64, 3, 128, 96, 2, 2)),
         ("d128", 128, 128, HopperBackwardTile(128, 64, 3, 128, 96, 2, 2)),
@@ -361,7 +367,8 @@ def _sm90_backward_rows() -> tuple[KernelRow, ...]:
     return tuple(
         KernelRow(
             f"sm90_bwd_{name}", "sm90", "backward", "prefill", ((9, 0),), dtype, head_dim, head_dim_v,
-            SMEM_227KB, tile, BACKWARD_FEATURES,
+            SMEM_227KB, tile,
+            BACKWARD_FEATURES if isinstance(tile, FusedBackwardTile) else (*BACKWARD_FEATURES, "deterministic"),
         )
         for name, head_dim, head_dim_v, tile in shapes
         for dtype in DTYPES
@@ -372,8 +379,8 @@ def _sm90_backward_rows() -> tuple[KernelRow, ...]:
 ROWS: tuple[KernelRow, ...] = (
     *_sm90_rows(),
     *_sm80_rows(),
-    *_sm80_backward_rows(),
     *_sm90_backward_rows(),
+    *_sm80_backward_rows(),
     *_decode_rows(),
 )
 

@@ -149,6 +149,27 @@ class HopperBackwardTile(NamedTuple):
         return 1
 
 
+class FusedBackwardTile(NamedTuple):
+    """The shape of a CTA's work in the Hopper backward kernel that gives all three gradients; the last template
+    arguments of ``sm90::FusedBackwardTraits``."""
+
+    key_rows: int  # keys that are kept
+    key_cols: int  # queries that stream by them at a time
+    key_stages: int  # buffers for those
+
+    @property
+    def tile_m(self) -> int:
+        return self.key_cols
+
+    @property
+    def tile_n(self) -> int:
+        return self.key_rows
+
+    @property
+    def min_blocks(self) -> int:
+        return 1
+
+
 class Template(NamedTuple):
     """The C++ templates behind a tile class, and how its launches divide their work."""
 
@@ -183,6 +204,10 @@ TEMPLATES: dict[type, Template] = {
     AbsorbedTile: _hopper("forward_wide", "AbsorbedTraits", "launch_wide"),
     BackwardTile: Template(
         "sm80/backward/launch.cuh", "sm80::BackwardTraits", "sm80::launch_backward", "sm80::backward_workspace", False,
+        False,
+    ),
+    FusedBackwardTile: Template(
+        "sm90/backward/launch.cuh", "sm90::FusedBackwardTraits", "sm90::launch_fused", "sm90::fused_workspace", True,
         False,
     ),
     HopperBackwardTile: Template(

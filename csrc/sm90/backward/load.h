@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cute/arch/copy_sm90_desc.hpp>
+#include <cute/arch/copy_sm90_tma.hpp>
 
 #include "sm90/backward/traits.h"
 #include "tma/copy.h"
@@ -19,7 +20,16 @@ struct BackwardArgs {
   KvMap second_cols;   // dO, or V
   std::int32_t tiles;  // of rows, of each head and sequence
   std::int32_t heads_per_section;
+  // Fused kernels: the sums of dQ, [Hq][dq_tiles][warpgroup][column tile][128 threads] of four fp32, as accumulators
+  // lie. A tile holds 64 queries of one sequence.
+  float* dq_sums;
+  std::int64_t dq_tiles;
 };
+
+// Tiles before those of a sequence: of all rows before it, and one more a sequence, since each may begin one.
+BROADHEAD_HOST_DEVICE std::int64_t first_dq_tile(const AttnBwdParams& params, const SeqlenInfo& seqlen, int batch) {
+  return (seqlen.batch_q * static_cast<std::int64_t>(params.seqlen_q) + seqlen.row_q) / 64 + batch;
+}
 
 BROADHEAD_DEVICE int x_coordinate(const KvMap& map, int head, int batch) {
   return head * map.head_step + batch * map.batch_step;
@@ -72,7 +82,23 @@ BROADHEAD_DEVICE void load_tiles(const BackwardArgs& args, typename Traits::Shar
   }
 }
 
+// One warp clears the rows of a stage for which `dead(row)` holds.
+template <class Layout, int kRows, class Dead>
+BROADHEAD_DEVICE void clear_where(void* stage, int first_row, int row_step, const Dead& dead) {
+#pragma unroll 1
+  for (int row = first_row; row < kRows; row += row_step) {
+    if (!dead(row)) continue;
+    char* target = static_cast<char*>(stage) + row * Layout::kRowBytes;
+#pragma unroll 1
+    for (int part = threadIdx.x % 32; part < Layout::kBytes / 16; part += 32) {
+      *reinterpret_cast<uint4*>(target + part / 8 * Layout::kSubtileStride + part % 8 * 16) = uint4{0, 0, 0, 0};
+    }
+  }
+}
+
 // One warp: LSE and D of the queries of all steps. Those that no key of the tile meets are as if they did not exist.
+// Where queries of a stage have no gradient their Q and dO become zeros: they may be NaN, and a weight of 0 does not
+// hide that.
 template <class Traits>
 BROADHEAD_DEVICE void load_stats(const BackwardArgs& args, typename Traits::SharedStorage& smem) {
   constexpr int kPerLane = Traits::kCols / 32;
@@ -98,10 +124,55 @@ BROADHEAD_DEVICE void load_stats(const BackwardArgs& args, typename Traits::Shar
         smem.delta[stage][i * 32 + lane] = stats[i].delta;
         dead = dead || stats[i].lse == INFINITY;
       }
-      dead = __any_sync(0xffffffffu, dead);
-      if (lane == 0) smem.dead[stage] = dead;
-      smem.first_full[stage].arrive();
+      __syncwarp();
+      if (__any_sync(0xffffffffu, dead)) {
+        barrier_wait(smem.first_full[stage], ring.parity());
+        barrier_wait(smem.second_full[stage], ring.parity());
+        const auto is_dead = [&](int row) { return smem.lse[stage][row] == INFINITY; };
+        clear_where<typename Traits::FirstCols, Traits::kCols>(smem.first_cols[stage], 0, 1, is_dead);
+        clear_where<typename Traits::SecondCols, Traits::kCols>(smem.second_cols[stage], 0, 1, is_dead);
+        cutlass::arch::fence_view_async_shared();
+      }
+      smem.stats_full[stage].arrive();
       ring.advance();
+    }
+  }
+}
+
+// Warps 2 and 3: keys of the tile that no query sees, or that do not exist, become zeros. They may be NaN, and a dS of 0
+// does not hide that from dQ.
+template <class Traits>
+BROADHEAD_DEVICE void clear_keys(typename Traits::SharedStorage& smem, int warp) {
+  const BackwardWork& work = smem.work;
+  if (work.range.begin >= work.range.end) return;
+  barrier_wait(smem.rows_full[0], 0);
+  clear_where<typename Traits::FirstRows, Traits::kRows>(smem.first_rows, warp - 2, 2, [&](int row) {
+    const int key = work.first_row + row;
+    const QueryInterval seen = work.mask.query_interval(key, key);
+    return key >= work.end_row || seen.begin >= seen.end;
+  });
+  cutlass::arch::fence_view_async_shared();
+  smem.keys_cleared.arrive();
+}
+
+// One lane a consumer warpgroup: adds what it has computed of dQ in each step to the sums.
+template <class Traits>
+BROADHEAD_DEVICE void add_dq(const BackwardArgs& args, typename Traits::SharedStorage& smem, int warpgroup) {
+  constexpr int kBytes = Traits::kDqTiles * 128 * static_cast<int>(sizeof(float4));
+  constexpr int kFloats = kBytes / static_cast<int>(sizeof(float));
+  const BackwardWork& work = smem.work;
+  const std::int64_t tile0 = first_dq_tile(args.params, work.seqlen, work.batch);
+  std::uint32_t parity = 0;
+  for (int head = work.first_head; head < work.first_head + work.heads; ++head) {
+    float* sums = args.dq_sums + ((head * args.dq_tiles + tile0) * Traits::kConsumers + warpgroup) * kFloats;
+    for (int tile = work.range.begin; tile < work.range.end; ++tile) {
+      barrier_wait(smem.dq_full[warpgroup], parity);
+      bulk_add(sums + static_cast<std::int64_t>(tile) * Traits::kConsumers * kFloats, smem_address(smem.dq[warpgroup]),
+               kBytes);
+      cute::tma_store_arrive();
+      cute::tma_store_wait<0>();  // it has been read
+      smem.dq_empty[warpgroup].arrive();
+      parity ^= 1;
     }
   }
 }

@@ -40,22 +40,11 @@ BROADHEAD_DEVICE void release(Barrier& barrier) {
   if (threadIdx.x % 32 == 0) barrier.arrive();
 }
 
-// Clears the rows of a stage for which `dead(row)` holds, a row a warp. All consumers call it, and meet before any of
-// them lets wgmma read the stage: meet_clear.
+// Clears the rows of a tile for which `dead(row)` holds, a row a warp. All consumers call it, and meet before any of them
+// lets wgmma read the tile.
 template <class Layout, int kRows, class Dead>
-BROADHEAD_DEVICE void clear_where(void* stage, const Dead& dead) {
-  const int thread = fresh_thread() - 128;
-#pragma unroll 1
-  for (int row = thread / 32; row < kRows; row += 8) {
-    if (!dead(row)) continue;
-    char* target = static_cast<char*>(stage) + row * Layout::kRowBytes;
-#pragma unroll 1
-    for (int part = thread % 32; part < Layout::kBytes / 16; part += 32) {
-      *reinterpret_cast<uint4*>(target + part / 8 * Layout::kSubtileStride + part % 8 * 16) = uint4{0, 0, 0, 0};
-    }
-  }
-}
-BROADHEAD_DEVICE void meet_clear() {
+BROADHEAD_DEVICE void clear_together(void* tile, const Dead& dead) {
+  clear_where<Layout, kRows>(tile, (fresh_thread() - 128) / 32, 8, dead);
   cutlass::arch::fence_view_async_shared();
   NamedBarrier::sync(256, hardware_id(kClearBarrier));
 }
@@ -118,7 +107,7 @@ BROADHEAD_DEVICE StepMask make_step_mask(const AttentionMask& mask, int row, int
     if constexpr (kSide == Side::kKeys) {
       const QueryInterval seen = mask.query_interval(row + 8 * i, row + 8 * i);
       step.begin[i] = seen.begin - col;
-      step.end[i] = seen.end - col;
+      step.end[i] = row + 8 * i < mask.seqlen_k ? seen.end - col : step.begin[i];
     } else {
       const KeyInterval seen = mask.row_interval(row + 8 * i);
       step.begin[i] = seen.begin - col;

@@ -39,17 +39,10 @@ struct KeyConsumer {
   BROADHEAD_DEVICE void wait_first() { barrier_wait(smem.first_full[ring.stage()], ring.parity()); }
   BROADHEAD_DEVICE void wait_second() { barrier_wait(smem.second_full[ring.stage()], ring.parity()); }
 
-  // Waits for Q and its LSE. Where queries of the stage have no gradient their Q and dO become zeros: they may be NaN,
-  // and a weight of 0 does not hide that. All consumers do it together.
+  // Waits for Q, its LSE and its D.
   BROADHEAD_DEVICE void wait_queries() {
+    barrier_wait(smem.stats_full[ring.stage()], ring.parity());
     wait_first();
-    const std::uint32_t stage = ring.stage();
-    if (smem.dead[stage] == 0) return;
-    wait_second();
-    const auto dead = [&](int row) { return smem.lse[stage][row] == INFINITY; };
-    clear_where<FirstCols, Traits::kCols>(smem.first_cols[stage], dead);
-    clear_where<SecondCols, Traits::kCols>(smem.second_cols[stage], dead);
-    meet_clear();
   }
 
   BROADHEAD_DEVICE void release_stage() {
@@ -70,9 +63,11 @@ struct KeyConsumer {
   BROADHEAD_DEVICE ColumnStats lse() const { return {smem.lse[ring.stage()] + lane_col()}; }
   BROADHEAD_DEVICE ColumnStats delta() const { return {smem.delta[ring.stage()] + lane_col()}; }
 
-  // Whether all keys of the tile meet all queries of the step from `query0` on.
+  // Whether all keys of the tile meet all queries of the step from `query0` on. Keys that do not exist have gradients
+  // that nobody writes, but dQ must not take them.
   BROADHEAD_DEVICE bool is_whole(int query0) const {
     const BackwardWork& work = smem.work;
+    if (Traits::kFused && work.first_row + Traits::kRows > work.end_row) return false;
     return query0 >= work.whole.begin && min_int(query0 + Traits::kCols, work.seqlen.seqlen_q) <= work.whole.end;
   }
 

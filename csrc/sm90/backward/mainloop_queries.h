@@ -29,9 +29,8 @@ struct QueryConsumer {
   BROADHEAD_DEVICE void wait_k(int key0) {
     barrier_wait(smem.first_full[k_ring.stage()], k_ring.parity());
     if (smem.work.live.all(key0, Traits::kCols)) return;
-    clear_where<FirstCols, Traits::kCols>(smem.first_cols[k_ring.stage()],
-                                          [&](int row) { return !smem.work.live.contains(key0 + row); });
-    meet_clear();
+    clear_together<FirstCols, Traits::kCols>(smem.first_cols[k_ring.stage()],
+                                             [&](int row) { return !smem.work.live.contains(key0 + row); });
   }
 
   // Whether all queries of the tile see all keys of the step from `key0` on.

@@ -10,6 +10,10 @@
 // Two consumer warpgroups compute. With 128 rows each owns 64 of them. With 64 keys, where dK and dV of a row are more
 // than a thread has registers for, both own all of them: one computes S, P and dV, and hands P to the other, which
 // computes dP, dS and dK (kSplitProducts).
+//
+// A fused kernel (kFused) keeps keys and gives dQ as well: dS of both warpgroups goes through shared memory, each
+// multiplies it by K for one half of the columns of dQ, and a warp of the producer adds the result to fp32 sums in
+// global memory. Those additions have no order.
 #pragma once
 
 #include <type_traits>
@@ -26,7 +30,7 @@ namespace broadhead::sm90 {
 using namespace tma;
 
 template <class Element_, int kHeadDim_, int kHeadDimV_, Side kSide_, int kRows_, int kCols_, int kStages_,
-          int kStages2_, bool kCapped_ = false>
+          int kStages2_, bool kFused_ = false, bool kCapped_ = false>
 struct BackwardSide {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
@@ -38,8 +42,10 @@ struct BackwardSide {
   static constexpr int kStages = kStages_;    // of the first operand's columns
   static constexpr int kStages2 = kStages2_;  // of the second's
   static constexpr bool kSplitProducts = kRows == 64;
+  static constexpr bool kFused = kFused_;
   static constexpr bool kCapped = kCapped_;  // with a softcap, whose slope is worked out beside P
-  using Capped = BackwardSide<Element_, kHeadDim_, kHeadDimV_, kSide_, kRows_, kCols_, kStages_, kStages2_, true>;
+  using Capped =
+      BackwardSide<Element_, kHeadDim_, kHeadDimV_, kSide_, kRows_, kCols_, kStages_, kStages2_, kFused_, true>;
 
   static constexpr int kConsumers = 2;  // warpgroups
   static constexpr int kConsumerWarps = 4 * kConsumers;
@@ -63,8 +69,14 @@ struct BackwardSide {
   static_assert(kRows == 128 || (kRows == 64 && kKeys));
   static_assert(kCols % 32 == 0 && kCols <= 256 && kHeadDim % 32 == 0 && kHeadDimV % 32 == 0);
   static_assert(!kKeys || kStages == kStages2, "Q and dO of a step are loaded and freed together");
+  static_assert(!kFused || (kKeys && kRows == 128 && kCols == 64), "dQ of a step: 64 queries, all keys");
 
-  struct SharedStorage {
+  // dS of a step as the operand A of dQ: the keys of a warpgroup are a subtile.
+  using ScoreLayout = TileLayout<Element, kRows, kCols>;
+  static constexpr int kDqCols = kTileColumns / kConsumers;  // of dQ that a warpgroup computes
+  static constexpr int kDqTiles = kDqCols / 8;
+
+  struct SplitStorage {
     alignas(1024) Element first_rows[kRows * kTileColumns];
     alignas(1024) Element second_rows[kRows * kTileColumnsV];
     alignas(1024) Element first_cols[kStages][kCols * kTileColumns];
@@ -73,14 +85,22 @@ struct BackwardSide {
     // Of the queries that stream by: see QueryStats.
     alignas(16) float lse[kKeys ? kStages : 1][kCols];
     alignas(16) float delta[kKeys ? kStages : 1][kCols];
-    std::int32_t dead[kStages];    // some query of the stage has no gradient
     Barrier rows_full[2];          // 1 arrival + bytes
-    Barrier first_full[kStages];   // 1 arrival + bytes; keys: and the lanes of the warp that brings the stats
+    Barrier first_full[kStages];   // 1 arrival + bytes
     Barrier first_empty[kStages];  // each consumer warp
     Barrier second_full[kStages2];
     Barrier second_empty[kStages2];
+    Barrier stats_full[kStages];  // keys: the lanes of the warp that brings the stats, and clears dead rows
     BackwardWork work;
   };
+  struct FusedStorage : SplitStorage {
+    alignas(1024) Element ds[2][kCols * kRows];
+    alignas(128) float4 dq[kConsumers][kDqTiles * 128];  // as the accumulators lie: [column tile][thread]
+    Barrier dq_full[kConsumers];                         // each warp
+    Barrier dq_empty[kConsumers];                        // 1 arrival
+    Barrier keys_cleared;                                // the lanes of two warps
+  };
+  using SharedStorage = std::conditional_t<kFused, FusedStorage, SplitStorage>;
 };
 
 // `kKeyRows` keys are kept, `kKeyCols` queries stream by; `kQueryRows` queries are kept, `kQueryCols` keys stream by.
@@ -96,6 +116,18 @@ struct BackwardTraits {
   using SharedStorage =
       std::conditional_t<(sizeof(typename Keys::SharedStorage) > sizeof(typename Queries::SharedStorage)),
                          typename Keys::SharedStorage, typename Queries::SharedStorage>;
+  static_assert(sizeof(SharedStorage) <= kSmemLimit, "the tiles do not fit the shared memory their row promises");
+};
+
+// `kKeyRows` keys are kept, `kKeyCols` queries stream by, and dQ is added to sums in global memory.
+template <class Element_, int kHeadDim_, int kHeadDimV_, int kKeyRows, int kKeyCols, int kKeyStages, int kSmemLimit>
+struct FusedBackwardTraits {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kHeadDimV = kHeadDimV_;
+  using Keys =
+      BackwardSide<Element, kHeadDim, kHeadDimV, Side::kKeys, kKeyRows, kKeyCols, kKeyStages, kKeyStages, true>;
+  using SharedStorage = typename Keys::SharedStorage;
   static_assert(sizeof(SharedStorage) <= kSmemLimit, "the tiles do not fit the shared memory their row promises");
 };
 

@@ -71,7 +71,7 @@ def flash_attn_func(
         num_splits: at most so many CTAs divide the keys of a row, up to 256, of which the kernels use up to 128; 0: a
             heuristic decides.
         pack_gqa: whether the query heads of a KV head share a tile; None: the shape decides.
-        deterministic: accepted.
+        deterministic: gradients that are the same in every run, bit for bit; see mha_bwd.
         sm_margin: multiprocessors to leave free.
         return_attn_probs: also return softmax_lse.
         sinks: ``(Hq,)``, fp32 or the dtype of out: a logit that joins the softmax denominator of each row of its head.

@@ -97,7 +97,8 @@ def mha_bwd(
             seqused_q, or past ``cu_seqlens_q[-1]``, keep what they hold.
         dk: likewise for k.
         dv: likewise for v.
-        deterministic: accepted; results always are, bit for bit.
+        deterministic: every sum in an order that is the same in every run, so that the results are, bit for bit;
+            ``torch.use_deterministic_algorithms`` asks for it as well. Else the fastest kernel may add dq in no order.
         dlse: gradient of softmax_lse, fp32, of its shape; None: the loss does not depend on it.
         cu_seqlens_q, softmax_scale, ...: the other arguments are those of the forward call.
 

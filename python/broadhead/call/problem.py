@@ -133,11 +133,12 @@ def make_problem(
     )
 
 
-def backward_of(problem: AttentionProblem) -> AttentionProblem:
+def backward_of(problem: AttentionProblem, deterministic: bool = False) -> AttentionProblem:
     """The problem of the gradients of a forward problem: how its keys were divided does not matter to them."""
+    features = [name for name in problem.features if name not in ("gradients", "split_kv")]
     return problem._replace(
         direction="backward",
-        features=tuple(name for name in problem.features if name not in ("gradients", "split_kv")),
+        features=tuple(sorted((*features, "deterministic") if deterministic else features)),
         num_splits=0,
         pack_gqa=None,
         has_metadata=False,

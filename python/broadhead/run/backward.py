@@ -74,13 +74,15 @@ def run_backward(
     Args:
         out, softmax_lse: results of the call, or of one that its keys are a part of; None: they are computed.
         deterministic: every sum in an order that is the same in every run. The torch reference always adds so.
+            ``torch.use_deterministic_algorithms`` asks for it as well.
     """
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     backend = check.check_backend(function, args.backend)
     with torch.no_grad():
         call = check_forward(function, args._replace(out=None))
         refuse_float8_gradient(function, args.q.dtype, args.k.dtype)
         _check_results(function, dout, dlse, out, softmax_lse, args, call)
-        plan = select(function, backward_of(call.problem), args.q.device, backend)
+        plan = select(function, backward_of(call.problem, deterministic), args.q.device, backend)
         if plan is None or call.total_q == 0 or call.problem.batch == 0 or args.k.numel() == 0:
             if plan is not None and plan.row is not None:
                 state.last = ("cuda", plan.row.id, "no query or no key: nothing was launched")
