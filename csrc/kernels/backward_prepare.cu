@@ -89,6 +89,9 @@ std::int64_t backward_prepare_bytes(const AttnBwdParams& params) {
 
 int launch_backward_prepare(const AttnBwdParams& params, bool is_bf16, float* scratch, cudaStream_t stream) {
   const dim3 grid(query_blocks(params), params.num_heads_q, params.batch);
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) {  // no query
+    return params.dsinks ? cudaMemsetAsync(params.dsinks, 0, params.num_heads_q * sizeof(float), stream) : cudaSuccess;
+  }
   float* partial = params.dsinks != nullptr ? scratch : nullptr;
   if (is_bf16) {
     prepare_kernel<__nv_bfloat16><<<grid, kThreads, 0, stream>>>(params, partial);

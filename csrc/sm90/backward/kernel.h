@@ -1,8 +1,8 @@
 // The Hopper backward kernels: one tile of keys (dK and dV) or of queries (dQ) a CTA; a producer warpgroup and two
 // consumers.
 //
-// Producer warpgroup: warp 0 loads tiles by TMA, warp 1 brings LSE and D of the queries that stream by; in a fused kernel
-// warps 2 and 3 add dQ to the sums in global memory. All other sums are made by one CTA in one order, so that results
+// Producer warpgroup: warp 0 loads tiles by TMA, warp 1 brings LSE and D of the queries that stream by; warps 2 and 3
+// prepare keys, and in a fused kernel add dQ to the sums in global memory. All other sums are made by one CTA in one order, so that results
 // are the same in every run.
 #pragma once
 
@@ -22,13 +22,13 @@ BROADHEAD_DEVICE void init_barriers(typename Traits::SharedStorage& smem) {
   for (auto& barrier : smem.rows_full) barrier.init(1);
   for (auto& barrier : smem.first_full) barrier.init(1);
   for (auto& barrier : smem.stats_full) barrier.init(32);
+  smem.keys_ready.init(64);
   for (auto& barrier : smem.second_full) barrier.init(1);
   for (auto& barrier : smem.first_empty) barrier.init(Traits::kConsumerWarps);
   for (auto& barrier : smem.second_empty) barrier.init(Traits::kConsumerWarps);
   if constexpr (Traits::kFused) {
     for (auto& barrier : smem.dq_full) barrier.init(4);
     for (auto& barrier : smem.dq_empty) barrier.init(1);
-    smem.keys_cleared.init(64);
   }
   cutlass::arch::fence_barrier_init();
 }
@@ -52,9 +52,11 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) backward_kernel(const __g
       load_tiles<Traits>(args, smem);
     } else if (Traits::kKeys && warp == 1) {
       load_stats<Traits>(args, smem);
-    } else if constexpr (Traits::kFused) {
-      clear_keys<Traits>(smem, warp);
-      if (threadIdx.x % 32 == 0) add_dq<Traits>(args, smem, warp - 2);
+    } else if (Traits::kKeys && warp >= 2) {
+      prepare_keys<Traits>(smem);
+      if constexpr (Traits::kFused) {
+        if (threadIdx.x % 32 == 0) add_dq<Traits>(args, smem, warp - 2);
+      }
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();

@@ -139,20 +139,33 @@ BROADHEAD_DEVICE void load_stats(const BackwardArgs& args, typename Traits::Shar
   }
 }
 
-// Warps 2 and 3: keys of the tile that no query sees, or that do not exist, become zeros. They may be NaN, and a dS of 0
-// does not hide that from dQ.
+// Warps 2 and 3: which queries see each key of the tile. In a fused kernel keys that no query sees become zeros: they may
+// be NaN, and a dS of 0 does not hide that from dQ.
+// PERF: a lane a key, once a tile. Consumers would divide 64-bit integers in every step that a mask cuts.
 template <class Traits>
-BROADHEAD_DEVICE void clear_keys(typename Traits::SharedStorage& smem, int warp) {
+BROADHEAD_DEVICE void prepare_keys(typename Traits::SharedStorage& smem) {
   const BackwardWork& work = smem.work;
   if (work.range.begin >= work.range.end) return;
-  barrier_wait(smem.rows_full[0], 0);
-  clear_where<typename Traits::FirstRows, Traits::kRows>(smem.first_rows, warp - 2, 2, [&](int row) {
+  const int thread = threadIdx.x - 64;
+#pragma unroll 1
+  for (int row = thread; row < Traits::kRows; row += 64) {
     const int key = work.first_row + row;
-    const QueryInterval seen = work.mask.query_interval(key, key);
-    return key >= work.end_row || seen.begin >= seen.end;
-  });
-  cutlass::arch::fence_view_async_shared();
-  smem.keys_cleared.arrive();
+    QueryInterval seen = work.mask.query_interval(key, key);
+    if (key >= work.end_row) seen = {0, 0};
+    smem.seen[row] = seen;
+  }
+  __syncwarp();  // a warp clears the rows that its lanes wrote
+  if constexpr (Traits::kFused) {
+    barrier_wait(smem.rows_full[0], 0);
+#pragma unroll 1
+    for (int first = thread / 32 * 32; first < Traits::kRows; first += 64) {
+      clear_where<typename Traits::FirstRows, 32>(
+          smem.first_rows + first * (Traits::FirstRows::kRowBytes / static_cast<int>(sizeof(typename Traits::Element))),
+          0, 1, [&](int row) { return smem.seen[first + row].begin >= smem.seen[first + row].end; });
+    }
+    cutlass::arch::fence_view_async_shared();
+  }
+  smem.keys_ready.arrive();
 }
 
 // One lane a consumer warpgroup: adds what it has computed of dQ in each step to the sums.

@@ -96,23 +96,30 @@ struct StepMask {
   }
 };
 
-// That of the lane's row `row` of the sequence, the one eight below, and the columns from `first_col` on.
-template <Side kSide>
-BROADHEAD_DEVICE StepMask make_step_mask(const AttentionMask& mask, int row, int first_col) {
+// That of the lane's key `row` of the tile and the one eight below, and the queries from `first_col` on.
+BROADHEAD_DEVICE StepMask make_key_mask(const QueryInterval* seen, int row, int first_col) {
   const int col = first_col + lane_col();
   StepMask step;
-  step.prefix = kSide == Side::kQueries ? mask.prefix_len - col : 0;  // query_interval knows of the prefix
+  step.prefix = 0;  // query_interval knows of it
   BROADHEAD_UNROLL
   for (int i = 0; i < 2; ++i) {
-    if constexpr (kSide == Side::kKeys) {
-      const QueryInterval seen = mask.query_interval(row + 8 * i, row + 8 * i);
-      step.begin[i] = seen.begin - col;
-      step.end[i] = row + 8 * i < mask.seqlen_k ? seen.end - col : step.begin[i];
-    } else {
-      const KeyInterval seen = mask.row_interval(row + 8 * i);
-      step.begin[i] = seen.begin - col;
-      step.end[i] = seen.end - col;
-    }
+    const int2 interval = *reinterpret_cast<const int2*>(seen + row + 8 * i);
+    step.begin[i] = interval.x - col;
+    step.end[i] = interval.y - col;
+  }
+  return step;
+}
+
+// That of the lane's query `row` of the sequence and the one eight below, and the keys from `first_col` on.
+BROADHEAD_DEVICE StepMask make_query_mask(const AttentionMask& mask, int row, int first_col) {
+  const int col = first_col + lane_col();
+  StepMask step;
+  step.prefix = mask.prefix_len - col;
+  BROADHEAD_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    const KeyInterval seen = mask.row_interval(row + 8 * i);
+    step.begin[i] = seen.begin - col;
+    step.end[i] = seen.end - col;
   }
   return step;
 }
@@ -157,10 +164,13 @@ BROADHEAD_DEVICE void exponentiate(float (&s)[kColTiles][4], std::uint32_t (&p)[
     BROADHEAD_UNROLL
     for (int c = 0; c < 4; ++c) {
       const float score = kCapped ? scale.cap(s[n][c]) : s[n][c];
-      const float exponent = fmaf(score, factor, -of_query[c]);
-      x[c] = exp2_approx(hides(n, c) ? -INFINITY : exponent);
-      const float t = score * inverse_cap;
-      s[n][c] = kCapped ? x[c] * (1.f - t * t) : x[c];
+      x[c] = exp2_approx(hides(n, c) ? -INFINITY : fmaf(score, factor, -of_query[c]));
+      if constexpr (kCapped) {
+        const float t = score * inverse_cap;
+        s[n][c] = x[c] * fmaxf(1.f - t * t, 0.f);  // 0 where t is NaN, which only hidden scores are
+      } else {
+        s[n][c] = x[c];
+      }
     }
     if constexpr (kPack) pack_tile<Element>(p, n, x);
   }

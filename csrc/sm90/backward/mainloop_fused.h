@@ -79,8 +79,10 @@ struct FusedConsumer : KeyConsumer<Traits> {
     Scores<Traits> dp;
     Weights<Traits> p, ds;
     Base::wait_second();
-    Base::issue_dp(dp);
+    // With a softcap P takes the registers of dP.
+    if constexpr (!Traits::kCapped) Base::issue_dp(dp);
     Base::compute_p(s, p, query0);
+    if constexpr (Traits::kCapped) Base::issue_dp(dp);
     issue_gradient<SecondCols>(dv, p, smem.second_cols[ring.stage()]);
     cute::warpgroup_wait<1>();
     fence_registers(dp);
@@ -117,7 +119,7 @@ struct FusedConsumer : KeyConsumer<Traits> {
     if (Base::has_steps()) {
       barrier_wait(smem.rows_full[0], 0);
       barrier_wait(smem.rows_full[1], 0);
-      barrier_wait(smem.keys_cleared, 0);
+      barrier_wait(smem.keys_ready, 0);
     }
     float dk[Traits::kHeadDim / 8][4], dv[Traits::kHeadDimV / 8][4];
     clear_accumulators(dk);

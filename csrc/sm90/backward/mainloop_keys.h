@@ -73,7 +73,7 @@ struct KeyConsumer {
 
   BROADHEAD_DEVICE void compute_p(Scores<Traits>& s, Weights<Traits>& p, int query0) {
     exponentiate_step<Traits, true>(s, p, lse(), smem.work.scale, is_whole(query0),
-                                    [&] { return make_step_mask<Side::kKeys>(smem.work.mask, key(), query0); });
+                                    [&] { return make_key_mask(smem.seen, first_row() + lane_row(), query0); });
   }
 
   template <class P>
@@ -117,6 +117,7 @@ struct KeyConsumer {
     clear_accumulators(dk);
     clear_accumulators(dv);
     if (has_steps()) {
+      barrier_wait(smem.keys_ready, 0);
       barrier_wait(smem.rows_full[0], 0);
       barrier_wait(smem.rows_full[1], 0);
     }
@@ -126,10 +127,12 @@ struct KeyConsumer {
       wait_queries();
       issue_s(s);
       wait_second();
-      issue_dp(dp);
-      cute::warpgroup_wait<1>();
+      // With a softcap P takes the registers of dP.
+      if constexpr (!Traits::kCapped) issue_dp(dp);
+      cute::warpgroup_wait<Traits::kCapped ? 0 : 1>();
       fence_registers(s);
       compute_p(s, p, query0);
+      if constexpr (Traits::kCapped) issue_dp(dp);
       issue_gradient<SecondCols>(dv, p, smem.second_cols[ring.stage()]);
       cute::warpgroup_wait<1>();
       fence_registers(dp);
@@ -150,7 +153,10 @@ struct KeyConsumer {
   BROADHEAD_DEVICE void run_dv() {
     float dv[Traits::kHeadDimV / 8][4];
     clear_accumulators(dv);
-    if (has_steps()) barrier_wait(smem.rows_full[0], 0);
+    if (has_steps()) {
+      barrier_wait(smem.keys_ready, 0);
+      barrier_wait(smem.rows_full[0], 0);
+    }
     for_each_step([&](int query0) {
       Scores<Traits> s;
       Weights<Traits> p;

@@ -50,8 +50,8 @@ struct BackwardSide {
   static constexpr int kConsumers = 2;  // warpgroups
   static constexpr int kConsumerWarps = 4 * kConsumers;
   static constexpr int kThreads = 128 * (kConsumers + 1);
-  static constexpr int kProducerRegisters = 40;
-  static constexpr int kConsumerRegisters = 232;
+  static constexpr int kProducerRegisters = kHeadDim <= 64 ? 56 : 40;
+  static constexpr int kConsumerRegisters = kHeadDim <= 64 ? 224 : 232;
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 65536 / kThreads / 8 * 8 * (kConsumers + 1));
 
   // Subtiles of 64 columns of head_dim with all their rows in one piece: each is a box, whatever head_dim is.
@@ -83,6 +83,7 @@ struct BackwardSide {
     alignas(1024) Element second_cols[kStages2][kCols * kTileColumnsV];
     alignas(16) float4 p[kSplitProducts ? kColTiles * 128 : 1];  // [column tile][thread]: P, times the softcap's slope
     // Of the queries that stream by: see QueryStats.
+    alignas(8) QueryInterval seen[kKeys ? kRows : 1];  // by each key of the tile; none where it does not exist
     alignas(16) float lse[kKeys ? kStages : 1][kCols];
     alignas(16) float delta[kKeys ? kStages : 1][kCols];
     Barrier rows_full[2];          // 1 arrival + bytes
@@ -91,6 +92,7 @@ struct BackwardSide {
     Barrier second_full[kStages2];
     Barrier second_empty[kStages2];
     Barrier stats_full[kStages];  // keys: the lanes of the warp that brings the stats, and clears dead rows
+    Barrier keys_ready;           // keys: the lanes of the two warps that prepare them
     BackwardWork work;
   };
   struct FusedStorage : SplitStorage {
@@ -98,7 +100,6 @@ struct BackwardSide {
     alignas(128) float4 dq[kConsumers][kDqTiles * 128];  // as the accumulators lie: [column tile][thread]
     Barrier dq_full[kConsumers];                         // each warp
     Barrier dq_empty[kConsumers];                        // 1 arrival
-    Barrier keys_cleared;                                // the lanes of two warps
   };
   using SharedStorage = std::conditional_t<kFused, FusedStorage, SplitStorage>;
 };

@@ -56,12 +56,12 @@ def run_plain(function: str, given: AttentionArgs, need_lse: bool, deterministic
         if args.scheduler_metadata is not None:
             check_identity(function, args.scheduler_metadata, *_identity_of(problem, device))
         result = _run_reference(args, call)
+    elif "gradients" in problem.features:
+        result = _Attention.apply(function, deterministic, *args)
     elif call.total_q == 0 or problem.batch == 0:
         assert plan.row is not None
         state.last = ("cuda", plan.row.id, "no query: nothing was launched")
         result = _empty_result(args, call)
-    elif "gradients" in problem.features:
-        result = _Attention.apply(function, deterministic, *args)
     else:
         result = run_new(make_launch(args, call, plan), function, need_lse, args)
     return _as_given(result, given)
