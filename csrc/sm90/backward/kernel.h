@@ -27,6 +27,8 @@ BROADHEAD_DEVICE void init_barriers(typename Traits::SharedStorage& smem) {
   for (auto& barrier : smem.first_empty) barrier.init(Traits::kConsumerWarps);
   for (auto& barrier : smem.second_empty) barrier.init(Traits::kConsumerWarps);
   if constexpr (Traits::kFused) {
+    for (auto& barrier : smem.ds_full) barrier.init(Traits::kConsumerWarps);
+    for (auto& barrier : smem.ds_empty) barrier.init(Traits::kConsumerWarps);
     for (auto& barrier : smem.dq_full) barrier.init(4);
     for (auto& barrier : smem.dq_empty) barrier.init(1);
   }

@@ -2,10 +2,11 @@
 //
 // A step, of each warpgroup's 64 keys, and then of half the columns of dQ (128 keys); | waits for what it needs:
 //
-//   dP^T | P | dV += P^T dO | dS -> shared memory | dK += dS^T Q | both have stored dS | dQ = dS K, S^T of the next step
+//   dP^T | P | dV += P^T dO | dS -> shared memory | dK += dS^T Q | dQ = dS K of the step before, S^T of the next step
 //
-// P is computed beside dP, and dQ goes to shared memory beside S of the next step. Nothing is on its way from one round
-// of the loop to the next: ptxas would make every product wait for the one before.
+// P is computed beside dP, and dQ goes to shared memory beside S of the next step. dQ is one step late, so that the
+// warpgroups need not meet: while one computes P or dS, or moves dQ, the other's products run. Nothing is on its way from
+// one round of the loop to the next: ptxas would make every product wait for the one before.
 #pragma once
 
 #include "sm90/backward/mainloop_keys.h"
@@ -14,8 +15,6 @@
 namespace broadhead::sm90 {
 
 using namespace tma;
-
-constexpr int kScoresBarrier = 3;  // dS of a step is in shared memory; what lay there two steps ago has been read
 
 template <class Traits>
 struct FusedConsumer : KeyConsumer<Traits> {
@@ -40,6 +39,7 @@ struct FusedConsumer : KeyConsumer<Traits> {
       stmatrix_x4_trans(address + step * 16 * Layout::kRowBytes, ds[step]);
     }
     cutlass::arch::fence_view_async_shared();
+    release(smem.ds_full[buffer]);
   }
 
   BROADHEAD_DEVICE void issue_dq(float (&dq)[Traits::kDqTiles][4], int buffer) const {
@@ -62,39 +62,48 @@ struct FusedConsumer : KeyConsumer<Traits> {
     fence_registers(dq);
   }
 
-  BROADHEAD_DEVICE void store_dq(const float (&dq)[Traits::kDqTiles][4], std::uint32_t parity) const {
-    barrier_wait(smem.dq_empty[warpgroup], parity ^ 1);
+  // Of the step that dS in `buffer` is of, once both warpgroups have stored it. `count`: of that step.
+  BROADHEAD_DEVICE void wait_ds(std::uint32_t count) const { barrier_wait(smem.ds_full[count & 1], count >> 1 & 1); }
+
+  // Hands dQ of step `count` to the warp that adds it, and dS of the step back.
+  BROADHEAD_DEVICE void store_dq(const float (&dq)[Traits::kDqTiles][4], std::uint32_t count) const {
+    release(smem.ds_empty[count & 1]);
+    barrier_wait(smem.dq_empty[warpgroup], count & 1 ^ 1);
+    const int thread = fresh_thread() % 128;
     BROADHEAD_UNROLL
     for (int n = 0; n < Traits::kDqTiles; ++n) {
-      smem.dq[warpgroup][n * 128 + fresh_thread() % 128] = make_float4(dq[n][0], dq[n][1], dq[n][2], dq[n][3]);
+      smem.dq[warpgroup][n * 128 + thread] = make_float4(dq[n][0], dq[n][1], dq[n][2], dq[n][3]);
     }
     cutlass::arch::fence_view_async_shared();
     release(smem.dq_full[warpgroup]);
   }
 
-  // A step whose S is there. Ends with S of the next step, unless it is the last.
+  // Step `count`, whose S is there. Ends with S of the next step, unless it is the last. In the first step dQ is of
+  // whatever lies in shared memory, and nobody gets it.
   template <bool kLast>
   BROADHEAD_DEVICE void step(float (&dk)[Traits::kHeadDim / 8][4], float (&dv)[Traits::kHeadDimV / 8][4],
-                             Scores<Traits>& s, int query0, std::uint32_t parity) {
+                             Scores<Traits>& s, const typename Base::Uniform& uniform, int query0,
+                             std::uint32_t count) {
     Scores<Traits> dp;
     Weights<Traits> p, ds;
     Base::wait_second();
     // With a softcap P takes the registers of dP.
     if constexpr (!Traits::kCapped) Base::issue_dp(dp);
-    Base::compute_p(s, p, query0);
+    Base::compute_p(s, p, uniform, query0);
     if constexpr (Traits::kCapped) Base::issue_dp(dp);
     issue_gradient<SecondCols>(dv, p, smem.second_cols[ring.stage()]);
     cute::warpgroup_wait<1>();
     fence_registers(dp);
-    Base::compute_ds(ds, [&](int n) { return make_float4(s[n][0], s[n][1], s[n][2], s[n][3]); }, dp, query0);
-    store_ds(ds, parity);
+    Base::compute_ds(ds, [&](int n) { return make_float4(s[n][0], s[n][1], s[n][2], s[n][3]); }, dp, uniform, query0);
+    barrier_wait(smem.ds_empty[count & 1], count >> 1 & 1 ^ 1);
+    store_ds(ds, count & 1);
     cute::warpgroup_wait<0>();  // dV: frees the registers of P
     fence_registers(dv);
     fence_registers(p);
     issue_gradient<FirstCols>(dk, ds, smem.first_cols[ring.stage()]);
-    NamedBarrier::sync(256, hardware_id(kScoresBarrier));
+    wait_ds(count - 1);
     float dq[Traits::kDqTiles][4];
-    issue_dq(dq, parity);
+    issue_dq(dq, count - 1 & 1);
     cute::warpgroup_wait<1>();  // dK: S has no registers before
     fence_registers(dk);
     fence_registers(ds);
@@ -108,11 +117,21 @@ struct FusedConsumer : KeyConsumer<Traits> {
     release(smem.second_empty[done.stage()]);
     cute::warpgroup_wait<kLast ? 0 : 1>();
     fence_registers(dq);
-    store_dq(dq, parity);
+    if (count > 0) store_dq(dq, count - 1);
     if constexpr (!kLast) {
       cute::warpgroup_wait<0>();
       fence_registers(s);
     }
+  }
+
+  // dQ of the last step.
+  BROADHEAD_DEVICE void last_dq(std::uint32_t count) const {
+    float dq[Traits::kDqTiles][4];
+    wait_ds(count);
+    issue_dq(dq, count & 1);
+    cute::warpgroup_wait<0>();
+    fence_registers(dq);
+    store_dq(dq, count);
   }
 
   BROADHEAD_DEVICE void run() {
@@ -127,18 +146,19 @@ struct FusedConsumer : KeyConsumer<Traits> {
     if (Base::has_steps()) {
       const BackwardWork& work = smem.work;
       Scores<Traits> s;
-      std::uint32_t parity = 0;
+      const auto uniform = Base::uniform();
+      std::uint32_t count = 0;
       int tile = work.range.begin;
       Base::wait_queries();
       Base::issue_s(s);
       cute::warpgroup_wait<0>();
       fence_registers(s);
       for (int left = (work.range.end - tile) * work.heads; left > 1; --left) {
-        step<false>(dk, dv, s, tile * Traits::kCols, parity);
-        parity ^= 1;
+        step<false>(dk, dv, s, uniform, tile * Traits::kCols, count++);
         if (++tile == work.range.end) tile = work.range.begin;
       }
-      step<true>(dk, dv, s, tile * Traits::kCols, parity);
+      step<true>(dk, dv, s, uniform, tile * Traits::kCols, count);
+      last_dq(count);
     }
     Base::write_dk(dk);
     Base::write_dv(dv);

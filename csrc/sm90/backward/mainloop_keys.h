@@ -63,22 +63,36 @@ struct KeyConsumer {
   BROADHEAD_DEVICE ColumnStats lse() const { return {smem.lse[ring.stage()] + lane_col()}; }
   BROADHEAD_DEVICE ColumnStats delta() const { return {smem.delta[ring.stage()] + lane_col()}; }
 
-  // Whether all keys of the tile meet all queries of the step from `query0` on. Keys that do not exist have gradients
-  // that nobody writes, but dQ must not take them.
-  BROADHEAD_DEVICE bool is_whole(int query0) const {
+  // What every step asks of the tile, in registers: the queries that meet all its keys, and the scale. With a softcap
+  // there are no registers for that.
+  struct Uniform {
+    Columns whole;
+    std::conditional_t<Traits::kCapped, const ScoreScale&, const ScoreScale> scale;
+
+    // Whether all keys of the tile meet all queries of the step from `query0` on.
+    BROADHEAD_DEVICE bool is_whole(int query0) const {
+      return query0 >= whole.begin && query0 + Traits::kCols <= whole.end;
+    }
+  };
+
+  // Queries past the end of the sequence have no gradients; keys past it have some that nobody writes, but dQ must not
+  // take them.
+  BROADHEAD_DEVICE Uniform uniform() const {
     const BackwardWork& work = smem.work;
-    if (Traits::kFused && work.first_row + Traits::kRows > work.end_row) return false;
-    return query0 >= work.whole.begin && min_int(query0 + Traits::kCols, work.seqlen.seqlen_q) <= work.whole.end;
+    const bool partial = Traits::kFused && work.first_row + Traits::kRows > work.end_row;
+    const int end = work.whole.end >= work.seqlen.seqlen_q ? INT32_MAX : work.whole.end;
+    return {{work.whole.begin, partial ? 0 : end}, work.scale};
   }
 
-  BROADHEAD_DEVICE void compute_p(Scores<Traits>& s, Weights<Traits>& p, int query0) {
-    exponentiate_step<Traits, true>(s, p, lse(), smem.work.scale, is_whole(query0),
+  BROADHEAD_DEVICE void compute_p(Scores<Traits>& s, Weights<Traits>& p, const Uniform& uniform, int query0) {
+    exponentiate_step<Traits, true>(s, p, lse(), uniform.scale, uniform.is_whole(query0),
                                     [&] { return make_key_mask(smem.seen, first_row() + lane_row(), query0); });
   }
 
   template <class P>
-  BROADHEAD_DEVICE void compute_ds(Weights<Traits>& ds, const P& p, const Scores<Traits>& dp, int query0) {
-    differentiate<Element>(ds, p, dp, delta(), is_whole(query0));
+  BROADHEAD_DEVICE void compute_ds(Weights<Traits>& ds, const P& p, const Scores<Traits>& dp, const Uniform& uniform,
+                                   int query0) {
+    differentiate<Element>(ds, p, dp, delta(), uniform.is_whole(query0));
   }
 
   // Calls `step(first query)` for each tile of queries of each head.
@@ -121,6 +135,7 @@ struct KeyConsumer {
       barrier_wait(smem.rows_full[0], 0);
       barrier_wait(smem.rows_full[1], 0);
     }
+    const Uniform uniform = this->uniform();
     for_each_step([&](int query0) {
       Scores<Traits> s, dp;
       Weights<Traits> p, ds;
@@ -131,12 +146,12 @@ struct KeyConsumer {
       if constexpr (!Traits::kCapped) issue_dp(dp);
       cute::warpgroup_wait<Traits::kCapped ? 0 : 1>();
       fence_registers(s);
-      compute_p(s, p, query0);
+      compute_p(s, p, uniform, query0);
       if constexpr (Traits::kCapped) issue_dp(dp);
       issue_gradient<SecondCols>(dv, p, smem.second_cols[ring.stage()]);
       cute::warpgroup_wait<1>();
       fence_registers(dp);
-      compute_ds(ds, [&](int n) { return make_float4(s[n][0], s[n][1], s[n][2], s[n][3]); }, dp, query0);
+      compute_ds(ds, [&](int n) { return make_float4(s[n][0], s[n][1], s[n][2], s[n][3]); }, dp, uniform, query0);
       issue_gradient<FirstCols>(dk, ds, smem.first_cols[ring.stage()]);
       cute::warpgroup_wait<0>();
       fence_registers(dv);
@@ -157,6 +172,7 @@ struct KeyConsumer {
       barrier_wait(smem.keys_ready, 0);
       barrier_wait(smem.rows_full[0], 0);
     }
+    const Uniform uniform = this->uniform();
     for_each_step([&](int query0) {
       Scores<Traits> s;
       Weights<Traits> p;
@@ -164,7 +180,7 @@ struct KeyConsumer {
       issue_s(s);
       cute::warpgroup_wait<0>();
       fence_registers(s);
-      compute_p(s, p, query0);
+      compute_p(s, p, uniform, query0);
       NamedBarrier::sync(256, hardware_id(kPEmptyBarrier));
       BROADHEAD_UNROLL
       for (int n = 0; n < Traits::kColTiles; ++n) {
@@ -187,6 +203,7 @@ struct KeyConsumer {
     clear_accumulators(dk);
     if (has_steps()) barrier_wait(smem.rows_full[1], 0);
     NamedBarrier::arrive(256, hardware_id(kPEmptyBarrier));
+    const Uniform uniform = this->uniform();
     for_each_step([&](int query0) {
       Scores<Traits> dp;
       Weights<Traits> ds;
@@ -196,7 +213,7 @@ struct KeyConsumer {
       cute::warpgroup_wait<0>();
       fence_registers(dp);
       NamedBarrier::sync(256, hardware_id(kPFullBarrier));
-      compute_ds(ds, [&](int n) { return smem.p[n * 128 + threadIdx.x % 128]; }, dp, query0);
+      compute_ds(ds, [&](int n) { return smem.p[n * 128 + threadIdx.x % 128]; }, dp, uniform, query0);
       NamedBarrier::arrive(256, hardware_id(kPEmptyBarrier));
       issue_gradient<FirstCols>(dk, ds, smem.first_cols[ring.stage()]);
       cute::warpgroup_wait<0>();

@@ -98,6 +98,8 @@ struct BackwardSide {
   struct FusedStorage : SplitStorage {
     alignas(1024) Element ds[2][kCols * kRows];
     alignas(128) float4 dq[kConsumers][kDqTiles * 128];  // as the accumulators lie: [column tile][thread]
+    Barrier ds_full[2];                                  // each consumer warp
+    Barrier ds_empty[2];                                 // likewise
     Barrier dq_full[kConsumers];                         // each warp
     Barrier dq_empty[kConsumers];                        // 1 arrival
   };
