@@ -80,10 +80,11 @@ struct FusedConsumer : KeyConsumer<Traits> {
 
   // Step `count`, whose S is there. Ends with S of the next step, unless it is the last. In the first step dQ is of
   // whatever lies in shared memory, and nobody gets it.
-  template <bool kLast>
-  BROADHEAD_DEVICE void step(float (&dk)[Traits::kHeadDim / 8][4], float (&dv)[Traits::kHeadDimV / 8][4],
+  template <class Last>
+  BROADHEAD_DEVICE void step(Last, float (&dk)[Traits::kHeadDim / 8][4], float (&dv)[Traits::kHeadDimV / 8][4],
                              Scores<Traits>& s, const typename Base::Uniform& uniform, int query0,
                              std::uint32_t count) {
+    constexpr bool kLast = Last::value;
     Scores<Traits> dp;
     Weights<Traits> p, ds;
     Base::wait_second();
@@ -107,14 +108,13 @@ struct FusedConsumer : KeyConsumer<Traits> {
     cute::warpgroup_wait<1>();  // dK: S has no registers before
     fence_registers(dk);
     fence_registers(ds);
-    const auto done = ring;
+    const std::uint32_t stage = ring.stage();
     if constexpr (!kLast) {
       ring.advance();
       Base::wait_queries();
       Base::issue_s(s);
     }
-    release(smem.first_empty[done.stage()]);
-    release(smem.second_empty[done.stage()]);
+    Base::release_stage(stage);
     cute::warpgroup_wait<kLast ? 0 : 1>();
     fence_registers(dq);
     if (count > 0) store_dq(dq, count - 1);
@@ -144,21 +144,15 @@ struct FusedConsumer : KeyConsumer<Traits> {
     clear_accumulators(dk);
     clear_accumulators(dv);
     if (Base::has_steps()) {
-      const BackwardWork& work = smem.work;
       Scores<Traits> s;
       const auto uniform = Base::uniform();
       std::uint32_t count = 0;
-      int tile = work.range.begin;
       Base::wait_queries();
       Base::issue_s(s);
       cute::warpgroup_wait<0>();
       fence_registers(s);
-      for (int left = (work.range.end - tile) * work.heads; left > 1; --left) {
-        step<false>(dk, dv, s, uniform, tile * Traits::kCols, count++);
-        if (++tile == work.range.end) tile = work.range.begin;
-      }
-      step<true>(dk, dv, s, uniform, tile * Traits::kCols, count);
-      last_dq(count);
+      Base::for_each_step([&](auto last, int query0) { step(last, dk, dv, s, uniform, query0, count++); });
+      last_dq(count - 1);
     }
     Base::write_dk(dk);
     Base::write_dv(dv);

@@ -45,10 +45,9 @@ struct KeyConsumer {
     wait_first();
   }
 
-  BROADHEAD_DEVICE void release_stage() {
-    release(smem.first_empty[ring.stage()]);
-    release(smem.second_empty[ring.stage()]);
-    ring.advance();
+  BROADHEAD_DEVICE void release_stage(std::uint32_t stage) {
+    release(smem.first_empty[stage]);
+    release(smem.second_empty[stage]);
   }
 
   BROADHEAD_DEVICE void issue_s(Scores<Traits>& s) {
@@ -95,16 +94,16 @@ struct KeyConsumer {
     differentiate<Element>(ds, p, dp, delta(), uniform.is_whole(query0));
   }
 
-  // Calls `step(first query)` for each tile of queries of each head.
+  // Calls `step(last, first query)` for each tile of queries of each head; `last`: a type that says so.
   template <class Step>
   BROADHEAD_DEVICE void for_each_step(const Step& step) {
     const BackwardWork& work = smem.work;
-    if (!has_steps()) return;
     int tile = work.range.begin;
-    for (int left = (work.range.end - tile) * work.heads; left > 0; --left) {
-      step(tile * Traits::kCols);
+    for (int left = (work.range.end - tile) * work.heads; left > 1; --left) {
+      step(std::false_type{}, tile * Traits::kCols);
       if (++tile == work.range.end) tile = work.range.begin;
     }
+    step(std::true_type{}, tile * Traits::kCols);
   }
 
   BROADHEAD_DEVICE bool has_steps() const { return smem.work.range.begin < smem.work.range.end; }
@@ -134,93 +133,117 @@ struct KeyConsumer {
       barrier_wait(smem.keys_ready, 0);
       barrier_wait(smem.rows_full[0], 0);
       barrier_wait(smem.rows_full[1], 0);
+      const Uniform uniform = this->uniform();
+      for_each_step([&](auto, int query0) { step_all(dk, dv, uniform, query0); });
     }
-    const Uniform uniform = this->uniform();
-    for_each_step([&](int query0) {
-      Scores<Traits> s, dp;
-      Weights<Traits> p, ds;
-      wait_queries();
-      issue_s(s);
-      wait_second();
-      // With a softcap P takes the registers of dP.
-      if constexpr (!Traits::kCapped) issue_dp(dp);
-      cute::warpgroup_wait<Traits::kCapped ? 0 : 1>();
-      fence_registers(s);
-      compute_p(s, p, uniform, query0);
-      if constexpr (Traits::kCapped) issue_dp(dp);
-      issue_gradient<SecondCols>(dv, p, smem.second_cols[ring.stage()]);
-      cute::warpgroup_wait<1>();
-      fence_registers(dp);
-      compute_ds(ds, [&](int n) { return make_float4(s[n][0], s[n][1], s[n][2], s[n][3]); }, dp, uniform, query0);
-      issue_gradient<FirstCols>(dk, ds, smem.first_cols[ring.stage()]);
-      cute::warpgroup_wait<0>();
-      fence_registers(dv);
-      fence_registers(dk);
-      fence_registers(p);
-      fence_registers(ds);
-      release_stage();
-    });
     write_dk(dk);
     write_dv(dv);
   }
 
-  // S, P and dV.
+  BROADHEAD_DEVICE void step_all(float (&dk)[Traits::kHeadDim / 8][4], float (&dv)[Traits::kHeadDimV / 8][4],
+                                 const Uniform& uniform, int query0) {
+    Scores<Traits> s, dp;
+    Weights<Traits> p, ds;
+    wait_queries();
+    issue_s(s);
+    wait_second();
+    // With a softcap P takes the registers of dP.
+    if constexpr (!Traits::kCapped) issue_dp(dp);
+    cute::warpgroup_wait<Traits::kCapped ? 0 : 1>();
+    fence_registers(s);
+    compute_p(s, p, uniform, query0);
+    if constexpr (Traits::kCapped) issue_dp(dp);
+    issue_gradient<SecondCols>(dv, p, smem.second_cols[ring.stage()]);
+    cute::warpgroup_wait<1>();
+    fence_registers(dp);
+    compute_ds(ds, [&](int n) { return make_float4(s[n][0], s[n][1], s[n][2], s[n][3]); }, dp, uniform, query0);
+    issue_gradient<FirstCols>(dk, ds, smem.first_cols[ring.stage()]);
+    cute::warpgroup_wait<0>();
+    fence_registers(dv);
+    fence_registers(dk);
+    fence_registers(p);
+    fence_registers(ds);
+    release_stage(ring.stage());
+    ring.advance();
+  }
+
+  // The end of a step of one product of scores and one gradient: `gradient` has been issued for the stage, which is
+  // released; the scores of the next step have been when this returns.
+  template <class Last, int kTiles, class Issue>
+  BROADHEAD_DEVICE void finish_step(Last, float (&gradient)[kTiles][4], Weights<Traits>& weights,
+                                    Scores<Traits>& scores, const Issue& issue_next) {
+    const std::uint32_t stage = ring.stage();
+    ring.advance();
+    if constexpr (!Last::value) issue_next();
+    cute::warpgroup_wait<Last::value ? 0 : 1>();
+    fence_registers(gradient);
+    fence_registers(weights);
+    release_stage(stage);
+    if constexpr (!Last::value) {
+      cute::warpgroup_wait<0>();
+      fence_registers(scores);
+    }
+  }
+
+  // S, P and dV. S of the next step is multiplied behind dV.
   BROADHEAD_DEVICE void run_dv() {
     float dv[Traits::kHeadDimV / 8][4];
     clear_accumulators(dv);
     if (has_steps()) {
       barrier_wait(smem.keys_ready, 0);
       barrier_wait(smem.rows_full[0], 0);
-    }
-    const Uniform uniform = this->uniform();
-    for_each_step([&](int query0) {
+      const Uniform uniform = this->uniform();
       Scores<Traits> s;
-      Weights<Traits> p;
-      wait_queries();
-      issue_s(s);
+      const auto issue = [&] {
+        wait_queries();
+        issue_s(s);
+      };
+      issue();
       cute::warpgroup_wait<0>();
       fence_registers(s);
-      compute_p(s, p, uniform, query0);
-      NamedBarrier::sync(256, hardware_id(kPEmptyBarrier));
-      BROADHEAD_UNROLL
-      for (int n = 0; n < Traits::kColTiles; ++n) {
-        smem.p[n * 128 + threadIdx.x % 128] = make_float4(s[n][0], s[n][1], s[n][2], s[n][3]);
-      }
-      NamedBarrier::arrive(256, hardware_id(kPFullBarrier));
-      wait_second();
-      issue_gradient<SecondCols>(dv, p, smem.second_cols[ring.stage()]);
-      cute::warpgroup_wait<0>();
-      fence_registers(dv);
-      fence_registers(p);
-      release_stage();
-    });
+      for_each_step([&](auto last, int query0) {
+        Weights<Traits> p;
+        compute_p(s, p, uniform, query0);
+        NamedBarrier::sync(256, hardware_id(kPEmptyBarrier));
+        BROADHEAD_UNROLL
+        for (int n = 0; n < Traits::kColTiles; ++n) {
+          smem.p[n * 128 + threadIdx.x % 128] = make_float4(s[n][0], s[n][1], s[n][2], s[n][3]);
+        }
+        NamedBarrier::arrive(256, hardware_id(kPFullBarrier));
+        wait_second();
+        issue_gradient<SecondCols>(dv, p, smem.second_cols[ring.stage()]);
+        finish_step(last, dv, p, s, issue);
+      });
+    }
     write_dv(dv);
   }
 
-  // dP, dS and dK.
+  // dP, dS and dK. dP of the next step is multiplied behind dK.
   BROADHEAD_DEVICE void run_dk() {
     float dk[Traits::kHeadDim / 8][4];
     clear_accumulators(dk);
-    if (has_steps()) barrier_wait(smem.rows_full[1], 0);
-    NamedBarrier::arrive(256, hardware_id(kPEmptyBarrier));
-    const Uniform uniform = this->uniform();
-    for_each_step([&](int query0) {
+    if (has_steps()) {
+      barrier_wait(smem.rows_full[1], 0);
+      const Uniform uniform = this->uniform();
       Scores<Traits> dp;
-      Weights<Traits> ds;
-      wait_queries();
-      wait_second();
-      issue_dp(dp);
+      const auto issue = [&] {
+        wait_queries();
+        wait_second();
+        issue_dp(dp);
+      };
+      NamedBarrier::arrive(256, hardware_id(kPEmptyBarrier));
+      issue();
       cute::warpgroup_wait<0>();
       fence_registers(dp);
-      NamedBarrier::sync(256, hardware_id(kPFullBarrier));
-      compute_ds(ds, [&](int n) { return smem.p[n * 128 + threadIdx.x % 128]; }, dp, uniform, query0);
-      NamedBarrier::arrive(256, hardware_id(kPEmptyBarrier));
-      issue_gradient<FirstCols>(dk, ds, smem.first_cols[ring.stage()]);
-      cute::warpgroup_wait<0>();
-      fence_registers(dk);
-      fence_registers(ds);
-      release_stage();
-    });
+      for_each_step([&](auto last, int query0) {
+        Weights<Traits> ds;
+        NamedBarrier::sync(256, hardware_id(kPFullBarrier));
+        compute_ds(ds, [&](int n) { return smem.p[n * 128 + threadIdx.x % 128]; }, dp, uniform, query0);
+        NamedBarrier::arrive(256, hardware_id(kPEmptyBarrier));
+        issue_gradient<FirstCols>(dk, ds, smem.first_cols[ring.stage()]);
+        finish_step(last, dk, ds, dp, issue);
+      });
+    }
     write_dk(dk);
   }
 
