@@ -68,7 +68,7 @@ struct KeyConsumer {
   BROADHEAD_DEVICE bool is_whole(int query0) const {
     const BackwardWork& work = smem.work;
     if (Traits::kFused && work.first_row + Traits::kRows > work.end_row) return false;
-    return query0 >= work.whole.begin && min_int(query0 + Traits::kCols, work.seqlen.seqlen_q) <= work.whole.end;
+    return work.is_whole<Side::kKeys>(query0, Traits::kCols);
   }
 
   BROADHEAD_DEVICE void compute_p(Scores<Traits>& s, Weights<Traits>& p, int query0) {
