@@ -54,7 +54,8 @@ BROADHEAD_DEVICE void clear_stage(typename Traits::SharedStorage& smem, const Ri
 }
 
 // One warp prepares the columns of all steps. Keys: LSE and D of queries; those without a gradient become zeros, as in
-// load_stats. Queries: K of keys that no query of the tile sees becomes zeros.
+// load_stats. Queries: K of keys that no query of the tile sees becomes zeros. It waits for all who wait for it: a parity
+// tells them a step from the one a ring before, not from the one two rings before.
 template <class Traits>
 BROADHEAD_DEVICE void prepare_steps(const BackwardArgs& args, typename Traits::SharedStorage& smem,
                                     std::uint32_t rank) {
@@ -63,15 +64,24 @@ BROADHEAD_DEVICE void prepare_steps(const BackwardArgs& args, typename Traits::S
   for_each_step(work, [&](int head, int tile) {
     const int col0 = tile * Traits::kCols;
     const std::uint32_t stage = ring.stage();
+    const auto wait_empty = [&] {
+      for (int half = 0; half < 2; ++half) {
+        barrier_wait(smem.chunk_empty[stage][Traits::chunk_of(half, Traits::kParts - 1)], ring.parity() ^ 1);
+      }
+    };
     if constexpr (Traits::kKeys) {
       LaneStats<Traits::kCols / 32> stats;
       stats.load(args.params, work, head, col0);  // on their way while the stage is waited for
+      wait_empty();
       barrier_wait(smem.stats_empty[stage], ring.parity() ^ 1);
       if (stats.store(smem.lse[stage], smem.delta[stage])) {
         clear_stage<Traits>(smem, ring, [&](int row) { return smem.lse[stage][row] == INFINITY; });
       }
-    } else if (rank == 0 && !work.live.all(col0, Traits::kCols)) {
-      clear_stage<Traits>(smem, ring, [&](int row) { return !work.live.contains(col0 + row); });
+    } else {
+      wait_empty();
+      if (rank == 0 && !work.live.all(col0, Traits::kCols)) {
+        clear_stage<Traits>(smem, ring, [&](int row) { return !work.live.contains(col0 + row); });
+      }
     }
     smem.prepared[stage].arrive();
     ring.advance();
