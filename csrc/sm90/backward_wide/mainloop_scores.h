@@ -33,6 +33,16 @@ BROADHEAD_DEVICE void send_weights(const std::uint32_t (&weights)[kSteps][4], st
   }
 }
 
+// Where the lane finds its row of a 16 x 16 matrix, of the warp's rows and 16 columns from 16 * step on, for ldmatrix.
+// `tile`: 64 rows in subtiles of 64 columns.
+template <class Layout>
+BROADHEAD_DEVICE std::uint32_t matrix_of(const void* tile, int step) {
+  const int lane = fresh_thread() % 32;
+  const int row = fresh_thread() / 32 % 4 * 16 + lane % 16;
+  return smem_address(tile) + step / 4 * Layout::kSubtileStride + row * Layout::kRowBytes +
+         ((step % 4 * 2 + lane / 16) ^ (row % 8)) * 16;
+}
+
 template <class Traits>
 struct PairScores {
   using Element = typename Traits::Element;
@@ -43,9 +53,20 @@ struct PairScores {
   typename Traits::SharedStorage& smem;
   RingState<Traits::kStages> ring;
   RingState<2> slot;  // of what is sent and received
+  std::uint32_t kept[Traits::kRegisterSteps][4];
 
   // The lane's first row in the sequence.
   BROADHEAD_DEVICE int row() const { return smem.work.first_row + lane_row(); }
+
+  BROADHEAD_DEVICE void load_rows() {
+    barrier_wait(smem.rows_full, 0);
+    BROADHEAD_UNROLL
+    for (int i = 0; i < Traits::kRegisterSteps; ++i) {
+      const int chunk = i / Chunk::kSteps;
+      ldmatrix_x4(kept[i],
+                  matrix_of<typename Traits::Rows>(smem.rows, Traits::first_column(chunk) / 16 + i % Chunk::kSteps));
+    }
+  }
 
   // scores = rows x columns^T of a step, complete.
   BROADHEAD_DEVICE void multiply(Scores<Traits>& scores) {
@@ -62,9 +83,14 @@ struct PairScores {
       BROADHEAD_UNROLL
       for (int step = 0; step < Chunk::kSteps; ++step) {
         const int row_step = Traits::first_column(chunk) / 16 + step;
-        wgmma_ss<Element, Traits::kCols, Major::K>(scores, a + (Rows::step_offset(row_step, Rows::kSubtileStride) >> 4),
-                                                   b + (Chunk::step_offset(step, Chunk::kSubtileStride) >> 4),
-                                                   chunk + step > 0);
+        const std::uint64_t b_step = b + (Chunk::step_offset(step, Chunk::kSubtileStride) >> 4);
+        if (chunk < Traits::kRegisterChunks) {
+          wgmma_rs<Element, Traits::kCols, Major::K>(scores, kept[chunk * Chunk::kSteps + step], b_step,
+                                                     chunk + step > 0);
+        } else {
+          wgmma_ss<Element, Traits::kCols, Major::K>(
+              scores, a + (Rows::step_offset(row_step, Rows::kSubtileStride) >> 4), b_step, true);
+        }
       }
       cute::warpgroup_commit_batch();
     }
@@ -93,7 +119,7 @@ struct PairScores {
   // P of each step goes to CTA 1, and with a softcap P times its slope.
   template <class Stats>
   BROADHEAD_DEVICE void run_p(const Stats& lse_of) {
-    barrier_wait(smem.rows_full, 0);
+    load_rows();
     for_each_step(smem.work, [&](int, int tile) {
       Scores<Traits> s;
       Weights<Traits> p;
@@ -120,20 +146,14 @@ struct PairScores {
     barrier_wait(received, slot.parity());
     if (fresh_thread() % 128 == 0) received.arrive_and_expect_tx(Traits::received_bytes(1));  // the next ones
     const Element* tile = Traits::kSendsSlope ? smem.slopes[slot.stage()] : smem.weights[slot.stage()];
-    const int lane = fresh_thread() % 32, lane_row = fresh_thread() / 32 % 4 * 16 + lane % 16;
-    const std::uint32_t base = smem_address(tile) + lane_row * WeightLayout::kRowBytes;
     BROADHEAD_UNROLL
-    for (int step = 0; step < Traits::kWeightSteps; ++step) {
-      ldmatrix_x4(p[step], base + ((step * 2 + lane / 16) ^ (lane % 8)) * 16);
-    }
-    __syncwarp();
-    if (lane == 0) barrier_arrive_cluster(smem.sent_read[slot.stage()], 0, 1);
+    for (int step = 0; step < Traits::kWeightSteps; ++step) ldmatrix_x4(p[step], matrix_of<WeightLayout>(tile, step));
   }
 
   // dS of each step goes to CTA 0.
   template <class Stats>
   BROADHEAD_DEVICE void run_ds(const Stats& delta_of) {
-    barrier_wait(smem.rows_full, 0);
+    load_rows();
     for_each_step(smem.work, [&](int, int tile) {
       Scores<Traits> dp;
       Weights<Traits> p, ds;
@@ -148,6 +168,9 @@ struct PairScores {
           },
           dp, delta_of(ring.stage()), smem.work.template is_whole<Traits::kSide>(tile * Traits::kCols, Traits::kCols));
       release_stage();
+      // P was used: it has been read for certain, whatever order an arrival in the other CTA has.
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) barrier_arrive_cluster(smem.sent_read[slot.stage()], 0, 1);
       wait_sent();
       send(ds, smem.weights[slot.stage()], 0);
       slot.advance();

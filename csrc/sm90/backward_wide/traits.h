@@ -67,6 +67,11 @@ struct PairSide {
   static_assert(Rows::kRowBytes == 128 && Chunk::kRowBytes == 128);
   static constexpr int kChunkBytes = Chunk::kSubtiles * Chunk::kSubtileStride;
 
+  // The rows' columns of the first chunks stay in registers as operand A of the scores: shared memory, which wgmma reads
+  // again and again, is what bounds these kernels.
+  static constexpr int kRegisterChunks = kParts;
+  static constexpr int kRegisterSteps = kRegisterChunks * Chunk::kSteps;
+
   // P or dS: columns side by side.
   static constexpr int kColTiles = kCols / 8;
   static constexpr int kWeightSteps = kCols / 16;  // as operand A
