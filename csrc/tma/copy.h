@@ -1,5 +1,5 @@
-// Copies in PTX that CUTLASS lacks: TMA without a cache hint, cp.async of zeros by a predicate, a bulk addition; and a
-// prefetch.
+// Copies in PTX that CUTLASS lacks: TMA without a cache hint, cp.async of zeros by a predicate, a bulk addition, stores
+// of 16 bytes into another CTA; and a prefetch.
 #pragma once
 
 #include "tma/barrier.h"
@@ -56,8 +56,8 @@ BROADHEAD_DEVICE void bulk_add(float* target, std::uint32_t source, int bytes) {
                : "memory");
 }
 
-// Stores 16 bytes in the shared memory of a CTA of the cluster; `barrier`, there too, counts them. Both are addresses in
-// the cluster's window. CuTe's stores 4 bytes.
+// Stores 16 bytes in the shared memory of a CTA of the cluster; `barrier`, there too, counts them. Both are addresses
+// in the cluster's window. CuTe's stores 4 bytes.
 BROADHEAD_DEVICE void store_async_cluster(std::uint32_t target, const uint4& x, std::uint32_t barrier) {
   asm volatile(
       "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(target),

@@ -142,7 +142,9 @@ def test_generated_sources_equal_the_table(tmp_path: Path) -> None:
         tiles.FusedBackwardTile: ("sm90::FusedBackwardTraits", "sm90::launch_fused", "sm90/backward/launch.cuh"),
         tiles.HopperBackwardTile: ("sm90::BackwardTraits", "sm90::launch_backward", "sm90/backward/launch.cuh"),
         tiles.PairBackwardTile: (
-            "sm90::PairBackwardTraits", "sm90::launch_pair_backward", "sm90/backward_wide/launch.cuh",
+            "sm90::PairBackwardTraits",
+            "sm90::launch_pair_backward",
+            "sm90/backward_wide/launch.cuh",
         ),
     }
     for row in support.ROWS:

@@ -150,8 +150,8 @@ BROADHEAD_DEVICE void load_stats(const BackwardArgs& args, typename Traits::Shar
   });
 }
 
-// Warps 2 and 3: keys of the tile that no query sees, or that do not exist, become zeros. They may be NaN, and a dS of 0
-// does not hide that from dQ.
+// Warps 2 and 3: keys of the tile that no query sees, or that do not exist, become zeros. They may be NaN, and a dS of
+// 0 does not hide that from dQ.
 template <class Traits>
 BROADHEAD_DEVICE void clear_keys(typename Traits::SharedStorage& smem, int warp) {
   const BackwardWork& work = smem.work;

@@ -54,8 +54,8 @@ BROADHEAD_DEVICE void clear_stage(typename Traits::SharedStorage& smem, const Ri
 }
 
 // One warp prepares the columns of all steps. Keys: LSE and D of queries; those without a gradient become zeros, as in
-// load_stats. Queries: K of keys that no query of the tile sees becomes zeros. It waits for all who wait for it: a parity
-// tells them a step from the one a ring before, not from the one two rings before.
+// load_stats. Queries: K of keys that no query of the tile sees becomes zeros. It waits for all who wait for it: a
+// parity tells them a step from the one a ring before, not from the one two rings before.
 template <class Traits>
 BROADHEAD_DEVICE void prepare_steps(const BackwardArgs& args, typename Traits::SharedStorage& smem,
                                     std::uint32_t rank) {

@@ -49,8 +49,8 @@ struct PairGradient {
     for (int part = 0; part < Traits::kParts; ++part) {
       const int chunk = Traits::chunk_of(half, part);
       barrier_wait(smem.chunk_full[ring.stage()][chunk], ring.parity());
-      const std::uint64_t b = Descriptor::make(smem_address(smem.chunks[ring.stage()][chunk]), Chunk::kSubtileStride,
-                                               Chunk::kSlabStride);
+      const std::uint64_t b =
+          Descriptor::make(smem_address(smem.chunks[ring.stage()][chunk]), Chunk::kSubtileStride, Chunk::kSlabStride);
       cute::warpgroup_arrive();
       BROADHEAD_UNROLL
       for (int step = 0; step < Traits::kWeightSteps; ++step) {

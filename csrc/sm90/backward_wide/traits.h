@@ -4,8 +4,8 @@
 // operands and the columns that stream by are more than the shared memory of a CTA, and its gradients more than its
 // registers. So CTA 0 has the first operand and CTA 1 the second:
 //
-//   keys:     CTA 0:  S^T = K Q^T | P -> CTA 1         dK += dS^T Q     CTA 1:  dP^T = V dO^T | dS -> CTA 0   dV += P^T dO
-//   queries:  CTA 0:  S = Q K^T   | P -> CTA 1         dQ += dS K       CTA 1:  dP = dO V^T   | dS -> CTA 0
+//   keys:     CTA 0:  S^T = K Q^T | P -> CTA 1         dK += dS^T Q     CTA 1:  dP^T = V dO^T | dS -> CTA 0   dV += P^T
+//   dO queries:  CTA 0:  S = Q K^T   | P -> CTA 1         dQ += dS K       CTA 1:  dP = dO V^T   | dS -> CTA 0
 //
 // What they send has 16 bits a number and goes into the other's shared memory as operand A of its gradient. Nothing is
 // loaded twice.
@@ -55,7 +55,9 @@ struct PairSide {
   // gradient frees them: the first part of either half, then the second.
   static constexpr int kChunks = 2 * kParts;
   BROADHEAD_DEVICE static constexpr int chunk_of(int half, int part) { return part * 2 + half; }
-  BROADHEAD_DEVICE static constexpr int first_column(int chunk) { return chunk % 2 * kHalfCols + chunk / 2 * kPartCols; }
+  BROADHEAD_DEVICE static constexpr int first_column(int chunk) {
+    return chunk % 2 * kHalfCols + chunk / 2 * kPartCols;
+  }
 
   // Subtiles of 64 columns of head_dim with all their rows in one piece: each is a box, whatever head_dim is.
   using Rows = TileLayout<Element, kHeadDim, kRows>;
@@ -67,8 +69,8 @@ struct PairSide {
   static_assert(Rows::kRowBytes == 128 && Chunk::kRowBytes == 128);
   static constexpr int kChunkBytes = Chunk::kSubtiles * Chunk::kSubtileStride;
 
-  // The rows' columns of the first chunks stay in registers as operand A of the scores: shared memory, which wgmma reads
-  // again and again, is what bounds these kernels.
+  // The rows' columns of the first chunks stay in registers as operand A of the scores: shared memory, which wgmma
+  // reads again and again, is what bounds these kernels.
   static constexpr int kRegisterChunks = kParts;
   static constexpr int kRegisterSteps = kRegisterChunks * Chunk::kSteps;
 
@@ -99,13 +101,13 @@ struct PairSide {
     // Of the queries that stream by: see QueryStats.
     alignas(16) float lse[kKeys ? kStages : 1][kCols];
     alignas(16) float delta[kKeys ? kStages : 1][kCols];
-    Barrier rows_full;                       // 1 arrival + bytes
-    Barrier chunk_full[kStages][kChunks];    // 1 arrival + bytes
-    Barrier chunk_empty[kStages][kChunks];   // scores; gradient, where there is one
-    Barrier prepared[kStages];               // the lanes of the warp that brings the stats and clears dead rows
-    Barrier stats_empty[kStages];            // 4 warps of the scores
-    Barrier received[2];                     // 1 arrival (of a reader, ahead of time) + bytes
-    Barrier sent_read[2];                    // readers_of_sent
+    Barrier rows_full;                      // 1 arrival + bytes
+    Barrier chunk_full[kStages][kChunks];   // 1 arrival + bytes
+    Barrier chunk_empty[kStages][kChunks];  // scores; gradient, where there is one
+    Barrier prepared[kStages];              // the lanes of the warp that brings the stats and clears dead rows
+    Barrier stats_empty[kStages];           // 4 warps of the scores
+    Barrier received[2];                    // 1 arrival (of a reader, ahead of time) + bytes
+    Barrier sent_read[2];                   // readers_of_sent
     BackwardWork work;
   };
 };
