@@ -36,7 +36,24 @@ struct BackwardWork {
   int heads;
   LiveKeys live;  // columns that some row meets, keys or queries. The others may be NaN, and become zeros
   Columns whole;  // columns that every row meets
+
+  // Whether all rows of the tile meet all `cols` columns from `col0` on. Keys: queries that do not exist count as met.
+  template <Side kSide>
+  BROADHEAD_HOST_DEVICE bool is_whole(int col0, int cols) const {
+    const int end = kSide == Side::kKeys ? min_int(col0 + cols, seqlen.seqlen_q) : col0 + cols;
+    return col0 >= whole.begin && end <= whole.end;
+  }
 };
+
+BROADHEAD_HOST_DEVICE bool has_steps(const BackwardWork& work) { return work.range.begin < work.range.end; }
+
+// Calls `step(query head, tile of columns)` for all that stream by, in their order.
+template <class Step>
+BROADHEAD_DEVICE void for_each_step(const BackwardWork& work, const Step& step) {
+  for (int head = work.first_head; head < work.first_head + work.heads; ++head) {
+    for (int tile = work.range.begin; tile < work.range.end; ++tile) step(head, tile);
+  }
+}
 
 // `tile`: of `rows` keys. Tiles of columns hold `cols` queries.
 BROADHEAD_HOST_DEVICE void set_key_tile(BackwardWork& work, int tile, int rows, int cols) {

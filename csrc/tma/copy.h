@@ -1,5 +1,5 @@
-// Copies in PTX that CUTLASS lacks: TMA without a cache hint, cp.async of zeros by a predicate, a bulk addition; and a
-// prefetch.
+// Copies in PTX that CUTLASS lacks: TMA without a cache hint, cp.async of zeros by a predicate, a bulk addition, stores
+// of 16 bytes into another CTA; and a prefetch.
 #pragma once
 
 #include "tma/barrier.h"
@@ -54,6 +54,15 @@ BROADHEAD_DEVICE void bulk_add(float* target, std::uint32_t source, int bytes) {
   asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(target), "r"(source),
                "r"(bytes)
                : "memory");
+}
+
+// Stores 16 bytes in the shared memory of a CTA of the cluster; `barrier`, there too, counts them. Both are addresses
+// in the cluster's window. CuTe's stores 4 bytes.
+BROADHEAD_DEVICE void store_async_cluster(std::uint32_t target, const uint4& x, std::uint32_t barrier) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(target),
+      "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(barrier)
+      : "memory");
 }
 
 }  // namespace broadhead::tma

@@ -19,6 +19,7 @@ from .tiles import (
     FusedBackwardTile,
     HopperBackwardTile,
     HopperTile,
+    PairBackwardTile,
     Template,
     Tile,
     WideTile,
@@ -108,7 +109,7 @@ class KernelRow(NamedTuple):
     smem_limit: int
     tile: (
         Tile | DecodeTile | AbsorbedDecodeTile | HopperTile | WideTile | Fp8Tile | AbsorbedTile | BackwardTile
-        | FusedBackwardTile | HopperBackwardTile
+        | FusedBackwardTile | HopperBackwardTile | PairBackwardTile
     )  # fmt: skip
     features: tuple[str, ...]
     requires: tuple[str, ...] = ()  # features without which a call is not for this kernel
@@ -347,8 +348,6 @@ def _sm90_rows() -> tuple[KernelRow, ...]:
     return (*rows, *(row._replace(features=(*FEATURES, "descale")) for row in fp8_rows))
 
 
-
-
 def _sm90_backward_rows() -> tuple[KernelRow, ...]:
     """The Hopper backward kernels (wgmma, TMA, warp specialisation), on 9.0."""
     shapes = (
@@ -363,6 +362,8 @@ def _sm90_backward_rows() -> tuple[KernelRow, ...]:
         ("d192_v128", 192, 128, HopperBackwardTile(64, 96, 2, 128, 64, 2, 2)),
         ("d192", 192, 192, HopperBackwardTile(64, 64, 2, 128, 64, 2, 2)),
         ("d256", 256, 256, HopperBackwardTile(64, 64, 2, 128, 64, 2, 1)),
+        ("d384", 384, 384, PairBackwardTile(3)),
+        ("d512", 512, 512, PairBackwardTile(2)),
     )
     return tuple(
         KernelRow(

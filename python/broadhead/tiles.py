@@ -170,6 +170,25 @@ class FusedBackwardTile(NamedTuple):
         return 1
 
 
+class PairBackwardTile(NamedTuple):
+    """The work of a cluster of two CTAs in the two Hopper backward kernels of wide heads, 64 rows of either side at a
+    time; the last template arguments of ``sm90::PairBackwardTraits``."""
+
+    stages: int  # buffers for the side that streams by, in each CTA
+
+    @property
+    def tile_m(self) -> int:
+        return 64
+
+    @property
+    def tile_n(self) -> int:
+        return 64
+
+    @property
+    def min_blocks(self) -> int:
+        return 1
+
+
 class Template(NamedTuple):
     """The C++ templates behind a tile class, and how its launches divide their work."""
 
@@ -209,6 +228,10 @@ TEMPLATES: dict[type, Template] = {
     FusedBackwardTile: Template(
         "sm90/backward/launch.cuh", "sm90::FusedBackwardTraits", "sm90::launch_fused", "sm90::fused_workspace", True,
         False,
+    ),
+    PairBackwardTile: Template(
+        "sm90/backward_wide/launch.cuh", "sm90::PairBackwardTraits", "sm90::launch_pair_backward",
+        "sm90::backward_workspace", True, False,
     ),
     HopperBackwardTile: Template(
         "sm90/backward/launch.cuh", "sm90::BackwardTraits", "sm90::launch_backward", "sm90::backward_workspace", True,

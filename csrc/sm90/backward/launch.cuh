@@ -2,119 +2,20 @@
 // sums. Instantiated once a row by cmake/generate.py.
 #pragma once
 
-#include <algorithm>
-#include <type_traits>
-
-#include "host/launch.cuh"
-#include "kernels/backward_prepare.h"
 #include "sm90/backward/finish.h"
+#include "sm90/backward/host.cuh"
 #include "sm90/backward/kernel.h"
 
 namespace broadhead::sm90 {
 
 using namespace tma;
 
-template <class Traits>
-std::int64_t backward_workspace(const AttnBwdParams& params) {
-  return backward_prepare_bytes(params);
-}
-
-// Bytes of columns that neighbouring CTAs of a kernel may share: half of the L2 of 9.0.
-constexpr long long kSectionBytes = 24LL << 20;
-
-// A tensor of queries (q, dout) or of keys (k, v).
-inline OperandShape operand_of(const AttnBwdParams& params, const void* data, const TensorStrides& strides, int columns,
-                               bool queries) {
-  const bool packed = (queries ? params.cu_seqlens_q : params.cu_seqlens_k) != nullptr;
-  const std::int64_t rows =
-      queries ? (packed ? params.total_q : params.seqlen_q) : (packed ? params.total_k : params.seqlen_k);
-  return {
-      data, strides, 2, columns, rows, queries ? params.num_heads_q : params.num_heads_kv, packed ? 1 : params.batch};
-}
-
-// `rows`: of a box. 0, or a CUresult.
-template <class Layout>
-int make_box_map(KvMap& map, const OperandShape& operand, int rows) {
-  return make_kv_map(map, operand,
-                     {.row_bytes = Layout::kRowBytes,
-                      .subtiles = Layout::kSubtiles,
-                      .box_rows = rows,
-                      .stage_rows = rows,
-                      .all_columns = false,
-                      .tail = ColumnTail::kSubtiles});
-}
-
-template <class Traits>
-int make_backward_maps(BackwardArgs& args) {
-  constexpr bool kKeys = Traits::kKeys;
-  const AttnBwdParams& params = args.params;
-  const OperandShape q = operand_of(params, params.q, params.q_strides, params.head_dim, true);
-  const OperandShape dout = operand_of(params, params.dout, params.dout_strides, params.head_dim_v, true);
-  const OperandShape k = operand_of(params, params.k, params.k_strides, params.head_dim, false);
-  const OperandShape v = operand_of(params, params.v, params.v_strides, params.head_dim_v, false);
-  int error = make_box_map<typename Traits::FirstRows>(args.first_rows, kKeys ? k : q, Traits::kRows);
-  if (!error) error = make_box_map<typename Traits::SecondRows>(args.second_rows, kKeys ? v : dout, Traits::kRows);
-  if (!error) error = make_box_map<typename Traits::FirstCols>(args.first_cols, kKeys ? q : k, Traits::kCols);
-  if (!error) error = make_box_map<typename Traits::SecondCols>(args.second_cols, kKeys ? dout : v, Traits::kCols);
-  return error;
-}
-
-// Heads whose columns share the L2: at least one KV head.
-template <class Traits>
-int section_heads(const AttnBwdParams& params) {
-  const int group = params.num_heads_q / params.num_heads_kv;
-  const long long of_row = 2LL * (params.head_dim + params.head_dim_v);
-  const long long of_kv_head = Traits::kKeys ? of_row * params.seqlen_q * group : of_row * params.seqlen_k;
-  const long long kv_heads = std::clamp(kSectionBytes / std::max(of_kv_head, 1LL), 1LL, 65535LL);
-  return static_cast<int>(Traits::kKeys ? kv_heads : std::min(kv_heads * group, 65535LL));
-}
-
-// Tiles of dQ of a head: see first_dq_tile.
-inline std::int64_t dq_tiles(const AttnBwdParams& params) { return params.total_q / 64 + params.batch; }
-
-// `dq_sums`: of a fused kernel.
-template <class Traits>
-int launch_side(const AttnBwdParams& params, CallReport report, cudaStream_t stream, float* dq_sums = nullptr) {
-  constexpr bool kKeys = Traits::kKeys;
-  report.smem_bytes = sizeof(typename Traits::SharedStorage);
-  static PreparedKernel prepared;
-  KernelLimits limits;
-  if (prepared.prepare(backward_kernel<Traits>, Traits::kThreads, report, limits)) return 1;
-  BackwardArgs args{};
-  args.params = params;
-  args.tiles = ceil_div(kKeys ? params.seqlen_k : params.seqlen_q, Traits::kRows);
-  args.heads_per_section = section_heads<Traits>(params);
-  args.dq_sums = dq_sums;
-  args.dq_tiles = dq_tiles(params);
-  const int heads = kKeys ? params.num_heads_kv : params.num_heads_q;
-  const long long blocks = static_cast<long long>(args.tiles) * heads * params.batch;
-  if (blocks == 0) return 0;
-  if (blocks > 0x7fffffffLL) return report.fail("grid", cudaErrorInvalidValue);
-  if (const int status = make_backward_maps<Traits>(args)) {
-    return report.fail(
-        status == CUDA_ERROR_NOT_FOUND ? "cuTensorMapEncodeTiled: the driver is too old" : "cuTensorMapEncodeTiled",
-        cudaErrorInvalidValue);
-  }
-  const LaunchShape shape{
-      .grid = dim3(static_cast<unsigned>(blocks)), .threads = Traits::kThreads, .smem_bytes = report.smem_bytes};
-  if (const cudaError_t status = launch_kernel(backward_kernel<Traits>, shape, stream, args)) {
-    return report.fail(kKeys ? "launch of dk and dv" : "launch of dq", status);
-  }
-  return 0;
-}
-
-// The checks and the launches that all calls begin with. 0, or what the call returns.
-template <class Traits>
-int begin_backward(const AttnBwdParams& params, CallReport report, cudaStream_t stream) {
-  if (params.head_dim > Traits::kHeadDim || params.head_dim_v > Traits::kHeadDimV) {
-    return report.fail("head_dim", cudaErrorInvalidValue);
-  }
-  if (params.num_heads_q > 65535 || params.batch > 65535) return report.fail("grid", cudaErrorInvalidValue);
-  constexpr bool kIsBf16 = std::is_same_v<typename Traits::Keys::Element, cutlass::bfloat16_t>;
-  if (const int status = launch_backward_prepare(params, kIsBf16, static_cast<float*>(params.workspace), stream)) {
-    return report.fail("launch of the row sums", static_cast<cudaError_t>(status));
-  }
-  return 0;
+// The kernel of a side, with a softcap or without.
+template <class Side>
+int launch_capped(const AttnBwdParams& params, CallReport report, cudaStream_t stream, float* dq_sums = nullptr) {
+  using Capped = typename Side::Capped;
+  if (params.softcap > 0.f) return launch_side<Capped>(backward_kernel<Capped>, params, report, stream, dq_sums);
+  return launch_side<Side>(backward_kernel<Side>, params, report, stream, dq_sums);
 }
 
 template <class Traits>
@@ -122,12 +23,8 @@ int launch_backward(const char* kernel_id, const AttnBwdParams& params, cudaStre
                     std::size_t error_size) {
   const CallReport report{kernel_id, params, sizeof(typename Traits::SharedStorage), error, error_size};
   if (begin_backward<Traits>(params, report, stream)) return 1;
-  if (params.softcap > 0.f) {
-    if (launch_side<typename Traits::Keys::Capped>(params, report, stream)) return 1;
-    return launch_side<typename Traits::Queries::Capped>(params, report, stream);
-  }
-  if (launch_side<typename Traits::Keys>(params, report, stream)) return 1;
-  return launch_side<typename Traits::Queries>(params, report, stream);
+  if (launch_capped<typename Traits::Keys>(params, report, stream)) return 1;
+  return launch_capped<typename Traits::Queries>(params, report, stream);
 }
 
 // Where the sums of dQ begin in the workspace, and their bytes.
@@ -155,10 +52,7 @@ int launch_fused(const char* kernel_id, const AttnBwdParams& params, cudaStream_
   if (const cudaError_t status = cudaMemsetAsync(sums, 0, dq_sums_bytes<Keys>(params), stream)) {
     return report.fail("clearing of the sums of dq", status);
   }
-  if (params.softcap > 0.f ? launch_side<typename Keys::Capped>(params, report, stream, sums)
-                           : launch_side<Keys>(params, report, stream, sums)) {
-    return 1;
-  }
+  if (launch_capped<Keys>(params, report, stream, sums)) return 1;
   const LaunchShape shape{.grid = dim3(ceil_div(params.seqlen_q, 64), params.num_heads_q, params.batch),
                           .threads = 128 * Keys::kConsumers,
                           .smem_bytes = 0};

@@ -96,52 +96,63 @@ BROADHEAD_DEVICE void clear_where(void* stage, int first_row, int row_step, cons
   }
 }
 
-// One warp: LSE and D of the queries of all steps. Those that no key of the tile meets are as if they did not exist.
-// Where queries of a stage have no gradient their Q and dO become zeros: they may be NaN, and a weight of 0 does not
-// hide that.
-template <class Traits>
-BROADHEAD_DEVICE void load_stats(const BackwardArgs& args, typename Traits::SharedStorage& smem) {
-  constexpr int kPerLane = Traits::kCols / 32;
-  const BackwardWork& work = smem.work;
-  const BlockRange range = work.range;
-  const int lane = threadIdx.x % 32;
-  RingState<Traits::kStages> ring;
-  for (int head = work.first_head; head < work.first_head + work.heads; ++head) {
-    for (int tile = range.begin; tile < range.end; ++tile) {
-      QueryStats stats[kPerLane];  // on their way while the stage is waited for
-      bool dead = false;
-      BROADHEAD_UNROLL
-      for (int i = 0; i < kPerLane; ++i) {
-        const int query = tile * Traits::kCols + i * 32 + lane;
-        stats[i] = {INFINITY, 0.f};
-        if (work.live.contains(query)) stats[i] = load_query_stats(args.params, work.seqlen, head, query);
-      }
-      const std::uint32_t stage = ring.stage();
-      barrier_wait(smem.first_empty[stage], ring.parity() ^ 1);
-      BROADHEAD_UNROLL
-      for (int i = 0; i < kPerLane; ++i) {
-        smem.lse[stage][i * 32 + lane] = stats[i].lse;
-        smem.delta[stage][i * 32 + lane] = stats[i].delta;
-        dead = dead || stats[i].lse == INFINITY;
-      }
-      __syncwarp();
-      if (__any_sync(0xffffffffu, dead)) {
-        barrier_wait(smem.first_full[stage], ring.parity());
-        barrier_wait(smem.second_full[stage], ring.parity());
-        const auto is_dead = [&](int row) { return smem.lse[stage][row] == INFINITY; };
-        clear_where<typename Traits::FirstCols, Traits::kCols>(smem.first_cols[stage], 0, 1, is_dead);
-        clear_where<typename Traits::SecondCols, Traits::kCols>(smem.second_cols[stage], 0, 1, is_dead);
-        cutlass::arch::fence_view_async_shared();
-      }
-      smem.stats_full[stage].arrive();
-      ring.advance();
+// LSE and D of the queries of a step, a warp's lanes side by side. Those that no key of the tile meets are as if they
+// did not exist.
+template <int kPerLane>
+struct LaneStats {
+  QueryStats of_query[kPerLane];
+
+  BROADHEAD_DEVICE void load(const AttnBwdParams& params, const BackwardWork& work, int head, int first_query) {
+    BROADHEAD_UNROLL
+    for (int i = 0; i < kPerLane; ++i) {
+      const int query = first_query + i * 32 + static_cast<int>(threadIdx.x) % 32;
+      of_query[i] = {INFINITY, 0.f};
+      if (work.live.contains(query)) of_query[i] = load_query_stats(params, work.seqlen, head, query);
     }
   }
+
+  // Whether a query of the step has no gradient.
+  BROADHEAD_DEVICE bool store(float* lse, float* delta) const {
+    bool dead = false;
+    BROADHEAD_UNROLL
+    for (int i = 0; i < kPerLane; ++i) {
+      const int at = i * 32 + static_cast<int>(threadIdx.x) % 32;
+      lse[at] = of_query[i].lse;
+      delta[at] = of_query[i].delta;
+      dead = dead || of_query[i].lse == INFINITY;
+    }
+    __syncwarp();
+    return __any_sync(0xffffffffu, dead);
+  }
+};
+
+// One warp: the stats of all steps. Where queries of a stage have no gradient their Q and dO become zeros: they may be
+// NaN, and a weight of 0 does not hide that.
+template <class Traits>
+BROADHEAD_DEVICE void load_stats(const BackwardArgs& args, typename Traits::SharedStorage& smem) {
+  const BackwardWork& work = smem.work;
+  RingState<Traits::kStages> ring;
+  for_each_step(work, [&](int head, int tile) {
+    LaneStats<Traits::kCols / 32> stats;
+    stats.load(args.params, work, head, tile * Traits::kCols);  // on their way while the stage is waited for
+    const std::uint32_t stage = ring.stage();
+    barrier_wait(smem.first_empty[stage], ring.parity() ^ 1);
+    if (stats.store(smem.lse[stage], smem.delta[stage])) {
+      barrier_wait(smem.first_full[stage], ring.parity());
+      barrier_wait(smem.second_full[stage], ring.parity());
+      const auto is_dead = [&](int row) { return smem.lse[stage][row] == INFINITY; };
+      clear_where<typename Traits::FirstCols, Traits::kCols>(smem.first_cols[stage], 0, 1, is_dead);
+      clear_where<typename Traits::SecondCols, Traits::kCols>(smem.second_cols[stage], 0, 1, is_dead);
+      cutlass::arch::fence_view_async_shared();
+    }
+    smem.stats_full[stage].arrive();
+    ring.advance();
+  });
 }
 
-// Warps 2 and 3: which queries see each key of the tile. In a fused kernel keys that no query sees become zeros: they may
-// be NaN, and a dS of 0 does not hide that from dQ.
-// PERF: a lane a key, once a tile. Consumers would divide 64-bit integers in every step that a mask cuts.
+// Warps 2 and 3: which queries see each key of the tile. In a fused kernel keys that no query sees become zeros: they
+// may be NaN, and a dS of 0 does not hide that from dQ. PERF: a lane a key, once a tile. Consumers would divide 64-bit
+// integers in every step that a mask cuts.
 template <class Traits>
 BROADHEAD_DEVICE void prepare_keys(typename Traits::SharedStorage& smem) {
   const BackwardWork& work = smem.work;

@@ -5,8 +5,8 @@
 //   dP^T | P | dV += P^T dO | dS -> shared memory | dK += dS^T Q | dQ = dS K of the step before, S^T of the next step
 //
 // P is computed beside dP, and dQ goes to shared memory beside S of the next step. dQ is one step late, so that the
-// warpgroups need not meet: while one computes P or dS, or moves dQ, the other's products run. Nothing is on its way from
-// one round of the loop to the next: ptxas would make every product wait for the one before.
+// warpgroups need not meet: while one computes P or dS, or moves dQ, the other's products run. Nothing is on its way
+// from one round of the loop to the next: ptxas would make every product wait for the one before.
 #pragma once
 
 #include "sm90/backward/mainloop_keys.h"
@@ -19,8 +19,8 @@ using namespace tma;
 template <class Traits>
 struct FusedConsumer : KeyConsumer<Traits> {
   using Base = KeyConsumer<Traits>;
-  using typename Base::Element, typename Base::FirstCols, typename Base::SecondCols;
   using Base::smem, Base::ring, Base::warpgroup;
+  using typename Base::Element, typename Base::FirstCols, typename Base::SecondCols;
   using Layout = typename Traits::ScoreLayout;
 
   // Lane l gives the address of row l % 8 of matrix l / 8: of 16 queries and 16 keys, those of keys side by side.
@@ -45,8 +45,8 @@ struct FusedConsumer : KeyConsumer<Traits> {
   BROADHEAD_DEVICE void issue_dq(float (&dq)[Traits::kDqTiles][4], int buffer) const {
     using Rows = typename Traits::FirstRows;
     constexpr int kColBytes = Traits::kDqCols * static_cast<int>(sizeof(Element));
-    const int first = Traits::kDqCols >= 64 ? warpgroup * (Traits::kDqCols / 64) * Rows::kSubtileStride
-                                            : warpgroup * kColBytes;
+    const int first =
+        Traits::kDqCols >= 64 ? warpgroup * (Traits::kDqCols / 64) * Rows::kSubtileStride : warpgroup * kColBytes;
     const std::uint64_t a =
         MatrixDescriptor<Layout::kRowBytes>::make(smem_address(smem.ds[buffer]), 0, Layout::kSlabStride);
     const std::uint64_t b = MatrixDescriptor<Rows::kRowBytes>::make(smem_address(smem.first_rows) + first,
@@ -135,7 +135,7 @@ struct FusedConsumer : KeyConsumer<Traits> {
   }
 
   BROADHEAD_DEVICE void run() {
-    if (Base::has_steps()) {
+    if (has_steps(smem.work)) {
       barrier_wait(smem.rows_full[0], 0);
       barrier_wait(smem.rows_full[1], 0);
       barrier_wait(smem.keys_ready, 0);
@@ -143,7 +143,7 @@ struct FusedConsumer : KeyConsumer<Traits> {
     float dk[Traits::kHeadDim / 8][4], dv[Traits::kHeadDimV / 8][4];
     clear_accumulators(dk);
     clear_accumulators(dv);
-    if (Base::has_steps()) {
+    if (has_steps(smem.work)) {
       Scores<Traits> s;
       const auto uniform = Base::uniform();
       std::uint32_t count = 0;
@@ -151,7 +151,7 @@ struct FusedConsumer : KeyConsumer<Traits> {
       Base::issue_s(s);
       cute::warpgroup_wait<0>();
       fence_registers(s);
-      Base::for_each_step([&](auto last, int query0) { step(last, dk, dv, s, uniform, query0, count++); });
+      Base::for_each_tile([&](auto last, int query0) { step(last, dk, dv, s, uniform, query0, count++); });
       last_dq(count - 1);
     }
     Base::write_dk(dk);

@@ -94,9 +94,10 @@ struct KeyConsumer {
     differentiate<Element>(ds, p, dp, delta(), uniform.is_whole(query0));
   }
 
-  // Calls `step(last, first query)` for each tile of queries of each head; `last`: a type that says so.
+  // Calls `step(last, first query)` for each tile of queries of each head, of which there is one; `last`: a type that
+  // says so.
   template <class Step>
-  BROADHEAD_DEVICE void for_each_step(const Step& step) {
+  BROADHEAD_DEVICE void for_each_tile(const Step& step) {
     const BackwardWork& work = smem.work;
     int tile = work.range.begin;
     for (int left = (work.range.end - tile) * work.heads; left > 1; --left) {
@@ -105,8 +106,6 @@ struct KeyConsumer {
     }
     step(std::true_type{}, tile * Traits::kCols);
   }
-
-  BROADHEAD_DEVICE bool has_steps() const { return smem.work.range.begin < smem.work.range.end; }
 
   template <int kTiles>
   BROADHEAD_DEVICE void write(const float (&gradient)[kTiles][4], float factor, void* tensor,
@@ -129,12 +128,12 @@ struct KeyConsumer {
     float dk[Traits::kHeadDim / 8][4], dv[Traits::kHeadDimV / 8][4];
     clear_accumulators(dk);
     clear_accumulators(dv);
-    if (has_steps()) {
+    if (has_steps(smem.work)) {
       barrier_wait(smem.keys_ready, 0);
       barrier_wait(smem.rows_full[0], 0);
       barrier_wait(smem.rows_full[1], 0);
       const Uniform uniform = this->uniform();
-      for_each_step([&](auto, int query0) { step_all(dk, dv, uniform, query0); });
+      for_each_tile([&](auto, int query0) { step_all(dk, dv, uniform, query0); });
     }
     write_dk(dk);
     write_dv(dv);
@@ -189,7 +188,7 @@ struct KeyConsumer {
   BROADHEAD_DEVICE void run_dv() {
     float dv[Traits::kHeadDimV / 8][4];
     clear_accumulators(dv);
-    if (has_steps()) {
+    if (has_steps(smem.work)) {
       barrier_wait(smem.keys_ready, 0);
       barrier_wait(smem.rows_full[0], 0);
       const Uniform uniform = this->uniform();
@@ -201,7 +200,7 @@ struct KeyConsumer {
       issue();
       cute::warpgroup_wait<0>();
       fence_registers(s);
-      for_each_step([&](auto last, int query0) {
+      for_each_tile([&](auto last, int query0) {
         Weights<Traits> p;
         compute_p(s, p, uniform, query0);
         NamedBarrier::sync(256, hardware_id(kPEmptyBarrier));
@@ -222,7 +221,7 @@ struct KeyConsumer {
   BROADHEAD_DEVICE void run_dk() {
     float dk[Traits::kHeadDim / 8][4];
     clear_accumulators(dk);
-    if (has_steps()) {
+    if (has_steps(smem.work)) {
       barrier_wait(smem.rows_full[1], 0);
       const Uniform uniform = this->uniform();
       Scores<Traits> dp;
@@ -235,7 +234,7 @@ struct KeyConsumer {
       issue();
       cute::warpgroup_wait<0>();
       fence_registers(dp);
-      for_each_step([&](auto last, int query0) {
+      for_each_tile([&](auto last, int query0) {
         Weights<Traits> ds;
         NamedBarrier::sync(256, hardware_id(kPFullBarrier));
         compute_ds(ds, [&](int n) { return smem.p[n * 128 + threadIdx.x % 128]; }, dp, uniform, query0);

@@ -35,7 +35,7 @@ struct QueryConsumer {
 
   // Whether all queries of the tile see all keys of the step from `key0` on.
   BROADHEAD_DEVICE bool is_whole(int key0) const {
-    return key0 >= smem.work.whole.begin && key0 + Traits::kCols <= smem.work.whole.end;
+    return smem.work.template is_whole<Side::kQueries>(key0, Traits::kCols);
   }
 
   BROADHEAD_DEVICE void step(float (&dq)[Traits::kHeadDim / 8][4], const RowStats& lse, const RowStats& delta,

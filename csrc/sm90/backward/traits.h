@@ -47,6 +47,7 @@ struct BackwardSide {
   using Capped =
       BackwardSide<Element_, kHeadDim_, kHeadDimV_, kSide_, kRows_, kCols_, kStages_, kStages2_, kFused_, true>;
 
+  static constexpr int kCluster = 1;
   static constexpr int kConsumers = 2;  // warpgroups
   static constexpr int kConsumerWarps = 4 * kConsumers;
   static constexpr int kThreads = 128 * (kConsumers + 1);

@@ -1,0 +1,121 @@
+// Host side that all Hopper backward kernels share: the tensor maps, the grid and the launch of one kernel.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "host/launch.cuh"
+#include "kernels/backward_prepare.h"
+#include "sm90/backward/load.h"
+
+namespace broadhead::sm90 {
+
+using namespace tma;
+
+template <class Traits>
+std::int64_t backward_workspace(const AttnBwdParams& params) {
+  return backward_prepare_bytes(params);
+}
+
+// Bytes of columns that neighbouring CTAs of a kernel may share: half of the L2 of 9.0.
+constexpr long long kSectionBytes = 24LL << 20;
+
+// A tensor of queries (q, dout) or of keys (k, v).
+inline OperandShape operand_of(const AttnBwdParams& params, const void* data, const TensorStrides& strides, int columns,
+                               bool queries) {
+  const bool packed = (queries ? params.cu_seqlens_q : params.cu_seqlens_k) != nullptr;
+  const std::int64_t rows =
+      queries ? (packed ? params.total_q : params.seqlen_q) : (packed ? params.total_k : params.seqlen_k);
+  return {
+      data, strides, 2, columns, rows, queries ? params.num_heads_q : params.num_heads_kv, packed ? 1 : params.batch};
+}
+
+// `rows`: of a box. 0, or a CUresult.
+template <class Layout>
+int make_box_map(KvMap& map, const OperandShape& operand, int rows) {
+  return make_kv_map(map, operand,
+                     {.row_bytes = Layout::kRowBytes,
+                      .subtiles = Layout::kSubtiles,
+                      .box_rows = rows,
+                      .stage_rows = rows,
+                      .all_columns = false,
+                      .tail = ColumnTail::kSubtiles});
+}
+
+template <class Traits>
+int make_backward_maps(BackwardArgs& args) {
+  constexpr bool kKeys = Traits::kKeys;
+  const AttnBwdParams& params = args.params;
+  const OperandShape q = operand_of(params, params.q, params.q_strides, params.head_dim, true);
+  const OperandShape dout = operand_of(params, params.dout, params.dout_strides, params.head_dim_v, true);
+  const OperandShape k = operand_of(params, params.k, params.k_strides, params.head_dim, false);
+  const OperandShape v = operand_of(params, params.v, params.v_strides, params.head_dim_v, false);
+  int error = make_box_map<typename Traits::FirstRows>(args.first_rows, kKeys ? k : q, Traits::kRows);
+  if (!error) error = make_box_map<typename Traits::SecondRows>(args.second_rows, kKeys ? v : dout, Traits::kRows);
+  if (!error) error = make_box_map<typename Traits::FirstCols>(args.first_cols, kKeys ? q : k, Traits::kCols);
+  if (!error) error = make_box_map<typename Traits::SecondCols>(args.second_cols, kKeys ? dout : v, Traits::kCols);
+  return error;
+}
+
+// Heads whose columns share the L2: at least one KV head.
+template <class Traits>
+int section_heads(const AttnBwdParams& params) {
+  const int group = params.num_heads_q / params.num_heads_kv;
+  const long long of_row = 2LL * (params.head_dim + params.head_dim_v);
+  const long long of_kv_head = Traits::kKeys ? of_row * params.seqlen_q * group : of_row * params.seqlen_k;
+  const long long kv_heads = std::clamp(kSectionBytes / std::max(of_kv_head, 1LL), 1LL, 65535LL);
+  return static_cast<int>(Traits::kKeys ? kv_heads : std::min(kv_heads * group, 65535LL));
+}
+
+// Tiles of dQ of a head: see first_dq_tile.
+inline std::int64_t dq_tiles(const AttnBwdParams& params) { return params.total_q / 64 + params.batch; }
+
+// Launches `kernel`, a cluster of CTAs for each tile of `Traits::kRows` rows. `dq_sums`: of a fused kernel.
+template <class Traits>
+int launch_side(void (*kernel)(BackwardArgs), const AttnBwdParams& params, CallReport report, cudaStream_t stream,
+                float* dq_sums = nullptr) {
+  constexpr bool kKeys = Traits::kKeys;
+  report.smem_bytes = sizeof(typename Traits::SharedStorage);
+  static PreparedKernel prepared;
+  KernelLimits limits;
+  if (prepared.prepare(kernel, Traits::kThreads, report, limits)) return 1;
+  BackwardArgs args{};
+  args.params = params;
+  args.tiles = ceil_div(kKeys ? params.seqlen_k : params.seqlen_q, Traits::kRows);
+  args.heads_per_section = section_heads<Traits>(params);
+  args.dq_sums = dq_sums;
+  args.dq_tiles = dq_tiles(params);
+  const int heads = kKeys ? params.num_heads_kv : params.num_heads_q;
+  const long long clusters = static_cast<long long>(args.tiles) * heads * params.batch;
+  if (clusters == 0) return 0;
+  if (clusters * Traits::kCluster > 0x7fffffffLL) return report.fail("grid", cudaErrorInvalidValue);
+  if (const int status = make_backward_maps<Traits>(args)) {
+    return report.fail(
+        status == CUDA_ERROR_NOT_FOUND ? "cuTensorMapEncodeTiled: the driver is too old" : "cuTensorMapEncodeTiled",
+        cudaErrorInvalidValue);
+  }
+  const LaunchShape shape{.grid = dim3(static_cast<unsigned>(clusters * Traits::kCluster)),
+                          .threads = Traits::kThreads,
+                          .smem_bytes = report.smem_bytes,
+                          .cluster = Traits::kCluster};
+  if (const cudaError_t status = launch_kernel(kernel, shape, stream, args)) {
+    return report.fail(kKeys ? "launch of dk and dv" : "launch of dq", status);
+  }
+  return 0;
+}
+
+// The checks and the launches that all calls begin with. 0, or what the call returns.
+template <class Traits>
+int begin_backward(const AttnBwdParams& params, CallReport report, cudaStream_t stream) {
+  if (params.head_dim > Traits::kHeadDim || params.head_dim_v > Traits::kHeadDimV) {
+    return report.fail("head_dim", cudaErrorInvalidValue);
+  }
+  if (params.num_heads_q > 65535 || params.batch > 65535) return report.fail("grid", cudaErrorInvalidValue);
+  constexpr bool kIsBf16 = std::is_same_v<typename Traits::Keys::Element, cutlass::bfloat16_t>;
+  if (const int status = launch_backward_prepare(params, kIsBf16, static_cast<float*>(params.workspace), stream)) {
+    return report.fail("launch of the row sums", static_cast<cudaError_t>(status));
+  }
+  return 0;
+}
+
+}  // namespace broadhead::sm90
