@@ -13,7 +13,7 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").g
 #: Pages beside the code.
 MAPS = [ROOT / name / "README.md" for name in ("benchmarks", "csrc", "csrc/decode")]
 #: Pages whose Python blocks run one after the other.
-EXAMPLES = ("README.md", "docs/guide.md")
+EXAMPLES = ("README.md", "docs/guide.md", "docs/training.md")
 #: Columns of the tables of numbers, and the names that the result files have for them.
 COLUMNS = {
     "broadhead": "broadhead",
