@@ -88,14 +88,12 @@ def training_cases(area: str, on_cpu: bool = False, seed: int = 0) -> list[Train
     if area == "backward-sweep":
         return [*(sweep_cases(seed, 4, (16, 96), (1e5, 5e7)) if on_cpu else sweep_cases(seed))]
     if area == "training":
-        tokens, layers, steps = LAYER_TOKENS, (GEMMA4_LOCAL, GEMMA4_GLOBAL), (STEP_TOKENS, GEMMA4_MODEL)
-        if on_cpu:
-            tokens, layers, steps = 64, ((4, 2, 64, 24), (4, 1, 64, None)), ((48,), CPU_MODEL)
+        layers = ((4, 2, 64, 24), (4, 1, 64, None)) if on_cpu else (GEMMA4_LOCAL, GEMMA4_GLOBAL)
         found: list[TrainingCase] = [
-            DenseCase(area, 1, tokens, heads, kv_heads, head_dim, True, window=window)
-            for heads, kv_heads, head_dim, window in layers
+            DenseCase(area, 1, 64 if on_cpu else LAYER_TOKENS, layer[0], layer[1], layer[2], True, window=layer[3])
+            for layer in layers
         ]
-        return found + [StepCase(count, steps[1]) for count in steps[0]]
+        return found + ([StepCase(48, CPU_MODEL)] if on_cpu else [StepCase(n, GEMMA4_MODEL) for n in STEP_TOKENS])
     lengths, total = ((32, 64), 64) if on_cpu else (PREFIX_LENGTHS, PREFIX_TOKENS)
     heads = (PREFIX_HEADS, PREFIX_HEADS, PREFIX_HEAD_DIM)
     return [DenseCase(area, total // length, length, *heads, True, prefix=length // 2) for length in lengths]

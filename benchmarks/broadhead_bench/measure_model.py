@@ -20,8 +20,9 @@ from broadhead_bench.task import Prepared, Task
 
 #: transformers knows the attention that computes the reference by this name.
 REFERENCE = "broadhead_bench_fp32"
-#: Largest relative error of a weight's gradient: in bf16 the layers between it and the loss add their own rounding.
-MAX_STEP_ERROR = 0.1
+#: Largest relative error of a weight's gradient. In bf16 the layers around attention add their own rounding: six of
+#: them give 0.06 to 0.09 with any attention, against a model in fp32.
+MAX_STEP_ERROR = 0.2
 
 
 class StepTask(Task):

@@ -79,9 +79,8 @@ def means(records: list[dict[str, Any]], area: str) -> list[str]:
         bar = ""
         if rival == "the best peer":
             bar = f" (bar >= {BAR_SWEEP_MEAN:g}: {'yes' if mean >= BAR_SWEEP_MEAN else 'NO'})"
-        lines.append(
-            f"{impl} to {rival}: {len(ratios)} cases, geometric mean {mean:.3f}{bar}, worst {ratios[worst]:.3f} ({worst})"
-        )
+        of_worst = f"worst {ratios[worst]:.3f} ({worst})"
+        lines.append(f"{impl} to {rival}: {len(ratios)} cases, geometric mean {mean:.3f}{bar}, {of_worst}")
     return lines
 
 
