@@ -66,10 +66,8 @@ class StepCase(NamedTuple):
 
     @property
     def name(self) -> str:
-        layers = self.model.window_layers + 1
-        return (
-            f"step S{self.tokens} layers{layers} hidden{self.model.hidden} D{self.model.local[2]}/{self.model.wide[2]}"
-        )
+        _, _, head_dim, window = self.model.local
+        return f"step S{self.tokens} hidden{self.model.hidden} D{head_dim} window{window} D{self.model.wide[2]} causal"
 
 
 TrainingCase = DenseCase | VarlenCase | StepCase

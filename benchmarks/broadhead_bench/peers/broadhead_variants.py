@@ -37,12 +37,18 @@ class Portable(Broadhead):
     def why_unavailable(self, device: torch.device) -> str | None:
         return super().why_unavailable(device) if device.type == "cuda" else "needs a CUDA device, to have kernels"
 
+    def kernel(self) -> str | None:
+        row = super().kernel()
+        if row is None or not row.startswith("sm80_bwd_"):
+            raise RuntimeError(f"ran {row} instead of a portable backward kernel")
+        return row
+
     def context(self) -> AbstractContextManager[Any]:
         return self._only_portable()
 
     @contextmanager
     def _only_portable(self) -> Iterator[None]:
-        """Gradients are planned at each call, from these two names of the module."""
+        """Each backward pass is planned anew, from these two names of the module."""
         saved = dispatch.ROWS, dispatch._decided
         dispatch.ROWS, dispatch._decided = self._rows, self._decide
         try:
