@@ -40,6 +40,8 @@ class Task:
 
     #: Timed runs of each implementation at least.
     repetitions = timing.MIN_REPETITIONS
+    #: Seconds that the host has to enqueue a call before the device begins it.
+    head_start = 0.0
     #: Whether the memory of a call is measured.
     measures_memory = False
 
@@ -58,7 +60,7 @@ class Task:
         """Seconds of a call of each implementation; they take turns where the device is timed."""
         if not self.on_gpu:
             return one_by_one(prepared, lambda item: timing.time_cpu(item.calls[0], budget))
-        flush = timing.L2Flusher(self.device)
+        flush = timing.L2Flusher(self.device, self.head_start)
         calls = [_within(item.peer, item.calls[0]) for item in prepared]
         return timing.time_interleaved(calls, flush, budget, self.repetitions)
 

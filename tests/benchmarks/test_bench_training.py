@@ -309,12 +309,23 @@ def test_memory_is_measured_of_gradients(case: Any, measured: int | None, monkey
     assert task.prepare(broadhead_api.Broadhead()).peak_bytes == measured
 
 
-def test_a_step_is_timed_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
-    monkeypatch.setattr(timing, "L2Flusher", lambda device: None)
+def test_how_gradients_and_steps_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step a few times; all else often, and each call when the host has enqueued it."""
+    asked: list[float] = []
+    monkeypatch.setattr(timing, "L2Flusher", lambda device, head_start: asked.append(head_start))
     monkeypatch.setattr(timing, "time_interleaved", lambda calls, flush, budget, least: asked.append(least) or [])
-    for kind in (measure.BackwardTask, measure_model.StepTask):
+    for kind in (measure.BackwardTask, measure_model.StepTask, measure.ForwardTask):
         task = kind.__new__(kind)
         task.on_gpu, task.device = True, CPU
         task.time([], 0.1)
-    assert asked == [timing.MIN_REPETITIONS, 5]
+    assert asked == [1e-3, timing.MIN_REPETITIONS, 0.0, 5, 0.0, timing.MIN_REPETITIONS]
+
+
+def test_the_device_idles_behind_a_flush(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[int] = []
+    monkeypatch.setattr(timing, "l2_bytes", lambda device: 1 << 10)
+    monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
+    timing.L2Flusher(CPU)()
+    assert slept == []
+    timing.L2Flusher(CPU, 2e-3)()
+    assert slept == [int(2e-3 * timing.CLOCK)]

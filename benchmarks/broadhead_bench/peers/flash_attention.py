@@ -118,7 +118,7 @@ class FlashAttention4(PackagePeer):
 
     name = "fa4"
     areas = (*PackagePeer.areas, "training", "prefix-lm")
-    module_names = ("flash_attn.cute", "vllm.vllm_flash_attn.cute")
+    module_names = ("flash_attn.cute", "vllm.vllm_flash_attn.cute.interface")
     distributions = ("flash-attn-4", "vllm")
 
     def forward(self, case: DenseCase, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
