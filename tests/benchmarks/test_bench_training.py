@@ -266,7 +266,11 @@ def test_a_wrong_attention_of_a_model_is_seen() -> None:
     assert task.prepare(wrong).error > task.max_error
     with pytest.raises(base.Skip, match="no attention of transformers"):
         task.prepare(flash_attention.Ffpa())
-    assert task.prepare(right).work == case.tokens
+    prepared = task.prepare(right)
+    assert prepared.work == case.tokens
+    gradients = prepared.calls[0]()
+    assert len(gradients) == len([*task.model.parameters()]), "all of them, so that no memory of theirs is forgotten"
+    assert all(weight.grad is None for weight in task.model.parameters())
 
 
 def test_without_transformers_a_step_is_skipped(
