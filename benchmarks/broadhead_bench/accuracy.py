@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from broadhead_bench.cases import AREAS, DecodeCase, DenseCase, PagedCase, VarlenCase
+from broadhead_bench.cases_backward import TRAINING_AREAS
 from broadhead_bench.inputs import PagedInputs, VarlenInputs
 
 #: Largest relative L2 error of a bf16 result that is still rounding (of P and of the output: 2e-3 to 5e-3).
 MAX_ERROR = dict.fromkeys(AREAS, 1e-2) | {
-    "backward": 2e-2,
+    **dict.fromkeys(TRAINING_AREAS, 2e-2),
     "fp8": 6e-2,  # P in e4m3: three bits of mantissa round by 2.6e-2 on average
     "decode-fp8": 6e-2,  # the same, of peers whose queries are e4m3
 }
@@ -127,28 +128,3 @@ class PagedReference:
 def paged_error(case: DecodeCase | PagedCase, inputs: PagedInputs, out: Tensor) -> float:
     """Error of ``out (B, Sq, H, D)`` on rows spread over the queries, of sequences spread over the batch."""
     return PagedReference(case, inputs).error(out)
-
-
-def backward_error(
-    case: DenseCase, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, gradients: tuple[Tensor, Tensor, Tensor]
-) -> float:
-    """The largest of the errors of dq, dk and dv, on the first sequence and its last KV head."""
-    group = case.num_heads_q // case.num_heads_kv
-    head = case.num_heads_kv - 1
-    keys, values = k[0, :, head].float(), v[0, :, head].float()
-    scale = case.head_dim**-0.5
-    dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
-    dq_errors = []
-    for index in range(head * group, (head + 1) * group):
-        queries, upstream = q[0, :, index].float(), dout[0, :, index].float()
-        scores = queries @ keys.T * scale
-        if case.causal:
-            scores.masked_fill_(torch.ones_like(scores, dtype=torch.bool).triu_(1), float("-inf"))
-        p = scores.softmax(-1)
-        dv += p.T @ upstream
-        dp = upstream @ values.T
-        ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
-        dq_errors.append(relative_error(gradients[0][0, :, index], ds @ keys))
-        dk += ds.T @ queries
-    errors = [*dq_errors, relative_error(gradients[1][0, :, head], dk), relative_error(gradients[2][0, :, head], dv)]
-    return worst(errors)

@@ -6,131 +6,9 @@ import math
 import random
 from typing import NamedTuple
 
+from broadhead_bench.cases_backward import TRAINING_AREAS, StepCase, training_cases
 from broadhead_bench.cases_decode import DECODE_AREAS, CascadeCase, DecodeCase, decode_cases
-
-PREFIXES = {
-    "forward": "fwd",
-    "backward": "bwd",
-    "window": "win",
-    "fp8": "fp8",
-    "chunked": "chunk",
-    "paged": "paged",
-    "varlen": "varlen",
-    "odd": "fwd",
-    "odd-varlen": "varlen",
-    "odd-paged": "paged",
-}
-
-
-def causal_pairs(seqlen_q: int, seqlen_k: int, window: int | None = None) -> int:
-    """Visible pairs under a causal mask aligned to the bottom right, of the last ``window`` keys if given."""
-    first, last = seqlen_k - seqlen_q + 1, seqlen_k  # keys that the first and the last query see without a window
-    if window is None or window >= last:
-        return (first + last) * seqlen_q // 2
-    growing = max(0, window - first)  # queries that see less than a window
-    return (first + first + growing - 1) * growing // 2 + (seqlen_q - growing) * window
-
-
-class DenseCase(NamedTuple):
-    """Self-attention over dense tensors: forward, backward, with a window, or of e4m3 inputs."""
-
-    area: str  # "forward", "backward", "window", "fp8" or "odd"
-    batch: int
-    seqlen: int
-    num_heads_q: int
-    num_heads_kv: int
-    head_dim: int
-    causal: bool
-    value_dim: int | None = None  # head_dim_v where it differs
-    window: int | None = None  # keys that a query sees at most, itself included
-
-    @property
-    def name(self) -> str:
-        dims = f"{self.head_dim}" + (f"/{self.value_dim}" if self.value_dim else "")
-        mask = f"window{self.window}" if self.window else "causal" if self.causal else "full"
-        return (
-            f"{PREFIXES[self.area]} B{self.batch} S{self.seqlen} H{self.num_heads_q} Hkv{self.num_heads_kv} D{dims} "
-            f"{mask}"
-        )
-
-    @property
-    def head_dim_v(self) -> int:
-        return self.value_dim or self.head_dim
-
-    @property
-    def window_size(self) -> tuple[int, int]:
-        """The window as the flash-attn functions take it."""
-        return (-1, -1) if self.window is None else (self.window - 1, 0)
-
-    @property
-    def flops(self) -> float:
-        """2 B H Sq Sk (D + Dv), halved when causal, times 2.5 backward; of the visible pairs with a window."""
-        pairs = float(self.seqlen**2) * (0.5 if self.causal else 1.0)
-        if self.window is not None:
-            pairs = float(causal_pairs(self.seqlen, self.seqlen, self.window))
-        count = 2.0 * self.batch * self.num_heads_q * pairs * (self.head_dim + self.head_dim_v)
-        return count * (2.5 if self.area == "backward" else 1.0)
-
-
-class PagedCase(NamedTuple):
-    """Prefill over a paged cache: the last ``seqlen_q`` of a sequence's ``context`` tokens are queries."""
-
-    area: str  # "chunked", "paged" or "odd-paged"
-    batch: int
-    seqlen_q: int
-    context: int
-    num_heads_q: int
-    num_heads_kv: int
-    head_dim: int
-    page_size: int
-    causal: bool = True
-
-    @property
-    def name(self) -> str:
-        tokens = f"S{self.context}" if self.seqlen_q == self.context else f"Sq{self.seqlen_q} Sk{self.context}"
-        return (
-            f"{PREFIXES[self.area]} B{self.batch} {tokens} H{self.num_heads_q} Hkv{self.num_heads_kv} "
-            f"D{self.head_dim} page{self.page_size}{'' if self.causal else ' full'}"
-        )
-
-    @property
-    def seqlens(self) -> tuple[int, ...]:
-        """Tokens of each sequence."""
-        return (self.context,) * self.batch
-
-    @property
-    def pages_per_sequence(self) -> int:
-        return -(-self.context // self.page_size)
-
-    @property
-    def flops(self) -> float:
-        """4 D for each visible pair of a query and a key."""
-        pairs = causal_pairs(self.seqlen_q, self.context) if self.causal else self.seqlen_q * self.context
-        return 4.0 * self.batch * self.num_heads_q * self.head_dim * pairs
-
-
-class VarlenCase(NamedTuple):
-    """Self-attention over packed sequences."""
-
-    seqlens: tuple[int, ...]
-    num_heads_q: int
-    num_heads_kv: int
-    head_dim: int
-    causal: bool = True
-    area: str = "varlen"  # or "odd-varlen"
-
-    @property
-    def name(self) -> str:
-        return (
-            f"varlen N{len(self.seqlens)} T{sum(self.seqlens)} H{self.num_heads_q} Hkv{self.num_heads_kv} "
-            f"D{self.head_dim} {'causal' if self.causal else 'full'}"
-        )
-
-    @property
-    def flops(self) -> float:
-        """4 D for each visible pair of a query and a key."""
-        pairs = sum(causal_pairs(n, n) if self.causal else n * n for n in self.seqlens)
-        return 4.0 * self.num_heads_q * self.head_dim * pairs
+from broadhead_bench.cases_prefill import DenseCase, PagedCase, VarlenCase
 
 
 class HostCase(NamedTuple):
@@ -141,7 +19,7 @@ class HostCase(NamedTuple):
     inner: DecodeCase | DenseCase
 
 
-Case = DenseCase | DecodeCase | CascadeCase | PagedCase | VarlenCase | HostCase
+Case = DenseCase | DecodeCase | CascadeCase | PagedCase | VarlenCase | HostCase | StepCase
 
 #: Batch, tokens, query heads, KV heads, head_dim, head_dim_v where it differs.
 FORWARD_SHAPES: tuple[tuple[int, int, int, int, int, int | None], ...] = (
@@ -154,12 +32,6 @@ FORWARD_SHAPES: tuple[tuple[int, int, int, int, int, int | None], ...] = (
     (1, 8192, 16, 2, 256, None),
     (2, 8192, 4, 4, 512, None),
     (1, 8192, 32, 4, 512, None),
-)
-BACKWARD_SHAPES: tuple[tuple[int, int, int, int, int, int | None], ...] = (
-    (2, 8192, 32, 32, 64, None),
-    (2, 8192, 16, 16, 128, None),
-    (2, 8192, 8, 8, 256, None),
-    (2, 8192, 4, 4, 512, None),
 )
 
 #: Query heads, KV heads, head_dim of served models with GQA.
@@ -177,13 +49,12 @@ ODD_HEADS = ((16, 40), (16, 72), (16, 80), (16, 104), (12, 136), (12, 160), (12,
 ODD_LAYOUTS = ((16, 72, False), (16, 80, False), (12, 160, True))
 
 #: What a CPU can do in seconds: the torch fallback is a reference, not something to time.
-CPU_DENSE_SHAPES = ((1, 128, 4, 2, 64, None), (1, 64, 2, 1, 512, None))
-CPU_FORWARD_SHAPES = (*CPU_DENSE_SHAPES, (1, 64, 2, 2, 192, 128))
+CPU_FORWARD_SHAPES = ((1, 128, 4, 2, 64, None), (1, 64, 2, 1, 512, None), (1, 64, 2, 2, 192, 128))
 
 ODD_AREAS = ("odd", "odd-varlen", "odd-paged")
-AREAS = ("forward", *ODD_AREAS, "chunked", "varlen", "paged", "window", "fp8", "backward", *DECODE_AREAS, "host")
+AREAS = ("forward", *ODD_AREAS, "chunked", "varlen", "paged", "window", "fp8", *TRAINING_AREAS, *DECODE_AREAS, "host")
 #: Names that stand for several areas on the command line.
-GROUPS = {"decode-all": (*DECODE_AREAS, "host"), "odd-all": ODD_AREAS}
+GROUPS = {"decode-all": (*DECODE_AREAS, "host"), "odd-all": ODD_AREAS, "training-all": TRAINING_AREAS}
 
 
 def ragged_lengths(count: int, shortest: int, longest: int, seed: int = 0) -> tuple[int, ...]:
@@ -192,19 +63,19 @@ def ragged_lengths(count: int, shortest: int, longest: int, seed: int = 0) -> tu
     return tuple(round(math.exp(draw.uniform(math.log(shortest), math.log(longest)))) for _ in range(count))
 
 
-def cases_of(area: str, on_cpu: bool = False) -> list[Case]:
+def cases_of(area: str, on_cpu: bool = False, seed: int = 0) -> list[Case]:
     """The cases of an area, in the order of the published tables.
 
     Args:
         area: one of AREAS.
         on_cpu: the tiny set that the torch fallback can run.
+        seed: draws the cases of `backward-sweep`.
     """
     if area == "forward":
         shapes = CPU_FORWARD_SHAPES if on_cpu else FORWARD_SHAPES
         return [DenseCase(area, *shape[:5], causal, shape[5]) for shape in shapes for causal in (False, True)]
-    if area == "backward":
-        shapes = CPU_DENSE_SHAPES if on_cpu else BACKWARD_SHAPES
-        return [DenseCase(area, *shape[:5], causal) for shape in shapes for causal in (False, True)]
+    if area in TRAINING_AREAS:
+        return list(training_cases(area, on_cpu, seed))
     if area in ODD_AREAS:
         return _odd_cases(area, on_cpu)
     if area in DECODE_AREAS:

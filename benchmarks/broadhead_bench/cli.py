@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import secrets
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ import torch
 from broadhead_bench.cases import AREAS, GROUPS
 from broadhead_bench.records import IMPLEMENTATIONS, UNITS, describe_run
 from broadhead_bench.result_file import read_records, write_records
-from broadhead_bench.runner import BUDGET, DECODE_BUDGET, Options, run_area
-from broadhead_bench.summary import summarize, table
+from broadhead_bench.runner import BUDGET, SHORT_BUDGET, Options, run_area
+from broadhead_bench.summary import means, summarize, table
 
 #: Exit status: everything measured is right; broadhead was wrong or raised; the options make no sense here.
 OK, BROKEN, BAD_USAGE = 0, 1, 2
@@ -46,8 +47,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--budget",
         type=float,
         metavar="SECONDS",
-        help=f"seconds a measurement, default {BUDGET:g}, of decode {DECODE_BUDGET:g}",
+        help=f"seconds a measurement, default {BUDGET:g}, of decode and sweeps {SHORT_BUDGET:g}",
     )
+    parser.add_argument("--cases", type=int, metavar="N", help="only the first N of each area's cases")
+    parser.add_argument("--seed", type=int, metavar="N", help="draws backward-sweep; default: a new one, which is told")
     parser.add_argument("--device", default=None, help="default: cuda if there is one")
     return parser
 
@@ -69,8 +72,13 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"benchmarks/run.py: {error}", file=sys.stderr)
         return BAD_USAGE
+    areas = dict.fromkeys(area for name in parsed.areas for area in GROUPS.get(name, (name,)))
+    if "backward-sweep" in areas and parsed.seed is None:
+        arguments = [*arguments, "--seed", str(options.seed)]  # so that the command in the records repeats the run
     run = describe_run(options.device, arguments)
     print(f"{run.device}, torch {run.versions['torch']}", flush=True)
+    if "backward-sweep" in areas:
+        print(f"backward-sweep: --seed {options.seed}", flush=True)
 
     records: list[dict[str, Any]] = []
     broken = 0
@@ -80,7 +88,6 @@ def main(arguments: list[str] | None = None) -> int:
         if parsed.out:
             write_records(parsed.out, previous + records)
 
-    areas = dict.fromkeys(area for name in parsed.areas for area in GROUPS.get(name, (name,)))
     for area in areas:
         broken += run_area(area, options, run, lambda line: print(line, flush=True), keep).broken
     print_tables(records)
@@ -113,7 +120,10 @@ def _options(parsed: argparse.Namespace) -> Options:
     budget = QUICK_BUDGET if parsed.budget is None and parsed.quick else parsed.budget
     if budget is not None and not budget > 0:
         raise ValueError(f"--budget must be positive, got {budget}")
-    return Options(device, implementations, parsed.case, budget)
+    if parsed.cases is not None and parsed.cases < 1:
+        raise ValueError(f"--cases must be at least 1, got {parsed.cases}")
+    seed = secrets.randbelow(10**9) if parsed.seed is None else parsed.seed
+    return Options(device, implementations, parsed.case, budget, seed, parsed.cases)
 
 
 def print_tables(records: list[dict[str, Any]]) -> None:
@@ -124,14 +134,16 @@ def print_tables(records: list[dict[str, Any]]) -> None:
             continue
         print(f"\n{area}, {UNITS[area]}")
         widths = [max(map(len, cells)) for cells in zip(columns, *body)]
-        for line in (columns, *body):
+        for words in (columns, *body):
             cells = [
                 f"{cell:<{width}}" if i == 0 else f"{cell:>{width}}"
-                for i, (cell, width) in enumerate(zip(line, widths))
+                for i, (cell, width) in enumerate(zip(words, widths))
             ]
             print("  ".join(cells))
+        for line in means(records, area):
+            print(line)
     rows = summarize(records)
-    missed = [row.case for row in rows if row.met is False]
+    missed = [row.label for row in rows if row.met is False]
     judged = sum(row.met is not None for row in rows)
     if judged:
         print(f"{judged - len(missed)} of {judged} bars met" + (f"; not: {', '.join(missed)}" if missed else ""))

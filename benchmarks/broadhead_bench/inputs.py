@@ -14,6 +14,15 @@ from broadhead_bench.cases import DenseCase, PagedCase, VarlenCase
 E4M3_MAX = 448.0
 
 
+class DenseInputs(NamedTuple):
+    """q, k, v and dout ``(B, S, H, D)`` in bf16."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dout: Tensor
+
+
 class PagedInputs(NamedTuple):
     """Tensors of a paged case: q ``(B, Sq, H, D)``, caches ``(pages, page_size, Hkv, D)``, page_table int32 ``(B, pages
     of the longest sequence)`` with scattered pages, cache_seqlens int32 ``(B,)``."""
@@ -74,10 +83,10 @@ def normal(*shape: int, device: torch.device) -> Tensor:
     return torch.randn(shape, device=device, dtype=torch.bfloat16)
 
 
-def dense_inputs(case: DenseCase, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def dense_inputs(case: DenseCase, device: torch.device) -> DenseInputs:
     """q, k, v and dout in bf16."""
     tokens = (case.batch, case.seqlen)
-    return (
+    return DenseInputs(
         normal(*tokens, case.num_heads_q, case.head_dim, device=device),
         normal(*tokens, case.num_heads_kv, case.head_dim, device=device),
         normal(*tokens, case.num_heads_kv, case.head_dim_v, device=device),

@@ -6,8 +6,12 @@ import torch
 
 from broadhead_bench import accuracy
 from broadhead_bench.cases import CascadeCase, Case, DecodeCase, DenseCase, HostCase, PagedCase, VarlenCase
+from broadhead_bench.cases_backward import TRAINING_AREAS, StepCase
+from broadhead_bench.cases_prefill import BACKWARD_AREAS
 from broadhead_bench.inputs import dense_inputs, fp8_inputs, paged_inputs, varlen_inputs
+from broadhead_bench.measure_backward import BackwardTask, LayerTask
 from broadhead_bench.measure_decode import STEP_TASKS, CascadeTask, DecodeTask, HostTask
+from broadhead_bench.measure_model import StepTask
 from broadhead_bench.peers.base import Peer
 from broadhead_bench.task import Prepared, Task
 
@@ -24,21 +28,6 @@ class ForwardTask(Task):
         case = peer.measured(self.case)
         call = peer.forward(self.case, *self.inputs)
         return self.checked(peer, call, lambda out: accuracy.forward_error(case, *self.inputs, out), case.flops)
-
-
-class BackwardTask(Task):
-    """Dense backward after one forward pass."""
-
-    def __init__(self, case: DenseCase, device: torch.device) -> None:
-        super().__init__(case.area, device)
-        self.case = case
-        self.inputs = dense_inputs(case, device)
-
-    def prepare(self, peer: Peer) -> Prepared:
-        call = peer.backward(self.case, *self.inputs)
-        return self.checked(
-            peer, call, lambda grads: accuracy.backward_error(self.case, *self.inputs, grads), self.case.flops
-        )
 
 
 class Fp8Task(Task):
@@ -90,10 +79,13 @@ def task_of(case: Case, device: torch.device) -> Task:
         return STEP_TASKS.get(case.area, DecodeTask)(case, device)
     if isinstance(case, CascadeCase):
         return CascadeTask(case, device)
+    if isinstance(case, StepCase):
+        return StepTask(case, device)
+    if case.area in TRAINING_AREAS:
+        assert isinstance(case, (DenseCase, VarlenCase))
+        return BackwardTask(case, device) if case.area in BACKWARD_AREAS else LayerTask(case, device)
     if isinstance(case, PagedCase):
         return PagedTask(case, device)
     if isinstance(case, VarlenCase):
         return VarlenTask(case, device)
-    if case.area == "fp8":
-        return Fp8Task(case, device)
-    return BackwardTask(case, device) if case.area == "backward" else ForwardTask(case, device)
+    return Fp8Task(case, device) if case.area == "fp8" else ForwardTask(case, device)

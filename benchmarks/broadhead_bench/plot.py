@@ -11,6 +11,8 @@ from broadhead_bench.records import IMPLEMENTATIONS, UNITS
 #: One colour an implementation in every figure (Okabe and Ito's palette, told apart by colour-blind readers).
 COLOURS = {
     "broadhead": "#d55e00",
+    "broadhead-det": "#a04000",
+    "broadhead-sm80": "#f5b78a",
     "baseline": "#000000",
     "fa2": "#999999",
     "fa3": "#0072b2",
@@ -18,6 +20,7 @@ COLOURS = {
     "ffpa": "#cc79a7",
     "cudnn": "#009e73",
     "memeff": "#e69f00",
+    "sdpa": "#666666",
     "flashinfer": "#f0e442",
 }
 #: Of the areas where not all is bf16.

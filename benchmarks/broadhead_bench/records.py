@@ -14,11 +14,14 @@ import torch
 
 from broadhead_bench.cases import AREAS
 
-IMPLEMENTATIONS = ("broadhead", "baseline", "fa2", "fa3", "fa4", "ffpa", "cudnn", "memeff", "flashinfer")
+#: broadhead, and it with other arguments or kernels.
+OWN = ("broadhead", "broadhead-det", "broadhead-sm80")
+IMPLEMENTATIONS = (*OWN, "baseline", "fa2", "fa3", "fa4", "ffpa", "cudnn", "memeff", "sdpa", "flashinfer")
 UNITS = (
     dict.fromkeys(AREAS, "TFLOP/s")
     | {area: "GB/s" for area in AREAS if area.startswith("decode")}
-    | dict.fromkeys(("cascade", "append", "latency", "host"), "us")
+    | dict.fromkeys(("cascade", "append", "latency", "host", "prefix-lm"), "us")
+    | {"training": "tokens/s"}
 )
 
 
@@ -72,6 +75,7 @@ def make_record(
     rel_error: float,
     kernel: str | None = None,
     versions: dict[str, str] | None = None,
+    peak_bytes: int | None = None,
 ) -> dict[str, Any]:
     """One result.
 
@@ -80,6 +84,7 @@ def make_record(
         seconds: of one call.
         kernel: the table row that ran, for broadhead; "(composed)" behind it: over a prefix, with a call for the rest.
         versions: of the peer, and notes on how it was called.
+        peak_bytes: memory of one call beyond its inputs and outputs, where that is measured.
     """
     return {
         "area": area,
@@ -90,6 +95,7 @@ def make_record(
         "unit": UNITS[area],
         "seconds": float(f"{seconds:.5g}"),
         "rel_error": float(f"{rel_error:.3g}"),
+        "peak_bytes": peak_bytes,
         "device": run.device,
         "versions": {**run.versions, **(versions or {})},
         "command": run.command,

@@ -1,31 +1,17 @@
-"""Compares broadhead's results with the best peer or its own baseline, and with the bars they should meet."""
+"""Compares results with the best peer, with broadhead's own baseline or default, and with the bars they should meet."""
 
 from __future__ import annotations
 
-import re
+import math
 from typing import Any, NamedTuple
 
-from broadhead_bench.cases import ODD_AREAS
+from broadhead_bench.bars import BAR_SWEEP_MEAN, STEP_AREAS, Comparison, comparisons
+from broadhead_bench.cases_backward import TRAINING_AREAS
 from broadhead_bench.records import IMPLEMENTATIONS, UNITS
-
-#: Beside whom a result stands, and the ratio it should reach.
-BAR_UP_TO_256 = ("best peer", 0.97)
-BAR_ABOVE_256 = ("ffpa", 1.05)
-BAR_PAGED = ("baseline", 0.93)
-BAR_FP8 = ("baseline", 1.4)
-#: Of fa3, which pads such head_dims, by head_dim.
-BARS_ODD = {72: 1.0, 80: 1.0, 160: 0.9}
-#: Time over the time that the visible operations would take at the causal rate.
-BAR_WINDOW = 1.15
-
-#: Areas whose bars are stated; of the others only the ratio is shown.
-PEER_AREAS = ("forward", "chunked", "varlen")
-#: Areas that compare with `baseline` by the time of the same step, whatever each of the two reads.
-STEP_AREAS = ("decode-fp8", "decode-invariant", "cascade", "append")
 
 
 class Row(NamedTuple):
-    """One case: our number, whom it is compared with, the ratio, and the bar if there is one."""
+    """One result of ours: its number, whom it is compared with, the ratio, and the bar if there is one."""
 
     area: str
     case: str
@@ -36,18 +22,28 @@ class Row(NamedTuple):
     ratio: float | None
     bar: str
     met: bool | None  # None: no bar, or nobody to compare with
+    impl: str = "broadhead"
+
+    @property
+    def label(self) -> str:
+        """What the row is about, where it stands alone."""
+        return self.case if self.impl == "broadhead" else f"{self.impl}, {self.case}"
 
 
 def summarize(records: list[dict[str, Any]]) -> list[Row]:
-    """One row for each case that broadhead has a result of; of several results of one kind the last counts."""
-    return [_row(area, case, results) for (area, case), results in _by_case(records).items() if "broadhead" in results]
+    """The rows of each case that broadhead has a result of, its own first; of several results of one kind the last
+    counts."""
+    return [row for (area, case), results in _by_case(records).items() for row in _rows(area, case, results)]
 
 
 def table(records: list[dict[str, Any]], area: str) -> tuple[list[str], list[list[str]]]:
     """Column names and rows of an area: each case with every implementation's number, our time where the numbers are
     rates, the ratio to the rival, and the bar where there is one."""
     cases = {case: results for (of, case), results in _by_case(records).items() if of == area}
-    rows = {row.case: row for row in summarize(records) if row.area == area}
+    rows: dict[str, Row] = {}
+    for row in summarize(records):
+        if row.area == area:
+            rows.setdefault(row.case, row)
     impls = [name for name in IMPLEMENTATIONS if any(name in results for results in cases.values())]
     timed = UNITS[area] != "us"
     barred = any(row.bar for row in rows.values())
@@ -55,15 +51,37 @@ def table(records: list[dict[str, Any]], area: str) -> tuple[list[str], list[lis
     body = []
     for case, results in cases.items():
         line = [case, *(_number(results[impl]["value"]) if impl in results else "-" for impl in impls)]
-        row = rows.get(case)
+        shown = rows.get(case)
         if timed:
-            line.append("-" if row is None else _number(row.seconds * 1e6))
-        line.append("-" if row is None or row.ratio is None else f"{row.ratio:.3f} {row.rival}")
+            line.append("-" if shown is None else _number(shown.seconds * 1e6))
+        line.append("-" if shown is None or shown.ratio is None else f"{shown.ratio:.3f} {shown.rival}")
         if barred:
-            met = None if row is None else row.met
-            line += [row.bar if row else "-", "-" if met is None else ("yes" if met else "NO")]
+            met = None if shown is None else shown.met
+            line += [shown.bar if shown else "-", "-" if met is None else ("yes" if met else "NO")]
         body.append(line)
     return columns, body
+
+
+def means(records: list[dict[str, Any]], area: str) -> list[str]:
+    """Lines below the table of an area of training: the geometric mean and the worst of the ratios of each kind."""
+    if area not in TRAINING_AREAS:
+        return []
+    kinds: dict[tuple[str, str], list[Row]] = {}
+    for row in summarize(records):
+        if row.area == area and row.ratio is not None and row.rival is not None:
+            rival = "the best peer" if area == "backward-sweep" and row.impl == "broadhead" else row.rival
+            kinds.setdefault((row.impl, rival), []).append(row)
+    lines = []
+    for (impl, rival), rows in kinds.items():
+        ratios = {row.case: row.ratio for row in rows if row.ratio is not None}
+        mean = math.exp(sum(math.log(ratio) for ratio in ratios.values()) / len(ratios))
+        worst = min(ratios, key=lambda case: ratios[case])
+        bar = ""
+        if rival == "the best peer":
+            bar = f" (bar >= {BAR_SWEEP_MEAN:g}: {'yes' if mean >= BAR_SWEEP_MEAN else 'NO'})"
+        of_worst = f"worst {ratios[worst]:.3f} ({worst})"
+        lines.append(f"{impl} to {rival}: {len(ratios)} cases, geometric mean {mean:.3f}{bar}, {of_worst}")
+    return lines
 
 
 def _by_case(records: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, dict[str, Any]]]:
@@ -73,14 +91,20 @@ def _by_case(records: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, d
     return cases
 
 
-def _row(area: str, case: str, results: dict[str, dict[str, Any]]) -> Row:
-    own = results["broadhead"]["value"]
-    seconds = results["broadhead"].get("seconds", float("nan"))
-    values = {impl: record["value"] for impl, record in results.items() if impl != "broadhead"}
-    rival, least, most = _rival(area, case, values)
-    theirs = values.get(rival) if rival else None
-    if rival is None or theirs is None:
-        return Row(area, case, own, seconds, None, None, None, _text(least, most), None)
+def _rows(area: str, case: str, results: dict[str, dict[str, Any]]) -> list[Row]:
+    if "broadhead" not in results:
+        return []
+    values = {impl: record["value"] for impl, record in results.items()}
+    return [_row(area, case, results, comparison) for comparison in comparisons(area, case, values)]
+
+
+def _row(area: str, case: str, results: dict[str, dict[str, Any]], comparison: Comparison) -> Row:
+    impl, rival, least, most = comparison
+    own = results[impl]["value"]
+    seconds = results[impl].get("seconds", float("nan"))
+    if rival is None or rival not in results:
+        return Row(area, case, own, seconds, None, None, None, _text(least, most), None, impl)
+    theirs = results[rival]["value"]
     if area in STEP_AREAS:
         ratio = results[rival]["seconds"] / seconds
     else:
@@ -90,26 +114,7 @@ def _row(area: str, case: str, results: dict[str, dict[str, Any]]) -> Row:
         met = ratio >= least
     elif most is not None:
         met = ratio <= most
-    return Row(area, case, own, seconds, rival, theirs, ratio, _text(least, most), met)
-
-
-def _rival(area: str, case: str, values: dict[str, float]) -> tuple[str | None, float | None, float | None]:
-    """Whom to compare with, and the least or the most that the ratio may be."""
-    if area in STEP_AREAS:
-        return "baseline", None, None
-    if area == "window":
-        return "baseline", None, BAR_WINDOW
-    if area in ODD_AREAS:
-        return ("fa3", BARS_ODD.get(head_dim(case)), None)
-    if area in ("paged", "fp8"):
-        return (*(BAR_PAGED if area == "paged" else BAR_FP8), None)
-    peers = {impl: value for impl, value in values.items() if impl != "baseline"}
-    best = (min if UNITS[area] == "us" else max)(peers, key=lambda impl: peers[impl], default=None)
-    if area not in PEER_AREAS:
-        return best, None, None
-    if head_dim(case) > 256:
-        return (BAR_ABOVE_256[0] if "ffpa" in peers else best), BAR_ABOVE_256[1], None
-    return best, BAR_UP_TO_256[1], None
+    return Row(area, case, own, seconds, rival, theirs, ratio, _text(least, most), met, impl)
 
 
 def _text(least: float | None, most: float | None) -> str:
@@ -120,9 +125,3 @@ def _text(least: float | None, most: float | None) -> str:
 
 def _number(value: float) -> str:
     return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
-
-
-def head_dim(case: str) -> int:
-    """The head_dim in the name of a case; 0 where it has none."""
-    found = re.search(r" D(\d+)", case)
-    return int(found[1]) if found else 0

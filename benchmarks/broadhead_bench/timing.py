@@ -15,6 +15,8 @@ import torch
 MIN_REPETITIONS = 20
 MAX_REPETITIONS = 400
 WARM_UP_SECONDS = 0.05
+#: Cycles a second of a GPU, about.
+CLOCK = 1.8e9
 #: A call may launch 20 kernels: far below the 1024 launches that a CUDA queue holds, so no call waits for a slot.
 HOST_CALLS_PER_BATCH = 25
 
@@ -25,18 +27,28 @@ def l2_bytes(device: torch.device) -> int:
 
 
 class L2Flusher:
-    """Overwrites more memory than the L2 holds, so that the next kernel finds none of its inputs in it."""
+    """Overwrites more memory than the L2 holds, so that the next kernel finds none of its inputs in it.
 
-    def __init__(self, device: torch.device) -> None:
+    Args of the constructor: head_start: then the device idles for so many seconds, about, in which the host can enqueue
+    all launches of a call that is timed, as it does where it runs ahead of the device.
+    """
+
+    def __init__(self, device: torch.device, head_start: float = 0.0) -> None:
+        self._cycles = int(head_start * CLOCK)
         size = max(4 * l2_bytes(device), 256 << 20)
         self._buffer = torch.empty(size // 4, dtype=torch.int32, device=device)
 
     def __call__(self) -> None:
         self._buffer.zero_()
+        if self._cycles:
+            torch.cuda._sleep(self._cycles)
 
 
 def time_interleaved(
-    functions: list[Callable[[], Any]], flush: Callable[[], None], budget: float
+    functions: list[Callable[[], Any]],
+    flush: Callable[[], None],
+    budget: float,
+    least: int = MIN_REPETITIONS,
 ) -> list[float | Exception]:
     """Median seconds of each function on the device, each run after a flushed L2.
 
@@ -46,7 +58,8 @@ def time_interleaved(
     Args:
         functions: each enqueues its work on the current stream.
         flush: overwrites the L2.
-        budget: seconds to spend on the timed runs of one function, as far as MIN_REPETITIONS allows.
+        budget: seconds to spend on the timed runs of one function, as far as ``least`` allows.
+        least: timed runs of one function.
 
     Returns:
         For each function its seconds, or what it raised while warming up.
@@ -55,7 +68,7 @@ def time_interleaved(
     repetitions = [0] * len(functions)
     for index, function in enumerate(functions):
         try:
-            repetitions[index] = _repetitions(function, flush, budget)
+            repetitions[index] = _repetitions(function, flush, budget, least)
         except Exception as error:  # any implementation may fail in any way; the others are timed all the same
             results[index] = error
     events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in functions]
@@ -73,18 +86,18 @@ def time_interleaved(
     return results
 
 
-def _repetitions(function: Callable[[], Any], flush: Callable[[], None], budget: float) -> int:
+def _repetitions(function: Callable[[], Any], flush: Callable[[], None], budget: float, least: int) -> int:
     """Warm up, and say how many runs fit the budget."""
     function()
     torch.cuda.synchronize()
     start, runs = time.perf_counter(), 0
-    while runs < 3 or time.perf_counter() - start < WARM_UP_SECONDS:
+    while runs < min(3, least) or time.perf_counter() - start < WARM_UP_SECONDS:
         flush()
         function()
         torch.cuda.synchronize()
         runs += 1
     estimate = (time.perf_counter() - start) / runs
-    return max(MIN_REPETITIONS, min(MAX_REPETITIONS, int(budget / estimate)))
+    return max(least, min(MAX_REPETITIONS, int(budget / estimate)))
 
 
 def spread_turns(repetitions: list[int]) -> list[int]:
@@ -156,6 +169,23 @@ def time_host(function: Callable[[], Any], synchronize: Callable[[], None], budg
         if enabled:
             gc.enable()
     return statistics.median(samples)
+
+
+def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
+    """Bytes that one call takes on the device at its peak, beyond what lay there before and what it returns."""
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    result = call()
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device)
+    return max(0, peak - before - held_bytes(result))
+
+
+def held_bytes(result: Any) -> int:
+    """Bytes of the memory that a result's tensors hold, each piece once."""
+    tensors = [result] if isinstance(result, torch.Tensor) else [t for t in result if isinstance(t, torch.Tensor)]
+    return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
 
 
 def time_cpu(function: Callable[[], Any], budget: float) -> float:

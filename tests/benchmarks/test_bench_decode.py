@@ -11,7 +11,7 @@ import pytest
 import torch
 from broadhead.reference import append
 from broadhead.reference.append import apply_rotary
-from broadhead_bench import accuracy, cases, cases_decode, cli, inputs_decode, measure, summary
+from broadhead_bench import accuracy, bars, cases, cases_decode, cli, inputs_decode, measure, summary
 from broadhead_bench.peers import broadhead_api
 from torch import Tensor
 
@@ -31,7 +31,7 @@ def test_names() -> None:
     assert "cascade B16 prefix8192+1024 H32 Hkv8 D128 page64" in names["cascade"]
     assert "append B16 ctx8192 H32 Hkv8 D128 page64" in names["append"]
     assert "dec B1 ctx1024 H32 Hkv4 D512 page64" in names["latency"]
-    assert all(summary.head_dim(name) in (128, 256, 512, 576) for of_area in names.values() for name in of_area)
+    assert all(bars.head_dim(name) in (128, 256, 512, 576) for of_area in names.values() for name in of_area)
 
 
 def test_every_area_runs_alone_and_together(tmp_path: Path) -> None:

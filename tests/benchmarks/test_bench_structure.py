@@ -16,6 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 PACKAGE = "broadhead_bench"
 ADAPTERS = ("broadhead_api", "flash_attention", "flashinfer_wrappers", "torch_sdpa")
+#: Adapters that vary another one, by their names.
+VARIANTS = {"broadhead_variants": "broadhead_api"}
 
 
 def modules(folder: Path = BENCHMARKS / PACKAGE) -> dict[str, Path]:
@@ -69,10 +71,12 @@ def test_adapters_import_the_base_and_the_registry_imports_the_adapters() -> Non
     known = {name: path for name, path in modules().items() if name.startswith(f"{PACKAGE}.peers.")}
     base, registry = f"{PACKAGE}.peers.base", f"{PACKAGE}.peers.registry"
     adapters = {f"{PACKAGE}.peers.{name}" for name in ADAPTERS}
-    assert set(known) == {base, registry, *adapters}
+    variants = {f"{PACKAGE}.peers.{name}": {f"{PACKAGE}.peers.{of}"} for name, of in VARIANTS.items()}
+    assert set(known) == {base, registry, *adapters, *variants}
     assert imported(known[base], known) == set()
     assert {name: imported(known[name], known) for name in adapters} == {name: {base} for name in adapters}
-    assert imported(known[registry], known) == {base, *adapters}
+    assert {name: imported(known[name], known) for name in variants} == variants
+    assert imported(known[registry], known) == {base, *adapters, *variants}
 
 
 def run(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from broadhead_bench.cases import AREAS, CascadeCase, DecodeCase, DenseCase, PagedCase, VarlenCase
-from broadhead_bench.inputs import Fp8Inputs, PagedInputs, VarlenInputs
+from broadhead_bench.inputs import DenseInputs, Fp8Inputs, PagedInputs, VarlenInputs
 from broadhead_bench.inputs_decode import AppendInputs, CascadeInputs, Fp8PagedInputs, LatentInputs
 
 
@@ -32,7 +32,7 @@ class Peer:
 
     name = ""
     #: The areas in which it has anything to say; elsewhere it is not even skipped.
-    areas: tuple[str, ...] = tuple(area for area in AREAS if area != "decode-invariant")
+    areas: tuple[str, ...] = tuple(a for a in AREAS if a not in ("decode-invariant", "training", "prefix-lm"))
 
     def why_unavailable(self, device: torch.device) -> str | None:
         """Why it cannot run here at all, or None."""
@@ -98,11 +98,13 @@ class Peer:
         """A call that returns ``(B, 1, H, D)``, of sequences that share a prefix."""
         raise Skip("has no decode over a shared prefix")
 
-    def backward(self, case: DenseCase, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> Callable[[], Gradients]:
+    def backward(
+        self, case: DenseCase | VarlenCase, inputs: DenseInputs | VarlenInputs, dout: Tensor
+    ) -> Callable[[], Gradients]:
         """A call that returns ``(dq, dk, dv)``; the forward pass has run before."""
-        leaves = (q.detach().requires_grad_(), k.detach().requires_grad_(), v.detach().requires_grad_())
+        call, leaves = self._of_leaves(case, inputs)
         with torch.enable_grad():
-            out = self.forward(case, *leaves)()
+            out = call()
         if not out.requires_grad:
             raise Skip("has no backward")
 
@@ -111,6 +113,51 @@ class Peer:
             return dq, dk, dv
 
         return gradients
+
+    def forward_backward(
+        self, case: DenseCase | VarlenCase, inputs: DenseInputs | VarlenInputs, dout: Tensor
+    ) -> Callable[[], Gradients]:
+        """A call that runs forward, then backward, and returns ``(dq, dk, dv)``."""
+        call, leaves = self._of_leaves(case, inputs)
+
+        def both() -> Gradients:
+            with torch.enable_grad():
+                out = call()
+            if not out.requires_grad:
+                raise Skip("has no backward")
+            dq, dk, dv = torch.autograd.grad(out, leaves, dout)
+            return dq, dk, dv
+
+        return both
+
+    def _of_leaves(
+        self, case: DenseCase | VarlenCase, inputs: DenseInputs | VarlenInputs
+    ) -> tuple[Callable[[], Tensor], Gradients]:
+        """The forward call on q, k and v that require grad, and these three."""
+        q, k, v = (t.detach().requires_grad_() for t in inputs[:3])
+        leaves = (q, k, v)
+        self.watch(q)
+        with torch.enable_grad():
+            if isinstance(case, VarlenCase):
+                assert isinstance(inputs, VarlenInputs)
+                return self.varlen(case, inputs._replace(q=q, k=k, v=v)), leaves
+            return self.forward(case, q, k, v), leaves
+
+    def watch(self, leaf: Tensor) -> None:
+        """Called with the leaf q before gradients are taken (broadhead only: which kernel computes them)."""
+
+    def attention_of_transformers(self) -> str:
+        """The name by which models of transformers find it."""
+        raise Skip("is no attention of transformers")
+
+    def two_passes(self, case: DenseCase, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
+        """A prefix-LM case in two calls: the prefix's queries see the prefix, the others all that is before them."""
+        prefix = case.prefix
+        first = case._replace(seqlen=prefix, causal=False, prefix=0)
+        second = case._replace(seqlen=case.seqlen - prefix, prefix=0)
+        own = self.forward(first, q[:, :prefix], k[:, :prefix], v[:, :prefix])
+        rest = self.forward(second, q[:, prefix:], k, v)
+        return lambda: torch.cat((own(), rest()), dim=1)
 
 
 class PackagePeer(Peer):

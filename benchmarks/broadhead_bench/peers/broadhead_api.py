@@ -22,9 +22,26 @@ class Broadhead(Peer):
     name = "broadhead"
     areas: tuple[str, ...] = AREAS
     _backend: str | None = None
+    _deterministic = False
+    _gradients_by: Any = None  # last_dispatch() of the last backward pass, until it is read
+
+    def watch(self, leaf: Tensor) -> None:
+        """Autograd calls kernels in a thread of its own, whose last_dispatch() a hook of q's gradient can see."""
+
+        def note(_: Tensor) -> None:
+            self._gradients_by = broadhead.last_dispatch()
+
+        leaf.register_hook(note)
+
+    def attention_of_transformers(self) -> str:
+        from broadhead.integrations.transformers import register
+
+        register()
+        return "broadhead"
 
     def kernel(self) -> str | None:
-        backend, row, reason = broadhead.last_dispatch()
+        backend, row, reason = self._gradients_by or broadhead.last_dispatch()
+        self._gradients_by = None
         if self._backend == "cuda" and row is None:
             raise RuntimeError(f"ran the {backend} fallback instead of a kernel: {reason}")
         # A shared prefix takes one launch, or a call over it, one over the rest, and a merge.
@@ -36,6 +53,10 @@ class Broadhead(Peer):
 
     def forward(self, case: DenseCase, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
         options: dict[str, Any] = {"causal": case.causal, "window_size": case.window_size, "backend": self._backend}
+        if case.prefix:
+            options["prefix_lens"] = torch.full((case.batch,), case.prefix, dtype=torch.int32, device=q.device)
+        if self._deterministic:
+            options["deterministic"] = True
         return lambda: broadhead.flash_attn_func(q, k, v, **options)
 
     def fp8(self, case: DenseCase, inputs: Fp8Inputs) -> Callable[[], Tensor]:
@@ -45,9 +66,11 @@ class Broadhead(Peer):
 
     def varlen(self, case: VarlenCase, inputs: VarlenInputs) -> Callable[[], Tensor]:
         q, k, v, cu_seqlens, max_seqlen = inputs
-        return lambda: broadhead.flash_attn_varlen_func(
-            q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=case.causal, backend=self._backend
-        )
+        lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+        options: dict[str, Any] = {"causal": case.causal, "window_size": case.window_size, "backend": self._backend}
+        if self._deterministic:
+            options["deterministic"] = True
+        return lambda: broadhead.flash_attn_varlen_func(q, k, v, *lengths, **options)
 
     def paged(self, case: PagedCase, inputs: PagedInputs) -> Callable[[], Tensor]:
         return self._over_pages(inputs, causal=case.causal)
@@ -118,7 +141,7 @@ class Baseline(Broadhead):
     """What broadhead itself does without the feature that an area is about, on the same numbers."""
 
     name = "baseline"
-    areas = ("paged", "window", "fp8", "decode-fp8", "decode-invariant", "cascade", "append")
+    areas = ("paged", "window", "fp8", "prefix-lm", "decode-fp8", "decode-invariant", "cascade", "append")
 
     def measured(self, case: DenseCase) -> DenseCase:
         return case._replace(window=None)
@@ -127,7 +150,7 @@ class Baseline(Broadhead):
         return case._replace(cache="bf16", tokens_per_split=0)
 
     def forward(self, case: DenseCase, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
-        return super().forward(self.measured(case), q, k, v)
+        return self.two_passes(case, q, k, v) if case.prefix else super().forward(self.measured(case), q, k, v)
 
     def fp8(self, case: DenseCase, inputs: Fp8Inputs) -> Callable[[], Tensor]:
         return super().forward(case, *inputs.widened())

@@ -42,9 +42,8 @@ class FlashAttention3(PackagePeer):
     def varlen(self, case: VarlenCase, inputs: VarlenInputs) -> Callable[[], Tensor]:
         function = self._module.flash_attn_varlen_func
         q, k, v, cu_seqlens, max_seqlen = inputs
-        return lambda: first_output(
-            function(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=case.causal)
-        )
+        lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+        return lambda: first_output(function(q, k, v, *lengths, causal=case.causal, window_size=case.window_size))
 
     def paged(self, case: PagedCase, inputs: PagedInputs) -> Callable[[], Tensor]:
         return self._over_pages(inputs, causal=case.causal)
@@ -118,10 +117,13 @@ class FlashAttention4(PackagePeer):
     """FlashAttention-4, the CuTe DSL implementation."""
 
     name = "fa4"
-    module_names = ("flash_attn.cute",)
-    distributions = ("flash-attn-4",)
+    areas = (*PackagePeer.areas, "training", "prefix-lm")
+    module_names = ("flash_attn.cute", "vllm.vllm_flash_attn.cute.interface")
+    distributions = ("flash-attn-4", "vllm")
 
     def forward(self, case: DenseCase, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
+        if case.prefix:
+            return self.two_passes(case, q, k, v)
         function = self._module.flash_attn_func
         window = (None, None) if case.window is None else case.window_size
         return lambda: first_output(function(q, k, v, causal=case.causal, window_size=window))
@@ -129,10 +131,11 @@ class FlashAttention4(PackagePeer):
     def varlen(self, case: VarlenCase, inputs: VarlenInputs) -> Callable[[], Tensor]:
         function = self._module.flash_attn_varlen_func
         q, k, v, cu_seqlens, max_seqlen = inputs
-        lengths = {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
-        return lambda: first_output(
-            function(q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, causal=case.causal, **lengths)
-        )
+        options: dict[str, Any] = {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
+        options |= {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "causal": case.causal}
+        if case.window is not None:
+            options["window_size"] = case.window_size
+        return lambda: first_output(function(q, k, v, **options))
 
     def paged(self, case: PagedCase, inputs: PagedInputs) -> Callable[[], Tensor]:
         return self._over_pages(inputs, case.causal)
@@ -154,7 +157,7 @@ class Ffpa(PackagePeer):
     """FFPA, for head_dim above 256."""
 
     name = "ffpa"
-    areas = ("forward", "chunked", "varlen", "paged", "window", "backward")
+    areas = ("forward", "chunked", "varlen", "paged", "window", "backward", "backward-sweep", "training")
     module_names = ("ffpa_attn",)
     distributions = ("ffpa-attn",)
 
@@ -173,6 +176,8 @@ class Ffpa(PackagePeer):
     def varlen(self, case: VarlenCase, inputs: VarlenInputs) -> Callable[[], Tensor]:
         self._notes = {}
         _above_256(case.head_dim)
+        if case.window is not None:
+            raise Skip("takes no window")
         function = self._module.ffpa_attn_varlen_func
         q, k, v, cu_seqlens, max_seqlen = inputs
         gqa = case.num_heads_q != case.num_heads_kv

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from broadhead_bench.cases import CascadeCase, DecodeCase, DenseCase, PagedCase, VarlenCase
+from broadhead_bench.cases_prefill import BACKWARD_AREAS
 from broadhead_bench.inputs import PagedInputs, VarlenInputs
 from broadhead_bench.inputs_decode import CascadeInputs, Fp8PagedInputs, LatentInputs
-from broadhead_bench.peers.base import PackagePeer, Skip, first_output
+from broadhead_bench.peers.base import PackagePeer, first_output
 
 WORKSPACE_BYTES = 256 << 20
 
@@ -21,6 +22,7 @@ class FlashInfer(PackagePeer):
     calls run one after the other."""
 
     name = "flashinfer"
+    areas = tuple(area for area in PackagePeer.areas if area not in BACKWARD_AREAS)  # it has no backward
     module_names = ("flashinfer",)
     distributions = ("flashinfer-python",)
 
@@ -28,8 +30,6 @@ class FlashInfer(PackagePeer):
         self._workspaces: dict[torch.device, Tensor] = {}
 
     def forward(self, case: DenseCase, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
-        if q.requires_grad:
-            raise Skip("has no backward")
         wrapper = self._module.BatchPrefillWithRaggedKVCacheWrapper(self._workspace(q.device), "NHD")
         indptr = torch.arange(case.batch + 1, dtype=torch.int32, device=q.device) * case.seqlen
         wrapper.plan(

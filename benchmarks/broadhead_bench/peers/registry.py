@@ -6,21 +6,25 @@ from torch.nn.attention import SDPBackend
 
 from broadhead_bench.peers.base import Peer
 from broadhead_bench.peers.broadhead_api import Baseline, Broadhead
+from broadhead_bench.peers.broadhead_variants import Deterministic, Portable
 from broadhead_bench.peers.flash_attention import Ffpa, FlashAttention3, FlashAttention4
 from broadhead_bench.peers.flashinfer_wrappers import FlashInfer
-from broadhead_bench.peers.torch_sdpa import TorchSdpa
+from broadhead_bench.peers.torch_sdpa import TorchDefault, TorchFlash, TorchSdpa
 
 
 def all_peers() -> list[Peer]:
     """Every implementation, in the order of the tables."""
     return [
         Broadhead(),
+        Deterministic(),
+        Portable(),
         Baseline(),
-        TorchSdpa("fa2", SDPBackend.FLASH_ATTENTION),
+        TorchFlash("fa2", SDPBackend.FLASH_ATTENTION),
         FlashAttention3(),
         FlashAttention4(),
         Ffpa(),
         TorchSdpa("cudnn", SDPBackend.CUDNN_ATTENTION),
         TorchSdpa("memeff", SDPBackend.EFFICIENT_ATTENTION),
+        TorchDefault(),
         FlashInfer(),
     ]

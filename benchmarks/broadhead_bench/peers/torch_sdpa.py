@@ -1,4 +1,4 @@
-"""Adapters for the backends of torch's scaled_dot_product_attention."""
+"""Adapters for what torch itself has: the backends of scaled_dot_product_attention, and its FlashAttention-2."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from broadhead_bench.cases import DenseCase
+from broadhead_bench.cases import DenseCase, VarlenCase
+from broadhead_bench.inputs import VarlenInputs
 from broadhead_bench.peers.base import Peer, Skip
+
+#: The backends that hold no scores in memory.
+FUSED = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 
 
 class TorchSdpa(Peer):
     """One backend of torch.nn.functional.scaled_dot_product_attention."""
 
-    areas = ("forward", "odd", "window", "backward", "host")
+    areas: tuple[str, ...] = ("forward", "odd", "window", "backward", "backward-sweep", "host")
 
     def __init__(self, name: str, backend: SDPBackend) -> None:
         self.name = name
@@ -41,11 +45,7 @@ class TorchSdpa(Peer):
         if case.num_heads_q == case.num_heads_kv:
             return _sdpa_call(q, k, v, case.causal, enable_gqa=False)
         call = _sdpa_call(q, k, v, case.causal, enable_gqa=True)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                call()
-        except RuntimeError:
+        if not _runs(call):
             group = case.num_heads_q // case.num_heads_kv
             self._notes = {"note": f"K and V repeated {group} times beforehand: this backend takes no GQA"}
             call = _sdpa_call(
@@ -54,9 +54,93 @@ class TorchSdpa(Peer):
         return call
 
 
-def _sdpa_call(q: Tensor, k: Tensor, v: Tensor, causal: bool, enable_gqa: bool) -> Callable[[], Tensor]:
-    """SDPA on ``(B, S, H, D)`` tensors, as views in its own layout."""
+class TorchFlash(TorchSdpa):
+    """torch's FlashAttention-2. SDPA takes neither a window nor packed sequences; the operator below it does."""
+
+    areas = (*TorchSdpa.areas, "training", "prefix-lm")
+
+    def forward(self, case: DenseCase, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
+        self._notes = {}
+        if case.prefix:
+            return self.two_passes(case, q, k, v)
+        if case.window is None and q.shape[1] == k.shape[1]:
+            return super().forward(case, q, k, v)
+        return _flash_call(q, k, v, None, q.shape[1], k.shape[1], case.causal, case.window_size)
+
+    def varlen(self, case: VarlenCase, inputs: VarlenInputs) -> Callable[[], Tensor]:
+        self._notes = {}
+        q, k, v, offsets, longest = inputs
+        return _flash_call(q, k, v, offsets, longest, longest, case.causal, case.window_size)
+
+
+class TorchDefault(Peer):
+    """SDPA as a model calls it: torch picks the backend, a mask says what is neither full nor causal, and where no
+    fused backend takes GQA, K and V are repeated in each call."""
+
+    name = "sdpa"
+    areas = ("training", "prefix-lm")
+
+    def __init__(self) -> None:
+        self._notes: dict[str, str] = {}
+
+    def versions(self) -> dict[str, str]:
+        return self._notes
+
+    def attention_of_transformers(self) -> str:
+        return "sdpa"
+
+    def forward(self, case: DenseCase, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
+        mask = None
+        if case.window is not None or case.prefix:
+            positions = torch.arange(case.seqlen, device=q.device)
+            distance = positions[:, None] - positions[None, :]
+            mask = (distance >= 0) & (distance < (case.window or case.seqlen)) | (positions < case.prefix)[None, :]
+        group = case.num_heads_q // case.num_heads_kv
+        self._notes = {}
+        if group > 1 and mask is None:
+            call = _sdpa_call(q, k, v, case.causal, enable_gqa=True)
+            with sdpa_kernel(list(FUSED)):
+                if q.device.type != "cuda" or _runs(call):
+                    return call
+        if group == 1:
+            return _sdpa_call(q, k, v, case.causal, enable_gqa=False, mask=mask)
+        self._notes = {"note": f"K and V repeated {group} times in each call: no fused backend takes this GQA"}
+
+        def repeated() -> Tensor:
+            key, value = (t.repeat_interleave(group, dim=2) for t in (k, v))
+            return _sdpa_call(q, key, value, case.causal, enable_gqa=False, mask=mask)()
+
+        return repeated
+
+
+def _runs(call: Callable[[], Tensor]) -> bool:
+    """Whether a backend takes the call."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            call()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _sdpa_call(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, enable_gqa: bool, mask: Tensor | None = None
+) -> Callable[[], Tensor]:
+    """SDPA on ``(B, S, H, D)`` tensors, as views in its own layout; a mask says all."""
     attention = torch.nn.functional.scaled_dot_product_attention
     query, key, value = (t.transpose(1, 2) for t in (q, k, v))
     options: dict[str, Any] = {"enable_gqa": True} if enable_gqa else {}
-    return lambda: attention(query, key, value, is_causal=causal, **options).transpose(1, 2)
+    options |= {"is_causal": causal} if mask is None else {"attn_mask": mask}
+    return lambda: attention(query, key, value, **options).transpose(1, 2)
+
+
+def _flash_call(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor | None, longest_q: int, longest_k: int, causal: bool,
+    window_size: tuple[int, int],
+) -> Callable[[], Tensor]:  # fmt: skip
+    """FlashAttention-2's operator, whose masks are aligned to the bottom right."""
+    left, right = window_size
+    window = {} if left < 0 else {"window_size_left": left, "window_size_right": right}
+    lengths = (offsets, offsets, longest_q, longest_k)
+    return lambda: torch.ops.aten._flash_attention_forward(q, k, v, *lengths, 0.0, causal, False, **window)[0]
