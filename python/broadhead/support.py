@@ -19,6 +19,7 @@ from .tiles import (
     FusedBackwardTile,
     HopperBackwardTile,
     HopperTile,
+    PortableFusedBackwardTile,
     Template,
     Tile,
     WideTile,
@@ -108,7 +109,7 @@ class KernelRow(NamedTuple):
     smem_limit: int
     tile: (
         Tile | DecodeTile | AbsorbedDecodeTile | HopperTile | WideTile | Fp8Tile | AbsorbedTile | BackwardTile
-        | FusedBackwardTile | HopperBackwardTile
+        | PortableFusedBackwardTile | FusedBackwardTile | HopperBackwardTile
     )  # fmt: skip
     features: tuple[str, ...]
     requires: tuple[str, ...] = ()  # features without which a call is not for this kernel
@@ -222,6 +223,23 @@ def _sm80_backward_rows() -> tuple[KernelRow, ...]:
             limit, BackwardTile(*keys, *queries), (*BACKWARD_FEATURES, "deterministic"),
         )
         for name, caps, head_dim, limit, keys, queries in shapes
+        for dtype in DTYPES
+    )  # fmt: skip
+
+
+def _sm80_fused_backward_rows() -> tuple[KernelRow, ...]:
+    """The portable backward kernels that multiply five times a step, not seven, but add dQ in no order."""
+    shapes = (
+        # name, capabilities, head_dim, smem_limit, tile
+        ("d64_fused", LARGE_SMEM, 64, SMEM_163KB, PortableFusedBackwardTile(128, 64, 4, 1, 2, 1)),
+        ("d128_fused", LARGE_SMEM, 128, SMEM_163KB, PortableFusedBackwardTile(128, 64, 4, 1, 2, 1)),
+    )
+    return tuple(
+        KernelRow(
+            f"sm80_bwd_{name}", "sm80", "backward", "prefill", caps, dtype, head_dim, head_dim,
+            limit, tile, BACKWARD_FEATURES,
+        )
+        for name, caps, head_dim, limit, tile in shapes
         for dtype in DTYPES
     )  # fmt: skip
 
@@ -380,6 +398,7 @@ ROWS: tuple[KernelRow, ...] = (
     *_sm90_rows(),
     *_sm80_rows(),
     *_sm90_backward_rows(),
+    *_sm80_fused_backward_rows(),
     *_sm80_backward_rows(),
     *_decode_rows(),
 )

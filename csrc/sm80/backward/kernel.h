@@ -47,12 +47,15 @@ BROADHEAD_DEVICE void set_backward_state(BackwardState& state, const AttnBwdPara
   state.inverse_softcap = params.softcap > 0.f ? 1.f / state.scale.softcap : 0.f;
   state.lse = params.softmax_lse + seqlen.batch_q * params.lse_batch_stride + seqlen.row_q;
   state.delta = params.delta + seqlen.batch_q * static_cast<std::int64_t>(params.seqlen_q) + seqlen.row_q;
+  state.batch = batch;
   state.head = head;
   state.kv_head = Traits::kKeys ? head : head / group;
   state.rows = {{0, Traits::kKeys ? seqlen.seqlen_k : seqlen.seqlen_q}, 0};
   if constexpr (Traits::kKeys) {
     state.first_row = tile * Traits::kRows;
     state.end_row = seqlen.seqlen_k;
+    // A dS of 0 does not hide keys that no query sees from dQ.
+    if (Traits::kFused) state.rows = {mask.tile_interval(0, seqlen.seqlen_q - 1), mask.prefix_len};
     const QueryInterval seen =
         mask.query_interval(state.first_row, min_int(state.first_row + Traits::kRows, seqlen.seqlen_k) - 1);
     state.cols = {{seen.begin, min_int(seen.end, seqlen.seqlen_q)}, 0};
@@ -115,8 +118,8 @@ BROADHEAD_DEVICE void step_of_role(Gradient<Traits>& gradient, typename Traits::
     });
     if (Traits::kShares) named_barrier_sync(shared_ds_barrier(place.warp_r), 32 * Traits::kWarpsC);
   }
-  add_gradient<Traits>(gradient, s, is_second ? handed : shared, is_second ? first : second, place,
-                       is_second ? columns : columns_v);
+  add_gradient<Traits>(gradient, own_weights<Traits>(s, is_second ? handed : shared, place), is_second ? first : second,
+                       place, is_second ? columns : columns_v);
 }
 
 template <class Traits>
@@ -267,7 +270,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
         share_fragments<Traits>(smem.fragments, dp, place);
         named_barrier_sync(shared_ds_barrier(place.warp_r), 32 * Traits::kWarpsC);
       }
-      add_gradient<Traits>(gradient, dp, smem.fragments, first, here(), columns);
+      const WarpPlace in_dq = here();
+      add_gradient<Traits>(gradient, own_weights<Traits>(dp, smem.fragments, in_dq), first, in_dq, columns);
     }
   }
 

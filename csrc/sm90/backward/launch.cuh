@@ -5,9 +5,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "host/launch.cuh"
-#include "kernels/backward_prepare.h"
-#include "sm90/backward/finish.h"
+#include "host/backward.cuh"
 #include "sm90/backward/kernel.h"
 
 namespace broadhead::sm90 {
@@ -69,9 +67,6 @@ int section_heads(const AttnBwdParams& params) {
   return static_cast<int>(Traits::kKeys ? kv_heads : std::min(kv_heads * group, 65535LL));
 }
 
-// Tiles of dQ of a head: see first_dq_tile.
-inline std::int64_t dq_tiles(const AttnBwdParams& params) { return params.total_q / 64 + params.batch; }
-
 // `dq_sums`: of a fused kernel.
 template <class Traits>
 int launch_side(const AttnBwdParams& params, CallReport report, cudaStream_t stream, float* dq_sums = nullptr) {
@@ -85,7 +80,6 @@ int launch_side(const AttnBwdParams& params, CallReport report, cudaStream_t str
   args.tiles = ceil_div(kKeys ? params.seqlen_k : params.seqlen_q, Traits::kRows);
   args.heads_per_section = section_heads<Traits>(params);
   args.dq_sums = dq_sums;
-  args.dq_tiles = dq_tiles(params);
   const int heads = kKeys ? params.num_heads_kv : params.num_heads_q;
   const long long blocks = static_cast<long long>(args.tiles) * heads * params.batch;
   if (blocks == 0) return 0;
@@ -103,25 +97,11 @@ int launch_side(const AttnBwdParams& params, CallReport report, cudaStream_t str
   return 0;
 }
 
-// The checks and the launches that all calls begin with. 0, or what the call returns.
-template <class Traits>
-int begin_backward(const AttnBwdParams& params, CallReport report, cudaStream_t stream) {
-  if (params.head_dim > Traits::kHeadDim || params.head_dim_v > Traits::kHeadDimV) {
-    return report.fail("head_dim", cudaErrorInvalidValue);
-  }
-  if (params.num_heads_q > 65535 || params.batch > 65535) return report.fail("grid", cudaErrorInvalidValue);
-  constexpr bool kIsBf16 = std::is_same_v<typename Traits::Keys::Element, cutlass::bfloat16_t>;
-  if (const int status = launch_backward_prepare(params, kIsBf16, static_cast<float*>(params.workspace), stream)) {
-    return report.fail("launch of the row sums", static_cast<cudaError_t>(status));
-  }
-  return 0;
-}
-
 template <class Traits>
 int launch_backward(const char* kernel_id, const AttnBwdParams& params, cudaStream_t stream, char* error,
                     std::size_t error_size) {
   const CallReport report{kernel_id, params, sizeof(typename Traits::SharedStorage), error, error_size};
-  if (begin_backward<Traits>(params, report, stream)) return 1;
+  if (begin_backward<typename Traits::Element>(params, Traits::kHeadDim, Traits::kHeadDimV, report, stream)) return 1;
   if (params.softcap > 0.f) {
     if (launch_side<typename Traits::Keys::Capped>(params, report, stream)) return 1;
     return launch_side<typename Traits::Queries::Capped>(params, report, stream);
@@ -130,44 +110,22 @@ int launch_backward(const char* kernel_id, const AttnBwdParams& params, cudaStre
   return launch_side<typename Traits::Queries>(params, report, stream);
 }
 
-// Where the sums of dQ begin in the workspace, and their bytes.
-inline std::int64_t dq_sums_offset(const AttnBwdParams& params) {
-  return (backward_prepare_bytes(params) + 255) / 256 * 256;
-}
-template <class Traits>
-std::int64_t dq_sums_bytes(const AttnBwdParams& params) {
-  return params.num_heads_q * dq_tiles(params) * 64 * Traits::kTileColumns * static_cast<std::int64_t>(sizeof(float));
-}
-
 template <class Traits>
 std::int64_t fused_workspace(const AttnBwdParams& params) {
-  return dq_sums_offset(params) + dq_sums_bytes<typename Traits::Keys>(params);
+  return dq_sums_workspace<typename Traits::Keys::DqSums>(params);
 }
 
 template <class Traits>
 int launch_fused(const char* kernel_id, const AttnBwdParams& params, cudaStream_t stream, char* error,
                  std::size_t error_size) {
+  using Element = typename Traits::Element;
   using Keys = typename Traits::Keys;
   const CallReport report{kernel_id, params, sizeof(typename Traits::SharedStorage), error, error_size};
-  if (begin_backward<Traits>(params, report, stream)) return 1;
-  char* workspace = static_cast<char*>(params.workspace);
-  float* sums = reinterpret_cast<float*>(workspace + dq_sums_offset(params));
-  if (const cudaError_t status = cudaMemsetAsync(sums, 0, dq_sums_bytes<Keys>(params), stream)) {
-    return report.fail("clearing of the sums of dq", status);
-  }
-  if (params.softcap > 0.f ? launch_side<typename Keys::Capped>(params, report, stream, sums)
-                           : launch_side<Keys>(params, report, stream, sums)) {
-    return 1;
-  }
-  const LaunchShape shape{.grid = dim3(ceil_div(params.seqlen_q, 64), params.num_heads_q, params.batch),
-                          .threads = 128 * Keys::kConsumers,
-                          .smem_bytes = 0};
-  if (shape.grid.x == 0 || shape.grid.y == 0 || shape.grid.z == 0) return 0;
-  const auto* tiles = reinterpret_cast<const float4*>(sums);
-  if (const cudaError_t status = launch_kernel(finish_dq<Keys>, shape, stream, params, tiles, dq_tiles(params))) {
-    return report.fail("launch of dq from its sums", status);
-  }
-  return 0;
+  if (begin_backward<Element>(params, Traits::kHeadDim, Traits::kHeadDimV, report, stream)) return 1;
+  return launch_with_dq_sums<Element, typename Keys::DqSums>(params, report, stream, [&](float* sums) {
+    return params.softcap > 0.f ? launch_side<typename Keys::Capped>(params, report, stream, sums)
+                                : launch_side<Keys>(params, report, stream, sums);
+  });
 }
 
 }  // namespace broadhead::sm90

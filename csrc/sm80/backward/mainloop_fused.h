@@ -1,0 +1,115 @@
+// What a fused kernel does beside the kernel that keeps keys: dS through shared memory, and dQ of a step.
+#pragma once
+
+#include "common/dq_sums.h"
+#include "sm80/backward/scores.h"
+
+namespace broadhead::sm80 {
+
+// Where unit `unit` (8 queries) of key `row` of row tile `row_tile` lies in a tile of dS, in bytes.
+template <class Traits>
+BROADHEAD_DEVICE int ds_offset(int row_tile, int row, int unit) {
+  constexpr int kUnits = Traits::kDsUnits;
+  const int swizzle = kUnits == 8 ? row & 7 : row / 2 & 3;
+  return row_tile * (Traits::kCols * 32) + unit / kUnits * (kUnits * 256) + row * (kUnits * 16) +
+         ((unit % kUnits ^ swizzle) * 16);
+}
+
+// The second role: `dp` becomes dS, by what the first one handed over in `tile`, and takes that place as [key][query].
+// `delta`: D of the step's queries.
+template <class Traits, class Step>
+BROADHEAD_DEVICE void differentiate_and_store(Scores<Traits>& dp, const Step& step, const float* delta, void* tile,
+                                              const WarpPlace& place) {
+  using Element = typename Traits::Element;
+  using Fragment = OwnFragment<Traits>;
+  static_assert(Traits::kColTiles % 2 == 0);
+  const int row = place.lane / 4;
+  BROADHEAD_UNROLL
+  for (int m = 0; m < Traits::kRowTiles; ++m) {
+    std::uint32_t handed[Traits::kColTiles / 2][4];
+    BROADHEAD_UNROLL
+    for (int n = 0; n < Traits::kColTiles; n += 2) {
+      Fragment::load(static_cast<const uint4*>(tile), place, m, n, handed[n / 2]);
+    }
+    __syncwarp();  // all lanes have read what is overwritten
+    const int row_tile = place.warp_r * Traits::kRowTiles + m;
+    char* of_row = static_cast<char*>(tile) +
+                   ds_offset<Traits>(row_tile, row, place.warp_c * Traits::kColTiles) + place.lane % 4 * 4;
+    const decltype(step.row(0, 0)) seen[2] = {step.row(m, 0), step.row(m, 1)};
+    BROADHEAD_UNROLL
+    for (int n = 0; n < Traits::kColTiles; ++n) {
+      const float2 of_query = *reinterpret_cast<const float2*>(delta + tile_col<Traits>(place, n));
+      BROADHEAD_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const float2 p = unpack_pair<Element>(handed[n / 2][n % 2 * 2 + half]);
+        float& first = dp[m][n][half * 2];
+        float& second = dp[m][n][half * 2 + 1];
+        first = p.x * (first - of_query.x);
+        second = p.y * (second - of_query.y);
+        // What is not seen may be NaN, and is not made 0 by a P of 0.
+        first = seen[half](n, 0) ? first : 0.f;
+        second = seen[half](n, 1) ? second : 0.f;
+        const std::uintptr_t at = reinterpret_cast<std::uintptr_t>(of_row) ^ (n % Traits::kDsUnits * 16);
+        *reinterpret_cast<std::uint32_t*>(at + n / Traits::kDsUnits * (Traits::kDsUnits * 256) +
+                                          half * (8 * Traits::kDsUnits * 16)) = pack_pair<Element>(first, second);
+      }
+    }
+  }
+}
+
+// dS of the row group as operands, for add_gradient. `tile`: its address.
+template <class Traits>
+BROADHEAD_DEVICE auto shared_ds(std::uint32_t tile, const WarpPlace& place) {
+  return [tile, &place](RowFragments<Traits>& a, int step) {
+    BROADHEAD_UNROLL
+    for (int m = 0; m < Traits::kRowTiles; ++m) {
+      const int row_tile = place.warp_r * Traits::kRowTiles + m;
+      ldmatrix_x4(a[m], tile + ds_offset<Traits>(row_tile, place.lane & 15, step * 2 + (place.lane >> 4)));
+    }
+  };
+}
+
+// The warp's part of dQ = dS K of a step, which it adds to `sums`, those of the step's queries. `ds`, `keys`: addresses
+// of the tiles.
+template <class Traits>
+BROADHEAD_DEVICE void add_dq(std::uint32_t ds, std::uint32_t keys, float* sums, int thread) {
+  using Element = typename Traits::Element;
+  constexpr int kTiles = Traits::kDqColTiles;
+  const int lane = thread % 32, warp = thread / 32;
+  const int warp_r = warp / Traits::kDqWarpsC, warp_c = warp % Traits::kDqWarpsC;
+  float dq[Traits::kDqRowTiles][kTiles][4];
+  clear_accumulators(dq);
+  // Rows of the transposed 8 x 8 matrices: keys 0-7 and 8-15, each of queries 0-7 and 8-15.
+  const int ds_row = lane / 16 * 8 + lane % 8, ds_unit = lane / 8 % 2;
+  BROADHEAD_UNROLL
+  for (int step = 0; step < Traits::kRows / 16; ++step) {
+    std::uint32_t a[Traits::kDqRowTiles][4];
+    BROADHEAD_UNROLL
+    for (int m = 0; m < Traits::kDqRowTiles; ++m) {
+      ldmatrix_x4_trans(
+          a[m], ds + ds_offset<Traits>(step, ds_row, (warp_r * Traits::kDqRowTiles + m) * 2 + ds_unit));
+    }
+    BROADHEAD_UNROLL
+    for (int n = 0; n < kTiles; n += 2) {
+      const int unit = warp_c * kTiles + n + lane / 16;
+      std::uint32_t b[4];
+      ldmatrix_x4_trans(b, keys + (lane & 15) * 128 + unit / 8 * (Traits::kRows * 128) +
+                               ((unit % 8 ^ (lane & 7)) * 16) + step * (16 * 128));
+      BROADHEAD_UNROLL
+      for (int m = 0; m < Traits::kDqRowTiles; ++m) {
+        mma<Element>(dq[m][n], a[m], b[0], b[1]);
+        mma<Element>(dq[m][n + 1], a[m], b[2], b[3]);
+      }
+    }
+  }
+  float* own = sums + Traits::DqSums::block(warp_r * Traits::kDqRowTiles, warp_c * kTiles) * kDqBlockFloats;
+  BROADHEAD_UNROLL
+  for (int m = 0; m < Traits::kDqRowTiles; ++m) {
+    BROADHEAD_UNROLL
+    for (int n = 0; n < kTiles; ++n) {
+      add_dq_block(own + Traits::DqSums::block(m, n) * kDqBlockFloats, lane, dq[m][n]);
+    }
+  }
+}
+
+}  // namespace broadhead::sm80
