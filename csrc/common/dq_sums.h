@@ -51,10 +51,13 @@ constexpr bool kDqVectors = true;
 constexpr bool kDqVectors = false;
 #endif
 
-// Adds a lane's numbers to a block. Additions have no order.
+// Adds a lane's numbers to a block. Additions have no order. PTX, as nvcc (13.0) makes of CUDA's atomicAdd of four
+// numbers an instruction that returns what was there.
 BROADHEAD_DEVICE void add_dq_block(float* block, int lane, const float (&x)[4]) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  atomicAdd(reinterpret_cast<float4*>(block) + lane, make_float4(x[0], x[1], x[2], x[3]));
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(block + lane * 4), "f"(x[0]), "f"(x[1]), "f"(x[2]),
+               "f"(x[3])
+               : "memory");
 #else
   BROADHEAD_UNROLL
   for (int c = 0; c < 4; ++c) atomicAdd(block + c * 32 + lane, x[c]);

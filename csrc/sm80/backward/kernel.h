@@ -60,6 +60,8 @@ BROADHEAD_DEVICE void set_backward_state(BackwardState& state, const AttnBwdPara
         mask.query_interval(state.first_row, min_int(state.first_row + Traits::kRows, seqlen.seqlen_k) - 1);
     state.cols = {{seen.begin, min_int(seen.end, seqlen.seqlen_q)}, 0};
     state.whole = whole_queries(mask, state.first_row, min_int(state.first_row + Traits::kRows, seqlen.seqlen_k) - 1);
+    // Keys that do not exist have no P: where an LSE is low that of a score of 0 may be infinite.
+    if (Traits::kFused && state.first_row + Traits::kRows > seqlen.seqlen_k) state.whole = {0, 0};
     state.stream_first = query_rows<Element>(params.q, params.q_strides, seqlen, 0, state.cols, 0).base;
     state.stream_second = query_rows<Element>(params.dout, params.dout_strides, seqlen, 0, state.cols, 0).base;
     state.begin = state.cols.interval.begin / Traits::kCols;

@@ -14,13 +14,9 @@ struct QueryStep {
   int tile;
   int head;
 
-  BROADHEAD_DEVICE void advance(const BackwardState& state) {
-    if (++tile == state.end) {
-      tile = state.begin;
-      ++head;
-    }
+  BROADHEAD_DEVICE QueryStep after(const BackwardState& state) const {
+    return tile + 1 == state.end ? QueryStep{state.begin, head + 1} : QueryStep{tile + 1, head};
   }
-
   BROADHEAD_DEVICE QueryStep before(const BackwardState& state) const {
     return tile == state.begin ? QueryStep{state.end - 1, head - 1} : QueryStep{tile - 1, head};
   }
@@ -48,18 +44,23 @@ BROADHEAD_DEVICE void copy_step(const AttnBwdParams& params, typename Traits::Sh
 // The products of a step but for dQ: `gradient` is dV or dK.
 template <class Traits>
 BROADHEAD_DEVICE void fused_step(Gradient<Traits>& gradient, typename Traits::SharedStorage& smem, int stage,
-                                 int parity, int first_col, const WarpPlace& place, int columns, int columns_v) {
-  const bool is_second = place.role != 0;
+                                 int parity, int first_col, int columns, int columns_v) {
+  const auto here = [] { return warp_place<Traits>(fresh_thread()); };  // in each part, for want of registers
+  const bool is_second = here().role != 0;
   auto* handed = reinterpret_cast<uint4*>(smem.ds[parity]);
   const std::uint32_t rows = smem_address(is_second ? smem.second : smem.first);
   const std::uint32_t first = smem_address(smem.stream_first[stage]);
   const std::uint32_t second = smem_address(smem.stream_second[stage]);
-  const auto load = [&](RowFragments<Traits>& a, int step) { load_rows<Traits>(a, rows, place, step); };
 
   Scores<Traits> s;
-  multiply_rows<Traits>(s, load, is_second ? second : first, place, is_second ? columns_v : columns);
+  {
+    const WarpPlace place = here();
+    const auto load = [&](RowFragments<Traits>& a, int step) { load_rows<Traits>(a, rows, place, step); };
+    multiply_rows<Traits>(s, load, is_second ? second : first, place, is_second ? columns_v : columns);
+  }
   if (!is_second) {
-    with_mask<Traits>(smem.state, first_col, place, [&](const auto& step_mask) {
+    const WarpPlace place = here();
+    with_found_mask<Traits>(smem, first_col, place, [&](const auto& step_mask) {
       with_softcap(smem.state, [&](const auto& weigh) {
         weigh_scores<Traits>(s, step_mask, weigh, smem.lse[stage], handed, smem.shared_p, place);
       });
@@ -67,12 +68,14 @@ BROADHEAD_DEVICE void fused_step(Gradient<Traits>& gradient, typename Traits::Sh
     named_barrier_arrive(hand_over_barrier(place.warp_r), 64 * Traits::kWarpsC);
     if (Traits::kShares) named_barrier_sync(shared_p_barrier(place.warp_r), 32 * Traits::kWarpsC);
   } else {
+    const WarpPlace place = here();
     named_barrier_sync(hand_over_barrier(place.warp_r), 64 * Traits::kWarpsC);
-    with_mask<Traits>(smem.state, first_col, place, [&](const auto& step_mask) {
+    with_found_mask<Traits>(smem, first_col, place, [&](const auto& step_mask) {
       differentiate_and_store<Traits>(s, step_mask, smem.delta[stage], handed, place);
     });
     if (Traits::kShares) named_barrier_sync(shared_ds_barrier(place.warp_r), 32 * Traits::kWarpsC);
   }
+  const WarpPlace place = here();
   if constexpr (Traits::kShares) {
     if (is_second) {
       add_gradient<Traits>(gradient, shared_ds<Traits>(smem_address(handed), place), first, place, columns);
@@ -102,8 +105,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   }
   __syncthreads();
   if (state.first_row >= state.end_row) return;
-  const int per_head = max_int(state.end - state.begin, 0);
-  const int steps = per_head * state.heads;
+  find_seen<Traits>(smem);
   const int columns = params.head_dim, columns_v = params.head_dim_v;
   const auto keys = [&](const void* tensor, const TensorStrides& strides, int cols) {
     return key_rows<Element>(tensor, strides, state.seqlen, state.kv_head, state.rows, cols);
@@ -111,46 +113,41 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
 
   Gradient<Traits> gradient;  // dV or dK
   clear_accumulators(gradient);
-  if (steps > 0) {
+  if (state.begin < state.end) {
     // ---- copies
     copy_rows<Traits, Traits::kRows>(smem.first, keys(params.k, params.k_strides, columns), state.first_row);
     copy_rows<Traits, Traits::kRows>(smem.second, keys(params.v, params.v_strides, columns_v), state.first_row);
-    QueryStep next{state.begin, state.first_head};
-    int next_stage = 0;
-    const auto issue = [&] {
-      if (next.head < state.first_head + state.heads) {
-        copy_step<Traits>(params, smem, next_stage, next);
-        next.advance(state);
-      }
-      if constexpr (Traits::kStages == 2) next_stage ^= 1;
+    const auto exists = [&](const QueryStep& step) { return step.head < state.first_head + state.heads; };
+    const auto issue = [&](const QueryStep& step, int stage) {
+      if (exists(step)) copy_step<Traits>(params, smem, stage, step);
       cute::cp_async_fence();
     };
-    if constexpr (Traits::kStages == 2) issue();
+    QueryStep step{state.begin, state.first_head};
+    if constexpr (Traits::kStages == 2) issue(step, 0);
 
     // ---- steps
     int parity = 0;  // of the step
-    QueryStep step{state.begin, state.first_head};
     const auto add_dq_of = [&](const QueryStep& of, int of_parity) {
       const std::int64_t tile = of.head * dq_tiles(params, DqSums::kRows);
       float* sums = smem.dq_sums + tile * (DqSums::kRows * DqSums::kColumns) +
                     static_cast<std::int64_t>(of.tile) * (Traits::kCols * DqSums::kColumns);
       add_dq<Traits>(smem_address(smem.ds[of_parity]), smem_address(smem.first), sums, fresh_thread());
     };
-    for (int left = steps; left > 0; --left) {
+    for (bool is_first = true; exists(step); is_first = false) {
       if constexpr (Traits::kStages == 1) {
-        if (left < steps) __syncthreads();  // all have read the stage
-        issue();
+        if (!is_first) __syncthreads();  // all have read the stage
+        issue(step, 0);
       }
-      const int stage = Traits::kStages == 2 ? next_stage ^ 1 : 0;
+      const int stage = Traits::kStages == 2 ? parity : 0;
       cp_async_wait<0>();
       __syncthreads();
-      if constexpr (Traits::kStages == 2) issue();
+      if constexpr (Traits::kStages == 2) issue(step.after(state), parity ^ 1);
       // Computed where it is needed, for want of registers.
       const auto here = [] { return warp_place<Traits>(fresh_thread()); };
-      if (left < steps && here().role == 1) add_dq_of(step.before(state), parity ^ 1);
-      fused_step<Traits>(gradient, smem, stage, parity, step.tile * Traits::kCols, here(), columns, columns_v);
-      if (left < steps && here().role == 0) add_dq_of(step.before(state), parity ^ 1);
-      step.advance(state);
+      if (!is_first && here().role == 1) add_dq_of(step.before(state), parity ^ 1);
+      fused_step<Traits>(gradient, smem, stage, parity, step.tile * Traits::kCols, columns, columns_v);
+      if (!is_first && here().role == 0) add_dq_of(step.before(state), parity ^ 1);
+      step = step.after(state);
       parity ^= 1;
     }
     __syncthreads();

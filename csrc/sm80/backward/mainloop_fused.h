@@ -6,6 +6,47 @@
 
 namespace broadhead::sm80 {
 
+// Which queries see each key of the tile, once a tile: each row divides 64-bit integers.
+template <class Traits>
+BROADHEAD_DEVICE void find_seen(typename Traits::SharedStorage& smem) {
+  const BackwardState& state = smem.state;
+  for (int row = fresh_thread(); row < Traits::kRows; row += Traits::kThreads) {
+    const int key = state.first_row + row;
+    smem.seen[row] = key < state.end_row ? state.mask.query_interval(key, key) : QueryInterval{0, 0};
+  }
+}
+
+// What the lane's rows see in a step, as MaskedStep tells it.
+template <class Traits>
+struct FoundStep {
+  const QueryInterval* seen;
+  const WarpPlace& place;
+  int lane_col;
+
+  struct Columns {
+    int begin;
+    int end;
+    BROADHEAD_DEVICE bool operator()(int n, int c) const {
+      return (n * 8 + c >= begin) & (n * 8 + c < end);  // without branches
+    }
+  };
+  BROADHEAD_DEVICE Columns row(int m, int half) const {
+    const QueryInterval of_row = seen[tile_row<Traits>(place, m, 2 * half)];
+    return {of_row.begin - lane_col, of_row.end - lane_col};
+  }
+};
+
+// Calls `work` with what the rows see.
+template <class Traits, class Work>
+BROADHEAD_DEVICE void with_found_mask(const typename Traits::SharedStorage& smem, int first_col, const WarpPlace& place,
+                                      const Work& work) {
+  if (is_whole<Traits>(smem.state, first_col)) {
+    work(WholeStep{});
+  } else {
+    work(FoundStep<Traits>{smem.seen, place, first_col + tile_col<Traits>(place, 0)});
+  }
+}
+
 // Where unit `unit` (8 queries) of key `row` of row tile `row_tile` lies in a tile of dS, in bytes.
 template <class Traits>
 BROADHEAD_DEVICE int ds_offset(int row_tile, int row, int unit) {
@@ -36,9 +77,12 @@ BROADHEAD_DEVICE void differentiate_and_store(Scores<Traits>& dp, const Step& st
     char* of_row = static_cast<char*>(tile) +
                    ds_offset<Traits>(row_tile, row, place.warp_c * Traits::kColTiles) + place.lane % 4 * 4;
     const decltype(step.row(0, 0)) seen[2] = {step.row(m, 0), step.row(m, 1)};
+    const float* of_col = delta + tile_col<Traits>(place, 0);
+    float2 next = *reinterpret_cast<const float2*>(of_col);
     BROADHEAD_UNROLL
     for (int n = 0; n < Traits::kColTiles; ++n) {
-      const float2 of_query = *reinterpret_cast<const float2*>(delta + tile_col<Traits>(place, n));
+      const float2 of_query = next;
+      if (n + 1 < Traits::kColTiles) next = *reinterpret_cast<const float2*>(of_col + (n + 1) * 8);
       BROADHEAD_UNROLL
       for (int half = 0; half < 2; ++half) {
         const float2 p = unpack_pair<Element>(handed[n / 2][n % 2 * 2 + half]);

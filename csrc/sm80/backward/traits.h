@@ -163,7 +163,8 @@ struct FusedSide
     alignas(16) uint4 shared_p[Base::kShares ? kRows_ / 16 * (kCols_ / 16) * 32 : 1];
     alignas(16) float lse[kStages_][kCols_];
     alignas(16) float delta[kStages_][kCols_];
-    float* dq_sums;  // of the sequence and query head 0
+    alignas(8) QueryInterval seen[kRows_];  // the queries that see each key; none where it does not exist
+    float* dq_sums;                         // of the sequence and query head 0
     BackwardState state;
   };
 };
