@@ -88,7 +88,12 @@ def test_every_row_is_reached() -> None:
     special = [problem(seqlen_q=sq, dtype=t, **absorbed) for sq in queries for t in ("bf16", "fp16")]
     window = {"window_left": 100, "features": ("lse", "window")}
     special += [problem(head_dim=256, dtype=t, **window) for t in ("bf16", "fp16")]
-    special += [problem(direction="backward", head_dim=d, dtype=t) for d in HEAD_DIMS for t in ("bf16", "fp16")]
+    special += [
+        problem(direction="backward", head_dim=d, dtype=t, features=features)
+        for d in HEAD_DIMS
+        for t in ("bf16", "fp16")
+        for features in (("lse",), ("lse", "deterministic"))
+    ]
     sizes = (*((d, d) for d in HEAD_DIMS), (192, 128))  # the Hopper backward kernels: what the portable ones lack
     special += [
         problem(direction="backward", head_dim=d, head_dim_v=dv, dtype=t, **window)
@@ -96,7 +101,7 @@ def test_every_row_is_reached() -> None:
         for t in ("bf16", "fp16")
         if d <= 256
     ]
-    capabilities = ((8, 0), (9, 0), (12, 0))
+    capabilities = ((8, 0), (9, 0), (10, 0), (12, 0))
     plans += [resolve(x, hypothetical(c), FULL) for x, c in itertools.product(special, capabilities)]
     assert {plan.row.id for plan in plans if plan.row is not None} == {row.id for row in ROWS}
 

@@ -108,7 +108,12 @@ BROADHEAD_DEVICE void step_of_role(Gradient<Traits>& gradient, typename Traits::
   if (!is_second) {
     with_mask<Traits>(smem.state, first_col, place, [&](const auto& step_mask) {
       with_softcap(smem.state, [&](const auto& weigh) {
-        weigh_scores<Traits>(s, step_mask, weigh, smem.lse[stage], handed, shared, place);
+        weigh_scores<Traits>(
+            s, step_mask, weigh, smem.lse[stage], handed,
+            [&](int m, int n, const auto& p) {
+              if constexpr (Traits::kShares) OwnFragment<Traits>::store(shared, place, m, n, p);
+            },
+            place);
       });
     });
     named_barrier_arrive(hand_over_barrier(place.warp_r), 64 * Traits::kWarpsC);

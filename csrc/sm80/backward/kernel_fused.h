@@ -53,6 +53,7 @@ BROADHEAD_DEVICE void fused_step(Gradient<Traits>& gradient, typename Traits::Sh
   const std::uint32_t second = smem_address(smem.stream_second[stage]);
 
   Scores<Traits> s;
+  Weights<Traits> weights;
   {
     const WarpPlace place = here();
     const auto load = [&](RowFragments<Traits>& a, int step) { load_rows<Traits>(a, rows, place, step); };
@@ -62,7 +63,17 @@ BROADHEAD_DEVICE void fused_step(Gradient<Traits>& gradient, typename Traits::Sh
     const WarpPlace place = here();
     with_found_mask<Traits>(smem, first_col, place, [&](const auto& step_mask) {
       with_softcap(smem.state, [&](const auto& weigh) {
-        weigh_scores<Traits>(s, step_mask, weigh, smem.lse[stage], handed, smem.shared_p, place);
+        weigh_scores<Traits>(
+            s, step_mask, weigh, smem.lse[stage], handed,
+            [&](int m, int n, const std::uint32_t(&p)[4]) {
+              if constexpr (Traits::kShares) {
+                OwnFragment<Traits>::store(smem.shared_p, place, m, n, p);
+              } else {
+                BROADHEAD_UNROLL
+                for (int i = 0; i < 4; ++i) weights[m][n / 2][i] = p[i];
+              }
+            },
+            place);
       });
     });
     named_barrier_arrive(hand_over_barrier(place.warp_r), 64 * Traits::kWarpsC);
@@ -71,7 +82,7 @@ BROADHEAD_DEVICE void fused_step(Gradient<Traits>& gradient, typename Traits::Sh
     const WarpPlace place = here();
     named_barrier_sync(hand_over_barrier(place.warp_r), 64 * Traits::kWarpsC);
     with_found_mask<Traits>(smem, first_col, place, [&](const auto& step_mask) {
-      differentiate_and_store<Traits>(s, step_mask, smem.delta[stage], handed, place);
+      differentiate_and_store<Traits>(s, weights, step_mask, smem.delta[stage], handed, place);
     });
     if (Traits::kShares) named_barrier_sync(shared_ds_barrier(place.warp_r), 32 * Traits::kWarpsC);
   }
@@ -83,7 +94,7 @@ BROADHEAD_DEVICE void fused_step(Gradient<Traits>& gradient, typename Traits::Sh
       add_gradient<Traits>(gradient, own_weights<Traits>(s, smem.shared_p, place), second, place, columns_v);
     }
   } else {
-    add_gradient<Traits>(gradient, own_weights<Traits>(s, nullptr, place), is_second ? first : second, place,
+    add_gradient<Traits>(gradient, kept_weights<Traits>(weights), is_second ? first : second, place,
                          is_second ? columns : columns_v);
   }
 }

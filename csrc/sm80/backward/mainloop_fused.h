@@ -56,11 +56,15 @@ BROADHEAD_DEVICE int ds_offset(int row_tile, int row, int unit) {
          ((unit % kUnits ^ swizzle) * 16);
 }
 
-// The second role: `dp` becomes dS, by what the first one handed over in `tile`, and takes that place as [key][query].
+// P or dS of a warp as operands: [row tile][16 columns].
+template <class Traits>
+using Weights = std::uint32_t[Traits::kRowTiles][Traits::kColTiles / 2][4];
+
+// The second role: from `dp` to dS, by what the first one handed over in `tile`. It takes that place as [key][query].
 // `delta`: D of the step's queries.
 template <class Traits, class Step>
-BROADHEAD_DEVICE void differentiate_and_store(Scores<Traits>& dp, const Step& step, const float* delta, void* tile,
-                                              const WarpPlace& place) {
+BROADHEAD_DEVICE void differentiate_and_store(const Scores<Traits>& dp, Weights<Traits>& ds, const Step& step,
+                                              const float* delta, void* tile, const WarpPlace& place) {
   using Element = typename Traits::Element;
   using Fragment = OwnFragment<Traits>;
   static_assert(Traits::kColTiles % 2 == 0);
@@ -74,8 +78,7 @@ BROADHEAD_DEVICE void differentiate_and_store(Scores<Traits>& dp, const Step& st
     }
     __syncwarp();  // all lanes have read what is overwritten
     const int row_tile = place.warp_r * Traits::kRowTiles + m;
-    char* of_row = static_cast<char*>(tile) +
-                   ds_offset<Traits>(row_tile, row, place.warp_c * Traits::kColTiles) + place.lane % 4 * 4;
+    const int of_row = ds_offset<Traits>(row_tile, row, place.warp_c * Traits::kColTiles) + place.lane % 4 * 4;
     const decltype(step.row(0, 0)) seen[2] = {step.row(m, 0), step.row(m, 1)};
     const float* of_col = delta + tile_col<Traits>(place, 0);
     float2 next = *reinterpret_cast<const float2*>(of_col);
@@ -86,19 +89,30 @@ BROADHEAD_DEVICE void differentiate_and_store(Scores<Traits>& dp, const Step& st
       BROADHEAD_UNROLL
       for (int half = 0; half < 2; ++half) {
         const float2 p = unpack_pair<Element>(handed[n / 2][n % 2 * 2 + half]);
-        float& first = dp[m][n][half * 2];
-        float& second = dp[m][n][half * 2 + 1];
-        first = p.x * (first - of_query.x);
-        second = p.y * (second - of_query.y);
+        const float first = p.x * (dp[m][n][half * 2] - of_query.x);
+        const float second = p.y * (dp[m][n][half * 2 + 1] - of_query.y);
         // What is not seen may be NaN, and is not made 0 by a P of 0.
-        first = seen[half](n, 0) ? first : 0.f;
-        second = seen[half](n, 1) ? second : 0.f;
-        const std::uintptr_t at = reinterpret_cast<std::uintptr_t>(of_row) ^ (n % Traits::kDsUnits * 16);
-        *reinterpret_cast<std::uint32_t*>(at + n / Traits::kDsUnits * (Traits::kDsUnits * 256) +
-                                          half * (8 * Traits::kDsUnits * 16)) = pack_pair<Element>(first, second);
+        const std::uint32_t pair =
+            pack_pair<Element>(seen[half](n, 0) ? first : 0.f, seen[half](n, 1) ? second : 0.f);
+        ds[m][n / 2][n % 2 * 2 + half] = pair;
+        const int at = (of_row ^ (n % Traits::kDsUnits * 16)) + n / Traits::kDsUnits * (Traits::kDsUnits * 256) +
+                       half * (8 * Traits::kDsUnits * 16);
+        *reinterpret_cast<std::uint32_t*>(static_cast<char*>(tile) + at) = pair;
       }
     }
   }
+}
+
+// The warp's own weights, for add_gradient.
+template <class Traits>
+BROADHEAD_DEVICE auto kept_weights(const Weights<Traits>& weights) {
+  return [&weights](RowFragments<Traits>& a, int step) {
+    BROADHEAD_UNROLL
+    for (int m = 0; m < Traits::kRowTiles; ++m) {
+      BROADHEAD_UNROLL
+      for (int i = 0; i < 4; ++i) a[m][i] = weights[m][step][i];
+    }
+  };
 }
 
 // dS of the row group as operands, for add_gradient. `tile`: its address.
@@ -123,22 +137,30 @@ BROADHEAD_DEVICE void add_dq(std::uint32_t ds, std::uint32_t keys, float* sums, 
   const int warp_r = warp / Traits::kDqWarpsC, warp_c = warp % Traits::kDqWarpsC;
   float dq[Traits::kDqRowTiles][kTiles][4];
   clear_accumulators(dq);
-  // Rows of the transposed 8 x 8 matrices: keys 0-7 and 8-15, each of queries 0-7 and 8-15.
-  const int ds_row = lane / 16 * 8 + lane % 8, ds_unit = lane / 8 % 2;
+  // Rows of the transposed 8 x 8 matrices of A: keys 0-7 and 8-15, each of queries 0-7 and 8-15. Both addresses are
+  // XORed with constants from here on.
+  constexpr int kUnits = Traits::kDsUnits, kTileUnits = 2 * Traits::kDqRowTiles;  // of 8 queries: of a row, of the warp
+  static_assert(kUnits % kTileUnits == 0 || kTileUnits % kUnits == 0);
+  const std::uint32_t a_lane =
+      ds + (ds_offset<Traits>(0, lane / 16 * 8 + lane % 8, warp_r * kTileUnits) ^ (lane / 8 % 2 * 16));
+  constexpr int kAtOnce = (kTiles | 8) & -(kTiles | 8);  // tiles of B whose units differ from the first one's in low bits
+  const int unit = warp_c * kTiles;
+  const std::uint32_t b_lane = keys + (lane & 15) * 128;
   BROADHEAD_UNROLL
   for (int step = 0; step < Traits::kRows / 16; ++step) {
     std::uint32_t a[Traits::kDqRowTiles][4];
     BROADHEAD_UNROLL
     for (int m = 0; m < Traits::kDqRowTiles; ++m) {
-      ldmatrix_x4_trans(
-          a[m], ds + ds_offset<Traits>(step, ds_row, (warp_r * Traits::kDqRowTiles + m) * 2 + ds_unit));
+      ldmatrix_x4_trans(a[m], (a_lane ^ (m * 2 % kUnits * 16)) + m * 2 / kUnits * (kUnits * 256) +
+                                  step * (Traits::kCols * 32));
     }
     BROADHEAD_UNROLL
     for (int n = 0; n < kTiles; n += 2) {
-      const int unit = warp_c * kTiles + n + lane / 16;
+      const int first = unit + n / kAtOnce * kAtOnce;
+      const std::uint32_t at = b_lane + first / 8 * (Traits::kRows * 128) +
+                               ((first % 8 ^ lane / 16 ^ (lane & 7)) * 16);
       std::uint32_t b[4];
-      ldmatrix_x4_trans(b, keys + (lane & 15) * 128 + unit / 8 * (Traits::kRows * 128) +
-                               ((unit % 8 ^ (lane & 7)) * 16) + step * (16 * 128));
+      ldmatrix_x4_trans(b, (at ^ (n % kAtOnce * 16)) + step * (16 * 128));
       BROADHEAD_UNROLL
       for (int m = 0; m < Traits::kDqRowTiles; ++m) {
         mma<Element>(dq[m][n], a[m], b[0], b[1]);

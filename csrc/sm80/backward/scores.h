@@ -152,11 +152,11 @@ BROADHEAD_DEVICE void cap_scores(Scores<Traits>& s, Scores<Traits>& dp, const Ba
   }
 }
 
-// The first of two roles: `s` becomes P, and P times the slope goes to `handed`. Where the row group shares P, it goes
-// to `shared`, too. `lse`: of the step's queries.
-template <class Traits, class Step, class W>
+// The first of two roles: `s` becomes P, and P times the slope goes to `handed`. `keep(m, n, words)` gets P of row tile m
+// and column tiles n and on. `lse`: of the step's queries.
+template <class Traits, class Step, class W, class Keep>
 BROADHEAD_DEVICE void weigh_scores(Scores<Traits>& s, const Step& step, const W& weigh, const float* lse, uint4* handed,
-                                   uint4* shared, const WarpPlace& place) {
+                                   const Keep& keep, const WarpPlace& place) {
   using Element = typename Traits::Element;
   using Fragment = OwnFragment<Traits>;
   constexpr int kTiles = Fragment::kTiles;
@@ -195,7 +195,7 @@ BROADHEAD_DEVICE void weigh_scores(Scores<Traits>& s, const Step& step, const W&
         with_slope[i] = pack_pair<Element>(y[0], y[1]);
       }
       Fragment::store(handed, place, m, n, with_slope);
-      if constexpr (Traits::kShares) Fragment::store(shared, place, m, n, p);
+      keep(m, n, p);
     }
   }
 }
