@@ -231,8 +231,15 @@ def _sm80_fused_backward_rows() -> tuple[KernelRow, ...]:
     """The portable backward kernels that multiply five times a step, not seven, but add dQ in no order."""
     shapes = (
         # name, capabilities, head_dim, smem_limit, tile
-        ("d64_fused", LARGE_SMEM, 64, SMEM_163KB, PortableFusedBackwardTile(128, 64, 4, 1, 2, 1)),
+        ("d64_fused", HUGE_SMEM, 64, SMEM_227KB, PortableFusedBackwardTile(128, 128, 4, 1, 2, 1)),
+        ("d64_fused_smem99", CAPABILITIES, 64, SMEM_99KB, PortableFusedBackwardTile(128, 64, 4, 1, 2, 1)),
+        ("d96_fused", LARGE_SMEM, 96, SMEM_163KB, PortableFusedBackwardTile(128, 64, 4, 1, 2, 1)),
         ("d128_fused", LARGE_SMEM, 128, SMEM_163KB, PortableFusedBackwardTile(128, 64, 4, 1, 2, 1)),
+        ("d128_fused_smem99", CAPABILITIES, 128, SMEM_99KB, PortableFusedBackwardTile(128, 32, 4, 1, 1, 1)),
+        ("d192_fused", HUGE_SMEM, 192, SMEM_227KB, PortableFusedBackwardTile(64, 64, 2, 2, 2, 1)),
+        ("d192_fused_smem163", LARGE_SMEM, 192, SMEM_163KB, PortableFusedBackwardTile(64, 64, 2, 2, 1, 1)),
+        ("d256_fused", HUGE_SMEM, 256, SMEM_227KB, PortableFusedBackwardTile(64, 64, 2, 2, 2, 1)),
+        ("d256_fused_smem163", LARGE_SMEM, 256, SMEM_163KB, PortableFusedBackwardTile(64, 64, 2, 2, 1, 1)),
     )
     return tuple(
         KernelRow(

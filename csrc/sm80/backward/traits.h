@@ -139,11 +139,11 @@ struct FusedSide
   using Element = Element_;
   static constexpr bool kFused = true;
 
-  // dQ of a step: all warps divide its queries, and the columns of head_dim in kDqWarpsC groups.
+  // dQ of a step: warp (r, c) owns 32 queries, or 16 where the columns of head_dim cannot be divided otherwise.
   static constexpr int kWarps = Base::kThreads / 32;
-  static constexpr int kDqWarpsR = kCols_ >= 64 ? kCols_ / 32 : kCols_ / 16;
+  static constexpr int kDqRowTiles = kCols_ >= 64 && kHeadDim_ % (16 * kWarps * 32 / kCols_) == 0 ? 2 : 1;
+  static constexpr int kDqWarpsR = kCols_ / 16 / kDqRowTiles;
   static constexpr int kDqWarpsC = kWarps / kDqWarpsR;
-  static constexpr int kDqRowTiles = kCols_ / kDqWarpsR / 16;
   static constexpr int kDqColTiles = kHeadDim_ / kDqWarpsC / 8;
   static_assert(kWarps % kDqWarpsR == 0 && kHeadDim_ % (16 * kDqWarpsC) == 0);
   using DqSums = RowMajorDqSums<(kCols_ > 64 ? kCols_ : 64), Base::kTileCols>;
