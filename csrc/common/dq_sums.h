@@ -3,6 +3,9 @@
 // They lie as accumulators do, so that a warp adds and reads whole lines: in blocks of 16 queries x 8 columns, the four
 // numbers of each lane. Queries come in tiles of Layout::kRows, each of one sequence; Layout::block(row_tile, col_tile)
 // is the place of a block within its tile, of Layout::kColumns columns (a multiple of 64).
+//
+// The addition is PTX: CUTLASS has none, and nvcc (13.0) makes of CUDA's atomicAdd of four numbers an instruction that
+// returns what was there.
 #pragma once
 
 #include "common/gradient_rows.h"
@@ -51,8 +54,7 @@ constexpr bool kDqVectors = true;
 constexpr bool kDqVectors = false;
 #endif
 
-// Adds a lane's numbers to a block. Additions have no order. PTX, as nvcc (13.0) makes of CUDA's atomicAdd of four
-// numbers an instruction that returns what was there.
+// Adds a lane's numbers to a block. Additions have no order.
 BROADHEAD_DEVICE void add_dq_block(float* block, int lane, const float (&x)[4]) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(block + lane * 4), "f"(x[0]), "f"(x[1]), "f"(x[2]),

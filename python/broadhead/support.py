@@ -372,8 +372,6 @@ def _sm90_rows() -> tuple[KernelRow, ...]:
     return (*rows, *(row._replace(features=(*FEATURES, "descale")) for row in fp8_rows))
 
 
-
-
 def _sm90_backward_rows() -> tuple[KernelRow, ...]:
     """The Hopper backward kernels (wgmma, TMA, warp specialisation), on 9.0."""
     shapes = (

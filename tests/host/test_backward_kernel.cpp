@@ -69,8 +69,8 @@ int main() {
   check_masks<sm80::BackwardTraits<bf16, 128, 64, 32, 2, 2, 1, 1, 64, 64, 2, 2, 1, 1, kLimit>>(6, 3);
   check_masks<sm80::BackwardTraits<fp16, 192, 64, 64, 2, 2, 2, 1, 64, 16, 2, 2, 2, 1, kLimit>>(4, 4);
   check_masks<sm80::BackwardTraits<bf16, 320, 16, 32, 1, 4, 2, 1, 32, 32, 1, 4, 1, 1, kLimit>>(4, 5);
-  // Fused: whole rows of S a warp; dS in rows of 128 bytes, in two subtiles of them, in rows of 64 bytes with one stage;
-  // 16 queries of dQ a warp. Two warps of a row group.
+  // Fused: whole rows of S a warp; dS in rows of 128 bytes, in two subtiles of them, in rows of 64 bytes with one
+  // stage; 16 queries of dQ a warp. Two warps of a row group.
   check_masks<sm80::FusedBackwardTraits<fp16, 128, 128, 64, 4, 1, 2, 1, kLimit>>(12, 6);
   check_masks<sm80::FusedBackwardTraits<bf16, 64, 128, 128, 4, 1, 2, 1, kLimit>>(6, 7);
   check_masks<sm80::FusedBackwardTraits<bf16, 128, 128, 32, 4, 1, 1, 1, kLimit>>(6, 8);

@@ -37,8 +37,7 @@ BROADHEAD_DEVICE void copy_step(const AttnBwdParams& params, typename Traits::Sh
   copy(smem.stream_first[stage], state.stream_first, params.q_strides, params.head_dim);
   copy(smem.stream_second[stage], state.stream_second, params.dout_strides, params.head_dim_v);
   copy_stats<Traits::kCols>(smem.lse[stage], smem.delta[stage], state.lse + step.head * params.lse_head_stride,
-                            state.delta + step.head * params.total_q, step.tile * Traits::kCols,
-                            state.seqlen.seqlen_q);
+                            state.delta + step.head * params.total_q, step.tile * Traits::kCols, state.seqlen.seqlen_q);
 }
 
 // The products of a step but for dQ: `gradient` is dV or dK.
@@ -65,7 +64,7 @@ BROADHEAD_DEVICE void fused_step(Gradient<Traits>& gradient, typename Traits::Sh
       with_softcap(smem.state, [&](const auto& weigh) {
         weigh_scores<Traits>(
             s, step_mask, weigh, smem.lse[stage], handed,
-            [&](int m, int n, const std::uint32_t(&p)[4]) {
+            [&](int m, int n, const std::uint32_t (&p)[4]) {
               if constexpr (Traits::kShares) {
                 OwnFragment<Traits>::store(smem.shared_p, place, m, n, p);
               } else {

@@ -1,7 +1,7 @@
 // Host side of the portable backward kernels: D, then dK and dV, then dQ. Instantiated once a row by cmake/generate.py.
 #pragma once
 
-#include "host/backward.cuh"
+#include "kernels/backward_launch.cuh"
 #include "sm80/backward/kernel.h"
 #include "sm80/backward/kernel_fused.h"
 

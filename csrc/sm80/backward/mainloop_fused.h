@@ -92,8 +92,7 @@ BROADHEAD_DEVICE void differentiate_and_store(const Scores<Traits>& dp, Weights<
         const float first = p.x * (dp[m][n][half * 2] - of_query.x);
         const float second = p.y * (dp[m][n][half * 2 + 1] - of_query.y);
         // What is not seen may be NaN, and is not made 0 by a P of 0.
-        const std::uint32_t pair =
-            pack_pair<Element>(seen[half](n, 0) ? first : 0.f, seen[half](n, 1) ? second : 0.f);
+        const std::uint32_t pair = pack_pair<Element>(seen[half](n, 0) ? first : 0.f, seen[half](n, 1) ? second : 0.f);
         ds[m][n / 2][n % 2 * 2 + half] = pair;
         const int at = (of_row ^ (n % Traits::kDsUnits * 16)) + n / Traits::kDsUnits * (Traits::kDsUnits * 256) +
                        half * (8 * Traits::kDsUnits * 16);
@@ -143,7 +142,8 @@ BROADHEAD_DEVICE void add_dq(std::uint32_t ds, std::uint32_t keys, float* sums, 
   static_assert(kUnits % kTileUnits == 0 || kTileUnits % kUnits == 0);
   const std::uint32_t a_lane =
       ds + (ds_offset<Traits>(0, lane / 16 * 8 + lane % 8, warp_r * kTileUnits) ^ (lane / 8 % 2 * 16));
-  constexpr int kAtOnce = (kTiles | 8) & -(kTiles | 8);  // tiles of B whose units differ from the first one's in low bits
+  constexpr int kAtOnce =
+      (kTiles | 8) & -(kTiles | 8);  // tiles of B whose units differ from the first one's in low bits
   const int unit = warp_c * kTiles;
   const std::uint32_t b_lane = keys + (lane & 15) * 128;
   BROADHEAD_UNROLL
@@ -151,14 +151,13 @@ BROADHEAD_DEVICE void add_dq(std::uint32_t ds, std::uint32_t keys, float* sums, 
     std::uint32_t a[Traits::kDqRowTiles][4];
     BROADHEAD_UNROLL
     for (int m = 0; m < Traits::kDqRowTiles; ++m) {
-      ldmatrix_x4_trans(a[m], (a_lane ^ (m * 2 % kUnits * 16)) + m * 2 / kUnits * (kUnits * 256) +
-                                  step * (Traits::kCols * 32));
+      ldmatrix_x4_trans(
+          a[m], (a_lane ^ (m * 2 % kUnits * 16)) + m * 2 / kUnits * (kUnits * 256) + step * (Traits::kCols * 32));
     }
     BROADHEAD_UNROLL
     for (int n = 0; n < kTiles; n += 2) {
       const int first = unit + n / kAtOnce * kAtOnce;
-      const std::uint32_t at = b_lane + first / 8 * (Traits::kRows * 128) +
-                               ((first % 8 ^ lane / 16 ^ (lane & 7)) * 16);
+      const std::uint32_t at = b_lane + first / 8 * (Traits::kRows * 128) + ((first % 8 ^ lane / 16 ^ (lane & 7)) * 16);
       std::uint32_t b[4];
       ldmatrix_x4_trans(b, (at ^ (n % kAtOnce * 16)) + step * (16 * 128));
       BROADHEAD_UNROLL

@@ -152,8 +152,8 @@ BROADHEAD_DEVICE void cap_scores(Scores<Traits>& s, Scores<Traits>& dp, const Ba
   }
 }
 
-// The first of two roles: `s` becomes P, and P times the slope goes to `handed`. `keep(m, n, words)` gets P of row tile m
-// and column tiles n and on. `lse`: of the step's queries.
+// The first of two roles: `s` becomes P, and P times the slope goes to `handed`. `keep(m, n, words)` gets P of row tile
+// m and column tiles n and on. `lse`: of the step's queries.
 template <class Traits, class Step, class W, class Keep>
 BROADHEAD_DEVICE void weigh_scores(Scores<Traits>& s, const Step& step, const W& weigh, const float* lse, uint4* handed,
                                    const Keep& keep, const WarpPlace& place) {

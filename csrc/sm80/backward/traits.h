@@ -154,8 +154,8 @@ struct FusedSide
   static_assert(kDsUnits == 4 || kDsUnits == 8);
 
   struct SharedStorage {
-    alignas(1024) Element first[kRows_ * Base::kTileCols];                   // K
-    alignas(1024) Element second[kRows_ * Base::kTileCols];                  // V
+    alignas(1024) Element first[kRows_ * Base::kTileCols];                    // K
+    alignas(1024) Element second[kRows_ * Base::kTileCols];                   // V
     alignas(1024) Element stream_first[kStages_][kCols_ * Base::kTileCols];   // Q
     alignas(1024) Element stream_second[kStages_][kCols_ * Base::kTileCols];  // dO
     // Of a step and of the one before: what the first role hands over, as `fragments` of SideTraits, then dS.

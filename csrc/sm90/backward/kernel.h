@@ -2,8 +2,8 @@
 // consumers.
 //
 // Producer warpgroup: warp 0 loads tiles by TMA, warp 1 brings LSE and D of the queries that stream by; warps 2 and 3
-// prepare keys, and in a fused kernel add dQ to the sums in global memory. All other sums are made by one CTA in one order, so that results
-// are the same in every run.
+// prepare keys, and in a fused kernel add dQ to the sums in global memory. All other sums are made by one CTA in one
+// order, so that results are the same in every run.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>

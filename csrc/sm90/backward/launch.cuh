@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "host/backward.cuh"
+#include "kernels/backward_launch.cuh"
 #include "sm90/backward/kernel.h"
 
 namespace broadhead::sm90 {

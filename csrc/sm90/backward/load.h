@@ -132,9 +132,9 @@ BROADHEAD_DEVICE void load_stats(const BackwardArgs& args, typename Traits::Shar
   }
 }
 
-// Warps 2 and 3: which queries see each key of the tile. In a fused kernel keys that no query sees become zeros: they may
-// be NaN, and a dS of 0 does not hide that from dQ.
-// PERF: a lane a key, once a tile. Consumers would divide 64-bit integers in every step that a mask cuts.
+// Warps 2 and 3: which queries see each key of the tile. In a fused kernel keys that no query sees become zeros: they
+// may be NaN, and a dS of 0 does not hide that from dQ. PERF: a lane a key, once a tile. Consumers would divide 64-bit
+// integers in every step that a mask cuts.
 template <class Traits>
 BROADHEAD_DEVICE void prepare_keys(typename Traits::SharedStorage& smem) {
   const BackwardWork& work = smem.work;
@@ -169,9 +169,8 @@ BROADHEAD_DEVICE void add_dq(const BackwardArgs& args, typename Traits::SharedSt
   const BackwardWork& work = smem.work;
   std::uint32_t parity = 0;
   for (int head = work.first_head; head < work.first_head + work.heads; ++head) {
-    float* sums =
-        dq_sums_of<typename Traits::DqSums>(args.dq_sums, args.params, work.seqlen, work.batch, head) +
-        warpgroup * kFloats;
+    float* sums = dq_sums_of<typename Traits::DqSums>(args.dq_sums, args.params, work.seqlen, work.batch, head) +
+                  warpgroup * kFloats;
     for (int tile = work.range.begin; tile < work.range.end; ++tile) {
       barrier_wait(smem.dq_full[warpgroup], parity);
       bulk_add(sums + static_cast<std::int64_t>(tile) * Traits::kConsumers * kFloats, smem_address(smem.dq[warpgroup]),

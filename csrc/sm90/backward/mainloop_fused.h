@@ -2,7 +2,8 @@
 //
 // A step, of each warpgroup's 64 keys, and then of half the columns of dQ (128 keys); | waits for what it needs:
 //
-//   dP^T | P | dV += P^T dO | dS -> shared memory | dK += dS^T Q | both have stored dS | dQ = dS K, S^T of the next step
+//   dP^T | P | dV += P^T dO | dS -> shared memory | dK += dS^T Q | both have stored dS | dQ = dS K, S^T of the next
+//   step
 //
 // P is computed beside dP, and dQ goes to shared memory beside S of the next step. Nothing is on its way from one round
 // of the loop to the next: ptxas would make every product wait for the one before.
@@ -20,8 +21,8 @@ constexpr int kScoresBarrier = 3;  // dS of a step is in shared memory; what lay
 template <class Traits>
 struct FusedConsumer : KeyConsumer<Traits> {
   using Base = KeyConsumer<Traits>;
-  using typename Base::Element, typename Base::FirstCols, typename Base::SecondCols;
   using Base::smem, Base::ring, Base::warpgroup;
+  using typename Base::Element, typename Base::FirstCols, typename Base::SecondCols;
   using Layout = typename Traits::ScoreLayout;
 
   // Lane l gives the address of row l % 8 of matrix l / 8: of 16 queries and 16 keys, those of keys side by side.
@@ -45,8 +46,8 @@ struct FusedConsumer : KeyConsumer<Traits> {
   BROADHEAD_DEVICE void issue_dq(float (&dq)[Traits::kDqTiles][4], int buffer) const {
     using Rows = typename Traits::FirstRows;
     constexpr int kColBytes = Traits::kDqCols * static_cast<int>(sizeof(Element));
-    const int first = Traits::kDqCols >= 64 ? warpgroup * (Traits::kDqCols / 64) * Rows::kSubtileStride
-                                            : warpgroup * kColBytes;
+    const int first =
+        Traits::kDqCols >= 64 ? warpgroup * (Traits::kDqCols / 64) * Rows::kSubtileStride : warpgroup * kColBytes;
     const std::uint64_t a =
         MatrixDescriptor<Layout::kRowBytes>::make(smem_address(smem.ds[buffer]), 0, Layout::kSlabStride);
     const std::uint64_t b = MatrixDescriptor<Rows::kRowBytes>::make(smem_address(smem.first_rows) + first,

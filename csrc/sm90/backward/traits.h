@@ -79,9 +79,7 @@ struct BackwardSide {
   struct DqSums {
     static constexpr int kRows = kCols;
     static constexpr int kColumns = kTileColumns;
-    BROADHEAD_HOST_DEVICE static constexpr int block(int row_tile, int col_tile) {
-      return col_tile * 4 + row_tile;
-    }
+    BROADHEAD_HOST_DEVICE static constexpr int block(int row_tile, int col_tile) { return col_tile * 4 + row_tile; }
   };
 
   struct SplitStorage {
