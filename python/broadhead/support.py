@@ -20,6 +20,7 @@ from .tiles import (
     HopperBackwardTile,
     HopperTile,
     PairBackwardTile,
+    PortableFusedBackwardTile,
     Template,
     Tile,
     WideTile,
@@ -109,7 +110,7 @@ class KernelRow(NamedTuple):
     smem_limit: int
     tile: (
         Tile | DecodeTile | AbsorbedDecodeTile | HopperTile | WideTile | Fp8Tile | AbsorbedTile | BackwardTile
-        | FusedBackwardTile | HopperBackwardTile | PairBackwardTile
+        | PortableFusedBackwardTile | FusedBackwardTile | HopperBackwardTile | PairBackwardTile
     )  # fmt: skip
     features: tuple[str, ...]
     requires: tuple[str, ...] = ()  # features without which a call is not for this kernel
@@ -223,6 +224,31 @@ def _sm80_backward_rows() -> tuple[KernelRow, ...]:
             limit, BackwardTile(*keys, *queries), (*BACKWARD_FEATURES, "deterministic"),
         )
         for name, caps, head_dim, limit, keys, queries in shapes
+        for dtype in DTYPES
+    )  # fmt: skip
+
+
+def _sm80_fused_backward_rows() -> tuple[KernelRow, ...]:
+    """The portable backward kernels that multiply five times a step, not seven, but add dQ in no order."""
+    shapes = (
+        # name, capabilities, head_dim, smem_limit, tile
+        ("d64_fused", HUGE_SMEM, 64, SMEM_227KB, PortableFusedBackwardTile(128, 128, 4, 1, 2, 1)),
+        ("d64_fused_smem99", CAPABILITIES, 64, SMEM_99KB, PortableFusedBackwardTile(128, 64, 4, 1, 2, 1)),
+        ("d96_fused", LARGE_SMEM, 96, SMEM_163KB, PortableFusedBackwardTile(128, 64, 4, 1, 2, 1)),
+        ("d128_fused", LARGE_SMEM, 128, SMEM_163KB, PortableFusedBackwardTile(128, 64, 4, 1, 2, 1)),
+        ("d128_fused_smem99", CAPABILITIES, 128, SMEM_99KB, PortableFusedBackwardTile(128, 32, 4, 1, 1, 1)),
+        ("d192_fused", HUGE_SMEM, 192, SMEM_227KB, PortableFusedBackwardTile(64, 64, 2, 2, 2, 1)),
+        ("d192_fused_smem163", LARGE_SMEM, 192, SMEM_163KB, PortableFusedBackwardTile(64, 64, 2, 2, 1, 1)),
+        # ptxas spills it on 10.x.
+        ("d256_fused", ((9, 0),), 256, SMEM_227KB, PortableFusedBackwardTile(64, 64, 2, 2, 2, 1)),
+        ("d256_fused_smem163", LARGE_SMEM, 256, SMEM_163KB, PortableFusedBackwardTile(64, 64, 2, 2, 1, 1)),
+    )
+    return tuple(
+        KernelRow(
+            f"sm80_bwd_{name}", "sm80", "backward", "prefill", caps, dtype, head_dim, head_dim,
+            limit, tile, BACKWARD_FEATURES,
+        )
+        for name, caps, head_dim, limit, tile in shapes
         for dtype in DTYPES
     )  # fmt: skip
 
@@ -381,6 +407,7 @@ ROWS: tuple[KernelRow, ...] = (
     *_sm90_rows(),
     *_sm80_rows(),
     *_sm90_backward_rows(),
+    *_sm80_fused_backward_rows(),
     *_sm80_backward_rows(),
     *_decode_rows(),
 )

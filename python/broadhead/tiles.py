@@ -120,6 +120,26 @@ class BackwardTile(NamedTuple):
         return min(self.key_min_blocks, self.query_min_blocks)
 
 
+class PortableFusedBackwardTile(NamedTuple):
+    """The shape of a CTA's work in the portable backward kernel that gives all three gradients; the last template
+    arguments of ``sm80::FusedBackwardTraits``. What they mean: ``BackwardTile``, of the kernel that keeps keys."""
+
+    key_rows: int
+    key_cols: int
+    key_warps_rows: int
+    key_warps_cols: int
+    key_stages: int
+    min_blocks: int
+
+    @property
+    def tile_m(self) -> int:
+        return self.key_cols
+
+    @property
+    def tile_n(self) -> int:
+        return self.key_rows
+
+
 class HopperBackwardTile(NamedTuple):
     """The shapes of a CTA's work in the two Hopper backward kernels; the last template arguments of
     ``sm90::BackwardTraits``.
@@ -223,6 +243,10 @@ TEMPLATES: dict[type, Template] = {
     AbsorbedTile: _hopper("forward_wide", "AbsorbedTraits", "launch_wide"),
     BackwardTile: Template(
         "sm80/backward/launch.cuh", "sm80::BackwardTraits", "sm80::launch_backward", "sm80::backward_workspace", False,
+        False,
+    ),
+    PortableFusedBackwardTile: Template(
+        "sm80/backward/launch.cuh", "sm80::FusedBackwardTraits", "sm80::launch_fused", "sm80::fused_workspace", False,
         False,
     ),
     FusedBackwardTile: Template(

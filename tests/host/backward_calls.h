@@ -9,6 +9,7 @@
 
 #include "emulation/emulator.h"
 #include "sm80/backward/kernel.h"
+#include "sm80/backward/kernel_fused.h"
 
 namespace broadhead {
 
@@ -59,7 +60,7 @@ class BackwardCall {
     poison(v_, seen_k_, 1, options.head_dim_v);
   }
 
-  // Runs both kernels. Returns what is wrong with the gradients, or nothing.
+  // Runs the kernels of a row. Returns what is wrong with the gradients, or nothing.
   template <class Traits>
   std::string run(bool early) const {
     const Options& o = options_;
@@ -88,8 +89,12 @@ class BackwardCall {
     params.window_left = o.window_left, params.window_right = o.window_right;
     params.attention_chunk = o.attention_chunk;
     params.softmax_scale = o.scale, params.softcap = o.softcap;
-    launch<typename Traits::Keys>(params, o.seqlen_k, 1, early);
-    launch<typename Traits::Queries>(params, o.seqlen_q, o.heads, early);
+    if constexpr (Traits::Keys::kFused) {
+      launch_fused<typename Traits::Keys>(params, early);
+    } else {
+      launch<typename Traits::Keys>(params, o.seqlen_k, 1, early);
+      launch<typename Traits::Queries>(params, o.seqlen_q, o.heads, early);
+    }
     return compare("dq", dq, dq_, rows_q_, used_q_, o.heads * o.head_dim) +
            compare("dk", dk, dk_, rows_k_, used_k_, o.head_dim) +
            compare("dv", dv, dv_, rows_k_, used_k_, o.head_dim_v);
@@ -169,7 +174,32 @@ class BackwardCall {
   static void launch(const AttnBwdParams& params, int rows, int heads, bool early) {
     const int tiles = ceil_div(rows, Side::kRows);
     for (int block = 0; block < tiles * heads * params.batch; ++block) {
-      emulation::run(Side::kThreads, block, early, [&] { sm80::backward_kernel<Side>(params, tiles); });
+      emulation::run(Side::kThreads, {block, 0, 0}, early, [&] { sm80::backward_kernel<Side>(params, tiles); });
+    }
+  }
+
+  // Behind the sums of dQ there are numbers that nothing may change.
+  template <class Keys>
+  static void launch_fused(const AttnBwdParams& params, bool early) {
+    using DqSums = typename Keys::DqSums;
+    const std::size_t count = params.num_heads_q * dq_tiles(params, DqSums::kRows) * DqSums::kRows * DqSums::kColumns;
+    std::vector<float> sums(count, 0.f);
+    sums.resize(count + 1024, 1.f);
+    const int tiles = ceil_div(params.seqlen_k, Keys::kRows);
+    for (int block = 0; block < tiles * params.num_heads_kv * params.batch; ++block) {
+      emulation::run(Keys::kThreads, {block, 0, 0}, early,
+                     [&] { sm80::fused_kernel<Keys>(params, tiles, sums.data()); });
+    }
+    for (std::size_t i = count; i < sums.size(); ++i) {
+      if (sums[i] != 1.f) emulation::fail("something is added behind the sums of dQ");
+    }
+    for (int head = 0; head < params.num_heads_q; ++head) {
+      for (int batch = 0; batch < params.batch; ++batch) {
+        for (int block = 0; block < ceil_div(params.seqlen_q, kFinishRows); ++block) {
+          emulation::run(kFinishThreads, {block, head, batch}, early,
+                         [&] { finish_dq<Element, DqSums>(params, sums.data()); });
+        }
+      }
     }
   }
 

@@ -7,6 +7,15 @@ using namespace broadhead;
 
 namespace {
 
+template <class Traits>
+int longest_row() {
+  if constexpr (Traits::Keys::kFused) {
+    return Traits::Keys::kRows;
+  } else {
+    return std::max(Traits::Keys::kRows, Traits::Queries::kRows);
+  }
+}
+
 // The masks in turn; lengths cross the ends of tiles.
 template <class Traits>
 void check_masks(int calls, unsigned seed) {
@@ -14,7 +23,7 @@ void check_masks(int calls, unsigned seed) {
   const auto between = [&](int low, int high) { return low + static_cast<int>(random() % (high - low + 1)); };
   for (int i = 0; i < calls; ++i) {
     Options options{};
-    const int longest = std::max(Traits::Keys::kRows, Traits::Queries::kRows) + 50;
+    const int longest = longest_row<Traits>() + 50;
     options.seqlen_q = between(1, longest);
     options.seqlen_k = between(1, longest);
     options.heads = between(1, 2);
@@ -60,5 +69,13 @@ int main() {
   check_masks<sm80::BackwardTraits<bf16, 128, 64, 32, 2, 2, 1, 1, 64, 64, 2, 2, 1, 1, kLimit>>(6, 3);
   check_masks<sm80::BackwardTraits<fp16, 192, 64, 64, 2, 2, 2, 1, 64, 16, 2, 2, 2, 1, kLimit>>(4, 4);
   check_masks<sm80::BackwardTraits<bf16, 320, 16, 32, 1, 4, 2, 1, 32, 32, 1, 4, 1, 1, kLimit>>(4, 5);
+  // Fused: whole rows of S a warp; dS in rows of 128 bytes, in two subtiles of them, in rows of 64 bytes with one
+  // stage; 16 queries of dQ a warp. Two warps of a row group.
+  check_masks<sm80::FusedBackwardTraits<fp16, 128, 128, 64, 4, 1, 2, 1, kLimit>>(12, 6);
+  check_masks<sm80::FusedBackwardTraits<bf16, 64, 128, 128, 4, 1, 2, 1, kLimit>>(6, 7);
+  check_masks<sm80::FusedBackwardTraits<bf16, 128, 128, 32, 4, 1, 1, 1, kLimit>>(6, 8);
+  check_masks<sm80::FusedBackwardTraits<bf16, 96, 128, 64, 4, 1, 2, 1, kLimit>>(4, 9);
+  check_masks<sm80::FusedBackwardTraits<bf16, 192, 64, 64, 2, 2, 2, 1, kLimit>>(6, 10);
+  check_masks<sm80::FusedBackwardTraits<fp16, 256, 64, 64, 2, 2, 1, 1, kLimit>>(4, 11);
   return host_test::finish();
 }

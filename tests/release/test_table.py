@@ -139,6 +139,11 @@ def test_generated_sources_equal_the_table(tmp_path: Path) -> None:
         tiles.Fp8Tile: ("sm90::Fp8Traits", "sm90::launch_fp8", "sm90/forward_fp8/launch.cuh"),
         tiles.AbsorbedTile: ("sm90::AbsorbedTraits", "sm90::launch_wide", "sm90/forward_wide/launch.cuh"),
         tiles.BackwardTile: ("sm80::BackwardTraits", "sm80::launch_backward", "sm80/backward/launch.cuh"),
+        tiles.PortableFusedBackwardTile: (
+            "sm80::FusedBackwardTraits",
+            "sm80::launch_fused",
+            "sm80/backward/launch.cuh",
+        ),
         tiles.FusedBackwardTile: ("sm90::FusedBackwardTraits", "sm90::launch_fused", "sm90/backward/launch.cuh"),
         tiles.HopperBackwardTile: ("sm90::BackwardTraits", "sm90::launch_backward", "sm90/backward/launch.cuh"),
         tiles.PairBackwardTile: (

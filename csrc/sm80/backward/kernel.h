@@ -47,16 +47,21 @@ BROADHEAD_DEVICE void set_backward_state(BackwardState& state, const AttnBwdPara
   state.inverse_softcap = params.softcap > 0.f ? 1.f / state.scale.softcap : 0.f;
   state.lse = params.softmax_lse + seqlen.batch_q * params.lse_batch_stride + seqlen.row_q;
   state.delta = params.delta + seqlen.batch_q * static_cast<std::int64_t>(params.seqlen_q) + seqlen.row_q;
+  state.batch = batch;
   state.head = head;
   state.kv_head = Traits::kKeys ? head : head / group;
   state.rows = {{0, Traits::kKeys ? seqlen.seqlen_k : seqlen.seqlen_q}, 0};
   if constexpr (Traits::kKeys) {
     state.first_row = tile * Traits::kRows;
     state.end_row = seqlen.seqlen_k;
+    // A dS of 0 does not hide keys that no query sees from dQ.
+    if (Traits::kFused) state.rows = {mask.tile_interval(0, seqlen.seqlen_q - 1), mask.prefix_len};
     const QueryInterval seen =
         mask.query_interval(state.first_row, min_int(state.first_row + Traits::kRows, seqlen.seqlen_k) - 1);
     state.cols = {{seen.begin, min_int(seen.end, seqlen.seqlen_q)}, 0};
     state.whole = whole_queries(mask, state.first_row, min_int(state.first_row + Traits::kRows, seqlen.seqlen_k) - 1);
+    // Keys that do not exist have no P: where an LSE is low that of a score of 0 may be infinite.
+    if (Traits::kFused && state.first_row + Traits::kRows > seqlen.seqlen_k) state.whole = {0, 0};
     state.stream_first = query_rows<Element>(params.q, params.q_strides, seqlen, 0, state.cols, 0).base;
     state.stream_second = query_rows<Element>(params.dout, params.dout_strides, seqlen, 0, state.cols, 0).base;
     state.begin = state.cols.interval.begin / Traits::kCols;
@@ -103,7 +108,12 @@ BROADHEAD_DEVICE void step_of_role(Gradient<Traits>& gradient, typename Traits::
   if (!is_second) {
     with_mask<Traits>(smem.state, first_col, place, [&](const auto& step_mask) {
       with_softcap(smem.state, [&](const auto& weigh) {
-        weigh_scores<Traits>(s, step_mask, weigh, smem.lse[stage], handed, shared, place);
+        weigh_scores<Traits>(
+            s, step_mask, weigh, smem.lse[stage], handed,
+            [&](int m, int n, const auto& p) {
+              if constexpr (Traits::kShares) OwnFragment<Traits>::store(shared, place, m, n, p);
+            },
+            place);
       });
     });
     named_barrier_arrive(hand_over_barrier(place.warp_r), 64 * Traits::kWarpsC);
@@ -115,8 +125,8 @@ BROADHEAD_DEVICE void step_of_role(Gradient<Traits>& gradient, typename Traits::
     });
     if (Traits::kShares) named_barrier_sync(shared_ds_barrier(place.warp_r), 32 * Traits::kWarpsC);
   }
-  add_gradient<Traits>(gradient, s, is_second ? handed : shared, is_second ? first : second, place,
-                       is_second ? columns : columns_v);
+  add_gradient<Traits>(gradient, own_weights<Traits>(s, is_second ? handed : shared, place), is_second ? first : second,
+                       place, is_second ? columns : columns_v);
 }
 
 template <class Traits>
@@ -267,7 +277,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
         share_fragments<Traits>(smem.fragments, dp, place);
         named_barrier_sync(shared_ds_barrier(place.warp_r), 32 * Traits::kWarpsC);
       }
-      add_gradient<Traits>(gradient, dp, smem.fragments, first, here(), columns);
+      const WarpPlace in_dq = here();
+      add_gradient<Traits>(gradient, own_weights<Traits>(dp, smem.fragments, in_dq), first, in_dq, columns);
     }
   }
 

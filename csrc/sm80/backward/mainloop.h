@@ -155,18 +155,10 @@ BROADHEAD_DEVICE void share_fragments(uint4* fragments, const Scores<Traits>& ds
   }
 }
 
-// gradient += weights x columns, over the columns of a step; weights are P or dS: `s`, or the fragments of the row
-// group. `cols`: address of the tile of columns; `columns` of its head_dim are not zero.
+// P or dS as operands, for add_gradient: `s`, or the fragments of the row group.
 template <class Traits>
-BROADHEAD_DEVICE void add_gradient(Gradient<Traits>& gradient, const Scores<Traits>& s, const uint4* fragments,
-                                   std::uint32_t cols, const WarpPlace& place, int columns) {
-  using Element = typename Traits::Element;
-  const int lane = place.lane;
-  constexpr int kTiles = Traits::kOutTilesPerSubtile;
-  const std::uint32_t b_lane = cols + (lane & 15) * 128 + (((lane >> 4) ^ (lane & 7) ^ (place.warp_c * kTiles)) * 16);
-  BROADHEAD_UNROLL
-  for (int step = 0; step < Traits::kCols / 16; ++step) {
-    RowFragments<Traits> a;
+BROADHEAD_DEVICE auto own_weights(const Scores<Traits>& s, const uint4* fragments, const WarpPlace& place) {
+  return [&s, fragments, &place](RowFragments<Traits>& a, int step) {
     if constexpr (Traits::kShares) {
       BROADHEAD_UNROLL
       for (int m = 0; m < Traits::kRowTiles; ++m) {
@@ -174,8 +166,24 @@ BROADHEAD_DEVICE void add_gradient(Gradient<Traits>& gradient, const Scores<Trai
         a[m][0] = x.x, a[m][1] = x.y, a[m][2] = x.z, a[m][3] = x.w;
       }
     } else {
-      pack_p<Element>(a, s, step);
+      pack_p<typename Traits::Element>(a, s, step);
     }
+  };
+}
+
+// gradient += weights x columns, over the columns of a step. `weights(a, step)` gives the operands of 16 columns;
+// `cols`: address of the tile of columns; `columns` of its head_dim are not zero.
+template <class Traits, class Weights>
+BROADHEAD_DEVICE void add_gradient(Gradient<Traits>& gradient, const Weights& weights, std::uint32_t cols,
+                                   const WarpPlace& place, int columns) {
+  using Element = typename Traits::Element;
+  const int lane = place.lane;
+  constexpr int kTiles = Traits::kOutTilesPerSubtile;
+  const std::uint32_t b_lane = cols + (lane & 15) * 128 + (((lane >> 4) ^ (lane & 7) ^ (place.warp_c * kTiles)) * 16);
+  BROADHEAD_UNROLL
+  for (int step = 0; step < Traits::kCols / 16; ++step) {
+    RowFragments<Traits> a;
+    weights(a, step);
     BROADHEAD_UNROLL
     for (int n = 0; n < Traits::kOutTiles; n += 2) {
       if (Traits::kHeadDim > 256 && out_col<Traits>(place, n) >= columns) break;  // the same in the whole warp

@@ -49,10 +49,16 @@ struct WholeStep {
   BROADHEAD_DEVICE AllColumns row(int, int) const { return {}; }
 };
 
+// Whether every row sees all columns of the step that begins at `first_col`.
+template <class Traits>
+BROADHEAD_DEVICE bool is_whole(const BackwardState& state, int first_col) {
+  return first_col >= state.whole.begin && first_col + Traits::kCols <= state.whole.end;
+}
+
 // Calls `work` with what the rows see.
 template <class Traits, class Work>
 BROADHEAD_DEVICE void with_mask(const BackwardState& state, int first_col, const WarpPlace& place, const Work& work) {
-  if (first_col >= state.whole.begin && first_col + Traits::kCols <= state.whole.end) {
+  if (is_whole<Traits>(state, first_col)) {
     work(WholeStep{});
   } else {
     work(MaskedStep<Traits>{state, place, first_col + tile_col<Traits>(place, 0)});
@@ -146,25 +152,33 @@ BROADHEAD_DEVICE void cap_scores(Scores<Traits>& s, Scores<Traits>& dp, const Ba
   }
 }
 
-// The first of two roles: `s` becomes P, and P times the slope goes to `handed`. Where the row group shares P, it goes
-// to `shared`, too. `lse`: of the step's queries.
-template <class Traits, class Step, class W>
+// The first of two roles: `s` becomes P, and P times the slope goes to `handed`. `keep(m, n, words)` gets P of row tile
+// m and column tiles n and on. `lse`: of the step's queries.
+template <class Traits, class Step, class W, class Keep>
 BROADHEAD_DEVICE void weigh_scores(Scores<Traits>& s, const Step& step, const W& weigh, const float* lse, uint4* handed,
-                                   uint4* shared, const WarpPlace& place) {
+                                   const Keep& keep, const WarpPlace& place) {
   using Element = typename Traits::Element;
   using Fragment = OwnFragment<Traits>;
   constexpr int kTiles = Fragment::kTiles;
-  float of_query[Traits::kColTiles][2];
+  struct {
+    decltype(step.row(0, 0)) half[2];
+  } seen[Traits::kRowTiles];
   BROADHEAD_UNROLL
-  for (int n = 0; n < Traits::kColTiles; ++n) {
-    const float2 pair = *reinterpret_cast<const float2*>(lse + tile_col<Traits>(place, n));
-    of_query[n][0] = weigh_lse(pair.x), of_query[n][1] = weigh_lse(pair.y);
-  }
-  BROADHEAD_UNROLL
-  for (int m = 0; m < Traits::kRowTiles; ++m) {
-    const decltype(step.row(0, 0)) seen[2] = {step.row(m, 0), step.row(m, 1)};
+  for (int m = 0; m < Traits::kRowTiles; ++m) seen[m] = {{step.row(m, 0), step.row(m, 1)}};
+  float2 next[kTiles];  // LSE of what comes next: on its way while this is worked on
+  const auto load_next = [&](int n) {
     BROADHEAD_UNROLL
-    for (int n = 0; n < Traits::kColTiles; n += kTiles) {
+    for (int t = 0; t < kTiles; ++t) next[t] = *reinterpret_cast<const float2*>(lse + tile_col<Traits>(place, n + t));
+  };
+  load_next(0);
+  BROADHEAD_UNROLL
+  for (int n = 0; n < Traits::kColTiles; n += kTiles) {
+    float of_query[kTiles][2];
+    BROADHEAD_UNROLL
+    for (int t = 0; t < kTiles; ++t) of_query[t][0] = weigh_lse(next[t].x), of_query[t][1] = weigh_lse(next[t].y);
+    if (n + kTiles < Traits::kColTiles) load_next(n + kTiles);
+    BROADHEAD_UNROLL
+    for (int m = 0; m < Traits::kRowTiles; ++m) {
       std::uint32_t p[2 * kTiles], with_slope[2 * kTiles];
       BROADHEAD_UNROLL
       for (int i = 0; i < 2 * kTiles; ++i) {
@@ -173,15 +187,15 @@ BROADHEAD_DEVICE void weigh_scores(Scores<Traits>& s, const Step& step, const W&
         for (int c = 0; c < 2; ++c) {
           float& element = s[m][n + i / 2][i % 2 * 2 + c];
           float slope;
-          const float x = weigh(element, of_query[n + i / 2][c], slope);
-          element = seen[i % 2](n + i / 2, c) ? x : 0.f;
+          const float x = weigh(element, of_query[i / 2][c], slope);
+          element = seen[m].half[i % 2](n + i / 2, c) ? x : 0.f;
           y[c] = element * slope;
         }
         p[i] = pack_pair<Element>(s[m][n + i / 2][i % 2 * 2], s[m][n + i / 2][i % 2 * 2 + 1]);
         with_slope[i] = pack_pair<Element>(y[0], y[1]);
       }
       Fragment::store(handed, place, m, n, with_slope);
-      if constexpr (Traits::kShares) Fragment::store(shared, place, m, n, p);
+      keep(m, n, p);
     }
   }
 }

@@ -14,6 +14,7 @@
 #include <type_traits>
 
 #include "common/attention_mask.h"
+#include "common/dq_sums.h"
 #include "common/kv_source.h"
 #include "common/math.h"
 #include "common/score.h"
@@ -30,6 +31,7 @@ struct BackwardState {
   AttentionMask mask;
   ScoreScale scale;
   float inverse_softcap;
+  int batch;
   int head;  // query head, or KV head where keys are kept
   int kv_head;
   int first_row;  // of the tile within the sequence
@@ -66,6 +68,7 @@ struct SideTraits {
   static constexpr int kStages = kStages_;
   static constexpr int kMinBlocks = kMinBlocks_;
 
+  static constexpr bool kFused = false;
   static constexpr int kRoles = kKeys ? 2 : 1;
   static constexpr int kThreads = 32 * kWarpsR * kWarpsC * kRoles;
   static constexpr int kTileCols = round_up(kHeadDim, 64);  // columns of head_dim in shared memory
@@ -124,6 +127,55 @@ struct BackwardTraits {
   using SharedStorage =
       std::conditional_t<(sizeof(typename Keys::SharedStorage) > sizeof(typename Queries::SharedStorage)),
                          typename Keys::SharedStorage, typename Queries::SharedStorage>;
+  static_assert(sizeof(SharedStorage) <= kSmemLimit, "the tile does not fit the shared memory its row promises");
+};
+
+// The kernel that keeps keys and gives all three gradients: dQ of a step goes to fp32 sums in global memory.
+template <class Element_, int kHeadDim_, int kRows_, int kCols_, int kWarpsR_, int kWarpsC_, int kStages_,
+          int kMinBlocks_>
+struct FusedSide
+    : SideTraits<Element_, Side::kKeys, kHeadDim_, kRows_, kCols_, kWarpsR_, kWarpsC_, kStages_, kMinBlocks_> {
+  using Base = SideTraits<Element_, Side::kKeys, kHeadDim_, kRows_, kCols_, kWarpsR_, kWarpsC_, kStages_, kMinBlocks_>;
+  using Element = Element_;
+  static constexpr bool kFused = true;
+
+  // dQ of a step: warp (r, c) owns 32 queries, or 16 where the columns of head_dim cannot be divided otherwise.
+  static constexpr int kWarps = Base::kThreads / 32;
+  static constexpr int kDqRowTiles = kCols_ >= 64 && kHeadDim_ % (16 * kWarps * 32 / kCols_) == 0 ? 2 : 1;
+  static constexpr int kDqWarpsR = kCols_ / 16 / kDqRowTiles;
+  static constexpr int kDqWarpsC = kWarps / kDqWarpsR;
+  static constexpr int kDqColTiles = kHeadDim_ / kDqWarpsC / 8;
+  static_assert(kWarps % kDqWarpsR == 0 && kHeadDim_ % (16 * kDqWarpsC) == 0);
+  using DqSums = RowMajorDqSums<(kCols_ > 64 ? kCols_ : 64), Base::kTileCols>;
+
+  // dS of a step, 16 keys after the other: of the columns of a warp subtiles of up to 64 queries, rows of kDsUnits
+  // units of 16 bytes, which are swizzled. What a warp stores of 16 keys is one piece, where its P was before.
+  static constexpr int kDsUnits = (Base::kColsPerWarp < 64 ? Base::kColsPerWarp : 64) / 8;
+  static_assert(kDsUnits == 4 || kDsUnits == 8);
+
+  struct SharedStorage {
+    alignas(1024) Element first[kRows_ * Base::kTileCols];                    // K
+    alignas(1024) Element second[kRows_ * Base::kTileCols];                   // V
+    alignas(1024) Element stream_first[kStages_][kCols_ * Base::kTileCols];   // Q
+    alignas(1024) Element stream_second[kStages_][kCols_ * Base::kTileCols];  // dO
+    // Of a step and of the one before: what the first role hands over, as `fragments` of SideTraits, then dS.
+    alignas(1024) Element ds[2][kRows_ * kCols_];
+    alignas(16) uint4 shared_p[Base::kShares ? kRows_ / 16 * (kCols_ / 16) * 32 : 1];
+    alignas(16) float lse[kStages_][kCols_];
+    alignas(16) float delta[kStages_][kCols_];
+    alignas(8) QueryInterval seen[kRows_];  // the queries that see each key; none where it does not exist
+    float* dq_sums;                         // of the sequence and query head 0
+    BackwardState state;
+  };
+};
+
+template <class Element_, int kHeadDim_, int kRows, int kCols, int kWarpsR, int kWarpsC, int kStages, int kMinBlocks,
+          int kSmemLimit>
+struct FusedBackwardTraits {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
+  using Keys = FusedSide<Element, kHeadDim, kRows, kCols, kWarpsR, kWarpsC, kStages, kMinBlocks>;
+  using SharedStorage = typename Keys::SharedStorage;
   static_assert(sizeof(SharedStorage) <= kSmemLimit, "the tile does not fit the shared memory its row promises");
 };
 

@@ -4,8 +4,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "host/launch.cuh"
-#include "kernels/backward_prepare.h"
+#include "kernels/backward_launch.cuh"
 #include "sm90/backward/load.h"
 
 namespace broadhead::sm90 {
@@ -67,9 +66,6 @@ int section_heads(const AttnBwdParams& params) {
   return static_cast<int>(Traits::kKeys ? kv_heads : std::min(kv_heads * group, 65535LL));
 }
 
-// Tiles of dQ of a head: see first_dq_tile.
-inline std::int64_t dq_tiles(const AttnBwdParams& params) { return params.total_q / 64 + params.batch; }
-
 // Launches `kernel`, a cluster of CTAs for each tile of `Traits::kRows` rows. `dq_sums`: of a fused kernel.
 template <class Traits>
 int launch_side(void (*kernel)(BackwardArgs), const AttnBwdParams& params, CallReport report, cudaStream_t stream,
@@ -84,7 +80,6 @@ int launch_side(void (*kernel)(BackwardArgs), const AttnBwdParams& params, CallR
   args.tiles = ceil_div(kKeys ? params.seqlen_k : params.seqlen_q, Traits::kRows);
   args.heads_per_section = section_heads<Traits>(params);
   args.dq_sums = dq_sums;
-  args.dq_tiles = dq_tiles(params);
   const int heads = kKeys ? params.num_heads_kv : params.num_heads_q;
   const long long clusters = static_cast<long long>(args.tiles) * heads * params.batch;
   if (clusters == 0) return 0;
@@ -100,20 +95,6 @@ int launch_side(void (*kernel)(BackwardArgs), const AttnBwdParams& params, CallR
                           .cluster = Traits::kCluster};
   if (const cudaError_t status = launch_kernel(kernel, shape, stream, args)) {
     return report.fail(kKeys ? "launch of dk and dv" : "launch of dq", status);
-  }
-  return 0;
-}
-
-// The checks and the launches that all calls begin with. 0, or what the call returns.
-template <class Traits>
-int begin_backward(const AttnBwdParams& params, CallReport report, cudaStream_t stream) {
-  if (params.head_dim > Traits::kHeadDim || params.head_dim_v > Traits::kHeadDimV) {
-    return report.fail("head_dim", cudaErrorInvalidValue);
-  }
-  if (params.num_heads_q > 65535 || params.batch > 65535) return report.fail("grid", cudaErrorInvalidValue);
-  constexpr bool kIsBf16 = std::is_same_v<typename Traits::Keys::Element, cutlass::bfloat16_t>;
-  if (const int status = launch_backward_prepare(params, kIsBf16, static_cast<float*>(params.workspace), stream)) {
-    return report.fail("launch of the row sums", static_cast<cudaError_t>(status));
   }
   return 0;
 }

@@ -4,6 +4,7 @@
 #include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 
+#include "common/dq_sums.h"
 #include "sm90/backward/traits.h"
 #include "tma/copy.h"
 
@@ -20,16 +21,8 @@ struct BackwardArgs {
   KvMap second_cols;   // dO, or V
   std::int32_t tiles;  // of rows, of each head and sequence
   std::int32_t heads_per_section;
-  // Fused kernels: the sums of dQ, [Hq][dq_tiles][warpgroup][column tile][128 threads] of four fp32, as accumulators
-  // lie. A tile holds 64 queries of one sequence.
-  float* dq_sums;
-  std::int64_t dq_tiles;
+  float* dq_sums;  // of fused kernels: common/dq_sums.h
 };
-
-// Tiles before those of a sequence: of all rows before it, and one more a sequence, since each may begin one.
-BROADHEAD_HOST_DEVICE std::int64_t first_dq_tile(const AttnBwdParams& params, const SeqlenInfo& seqlen, int batch) {
-  return (seqlen.batch_q * static_cast<std::int64_t>(params.seqlen_q) + seqlen.row_q) / 64 + batch;
-}
 
 BROADHEAD_DEVICE int x_coordinate(const KvMap& map, int head, int batch) {
   return head * map.head_step + batch * map.batch_step;
@@ -185,10 +178,10 @@ BROADHEAD_DEVICE void add_dq(const BackwardArgs& args, typename Traits::SharedSt
   constexpr int kBytes = Traits::kDqTiles * 128 * static_cast<int>(sizeof(float4));
   constexpr int kFloats = kBytes / static_cast<int>(sizeof(float));
   const BackwardWork& work = smem.work;
-  const std::int64_t tile0 = first_dq_tile(args.params, work.seqlen, work.batch);
   std::uint32_t parity = 0;
   for (int head = work.first_head; head < work.first_head + work.heads; ++head) {
-    float* sums = args.dq_sums + ((head * args.dq_tiles + tile0) * Traits::kConsumers + warpgroup) * kFloats;
+    float* sums = dq_sums_of<typename Traits::DqSums>(args.dq_sums, args.params, work.seqlen, work.batch, head) +
+                  warpgroup * kFloats;
     for (int tile = work.range.begin; tile < work.range.end; ++tile) {
       barrier_wait(smem.dq_full[warpgroup], parity);
       bulk_add(sums + static_cast<std::int64_t>(tile) * Traits::kConsumers * kFloats, smem_address(smem.dq[warpgroup]),

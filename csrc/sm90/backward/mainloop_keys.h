@@ -7,7 +7,7 @@
 // step in two pairs.
 #pragma once
 
-#include "sm90/backward/epilogue.h"
+#include "common/gradient_rows.h"
 #include "sm90/backward/mainloop.h"
 
 namespace broadhead::sm90 {

@@ -1,7 +1,7 @@
 // The consumers of the Hopper kernel that keeps queries: dQ. Each warpgroup has 64 of them.
 #pragma once
 
-#include "sm90/backward/epilogue.h"
+#include "common/gradient_rows.h"
 #include "sm90/backward/mainloop.h"
 
 namespace broadhead::sm90 {

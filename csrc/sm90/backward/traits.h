@@ -76,6 +76,12 @@ struct BackwardSide {
   using ScoreLayout = TileLayout<Element, kRows, kCols>;
   static constexpr int kDqCols = kTileColumns / kConsumers;  // of dQ that a warpgroup computes
   static constexpr int kDqTiles = kDqCols / 8;
+  // The sums of dQ, for common/dq_sums.h: what a warpgroup adds in a step is one piece, [column tile][128 threads].
+  struct DqSums {
+    static constexpr int kRows = kCols;
+    static constexpr int kColumns = kTileColumns;
+    BROADHEAD_HOST_DEVICE static constexpr int block(int row_tile, int col_tile) { return col_tile * 4 + row_tile; }
+  };
 
   struct SplitStorage {
     alignas(1024) Element first_rows[kRows * kTileColumns];
@@ -108,9 +114,10 @@ struct BackwardSide {
 };
 
 // `kKeyRows` keys are kept, `kKeyCols` queries stream by; `kQueryRows` queries are kept, `kQueryCols` keys stream by.
-template <class Element, int kHeadDim_, int kHeadDimV_, int kKeyRows, int kKeyCols, int kKeyStages, int kQueryRows,
+template <class Element_, int kHeadDim_, int kHeadDimV_, int kKeyRows, int kKeyCols, int kKeyStages, int kQueryRows,
           int kQueryCols, int kStagesK, int kStagesV, int kSmemLimit>
 struct BackwardTraits {
+  using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kHeadDimV = kHeadDimV_;
   using Keys = BackwardSide<Element, kHeadDim, kHeadDimV, Side::kKeys, kKeyRows, kKeyCols, kKeyStages, kKeyStages>;

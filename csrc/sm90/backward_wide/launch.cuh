@@ -21,7 +21,7 @@ template <class Traits>
 int launch_pair_backward(const char* kernel_id, const AttnBwdParams& params, cudaStream_t stream, char* error,
                          std::size_t error_size) {
   const CallReport report{kernel_id, params, sizeof(typename Traits::SharedStorage), error, error_size};
-  if (begin_backward<Traits>(params, report, stream)) return 1;
+  if (begin_backward<typename Traits::Element>(params, Traits::kHeadDim, Traits::kHeadDimV, report, stream)) return 1;
   if (launch_pair<typename Traits::Keys>(params, report, stream)) return 1;
   return launch_pair<typename Traits::Queries>(params, report, stream);
 }

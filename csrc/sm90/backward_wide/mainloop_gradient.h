@@ -1,7 +1,7 @@
 // A gradient warpgroup of the wide Hopper backward kernels: 64 rows and half of the columns of dK, dV or dQ.
 #pragma once
 
-#include "sm90/backward/epilogue.h"
+#include "common/gradient_rows.h"
 #include "sm90/backward/mainloop.h"
 #include "sm90/backward_wide/load.h"
 

@@ -4,8 +4,8 @@
 // gradients of the one before.
 #pragma once
 
+#include "common/gradient_rows.h"
 #include "common/ldmatrix.h"
-#include "sm90/backward/epilogue.h"
 #include "sm90/backward/mainloop.h"
 #include "sm90/backward_wide/load.h"
 

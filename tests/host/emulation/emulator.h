@@ -113,11 +113,11 @@ inline void finish(const Copy& copy) {
 }
 
 // Runs one CTA of `threads` threads.
-inline void run(int threads, int block, bool early, const std::function<void()>& body) {
+inline void run(int threads, Index block, bool early, const std::function<void()>& body) {
   cta.threads.resize(threads);
   cta.body = body;
   cta.early = early;
-  blockIdx = {block};
+  blockIdx = block;
   std::memset(sm80::smem_bytes, 0xff, sizeof(sm80::smem_bytes));  // NaN
   std::memset(cta.barriers, 0, sizeof(cta.barriers));
   std::memset(cta.warps, 0, sizeof(cta.warps));
@@ -134,7 +134,7 @@ inline void run(int threads, int block, bool early, const std::function<void()>&
   for (int warp = 0; live > 0;) {
     const long before = cta.progress + threads - live;
     for (int lane = 0; lane < 32; ++lane) {
-      threadIdx = {warp * 32 + lane};
+      threadIdx = {warp * 32 + lane, 0, 0};
       if (self().done) continue;
       swapcontext(&cta.scheduler, &self().context);
       live -= self().done;
@@ -206,5 +206,10 @@ inline void wait_async(int pending) {
 
 }  // namespace mma_sync
 }  // namespace broadhead
+
+inline void __syncwarp() { broadhead::emulation::exchange('w', {}); }
+inline std::uint32_t __shfl_xor_sync(unsigned, std::uint32_t x, int lanes) {
+  return broadhead::emulation::exchange('x', {x})[threadIdx.x % 32 ^ lanes][0];
+}
 
 inline void cute::cp_async_fence() { broadhead::emulation::self().groups.emplace_back(); }

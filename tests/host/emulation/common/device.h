@@ -23,13 +23,17 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float __fdividef(float a, float b) { return a / b; }
 
 struct Index {
-  int x;
+  int x, y, z;
 };
 extern Index threadIdx, blockIdx;  // of the thread that runs
 
@@ -103,4 +107,7 @@ float2 unpack_pair(std::uint32_t pair) {
 
 }  // namespace broadhead
 
+inline void atomicAdd(float* target, float x) { *target += x; }
+void __syncwarp();
+std::uint32_t __shfl_xor_sync(unsigned mask, std::uint32_t x, int lanes);
 inline void __syncthreads() { broadhead::meet_at_barrier(0, 0, true); }

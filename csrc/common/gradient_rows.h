@@ -1,10 +1,10 @@
-// Writes the gradients that a consumer warpgroup has summed up.
+// Writes gradients from accumulators, 16 bytes of a row a lane.
 #pragma once
 
 #include "common/device.h"
 #include "host/params.h"
 
-namespace broadhead::sm90 {
+namespace broadhead {
 
 // The rows of one sequence and head of a gradient in global memory.
 template <class Element>
@@ -62,4 +62,4 @@ BROADHEAD_DEVICE void write_gradient(const float (&gradient)[kTiles][4], float f
   }
 }
 
-}  // namespace broadhead::sm90
+}  // namespace broadhead
