@@ -131,6 +131,17 @@ BROADHEAD_DEVICE void pack_tile(std::uint32_t (&weights)[kSteps][4], int n, cons
   weights[n / 2][n % 2 * 2 + 1] = pack_pair<Element>(x[2], x[3]);
 }
 
+// Packed weights, by the column tile: what `differentiate` takes.
+template <class Element, int kSteps>
+struct PackedWeights {
+  const std::uint32_t (&packed)[kSteps][4];
+  BROADHEAD_DEVICE float4 operator()(int n) const {
+    const float2 upper = unpack_pair<Element>(packed[n / 2][n % 2 * 2]);
+    const float2 lower = unpack_pair<Element>(packed[n / 2][n % 2 * 2 + 1]);
+    return make_float4(upper.x, upper.y, lower.x, lower.y);
+  }
+};
+
 // The LSE or the D of the queries of a lane's numbers. Keys: those of a column tile, from shared memory.
 struct ColumnStats {
   const float* of_stage;

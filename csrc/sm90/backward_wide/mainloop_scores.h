@@ -181,13 +181,8 @@ struct PairScores {
       multiply(dp);
       read_p(p);
       differentiate<Element>(
-          ds,
-          [&](int n) {
-            const float2 upper = unpack_pair<Element>(p[n / 2][n % 2 * 2]);
-            const float2 lower = unpack_pair<Element>(p[n / 2][n % 2 * 2 + 1]);
-            return make_float4(upper.x, upper.y, lower.x, lower.y);
-          },
-          dp, delta_of(ring.stage()), smem.work.template is_whole<Traits::kSide>(tile * Traits::kCols, Traits::kCols));
+          ds, PackedWeights<Element, Traits::kWeightSteps>{p}, dp, delta_of(ring.stage()),
+          smem.work.template is_whole<Traits::kSide>(tile * Traits::kCols, Traits::kCols));
       release_stage();
       // P was used: it has been read for certain, whatever order an arrival in the other CTA has.
       __syncwarp();
