@@ -4,6 +4,7 @@
 #pragma once
 
 #include "common/accumulator.h"
+#include "common/ldmatrix.h"
 #include "common/tile_state.h"
 #include "sm90/backward/load.h"
 #include "sm90/consumer.h"
@@ -49,9 +50,21 @@ BROADHEAD_DEVICE void clear_together(void* tile, const Dead& dead) {
   NamedBarrier::sync(256, hardware_id(kClearBarrier));
 }
 
-// Issues s = rows x columns^T over kDim of head_dim: 64 rows from `first_row` on, and all columns of a stage.
-template <class Rows, class Cols, int kDim, class Element, int kColTiles>
-BROADHEAD_DEVICE void issue_scores(float (&s)[kColTiles][4], const Element* rows, int first_row, const Element* cols) {
+// Where the lane finds its row of a 16 x 16 matrix, of the warp's rows and 16 columns from 16 * step on, for ldmatrix.
+// `tile`: rows in subtiles of 64 columns; the warpgroup's begin at `first_row`.
+template <class Layout>
+BROADHEAD_DEVICE std::uint32_t matrix_of(const void* tile, int first_row, int step) {
+  const int lane = fresh_thread() % 32;
+  const int row = first_row + fresh_thread() / 32 % 4 * 16 + lane % 16;
+  return smem_address(tile) + step / 4 * Layout::kSubtileStride + row * Layout::kRowBytes +
+         ((step % 4 * 2 + lane / 16) ^ (row % 8)) * 16;
+}
+
+// Issues s = rows x columns^T over kDim of head_dim: 64 rows from `first_row` on, and all columns of a stage. The rows'
+// first kKept steps are operand A from registers.
+template <class Rows, class Cols, int kDim, int kKept = 0, class Element, int kColTiles>
+BROADHEAD_DEVICE void issue_scores(float (&s)[kColTiles][4], const Element* rows, int first_row, const Element* cols,
+                                   const std::uint32_t (*kept)[4] = nullptr) {
   using Descriptor = MatrixDescriptor<Rows::kRowBytes>;
   const std::uint64_t a = Descriptor::make(smem_address(rows) + first_row * Rows::kRowBytes, 0, Rows::kSlabStride);
   const std::uint64_t b = Descriptor::make(smem_address(cols), 0, Cols::kSlabStride);
@@ -59,8 +72,13 @@ BROADHEAD_DEVICE void issue_scores(float (&s)[kColTiles][4], const Element* rows
   cute::warpgroup_arrive();
   BROADHEAD_UNROLL
   for (int step = 0; step < kDim / 16; ++step) {
-    wgmma_ss<Element, 8 * kColTiles, Major::K>(s, a + (Rows::step_offset(step, Rows::kSubtileStride) >> 4),
-                                               b + (Cols::step_offset(step, Cols::kSubtileStride) >> 4), step > 0);
+    const std::uint64_t b_step = b + (Cols::step_offset(step, Cols::kSubtileStride) >> 4);
+    if (step < kKept) {
+      wgmma_rs<Element, 8 * kColTiles, Major::K>(s, kept[step], b_step, step > 0);
+    } else {
+      wgmma_ss<Element, 8 * kColTiles, Major::K>(s, a + (Rows::step_offset(step, Rows::kSubtileStride) >> 4), b_step,
+                                                 step > 0);
+    }
   }
   cute::warpgroup_commit_batch();
   fence_registers(s);
@@ -131,7 +149,15 @@ BROADHEAD_DEVICE void pack_tile(std::uint32_t (&weights)[kSteps][4], int n, cons
   weights[n / 2][n % 2 * 2 + 1] = pack_pair<Element>(x[2], x[3]);
 }
 
-// Packed weights, by the column tile: what `differentiate` takes.
+// Weights by the column tile, as `differentiate` takes them: accumulators, or packed.
+template <int kColTiles>
+struct AccumulatedWeights {
+  const float (&of_tile)[kColTiles][4];
+  BROADHEAD_DEVICE float4 operator()(int n) const {
+    return make_float4(of_tile[n][0], of_tile[n][1], of_tile[n][2], of_tile[n][3]);
+  }
+};
+
 template <class Element, int kSteps>
 struct PackedWeights {
   const std::uint32_t (&packed)[kSteps][4];

@@ -2,11 +2,11 @@
 //
 // A step, of each warpgroup's 64 keys, and then of half the columns of dQ (128 keys); | waits for what it needs:
 //
-//   dP^T | P | dV += P^T dO | dS -> shared memory | dK += dS^T Q | dQ = dS K of the step before, S^T of the next step
+//   S^T, dP^T | P | dV += P^T dO | dS -> shared memory | dQ = dS K of the step before, dK += dS^T Q
 //
-// P is computed beside dP, and dQ goes to shared memory beside S of the next step. dQ is one step late, so that the
-// warpgroups need not meet: while one computes P or dS, or moves dQ, the other's products run. Nothing is on its way
-// from one round of the loop to the next: ptxas would make every product wait for the one before.
+// P is computed beside dP, dS beside dV, and dQ goes to shared memory beside dK. It is one step late, so that the
+// warpgroups need not meet: while one computes or moves, the other's products run. Nothing is on its way from one round
+// of the loop to the next: ptxas would make every product wait for the one before.
 #pragma once
 
 #include "sm90/backward/mainloop_keys.h"
@@ -78,50 +78,36 @@ struct FusedConsumer : KeyConsumer<Traits> {
     release(smem.dq_full[warpgroup]);
   }
 
-  // Step `count`, whose S is there. Ends with S of the next step, unless it is the last. In the first step dQ is of
-  // whatever lies in shared memory, and nobody gets it.
-  template <class Last>
-  BROADHEAD_DEVICE void step(Last, float (&dk)[Traits::kHeadDim / 8][4], float (&dv)[Traits::kHeadDimV / 8][4],
-                             Scores<Traits>& s, const typename Base::Uniform& uniform, int query0,
-                             std::uint32_t count) {
-    constexpr bool kLast = Last::value;
-    Scores<Traits> dp;
+  // Step `count`. In the first one dQ is of whatever lies in shared memory, and nobody gets it.
+  BROADHEAD_DEVICE void step(float (&dk)[Traits::kHeadDim / 8][4], float (&dv)[Traits::kHeadDimV / 8][4],
+                             const typename Base::KeptK& k, const typename Base::KeptV& v,
+                             const typename Base::Uniform& uniform, int query0, std::uint32_t count) {
+    Scores<Traits> s, dp;
     Weights<Traits> p, ds;
-    Base::wait_second();
-    // With a softcap P takes the registers of dP.
-    if constexpr (!Traits::kCapped) Base::issue_dp(dp);
+    Base::issue_both(s, dp, k, v);
     Base::compute_p(s, p, uniform, query0);
-    if constexpr (Traits::kCapped) Base::issue_dp(dp);
+    if constexpr (Traits::kCapped) Base::issue_dp(dp, v);
     issue_gradient<SecondCols>(dv, p, smem.second_cols[ring.stage()]);
     cute::warpgroup_wait<1>();
     fence_registers(dp);
-    Base::compute_ds(ds, [&](int n) { return make_float4(s[n][0], s[n][1], s[n][2], s[n][3]); }, dp, uniform, query0);
+    Base::compute_ds(ds, AccumulatedWeights<Traits::kColTiles>{s}, dp, uniform, query0);
     barrier_wait(smem.ds_empty[count & 1], count >> 1 & 1 ^ 1);
     store_ds(ds, count & 1);
     cute::warpgroup_wait<0>();  // dV: frees the registers of P
     fence_registers(dv);
     fence_registers(p);
-    issue_gradient<FirstCols>(dk, ds, smem.first_cols[ring.stage()]);
     wait_ds(count - 1);
     float dq[Traits::kDqTiles][4];
     issue_dq(dq, count - 1 & 1);
-    cute::warpgroup_wait<1>();  // dK: S has no registers before
-    fence_registers(dk);
-    fence_registers(ds);
-    const std::uint32_t stage = ring.stage();
-    if constexpr (!kLast) {
-      ring.advance();
-      Base::wait_queries();
-      Base::issue_s(s);
-    }
-    Base::release_stage(stage);
-    cute::warpgroup_wait<kLast ? 0 : 1>();
+    issue_gradient<FirstCols>(dk, ds, smem.first_cols[ring.stage()]);
+    cute::warpgroup_wait<1>();
     fence_registers(dq);
     if (count > 0) store_dq(dq, count - 1);
-    if constexpr (!kLast) {
-      cute::warpgroup_wait<0>();
-      fence_registers(s);
-    }
+    cute::warpgroup_wait<0>();
+    fence_registers(dk);
+    fence_registers(ds);
+    Base::release_stage(ring.stage());
+    ring.advance();
   }
 
   // dQ of the last step.
@@ -144,14 +130,13 @@ struct FusedConsumer : KeyConsumer<Traits> {
     clear_accumulators(dk);
     clear_accumulators(dv);
     if (has_steps(smem.work)) {
-      Scores<Traits> s;
+      typename Base::KeptK k;
+      typename Base::KeptV v;
+      Base::template keep<typename Traits::FirstRows>(k, smem.first_rows);
+      Base::template keep<typename Traits::SecondRows>(v, smem.second_rows);
       const auto uniform = Base::uniform();
       std::uint32_t count = 0;
-      Base::wait_queries();
-      Base::issue_s(s);
-      cute::warpgroup_wait<0>();
-      fence_registers(s);
-      Base::for_each_tile([&](auto last, int query0) { step(last, dk, dv, s, uniform, query0, count++); });
+      Base::for_each_tile([&](int query0) { step(dk, dv, k, v, uniform, query0, count++); });
       last_dq(count - 1);
     }
     Base::write_dk(dk);

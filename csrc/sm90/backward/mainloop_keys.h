@@ -50,13 +50,35 @@ struct KeyConsumer {
     release(smem.second_empty[stage]);
   }
 
-  BROADHEAD_DEVICE void issue_s(Scores<Traits>& s) {
-    issue_scores<typename Traits::FirstRows, FirstCols, Traits::kHeadDim>(s, smem.first_rows, first_row(),
-                                                                          smem.first_cols[ring.stage()]);
+  // K for S, V for dP, of the warpgroup's keys: the steps that stay in registers.
+  using KeptK = std::uint32_t[max_int(Traits::kKeptSteps, 1)][4];
+  using KeptV = std::uint32_t[max_int(Traits::kKeptStepsV, 1)][4];
+
+  template <class Rows, int kSteps>
+  BROADHEAD_DEVICE void keep(std::uint32_t (&kept)[kSteps][4], const Element* rows) const {
+    if constexpr (Traits::kKeptSteps > 0) {
+      BROADHEAD_UNROLL
+      for (int step = 0; step < kSteps; ++step) ldmatrix_x4(kept[step], matrix_of<Rows>(rows, first_row(), step));
+    }
   }
-  BROADHEAD_DEVICE void issue_dp(Scores<Traits>& dp) {
-    issue_scores<typename Traits::SecondRows, SecondCols, Traits::kHeadDimV>(dp, smem.second_rows, first_row(),
-                                                                             smem.second_cols[ring.stage()]);
+
+  BROADHEAD_DEVICE void issue_s(Scores<Traits>& s, const KeptK& kept) {
+    issue_scores<typename Traits::FirstRows, FirstCols, Traits::kHeadDim, Traits::kKeptSteps>(
+        s, smem.first_rows, first_row(), smem.first_cols[ring.stage()], kept);
+  }
+  BROADHEAD_DEVICE void issue_dp(Scores<Traits>& dp, const KeptV& kept) {
+    issue_scores<typename Traits::SecondRows, SecondCols, Traits::kHeadDimV, Traits::kKeptStepsV>(
+        dp, smem.second_rows, first_row(), smem.second_cols[ring.stage()], kept);
+  }
+
+  // S is there, and dP on its way; but with a softcap P takes the registers of dP.
+  BROADHEAD_DEVICE void issue_both(Scores<Traits>& s, Scores<Traits>& dp, const KeptK& k, const KeptV& v) {
+    wait_queries();
+    issue_s(s, k);
+    wait_second();
+    if constexpr (!Traits::kCapped) issue_dp(dp, v);
+    cute::warpgroup_wait<Traits::kCapped ? 0 : 1>();
+    fence_registers(s);
   }
 
   BROADHEAD_DEVICE ColumnStats lse() const { return {smem.lse[ring.stage()] + lane_col()}; }
@@ -94,10 +116,20 @@ struct KeyConsumer {
     differentiate<Element>(ds, p, dp, delta(), uniform.is_whole(query0));
   }
 
-  // Calls `step(last, first query)` for each tile of queries of each head, of which there is one; `last`: a type that
-  // says so.
+  // Calls `step(first query)` for each tile of queries of each head.
   template <class Step>
   BROADHEAD_DEVICE void for_each_tile(const Step& step) {
+    const BackwardWork& work = smem.work;
+    int tile = work.range.begin;
+    for (int left = (work.range.end - tile) * work.heads; left > 0; --left) {
+      step(tile * Traits::kCols);
+      if (++tile == work.range.end) tile = work.range.begin;
+    }
+  }
+
+  // The same, of at least one tile. `step(last, first query)`: `last` is a type that says so.
+  template <class Step>
+  BROADHEAD_DEVICE void for_each_tile_but_last(const Step& step) {
     const BackwardWork& work = smem.work;
     int tile = work.range.begin;
     for (int left = (work.range.end - tile) * work.heads; left > 1; --left) {
@@ -132,30 +164,26 @@ struct KeyConsumer {
       barrier_wait(smem.keys_ready, 0);
       barrier_wait(smem.rows_full[0], 0);
       barrier_wait(smem.rows_full[1], 0);
+      KeptK k;
+      KeptV v;
       const Uniform uniform = this->uniform();
-      for_each_tile([&](auto, int query0) { step_all(dk, dv, uniform, query0); });
+      for_each_tile([&](int query0) { step_all(dk, dv, k, v, uniform, query0); });
     }
     write_dk(dk);
     write_dv(dv);
   }
 
   BROADHEAD_DEVICE void step_all(float (&dk)[Traits::kHeadDim / 8][4], float (&dv)[Traits::kHeadDimV / 8][4],
-                                 const Uniform& uniform, int query0) {
+                                 const KeptK& k, const KeptV& v, const Uniform& uniform, int query0) {
     Scores<Traits> s, dp;
     Weights<Traits> p, ds;
-    wait_queries();
-    issue_s(s);
-    wait_second();
-    // With a softcap P takes the registers of dP.
-    if constexpr (!Traits::kCapped) issue_dp(dp);
-    cute::warpgroup_wait<Traits::kCapped ? 0 : 1>();
-    fence_registers(s);
+    issue_both(s, dp, k, v);
     compute_p(s, p, uniform, query0);
-    if constexpr (Traits::kCapped) issue_dp(dp);
+    if constexpr (Traits::kCapped) issue_dp(dp, v);
     issue_gradient<SecondCols>(dv, p, smem.second_cols[ring.stage()]);
     cute::warpgroup_wait<1>();
     fence_registers(dp);
-    compute_ds(ds, [&](int n) { return make_float4(s[n][0], s[n][1], s[n][2], s[n][3]); }, dp, uniform, query0);
+    compute_ds(ds, AccumulatedWeights<Traits::kColTiles>{s}, dp, uniform, query0);
     issue_gradient<FirstCols>(dk, ds, smem.first_cols[ring.stage()]);
     cute::warpgroup_wait<0>();
     fence_registers(dv);
@@ -192,21 +220,30 @@ struct KeyConsumer {
       barrier_wait(smem.keys_ready, 0);
       barrier_wait(smem.rows_full[0], 0);
       const Uniform uniform = this->uniform();
+      KeptK kept;
+      keep<typename Traits::FirstRows>(kept, smem.first_rows);
       Scores<Traits> s;
       const auto issue = [&] {
         wait_queries();
-        issue_s(s);
+        issue_s(s, kept);
       };
       issue();
       cute::warpgroup_wait<0>();
       fence_registers(s);
-      for_each_tile([&](auto last, int query0) {
+      for_each_tile_but_last([&](auto last, int query0) {
         Weights<Traits> p;
         compute_p(s, p, uniform, query0);
         NamedBarrier::sync(256, hardware_id(kPEmptyBarrier));
+        Weights<Traits> slopes;  // P times the softcap's slope
+        if constexpr (Traits::kCapped) {
+          BROADHEAD_UNROLL
+          for (int n = 0; n < Traits::kColTiles; ++n) pack_tile<Element>(slopes, n, s[n]);
+        }
+        const auto& weights = Traits::kCapped ? slopes : p;
         BROADHEAD_UNROLL
-        for (int n = 0; n < Traits::kColTiles; ++n) {
-          smem.p[n * 128 + threadIdx.x % 128] = make_float4(s[n][0], s[n][1], s[n][2], s[n][3]);
+        for (int step = 0; step < Traits::kWeightSteps; ++step) {
+          const auto& w = weights[step];
+          smem.p[step * 128 + threadIdx.x % 128] = make_uint4(w[0], w[1], w[2], w[3]);
         }
         NamedBarrier::arrive(256, hardware_id(kPFullBarrier));
         wait_second();
@@ -224,20 +261,28 @@ struct KeyConsumer {
     if (has_steps(smem.work)) {
       barrier_wait(smem.rows_full[1], 0);
       const Uniform uniform = this->uniform();
+      KeptV kept;
+      keep<typename Traits::SecondRows>(kept, smem.second_rows);
       Scores<Traits> dp;
       const auto issue = [&] {
         wait_queries();
         wait_second();
-        issue_dp(dp);
+        issue_dp(dp, kept);
       };
       NamedBarrier::arrive(256, hardware_id(kPEmptyBarrier));
       issue();
       cute::warpgroup_wait<0>();
       fence_registers(dp);
-      for_each_tile([&](auto last, int query0) {
+      for_each_tile_but_last([&](auto last, int query0) {
         Weights<Traits> ds;
         NamedBarrier::sync(256, hardware_id(kPFullBarrier));
-        compute_ds(ds, [&](int n) { return smem.p[n * 128 + threadIdx.x % 128]; }, dp, uniform, query0);
+        Weights<Traits> p;
+        BROADHEAD_UNROLL
+        for (int step = 0; step < Traits::kWeightSteps; ++step) {
+          const uint4 w = smem.p[step * 128 + threadIdx.x % 128];
+          p[step][0] = w.x, p[step][1] = w.y, p[step][2] = w.z, p[step][3] = w.w;
+        }
+        compute_ds(ds, PackedWeights<Element, Traits::kWeightSteps>{p}, dp, uniform, query0);
         NamedBarrier::arrive(256, hardware_id(kPEmptyBarrier));
         issue_gradient<FirstCols>(dk, ds, smem.first_cols[ring.stage()]);
         finish_step(last, dk, ds, dp, issue);

@@ -42,6 +42,13 @@ struct BackwardSide {
   static constexpr int kStages = kStages_;    // of the first operand's columns
   static constexpr int kStages2 = kStages2_;  // of the second's
   static constexpr bool kSplitProducts = kRows == 64;
+  // Steps of 16 columns of the scores whose kept operand lies in registers: shared memory, which wgmma reads again and
+  // again, is what bounds these kernels. As many as there are registers for.
+  static constexpr int kKeptSteps = !kKeys                      ? 0
+                                    : kSplitProducts            ? (kHeadDim <= 192 ? kHeadDim / 16 : 6)
+                                    : kFused_ && kHeadDim <= 64 ? kHeadDim / 16
+                                                                : 0;
+  static constexpr int kKeptStepsV = kKeptSteps == kHeadDim / 16 ? kHeadDimV / 16 : kKeptSteps;
   static constexpr bool kFused = kFused_;
   static constexpr bool kCapped = kCapped_;  // with a softcap, whose slope is worked out beside P
   using Capped =
@@ -83,34 +90,36 @@ struct BackwardSide {
     BROADHEAD_HOST_DEVICE static constexpr int block(int row_tile, int col_tile) { return col_tile * 4 + row_tile; }
   };
 
-  struct SplitStorage {
+  struct Tiles {
     alignas(1024) Element first_rows[kRows * kTileColumns];
     alignas(1024) Element second_rows[kRows * kTileColumnsV];
     alignas(1024) Element first_cols[kStages][kCols * kTileColumns];
     alignas(1024) Element second_cols[kStages2][kCols * kTileColumnsV];
-    alignas(16) float4 p[kSplitProducts ? kColTiles * 128 : 1];  // [column tile][thread]: P, times the softcap's slope
+  };
+  struct FusedTiles : Tiles {
+    alignas(1024) Element ds[2][kCols * kRows];
+    alignas(128) float4 dq[kConsumers][kDqTiles * 128];  // as the accumulators lie: [column tile][thread]
+  };
+  struct SharedStorage : std::conditional_t<kFused, FusedTiles, Tiles> {
+    alignas(16) uint4 p[kSplitProducts ? kWeightSteps * 128 : 1];  // [step][thread]: P, times the softcap's slope
     // Of the queries that stream by: see QueryStats.
-    alignas(8) QueryInterval seen[kKeys ? kRows : 1];  // by each key of the tile; none where it does not exist
     alignas(16) float lse[kKeys ? kStages : 1][kCols];
     alignas(16) float delta[kKeys ? kStages : 1][kCols];
-    Barrier rows_full[2];          // 1 arrival + bytes
-    Barrier first_full[kStages];   // 1 arrival + bytes
-    Barrier first_empty[kStages];  // each consumer warp
+    alignas(8) QueryInterval seen[kKeys ? kRows : 1];  // by each key of the tile; none where it does not exist
+    Barrier rows_full[2];                              // 1 arrival + bytes
+    Barrier first_full[kStages];                       // 1 arrival + bytes
+    Barrier first_empty[kStages];                      // each consumer warp
     Barrier second_full[kStages2];
     Barrier second_empty[kStages2];
     Barrier stats_full[kStages];  // keys: the lanes of the warp that brings the stats, and clears dead rows
     Barrier keys_ready;           // keys: the lanes of the two warps that prepare them
+    // Fused kernels:
+    Barrier ds_full[2];            // each consumer warp
+    Barrier ds_empty[2];           // likewise
+    Barrier dq_full[kConsumers];   // each warp
+    Barrier dq_empty[kConsumers];  // 1 arrival
     BackwardWork work;
   };
-  struct FusedStorage : SplitStorage {
-    alignas(1024) Element ds[2][kCols * kRows];
-    alignas(128) float4 dq[kConsumers][kDqTiles * 128];  // as the accumulators lie: [column tile][thread]
-    Barrier ds_full[2];                                  // each consumer warp
-    Barrier ds_empty[2];                                 // likewise
-    Barrier dq_full[kConsumers];                         // each warp
-    Barrier dq_empty[kConsumers];                        // 1 arrival
-  };
-  using SharedStorage = std::conditional_t<kFused, FusedStorage, SplitStorage>;
 };
 
 // `kKeyRows` keys are kept, `kKeyCols` queries stream by; `kQueryRows` queries are kept, `kQueryCols` keys stream by.

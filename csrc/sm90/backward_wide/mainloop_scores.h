@@ -5,7 +5,6 @@
 #pragma once
 
 #include "common/gradient_rows.h"
-#include "common/ldmatrix.h"
 #include "sm90/backward/mainloop.h"
 #include "sm90/backward_wide/load.h"
 
@@ -35,16 +34,6 @@ BROADHEAD_DEVICE void send_weights(const std::uint32_t (&weights)[kSteps][4], st
   }
 }
 
-// Where the lane finds its row of a 16 x 16 matrix, of the warp's rows and 16 columns from 16 * step on, for ldmatrix.
-// `tile`: 64 rows in subtiles of 64 columns.
-template <class Layout>
-BROADHEAD_DEVICE std::uint32_t matrix_of(const void* tile, int step) {
-  const int lane = fresh_thread() % 32;
-  const int row = fresh_thread() / 32 % 4 * 16 + lane % 16;
-  return smem_address(tile) + step / 4 * Layout::kSubtileStride + row * Layout::kRowBytes +
-         ((step % 4 * 2 + lane / 16) ^ (row % 8)) * 16;
-}
-
 template <class Traits>
 struct PairScores {
   using Element = typename Traits::Element;
@@ -66,7 +55,7 @@ struct PairScores {
     for (int i = 0; i < Traits::kRegisterSteps; ++i) {
       const int chunk = i / Chunk::kSteps;
       ldmatrix_x4(kept[i],
-                  matrix_of<typename Traits::Rows>(smem.rows, Traits::first_column(chunk) / 16 + i % Chunk::kSteps));
+                  matrix_of<typename Traits::Rows>(smem.rows, 0, Traits::first_column(chunk) / 16 + i % Chunk::kSteps));
     }
   }
 
@@ -168,7 +157,8 @@ struct PairScores {
     if (fresh_thread() % 128 == 0) received.arrive_and_expect_tx(Traits::received_bytes(1));  // the next ones
     const Element* tile = Traits::kSendsSlope ? smem.slopes[slot.stage()] : smem.weights[slot.stage()];
     BROADHEAD_UNROLL
-    for (int step = 0; step < Traits::kWeightSteps; ++step) ldmatrix_x4(p[step], matrix_of<WeightLayout>(tile, step));
+    for (int step = 0; step < Traits::kWeightSteps; ++step)
+      ldmatrix_x4(p[step], matrix_of<WeightLayout>(tile, 0, step));
   }
 
   // dS of each step goes to CTA 0.
@@ -180,9 +170,8 @@ struct PairScores {
       Weights<Traits> p, ds;
       multiply(dp);
       read_p(p);
-      differentiate<Element>(
-          ds, PackedWeights<Element, Traits::kWeightSteps>{p}, dp, delta_of(ring.stage()),
-          smem.work.template is_whole<Traits::kSide>(tile * Traits::kCols, Traits::kCols));
+      differentiate<Element>(ds, PackedWeights<Element, Traits::kWeightSteps>{p}, dp, delta_of(ring.stage()),
+                             smem.work.template is_whole<Traits::kSide>(tile * Traits::kCols, Traits::kCols));
       release_stage();
       // P was used: it has been read for certain, whatever order an arrival in the other CTA has.
       __syncwarp();
