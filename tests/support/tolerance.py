@@ -47,12 +47,15 @@ def max_error(a: Tensor, b: Tensor) -> float:
 
 
 def storage_noise(truth: Tensor, dtype: torch.dtype) -> float:
-    """How far the truth moves when it is stored and shifted in dtype, and a few roundings of the fp32 arithmetic."""
+    """How far the truth moves when it is stored, and shifted, in dtype, and a few roundings of the fp32 arithmetic.
+
+    A single number may be stored half a step away where the naive one happens to lie nearer.
+    """
     if truth.numel() == 0:
         return 0.0
     stored = truth.to(dtype)
     shifted = max_error(stored + 0.3 - 0.3, stored)
-    return 2.0 * shifted + 32 * arithmetic_eps(dtype) * float(truth.abs().max())
+    return max(2.0 * shifted, max_error(stored, truth)) + 32 * arithmetic_eps(dtype) * float(truth.abs().max())
 
 
 def arithmetic_eps(dtype: torch.dtype) -> float:
