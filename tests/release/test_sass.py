@@ -26,8 +26,8 @@ FUNCTION = re.compile(r"\s+Function : (\S+)")
 #: What every kernel of a family must hold: its matrix instruction (8-bit inputs have another) and its copies.
 MULTIPLIES = {"sm80": ("HMMA", "HMMA"), "sm90": ("HGMMA", "QGMMA")}
 COPIES = {"sm80": "LDGSTS", "sm90": "UTMALDG"}
-#: Kernels beside those of the rows, in the same sources: they merge results, which takes neither.
-MERGES = "combine_kernel"
+#: Kernels beside those of the rows, in the same sources: they merge or convert results, which takes neither.
+FINISHING = ("combine_kernel", "finish_dq")
 #: Loads and stores of local memory: spilled registers and arrays that are indexed at run time.
 LOCAL_MEMORY = {"LDL", "STL"}
 
@@ -104,12 +104,18 @@ def test_kernels_use_the_instructions_of_their_family(name: str, arch: str) -> N
     kernels = [f["function"] for f in report if f["arch"] == arch and f["entry"] and f["source"] in sources]
     assert kernels, f"the report beside {family['path']} names no kernel for {arch}"
     # What is written for one architecture is there, e4m3 and qv rows too; portable rows may be compiled for others.
-    own = {row.name for row in support.ROWS if row.id in family["kernels"] and len(row.capabilities) == 1}
+    own = {
+        row.name
+        for row in support.ROWS
+        if row.id in family["kernels"]
+        and len(row.capabilities) == 1
+        and support.arch_covers(arch.removeprefix("sm_"), row.capabilities[0])
+    }
     missing = own - {f["source"] for f in report if f["arch"] == arch and f["entry"]}
     assert not missing, f"the report beside {family['path']} lacks {sorted(missing)}"
     opcodes = disassemble(family["path"], arch)
-    multiplying = [function for function in kernels if MERGES not in function]
-    assert multiplying, f"the report beside {family['path']} names only kernels that merge, for {arch}"
+    multiplying = [function for function in kernels if not any(name in function for name in FINISHING)]
+    assert multiplying, f"the report beside {family['path']} names only kernels that finish, for {arch}"
     wrong = {function: lacking(name, function, opcodes.get(function, set())) for function in multiplying}
     assert not {function: text for function, text in wrong.items() if text}
     spilling = sorted(function for function, found in opcodes.items() if found & LOCAL_MEMORY)

@@ -38,7 +38,7 @@ class BackwardTile(NamedTuple):
 TEMPLATE = tiles.Template(
     HEADER, "sm90::BackwardTraits", "sm90::launch_backward", "sm90::backward_workspace", True, False
 )
-FEATURES = ("causal", "window", "attention_chunk", "softcap", "sinks", "prefix_lens", "varlen", "seqused", "gqa", "lse")
+FEATURES = (*support.BACKWARD_FEATURES, "deterministic")
 ROWS = tuple(
     support.KernelRow(
         "sm90_bwd_d128", "sm90", "backward", "prefill", ((9, 0),), dtype, 128, 128, support.SMEM_227KB,

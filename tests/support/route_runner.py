@@ -48,7 +48,8 @@ def main(directory: Path) -> None:
     stub_cuda.install()
     # Backward kernels do less than forward kernels; that one which did it would be told is tested here all the same.
     dispatch.ROWS = tuple(
-        row._replace(features=FEATURES) if row.direction == "backward" else row for row in dispatch.ROWS
+        row._replace(features=(*FEATURES, "deterministic")) if row.direction == "backward" else row
+        for row in dispatch.ROWS
     )
     found: dict[str, dict[str, Any]] = {}
     for case in (*CASES, *OPERATION_CASES):
