@@ -57,6 +57,8 @@ void pack_vectors(const CallChecker& call, const TensorView& q, const TensorView
   call.lengths(kPrefixLens, &batch);
   call.keys(k);
   params.total_k = k.ndim() == 4 ? k.size(0) * k.size(1) : k.size(0);
+  // Packed: no sequence is longer than all rows, whatever bound the caller gave. The grids go by it.
+  if (k.ndim() == 3 && params.total_k < params.seqlen_k) params.seqlen_k = static_cast<std::int32_t>(params.total_k);
   params.batch = static_cast<std::int32_t>(batch);
   params.cu_seqlens_q = call.tensor(kCuSeqlensQ).as<const std::int32_t>();
   params.cu_seqlens_k = call.tensor(kCuSeqlensK).as<const std::int32_t>();

@@ -55,10 +55,11 @@ __global__ void __launch_bounds__(kThreads)
       sum -= params.dlse[seqlen.batch_q * params.dlse_batch_stride + head * params.dlse_head_stride + row];
     }
     const std::int64_t total_row = seqlen.batch_q * static_cast<std::int64_t>(params.seqlen_q) + row;
-    params.delta[head * params.total_q + total_row] = sum;
-    if (partial_dsinks == nullptr) continue;
     const float lse =
         params.softmax_lse[seqlen.batch_q * params.lse_batch_stride + head * params.lse_head_stride + row];
+    // A row without a gradient may hold anything.
+    params.delta[head * params.total_q + total_row] = lse == -INFINITY ? 0.f : sum;
+    if (partial_dsinks == nullptr) continue;
     if (lse != -INFINITY) dsink -= expf(load_sink<T>(params, head) - lse) * sum;
   }
   if (partial_dsinks == nullptr) return;

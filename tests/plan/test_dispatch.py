@@ -69,6 +69,14 @@ def test_a_missing_phase_is_replaced_by_the_other() -> None:
     assert plan.row is not None and plan.row.phase == "decode"
 
 
+def test_more_sequences_than_backward_grids_have() -> None:
+    plan = resolve(problem(direction="backward", batch=65535), h200(), FULL)
+    assert plan.row is not None
+    plan = resolve(problem(direction="backward", batch=65536), h200(), FULL)
+    assert plan.row is None and "up to 65535 sequences, not 65536" in plan.reason
+    assert resolve(problem(batch=65536), h200(), FULL).row is not None
+
+
 def test_every_row_is_reached() -> None:
     """No row of the table is dead: some device and problem choose it."""
     head_dims = [*((d, d) for d in HEAD_DIMS), (192, 128), (64, 256)]

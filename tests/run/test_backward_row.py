@@ -275,3 +275,17 @@ def test_nothing_to_launch(module: Module) -> None:
     found = broadhead.mha_bwd(q, q, k, k, q, torch.zeros(2, 2, 3))
     assert (found[0] == 0).all() and found[1].shape == k.shape and module.launches == []
     assert broadhead.last_dispatch() == ("cuda", "sm90_bwd_d128_bf16", "no query or no key: nothing was launched")
+
+
+@pytest.mark.parametrize(
+    ("shape", "ordered"), [((9, 14, 2, 32), True), ((1, 300, 2, 32), False), ((2, 64, 2, 32), False)]
+)
+def test_short_sequences_take_no_sums_of_dq(
+    shape: tuple[int, ...], ordered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of fused kernels have at least 64 rows for each sequence: the kernels whose sums have an order need none."""
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(backward, "select", lambda function, problem, *_: asked.append(problem.features))
+    q, k, v, dout = (torch.randn(shape) for _ in range(4))
+    broadhead.mha_bwd(dout, q, k, v)
+    assert ["deterministic" in features for features in asked] == [ordered]

@@ -146,7 +146,9 @@ struct FusedSide
   static constexpr int kDqWarpsC = kWarps / kDqWarpsR;
   static constexpr int kDqColTiles = kHeadDim_ / kDqWarpsC / 8;
   static_assert(kWarps % kDqWarpsR == 0 && kHeadDim_ % (16 * kDqWarpsC) == 0);
-  using DqSums = RowMajorDqSums<(kCols_ > 64 ? kCols_ : 64), Base::kTileCols>;
+  // A type of its own for each row: with one name in units for several architectures, nvcc before 13.0 would link the
+  // finishing kernel of one of them, whichever device it is for.
+  struct DqSums : RowMajorDqSums<(kCols_ > 64 ? kCols_ : 64), Base::kTileCols> {};
 
   // dS of a step, 16 keys after the other: of the columns of a warp subtiles of up to 64 queries, rows of kDsUnits
   // units of 16 bytes, which are swizzled. What a warp stores of 16 keys is one piece, where its P was before.

@@ -16,6 +16,9 @@ from .schedule import Schedule, plan_schedule
 #: Features of calls whose sequences differ in length, or may: the host does not know the lengths.
 LENGTHS_ON_DEVICE = ("leftpad", "paged", "seqused", "varlen")
 
+#: Sequences of a backward call: the last dimension of a grid.
+MAX_BACKWARD_BATCH = 65535
+
 #: head_dim above which a tile is chosen for the rows of a shared prefix as well. Below, tiles of 16 rows that find it
 #: in the L2 beat those of 32. PERF(H200, 4 sequences sharing 8k, us with 16 and 32 rows: 32/8 heads of 128 26.5, 30.9;
 #: 16/2 of 256 23.3, 26.5; 32/4 of 512 55.0, 49.3)
@@ -178,6 +181,8 @@ def _general_refusals(problem: AttentionProblem, device: DeviceDescription, buil
     reasons = []
     if device.type != "cuda":
         reasons.append(f"the tensors are on a {device.type} device; kernels run on NVIDIA CUDA devices")
+    if problem.direction == "backward" and problem.batch > MAX_BACKWARD_BATCH:
+        reasons.append(f"backward kernels take up to {MAX_BACKWARD_BATCH} sequences, not {problem.batch}")
     return reasons + _gradient_refusals(problem, device, build) + _short_rows(problem) + list(problem.obstacles)
 
 

@@ -22,6 +22,10 @@ from .cuda_backend import launch_backward, make_launch, run_new
 from .fallback import state
 
 
+#: Rows of the fp32 sums of dq that fused kernels have at least for each sequence (csrc/common/dq_sums.h).
+DQ_SUM_ROWS = 64
+
+
 class Gradients(NamedTuple):
     """Gradients of one call; None where the input was not given."""
 
@@ -82,7 +86,9 @@ def run_backward(
         call = check_forward(function, args._replace(out=None))
         refuse_float8_gradient(function, args.q.dtype, args.k.dtype)
         _check_results(function, dout, dlse, out, softmax_lse, args, call)
-        plan = select(function, backward_of(call.problem, deterministic), args.q.device, backend)
+        # Fused kernels have sums of 64 queries at least for each sequence: too much memory for short ones.
+        ordered = deterministic or call.problem.batch * DQ_SUM_ROWS > 2 * call.total_q
+        plan = select(function, backward_of(call.problem, ordered), args.q.device, backend)
         if plan is None or call.total_q == 0 or call.problem.batch == 0 or args.k.numel() == 0:
             if plan is not None and plan.row is not None:
                 state.last = ("cuda", plan.row.id, "no query or no key: nothing was launched")
