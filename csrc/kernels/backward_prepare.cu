@@ -28,7 +28,7 @@ BROADHEAD_DEVICE float load_sink(const AttnBwdParams& params, int head) {
 
 // Partial sums of dsinks: [Hq, batch * query blocks].
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     prepare_kernel(const __grid_constant__ AttnBwdParams params, float* partial_dsinks) {
   const int head = blockIdx.y, batch = blockIdx.z;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -38,6 +38,14 @@ __global__ void __launch_bounds__(kThreads)
       static_cast<const T*>(params.out) + seqlen.batch_q * params.out_strides.batch + head * params.out_strides.head;
   const T* dout =
       static_cast<const T*>(params.dout) + seqlen.batch_q * params.dout_strides.batch + head * params.dout_strides.head;
+  const float* lses =
+      params.softmax_lse + seqlen.batch_q * params.lse_batch_stride + head * params.lse_head_stride + seqlen.row_q;
+  const float* dlse = params.dlse;
+  if (dlse != nullptr) {
+    dlse += seqlen.batch_q * params.dlse_batch_stride + head * params.dlse_head_stride + seqlen.row_q;
+  }
+  float* delta =
+      params.delta + head * params.total_q + seqlen.batch_q * static_cast<std::int64_t>(params.seqlen_q) + seqlen.row_q;
   float dsink = 0.f;
   for (int query = blockIdx.x * kQueries + warp; query < end; query += kWarps) {
     const std::int64_t row = seqlen.row_q + query;
@@ -51,14 +59,10 @@ __global__ void __launch_bounds__(kThreads)
     }
     sum = warp_sum(sum);
     if (lane != 0) continue;
-    if (params.dlse != nullptr) {
-      sum -= params.dlse[seqlen.batch_q * params.dlse_batch_stride + head * params.dlse_head_stride + row];
-    }
-    const std::int64_t total_row = seqlen.batch_q * static_cast<std::int64_t>(params.seqlen_q) + row;
-    const float lse =
-        params.softmax_lse[seqlen.batch_q * params.lse_batch_stride + head * params.lse_head_stride + row];
-    // A row without a gradient may hold anything.
-    params.delta[head * params.total_q + total_row] = lse == -INFINITY ? 0.f : sum;
+    if (dlse != nullptr) sum -= dlse[query];
+    const float lse = lses[query];
+    if (lse == -INFINITY) sum = 0.f;  // a row without a gradient may hold anything
+    delta[query] = sum;
     if (partial_dsinks == nullptr) continue;
     if (lse != -INFINITY) dsink -= expf(load_sink<T>(params, head) - lse) * sum;
   }

@@ -21,7 +21,6 @@ from .choice import describe_call, select
 from .cuda_backend import launch_backward, make_launch, run_new
 from .fallback import state
 
-
 #: Rows of the fp32 sums of dq that fused kernels have at least for each sequence (csrc/common/dq_sums.h).
 DQ_SUM_ROWS = 64
 
