@@ -111,7 +111,7 @@ template <class Traits>
 struct OwnFragment {
   static constexpr int kTiles = Traits::kColTiles == 1 ? 1 : 2;
 
-  // Of row tile `m` and column tiles `n` to n + kTiles - 1.
+  // The words of row tile `m` and column tiles `n` to n + kTiles - 1.
   BROADHEAD_DEVICE static void store(uint4* fragments, const WarpPlace& place, int m, int n,
                                      const std::uint32_t (&words)[2 * kTiles]) {
     if constexpr (kTiles == 1) {

@@ -160,7 +160,8 @@ struct FusedSide
     alignas(1024) Element second[kRows_ * Base::kTileCols];                   // V
     alignas(1024) Element stream_first[kStages_][kCols_ * Base::kTileCols];   // Q
     alignas(1024) Element stream_second[kStages_][kCols_ * Base::kTileCols];  // dO
-    // Of a step and of the one before: what the first role hands over, as `fragments` of SideTraits, then dS.
+    // A buffer for a step and one for the step before: what the first role hands over, as `fragments` of SideTraits,
+    // then dS.
     alignas(1024) Element ds[2][kRows_ * kCols_];
     alignas(16) uint4 shared_p[Base::kShares ? kRows_ / 16 * (kCols_ / 16) * 32 : 1];
     alignas(16) float lse[kStages_][kCols_];

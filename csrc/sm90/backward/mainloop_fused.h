@@ -62,7 +62,7 @@ struct FusedConsumer : KeyConsumer<Traits> {
     fence_registers(dq);
   }
 
-  // Of the step that dS in `buffer` is of, once both warpgroups have stored it. `count`: of that step.
+  // Waits until both warpgroups have stored dS of step `count`.
   BROADHEAD_DEVICE void wait_ds(std::uint32_t count) const { barrier_wait(smem.ds_full[count & 1], count >> 1 & 1); }
 
   // Hands dQ of step `count` to the warp that adds it, and dS of the step back.
@@ -82,15 +82,8 @@ struct FusedConsumer : KeyConsumer<Traits> {
   BROADHEAD_DEVICE void step(float (&dk)[Traits::kHeadDim / 8][4], float (&dv)[Traits::kHeadDimV / 8][4],
                              const typename Base::KeptK& k, const typename Base::KeptV& v,
                              const typename Base::Uniform& uniform, int query0, std::uint32_t count) {
-    Scores<Traits> s, dp;
     Weights<Traits> p, ds;
-    Base::issue_both(s, dp, k, v);
-    Base::compute_p(s, p, uniform, query0);
-    if constexpr (Traits::kCapped) Base::issue_dp(dp, v);
-    issue_gradient<SecondCols>(dv, p, smem.second_cols[ring.stage()]);
-    cute::warpgroup_wait<1>();
-    fence_registers(dp);
-    Base::compute_ds(ds, AccumulatedWeights<Traits::kColTiles>{s}, dp, uniform, query0);
+    Base::multiply_dv(dv, p, ds, k, v, uniform, query0);
     barrier_wait(smem.ds_empty[count & 1], count >> 1 & 1 ^ 1);
     store_ds(ds, count & 1);
     cute::warpgroup_wait<0>();  // dV: frees the registers of P

@@ -3,8 +3,8 @@
 //   128 keys: each warpgroup computes everything of its 64:  S^T, dP^T | P | dV += P^T dO | dS | dK += dS^T Q
 //    64 keys: warpgroup 0:  S^T | P -> shared memory, dV += P^T dO     warpgroup 1:  dP^T | dS | dK += dS^T Q
 //
-// Of two warpgroups one has products to multiply while the other computes P or dS, since each issues its products of a
-// step in two pairs.
+// While one warpgroup computes P or dS, the other has products to multiply. With 64 keys the scores of the next step
+// are issued behind the gradient of this one.
 #pragma once
 
 #include "common/gradient_rows.h"
@@ -173,10 +173,10 @@ struct KeyConsumer {
     write_dv(dv);
   }
 
-  BROADHEAD_DEVICE void step_all(float (&dk)[Traits::kHeadDim / 8][4], float (&dv)[Traits::kHeadDimV / 8][4],
-                                 const KeptK& k, const KeptV& v, const Uniform& uniform, int query0) {
+  // P and dS of a step. dV += P^T dO is on its way.
+  BROADHEAD_DEVICE void multiply_dv(float (&dv)[Traits::kHeadDimV / 8][4], Weights<Traits>& p, Weights<Traits>& ds,
+                                    const KeptK& k, const KeptV& v, const Uniform& uniform, int query0) {
     Scores<Traits> s, dp;
-    Weights<Traits> p, ds;
     issue_both(s, dp, k, v);
     compute_p(s, p, uniform, query0);
     if constexpr (Traits::kCapped) issue_dp(dp, v);
@@ -184,6 +184,12 @@ struct KeyConsumer {
     cute::warpgroup_wait<1>();
     fence_registers(dp);
     compute_ds(ds, AccumulatedWeights<Traits::kColTiles>{s}, dp, uniform, query0);
+  }
+
+  BROADHEAD_DEVICE void step_all(float (&dk)[Traits::kHeadDim / 8][4], float (&dv)[Traits::kHeadDimV / 8][4],
+                                 const KeptK& k, const KeptV& v, const Uniform& uniform, int query0) {
+    Weights<Traits> p, ds;
+    multiply_dv(dv, p, ds, k, v, uniform, query0);
     issue_gradient<FirstCols>(dk, ds, smem.first_cols[ring.stage()]);
     cute::warpgroup_wait<0>();
     fence_registers(dv);

@@ -102,7 +102,7 @@ struct BackwardSide {
   };
   struct SharedStorage : std::conditional_t<kFused, FusedTiles, Tiles> {
     alignas(16) uint4 p[kSplitProducts ? kWeightSteps * 128 : 1];  // [step][thread]: P, times the softcap's slope
-    // Of the queries that stream by: see QueryStats.
+    // LSE and D of the queries that stream by: see QueryStats.
     alignas(16) float lse[kKeys ? kStages : 1][kCols];
     alignas(16) float delta[kKeys ? kStages : 1][kCols];
     alignas(8) QueryInterval seen[kKeys ? kRows : 1];  // by each key of the tile; none where it does not exist

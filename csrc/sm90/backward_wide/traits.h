@@ -38,7 +38,7 @@ struct PairSide {
 
   static constexpr int kCluster = 2;
   static constexpr int kThreads = 4 * 128;
-  // Of a thread of the producer, scores and gradient warpgroups; 512 in all.
+  // What a thread has in the producer, in the scores and in each of two gradient warpgroups; 512 in all.
   static constexpr int kProducerRegisters = 48;
   static constexpr int kScoreRegisters = 144;
   static constexpr int kGradientRegisters = 160;
@@ -92,13 +92,13 @@ struct PairSide {
   // Whether CTA `rank` has a gradient.
   BROADHEAD_DEVICE static constexpr bool has_gradient(std::uint32_t rank) { return kKeys || rank == 0; }
 
-  // Of each CTA; the same in both, so that an address of one is one of the other.
+  // Each CTA has one, with the same layout, so that an address in one holds in the other.
   struct SharedStorage {
     alignas(1024) Element rows[kRows * kHeadDim];
     alignas(1024) Element chunks[kStages][kChunks][kCols * kPartCols];
     alignas(1024) Element weights[2][kRows * kCols];  // written by the other CTA
     alignas(1024) Element slopes[kSendsSlope ? 2 : 1][kSendsSlope ? kRows * kCols : 1];
-    // Of the queries that stream by: see QueryStats.
+    // LSE and D of the queries that stream by: see QueryStats.
     alignas(16) float lse[kKeys ? kStages : 1][kCols];
     alignas(16) float delta[kKeys ? kStages : 1][kCols];
     alignas(8) QueryInterval seen[kKeys ? kRows : 1];  // by each key of the tile
