@@ -8,6 +8,7 @@ function(broadhead_add_kernel_libraries)
     PROPERTY
       CMAKE_CONFIGURE_DEPENDS
         "${CMAKE_CURRENT_SOURCE_DIR}/cmake/generate.py"
+        "${CMAKE_CURRENT_SOURCE_DIR}/python/broadhead/capabilities.py"
         "${CMAKE_CURRENT_SOURCE_DIR}/python/broadhead/support.py"
         "${CMAKE_CURRENT_SOURCE_DIR}/python/broadhead/tiles.py"
   )

@@ -80,14 +80,15 @@ def capability_of(arch: str) -> tuple[int, int]:
     return int(digits[:-1]), int(digits[-1])
 
 
-def row_archs(support: ModuleType, row, archs: list[str]) -> list[str]:
+def row_archs(row, archs: list[str]) -> list[str]:
     """The architectures to compile a row for: those whose own device class is in the row, and, for a capability of the
     row that none of these serves, the closest one that can (code for 80 serves 8.6 in a build without 86)."""
+    arch_covers = load_module("capabilities.py").arch_covers
     chosen = {arch for arch in archs if capability_of(arch) in row.capabilities}
     for capability in row.capabilities:
-        if any(support.arch_covers(arch, capability) for arch in chosen):
+        if any(arch_covers(arch, capability) for arch in chosen):
             continue
-        able = [arch for arch in archs if support.arch_covers(arch, capability)]
+        able = [arch for arch in archs if arch_covers(arch, capability)]
         if able:
             chosen.add(max(able, key=capability_of))
     return [arch for arch in archs if arch in chosen]
@@ -105,7 +106,7 @@ def make_units(support: ModuleType, family: str, archs: list[str], pattern: str)
     names = family_archs(family, archs)
     grouped = defaultdict(list)
     for row in support.ROWS:
-        targets = row_archs(support, row, names)
+        targets = row_archs(row, names)
         if row.family == family and targets and re.search(pattern, row.id):
             grouped[row.name, tuple(targets)].append(row)
     return [Unit(name, targets, tuple(rows)) for (name, targets), rows in grouped.items()]

@@ -85,7 +85,7 @@ def check_library(family: str, path: Path, build: dict[str, str]) -> list[str]:
         return [*problems, f"{report.name} is missing"]
     functions = json.loads(report.read_text(encoding="utf-8"))
     built = {(function["source"], function["arch"]) for function in functions if function["entry"]}
-    for name, targets in {row.name: generate.row_archs(table, row, archs) for row in rows}.items():
+    for name, targets in {row.name: generate.row_archs(row, archs) for row in rows}.items():
         lacking = [arch for arch in targets if (name, f"sm_{arch}") not in built]
         if lacking:
             problems.append(f"{report.name} has no {name} for {', '.join(lacking)}")

@@ -1,14 +1,24 @@
 """The table: one row is one CUDA kernel. It is the only list of kernels.
 
 Read by ``cmake/generate.py`` (instantiations, C++ registry, the matrix of docs/support.md), by ``plan/dispatch.py``
-(choice, refusals) and by the tests. It imports nothing but ``tiles.py`` and the standard library, so a build without
-torch can read it.
+(choice, refusals) and by the tests. It imports nothing but ``capabilities.py``, ``tiles.py`` and the standard library,
+so a build without torch can read it.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from .capabilities import (
+    BEFORE_SM100,
+    BESIDE_SM100,
+    CAPABILITIES,
+    HUGE_SMEM,
+    LARGE_SMEM,
+    SMEM_99KB,
+    SMEM_163KB,
+    SMEM_227KB,
+)
 from .tiles import (
     TEMPLATES,
     AbsorbedDecodeTile,
@@ -25,33 +35,6 @@ from .tiles import (
     Tile,
     WideTile,
 )
-
-#: Bytes of shared memory one block may use, by device class (CUDA C++ Programming Guide, technical specifications).
-SMEM_99KB = 99 * 1024  # 8.6, 8.9, 12.0
-SMEM_163KB = 163 * 1024  # 8.0
-SMEM_227KB = 227 * 1024  # 9.0, 10.0, 10.3
-
-#: What a device of each known compute capability offers a block. Unknown capabilities have no row.
-SMEM_BY_CAPABILITY: dict[tuple[int, int], int] = {
-    (8, 0): SMEM_163KB,
-    (8, 6): SMEM_99KB,
-    (8, 7): SMEM_163KB,
-    (8, 9): SMEM_99KB,
-    (9, 0): SMEM_227KB,
-    (10, 0): SMEM_227KB,
-    (10, 3): SMEM_227KB,
-    (12, 0): SMEM_99KB,
-    (12, 1): SMEM_99KB,
-}
-
-CAPABILITIES = tuple(SMEM_BY_CAPABILITY)
-#: Capabilities with at least 163 KB / 227 KB of shared memory a block.
-LARGE_SMEM = tuple(c for c, size in SMEM_BY_CAPABILITY.items() if size >= SMEM_163KB)
-HUGE_SMEM = tuple(c for c, size in SMEM_BY_CAPABILITY.items() if size >= SMEM_227KB)
-#: Capabilities whose kernels ptxas compiles as it does for 8.0.
-BEFORE_SM100 = tuple(c for c in CAPABILITIES if c < (10, 0))
-#: All but 10.x, whose kernels take the most registers.
-BESIDE_SM100 = tuple(c for c in CAPABILITIES if c[0] != 10)
 
 DTYPES = ("bf16", "fp16")
 #: What ends the id of a row of each dtype a kernel can take.
@@ -197,6 +180,19 @@ BACKWARD_FEATURES = (
 )
 
 
+def _backward_rows(family: str, shapes: tuple[Any, ...]) -> tuple[KernelRow, ...]:
+    """``shapes``: name, capabilities, head_dim, head_dim_v, smem_limit, tile. Fused kernels add dQ in no order."""
+    ordered = (*BACKWARD_FEATURES, "deterministic")
+    return tuple(
+        KernelRow(
+            f"{family}_bwd_{name}", family, "backward", "prefill", caps, dtype, head_dim, head_dim_v, limit, tile,
+            BACKWARD_FEATURES if isinstance(tile, FusedBackwardTile | PortableFusedBackwardTile) else ordered,
+        )
+        for name, caps, head_dim, head_dim_v, limit, tile in shapes
+        for dtype in DTYPES
+    )  # fmt: skip
+
+
 def _sm80_backward_rows() -> tuple[KernelRow, ...]:
     """The portable backward kernels (mma.sync, cp.async): of rows that serve a request, the best one first."""
     shapes = (
@@ -218,14 +214,8 @@ def _sm80_backward_rows() -> tuple[KernelRow, ...]:
         ("d512_smem163", LARGE_SMEM, 512, SMEM_163KB, (32, 32, 1, 4, 1, 1), (32, 32, 2, 4, 1, 1)),
         ("d512_smem99", CAPABILITIES, 512, SMEM_99KB, (16, 32, 1, 4, 1, 1), (16, 32, 1, 4, 1, 1)),
     )
-    return tuple(
-        KernelRow(
-            f"sm80_bwd_{name}", "sm80", "backward", "prefill", caps, dtype, head_dim, head_dim,
-            limit, BackwardTile(*keys, *queries), (*BACKWARD_FEATURES, "deterministic"),
-        )
-        for name, caps, head_dim, limit, keys, queries in shapes
-        for dtype in DTYPES
-    )  # fmt: skip
+    rows = ((name, caps, d, d, limit, BackwardTile(*keys, *queries)) for name, caps, d, limit, keys, queries in shapes)
+    return _backward_rows("sm80", tuple(rows))
 
 
 def _sm80_fused_backward_rows() -> tuple[KernelRow, ...]:
@@ -243,14 +233,8 @@ def _sm80_fused_backward_rows() -> tuple[KernelRow, ...]:
         ("d256_fused", ((9, 0),), 256, SMEM_227KB, PortableFusedBackwardTile(64, 64, 2, 2, 2, 1)),
         ("d256_fused_smem163", LARGE_SMEM, 256, SMEM_163KB, PortableFusedBackwardTile(64, 64, 2, 2, 1, 1)),
     )
-    return tuple(
-        KernelRow(
-            f"sm80_bwd_{name}", "sm80", "backward", "prefill", caps, dtype, head_dim, head_dim,
-            limit, tile, BACKWARD_FEATURES,
-        )
-        for name, caps, head_dim, limit, tile in shapes
-        for dtype in DTYPES
-    )  # fmt: skip
+    rows = ((name, caps, head_dim, head_dim, limit, tile) for name, caps, head_dim, limit, tile in shapes)
+    return _backward_rows("sm80", tuple(rows))
 
 
 def _decode_rows() -> tuple[KernelRow, ...]:
@@ -391,15 +375,8 @@ def _sm90_backward_rows() -> tuple[KernelRow, ...]:
         ("d384", 384, 384, PairBackwardTile(3)),
         ("d512", 512, 512, PairBackwardTile(2)),
     )
-    return tuple(
-        KernelRow(
-            f"sm90_bwd_{name}", "sm90", "backward", "prefill", ((9, 0),), dtype, head_dim, head_dim_v,
-            SMEM_227KB, tile,
-            BACKWARD_FEATURES if isinstance(tile, FusedBackwardTile) else (*BACKWARD_FEATURES, "deterministic"),
-        )
-        for name, head_dim, head_dim_v, tile in shapes
-        for dtype in DTYPES
-    )  # fmt: skip
+    rows = ((name, ((9, 0),), d, dv, SMEM_227KB, tile) for name, d, dv, tile in shapes)
+    return _backward_rows("sm90", tuple(rows))
 
 
 #: Of rows that serve a request equally tightly dispatch takes the first.
@@ -421,23 +398,3 @@ NATIVE_MAJORS = {"sm80": (8, 12), "sm90": (9,)}
 def is_native(row: KernelRow, capability: tuple[int, int]) -> bool:
     """Whether the row's kernel is written for the architecture of ``capability``, and not merely runs there."""
     return capability[0] in NATIVE_MAJORS[row.family]
-
-
-def arch_covers(arch: str, capability: tuple[int, int]) -> bool:
-    """Whether machine code of ``arch`` ("80", "90a", "100f-real") runs on ``capability``.
-
-    Plain targets run on the same major and an equal or higher minor; "a" targets on exactly their own; "f" targets like
-    plain ones (CUDA C++ Programming Guide, "Binary Compatibility" and "Family-Specific Features").
-    """
-    name = arch.removesuffix("-real")
-    digits = name.rstrip("af")
-    major, minor = int(digits[:-1]), int(digits[-1])
-    if name.endswith("a"):
-        return capability == (major, minor)
-    return capability[0] == major and capability[1] >= minor
-
-
-def arch_for(capability: tuple[int, int]) -> str:
-    """The arch target to build for a capability."""
-    major, minor = capability
-    return f"{major}{minor}a" if major == 9 else f"{major}{minor}"

@@ -6,11 +6,12 @@ import itertools
 from typing import Any
 
 import pytest
+from broadhead.capabilities import SMEM_BY_CAPABILITY
 from broadhead.plan import dispatch
 from broadhead.plan.device import DeviceDescription, hypothetical
 from broadhead.plan.dispatch import refusals, resolve
 from broadhead.plan.native import NO_KERNELS, BuildDescription, parse_build_info, parse_cuda_version
-from broadhead.support import CAPABILITIES, ROWS, SMEM_BY_CAPABILITY
+from broadhead.support import CAPABILITIES, ROWS
 from described import ALL_ARCHS, CAUSAL, FULL, build_of, h200, problem, schedule, without_family
 
 UNKNOWN = ((7, 5), (11, 0), (13, 0))

@@ -7,9 +7,10 @@ from typing import Any
 import broadhead
 import pytest
 import torch
+from broadhead.capabilities import SMEM_BY_CAPABILITY
 from broadhead.plan.device import hypothetical
 from broadhead.plan.dispatch import refusals, resolve
-from broadhead.support import CAPABILITIES, ROWS, SMEM_163KB, SMEM_227KB, SMEM_BY_CAPABILITY
+from broadhead.support import CAPABILITIES, ROWS, SMEM_163KB, SMEM_227KB
 from described import ALL_ARCHS, CAUSAL, FULL, build_of, h200, problem, schedule, without_family
 
 

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from broadhead import support, tiles
+from broadhead import capabilities, support, tiles
 from installed import FAMILIES, needs_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,7 +58,7 @@ def test_shared_memory_fits_every_device_of_the_row() -> None:
             taken, row = library.broadhead_kernel_shared_memory(index), rows[row_id]
             assert 0 < taken <= row.smem_limit, row_id
             for capability in row.capabilities:
-                assert taken <= support.SMEM_BY_CAPABILITY[capability], (row_id, capability)
+                assert taken <= capabilities.SMEM_BY_CAPABILITY[capability], (row_id, capability)
         assert all(function["static_smem"] <= STATIC_LIMIT for function in report_of(family))
 
 

@@ -91,7 +91,7 @@ class Parts:
              "spill_loads": 0, "stack_frame": 0, **changes}
             for row in support.ROWS
             if row.family == family
-            for arch in generate.row_archs(support, row, archs_of(family))
+            for arch in generate.row_archs(row, archs_of(family))
             if (row.name, arch) != skip
         ]  # fmt: skip
         self.files[f"broadhead/libbroadhead_{family}.json"] = json.dumps(functions).encode()

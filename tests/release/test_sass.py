@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from broadhead import support
+from broadhead import capabilities, support
 from installed import FAMILIES, needs_kernels
 
 #: An instruction of cuobjdump's listing: its address, a predicate, the opcode up to its first dot.
@@ -109,7 +109,7 @@ def test_kernels_use_the_instructions_of_their_family(name: str, arch: str) -> N
         for row in support.ROWS
         if row.id in family["kernels"]
         and len(row.capabilities) == 1
-        and support.arch_covers(arch.removeprefix("sm_"), row.capabilities[0])
+        and capabilities.arch_covers(arch.removeprefix("sm_"), row.capabilities[0])
     }
     missing = own - {f["source"] for f in report if f["arch"] == arch and f["entry"]}
     assert not missing, f"the report beside {family['path']} lacks {sorted(missing)}"

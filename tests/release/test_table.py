@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from broadhead import support, tiles
+from broadhead import capabilities, support, tiles
 from generator import GENERATE, load_generate
 from installed import FAMILIES, needs_kernels
 
@@ -71,7 +71,7 @@ def test_a_row_for_some_masks_stands_before_one_for_all() -> None:
 @pytest.mark.parametrize("row", support.ROWS, ids=lambda row: row.id)
 def test_a_row_fits_the_shared_memory_of_its_devices(row: support.KernelRow) -> None:
     for capability in row.capabilities:
-        assert row.smem_limit <= support.SMEM_BY_CAPABILITY[capability], capability
+        assert row.smem_limit <= capabilities.SMEM_BY_CAPABILITY[capability], capability
 
 
 @pytest.mark.parametrize("archs", ["", ALL_ARCHS])
@@ -96,15 +96,15 @@ def test_every_device_has_every_head_dim_up_to_512(capability: tuple[int, int], 
 
 def runs(generate, row: support.KernelRow, archs: str, capability: tuple[int, int]) -> bool:
     """Whether a build for `archs` holds code of the row that a device of `capability` runs."""
-    names = generate.row_archs(support, row, generate.family_archs(row.family, archs.split(";")))
-    return any(support.arch_covers(name, capability) for name in names)
+    names = generate.row_archs(row, generate.family_archs(row.family, archs.split(";")))
+    return any(capabilities.arch_covers(name, capability) for name in names)
 
 
 @pytest.mark.parametrize("archs", [ALL_ARCHS, "100", "100a", "100f", "103", "80;90a;100;103;120;121"])
 def test_no_row_is_compiled_where_it_spills(archs: str) -> None:
     generate = load_generate()
     for row in support.ROWS:
-        names = generate.row_archs(support, row, generate.family_archs(row.family, archs.split(";")))
+        names = generate.row_archs(row, generate.family_archs(row.family, archs.split(";")))
         assert not SPILLS.get(row.name, set()) & set(names), row.id
 
 
@@ -121,7 +121,7 @@ def test_no_row_is_compiled_where_it_spills(archs: str) -> None:
     ],
 )
 def test_arch_covers(arch: str, covered: set[tuple[int, int]]) -> None:
-    assert {c for c in support.CAPABILITIES if support.arch_covers(arch, c)} == covered
+    assert {c for c in support.CAPABILITIES if capabilities.arch_covers(arch, c)} == covered
 
 
 def test_generated_sources_equal_the_table(tmp_path: Path) -> None:
@@ -218,17 +218,17 @@ def test_rows_are_built_where_a_device_can_run_them(archs: str) -> None:
     generate = load_generate()
     for row in support.ROWS:
         names = generate.family_archs(row.family, archs.split(";"))
-        chosen = generate.row_archs(support, row, names)
-        runnable = [c for c in row.capabilities if any(support.arch_covers(a, c) for a in names)]
+        chosen = generate.row_archs(row, names)
+        runnable = [c for c in row.capabilities if any(capabilities.arch_covers(a, c) for a in names)]
         for capability in runnable:
-            assert any(support.arch_covers(a, capability) for a in chosen), (row.id, capability)
+            assert any(capabilities.arch_covers(a, capability) for a in chosen), (row.id, capability)
         for arch in chosen:
-            assert any(support.arch_covers(arch, c) for c in row.capabilities), (row.id, arch)
+            assert any(capabilities.arch_covers(arch, c) for c in row.capabilities), (row.id, arch)
         # A device class that a build names gets code of its own only for rows that are meant for it.
         for arch in chosen:
             own = generate.capability_of(arch)
             assert own in row.capabilities or not any(
-                support.arch_covers(a, c) for c in row.capabilities for a in set(chosen) - {arch}
+                capabilities.arch_covers(a, c) for c in row.capabilities for a in set(chosen) - {arch}
             ), (row.id, arch)
 
 
@@ -323,7 +323,7 @@ def test_installed_library_equals_the_table() -> None:
         expected = {
             row.id
             for row in support.ROWS
-            if row.family == name and any(support.arch_covers(a, c) for a in archs for c in row.capabilities)
+            if row.family == name and any(capabilities.arch_covers(a, c) for a in archs for c in row.capabilities)
         }
         assert set(family["kernels"]) == expected, f"{family['path']} (built with BROADHEAD_KERNEL_FILTER?)"
         assert len(family["kernels"]) == len(expected)

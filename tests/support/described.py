@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 from broadhead.call.problem import AttentionProblem
+from broadhead.capabilities import SMEM_BY_CAPABILITY
 from broadhead.plan import dispatch
 from broadhead.plan.device import DeviceDescription
 from broadhead.plan.dispatch import resolve
 from broadhead.plan.native import BuildDescription, FamilyBuild
 from broadhead.plan.schedule import Schedule
-from broadhead.support import ROWS, SMEM_BY_CAPABILITY, KernelRow
+from broadhead.support import ROWS, KernelRow
 
 ALL_ARCHS = ("80", "86", "89", "90a", "100", "120")
 #: What a problem changes to be causal.

@@ -8,10 +8,11 @@ import torch
 
 from ..call.problem import DTYPE_NAMES, AttentionProblem, make_problem
 from ..call.validation import describe_value
+from ..capabilities import CAPABILITIES
 from ..plan.device import DeviceDescription, default_device, hypothetical
 from ..plan.dispatch import resolve
 from ..plan.native import BuildDescription, build_description
-from ..support import CAPABILITIES, is_native
+from ..support import is_native
 
 #: A call of many queries: a prefill kernel, whatever the row of the table.
 _SEQLEN = 4096

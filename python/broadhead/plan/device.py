@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..support import SMEM_BY_CAPABILITY
+from ..capabilities import SMEM_BY_CAPABILITY
 from .native import build_description, parse_cuda_version
 
 

@@ -8,7 +8,8 @@ import zlib
 from typing import NamedTuple
 
 from ..call.problem import ALIGNMENT_BYTES, AttentionProblem, backward_of, canonical_right
-from ..support import ELEMENT_BYTES, EXTRA_FEATURES, FEATURES, ROWS, KernelRow, arch_for
+from ..capabilities import arch_for
+from ..support import ELEMENT_BYTES, EXTRA_FEATURES, FEATURES, ROWS, KernelRow
 from .device import DeviceDescription
 from .native import BuildDescription, build_description, build_help
 from .schedule import Schedule, plan_schedule

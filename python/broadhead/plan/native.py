@@ -7,8 +7,8 @@ import warnings
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from ..capabilities import arch_covers, arch_for
 from ..errors import FallbackWarning
-from ..support import arch_covers, arch_for
 
 
 class FamilyBuild(NamedTuple):
