@@ -75,8 +75,9 @@ for stage in "${stages[@]}"; do
       ;;
     stress)
       BROADHEAD_FUZZ_CALLS="${STRESS_CALLS:-500}" BROADHEAD_REPLAYS="${STRESS_REPLAYS:-20000}" \
-        python3 -m pytest "$root/tests/gpu/test_gpu_fuzz.py" "$root/tests/gpu/test_gpu_replays.py" \
-        -c "$root/pyproject.toml" -n "$workers" -q -p no:cacheprovider --timeout 0 >"$log" 2>&1
+        python3 -m pytest "$root"/tests/gpu/test_gpu_{fuzz,replays}.py \
+        "$root/tests/gpu/test_gpu_backward.py::test_random_calls" -c "$root/pyproject.toml" \
+        -n "$workers" -q -p no:cacheprovider --timeout 0 >"$log" 2>&1
       ;;
     demo) python3 -m broadhead demo >"$log" 2>&1 ;;
     gemma4) python3 -m broadhead demo --architecture gemma4 >"$log" 2>&1 ;;

@@ -4,6 +4,9 @@
 // causal mask the last m_blocks), so that the tail of the grid is made of short work.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
+
 #include "common/macros.h"
 #include "common/math.h"
 
@@ -26,6 +29,18 @@ BROADHEAD_HOST_DEVICE WorkTile work_tile(int index, int m_blocks, int heads, int
   const int linear_head = first + rest - m * heads_here;
   const int sequence = linear_head / heads;
   return {m_blocks - 1 - m, linear_head - sequence * heads, sequence};
+}
+
+// How many of `heads` KV heads are worked on at a time: `in_l2`, whose columns share the L2, but at least as many as
+// fill the device, in sections of one size. Tiles differ in length: a section that begins behind all others with its
+// longest tile, and leaves part of the device idle, would make the kernel as long as that tile.
+inline std::int64_t section_kv_heads(std::int64_t in_l2, std::int64_t fill, std::int64_t heads) {
+  std::int64_t section = std::clamp(in_l2, std::clamp(fill, std::int64_t{1}, heads), heads);
+  const std::int64_t wanted = section;
+  while (heads % section != 0 && section > fill) --section;
+  if (heads % section == 0) return section;
+  for (section = wanted; heads % section != 0;) ++section;
+  return section;
 }
 
 }  // namespace broadhead

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,8 +23,8 @@ pytestmark = pytest.mark.gpu
 FORWARD_ROWS = tuple(row for row in support.ROWS if row.direction == "forward")
 BACKWARD_ROWS = tuple(row for row in support.ROWS if row.direction == "backward")
 GROUPS = ((4, 4), (4, 2), (6, 1))
-#: Calls of each random test.
-CALLS = 25
+#: Calls of each random test, as in test_gpu_fuzz.py.
+CALLS = int(os.environ.get("BROADHEAD_FUZZ_CALLS", "25"))
 
 each_row = pytest.mark.parametrize("row", BACKWARD_ROWS, ids=row_id)
 
@@ -124,7 +125,7 @@ def test_sums_have_an_order(row: support.KernelRow, only_backward: Callable, cud
     built.kwargs.pop("out", None)
     grad_out: torch.Tensor | None = None
     first: tuple[torch.Tensor, ...] = ()
-    for _ in range(20):
+    for _ in range(100):
         out, _ = built.run(deterministic=True)
         grad_out = torch.randn_like(out) if grad_out is None else grad_out
         found = torch.autograd.grad(out, [*leaves.values()], grad_out)

@@ -56,14 +56,17 @@ int make_backward_maps(BackwardArgs& args) {
   return error;
 }
 
-// Heads whose columns share the L2: at least one KV head.
+// Heads of a section, of whose tiles of rows `ctas` run at a time.
 template <class Traits>
-int section_heads(const AttnBwdParams& params) {
+int section_heads(const AttnBwdParams& params, int tiles, int ctas) {
   const int group = params.num_heads_q / params.num_heads_kv;
   const long long of_row = 2LL * (params.head_dim + params.head_dim_v);
   const long long of_kv_head = Traits::kKeys ? of_row * params.seqlen_q * group : of_row * params.seqlen_k;
-  const long long kv_heads = std::clamp(kSectionBytes / std::max(of_kv_head, 1LL), 1LL, 65535LL);
-  return static_cast<int>(Traits::kKeys ? kv_heads : std::min(kv_heads * group, 65535LL));
+  const long long tiles_of_kv_head = static_cast<long long>(tiles) * (Traits::kKeys ? 1 : group);
+  const long long kv_heads =
+      section_kv_heads(kSectionBytes / std::max(of_kv_head, 1LL), (ctas + tiles_of_kv_head / 2) / tiles_of_kv_head,
+                       static_cast<long long>(params.num_heads_kv) * params.batch);
+  return static_cast<int>(std::min(kv_heads * (Traits::kKeys ? 1 : group), 0x7fffffffLL));
 }
 
 // Launches `kernel`, a cluster of CTAs for each tile of `Traits::kRows` rows. `dq_sums`: of a fused kernel.
@@ -78,12 +81,12 @@ int launch_side(void (*kernel)(BackwardArgs), const AttnBwdParams& params, CallR
   BackwardArgs args{};
   args.params = params;
   args.tiles = ceil_div(kKeys ? params.seqlen_k : params.seqlen_q, Traits::kRows);
-  args.heads_per_section = section_heads<Traits>(params);
   args.dq_sums = dq_sums;
   const int heads = kKeys ? params.num_heads_kv : params.num_heads_q;
   const long long clusters = static_cast<long long>(args.tiles) * heads * params.batch;
   if (clusters == 0) return 0;
   if (clusters * Traits::kCluster > 0x7fffffffLL) return report.fail("grid", cudaErrorInvalidValue);
+  args.heads_per_section = section_heads<Traits>(params, args.tiles, limits.multiprocessors / Traits::kCluster);
   if (const int status = make_backward_maps<Traits>(args)) {
     return report.fail(
         status == CUDA_ERROR_NOT_FOUND ? "cuTensorMapEncodeTiled: the driver is too old" : "cuTensorMapEncodeTiled",

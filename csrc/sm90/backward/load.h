@@ -184,6 +184,8 @@ BROADHEAD_DEVICE void add_dq(const BackwardArgs& args, typename Traits::SharedSt
                   warpgroup * kFloats;
     for (int tile = work.range.begin; tile < work.range.end; ++tile) {
       barrier_wait(smem.dq_full[warpgroup], parity);
+      // PERF: one lane orders what 128 have written before the async proxy; each of them would wait for its stores.
+      cutlass::arch::fence_view_async_shared();
       bulk_add(sums + static_cast<std::int64_t>(tile) * Traits::kConsumers * kFloats, smem_address(smem.dq[warpgroup]),
                kBytes);
       cute::tma_store_arrive();

@@ -1,6 +1,6 @@
 // The consumers of the Hopper kernel that keeps keys and gives all three gradients.
 //
-// A step, of each warpgroup's 64 keys, and then of half the columns of dQ (128 keys); | waits for what it needs:
+// A step, of each warpgroup's 64 keys, and then of its part of dQ (128 keys); | waits for what it needs:
 //
 //   S^T, dP^T | P | dV += P^T dO | dS -> shared memory | dQ = dS K of the step before, dK += dS^T Q
 //
@@ -45,11 +45,12 @@ struct FusedConsumer : KeyConsumer<Traits> {
   BROADHEAD_DEVICE void issue_dq(float (&dq)[Traits::kDqTiles][4], int buffer) const {
     using Rows = typename Traits::FirstRows;
     constexpr int kColBytes = Traits::kDqCols * static_cast<int>(sizeof(Element));
-    const int first =
-        Traits::kDqCols >= 64 ? warpgroup * (Traits::kDqCols / 64) * Rows::kSubtileStride : warpgroup * kColBytes;
+    constexpr int kColStep = Traits::kDqCols >= 64 ? Traits::kDqCols / 64 * Rows::kSubtileStride : kColBytes;
+    const int first_query = Traits::kDqByRows ? warpgroup * 64 * Layout::kRowBytes : 0;
+    const int first_col = Traits::kDqByRows ? 0 : warpgroup * kColStep;
     const std::uint64_t a =
-        MatrixDescriptor<Layout::kRowBytes>::make(smem_address(smem.ds[buffer]), 0, Layout::kSlabStride);
-    const std::uint64_t b = MatrixDescriptor<Rows::kRowBytes>::make(smem_address(smem.first_rows) + first,
+        MatrixDescriptor<Layout::kRowBytes>::make(smem_address(smem.ds[buffer]) + first_query, 0, Layout::kSlabStride);
+    const std::uint64_t b = MatrixDescriptor<Rows::kRowBytes>::make(smem_address(smem.first_rows) + first_col,
                                                                     Rows::kSubtileStride, Rows::kSlabStride);
     clear_accumulators(dq);
     cute::warpgroup_arrive();
@@ -74,7 +75,6 @@ struct FusedConsumer : KeyConsumer<Traits> {
     for (int n = 0; n < Traits::kDqTiles; ++n) {
       smem.dq[warpgroup][n * 128 + thread] = make_float4(dq[n][0], dq[n][1], dq[n][2], dq[n][3]);
     }
-    cutlass::arch::fence_view_async_shared();
     release(smem.dq_full[warpgroup]);
   }
 

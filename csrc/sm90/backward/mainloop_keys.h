@@ -110,6 +110,12 @@ struct KeyConsumer {
                                     [&] { return make_key_mask(smem.seen, first_row() + lane_row(), query0); });
   }
 
+  // P times the softcap's slope, which compute_p leaves in place.
+  BROADHEAD_DEVICE void pack_slopes(const Scores<Traits>& s, Weights<Traits>& slopes) const {
+    BROADHEAD_UNROLL
+    for (int n = 0; n < Traits::kColTiles; ++n) pack_tile<Element>(slopes, n, s[n]);
+  }
+
   template <class P>
   BROADHEAD_DEVICE void compute_ds(Weights<Traits>& ds, const P& p, const Scores<Traits>& dp, const Uniform& uniform,
                                    int query0) {
@@ -179,11 +185,18 @@ struct KeyConsumer {
     Scores<Traits> s, dp;
     issue_both(s, dp, k, v);
     compute_p(s, p, uniform, query0);
+    Weights<Traits> with_slope;
+    const auto& slopes = Traits::kCapped ? with_slope : p;
+    if constexpr (Traits::kCapped && Traits::kPackedWeights) pack_slopes(s, with_slope);
     if constexpr (Traits::kCapped) issue_dp(dp, v);
     issue_gradient<SecondCols>(dv, p, smem.second_cols[ring.stage()]);
     cute::warpgroup_wait<1>();
     fence_registers(dp);
-    compute_ds(ds, AccumulatedWeights<Traits::kColTiles>{s}, dp, uniform, query0);
+    if constexpr (Traits::kPackedWeights) {
+      compute_ds(ds, PackedWeights<Element, Traits::kWeightSteps>{slopes}, dp, uniform, query0);
+    } else {
+      compute_ds(ds, AccumulatedWeights<Traits::kColTiles>{s}, dp, uniform, query0);
+    }
   }
 
   BROADHEAD_DEVICE void step_all(float (&dk)[Traits::kHeadDim / 8][4], float (&dv)[Traits::kHeadDimV / 8][4],
@@ -240,11 +253,8 @@ struct KeyConsumer {
         Weights<Traits> p;
         compute_p(s, p, uniform, query0);
         NamedBarrier::sync(256, hardware_id(kPEmptyBarrier));
-        Weights<Traits> slopes;  // P times the softcap's slope
-        if constexpr (Traits::kCapped) {
-          BROADHEAD_UNROLL
-          for (int n = 0; n < Traits::kColTiles; ++n) pack_tile<Element>(slopes, n, s[n]);
-        }
+        Weights<Traits> slopes;
+        if constexpr (Traits::kCapped) pack_slopes(s, slopes);
         const auto& weights = Traits::kCapped ? slopes : p;
         BROADHEAD_UNROLL
         for (int step = 0; step < Traits::kWeightSteps; ++step) {

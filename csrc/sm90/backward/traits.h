@@ -12,8 +12,8 @@
 // computes dP, dS and dK (kSplitProducts).
 //
 // A fused kernel (kFused) keeps keys and gives dQ as well: dS of both warpgroups goes through shared memory, each
-// multiplies it by K for one half of the columns of dQ, and a warp of the producer adds the result to fp32 sums in
-// global memory. Those additions have no order.
+// multiplies it by K for a part of dQ, and a warp of the producer adds the result to fp32 sums in global memory. Those
+// additions have no order.
 #pragma once
 
 #include <type_traits>
@@ -44,10 +44,10 @@ struct BackwardSide {
   static constexpr bool kSplitProducts = kRows == 64;
   // Steps of 16 columns of the scores whose kept operand lies in registers: shared memory, which wgmma reads again and
   // again, is what bounds these kernels. As many as there are registers for.
-  static constexpr int kKeptSteps = !kKeys                      ? 0
-                                    : kSplitProducts            ? (kHeadDim <= 192 ? kHeadDim / 16 : 6)
-                                    : kFused_ && kHeadDim <= 64 ? kHeadDim / 16
-                                                                : 0;
+  static constexpr int kKeptSteps = !kKeys                                     ? 0
+                                    : kSplitProducts                           ? (kHeadDim <= 192 ? kHeadDim / 16 : 6)
+                                    : kFused_ && kHeadDim <= 64 && kCols == 64 ? kHeadDim / 16
+                                                                               : 0;
   static constexpr int kKeptStepsV = kKeptSteps == kHeadDim / 16 ? kHeadDimV / 16 : kKeptSteps;
   static constexpr bool kFused = kFused_;
   static constexpr bool kCapped = kCapped_;  // with a softcap, whose slope is worked out beside P
@@ -77,17 +77,23 @@ struct BackwardSide {
   static_assert(kRows == 128 || (kRows == 64 && kKeys));
   static_assert(kCols % 32 == 0 && kCols <= 256 && kHeadDim % 32 == 0 && kHeadDimV % 32 == 0);
   static_assert(!kKeys || kStages == kStages2, "Q and dO of a step are loaded and freed together");
-  static_assert(!kFused || (kKeys && kRows == 128 && kCols == 64), "dQ of a step: 64 queries, all keys");
+  static_assert(!kFused || (kKeys && kRows == 128 && (kCols == 64 || kCols == 128)), "a warpgroup has 64 rows of dQ");
 
   // dS of a step as the operand A of dQ: the keys of a warpgroup are a subtile.
   using ScoreLayout = TileLayout<Element, kRows, kCols>;
-  static constexpr int kDqCols = kTileColumns / kConsumers;  // of dQ that a warpgroup computes
+  // Of dQ of a step a warpgroup computes 64 queries: of 64 half the columns, of 128 its own 64.
+  static constexpr bool kDqByRows = kCols == 128;
+  static constexpr int kDqCols = kDqByRows ? kTileColumns : kTileColumns / kConsumers;
   static constexpr int kDqTiles = kDqCols / 8;
+  // dS is made of P as dV takes it, in 16 bits: 128 queries leave no registers for both.
+  static constexpr bool kPackedWeights = kFused && kCols == 128;
   // The sums of dQ, for common/dq_sums.h: what a warpgroup adds in a step is one piece, [column tile][128 threads].
   struct DqSums {
     static constexpr int kRows = kCols;
     static constexpr int kColumns = kTileColumns;
-    BROADHEAD_HOST_DEVICE static constexpr int block(int row_tile, int col_tile) { return col_tile * 4 + row_tile; }
+    BROADHEAD_HOST_DEVICE static constexpr int block(int row_tile, int col_tile) {
+      return row_tile / 4 * (kColumns / 8 * 4) + col_tile * 4 + row_tile % 4;
+    }
   };
 
   struct Tiles {
