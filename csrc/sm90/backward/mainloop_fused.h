@@ -83,21 +83,21 @@ struct FusedConsumer : KeyConsumer<Traits> {
                              const typename Base::KeptK& k, const typename Base::KeptV& v,
                              const typename Base::Uniform& uniform, int query0, std::uint32_t count) {
     Weights<Traits> p, ds;
-    Base::multiply_dv(dv, p, ds, k, v, uniform, query0);
-    barrier_wait(smem.ds_empty[count & 1], count >> 1 & 1 ^ 1);
-    store_ds(ds, count & 1);
-    cute::warpgroup_wait<0>();  // dV: frees the registers of P
-    fence_registers(dv);
-    fence_registers(p);
+    Base::compute_weights(p, ds, k, v, uniform, query0);
     wait_ds(count - 1);
     float dq[Traits::kDqTiles][4];
     issue_dq(dq, count - 1 & 1);
+    issue_gradient<SecondCols>(dv, p, smem.second_cols[ring.stage()]);
     issue_gradient<FirstCols>(dk, ds, smem.first_cols[ring.stage()]);
-    cute::warpgroup_wait<1>();
+    barrier_wait(smem.ds_empty[count & 1], count >> 1 & 1 ^ 1);
+    store_ds(ds, count & 1);
+    cute::warpgroup_wait<2>();
     fence_registers(dq);
     if (count > 0) store_dq(dq, count - 1);
     cute::warpgroup_wait<0>();
+    fence_registers(dv);
     fence_registers(dk);
+    fence_registers(p);
     fence_registers(ds);
     Base::release_stage(ring.stage());
     ring.advance();

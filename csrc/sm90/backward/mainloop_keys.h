@@ -81,6 +81,11 @@ struct KeyConsumer {
     fence_registers(s);
   }
 
+  BROADHEAD_DEVICE static void wait_dp(Scores<Traits>& dp) {
+    cute::warpgroup_wait<0>();
+    fence_registers(dp);
+  }
+
   BROADHEAD_DEVICE ColumnStats lse() const { return {smem.lse[ring.stage()] + lane_col()}; }
   BROADHEAD_DEVICE ColumnStats delta() const { return {smem.delta[ring.stage()] + lane_col()}; }
 
@@ -110,10 +115,10 @@ struct KeyConsumer {
                                     [&] { return make_key_mask(smem.seen, first_row() + lane_row(), query0); });
   }
 
-  // P times the softcap's slope, which compute_p leaves in place.
-  BROADHEAD_DEVICE void pack_slopes(const Scores<Traits>& s, Weights<Traits>& slopes) const {
+  // What compute_p leaves in place: P, times a softcap's slope.
+  BROADHEAD_DEVICE void pack_weights(const Scores<Traits>& s, Weights<Traits>& weights) const {
     BROADHEAD_UNROLL
-    for (int n = 0; n < Traits::kColTiles; ++n) pack_tile<Element>(slopes, n, s[n]);
+    for (int n = 0; n < Traits::kColTiles; ++n) pack_tile<Element>(weights, n, s[n]);
   }
 
   template <class P>
@@ -179,21 +184,31 @@ struct KeyConsumer {
     write_dv(dv);
   }
 
-  // P and dS of a step. dV += P^T dO is on its way.
-  BROADHEAD_DEVICE void multiply_dv(float (&dv)[Traits::kHeadDimV / 8][4], Weights<Traits>& p, Weights<Traits>& ds,
-                                    const KeptK& k, const KeptV& v, const Uniform& uniform, int query0) {
+  // P and dS of a step. Nothing is on its way then: a warp that hands registers to wgmma waits until the tensor cores
+  // take them, so that no product before dS would run beside its computation.
+  BROADHEAD_DEVICE void compute_weights(Weights<Traits>& p, Weights<Traits>& ds, const KeptK& k, const KeptV& v,
+                                        const Uniform& uniform, int query0) {
     Scores<Traits> s, dp;
     issue_both(s, dp, k, v);
+    if constexpr (Traits::kPackLate) {
+      if (uniform.is_whole(query0)) {
+        exponentiate<Element, false, false>(s, p, lse(), uniform.scale, [](int, int) { return false; });
+        fence_registers(s);  // the exponentials run beside dP, not behind it
+        wait_dp(dp);
+        differentiate<Element>(ds, AccumulatedWeights<Traits::kColTiles>{s}, dp, delta(), true);
+        pack_weights(s, p);
+        return;
+      }
+    }
     compute_p(s, p, uniform, query0);
-    Weights<Traits> with_slope;
-    const auto& slopes = Traits::kCapped ? with_slope : p;
-    if constexpr (Traits::kCapped && Traits::kPackedWeights) pack_slopes(s, with_slope);
-    if constexpr (Traits::kCapped) issue_dp(dp, v);
-    issue_gradient<SecondCols>(dv, p, smem.second_cols[ring.stage()]);
-    cute::warpgroup_wait<1>();
-    fence_registers(dp);
+    Weights<Traits> slopes;
+    if constexpr (Traits::kCapped) {
+      if constexpr (Traits::kPackedWeights) pack_weights(s, slopes);
+      issue_dp(dp, v);
+    }
+    wait_dp(dp);
     if constexpr (Traits::kPackedWeights) {
-      compute_ds(ds, PackedWeights<Element, Traits::kWeightSteps>{slopes}, dp, uniform, query0);
+      compute_ds(ds, PackedWeights<Element, Traits::kWeightSteps>{Traits::kCapped ? slopes : p}, dp, uniform, query0);
     } else {
       compute_ds(ds, AccumulatedWeights<Traits::kColTiles>{s}, dp, uniform, query0);
     }
@@ -202,7 +217,8 @@ struct KeyConsumer {
   BROADHEAD_DEVICE void step_all(float (&dk)[Traits::kHeadDim / 8][4], float (&dv)[Traits::kHeadDimV / 8][4],
                                  const KeptK& k, const KeptV& v, const Uniform& uniform, int query0) {
     Weights<Traits> p, ds;
-    multiply_dv(dv, p, ds, k, v, uniform, query0);
+    compute_weights(p, ds, k, v, uniform, query0);
+    issue_gradient<SecondCols>(dv, p, smem.second_cols[ring.stage()]);
     issue_gradient<FirstCols>(dk, ds, smem.first_cols[ring.stage()]);
     cute::warpgroup_wait<0>();
     fence_registers(dv);
@@ -254,7 +270,7 @@ struct KeyConsumer {
         compute_p(s, p, uniform, query0);
         NamedBarrier::sync(256, hardware_id(kPEmptyBarrier));
         Weights<Traits> slopes;
-        if constexpr (Traits::kCapped) pack_slopes(s, slopes);
+        if constexpr (Traits::kCapped) pack_weights(s, slopes);
         const auto& weights = Traits::kCapped ? slopes : p;
         BROADHEAD_UNROLL
         for (int step = 0; step < Traits::kWeightSteps; ++step) {

@@ -85,7 +85,9 @@ struct BackwardSide {
   static constexpr bool kDqByRows = kCols == 128;
   static constexpr int kDqCols = kDqByRows ? kTileColumns : kTileColumns / kConsumers;
   static constexpr int kDqTiles = kDqCols / 8;
-  // dS is made of P as dV takes it, in 16 bits: 128 queries leave no registers for both.
+  // 128 queries leave no registers for P in 16 bits beside P and dP in 32. It is packed behind dS; but where masks or a
+  // softcap take registers, dS is made of the 16 bits.
+  static constexpr bool kPackLate = kFused && kCols == 128 && !kCapped;
   static constexpr bool kPackedWeights = kFused && kCols == 128;
   // The sums of dQ, for common/dq_sums.h: what a warpgroup adds in a step is one piece, [column tile][128 threads].
   struct DqSums {
