@@ -113,15 +113,32 @@ struct QueryStats {
   float delta;  // D
 };
 
+// As they lie in memory: LSE in units of e.
+struct StoredStats {
+  float lse;
+  float delta;
+
+  // Of a query with an LSE of -inf: it has no gradient.
+  BROADHEAD_DEVICE QueryStats stats() const {
+    if (lse == -INFINITY) return {INFINITY, 0.f};
+    return {lse * kLog2e, delta};
+  }
+};
+
+// Those of a query that exists. Both loads are issued, whatever the first one brings: their latency is that of one.
+BROADHEAD_DEVICE StoredStats read_query_stats(const AttnBwdParams& params, const SeqlenInfo& seqlen, int head,
+                                              int query) {
+  const std::int64_t row = seqlen.row_q + query;
+  const std::int64_t total_row = seqlen.batch_q * static_cast<std::int64_t>(params.seqlen_q) + row;
+  return {params.softmax_lse[seqlen.batch_q * params.lse_batch_stride + head * params.lse_head_stride + row],
+          params.delta[head * params.total_q + total_row]};
+}
+
 // A query behind the end of the sequence, or with an LSE of -inf, has no gradient.
 BROADHEAD_DEVICE QueryStats load_query_stats(const AttnBwdParams& params, const SeqlenInfo& seqlen, int head,
                                              int query) {
   if (query >= seqlen.seqlen_q) return {INFINITY, 0.f};
-  const std::int64_t row = seqlen.row_q + query;
-  const float lse = params.softmax_lse[seqlen.batch_q * params.lse_batch_stride + head * params.lse_head_stride + row];
-  if (lse == -INFINITY) return {INFINITY, 0.f};
-  const std::int64_t total_row = seqlen.batch_q * static_cast<std::int64_t>(params.seqlen_q) + row;
-  return {lse * kLog2e, params.delta[head * params.total_q + total_row]};
+  return read_query_stats(params, seqlen, head, query).stats();
 }
 
 }  // namespace broadhead

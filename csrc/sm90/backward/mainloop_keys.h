@@ -130,22 +130,22 @@ struct KeyConsumer {
   // Calls `step(first query)` for each tile of queries of each head.
   template <class Step>
   BROADHEAD_DEVICE void for_each_tile(const Step& step) {
-    const BackwardWork& work = smem.work;
-    int tile = work.range.begin;
-    for (int left = (work.range.end - tile) * work.heads; left > 0; --left) {
+    const BlockRange range = smem.work.range;
+    int tile = range.begin;
+    for (int left = (range.end - tile) * smem.work.heads; left > 0; --left) {
       step(tile * Traits::kCols);
-      if (++tile == work.range.end) tile = work.range.begin;
+      if (++tile == range.end) tile = range.begin;
     }
   }
 
   // The same, of at least one tile. `step(last, first query)`: `last` is a type that says so.
   template <class Step>
   BROADHEAD_DEVICE void for_each_tile_but_last(const Step& step) {
-    const BackwardWork& work = smem.work;
-    int tile = work.range.begin;
-    for (int left = (work.range.end - tile) * work.heads; left > 1; --left) {
+    const BlockRange range = smem.work.range;
+    int tile = range.begin;
+    for (int left = (range.end - tile) * smem.work.heads; left > 1; --left) {
       step(std::false_type{}, tile * Traits::kCols);
-      if (++tile == work.range.end) tile = work.range.begin;
+      if (++tile == range.end) tile = range.begin;
     }
     step(std::true_type{}, tile * Traits::kCols);
   }
