@@ -27,13 +27,10 @@ BROADHEAD_DEVICE int consumer_warpgroup() {
 }
 
 // The lane's first row of the warpgroup's 64.
-BROADHEAD_DEVICE int lane_row() {
-  const int thread = fresh_thread();
-  return thread / 32 % 4 * 16 + thread % 32 / 4;
-}
+BROADHEAD_DEVICE int lane_row(unsigned thread = fresh_thread()) { return thread / 32 % 4 * 16 + thread % 32 / 4; }
 
 // The lane's first column of each eight.
-BROADHEAD_DEVICE int lane_col() { return fresh_thread() % 4 * 2; }
+BROADHEAD_DEVICE int lane_col(unsigned thread = fresh_thread()) { return thread % 4 * 2; }
 
 // A warp has done with what the barrier stands for.
 BROADHEAD_DEVICE void release(Barrier& barrier) {
@@ -175,6 +172,23 @@ struct ColumnStats {
     const float2 pair = *reinterpret_cast<const float2*>(of_stage + n * 8);
     x[0] = x[2] = pair.x;
     x[1] = x[3] = pair.y;
+  }
+};
+
+// The same, of which the first kEarly column tiles have been read.
+template <int kEarly>
+struct EarlyColumnStats {
+  float2 early[max_int(kEarly, 1)];
+  ColumnStats stats;
+
+  BROADHEAD_DEVICE explicit EarlyColumnStats(const ColumnStats& of_stage) : stats(of_stage) {
+    BROADHEAD_UNROLL
+    for (int n = 0; n < kEarly; ++n) early[n] = *reinterpret_cast<const float2*>(stats.of_stage + n * 8);
+  }
+  BROADHEAD_DEVICE void read(int n, float (&x)[4]) const {
+    if (n >= kEarly) return stats.read(n, x);
+    x[0] = x[2] = early[n].x;
+    x[1] = x[3] = early[n].y;
   }
 };
 

@@ -25,9 +25,9 @@ struct FusedConsumer : KeyConsumer<Traits> {
 
   // Lane l gives the address of row l % 8 of matrix l / 8: of 16 queries and 16 keys, those of keys side by side.
   BROADHEAD_DEVICE std::uint32_t store_address(int buffer) const {
-    const int thread = fresh_thread();
-    const int row = thread % 8, matrix = thread / 8 % 4;
-    const int query = matrix / 2 * 8 + row, chunk = thread / 32 % 4 * 2 + matrix % 2;
+    const unsigned thread = Base::thread();
+    const unsigned row = thread % 8, matrix = thread / 8 % 4;
+    const unsigned query = matrix / 2 * 8 + row, chunk = thread / 32 % 4 * 2 + matrix % 2;
     return smem_address(smem.ds[buffer]) + warpgroup * Layout::kSubtileStride + query * Layout::kRowBytes +
            (chunk ^ row) * 16;
   }
@@ -70,10 +70,10 @@ struct FusedConsumer : KeyConsumer<Traits> {
   BROADHEAD_DEVICE void store_dq(const float (&dq)[Traits::kDqTiles][4], std::uint32_t count) const {
     release(smem.ds_empty[count & 1]);
     barrier_wait(smem.dq_empty[warpgroup], count & 1 ^ 1);
-    const int thread = fresh_thread() % 128;
+    float4* const to = smem.dq[warpgroup] + Base::thread() % 128;
     BROADHEAD_UNROLL
     for (int n = 0; n < Traits::kDqTiles; ++n) {
-      smem.dq[warpgroup][n * 128 + thread] = make_float4(dq[n][0], dq[n][1], dq[n][2], dq[n][3]);
+      to[n * 128] = make_float4(dq[n][0], dq[n][1], dq[n][2], dq[n][3]);
     }
     release(smem.dq_full[warpgroup]);
   }

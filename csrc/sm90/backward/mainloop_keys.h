@@ -28,7 +28,17 @@ struct KeyConsumer {
   const AttnBwdParams& params;
   Storage& smem;
   const int warpgroup = consumer_warpgroup();
+  // Read once: the instruction that reads it takes longer than what follows from it takes to compute again.
+  const unsigned thread_ = fresh_thread();
   RingState<Traits::kStages> ring;
+
+  BROADHEAD_DEVICE unsigned thread() const {
+    if constexpr (Traits::kKeepsThread) {
+      return thread_;
+    } else {
+      return fresh_thread();
+    }
+  }
 
   // The warpgroup's first key in the tile.
   BROADHEAD_DEVICE int first_row() const { return Traits::kSplitProducts ? 0 : warpgroup * 64; }
@@ -71,14 +81,18 @@ struct KeyConsumer {
         dp, smem.second_rows, first_row(), smem.second_cols[ring.stage()], kept);
   }
 
+  using EarlyLse = EarlyColumnStats<Traits::kEarlyStats>;
+
   // S is there, and dP on its way; but with a softcap P takes the registers of dP.
-  BROADHEAD_DEVICE void issue_both(Scores<Traits>& s, Scores<Traits>& dp, const KeptK& k, const KeptV& v) {
+  BROADHEAD_DEVICE EarlyLse issue_both(Scores<Traits>& s, Scores<Traits>& dp, const KeptK& k, const KeptV& v) {
     wait_queries();
     issue_s(s, k);
     wait_second();
     if constexpr (!Traits::kCapped) issue_dp(dp, v);
+    const EarlyLse early(lse());
     cute::warpgroup_wait<Traits::kCapped ? 0 : 1>();
     fence_registers(s);
+    return early;
   }
 
   BROADHEAD_DEVICE static void wait_dp(Scores<Traits>& dp) {
@@ -86,8 +100,8 @@ struct KeyConsumer {
     fence_registers(dp);
   }
 
-  BROADHEAD_DEVICE ColumnStats lse() const { return {smem.lse[ring.stage()] + lane_col()}; }
-  BROADHEAD_DEVICE ColumnStats delta() const { return {smem.delta[ring.stage()] + lane_col()}; }
+  BROADHEAD_DEVICE ColumnStats lse() const { return {smem.lse[ring.stage()] + lane_col(thread())}; }
+  BROADHEAD_DEVICE ColumnStats delta() const { return {smem.delta[ring.stage()] + lane_col(thread())}; }
 
   // What every step asks of the tile, in registers: the queries that meet all its keys, and the scale. With a softcap
   // there are no registers for that.
@@ -110,9 +124,11 @@ struct KeyConsumer {
     return {{work.whole.begin, partial ? 0 : end}, work.scale};
   }
 
-  BROADHEAD_DEVICE void compute_p(Scores<Traits>& s, Weights<Traits>& p, const Uniform& uniform, int query0) {
-    exponentiate_step<Traits, true>(s, p, lse(), uniform.scale, uniform.is_whole(query0),
-                                    [&] { return make_key_mask(smem.seen, first_row() + lane_row(), query0); });
+  template <class Lse>
+  BROADHEAD_DEVICE void compute_p(Scores<Traits>& s, Weights<Traits>& p, const Lse& lse, const Uniform& uniform,
+                                  int query0) {
+    exponentiate_step<Traits, true>(s, p, lse, uniform.scale, uniform.is_whole(query0),
+                                    [&] { return make_key_mask(smem.seen, first_row() + lane_row(thread()), query0); });
   }
 
   // What compute_p leaves in place: P, times a softcap's slope.
@@ -189,10 +205,10 @@ struct KeyConsumer {
   BROADHEAD_DEVICE void compute_weights(Weights<Traits>& p, Weights<Traits>& ds, const KeptK& k, const KeptV& v,
                                         const Uniform& uniform, int query0) {
     Scores<Traits> s, dp;
-    issue_both(s, dp, k, v);
+    const EarlyLse lse = issue_both(s, dp, k, v);
     if constexpr (Traits::kPackLate) {
       if (uniform.is_whole(query0)) {
-        exponentiate<Element, false, false>(s, p, lse(), uniform.scale, [](int, int) { return false; });
+        exponentiate<Element, false, false>(s, p, lse, uniform.scale, [](int, int) { return false; });
         fence_registers(s);  // the exponentials run beside dP, not behind it
         wait_dp(dp);
         differentiate<Element>(ds, AccumulatedWeights<Traits::kColTiles>{s}, dp, delta(), true);
@@ -200,7 +216,7 @@ struct KeyConsumer {
         return;
       }
     }
-    compute_p(s, p, uniform, query0);
+    compute_p(s, p, lse, uniform, query0);
     Weights<Traits> slopes;
     if constexpr (Traits::kCapped) {
       if constexpr (Traits::kPackedWeights) pack_weights(s, slopes);
@@ -267,7 +283,7 @@ struct KeyConsumer {
       fence_registers(s);
       for_each_tile_but_last([&](auto last, int query0) {
         Weights<Traits> p;
-        compute_p(s, p, uniform, query0);
+        compute_p(s, p, lse(), uniform, query0);
         NamedBarrier::sync(256, hardware_id(kPEmptyBarrier));
         Weights<Traits> slopes;
         if constexpr (Traits::kCapped) pack_weights(s, slopes);

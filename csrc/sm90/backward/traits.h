@@ -89,6 +89,10 @@ struct BackwardSide {
   // softcap take registers, dS is made of the 16 bits.
   static constexpr bool kPackLate = kFused && kCols == 128 && !kCapped;
   static constexpr bool kPackedWeights = kFused && kCols == 128;
+  // Consumers keep their thread's number in a register: reading it again takes long, but 128 queries leave none.
+  static constexpr bool kKeepsThread = !(kFused && kCols == 128);
+  // Column tiles whose LSE is read while S is multiplied.
+  static constexpr int kEarlyStats = kCapped ? 0 : kFused && kCols == 128 ? 4 : kCols / 8;
   // The sums of dQ, for common/dq_sums.h: what a warpgroup adds in a step is one piece, [column tile][128 threads].
   struct DqSums {
     static constexpr int kRows = kCols;
