@@ -165,30 +165,30 @@ struct PackedWeights {
   }
 };
 
-// The LSE or the D of the queries of a lane's numbers. Keys: those of a column tile, from shared memory.
+// The LSE or the D of the queries of a lane's numbers. Keys: those of two column tiles at a time, from shared memory.
+// PERF: while wgmma reads its operands there a load takes some 100 clocks, so that half the loads, and those of the
+// first kEarly column tiles ahead of time, are worth their registers; but where there are none (kPairs false).
+template <int kEarly = 0, bool kPairs = true>
 struct ColumnStats {
-  const float* of_stage;
-  BROADHEAD_DEVICE void read(int n, float (&x)[4]) const {
-    const float2 pair = *reinterpret_cast<const float2*>(of_stage + n * 8);
-    x[0] = x[2] = pair.x;
-    x[1] = x[3] = pair.y;
-  }
-};
+  const float* of_lane;
+  float4 early[max_int(kEarly / 2, 1)];
 
-// The same, of which the first kEarly column tiles have been read.
-template <int kEarly>
-struct EarlyColumnStats {
-  float2 early[max_int(kEarly, 1)];
-  ColumnStats stats;
-
-  BROADHEAD_DEVICE explicit EarlyColumnStats(const ColumnStats& of_stage) : stats(of_stage) {
+  // `of_stage`: as stat_place says. `col`: lane_col().
+  BROADHEAD_DEVICE ColumnStats(const float* of_stage, int col) : of_lane(of_stage + 2 * col) {
     BROADHEAD_UNROLL
-    for (int n = 0; n < kEarly; ++n) early[n] = *reinterpret_cast<const float2*>(stats.of_stage + n * 8);
+    for (int pair = 0; pair < kEarly / 2; ++pair) early[pair] = load(pair);
   }
+  BROADHEAD_DEVICE float4 load(int pair) const { return *reinterpret_cast<const float4*>(of_lane + pair * 16); }
   BROADHEAD_DEVICE void read(int n, float (&x)[4]) const {
-    if (n >= kEarly) return stats.read(n, x);
-    x[0] = x[2] = early[n].x;
-    x[1] = x[3] = early[n].y;
+    float2 two;
+    if constexpr (kPairs) {
+      const float4 four = n < kEarly ? early[n / 2] : load(n / 2);
+      two = n % 2 == 0 ? make_float2(four.x, four.y) : make_float2(four.z, four.w);
+    } else {
+      two = *reinterpret_cast<const float2*>(of_lane + n / 2 * 16 + n % 2 * 2);
+    }
+    x[0] = x[2] = two.x;
+    x[1] = x[3] = two.y;
   }
 };
 

@@ -38,7 +38,6 @@ struct FusedConsumer : KeyConsumer<Traits> {
     for (int step = 0; step < Traits::kWeightSteps; ++step) {
       stmatrix_x4_trans(address + step * 16 * Layout::kRowBytes, ds[step]);
     }
-    cutlass::arch::fence_view_async_shared();
     release(smem.ds_full[buffer]);
   }
 
@@ -53,6 +52,9 @@ struct FusedConsumer : KeyConsumer<Traits> {
     const std::uint64_t b = MatrixDescriptor<Rows::kRowBytes>::make(smem_address(smem.first_rows) + first_col,
                                                                     Rows::kSubtileStride, Rows::kSlabStride);
     clear_accumulators(dq);
+    // Whoever reads dS orders what both warpgroups have written, and seen to be there, before wgmma. PERF: it is a step
+    // old, so that there is nothing left to wait for.
+    cutlass::arch::fence_view_async_shared();
     cute::warpgroup_arrive();
     BROADHEAD_UNROLL
     for (int step = 0; step < Traits::kRows / 16; ++step) {
@@ -84,6 +86,8 @@ struct FusedConsumer : KeyConsumer<Traits> {
                              const typename Base::Uniform& uniform, int query0, std::uint32_t count) {
     Weights<Traits> p, ds;
     Base::compute_weights(p, ds, k, v, uniform, query0);
+    // Addresses of the buffers of dS are those of the stage in other words: the compiler should not keep them till now.
+    asm volatile("" : "+r"(count));
     wait_ds(count - 1);
     float dq[Traits::kDqTiles][4];
     issue_dq(dq, count - 1 & 1);

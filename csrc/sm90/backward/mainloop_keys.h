@@ -81,15 +81,16 @@ struct KeyConsumer {
         dp, smem.second_rows, first_row(), smem.second_cols[ring.stage()], kept);
   }
 
-  using EarlyLse = EarlyColumnStats<Traits::kEarlyStats>;
+  using EarlyLse = ColumnStats<Traits::kEarlyLse, !Traits::kCapped>;
+  using EarlyDelta = ColumnStats<Traits::kEarlyDelta, !Traits::kCapped>;
 
   // S is there, and dP on its way; but with a softcap P takes the registers of dP.
   BROADHEAD_DEVICE EarlyLse issue_both(Scores<Traits>& s, Scores<Traits>& dp, const KeptK& k, const KeptV& v) {
     wait_queries();
     issue_s(s, k);
+    const auto early = lse<EarlyLse>();
     wait_second();
     if constexpr (!Traits::kCapped) issue_dp(dp, v);
-    const EarlyLse early(lse());
     cute::warpgroup_wait<Traits::kCapped ? 0 : 1>();
     fence_registers(s);
     return early;
@@ -100,8 +101,14 @@ struct KeyConsumer {
     fence_registers(dp);
   }
 
-  BROADHEAD_DEVICE ColumnStats lse() const { return {smem.lse[ring.stage()] + lane_col(thread())}; }
-  BROADHEAD_DEVICE ColumnStats delta() const { return {smem.delta[ring.stage()] + lane_col(thread())}; }
+  template <class Stats = ColumnStats<>>
+  BROADHEAD_DEVICE Stats lse() const {
+    return {smem.lse[ring.stage()], lane_col(thread())};
+  }
+  template <class Stats = ColumnStats<>>
+  BROADHEAD_DEVICE Stats delta() const {
+    return {smem.delta[ring.stage()], lane_col(thread())};
+  }
 
   // What every step asks of the tile, in registers: the queries that meet all its keys, and the scale. With a softcap
   // there are no registers for that.
@@ -137,16 +144,19 @@ struct KeyConsumer {
     for (int n = 0; n < Traits::kColTiles; ++n) pack_tile<Element>(weights, n, s[n]);
   }
 
-  template <class P>
-  BROADHEAD_DEVICE void compute_ds(Weights<Traits>& ds, const P& p, const Scores<Traits>& dp, const Uniform& uniform,
-                                   int query0) {
-    differentiate<Element>(ds, p, dp, delta(), uniform.is_whole(query0));
+  template <class P, class Delta>
+  BROADHEAD_DEVICE void compute_ds(Weights<Traits>& ds, const P& p, const Scores<Traits>& dp, const Delta& delta,
+                                   const Uniform& uniform, int query0) {
+    differentiate<Element>(ds, p, dp, delta, uniform.is_whole(query0));
   }
+
+  // Of tiles of queries, in registers: to read it in each step took 9 % of the time at head_dim 128. See Uniform.
+  using Range = std::conditional_t<Traits::kCapped, const BlockRange&, const BlockRange>;
 
   // Calls `step(first query)` for each tile of queries of each head.
   template <class Step>
   BROADHEAD_DEVICE void for_each_tile(const Step& step) {
-    const BlockRange range = smem.work.range;
+    Range range = smem.work.range;
     int tile = range.begin;
     for (int left = (range.end - tile) * smem.work.heads; left > 0; --left) {
       step(tile * Traits::kCols);
@@ -157,7 +167,7 @@ struct KeyConsumer {
   // The same, of at least one tile. `step(last, first query)`: `last` is a type that says so.
   template <class Step>
   BROADHEAD_DEVICE void for_each_tile_but_last(const Step& step) {
-    const BlockRange range = smem.work.range;
+    Range range = smem.work.range;
     int tile = range.begin;
     for (int left = (range.end - tile) * smem.work.heads; left > 1; --left) {
       step(std::false_type{}, tile * Traits::kCols);
@@ -205,28 +215,34 @@ struct KeyConsumer {
   BROADHEAD_DEVICE void compute_weights(Weights<Traits>& p, Weights<Traits>& ds, const KeptK& k, const KeptV& v,
                                         const Uniform& uniform, int query0) {
     Scores<Traits> s, dp;
-    const EarlyLse lse = issue_both(s, dp, k, v);
+    const EarlyLse early = issue_both(s, dp, k, v);
     if constexpr (Traits::kPackLate) {
       if (uniform.is_whole(query0)) {
-        exponentiate<Element, false, false>(s, p, lse, uniform.scale, [](int, int) { return false; });
+        exponentiate<Element, false, false>(s, p, early, uniform.scale, [](int, int) { return false; });
         fence_registers(s);  // the exponentials run beside dP, not behind it
+        const auto d = delta<EarlyDelta>();
         wait_dp(dp);
-        differentiate<Element>(ds, AccumulatedWeights<Traits::kColTiles>{s}, dp, delta(), true);
+        differentiate<Element>(ds, AccumulatedWeights<Traits::kColTiles>{s}, dp, d, true);
         pack_weights(s, p);
         return;
       }
     }
-    compute_p(s, p, lse, uniform, query0);
     Weights<Traits> slopes;
-    if constexpr (Traits::kCapped) {
+    if constexpr (!Traits::kCapped) {
+      compute_p(s, p, early, uniform, query0);
+    } else {
+      compute_p(s, p, lse<EarlyLse>(), uniform, query0);
       if constexpr (Traits::kPackedWeights) pack_weights(s, slopes);
       issue_dp(dp, v);
+      wait_dp(dp);
     }
-    wait_dp(dp);
+    const auto d = delta<EarlyDelta>();
+    if constexpr (!Traits::kCapped) wait_dp(dp);
     if constexpr (Traits::kPackedWeights) {
-      compute_ds(ds, PackedWeights<Element, Traits::kWeightSteps>{Traits::kCapped ? slopes : p}, dp, uniform, query0);
+      const auto& weights = Traits::kCapped ? slopes : p;
+      compute_ds(ds, PackedWeights<Element, Traits::kWeightSteps>{weights}, dp, d, uniform, query0);
     } else {
-      compute_ds(ds, AccumulatedWeights<Traits::kColTiles>{s}, dp, uniform, query0);
+      compute_ds(ds, AccumulatedWeights<Traits::kColTiles>{s}, dp, d, uniform, query0);
     }
   }
 
@@ -330,7 +346,7 @@ struct KeyConsumer {
           const uint4 w = smem.p[step * 128 + threadIdx.x % 128];
           p[step][0] = w.x, p[step][1] = w.y, p[step][2] = w.z, p[step][3] = w.w;
         }
-        compute_ds(ds, PackedWeights<Element, Traits::kWeightSteps>{p}, dp, uniform, query0);
+        compute_ds(ds, PackedWeights<Element, Traits::kWeightSteps>{p}, dp, delta(), uniform, query0);
         NamedBarrier::arrive(256, hardware_id(kPEmptyBarrier));
         issue_gradient<FirstCols>(dk, ds, smem.first_cols[ring.stage()]);
         finish_step(last, dk, ds, dp, issue);

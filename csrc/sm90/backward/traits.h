@@ -91,8 +91,9 @@ struct BackwardSide {
   static constexpr bool kPackedWeights = kFused && kCols == 128;
   // Consumers keep their thread's number in a register: reading it again takes long, but 128 queries leave none.
   static constexpr bool kKeepsThread = !(kFused && kCols == 128);
-  // Column tiles whose LSE is read while S is multiplied.
-  static constexpr int kEarlyStats = kCapped ? 0 : kFused && kCols == 128 ? 4 : kCols / 8;
+  // Column tiles whose LSE is read while S is multiplied, and whose D while dP is.
+  static constexpr int kEarlyLse = kCapped ? 0 : kFused && kCols == 128 ? 4 : kCols / 8;
+  static constexpr int kEarlyDelta = kCapped ? 0 : kFused && kCols == 128 ? 2 : 4;
   // The sums of dQ, for common/dq_sums.h: what a warpgroup adds in a step is one piece, [column tile][128 threads].
   struct DqSums {
     static constexpr int kRows = kCols;
@@ -114,7 +115,7 @@ struct BackwardSide {
   };
   struct SharedStorage : std::conditional_t<kFused, FusedTiles, Tiles> {
     alignas(16) uint4 p[kSplitProducts ? kWeightSteps * 128 : 1];  // [step][thread]: P, times the softcap's slope
-    // LSE and D of the queries that stream by: see QueryStats.
+    // LSE and D of the queries that stream by: see QueryStats and stat_place.
     alignas(16) float lse[kKeys ? kStages : 1][kCols];
     alignas(16) float delta[kKeys ? kStages : 1][kCols];
     alignas(8) QueryInterval seen[kKeys ? kRows : 1];  // by each key of the tile; none where it does not exist

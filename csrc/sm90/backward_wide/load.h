@@ -75,7 +75,7 @@ BROADHEAD_DEVICE void prepare_steps(const BackwardArgs& args, typename Traits::S
       wait_empty();
       barrier_wait(smem.stats_empty[stage], ring.parity() ^ 1);
       if (stats.store(work, smem.lse[stage], smem.delta[stage])) {
-        clear_stage<Traits>(smem, ring, [&](int row) { return smem.lse[stage][row] == INFINITY; });
+        clear_stage<Traits>(smem, ring, [&](int row) { return smem.lse[stage][stat_place(row)] == INFINITY; });
       }
     } else {
       wait_empty();

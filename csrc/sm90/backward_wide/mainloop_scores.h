@@ -185,9 +185,9 @@ struct PairScores {
   BROADHEAD_DEVICE void run(std::uint32_t rank) {
     if constexpr (Traits::kKeys) {
       if (rank == 0) {
-        run_p([&](std::uint32_t stage) { return ColumnStats{smem.lse[stage] + lane_col()}; });
+        run_p([&](std::uint32_t stage) { return ColumnStats<>(smem.lse[stage], lane_col()); });
       } else {
-        run_ds([&](std::uint32_t stage) { return ColumnStats{smem.delta[stage] + lane_col()}; });
+        run_ds([&](std::uint32_t stage) { return ColumnStats<>(smem.delta[stage], lane_col()); });
       }
     } else {
       const BackwardWork& work = smem.work;

@@ -98,7 +98,7 @@ struct PairSide {
     alignas(1024) Element chunks[kStages][kChunks][kCols * kPartCols];
     alignas(1024) Element weights[2][kRows * kCols];  // written by the other CTA
     alignas(1024) Element slopes[kSendsSlope ? 2 : 1][kSendsSlope ? kRows * kCols : 1];
-    // LSE and D of the queries that stream by: see QueryStats.
+    // LSE and D of the queries that stream by: see QueryStats and stat_place.
     alignas(16) float lse[kKeys ? kStages : 1][kCols];
     alignas(16) float delta[kKeys ? kStages : 1][kCols];
     alignas(8) QueryInterval seen[kKeys ? kRows : 1];  // by each key of the tile
