@@ -26,6 +26,7 @@ from ..call.plain import (
 )
 from ..call.problem import needs_gradients
 from ..errors import InvalidArgumentError, InvalidTypeError, UnsupportedError
+from ..ops import sharding
 from ..plan.device import describe
 from ..run.append import Append, kernel_obstacle, remember_append, run_append
 from ..run.cuda_backend import find_known
@@ -140,6 +141,7 @@ def _readable(function: str, args: AttentionArgs, new: NewKeys) -> tuple[Attenti
 
 def _append_by_operator(function: str, args: AttentionArgs, new: NewKeys) -> tuple[Any, Any]:
     """The append through its operator; traceable, so it validates only what a schema needs."""
+    sharding.prepare(*args, *new)
     args, new = _readable(function, args, new)
     if is_compiling():
         _check_given(function, args, new)

@@ -13,6 +13,7 @@ from ..call.layout import refuse_strided
 from ..call.plain import has_tangent, is_transformed, refuse_transformed, resolved, runs_as_operator
 from ..call.problem import needs_gradients
 from ..errors import InvalidArgumentError, InvalidTypeError, UnsupportedError
+from ..ops import sharding
 from ..run.combine import NO_BACKWARD
 from ..run.cuda_backend import find_known
 from ..run.fallback import state
@@ -80,6 +81,7 @@ def _merge_by_operator(
     out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, out: Any, backend: str | None
 ) -> tuple[Tensor, Tensor]:
     """merge_attn_states through the operators; torch ops know every derivative and transform."""
+    sharding.prepare(out_a, lse_a, out_b, lse_b, out)
     _check(out_a, lse_a, out_b, lse_b, out, backend)
     eager = not is_dynamo_compiling()
     if eager:

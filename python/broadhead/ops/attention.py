@@ -25,7 +25,7 @@ from ..call.problem import needs_gradients, out_dtype, refuse_float8_gradient
 from ..errors import UnsupportedError
 from ..run.backward import gradient_plan, run_backward_below
 from ..run.forward import run, run_differentiable
-from . import transforms
+from . import sharding, transforms
 from .canonical import canonical
 
 # What mha_bwd takes besides: the gradients of out and softmax_lse, and these themselves.
@@ -123,6 +123,7 @@ def _operator_inputs(
 
 def call_forward(function: str, args: AttentionArgs, deterministic: bool = False) -> tuple[Tensor, Tensor]:
     """A call through the operators; traceable, so it validates only what a schema needs."""
+    sharding.prepare(*args)
     args = plain_scalars(function, read_tensors(function, args))
     if not is_compiling():
         refuse_tangents(function, *args)
@@ -152,6 +153,7 @@ def call_backward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Its gradients through the operators; traceable, so it validates only what a schema needs."""
+    sharding.prepare(*outputs, *args)
     args = plain_scalars(function, read_tensors(function, args))
     if not is_compiling():
         refuse_tangents(function, *outputs, *args)
