@@ -110,7 +110,7 @@ def _rule(
             if name in given:
                 acceptable = [cut for cut in acceptable if set(given[name].placements) == {place(name, cut)}]
                 if not acceptable:
-                    refuse_moved(operator, name, given[name].placements)
+                    _refuse_moved(operator, name, given[name].placements)
         return [
             (
                 [place(name, cut) for name in results],
@@ -122,7 +122,7 @@ def _rule(
     return placements
 
 
-def refuse_moved(operator: Any, name: str, placements: Any) -> None:
+def _refuse_moved(operator: Any, name: str, placements: Any) -> None:
     """What is written stays where it is: of a tensor moved to another placement the copy would be written."""
     raise UnsupportedError(
         f"{operator._schema.name}: {name} is written, and this call can not write it with placements"
@@ -139,6 +139,8 @@ def whole_alone(shapes: _Shapes, mesh: Any) -> Iterator[_Cut]:
 def attention_cuts(shapes: _Shapes, mesh: Any) -> Iterator[_Cut]:
     """The cuts of a call of attention, and of its gradient. Both results follow q, and each gradient its input."""
     q = shapes["q"]
+    if len(q) < 3:
+        return  # a wrong call, as below
     shapes = {"out": q, "softmax_lse": (*q[:-3], q[-2], q[-3]), **shapes}
     by_batch = batch_cut(shapes, ("k", "v") if "page_table" in shapes or "kv_batch_idx" in shapes else ())
     for cut in (heads_cut(shapes, mesh), by_batch):
@@ -171,14 +173,16 @@ def heads_cut(shapes: _Shapes, mesh: Any) -> _Cut:
     for name, shape in shapes.items():
         if name in _HEADS:
             place, kind = _HEADS[name]
-            heads[kind].append(shape[-place])
+            heads[kind].append(shape[-place] if len(shape) >= place else -1)
     of_queries, of_keys = heads["q"], heads["k"]
     if not (_are_equal(of_queries) and _are_equal(of_keys)):
         return {}  # a wrong call, which fails in the same way on every rank
-    one_for_all = bool(of_queries and of_keys) and of_keys[0] == 1
-    if of_queries and of_keys and not one_for_all:
-        if of_keys[0] < 1 or of_queries[0] % of_keys[0] != 0 or not _divides(of_keys[0], mesh):
-            return {}
+    are_both = bool(of_queries and of_keys)
+    one_for_all = are_both and of_keys[0] == 1
+    if are_both and (of_keys[0] < 1 or of_queries[0] % of_keys[0] != 0):
+        return {}
+    if are_both and not one_for_all and not _divides(of_keys[0], mesh):
+        return {}
     return {
         name: len(shape) - _HEADS[name][0]
         for name, shape in shapes.items()
