@@ -72,12 +72,13 @@ def cuts(mesh: Any, heads: int, heads_kv: int, **others: tuple[int, ...]) -> lis
         ((2,), 4, True),
         ((4,), 4, True),
         ((3,), 4, False),
-        ((8,), 4, True),  # DTensor itself cuts nothing into empty parts
+        ((8,), 4, True),  # torch cuts nothing into more parts than it has
         ((2, 2), 4, True),
         ((2, 4), 8, True),
         ((2, 4), 12, False),  # over both: 2, 2, 2 and 0 of each half
         ((2, 3), 4, False),
-        ((5, 3), 1, True),  # each rank has the one KV head
+        ((2, 2), 1, True),  # each rank has the one KV head
+        ((3,), 1, False),  # 4 query heads: 2, 2 and 0
     ],
 )
 def test_heads_are_cut_where_they_divide(sizes: tuple[int, ...], heads_kv: int, offered: bool) -> None:
@@ -108,7 +109,7 @@ def test_what_belongs_to_a_head_or_a_sequence_is_cut_with_it() -> None:
 
 @pytest.mark.parametrize("name", ["cu_seqlens_q", "cu_seqlens_k", "scheduler_metadata"])
 def test_no_batch_is_cut_where_sequences_belong_together(name: str) -> None:
-    assert [cut["q"] for cut in cuts(mesh_of(2), 4, 2, **{name: (5,)})] == [2]
+    assert [cut["q"] for cut in cuts(mesh_of(2), 4, 2, **{name: (4,)})] == [2]
 
 
 def test_pages_and_rows_of_a_cache_are_shared() -> None:
@@ -116,11 +117,8 @@ def test_pages_and_rows_of_a_cache_are_shared() -> None:
     assert "k" not in by_page and by_page["page_table"] == 0
     by_row = cuts(mesh_of(2), 4, 2, k=(9, 8, 2, 16), v=(9, 8, 2, 16), page_table=(7, 3), kv_batch_idx=(4,))[1]
     assert "page_table" not in by_row and by_row["kv_batch_idx"] == 0
-    assert not [
-        cut
-        for cut in sharding.append_cuts({"k_cache": (9, 8, 2, 16), "page_table": (4, 3)}, None)
-        if "page_table" in cut
-    ]
+    (append,) = sharding.append_cuts({"k_cache": (9, 8, 2, 16), "page_table": (4, 3)}, mesh_of(2))
+    assert append == {"k_cache": 2}
 
 
 def test_a_wrong_call_is_not_cut() -> None:

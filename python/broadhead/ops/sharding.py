@@ -181,7 +181,7 @@ def heads_cut(shapes: _Shapes, mesh: Any) -> _Cut:
     one_for_all = are_both and of_keys[0] == 1
     if are_both and (of_keys[0] < 1 or of_queries[0] % of_keys[0] != 0):
         return {}
-    if are_both and not one_for_all and not _divides(of_keys[0], mesh):
+    if not _divides((of_queries if one_for_all or not of_keys else of_keys)[0], mesh):
         return {}
     return {
         name: len(shape) - _HEADS[name][0]
@@ -196,7 +196,7 @@ def _are_equal(sizes: list[int]) -> bool:
 
 
 def _divides(heads: int, mesh: Any) -> bool:
-    """Whether no set of dimensions of the mesh cuts heads into unequal parts. DTensor cuts none into empty parts."""
+    """Whether each set of dimensions of the mesh cuts heads equally; torch tries none of more parts than heads."""
     sizes = [mesh.size(dim) for dim in range(mesh.ndim)]
     sets = chain.from_iterable(combinations(sizes, count + 1) for count in range(len(sizes)))
     return all(heads % prod(chosen) == 0 or heads < prod(chosen) for chosen in sets)
