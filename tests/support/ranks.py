@@ -25,7 +25,7 @@ def run_ranks(function: Callable[..., None], *arguments: Any, ranks: int = RANKS
 def _run(rank: int, ranks: int, store: Path, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=datetime.timedelta(seconds=60)
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=datetime.timedelta(seconds=240)
     )
     try:
         function(rank, *arguments)

@@ -9,6 +9,7 @@ from typing import Any
 import broadhead
 import pytest
 import torch
+from broadhead.ops import sharding
 from ranks import RANKS
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -180,7 +181,9 @@ def check_case(name: str, case: Case, mesh: Any) -> None:
         for key, x in case.tensors.items()
     }
     results = run(case, plain)
+    sharding._registered.clear()
     found = run(case, sharded)
+    assert sharding._registered, f"{name}: the rules would not be known if this were the first call"
     for part, got, right in zip(("out", "softmax_lse"), found, results, strict=True):
         check_tensor(f"{name}: {part}", got, right, case.expected.get(part))
     for key in case.written:
@@ -212,6 +215,9 @@ def check_calls(rank: int) -> None:
     """All cases, then what is refused, in a process of two."""
     mesh = init_device_mesh("cpu", (RANKS,))
     torch.manual_seed(torch.distributed.get_world_size())
+    sharding.register()
+    parts = torch.ops.broadhead.merge_states(*(distribute_tensor(x, mesh, [BATCH]) for x in states().values()))
+    assert [part.placements for part in parts] == [(BATCH,), (BATCH,)]
     for name, case in cases().items():
         check_case(name, case, mesh)
     check_refusals(mesh)
@@ -234,8 +240,9 @@ def check_refusals(mesh: Any) -> None:
     # A plan is of the heads of one rank.
     token, lengths = shard(randn(2, 1, 4, 16), HEADS), shard(int32(7, 3), WHOLE)
     for heads in ((4, 2), (2, 1)):
+        sharding._registered.clear()
         plan = broadhead.get_scheduler_metadata(2, 1, 7, *heads, 16, lengths, headdim_v=24, qkv_dtype=token.dtype)
-        assert isinstance(plan, DTensor) and plan.placements == (WHOLE,)
+        assert sharding._registered and isinstance(plan, DTensor) and plan.placements == (WHOLE,)
         values = {"cache_seqlens": lengths, "scheduler_metadata": plan}
         if heads == (4, 2):
             with pytest.raises(broadhead.InvalidArgumentError, match=r"made for num_heads_q=4, .* has num_heads_q=2"):

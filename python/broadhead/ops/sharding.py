@@ -38,29 +38,39 @@ _NO_BATCH = ("cu_seqlens_q", "cu_seqlens_k", "cu_seqlens_k_new", "scheduler_meta
 
 def prepare(*values: Any) -> None:
     """Before an operator runs on ``values``: where a DTensor is among them, torch must know how to shard it."""
-    if is_compiling() or _has_dtensor(values):
+    if is_compiling():
+        _register_while_tracing()
+    elif _is_loaded() and any(isinstance(value, sys.modules[_MODULE].DTensor) for value in values):
         register()
 
 
-def _has_dtensor(values: tuple[Any, ...]) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and any(isinstance(value, module.DTensor) for value in values)
-
-
 def register() -> None:
-    """Tell DTensor how it may shard the operators; nothing where this process has no DTensor.
+    """Tell DTensor how it may shard the operators.
 
     The public functions do it by themselves. Who calls ``torch.ops.broadhead`` directly calls this once before.
     """
-    if "torch.distributed.tensor" in sys.modules and not _registered:
+    if not _registered:
         _register_all()
         _registered.append(True)
 
 
+_MODULE = "torch.distributed.tensor"
 _registered: list[bool] = []
-# torch.compile calls register() while it traces, and traces nothing of it. This is the mark that
+
+
+def _is_loaded() -> bool:
+    """Whether this process can have a DTensor at all."""
+    return _MODULE in sys.modules
+
+
+def _register_while_tracing() -> None:
+    if _is_loaded():
+        register()
+
+
+# torch.compile runs this while it traces, and traces nothing of it. It is the mark that
 # torch.compiler.assume_constant_result sets, which would import the whole compiler.
-register._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_register_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _register_all() -> None:
