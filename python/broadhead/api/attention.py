@@ -252,6 +252,7 @@ def mha_fwd(
     block_table: Tensor | None = None,
     s_aux: Tensor | None = None,
     learnable_sink: Tensor | None = None,
+    deterministic: bool = False,
     tokens_per_split: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Attention with every argument there is, in the order of FlashAttention-3's operator.
@@ -303,6 +304,6 @@ def mha_fwd(
         softcap, scheduler_metadata, num_splits, pack_gqa, sm_margin, sinks, prefix_lens, backend, tokens_per_split,
     )  # fmt: skip
     if k_new is None and v_new is None and rotary_cos is None and rotary_sin is None:
-        return run_forward(function, call)
+        return run_forward(function, call, deterministic=deterministic)
     new = (k_new, v_new, cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved)
     return run_appending(function, call, new)

@@ -21,6 +21,8 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
 
 #: Kernels move 16 bytes at a time.
 ALIGNMENT_BYTES = 16
+#: Rows of the fp32 sums of dq that fused kernels have at least for each sequence (csrc/common/dq_sums.h).
+DQ_SUM_ROWS = 64
 
 
 class AttentionProblem(NamedTuple):
@@ -39,7 +41,8 @@ class AttentionProblem(NamedTuple):
     window_left: int  # -1: unbounded
     window_right: int  # -1: unbounded; causal is 0
     attention_chunk: int  # 0: off
-    features: tuple[str, ...]  # sorted: support.FEATURES and EXTRA_FEATURES, and "gradients"
+    #: Sorted: support.FEATURES and EXTRA_FEATURES, "gradients", and what gradient_features says of these.
+    features: tuple[str, ...]
     num_splits: int  # 0: heuristic
     pack_gqa: bool | None
     has_metadata: bool
@@ -87,6 +90,7 @@ def make_problem(
     sm_margin: int = 0,
     obstacles: tuple[str, ...] = (),
     tokens_per_split: int = 0,
+    of_gradients: tuple[str, ...] = (),
     **features: bool,
 ) -> AttentionProblem:
     """The one constructor of an AttentionProblem.
@@ -94,6 +98,7 @@ def make_problem(
     Args:
         window: ``(left, right)``, normalised.
         kv_dtype: dtype of k and v; None: dtype.
+        of_gradients: gradient_features of a problem that is differentiated.
         features: what the call has of support.FEATURES and EXTRA_FEATURES that no other argument tells, and
             "gradients".
     """
@@ -107,6 +112,7 @@ def make_problem(
         "paged": page_size > 0,
         "split_kv": num_splits > 1,
         "lse": True,
+        **dict.fromkeys(of_gradients, True),
     }
     return AttentionProblem(
         direction=direction,
@@ -133,17 +139,43 @@ def make_problem(
     )
 
 
-def backward_of(problem: AttentionProblem, deterministic: bool = False) -> AttentionProblem:
-    """The problem of the gradients of a forward problem: how its keys were divided does not matter to them."""
-    features = [name for name in problem.features if name not in ("gradients", "split_kv")]
+def backward_of(problem: AttentionProblem, extra: tuple[str, ...] = ()) -> AttentionProblem:
+    """The problem of the gradients of a forward problem: how its keys were divided does not matter to them.
+
+    Args:
+        extra: its gradient_features; a problem that has "gradients" has them itself.
+    """
+    features = {name for name in problem.features if name not in ("gradients", "split_kv")} | set(extra)
     return problem._replace(
         direction="backward",
-        features=tuple(sorted((*features, "deterministic") if deterministic else features)),
+        features=tuple(sorted(features)),
         num_splits=0,
         pack_gqa=None,
         has_metadata=False,
         tokens_per_split=0,
     )
+
+
+def asks_deterministic(deterministic: bool) -> bool:
+    """Whether gradients must be the same in every run: the call says so, or torch does for all calls."""
+    return deterministic or torch.are_deterministic_algorithms_enabled()
+
+
+def gradient_features(deterministic: bool, batch: int, total_q: int) -> tuple[str, ...]:
+    """What a problem has if it is differentiated; both call for a kernel whose sums have an order.
+
+    Whoever asks about gradients asks here: the forward pass, autograd, mha_bwd, is_supported and explain.
+
+    Args:
+        deterministic: as the call says it.
+        total_q: queries of all sequences.
+
+    Returns:
+        Of "deterministic" and "short_sequences" those that hold. The sums of dq of kernels without an order have
+        DQ_SUM_ROWS rows for each sequence at least: too much memory for short ones.
+    """
+    found = {"deterministic": asks_deterministic(deterministic), "short_sequences": batch * DQ_SUM_ROWS > 2 * total_q}
+    return tuple(name for name, holds in found.items() if holds)
 
 
 def canonical_right(seqlen_q: int, window_right: int) -> int:

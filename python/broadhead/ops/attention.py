@@ -45,8 +45,8 @@ def _fake_outputs(args: AttentionArgs) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("broadhead::mha_fwd", mutates_args=(), schema=f"({OPERATOR_SCHEMA}) -> (Tensor, Tensor)")
 @check.clamped()
 def mha_fwd(*inputs: Any) -> tuple[Tensor, Tensor]:
-    given = from_operator(inputs)
-    out, lse = (run_differentiable if given.differentiable else run)(given.function, given.args)
+    function, args, deterministic, differentiable = from_operator(inputs)
+    out, lse = run_differentiable(function, args, deterministic) if differentiable else run(function, args)
     return canonical(out), canonical(lse)
 
 
@@ -67,7 +67,7 @@ def mha_bwd(
     """Gradients of q, k, v, qv and sinks; empty where the input was not given."""
     function, args, deterministic, _ = from_operator(inputs)
     args = args._replace(scheduler_metadata=None)
-    if args.backend != "torch" and gradient_plan(function, args) is None:
+    if args.backend != "torch" and gradient_plan(function, args, deterministic) is None:
         args = args._replace(backend="torch")
     gradients = run_backward_below(function, (dout, dlse, out, softmax_lse), args, deterministic)
     return tuple(  # type: ignore[return-value]

@@ -29,9 +29,9 @@ def run(function: str, args: AttentionArgs) -> tuple[Tensor, Any]:
     return run_plain(function, args, True) if result is None else result
 
 
-def run_differentiable(function: str, args: AttentionArgs) -> tuple[Tensor, Any]:
+def run_differentiable(function: str, args: AttentionArgs, deterministic: bool) -> tuple[Tensor, Any]:
     """As run, of a call whose gradients an operator will compute: where no kernel does, torch runs it as well."""
-    if args.backend != "torch" and gradient_plan(function, args) is None:
+    if args.backend != "torch" and gradient_plan(function, args, deterministic) is None:
         args = args._replace(backend="torch")
     return run(function, args)
 
@@ -47,7 +47,7 @@ def run_plain(function: str, given: AttentionArgs, need_lse: bool, deterministic
         if result is not None:
             return _as_given(result, given)
     backend = check.check_backend(function, args.backend)
-    call = check_forward(function, args)
+    call = check_forward(function, args, deterministic)
     problem, device = call.problem, args.q.device
     if args.scheduler_metadata is not None:
         check_buffer(function, "scheduler_metadata", args.scheduler_metadata, problem.batch, device)
