@@ -10,13 +10,12 @@ import broadhead
 import pytest
 import torch
 from broadhead import reference, support, tiles
-from broadhead.api import forward as api_forward
 from broadhead.call.arguments import AttentionArgs
 from broadhead.call.check import check_forward
 from broadhead.plan import dispatch, native
 from broadhead.plan.device import describe
 from broadhead.plan.native import BuildDescription, FamilyBuild
-from broadhead.run import backward, choice, cuda_backend, forward
+from broadhead.run import backward, choice, cuda_backend, forward, known
 from described import forget_plans, h200, problem
 from generator import load_generate
 from torch import Tensor
@@ -161,7 +160,7 @@ def module(table: None, monkeypatch: pytest.MonkeyPatch) -> Module:
     monkeypatch.setattr(dispatch, "build_description", lambda: BUILD)
     monkeypatch.setattr(native, "extension", lambda: found)
     monkeypatch.setattr(cuda_backend, "connected_module", lambda: found)
-    monkeypatch.setattr(api_forward, "_run_known", found.run_known)
+    monkeypatch.setattr(known, "run_known", found.run_known)
     assert describe(torch.device("cpu")).type == "cpu"
     return found
 

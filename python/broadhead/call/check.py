@@ -16,7 +16,6 @@ from .names import KVCACHE_FUNCTIONS, shown_name
 from .problem import (
     ALIGNMENT_BYTES,
     AttentionProblem,
-    make_problem,
     needs_gradients,
     out_dtype,
     refuse_float8_gradient,
@@ -71,7 +70,7 @@ def check_forward(function: str, args: AttentionArgs) -> CheckedCall:
     _check_out(function, args, head_dim_v)
     values.check_attention(function, args, batch, seqlen_k, lambda name: shown_name(function, name))
 
-    problem = make_problem(
+    problem = AttentionProblem(
         dtype=args.q.dtype,
         kv_dtype=args.k.dtype,
         batch=batch,
