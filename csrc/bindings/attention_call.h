@@ -121,13 +121,13 @@ struct Hooks {
   pybind11::object check_identity;   // (function, metadata, *Launch::identity) -> the record that it compared, or None
   pybind11::object exchange_device;  // makes a device the current one -> the one before
   pybind11::object restore_device;   // likewise, but makes no context on a device that has none
-  pybind11::object is_grad_enabled;
+  Question is_grad_enabled;
   pybind11::object state;              // its `last` is what last_dispatch() returns
   pybind11::object is_plain_type;      // whether a type's tensors are plain memory; asked once a type
-  pybind11::object is_negative;        // whether a tensor is a lazily negated view
-  pybind11::object count_modes;        // the dispatch modes that are active, as an int
+  Question is_negative;                // whether a tensor is a lazily negated view
+  Question count_modes;                // the dispatch modes that are active, as an int
   pybind11::dict forward_ad;           // its `_current_level` is -1 outside forward-mode AD
-  pybind11::object increment_version;  // tells autograd that the tensors of a tuple were written
+  Question increment_version;          // tells autograd that the tensors of a tuple were written
   pybind11::object empty_like;         // torch.empty_like
   pybind11::object dtype;              // torch.dtype
   pybind11::object remember_metadata;  // (buffer, MetadataLaunch::made_for): adds to `records`

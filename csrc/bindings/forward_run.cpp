@@ -35,20 +35,12 @@ bool modes_are_active() {
   PyObject* current = PyDict_GetItemWithError(hooks().forward_ad.ptr(), level);
   if (current == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
   if (current != nullptr && PyLong_Check(current) && PyLong_AsLong(current) >= 0) return true;
-  return PyObject_IsTrue(owned(PyObject_CallNoArgs(hooks().count_modes.ptr())).ptr()) != 0;
+  return PyObject_IsTrue(hooks().count_modes.ask().ptr()) != 0;
 }
 
-bool is_negative(py::handle tensor) {
-  return owned(PyObject_CallOneArg(hooks().is_negative.ptr(), tensor.ptr())).ptr() == Py_True;
-}
+bool is_negative(py::handle tensor) { return hooks().is_negative.ask(tensor).ptr() == Py_True; }
 
-void mark_written(py::handle tensor) {
-  PyObject* tuple = PyTuple_Pack(1, tensor.ptr());
-  if (tuple == nullptr) throw py::error_already_set();
-  PyObject* result = PyObject_CallOneArg(hooks().increment_version.ptr(), tuple);
-  Py_DECREF(tuple);
-  owned(result);
-}
+void mark_written(py::handle tensor) { hooks().increment_version.ask(owned(PyTuple_Pack(1, tensor.ptr()))); }
 
 AttentionCall::AttentionCall(py::handle tuple, CallKind key_kind) : kind(key_kind) {
   if (!PyTuple_Check(tuple.ptr()) || PyTuple_GET_SIZE(tuple.ptr()) != kArgumentCount) {
@@ -74,7 +66,7 @@ bool AttentionCall::is_plain() const {
 
 bool wants_gradient(const std::pair<py::handle, const TensorView*>* tensors, std::size_t count) {
   static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
-  if (owned(PyObject_CallNoArgs(hooks().is_grad_enabled.ptr())).ptr() != Py_True) return false;
+  if (hooks().is_grad_enabled.ask().ptr() != Py_True) return false;
   for (std::size_t i = 0; i < count; ++i) {
     if (!tensors[i].second->present()) continue;
     if (owned(PyObject_GetAttr(tensors[i].first.ptr(), requires_grad)).ptr() == Py_True) return true;

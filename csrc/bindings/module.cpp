@@ -194,9 +194,10 @@ PYBIND11_MODULE(_C, module) {
          py::object is_grad_enabled, py::object state, py::object is_plain_type, py::object is_negative,
          py::object count_modes, py::dict forward_ad, py::object increment_version, py::object empty_like,
          py::object dtype, py::object remember_metadata) {
-        broadhead::connect({records, check_identity, exchange_device, restore_device, is_grad_enabled, state,
-                            is_plain_type, is_negative, count_modes, forward_ad, increment_version, empty_like, dtype,
-                            remember_metadata});
+        using broadhead::Question;
+        broadhead::connect({records, check_identity, exchange_device, restore_device, Question(is_grad_enabled), state,
+                            is_plain_type, Question(is_negative), Question(count_modes), forward_ad,
+                            Question(increment_version), empty_like, dtype, remember_metadata});
       },
       py::kw_only(), py::arg("records"), py::arg("check_identity"), py::arg("exchange_device"),
       py::arg("restore_device"), py::arg("is_grad_enabled"), py::arg("state"), py::arg("is_plain_type"),
