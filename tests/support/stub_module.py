@@ -7,13 +7,12 @@ from typing import Any
 import pytest
 import torch
 from broadhead import reference
-from broadhead.api import forward as api_forward
 from broadhead.call.arguments import AttentionArgs
 from broadhead.call.check import check_forward
 from broadhead.plan import dispatch, native
 from broadhead.plan.device import describe
 from broadhead.plan.native import BuildDescription
-from broadhead.run import backward, choice, cuda_backend, forward
+from broadhead.run import backward, choice, cuda_backend, forward, known
 from described import forget_plans, h200
 
 
@@ -59,7 +58,7 @@ def install_module(monkeypatch: pytest.MonkeyPatch, build: BuildDescription) -> 
     monkeypatch.setattr(dispatch, "build_description", lambda: build)
     monkeypatch.setattr(native, "extension", lambda: found)
     monkeypatch.setattr(cuda_backend, "connected_module", lambda: found)
-    monkeypatch.setattr(api_forward, "_run_known", found.run_known)
+    monkeypatch.setattr(known, "run_known", found.run_known)
     forget_plans(monkeypatch)
     assert describe(torch.device("cpu")).type == "cpu"
     return found

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..call import validation as check
 from ..call.layout import is_strided
 from ..call.masking import normalize_chunk, normalize_window
-from ..call.problem import DTYPE_NAMES, backward_of, gradient_features, make_problem
+from ..call.problem import DTYPE_NAMES, AttentionProblem, backward_of, gradient_features
 from ..errors import InvalidArgumentError, InvalidTypeError
 from ..plan.device import DeviceDescription, default_device, describe, hypothetical
 from ..plan.dispatch import Plan, Refusal, dtypes_text, refusals, resolve
@@ -118,7 +118,7 @@ def _plan(function: str, device: DeviceDescription, build: BuildDescription | No
     differentiated = given["requires_grad"] or direction == "backward"
     # A head_dim that is no multiple of 8 is refused by every function: say so instead of choosing a row.
     odd = tuple(f"head_dim must be a multiple of 8, got {d}" for d in sorted({head_dim, head_dim_v}) if d % 8)
-    problem = make_problem(
+    problem = AttentionProblem(
         direction=direction,
         dtype=asked["dtype"],
         kv_dtype=kv_dtype,

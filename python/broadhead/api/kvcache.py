@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from ..call import validation as check
 from ..call.cache_length import lengths_tensor
+from ..run import known
 from .append import run_appending
 from .forward import run_forward
 from .results import may_return_lse
@@ -132,7 +134,9 @@ def flash_attn_with_kvcache(
         tokens_per_split,
     )  # fmt: skip
     if k is None and v is None and rotary_cos is None and rotary_sin is None:
-        result = run_forward("flash_attn_with_kvcache", call, need_lse, deterministic)
+        result = None if is_dynamo_compiling() else known.run_known("flash_attn_with_kvcache", need_lse, call)
+        if result is None:
+            result = run_forward("flash_attn_with_kvcache", call, need_lse, deterministic)
     else:
         new = (k, v, cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved)
         result = run_appending("flash_attn_with_kvcache", call, new, need_lse)

@@ -17,7 +17,6 @@ from .problem import (
     ALIGNMENT_BYTES,
     AttentionProblem,
     gradient_features,
-    make_problem,
     needs_gradients,
     out_dtype,
     refuse_float8_gradient,
@@ -76,7 +75,7 @@ def check_forward(function: str, args: AttentionArgs, deterministic: bool = Fals
     values.check_attention(function, args, batch, seqlen_k, lambda name: shown_name(function, name))
 
     gradients = needs_gradients(args.q, args.k, args.v, args.qv, args.sinks)
-    problem = make_problem(
+    problem = AttentionProblem(
         dtype=args.q.dtype,
         kv_dtype=args.k.dtype,
         batch=batch,

@@ -25,8 +25,8 @@ ALIGNMENT_BYTES = 16
 DQ_SUM_ROWS = 64
 
 
-class AttentionProblem(NamedTuple):
-    """Everything the choice of a kernel depends on. It holds no tensor data: building it never waits for a device."""
+class _Fields(NamedTuple):
+    """What an AttentionProblem holds."""
 
     direction: str  # "forward" or "backward"
     dtype: str  # a value of DTYPE_NAMES
@@ -52,6 +52,84 @@ class AttentionProblem(NamedTuple):
     tokens_per_split: int = 0  # every sequence's keys are cut at multiples of it, whatever the batch; 0: off
     shared_tokens: int = 0  # query tokens of all sequences, over keys that these share, in the same launch; 0: none
 
+
+class AttentionProblem(_Fields):
+    """Everything the choice of a kernel depends on. It holds no tensor data: building it never waits for a device."""
+
+    __slots__ = ()
+
+    def __new__(
+        cls,
+        *,
+        direction: str = "forward",
+        dtype: torch.dtype,
+        kv_dtype: torch.dtype | None = None,
+        batch: int,
+        seqlen_q: int,
+        seqlen_k: int,
+        num_heads_q: int,
+        num_heads_kv: int,
+        head_dim: int,
+        head_dim_v: int,
+        page_size: int = 0,
+        window: tuple[int, int] = (-1, -1),
+        attention_chunk: int = 0,
+        softcap: float = 0.0,
+        num_splits: int = 0,
+        pack_gqa: bool | None = None,
+        has_metadata: bool = False,
+        sm_margin: int = 0,
+        obstacles: tuple[str, ...] = (),
+        tokens_per_split: int = 0,
+        of_gradients: tuple[str, ...] = (),
+        **features: bool,
+    ) -> AttentionProblem:
+        """The one way to a problem.
+
+        Args:
+            window: ``(left, right)``, normalised.
+            kv_dtype: dtype of k and v; None: dtype.
+            of_gradients: gradient_features of a problem that is differentiated.
+            features: what the call has of support.FEATURES and EXTRA_FEATURES that no other argument tells, and
+                "gradients".
+        """
+        left, right = window
+        found = features | {
+            "causal": right == 0,
+            "window": left >= 0 or right > 0,
+            "attention_chunk": attention_chunk > 0,
+            "softcap": softcap > 0,
+            "gqa": num_heads_q != num_heads_kv,
+            "paged": page_size > 0,
+            "split_kv": num_splits > 1,
+            "lse": True,
+            **dict.fromkeys(of_gradients, True),
+        }
+        return super().__new__(
+            cls,
+            direction=direction,
+            dtype=DTYPE_NAMES[dtype],
+            batch=batch,
+            seqlen_q=seqlen_q,
+            seqlen_k=seqlen_k,
+            num_heads_q=num_heads_q,
+            num_heads_kv=num_heads_kv,
+            head_dim=head_dim,
+            head_dim_v=head_dim_v,
+            page_size=page_size,
+            window_left=left,
+            window_right=right,
+            attention_chunk=attention_chunk,
+            features=tuple(sorted(name for name, wanted in found.items() if wanted)),
+            num_splits=num_splits,
+            pack_gqa=pack_gqa,
+            has_metadata=has_metadata,
+            sm_margin=sm_margin,
+            obstacles=obstacles,
+            kv_dtype="" if kv_dtype is None or kv_dtype == dtype else DTYPE_NAMES[kv_dtype],
+            tokens_per_split=tokens_per_split,
+        )
+
     @property
     def query_rows(self) -> int:
         """Tokens times query heads of one KV head: what one pass over its keys serves."""
@@ -66,77 +144,6 @@ class AttentionProblem(NamedTuple):
     def is_decode(self) -> bool:
         """Bound by the memory that holds its keys."""
         return self.query_rows <= DECODE_MAX_ROWS
-
-
-def make_problem(
-    *,
-    direction: str = "forward",
-    dtype: torch.dtype,
-    kv_dtype: torch.dtype | None = None,
-    batch: int,
-    seqlen_q: int,
-    seqlen_k: int,
-    num_heads_q: int,
-    num_heads_kv: int,
-    head_dim: int,
-    head_dim_v: int,
-    page_size: int = 0,
-    window: tuple[int, int] = (-1, -1),
-    attention_chunk: int = 0,
-    softcap: float = 0.0,
-    num_splits: int = 0,
-    pack_gqa: bool | None = None,
-    has_metadata: bool = False,
-    sm_margin: int = 0,
-    obstacles: tuple[str, ...] = (),
-    tokens_per_split: int = 0,
-    of_gradients: tuple[str, ...] = (),
-    **features: bool,
-) -> AttentionProblem:
-    """The one constructor of an AttentionProblem.
-
-    Args:
-        window: ``(left, right)``, normalised.
-        kv_dtype: dtype of k and v; None: dtype.
-        of_gradients: gradient_features of a problem that is differentiated.
-        features: what the call has of support.FEATURES and EXTRA_FEATURES that no other argument tells, and
-            "gradients".
-    """
-    left, right = window
-    found = features | {
-        "causal": right == 0,
-        "window": left >= 0 or right > 0,
-        "attention_chunk": attention_chunk > 0,
-        "softcap": softcap > 0,
-        "gqa": num_heads_q != num_heads_kv,
-        "paged": page_size > 0,
-        "split_kv": num_splits > 1,
-        "lse": True,
-        **dict.fromkeys(of_gradients, True),
-    }
-    return AttentionProblem(
-        direction=direction,
-        dtype=DTYPE_NAMES[dtype],
-        batch=batch,
-        seqlen_q=seqlen_q,
-        seqlen_k=seqlen_k,
-        num_heads_q=num_heads_q,
-        num_heads_kv=num_heads_kv,
-        head_dim=head_dim,
-        head_dim_v=head_dim_v,
-        page_size=page_size,
-        window_left=left,
-        window_right=right,
-        attention_chunk=attention_chunk,
-        features=tuple(sorted(name for name, wanted in found.items() if wanted)),
-        num_splits=num_splits,
-        pack_gqa=pack_gqa,
-        has_metadata=has_metadata,
-        sm_margin=sm_margin,
-        obstacles=obstacles,
-        kv_dtype="" if kv_dtype is None or kv_dtype == dtype else DTYPE_NAMES[kv_dtype],
-        tokens_per_split=tokens_per_split,
-    )
 
 
 def backward_of(problem: AttentionProblem, extra: tuple[str, ...] = ()) -> AttentionProblem:
