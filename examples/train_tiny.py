@@ -9,29 +9,24 @@ import argparse
 import math
 import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from loss_curves import CANNOT_RUN, CannotRunError, need_packages, report
-from options import DTYPES, TOLERANCES, choose_device, choose_dtype, positive
+from loss_curves import need_packages, report
+from options import TOLERANCES, choose_device, choose_dtype, choose_size, make_parser, run_example
 from python_text import IGNORED, PythonText
 from tiny_gpt import SIZES, Attend, BroadheadAttention, Size, TinyGpt, sdpa_attention
 
 WARMUP_STEPS = 10
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="train_tiny.py",
-        description="Train a small GPT with Gemma-4-like layers (5 with a window at head_dim 256, 1 global at 512) on "
-        "the help topics of Python with broadhead, train it again with another attention, and compare the losses. "
-        "The exit status is 0 when the loss falls and the curves agree, 1 when not, 2 when the example can not run.",
+def make_own_parser() -> argparse.ArgumentParser:
+    parser = make_parser(
+        "train_tiny.py",
+        "Train a small GPT with Gemma-4-like layers (5 with a window at head_dim 256, 1 global at 512) on the help "
+        "topics of Python with broadhead, train it again with another attention, and compare the losses.",
+        SIZES,
     )
-    parser.add_argument("--size", choices=SIZES, default="tiny", help="tiny: a CPU does; real: a GPU (default: tiny)")
-    parser.add_argument("--steps", type=positive, help="steps of the optimizer (default: 100 at tiny, 300 at real)")
-    parser.add_argument("--context", type=positive, help="tokens of a sequence (default: 192 at tiny, 4096 at real)")
-    parser.add_argument("--batch", type=positive, help="sequences of a batch (default: 4 at tiny, 1 at real)")
     parser.add_argument(
         "--layout",
         choices=("dense", "packed"),
@@ -46,13 +41,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--checkpoint", action="store_true", help="recompute each layer in the backward pass")
     parser.add_argument("--deterministic", action="store_true", help="gradients that are the same in every run")
-    parser.add_argument("--dtype", choices=DTYPES, help="bf16 is by autocast (default: bf16 on a GPU, fp32 on a CPU)")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches (default: 0)")
-    parser.add_argument("--device", help="a torch device (default: cuda where there is one, else cpu)")
-    parser.add_argument(
-        "--plot", type=Path, default=Path("train_tiny.png"), help="the picture to write (default: train_tiny.png)"
-    )
-    return parser.parse_args(arguments)
+    return parser
 
 
 def rate_at(step: int, steps: int) -> float:
@@ -100,8 +89,7 @@ def run(options: argparse.Namespace) -> int:
     need_packages("matplotlib", "tqdm")
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
-    given = {key: value for key in ("steps", "context", "batch") if (value := getattr(options, key)) is not None}
-    size = SIZES[options.size]._replace(**given)
+    size = choose_size(options, SIZES)
     torch.use_deterministic_algorithms(options.deterministic, warn_only=True)
     ours = BroadheadAttention(deterministic=options.deterministic)
     other: Attend = sdpa_attention if options.against == "sdpa" else BroadheadAttention(backend="torch")
@@ -114,12 +102,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
-    try:
-        return run(options)
-    except CannotRunError as error:
-        print(f"train_tiny.py: {error}", file=sys.stderr)
-        return CANNOT_RUN
+    return run_example(make_own_parser(), run, arguments)
 
 
 if __name__ == "__main__":

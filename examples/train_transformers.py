@@ -8,13 +8,12 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from kernels_ran import KernelsRan
-from loss_curves import CANNOT_RUN, CannotRunError, need_packages, report
-from options import DTYPES, TOLERANCES, choose_device, choose_dtype, positive
+from loss_curves import need_packages, report
+from options import TOLERANCES, choose_device, choose_dtype, choose_size, make_parser, run_example
 from python_text import VOCABULARY, PythonText
 
 HEAD_DIM = 256
@@ -40,31 +39,6 @@ SIZES = {
     "tiny": Size(64, 128, 4, 2, 1, 2, 32, 96, 2, 60, 3e-3),
     "real": Size(1024, 3584, 8, 8, 2, 16, 128, 2048, 2, 200, 3e-4),
 }
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="train_transformers.py",
-        description="Train a small random Qwen3.5 (head_dim 256; every fourth layer is full attention) with the "
-        'Trainer of transformers, gradient checkpointing and attn_implementation="broadhead" on the help topics of '
-        'Python, train it again with "sdpa", and compare the losses. Where transformers has no Qwen3.5, it is a Qwen3 '
-        "with the same heads. The exit status is 0 when the loss falls and the curves agree, 1 when not, 2 when the "
-        "example can not run.",
-    )
-    parser.add_argument("--size", choices=SIZES, default="tiny", help="tiny: a CPU does; real: a GPU (default: tiny)")
-    parser.add_argument("--steps", type=positive, help="steps of the optimizer (default: 60 at tiny, 200 at real)")
-    parser.add_argument("--context", type=positive, help="tokens of a sequence (default: 96 at tiny, 2048 at real)")
-    parser.add_argument("--batch", type=positive, help="sequences of a batch (default: 2)")
-    parser.add_argument("--dtype", choices=DTYPES, help="bf16 is by autocast (default: bf16 on a GPU, fp32 on a CPU)")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches (default: 0)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one, else cpu)")
-    parser.add_argument(
-        "--plot",
-        type=Path,
-        default=Path("train_transformers.png"),
-        help="the picture to write (default: train_transformers.png)",
-    )
-    return parser.parse_args(arguments)
 
 
 def make_model(size: Size, attention: str, seed: int) -> Any:
@@ -165,8 +139,7 @@ def run(options: argparse.Namespace) -> int:
     import broadhead.integrations.transformers as integration
 
     integration.register()
-    given = {key: value for key in ("steps", "context", "batch") if (value := getattr(options, key)) is not None}
-    size = SIZES[options.size]._replace(**given)
+    size = choose_size(options, SIZES)
     curves: dict[str, list[float]] = {}
     curves["broadhead"], ran = train("broadhead", size, options, device, dtype)
     for line in ran.report():
@@ -176,12 +149,16 @@ def run(options: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
-    try:
-        return run(options)
-    except CannotRunError as error:
-        print(f"train_transformers.py: {error}", file=sys.stderr)
-        return CANNOT_RUN
+    parser = make_parser(
+        "train_transformers.py",
+        "Train a small random Qwen3.5 (head_dim 256; every fourth layer is full attention) with the Trainer of "
+        'transformers, gradient checkpointing and attn_implementation="broadhead" on the help topics of Python, train '
+        'it again with "sdpa", and compare the losses. Where transformers has no Qwen3.5, it is a Qwen3 with the same '
+        "heads.",
+        SIZES,
+        devices=("cpu", "cuda"),
+    )
+    return run_example(parser, run, arguments)
 
 
 if __name__ == "__main__":

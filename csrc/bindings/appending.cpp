@@ -33,13 +33,16 @@ enum NewArgument {
 struct NewKeys {
   explicit NewKeys(py::handle tuple) { arguments = checker.items(tuple, "new keys", kNewCount); }
 
-  bool has_plain_types() const { return have_plain_types(arguments, kNewTensorCount); }
-
-  void read() {
+  // Reads the tensors and adds them to the key; see AttentionCall::read.
+  bool read(Read what, CallKey& key) {
+    if (what == Read::kKnown && !have_plain_types(arguments, kNewTensorCount)) return false;
+    bool has_key = true;
     for (int i = 0; i < kNewTensorCount; ++i) {
       if (!tensors[i].read(arguments[i])) checker.fail("new keys", "must be tensors or None");
+      has_key = has_key && key.add_tensor(tensors[i], false);
     }
     if (!tensors[kNewK].present() || !tensors[kNewV].present()) checker.fail("new keys", "must be there");
+    return has_key && key.add_value(arguments[kRotaryInterleaved]);
   }
 
   bool is_plain() const {
@@ -53,13 +56,6 @@ struct NewKeys {
     const std::pair<py::handle, const TensorView*> watched[] = {{arguments[kNewK], &tensors[kNewK]},
                                                                 {arguments[kNewV], &tensors[kNewV]}};
     return broadhead::wants_gradient(watched, 2);
-  }
-
-  bool add_to(CallKey& key) const {
-    for (int i = 0; i < kNewTensorCount; ++i) {
-      if (!key.add_tensor(tensors[i], false)) return false;
-    }
-    return key.add_value(arguments[kRotaryInterleaved]);
   }
 
   bool interleaved() const { return arguments[kRotaryInterleaved] == Py_True; }
@@ -77,25 +73,21 @@ struct AppendLaunch {
 
 // A call and what it appends first.
 struct AppendingCall {
-  bool has_plain_types() const { return call.has_plain_types() && fresh.has_plain_types(); }
+  AppendingCall(py::handle tuple, py::handle new_keys) : call(tuple, CallKind::kAppend), fresh(new_keys) {}
 
-  void read() {
-    call.read();
-    fresh.read();
-  }
-
-  bool on_cuda() const { return call.on_cuda(); }
-
-  bool add_to(CallKey& key) const {
-    return key.add_kind(CallKind::kAppend) && call.add_arguments(key) && fresh.add_to(key);
+  bool read(Read what) {
+    const bool has_key = call.read(what);
+    if (what == Read::kKnown && !has_key) return false;
+    return fresh.read(what, key) && has_key;
   }
 
   bool may_run_unseen() const {
     return call.is_plain() && fresh.is_plain() && !call.wants_gradient() && !fresh.wants_gradient();
   }
 
-  AttentionCall& call;
-  NewKeys& fresh;
+  AttentionCall call;
+  NewKeys fresh;
+  CallKey& key = call.key;  // what is appended follows the arguments of attention
 };
 
 // Without rotary no query is given.
@@ -175,31 +167,27 @@ py::object run(const AppendLaunch& launch, AttentionCall& call, const NewKeys& f
 py::object run_known_append(ArgumentReader& reader) {
   const py::handle function = reader.object();
   const bool need_lse = reader.truth();
-  AttentionCall call(reader.object());
-  NewKeys fresh(reader.object());
-  AppendingCall both{call, fresh};
-  return run_if_known<AppendLaunch>(both,
-                                    [&](AppendLaunch& launch) { return run(launch, call, fresh, function, need_lse); });
+  const py::handle call = reader.object();
+  AppendingCall both(call, reader.object());
+  return run_if_known<AppendLaunch>(
+      both, [&](AppendLaunch& launch) { return run(launch, both.call, both.fresh, function, need_lse); });
 }
 
 py::object remember_append(ArgumentReader& reader) {
   const py::handle dispatch = reader.object();
   const bool causal_or_local = reader.truth();
-  AttentionCall call(reader.object());
-  NewKeys fresh(reader.object());
+  const py::handle call = reader.object();
+  AppendingCall both(call, reader.object());
   AttentionCall attention(reader.object());
-  AppendingCall both{call, fresh};
-  both.read();
-  attention.read();
-  CallKey key, attention_key;
-  if (!both.add_to(key) || !attention.add_to(attention_key)) return py::bool_(false);
-  std::shared_ptr<Launch> found = find_call<Launch>(attention_key);
+  const bool has_key = both.read(Read::kFirst), attention_has_key = attention.read(Read::kFirst);
+  if (!has_key || !attention_has_key) return py::bool_(false);
+  std::shared_ptr<Launch> found = find_call<Launch>(attention.key);
   if (found == nullptr) return py::bool_(false);
-  const AppendTensors tensors = tensors_of(call, fresh, attention.tensors[kQ], attention.tensors[kSequsedK]);
+  const AppendTensors tensors = tensors_of(both.call, both.fresh, attention.tensors[kQ], attention.tensors[kSequsedK]);
   auto launch = std::make_shared<AppendLaunch>(
-      AppendLaunch{std::move(found), pack_append(checker, tensors, {fresh.interleaved(), causal_or_local}),
+      AppendLaunch{std::move(found), pack_append(checker, tensors, {both.fresh.interleaved(), causal_or_local}),
                    py::reinterpret_borrow<py::object>(dispatch)});
-  remember_call(key, std::move(launch), sizeof(AppendLaunch));
+  remember_call(both.key, std::move(launch), sizeof(AppendLaunch));
   return py::bool_(true);
 }
 

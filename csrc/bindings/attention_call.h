@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "bindings/call_key.h"
+#include "bindings/call_table.h"
 #include "bindings/kernel_library.h"
 #include "bindings/resources.h"
 #include "bindings/tensor_view.h"
@@ -41,19 +42,17 @@ constexpr bool is_tensor(int argument) { return kArguments[argument].is_tensor; 
 constexpr bool is_aligned(int argument) { return kArguments[argument].is_aligned; }
 constexpr const char* name_of(int argument) { return kArguments[argument].name; }
 
-// One call: its arguments, and those that are tensors as they were read.
+// One call: its arguments, those that are tensors as they were read, and the key that tells it from other calls.
 struct AttentionCall {
-  // Takes a tuple with an item for each Argument.
-  explicit AttentionCall(pybind11::handle tuple);
+  // Takes a tuple with an item for each Argument. `kind`: what the key is of.
+  explicit AttentionCall(pybind11::handle tuple, CallKind kind = CallKind::kAttention);
 
   // Also a call over keys that all sequences share: `length` tokens of the pages of `page_table`.
   AttentionCall(pybind11::handle tuple, pybind11::handle page_table, pybind11::handle length);
 
-  // Reads the tensors; throws when an argument is neither a tensor nor None, or q is None.
-  void read();
-
-  // Whether no type of a tensor overrides what torch does with it.
-  bool has_plain_types() const;
+  // Reads the tensors and makes the key, in one pass; false where there is no key for the call, and with Read::kKnown
+  // where it can not be known. Throws when an argument is neither a tensor nor None, or q is None.
+  bool read(Read what);
 
   // Whether a kernel may read the tensors, of plain types, as they are. False where a lazily negated view waits to be
   // resolved, and while a dispatch mode or forward-mode AD is active.
@@ -62,18 +61,13 @@ struct AttentionCall {
   // Whether autograd is on and asks for a gradient, which no kernel has, or watches `out`.
   bool wants_gradient() const;
 
-  bool on_cuda() const { return tensors[kQ].on_cuda(); }
-
   bool may_run_unseen() const { return is_plain() && !wants_gradient(); }
 
   bool is_shared() const { return shared_length != nullptr; }
 
-  // Adds what validation reads of the call, behind its kind; false: there is no key for it.
-  bool add_to(CallKey& key) const;
-  // The same without the kind.
-  bool add_arguments(CallKey& key) const;
-
   PyObject* const* arguments;
+  CallKind kind;
+  CallKey key;
   TensorView tensors[kArgumentCount];
   PyObject* shared_page_table_object = nullptr;
   PyObject* shared_length = nullptr;  // an int; null: there are no such keys
@@ -95,6 +89,11 @@ class Allocation {
 
 // What all calls of a kind have in common. The first one packs the argument block, the others only set its addresses.
 struct Launch {
+  // From the records that decided it: CheckedCall (python/broadhead/call/check.py) and Plan (plan/dispatch.py).
+  Launch(pybind11::handle call, pybind11::handle plan, int device_index, const pybind11::tuple& new_out,
+         const pybind11::tuple& new_lse, const pybind11::tuple& identity_of_metadata,
+         const pybind11::object& last_dispatch);
+
   const Kernel& kernel;
   pybind11::int_ device;
   Allocation out;
@@ -122,13 +121,13 @@ struct Hooks {
   pybind11::object check_identity;   // (function, metadata, *Launch::identity) -> the record that it compared, or None
   pybind11::object exchange_device;  // makes a device the current one -> the one before
   pybind11::object restore_device;   // likewise, but makes no context on a device that has none
-  pybind11::object is_grad_enabled;
+  Question is_grad_enabled;
   pybind11::object state;              // its `last` is what last_dispatch() returns
   pybind11::object is_plain_type;      // whether a type's tensors are plain memory; asked once a type
-  pybind11::object is_negative;        // whether a tensor is a lazily negated view
-  pybind11::object count_modes;        // the dispatch modes that are active, as an int
+  Question is_negative;                // whether a tensor is a lazily negated view
+  Question count_modes;                // the dispatch modes that are active, as an int
   pybind11::dict forward_ad;           // its `_current_level` is -1 outside forward-mode AD
-  pybind11::object increment_version;  // tells autograd that the tensors of a tuple were written
+  Question increment_version;          // tells autograd that the tensors of a tuple were written
   pybind11::object empty_like;         // torch.empty_like
   pybind11::object dtype;              // torch.dtype
   pybind11::object remember_metadata;  // (buffer, MetadataLaunch::made_for): adds to `records`

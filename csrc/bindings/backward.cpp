@@ -139,7 +139,7 @@ std::int64_t plan_scratch(const Kernel& kernel, AttnBwdParams& params) {
 void run_backward(ArgumentReader& reader) {
   const auto& launch = py::cast<const BackwardLaunch&>(reader.object());
   AttentionCall call(reader.object());
-  call.read();
+  call.read(Read::kFirst);
   const CallChecker checker(kFunction, call);
   const DeviceGuard guard(launch.device);
   AttnBwdParams params = launch.params;

@@ -9,6 +9,9 @@
 namespace broadhead {
 
 struct BackwardLaunch {
+  // From the records that decided it, as a Launch.
+  BackwardLaunch(pybind11::handle call, pybind11::handle plan, int device_index, bool deterministic);
+
   const Kernel& kernel;
   pybind11::int_ device;
   AttnBwdParams params;  // the numbers; tensors say the rest

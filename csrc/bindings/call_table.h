@@ -21,22 +21,24 @@ std::shared_ptr<Found> find_call(const CallKey& key) {
 // entries together take more than the table may, they are forgotten.
 void remember_call(const CallKey& key, std::shared_ptr<void> launch, std::size_t bytes);
 
+// What a call is read for.
+enum class Read {
+  kFirst,  // it was validated: its tensors are plain memory on a CUDA device
+  kKnown,  // it may be like one before: no type of a tensor may override what torch does with it
+};
+
 // Runs a call by the Launch of one like it: run(launch). None where there was none, or where torch must see the call;
-// whoever validates it then also finds better words for what is wrong with it. What a call must have:
-// has_plain_types(), read(), which throws, on_cuda(), add_to(key), and may_run_unseen(), which asks for modes, negated
-// views and gradients.
+// whoever validates it then also finds better words for what is wrong with it. What a call must have: read(Read), which
+// may throw and makes its `key`, and may_run_unseen(), which asks for modes, negated views and gradients.
 template <class Found, class Call, class Run>
 pybind11::object run_if_known(Call& call, const Run& run) {
-  CallKey key;
   try {
-    if (!call.has_plain_types()) return pybind11::none();
-    call.read();
+    if (!call.read(Read::kKnown)) return pybind11::none();
   } catch (const std::exception&) {  // Python's among them
     return pybind11::none();
   }
-  if (!call.on_cuda() || !call.add_to(key)) return pybind11::none();
   // Held from here on: Python code may run, and another thread with it, which may forget the call.
-  const std::shared_ptr<Found> launch = find_call<Found>(key);
+  const std::shared_ptr<Found> launch = find_call<Found>(call.key);
   if (launch == nullptr || !call.may_run_unseen()) return pybind11::none();
   try {
     return run(*launch);

@@ -62,7 +62,8 @@ void pack_shared(const AttentionCall& call, const CallChecker& checker, const Ke
   for (const Argument argument : {kSequsedQ, kPrefixLens}) {
     if (checker.has(argument)) checker.fail(name_of(argument), "must be None with shared_page_table");
   }
-  if (params.window_left >= 0 || params.window_right > 0 || params.attention_chunk > 0) {
+  const MaskRule& rule = params.mask_rule;
+  if (rule.window_left >= 0 || rule.window_right > 0 || rule.attention_chunk > 0) {
     checker.fail(kName, "is for calls with no window and no attention_chunk");
   }
   if (params.num_splits == 1 || params.cell_blocks > 0) {

@@ -35,39 +35,24 @@ bool modes_are_active() {
   PyObject* current = PyDict_GetItemWithError(hooks().forward_ad.ptr(), level);
   if (current == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
   if (current != nullptr && PyLong_Check(current) && PyLong_AsLong(current) >= 0) return true;
-  return PyObject_IsTrue(owned(PyObject_CallNoArgs(hooks().count_modes.ptr())).ptr()) != 0;
+  return PyObject_IsTrue(hooks().count_modes.ask().ptr()) != 0;
 }
 
-bool is_negative(py::handle tensor) {
-  return owned(PyObject_CallOneArg(hooks().is_negative.ptr(), tensor.ptr())).ptr() == Py_True;
-}
+bool is_negative(py::handle tensor) { return hooks().is_negative.ask(tensor).ptr() == Py_True; }
 
-void mark_written(py::handle tensor) {
-  PyObject* tuple = PyTuple_Pack(1, tensor.ptr());
-  if (tuple == nullptr) throw py::error_already_set();
-  PyObject* result = PyObject_CallOneArg(hooks().increment_version.ptr(), tuple);
-  Py_DECREF(tuple);
-  owned(result);
-}
+void mark_written(py::handle tensor) { hooks().increment_version.ask(owned(PyTuple_Pack(1, tensor.ptr()))); }
 
-AttentionCall::AttentionCall(py::handle tuple) {
+AttentionCall::AttentionCall(py::handle tuple, CallKind key_kind) : kind(key_kind) {
   if (!PyTuple_Check(tuple.ptr()) || PyTuple_GET_SIZE(tuple.ptr()) != kArgumentCount) {
     throw py::type_error("_C.forward: a call must be a tuple of " + std::to_string(kArgumentCount) + " arguments");
   }
   arguments = reinterpret_cast<PyTupleObject*>(tuple.ptr())->ob_item;
 }
 
-AttentionCall::AttentionCall(py::handle tuple, py::handle page_table, py::handle length) : AttentionCall(tuple) {
+AttentionCall::AttentionCall(py::handle tuple, py::handle page_table, py::handle length)
+    : AttentionCall(tuple, CallKind::kShared) {
   shared_page_table_object = page_table.ptr();
   shared_length = length.ptr();
-}
-
-bool AttentionCall::has_plain_types() const {
-  for (int argument = 0; argument < kArgumentCount; ++argument) {
-    const py::handle object = arguments[argument];
-    if (is_tensor(argument) && !object.is_none() && !has_plain_type(object)) return false;
-  }
-  return !is_shared() || has_plain_type(shared_page_table_object);
 }
 
 bool AttentionCall::is_plain() const {
@@ -81,7 +66,7 @@ bool AttentionCall::is_plain() const {
 
 bool wants_gradient(const std::pair<py::handle, const TensorView*>* tensors, std::size_t count) {
   static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
-  if (owned(PyObject_CallNoArgs(hooks().is_grad_enabled.ptr())).ptr() != Py_True) return false;
+  if (hooks().is_grad_enabled.ask().ptr() != Py_True) return false;
   for (std::size_t i = 0; i < count; ++i) {
     if (!tensors[i].second->present()) continue;
     if (owned(PyObject_GetAttr(tensors[i].first.ptr(), requires_grad)).ptr() == Py_True) return true;
@@ -96,32 +81,33 @@ bool AttentionCall::wants_gradient() const {
   return broadhead::wants_gradient(watched, std::size(watched));
 }
 
-bool AttentionCall::add_arguments(CallKey& key) const {
+bool AttentionCall::read(Read what) {
+  const bool is_known = what == Read::kKnown;
+  const auto may_read = [&](py::handle object) { return !is_known || object.is_none() || has_plain_type(object); };
+  bool has_key = key.add_kind(kind);
   for (int argument = 0; argument < kArgumentCount; ++argument) {
-    const bool added = is_tensor(argument) ? key.add_tensor(tensors[argument], is_aligned(argument))
-                                           : key.add_value(arguments[argument]);
-    if (!added) return false;
-  }
-  return true;
-}
-
-bool AttentionCall::add_to(CallKey& key) const {
-  if (!is_shared()) return key.add_kind(CallKind::kAttention) && add_arguments(key);
-  return key.add_kind(CallKind::kShared) && add_arguments(key) && key.add_tensor(shared_page_table, false) &&
-         key.add_value(shared_length);
-}
-
-void AttentionCall::read() {
-  for (int argument = 0; argument < kArgumentCount; ++argument) {
-    if (!is_tensor(argument) || tensors[argument].read(arguments[argument])) continue;
-    throw BindingError(std::string("_C.forward: ") + name_of(argument) + " must be a tensor or None, got " +
-                       Py_TYPE(arguments[argument])->tp_name);
+    const py::handle object = arguments[argument];
+    if (is_tensor(argument)) {
+      TensorView& tensor = tensors[argument];
+      if (!may_read(object)) return false;
+      if (!tensor.read(object)) {
+        throw BindingError(std::string("_C.forward: ") + name_of(argument) + " must be a tensor or None, got " +
+                           Py_TYPE(object.ptr())->tp_name);
+      }
+      has_key = has_key && key.add_tensor(tensor, is_aligned(argument));
+    } else {
+      has_key = has_key && key.add_value(object);
+    }
+    if (is_known && !(has_key && tensors[kQ].on_cuda())) return false;
   }
   if (!tensors[kQ].present()) throw BindingError("_C.forward: q must be a tensor, got None");
-  if (is_shared() && !(shared_page_table.read(shared_page_table_object) && shared_page_table.present())) {
+  if (!is_shared()) return has_key;
+  if (!may_read(shared_page_table_object)) return false;
+  if (!shared_page_table.read(shared_page_table_object) || !shared_page_table.present()) {
     throw BindingError(std::string("_C.forward: shared_page_table must be a tensor, got ") +
                        Py_TYPE(shared_page_table_object)->tp_name);
   }
+  return has_key && key.add_tensor(shared_page_table, false) && key.add_value(shared_length);
 }
 
 Allocation::Allocation(const py::tuple& function_arguments_keywords)

@@ -17,11 +17,9 @@ py::object run_by_launch(py::handle function, bool need_lse, AttentionCall& call
 
 py::object run_and_remember(py::handle target, py::handle function, bool need_lse, AttentionCall& call) {
   const auto launch = py::cast<std::shared_ptr<Launch>>(target);
-  call.read();
-  CallKey key;
-  const bool has_key = call.add_to(key);
+  const bool has_key = call.read(Read::kFirst);
   py::object result = run(*launch, call, function, need_lse, true);
-  if (has_key) remember_call(key, launch, sizeof(Launch) + kPythonBytes);
+  if (has_key) remember_call(call.key, launch, sizeof(Launch) + kPythonBytes);
   return result;
 }
 

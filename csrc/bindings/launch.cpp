@@ -1,10 +1,10 @@
 // Makes the Launch of a kind of calls from the records that decided it: CheckedCall (python/broadhead/call/check.py)
 // and Plan (python/broadhead/plan/dispatch.py).
-#include "bindings/launch.h"
-
 #include <string>
 
 #include "bindings/argument_reader.h"
+#include "bindings/attention_call.h"
+#include "bindings/backward.h"
 #include "bindings/packing.h"
 
 namespace py = pybind11;
@@ -30,9 +30,8 @@ Params decided(py::handle call, py::handle plan) {
   Params params = make_params<Params>();
   params.seqlen_q = integer(problem, "seqlen_q");
   params.seqlen_k = integer(problem, "seqlen_k");
-  params.window_left = integer(problem, "window_left");
-  params.window_right = integer(problem, "window_right");
-  params.attention_chunk = integer(problem, "attention_chunk");
+  params.mask_rule = {integer(problem, "window_left"), integer(problem, "window_right"),
+                      integer(problem, "attention_chunk")};
   params.softmax_scale = call.attr("softmax_scale").cast<float>();
   params.softcap = call.attr("softcap").cast<float>();
   params.num_splits = integer(schedule, "num_splits");
@@ -42,22 +41,26 @@ Params decided(py::handle call, py::handle plan) {
 
 }  // namespace
 
-Launch make_launch(py::handle call, py::handle plan, int device, const py::tuple& out, const py::tuple& lse,
-                   const py::tuple& identity, const py::object& dispatch) {
+Launch::Launch(py::handle call, py::handle plan, int device_index, const py::tuple& new_out, const py::tuple& new_lse,
+               const py::tuple& identity_of_metadata, const py::object& last_dispatch)
+    : kernel(kernel_of(plan, Direction::kForward)),
+      device(device_index),
+      out(new_out),
+      lse(new_lse),
+      identity(identity_of_metadata),
+      dispatch(last_dispatch),
+      params(decided<AttnParams>(call, plan)),
+      accepted_record(py::none()) {
   const py::object schedule = plan.attr("schedule");
-  AttnParams params = decided<AttnParams>(call, plan);
   params.pack_gqa = integer(schedule, "pack_gqa");
   params.metadata_tag = integer(py::reinterpret_borrow<py::object>(plan), "metadata_tag");
   params.heads_per_section = integer(schedule, "heads_per_section");
   params.cell_blocks = integer(schedule, "cell_blocks");
-  const Kernel& kernel = kernel_of(plan, Direction::kForward);
-  return {kernel, py::int_(device), Allocation(out), Allocation(lse), identity, dispatch, params, py::none()};
 }
 
-BackwardLaunch make_backward_launch(py::handle call, py::handle plan, int device, bool deterministic) {
-  AttnBwdParams params = decided<AttnBwdParams>(call, plan);
+BackwardLaunch::BackwardLaunch(py::handle call, py::handle plan, int device_index, bool deterministic)
+    : kernel(kernel_of(plan, Direction::kBackward)), device(device_index), params(decided<AttnBwdParams>(call, plan)) {
   params.deterministic = deterministic;
-  return {kernel_of(plan, Direction::kBackward), py::int_(device), params};
 }
 
 }  // namespace broadhead

@@ -91,8 +91,6 @@ struct MergeCall {
     for (PyObject*& object : objects) object = reader.object().ptr();
   }
 
-  bool has_plain_types() const { return have_plain_types(objects, 5); }
-
   bool is_plain() const {
     if (modes_are_active()) return false;
     for (PyObject* object : objects) {
@@ -101,15 +99,19 @@ struct MergeCall {
     return true;
   }
 
-  void read() {
+  // See AttentionCall::read.
+  bool read(Read what) {
+    if (what == Read::kKnown && !have_plain_types(objects, std::size(objects))) return false;
     broadhead::read("out_a", objects[0], tensors.out_a);
     broadhead::read("lse_a", objects[1], tensors.lse_a);
     broadhead::read("out_b", objects[2], tensors.out_b);
     broadhead::read("lse_b", objects[3], tensors.lse_b);
     if (objects[4] != Py_None) broadhead::read("out", objects[4], tensors.out);
+    if (what == Read::kKnown && !tensors.out_a.on_cuda()) return false;
+    return key.add_kind(CallKind::kMerge) && key.add_tensor(tensors.out_a, true) &&
+           key.add_tensor(tensors.out_b, true) && key.add_tensor(tensors.out, true) &&
+           key.add_tensor(tensors.lse_a, false) && key.add_tensor(tensors.lse_b, false);
   }
-
-  bool on_cuda() const { return tensors.out_a.on_cuda(); }
 
   bool may_run_unseen() const { return is_plain() && !wants_gradient(); }
 
@@ -122,14 +124,9 @@ struct MergeCall {
     return broadhead::wants_gradient(watched, std::size(watched));
   }
 
-  bool add_to(CallKey& key) const {
-    return key.add_kind(CallKind::kMerge) && key.add_tensor(tensors.out_a, true) &&
-           key.add_tensor(tensors.out_b, true) && key.add_tensor(tensors.out, true) &&
-           key.add_tensor(tensors.lse_a, false) && key.add_tensor(tensors.lse_b, false);
-  }
-
   PyObject* objects[5];
   MergeTensors tensors;
+  CallKey key;
 };
 
 py::object run(MergeLaunch& launch, MergeCall& call, bool is_first) {
@@ -172,11 +169,9 @@ py::object run_new_merge(ArgumentReader& reader) {
                                                           Allocation(py::reinterpret_borrow<py::tuple>(lse)),
                                                           {}});
   MergeCall call(reader);
-  call.read();
-  CallKey key;
-  const bool has_key = call.add_to(key);
+  const bool has_key = call.read(Read::kFirst);
   py::object result = run(*launch, call, true);
-  if (has_key) remember_call(key, std::move(launch), sizeof(MergeLaunch) + kPythonBytes);
+  if (has_key) remember_call(call.key, std::move(launch), sizeof(MergeLaunch) + kPythonBytes);
   return result;
 }
 

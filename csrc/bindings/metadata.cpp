@@ -39,35 +39,31 @@ struct MetadataRequest {
     numbers = reader.object();
   }
 
-  bool has_plain_types() const { return have_plain_types(objects, kRequestTensors); }
-
-  void read() {
+  // See AttentionCall::read. `numbers` None: there is no key.
+  bool read(Read what) {
+    if (what == Read::kKnown && !have_plain_types(objects, kRequestTensors)) return false;
+    bool has_key = PyTuple_Check(numbers.ptr()) && key.add_kind(CallKind::kMetadata);
     for (int i = 0; i < kRequestTensors; ++i) {
       if (!tensors[i].read(objects[i])) checker.fail(kNames[i], "must be a tensor or None");
+      has_key = has_key && key.add_tensor(tensors[i], false);
     }
     if (!tensors[kCacheSeqlens].present()) checker.fail(kNames[kCacheSeqlens], "must be a tensor, got None");
+    if (what == Read::kKnown && !tensors[kCacheSeqlens].on_cuda()) return false;
+    for (Py_ssize_t i = 0; has_key && i < PyTuple_GET_SIZE(numbers.ptr()); ++i) {
+      const py::handle number = PyTuple_GET_ITEM(numbers.ptr(), i);
+      const bool is_dtype = reinterpret_cast<PyObject*>(Py_TYPE(number.ptr())) == hooks().dtype.ptr();
+      has_key = is_dtype ? key.add_permanent(number) : key.add_value(number);
+    }
+    return has_key;
   }
-
-  bool on_cuda() const { return tensors[kCacheSeqlens].on_cuda(); }
 
   // Integers are negated lazily by no public function, and have no gradient: only a mode is left to ask for.
   bool may_run_unseen() const { return !modes_are_active(); }
 
-  // False: there is no key for the request.
-  bool add_to(CallKey& key) const {
-    bool added = PyTuple_Check(numbers.ptr()) && key.add_kind(CallKind::kMetadata);
-    for (int i = 0; added && i < kRequestTensors; ++i) added = key.add_tensor(tensors[i], false);
-    for (Py_ssize_t i = 0; added && i < PyTuple_GET_SIZE(numbers.ptr()); ++i) {
-      const py::handle number = PyTuple_GET_ITEM(numbers.ptr(), i);
-      const bool is_dtype = reinterpret_cast<PyObject*>(Py_TYPE(number.ptr())) == hooks().dtype.ptr();
-      added = is_dtype ? key.add_permanent(number) : key.add_value(number);
-    }
-    return added;
-  }
-
   PyObject* objects[kRequestTensors];
   TensorView tensors[kRequestTensors];
   py::handle numbers;  // None: requests of its kind are not to be known
+  CallKey key;
 };
 
 // What all requests of a kind have in common.
@@ -133,11 +129,9 @@ py::object run_new_metadata(ArgumentReader& reader) {
                                                                 py::reinterpret_borrow<py::object>(new_metadata),
                                                                 py::reinterpret_borrow<py::object>(made_for), params});
   MetadataRequest request(reader);
-  request.read();
-  CallKey key;
-  const bool has_key = request.add_to(key);
+  const bool has_key = request.read(Read::kFirst);
   py::object result = run(*launch, request, true);
-  if (has_key) remember_call(key, std::move(launch), sizeof(MetadataLaunch) + kPythonBytes);
+  if (has_key) remember_call(request.key, std::move(launch), sizeof(MetadataLaunch) + kPythonBytes);
   return result;
 }
 

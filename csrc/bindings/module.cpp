@@ -6,10 +6,11 @@
 #include <algorithm>
 #include <memory>
 
+#include "bindings/attention_call.h"
+#include "bindings/backward.h"
 #include "bindings/call_table.h"
 #include "bindings/functions.h"
 #include "bindings/kernel_library.h"
-#include "bindings/launch.h"
 #include "bindings/packing.h"
 #include "bindings/tensor_view.h"
 #include "host/params.h"
@@ -180,10 +181,12 @@ PYBIND11_MODULE(_C, module) {
              "{name: why}}.");
   pybind11::class_<broadhead::Launch, std::shared_ptr<broadhead::Launch>>(module, "Launch",
                                                                           "What all calls of a kind have in common.")
-      .def(pybind11::init(&broadhead::make_launch), py::kw_only(), py::arg("call"), py::arg("plan"), py::arg("device"),
-           py::arg("out"), py::arg("lse"), py::arg("identity"), py::arg("dispatch"));
+      .def(pybind11::init<py::handle, py::handle, int, const py::tuple&, const py::tuple&, const py::tuple&,
+                          const py::object&>(),
+           py::kw_only(), py::arg("call"), py::arg("plan"), py::arg("device"), py::arg("out"), py::arg("lse"),
+           py::arg("identity"), py::arg("dispatch"));
   pybind11::class_<broadhead::BackwardLaunch>(module, "BackwardLaunch", "Of all backward calls of a kind.")
-      .def(pybind11::init(&broadhead::make_backward_launch), py::kw_only(), py::arg("call"), py::arg("plan"),
+      .def(pybind11::init<py::handle, py::handle, int, bool>(), py::kw_only(), py::arg("call"), py::arg("plan"),
            py::arg("device"), py::arg("deterministic"));
   module.def(
       "connect",
@@ -191,9 +194,10 @@ PYBIND11_MODULE(_C, module) {
          py::object is_grad_enabled, py::object state, py::object is_plain_type, py::object is_negative,
          py::object count_modes, py::dict forward_ad, py::object increment_version, py::object empty_like,
          py::object dtype, py::object remember_metadata) {
-        broadhead::connect({records, check_identity, exchange_device, restore_device, is_grad_enabled, state,
-                            is_plain_type, is_negative, count_modes, forward_ad, increment_version, empty_like, dtype,
-                            remember_metadata});
+        using broadhead::Question;
+        broadhead::connect({records, check_identity, exchange_device, restore_device, Question(is_grad_enabled), state,
+                            is_plain_type, Question(is_negative), Question(count_modes), forward_ad,
+                            Question(increment_version), empty_like, dtype, remember_metadata});
       },
       py::kw_only(), py::arg("records"), py::arg("check_identity"), py::arg("exchange_device"),
       py::arg("restore_device"), py::arg("is_grad_enabled"), py::arg("state"), py::arg("is_plain_type"),

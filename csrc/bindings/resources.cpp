@@ -13,6 +13,28 @@ py::object owned(PyObject* result) {
   return py::reinterpret_steal<py::object>(result);
 }
 
+Question::Question(py::object function) : function_(std::move(function)) {
+  PyObject* const object = function_.ptr();
+  if (PyCFunction_CheckExact(object)) {
+    const int flags = PyCFunction_GET_FLAGS(object);
+    if (flags != METH_NOARGS && flags != METH_O) return;
+    direct_ = PyCFunction_GET_FUNCTION(object);
+    self_ = PyCFunction_GET_SELF(object);
+  } else if (Py_TYPE(object) == &PyMethodDescr_Type) {
+    auto* const method = reinterpret_cast<PyMethodDescrObject*>(object);
+    if (method->d_method->ml_flags != METH_NOARGS) return;
+    direct_ = method->d_method->ml_meth;
+    type_ = method->d_common.d_type;
+  }
+}
+
+py::object Question::ask(py::handle object) const {
+  if (direct_ == nullptr || (type_ != nullptr && !PyObject_TypeCheck(object.ptr(), type_))) {
+    return owned(PyObject_CallOneArg(function_.ptr(), object.ptr()));
+  }
+  return owned(type_ != nullptr ? direct_(object.ptr(), nullptr) : direct_(self_, object.ptr()));
+}
+
 Scratch::Scratch(py::handle q, int device, std::int64_t size) {
   if (size == 0) return;
   if (allocate(exchange_api(q), device, size)) {

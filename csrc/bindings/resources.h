@@ -12,6 +12,24 @@ namespace broadhead {
 // The new reference that a function of Python's C API returned; throws the exception that null stands for.
 pybind11::object owned(PyObject* result);
 
+// A function of Python that every call asks, of one object or of none. A C function is called as what it is, without
+// the way through Python's call protocol.
+class Question {
+ public:
+  explicit Question(pybind11::object function);
+
+  pybind11::object ask() const {
+    return owned(direct_ ? direct_(self_, nullptr) : PyObject_CallNoArgs(function_.ptr()));
+  }
+  pybind11::object ask(pybind11::handle object) const;
+
+ private:
+  pybind11::object function_;
+  PyCFunction direct_ = nullptr;  // null: by the protocol
+  PyObject* self_ = nullptr;      // of a function of a module
+  PyTypeObject* type_ = nullptr;  // of the objects that a method takes; null: it is no method
+};
+
 // fp32 elements that are free again once the work behind them on the current stream is done.
 class Scratch {
  public:

@@ -51,7 +51,7 @@ class TensorView {
   void check(const char* function, const char* name, ElementType type, int ndim) const;
 
   bool present() const { return present_; }
-  bool on_cuda() const { return on_cuda_; }
+  bool on_cuda() const { return present_ && on_cuda_; }
   bool is_floating() const { return type_ != ElementType::kInt32; }
   void* data() const { return present_ ? data_ : nullptr; }
   int ndim() const { return ndim_; }

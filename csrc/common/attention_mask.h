@@ -6,6 +6,7 @@
 
 #include "common/macros.h"
 #include "common/math.h"
+#include "host/params.h"
 
 namespace broadhead {
 
@@ -22,20 +23,18 @@ struct QueryInterval {
 struct AttentionMask {
   int seqlen_q;
   int seqlen_k;
-  int window_left;      // -1: unbounded
-  int window_right;     // -1: unbounded
-  int attention_chunk;  // 0: off
-  int prefix_len;       // 0: none; at most seqlen_k
+  MaskRule rule;
+  int prefix_len;  // 0: none; at most seqlen_k
 
   // Keys that query `q` sees besides the prefix. Both ends never decrease as q grows.
   BROADHEAD_HOST_DEVICE KeyInterval row_interval(int q) const {
     const int position = q + seqlen_k - seqlen_q;
-    int begin = window_left >= 0 ? position - window_left : 0;
-    int end = window_right >= 0 ? min_int(seqlen_k, position + window_right + 1) : seqlen_k;
-    if (attention_chunk > 0) {
-      const int chunk_begin = floor_div(position, attention_chunk) * attention_chunk;
+    int begin = rule.window_left >= 0 ? position - rule.window_left : 0;
+    int end = rule.window_right >= 0 ? min_int(seqlen_k, position + rule.window_right + 1) : seqlen_k;
+    if (rule.attention_chunk > 0) {
+      const int chunk_begin = floor_div(position, rule.attention_chunk) * rule.attention_chunk;
       begin = max_int(begin, chunk_begin);
-      end = min_int(end, chunk_begin + attention_chunk);
+      end = min_int(end, chunk_begin + rule.attention_chunk);
     }
     return {max_int(begin, 0), end};
   }
@@ -56,10 +55,10 @@ struct AttentionMask {
     // Query q is at position q + shift, and the ends of its interval never decrease as q grows.
     const long long shift = static_cast<long long>(seqlen_k) - seqlen_q;
     long long begin = 0, end = seqlen_q;
-    if (window_right >= 0) begin = max_int64(begin, key_first - static_cast<long long>(window_right) - shift);
-    if (window_left >= 0) end = min_int64(end, key_last + static_cast<long long>(window_left) - shift + 1);
-    if (attention_chunk > 0) {
-      const long long chunk = attention_chunk;
+    if (rule.window_right >= 0) begin = max_int64(begin, key_first - static_cast<long long>(rule.window_right) - shift);
+    if (rule.window_left >= 0) end = min_int64(end, key_last + static_cast<long long>(rule.window_left) - shift + 1);
+    if (rule.attention_chunk > 0) {
+      const long long chunk = rule.attention_chunk;
       begin = max_int64(begin, key_first / chunk * chunk - shift);
       end = min_int64(end, (key_last / chunk + 1) * chunk - shift);
     }

@@ -92,8 +92,8 @@ BROADHEAD_DEVICE void set_backward_work(BackwardWork& work, const AttnBwdParams&
   const WorkTile at = work_tile(index, tiles, heads, params.batch, heads_per_section);
   const SeqlenInfo seqlen = make_seqlen_info(params, at.batch);
   work.seqlen = seqlen;
-  work.mask = {seqlen.seqlen_q,     seqlen.seqlen_k,        params.window_left,
-               params.window_right, params.attention_chunk, sequence_prefix(params, at.batch, seqlen.seqlen_k)};
+  const int prefix_len = sequence_prefix(params, at.batch, seqlen.seqlen_k);
+  work.mask = {seqlen.seqlen_q, seqlen.seqlen_k, params.mask_rule, prefix_len};
   work.scale.set(params.softmax_scale, params.softcap);
   work.batch = at.batch;
   work.head = at.head;

@@ -75,8 +75,7 @@ BROADHEAD_DEVICE void set_tile_keys(TileState<Element>& state, const AttnParams&
                                     int split, const TileShape& shape) {
   const int seqlen_q = state.seqlen.seqlen_q;
   const int seqlen_k = state.seqlen.seqlen_k;
-  const AttentionMask mask{
-      seqlen_q, seqlen_k, params.window_left, params.window_right, params.attention_chunk, state.mask.prefix_len};
+  const AttentionMask mask{seqlen_q, seqlen_k, params.mask_rule, state.mask.prefix_len};
   state.mask = mask;
   const int rows_per_token = state.output.rows.rows_per_token;
   const int cluster_row = tile.m_block / shape.cluster * shape.cluster * shape.rows;

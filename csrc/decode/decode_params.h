@@ -28,7 +28,8 @@ struct DecodeParams : AttnParams {
 // Whether every query of a call sees all keys of its sequence.
 inline bool sees_all(const AttnParams& params) {
   const bool one_token = params.seqlen_q == 1;  // it stands at the last key of its sequence
-  return params.window_left < 0 && (params.window_right < 0 || one_token) && params.attention_chunk == 0 &&
+  const MaskRule& rule = params.mask_rule;
+  return rule.window_left < 0 && (rule.window_right < 0 || one_token) && rule.attention_chunk == 0 &&
          params.prefix_lens == nullptr;
 }
 
@@ -56,9 +57,9 @@ BROADHEAD_HOST_DEVICE int sequence_rows(const DecodeParams& params, const Seqlen
 
 // The mask of a sequence. Every query sees all shared keys, and a call with shared keys has no other mask than causal.
 BROADHEAD_HOST_DEVICE AttentionMask make_mask(const DecodeParams& params, const SeqlenInfo& seqlen, int batch) {
-  const int window_right = is_shared(params, batch) ? -1 : params.window_right;
-  return {seqlen.seqlen_q, seqlen.seqlen_k,        params.window_left,
-          window_right,    params.attention_chunk, sequence_prefix(params, batch, seqlen.seqlen_k)};
+  MaskRule rule = params.mask_rule;
+  if (is_shared(params, batch)) rule.window_right = -1;
+  return {seqlen.seqlen_q, seqlen.seqlen_k, rule, sequence_prefix(params, batch, seqlen.seqlen_k)};
 }
 
 }  // namespace broadhead::decode

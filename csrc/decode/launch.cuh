@@ -50,8 +50,9 @@ inline bool shared_keys_fit(const AttnParams& params) {
   const bool one_piece = params.cu_seqlens_q != nullptr || params.seqlen_q == 1 || params.batch == 1 ||
                          params.q_strides.batch == params.seqlen_q * params.q_strides.row;
   return one_piece && params.shared_page_table != nullptr && params.page_table != nullptr && params.page_size > 0 &&
-         params.cell_blocks == 0 && params.num_splits != 1 && params.seqused_q == nullptr && params.window_left < 0 &&
-         params.window_right <= 0 && params.attention_chunk == 0 && params.prefix_lens == nullptr;
+         params.cell_blocks == 0 && params.num_splits != 1 && params.seqused_q == nullptr &&
+         params.mask_rule.window_left < 0 && params.mask_rule.window_right <= 0 &&
+         params.mask_rule.attention_chunk == 0 && params.prefix_lens == nullptr;
 }
 
 // CTAs that can be resident at a time at most. A workspace for so many is large enough, however few of them fit. 0:

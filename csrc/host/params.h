@@ -32,6 +32,13 @@ struct DescaleStrides {
   std::int64_t head;
 };
 
+// Which keys a query sees by its position alone: the same for all sequences of a call (common/attention_mask.h).
+struct MaskRule {
+  std::int32_t window_left;      // -1: unbounded
+  std::int32_t window_right;     // -1: unbounded; causal is 0
+  std::int32_t attention_chunk;  // 0: off
+};
+
 // One forward call. R = total query rows of a head: B * Sq (dense) or T (varlen). bf16/fp16 is the row's dtype.
 struct AttnParams {
   std::uint32_t struct_size;
@@ -89,9 +96,7 @@ struct AttnParams {
   std::int32_t head_dim_v;
   std::int32_t page_size;  // 0: not paged
 
-  std::int32_t window_left;      // -1: unbounded
-  std::int32_t window_right;     // -1: unbounded; causal is 0
-  std::int32_t attention_chunk;  // 0: off
+  MaskRule mask_rule;
   float softmax_scale;
   float softcap;  // 0: off
   std::int32_t sinks_are_fp32;
@@ -166,9 +171,7 @@ struct AttnBwdParams {
   std::int32_t head_dim;
   std::int32_t head_dim_v;
 
-  std::int32_t window_left;      // -1: unbounded
-  std::int32_t window_right;     // -1: unbounded; causal is 0
-  std::int32_t attention_chunk;  // 0: off
+  MaskRule mask_rule;
   float softmax_scale;
   float softcap;  // 0: off
   std::int32_t sinks_are_fp32;

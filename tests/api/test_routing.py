@@ -12,16 +12,15 @@ from typing import Any
 import broadhead
 import pytest
 import torch
-from broadhead.api import forward
 from broadhead.call.arguments import (
     ARGUMENTS,
     OPERATOR_NAMES,
     OPERATOR_SCHEMA,
     AttentionArgs,
-    from_operator,
-    to_operator,
 )
 from broadhead.call.names import shown_name
+from broadhead.ops.attention import from_operator, to_operator
+from broadhead.run import known
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Other spellings of fields.
@@ -44,7 +43,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[AttentionArgs]:
         calls.append(AttentionArgs._make(call))
         return None, None
 
-    monkeypatch.setattr(forward, "_run_known", know)
+    monkeypatch.setattr(known, "run_known", know)
     return calls
 
 
@@ -108,13 +107,14 @@ def test_another_spelling_reaches_the_same_field(
 
 
 def test_operators_take_every_argument_once() -> None:
-    args = AttentionArgs(**{name: object() for name in AttentionArgs._fields})
+    named = {name: object() for name in AttentionArgs._fields}
+    args = AttentionArgs(**{**named, "window_size": (3, 5), "causal": False, "page_table": None})
     deterministic, differentiable = object(), object()
-    inputs = to_operator("f", args, (3, 5), deterministic, differentiable)  # type: ignore[arg-type]
+    inputs = to_operator("f", args, deterministic, differentiable)  # type: ignore[arg-type]
     assert len(set(map(id, inputs))) == len(inputs) == len(OPERATOR_NAMES)
-    function, back, *how = from_operator(inputs)
-    assert how == [deterministic, differentiable]
-    assert function == "f" and back.window_size == (3, 5) and back.out is None
+    back, *how = from_operator(inputs)
+    assert how == [deterministic, differentiable, "f"]
+    assert back.window_size == (3, 5) and back.out is None
     for name in set(AttentionArgs._fields) - {"window_size", "out"}:
         assert getattr(back, name) is getattr(args, name), name
 

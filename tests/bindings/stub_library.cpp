@@ -90,6 +90,12 @@ void put_float(const char* name, float value) {
   put(name, std::string(digits));
 }
 
+void put_rule(const broadhead::MaskRule& rule) {
+  put("window_left", rule.window_left);
+  put("window_right", rule.window_right);
+  put("attention_chunk", rule.attention_chunk);
+}
+
 }  // namespace
 
 #define PUT(field) put(#field, p.field)
@@ -119,7 +125,7 @@ std::int64_t broadhead_forward_workspace(int index, const broadhead::AttnParams*
 int broadhead_forward(int index, const broadhead::AttnParams* params, void* stream, char* error,
                       std::size_t error_size) {
   const broadhead::AttnParams& p = *params;
-  wait_if_asked(p.attention_chunk);
+  wait_if_asked(p.mask_rule.attention_chunk);
   const Launch launch("forward");
   if (p.softcap < 0 || p.out == reinterpret_cast<void*>(0xBAD << 12)) {
     std::snprintf(error, error_size, "%s: launch: the stub was asked to fail", kKernels[index].id);
@@ -133,7 +139,7 @@ int broadhead_forward(int index, const broadhead::AttnParams* params, void* stre
   PUT(cu_seqlens_q), PUT(cu_seqlens_k), PUT(seqused_q), PUT(seqused_k), PUT(leftpad_k), PUT(kv_batch_idx);
   PUT(page_table), PUT(prefix_lens), PUT(sinks), PUT(scheduler_metadata), PUT(page_table_batch_stride);
   PUT(batch), PUT(seqlen_q), PUT(seqlen_k), PUT(total_q), PUT(num_heads_q), PUT(num_heads_kv), PUT(head_dim);
-  PUT(head_dim_v), PUT(page_size), PUT(window_left), PUT(window_right), PUT(attention_chunk), PUT(sinks_are_fp32);
+  PUT(head_dim_v), PUT(page_size), put_rule(p.mask_rule), PUT(sinks_are_fp32);
   PUT(num_splits), PUT(pack_gqa), PUT(metadata_tag), PUT(heads_per_section), PUT(max_blocks), PUT(total_k),
       PUT(num_pages), PUT(num_kv_batches), PUT(tile_counter), PUT(qv);
   PUT(qv_strides), PUT(q_descale), PUT(k_descale), PUT(v_descale), PUT(q_descale_strides), PUT(k_descale_strides);
@@ -154,7 +160,7 @@ std::int64_t broadhead_backward_workspace(int index, const broadhead::AttnBwdPar
 int broadhead_backward(int index, const broadhead::AttnBwdParams* params, void* stream, char* error,
                        std::size_t error_size) {
   const broadhead::AttnBwdParams& p = *params;
-  wait_if_asked(p.attention_chunk);
+  wait_if_asked(p.mask_rule.attention_chunk);
   const Launch launch("backward");
   if (p.softcap < 0) {
     std::snprintf(error, error_size, "%s: launch: the stub was asked to fail", kKernels[index].id);
@@ -168,8 +174,8 @@ int broadhead_backward(int index, const broadhead::AttnBwdParams* params, void* 
   PUT(dq_strides), PUT(dk_strides), PUT(dv_strides), PUT(lse_batch_stride), PUT(lse_head_stride);
   PUT(dlse_batch_stride), PUT(dlse_head_stride), PUT(cu_seqlens_q), PUT(cu_seqlens_k), PUT(seqused_q), PUT(seqused_k);
   PUT(prefix_lens), PUT(sinks), PUT(batch), PUT(seqlen_q), PUT(seqlen_k), PUT(total_q), PUT(total_k);
-  PUT(num_heads_q), PUT(num_heads_kv), PUT(head_dim), PUT(head_dim_v), PUT(window_left), PUT(window_right);
-  PUT(attention_chunk), PUT(sinks_are_fp32), PUT(deterministic), PUT(num_splits), PUT(max_blocks);
+  PUT(num_heads_q), PUT(num_heads_kv), PUT(head_dim), PUT(head_dim_v), put_rule(p.mask_rule);
+  PUT(sinks_are_fp32), PUT(deterministic), PUT(num_splits), PUT(max_blocks);
   PUT(workspace_bytes);
   put_float("softmax_scale", p.softmax_scale);
   put_float("softcap", p.softcap);

@@ -86,8 +86,8 @@ class BackwardCall {
     params.batch = 2, params.num_heads_q = o.heads, params.num_heads_kv = 1;
     params.seqlen_q = o.seqlen_q, params.seqlen_k = o.seqlen_k;
     params.head_dim = o.head_dim, params.head_dim_v = o.head_dim_v;
-    params.window_left = o.window_left, params.window_right = o.window_right;
-    params.attention_chunk = o.attention_chunk;
+    params.mask_rule.window_left = o.window_left, params.mask_rule.window_right = o.window_right;
+    params.mask_rule.attention_chunk = o.attention_chunk;
     params.softmax_scale = o.scale, params.softcap = o.softcap;
     if constexpr (Traits::Keys::kFused) {
       launch_fused<typename Traits::Keys>(params, early);

@@ -57,8 +57,9 @@ struct Call {
                   "seed %u: batch %d, seqlen_q %d, seqlen_k %d, heads in grid %d x %d rows, window (%d, %d), chunk %d, "
                   "prefix %d, num_splits %d, cell_blocks %d, tile %d x %d, tile_cost %d, %d CTAs of at least %d",
                   seed, params.batch, params.seqlen_q, params.seqlen_k, params.heads_in_grid, params.rows_per_token,
-                  params.window_left, params.window_right, params.attention_chunk, params.prefix_lens != nullptr,
-                  params.num_splits, params.cell_blocks, tile_m, tile_n, params.tile_cost, available, least);
+                  params.mask_rule.window_left, params.mask_rule.window_right, params.mask_rule.attention_chunk,
+                  params.prefix_lens != nullptr, params.num_splits, params.cell_blocks, tile_m, tile_n,
+                  params.tile_cost, available, least);
     return text;
   }
 };
@@ -132,9 +133,9 @@ inline void make_random_call(Call& call, unsigned seed) {
   }
 
   const auto limit = [&] { return random.of({0, 1, 17, longest_k / 2}); };
-  params.window_left = random.one_in(3) ? limit() : -1;
-  params.window_right = random.one_in(2) ? (random.one_in(2) ? 0 : limit()) : -1;
-  params.attention_chunk = random.one_in(6) ? random.of({1, 48, 100, 1024}) : 0;
+  params.mask_rule.window_left = random.one_in(3) ? limit() : -1;
+  params.mask_rule.window_right = random.one_in(2) ? (random.one_in(2) ? 0 : limit()) : -1;
+  params.mask_rule.attention_chunk = random.one_in(6) ? random.of({1, 48, 100, 1024}) : 0;
   if (random.one_in(6)) call.prefixes = random_lengths(random, params.batch, longest_k);
   call.connect();
 }

@@ -14,17 +14,18 @@ bool rule(const AttentionMask& m, int q, int key) {
   const int position = q + m.seqlen_k - m.seqlen_q;
   if (key < 0 || key >= m.seqlen_k) return false;
   if (key < m.prefix_len) return true;
-  if (m.window_left >= 0 && key < position - m.window_left) return false;
-  if (m.window_right >= 0 && key > position + m.window_right) return false;
-  if (m.attention_chunk > 0) {
-    const int chunk = m.attention_chunk;
+  if (m.rule.window_left >= 0 && key < position - m.rule.window_left) return false;
+  if (m.rule.window_right >= 0 && key > position + m.rule.window_right) return false;
+  if (m.rule.attention_chunk > 0) {
+    const int chunk = m.rule.attention_chunk;
     if (std::floor(static_cast<double>(key) / chunk) != std::floor(static_cast<double>(position) / chunk)) return false;
   }
   return true;
 }
 
 #define CASE "sq %d sk %d window (%d, %d) chunk %d prefix %d q %d"
-#define CASE_OF(m, q) m.seqlen_q, m.seqlen_k, m.window_left, m.window_right, m.attention_chunk, m.prefix_len, q
+#define CASE_OF(m, q) \
+  m.seqlen_q, m.seqlen_k, m.rule.window_left, m.rule.window_right, m.rule.attention_chunk, m.prefix_len, q
 
 void check_rows(const AttentionMask& mask) {
   for (int q = 0; q < mask.seqlen_q; ++q) {
@@ -98,7 +99,7 @@ void check_queries(const AttentionMask& mask, int key_first, int key_last) {
   if (last_seen < 0) return;
   CHECK(queries.begin <= first_seen && queries.end > last_seen, CASE " keys %d to %d: [%d, %d) is too short",
         CASE_OF(mask, first_seen), key_first, key_last, queries.begin, queries.end);
-  if (mask.window_left < 0 && mask.attention_chunk == 0 && key_first >= mask.prefix_len) {
+  if (mask.rule.window_left < 0 && mask.rule.attention_chunk == 0 && key_first >= mask.prefix_len) {
     CHECK(queries.begin == first_seen, CASE " keys %d to %d: begins too early", CASE_OF(mask, first_seen), key_first,
           key_last);
   }
@@ -132,7 +133,7 @@ int main() {
           for (int chunk : chunks) {
             for (int prefix : prefixes) {
               if (prefix > 0 && right != 0) continue;  // prefix_lens requires a causal mask
-              const AttentionMask mask{sq, sk, left, right, chunk, std::min(prefix, sk)};
+              const AttentionMask mask{sq, sk, {left, right, chunk}, std::min(prefix, sk)};
               check_rows(mask);
               for (int tile_n : {1, 4, 16}) {
                 for (int key = 0; key < sk; key += tile_n) check_queries(mask, key, std::min(key + tile_n, sk) - 1);

@@ -36,9 +36,9 @@ void make_shared_call(Call& call, unsigned seed) {
   DecodeParams& params = call.params;
   params.cell_blocks = 0;
   params.num_splits = random.of({0, 0, 2, 3, 7});
-  params.window_left = -1;
-  params.window_right = random.of({-1, 0});
-  params.attention_chunk = 0;
+  params.mask_rule.window_left = -1;
+  params.mask_rule.window_right = random.of({-1, 0});
+  params.mask_rule.attention_chunk = 0;
   call.used_q.clear();
   call.prefixes.clear();
   params.shared_seqlen_k = random.of({1, 17, 300, 8192, 20000});

@@ -24,7 +24,7 @@ void check_sees_all(const Call& call) {
       CHECK(keys.begin == 0 && keys.end == work.seqlen.seqlen_k, "sequence %d: [%d, %d); %s", b, keys.begin, keys.end,
             call.words().c_str());
     }
-    ++(params.window_right < 0 ? seen.unbounded : seen.one_token);
+    ++(params.mask_rule.window_right < 0 ? seen.unbounded : seen.one_token);
   }
 }
 

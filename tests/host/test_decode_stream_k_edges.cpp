@@ -12,7 +12,7 @@ void check_rule(int batch, int n_blocks, int num_splits, int available, int leas
   call.params.batch = batch;
   call.params.seqlen_q = 1;
   call.params.seqlen_k = n_blocks * call.tile_n;
-  call.params.window_left = call.params.window_right = -1;
+  call.params.mask_rule.window_left = call.params.mask_rule.window_right = -1;
   call.params.num_splits = num_splits;
   call.params.tile_cost = 20;
   call.available = available;
@@ -48,7 +48,7 @@ void check_large(int cell_blocks, bool equal) {
   params.batch = 2;
   params.seqlen_q = 1 << 19;
   params.seqlen_k = 1 << 20;
-  params.window_left = params.window_right = -1;
+  params.mask_rule.window_left = params.mask_rule.window_right = -1;
   params.cell_blocks = cell_blocks;
   params.tile_cost = 40;
   call.used_k = {params.seqlen_k, equal ? params.seqlen_k : params.seqlen_k - 1000};
@@ -92,7 +92,7 @@ void check_long_tiles() {
   call.params.batch = 1;
   call.params.seqlen_q = 1;
   call.params.seqlen_k = 1 << 30;
-  call.params.window_left = call.params.window_right = -1;
+  call.params.mask_rule.window_left = call.params.mask_rule.window_right = -1;
   call.params.num_splits = 2;
   call.params.tile_cost = 40;
   Random random(0);

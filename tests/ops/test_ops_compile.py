@@ -1,4 +1,4 @@
-"""The torch.library operators: schemas, fake implementations and torch.compile(fullgraph=True) of public functions."""
+"""torch.compile(fullgraph=True) of the public functions: one graph, and what runs eagerly; mha_bwd as an operator."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ import broadhead
 import oracle
 import pytest
 import torch
-from broadhead.call.arguments import OPERATOR_NAMES
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 BACKENDS = ("eager", "aot_eager")
-SCHEMA_TESTS = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
 @pytest.fixture(autouse=True)
@@ -28,109 +26,6 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def int32(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
-
-
-def op_arguments(q: Tensor, k: Tensor, v: Tensor, **changes: Any) -> tuple[Any, ...]:
-    """The arguments of mha_fwd, by name where they differ from the defaults."""
-    values: dict[str, Any] = dict.fromkeys(OPERATOR_NAMES)
-    values.update(
-        q=q, k=k, v=v, causal=False, window_left=-1, window_right=-1, attention_chunk=0, softcap=0.0, num_splits=0,
-        sm_margin=0, tokens_per_split=0, deterministic=False, differentiable=False, function="mha_fwd",
-    )  # fmt: skip
-    assert changes.keys() <= values.keys()
-    return tuple({**values, **changes}.values())
-
-
-def dense(requires_grad: bool = False) -> tuple[Any, ...]:
-    tensors = (randn(2, 5, 4, 16), randn(2, 7, 2, 16), randn(2, 7, 2, 24))
-    return op_arguments(*(t.requires_grad_(requires_grad) for t in tensors))
-
-
-def varlen() -> tuple[Any, ...]:
-    return op_arguments(
-        randn(9, 4, 16), randn(11, 2, 16), randn(11, 2, 16), cu_seqlens_q=int32(0, 3, 9), cu_seqlens_k=int32(0, 6, 11),
-        max_seqlen_q=6, max_seqlen_k=6, causal=True, window_right=0, sinks=randn(4),
-    )  # fmt: skip
-
-
-def paged() -> tuple[Any, ...]:
-    return op_arguments(
-        randn(2, 1, 4, 16), randn(6, 4, 2, 16), randn(6, 4, 2, 16), seqused_k=int32(9, 3),
-        page_table=int32(5, 0, 1, 2, 4, 3).view(2, 3),
-    )  # fmt: skip
-
-
-# --- operators -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "arguments", [dense, varlen, paged, lambda: dense(True)], ids=["dense", "varlen", "paged", "grad"]
-)
-def test_opcheck_forward(arguments: Callable[[], tuple[Any, ...]]) -> None:
-    torch.library.opcheck(torch.ops.broadhead.mha_fwd.default, arguments(), test_utils=SCHEMA_TESTS)
-
-
-def test_opcheck_forward_traced_with_gradients() -> None:
-    torch.library.opcheck(torch.ops.broadhead.mha_fwd.default, dense(True), test_utils=("test_aot_dispatch_static",))
-
-
-def test_opcheck_backward_and_out() -> None:
-    inputs = dense()
-    out, lse = torch.ops.broadhead.mha_fwd(*inputs)
-    gradients = (torch.randn_like(out), torch.randn_like(lse))
-    torch.library.opcheck(torch.ops.broadhead.mha_bwd.default, (*gradients, out, lse, *inputs), test_utils=SCHEMA_TESTS)
-    torch.library.opcheck(
-        torch.ops.broadhead.mha_fwd_out.default, (*inputs, torch.empty_like(out)), test_utils=SCHEMA_TESTS
-    )
-
-
-def test_opcheck_append() -> None:
-    caches, new = (randn(2, 9, 2, 16), randn(2, 9, 2, 16)), (randn(2, 3, 2, 16), randn(2, 3, 2, 16))
-    arguments = (*caches, *new, int32(2, 5), None, None, None, None, None, None, True, None, None)
-    torch.library.opcheck(torch.ops.broadhead.append_kv.default, arguments, test_utils=SCHEMA_TESTS)
-
-
-def test_opcheck_append_with_rotary_and_queries() -> None:
-    caches, new = (randn(2, 9, 2, 16), randn(2, 9, 2, 16)), (randn(2, 3, 2, 16), randn(2, 3, 2, 16))
-    angles = (randn(20, 4), randn(20, 4))
-    for q, cu_seqlens_q in ((randn(2, 3, 4, 16), None), (randn(7, 4, 16), int32(0, 2, 6))):
-        for causal_or_local in (False, True):
-            arguments = (
-                *caches, *new, int32(2, 5), None, None, None, *angles, None, True, q, cu_seqlens_q, causal_or_local
-            )  # fmt: skip
-            torch.library.opcheck(torch.ops.broadhead.append_kv.default, arguments, test_utils=SCHEMA_TESTS)
-            turned, lengths = torch.ops.broadhead.append_kv(*arguments)
-            assert turned.shape == q.shape and lengths.tolist() == [5, 8]
-
-
-def test_opcheck_merge() -> None:
-    arguments = (randn(2, 5, 4, 16), randn(2, 4, 5), randn(2, 5, 4, 16), randn(2, 4, 5))
-    torch.library.opcheck(torch.ops.broadhead.merge_states.default, arguments, test_utils=SCHEMA_TESTS)
-    out = torch.empty(2, 5, 4, 16)
-    torch.library.opcheck(torch.ops.broadhead.merge_states_out.default, (*arguments, out), test_utils=SCHEMA_TESTS)
-
-
-def test_opcheck_metadata() -> None:
-    arguments = (
-        int32(9, 3), 2, 1, 64, 4, 2, 64, 64, torch.bfloat16, None, None, 16, 0, True, -1, 0, 0, 0, None, 0, None,
-        None, torch.float8_e4m3fn, 128,
-    )  # fmt: skip
-    torch.library.opcheck(torch.ops.broadhead.get_scheduler_metadata.default, arguments, test_utils=SCHEMA_TESTS)
-    out = torch.empty(17, dtype=torch.int32)
-    torch.library.opcheck(
-        torch.ops.broadhead.get_scheduler_metadata_out.default, (*arguments, out), test_utils=SCHEMA_TESTS
-    )
-
-
-def test_fake_tensors_have_the_shapes_of_real_ones() -> None:
-    cases = {"dense": dense(), "varlen": varlen(), "paged": paged()}
-    for name, inputs in cases.items():
-        real = torch.ops.broadhead.mha_fwd(*inputs)
-        with FakeTensorMode() as mode:
-            fakes = [mode.from_tensor(x) if isinstance(x, Tensor) else x for x in inputs]
-            fake = torch.ops.broadhead.mha_fwd(*fakes)
-        for a, b in zip(real, fake, strict=True):
-            assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype), name
 
 
 def test_public_function_takes_fake_tensors() -> None:

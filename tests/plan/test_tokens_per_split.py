@@ -10,13 +10,12 @@ import broadhead
 import pytest
 import torch
 from broadhead import InvalidArgumentError, InvalidTypeError
-from broadhead.api import forward as api_forward
 from broadhead.call.arguments import AttentionArgs
 from broadhead.call.check import check_forward
 from broadhead.call.metadata_request import describe_request
 from broadhead.plan.device import hypothetical
 from broadhead.plan.dispatch import refusal_text, resolve
-from broadhead.run import forward
+from broadhead.run import forward, known
 from described import FULL, h200, problem, schedule, without_family
 from torch import Tensor
 
@@ -199,7 +198,7 @@ def test_it_is_an_argument_of_the_call(function: str, monkeypatch: pytest.Monkey
     """Hence of what tells known calls apart: the first call must not decide for the second."""
     calls: list[AttentionArgs] = []
     monkeypatch.setattr(
-        api_forward, "_run_known", lambda name, need_lse, call: calls.append(AttentionArgs._make(call)) or (None, None)
+        known, "run_known", lambda name, need_lse, call: calls.append(AttentionArgs._make(call)) or (None, None)
     )
     q = torch.zeros(1, 1, 2, 16, dtype=BF16)
     more = (int32(0, 1), int32(0, 1)) if function == "flash_attn_varlen_func" else ()
@@ -214,7 +213,7 @@ def test_compiles_in_one_graph(backend: str, monkeypatch: pytest.MonkeyPatch) ->
     seen: list[int] = []
     check = forward.check_forward
     monkeypatch.setattr(
-        forward, "check_forward", lambda name, args: seen.append(args.tokens_per_split) or check(name, args)
+        forward, "check_forward", lambda name, args, *how: seen.append(args.tokens_per_split) or check(name, args, *how)
     )
 
     def step(q: Tensor, k: Tensor, n: Tensor) -> Any:

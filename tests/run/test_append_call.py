@@ -17,6 +17,7 @@ from broadhead.plan import device, native
 from broadhead.plan.native import BuildDescription, FamilyBuild
 from broadhead.run import append as append_launch
 from broadhead.run import fallback as fallback_notice
+from broadhead.run import known
 from broadhead.run.append import Append
 from recorder import Recorder
 from torch import Tensor
@@ -173,7 +174,7 @@ def validated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         calls.append("attention")
         return "out", "lse"
 
-    monkeypatch.setattr(append_call, "_run_known", lambda *call: None)
+    monkeypatch.setattr(known, "run_known_append", lambda *call: None)
     monkeypatch.setattr(append_call, "_validate", validate)
     monkeypatch.setattr(append_call, "kernel_obstacle", lambda call: None)
     monkeypatch.setattr(append_call, "run_append", append)
@@ -201,7 +202,7 @@ def test_a_call_is_validated_before_it_writes_and_remembered_behind(validated: l
 def test_a_known_call_is_not_validated(validated: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     args, new = on_device()
     seen: list[Any] = []
-    monkeypatch.setattr(append_call, "_run_known", lambda *call: seen.append(call) or ("known", "lse"))
+    monkeypatch.setattr(known, "run_known_append", lambda *call: seen.append(call) or ("known", "lse"))
     assert run_appending("f", args, new, False) == ("known", "lse")
     assert validated == [] and seen == [("f", False, args, new)]
 
@@ -211,7 +212,7 @@ def test_a_copy_is_looked_up_again(validated: list[str], monkeypatch: pytest.Mon
     args, new = on_device(out="given")
     ready = args._replace(num_splits=4)
     monkeypatch.setattr(append_call, "_readable", lambda function, args, new: (ready, new))
-    monkeypatch.setattr(append_call, "_run_known", lambda name, lse, call, new: ("k", "lse") if call is ready else None)
+    monkeypatch.setattr(known, "run_known_append", lambda name, lse, call, new: ("k", "lse") if call is ready else None)
     assert run_appending("f", args, new) == ("given", "lse") and validated == []
 
 

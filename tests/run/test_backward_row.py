@@ -9,16 +9,13 @@ from typing import Any, NamedTuple
 import broadhead
 import pytest
 import torch
-from broadhead import reference, support, tiles
-from broadhead.api import forward as api_forward
-from broadhead.call.arguments import AttentionArgs
-from broadhead.call.check import check_forward
-from broadhead.plan import dispatch, native
-from broadhead.plan.device import describe
+from broadhead import support, tiles
+from broadhead.plan import dispatch
 from broadhead.plan.native import BuildDescription, FamilyBuild
-from broadhead.run import backward, choice, cuda_backend, forward
+from broadhead.run import backward
 from described import forget_plans, h200, problem
 from generator import load_generate
+from stub_module import Module, install_module, row_of
 from torch import Tensor
 
 HEADER = "sm90/backward/launch.cuh"
@@ -118,52 +115,9 @@ def test_a_gradient_that_no_row_has_is_told(table: None, changes: dict[str, Any]
 # --- autograd and mha_bwd, with the reference in place of the two kernels --------------------------------------------
 
 
-class Module:
-    """Stands in for the compiled module: computes by the reference, and keeps what it was given."""
-
-    def __init__(self) -> None:
-        self.launches: list[dict[str, Any]] = []
-        self.given: list[tuple[Any, ...]] = []
-
-    def run_known(self, *call: Any) -> None:
-        return None
-
-    def Launch(self, **fields: Any) -> dict[str, Any]:
-        return fields
-
-    def BackwardLaunch(self, **fields: Any) -> dict[str, Any]:
-        self.launches.append(fields)
-        return fields
-
-    def run_new(self, launch: dict[str, Any], function: str, need_lse: bool, args: AttentionArgs) -> Any:
-        self.launches.append(launch)
-        return reference.run(self.described(args), None)
-
-    def run_backward(self, launch: dict[str, Any], args: AttentionArgs, *given: Any) -> None:
-        self.given.append((args, *given))
-        dout, lse, dlse, dq, dk, dv, dsinks = given
-        found = reference.gradients(self.described(args._replace(out=None)), dout, dlse, args.out, lse)
-        for target, gradient in zip((dq, dk, dv, dsinks), (*found[:3], found[4]), strict=True):
-            if target is not None:
-                target.copy_(gradient)
-
-    def described(self, args: AttentionArgs) -> reference.Call:
-        with torch.no_grad():
-            return choice.describe_call(args, check_forward("f", args))
-
-
 @pytest.fixture
 def module(table: None, monkeypatch: pytest.MonkeyPatch) -> Module:
-    """Tensors of the CPU count as those of an H200 with all kernels."""
-    found = Module()
-    for place in (choice, backward, forward):
-        monkeypatch.setattr(place, "describe", lambda device: h200())
-    monkeypatch.setattr(dispatch, "build_description", lambda: BUILD)
-    monkeypatch.setattr(native, "extension", lambda: found)
-    monkeypatch.setattr(cuda_backend, "connected_module", lambda: found)
-    monkeypatch.setattr(api_forward, "_run_known", found.run_known)
-    assert describe(torch.device("cpu")).type == "cpu"
-    return found
+    return install_module(monkeypatch, BUILD)
 
 
 def bf16(*shape: int, requires_grad: bool = True) -> Tensor:
@@ -183,10 +137,6 @@ def check_launch(launch: dict[str, Any]) -> None:
     assert (problem.window_left, problem.window_right) == (7, 0)
     assert (call.softmax_scale, call.softcap) == (0.5, 3.0)
     assert (schedule.num_splits, schedule.max_blocks) == (0, 130)
-
-
-def row_of(launch: dict[str, Any]) -> str:
-    return launch["plan"].row.id
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
@@ -288,4 +238,5 @@ def test_short_sequences_take_no_sums_of_dq(
     monkeypatch.setattr(backward, "select", lambda function, problem, *_: asked.append(problem.features))
     q, k, v, dout = (torch.randn(shape) for _ in range(4))
     broadhead.mha_bwd(dout, q, k, v)
-    assert ["deterministic" in features for features in asked] == [ordered]
+    assert ["short_sequences" in features for features in asked] == [ordered]
+    assert all("deterministic" not in features for features in asked)

@@ -14,7 +14,7 @@ from broadhead.plan import native
 from broadhead.plan.device import DeviceDescription
 from broadhead.plan.dispatch import MetadataConfig, resolve
 from broadhead.plan.native import BuildDescription, FamilyBuild
-from broadhead.run import cuda_backend, metadata, metadata_records
+from broadhead.run import cuda_backend, known, metadata, metadata_records
 from broadhead.run import fallback as fallback_notice
 from broadhead.support import ROWS
 from recorder import Recorder, allocate
@@ -219,7 +219,7 @@ def test_a_call_is_built_at_once() -> None:
 
 def test_without_the_module_no_call_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "extension", lambda: None)
-    assert cuda_backend.find_known("run_known")("f", True, ()) is None
+    assert known.bind("run_known")("f", True, ()) is None
     cuda_backend.forget_calls()
     with pytest.raises(broadhead.KernelError, match="not installed"):
         cuda_backend.run_new(None, "f", True, AttentionArgs(1, 2, 3))
@@ -229,7 +229,7 @@ def test_the_module_gets_its_hooks_once(recorder: Recorder, monkeypatch: pytest.
     seen: list[dict[str, Any]] = []
     monkeypatch.setattr(recorder, "connect", lambda **hooks: seen.append(hooks), raising=False)
     for _ in range(2):
-        assert callable(cuda_backend.find_known("run_known"))
+        assert callable(known.bind("run_known"))
     (hooks,) = seen
     assert hooks["records"] is metadata_records.filled and hooks["state"] is fallback_notice.state
     assert hooks["check_identity"] is metadata_records.check_identity

@@ -9,6 +9,7 @@ import pytest
 import torch
 from broadhead.api import merge as api_merge
 from broadhead.run import fallback as fallback_notice
+from broadhead.run import known
 from broadhead.run import merge as run_merge
 from recorder import Recorder, allocate
 from torch import Tensor
@@ -45,7 +46,7 @@ def on_kernel(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     module = Recorder()
     monkeypatch.setattr(run_merge, "common_kernel_obstacle", lambda device: None)
     monkeypatch.setattr(run_merge, "connected_module", lambda: module)
-    monkeypatch.setattr(api_merge, "_run_known", lambda *call: None)
+    monkeypatch.setattr(known, "run_known_merge", lambda *call: None)
     return module
 
 
@@ -94,7 +95,7 @@ def test_a_known_merge_is_not_checked_again(monkeypatch: pytest.MonkeyPatch) -> 
     """Nor looked up where torch ops are asked for."""
     tensors = states()
     seen: list[Any] = []
-    monkeypatch.setattr(api_merge, "_run_known", lambda *call: seen.append(call) or ("out", "lse"))
+    monkeypatch.setattr(known, "run_known_merge", lambda *call: seen.append(call) or ("out", "lse"))
     monkeypatch.setattr(api_merge, "_check", lambda *tensors: pytest.fail("checked"))
     assert broadhead.merge_attn_states(*tensors) == ("out", "lse")
     assert fallback_notice.state.merge == run_merge.BY_KERNEL

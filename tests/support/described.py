@@ -54,7 +54,7 @@ def problem(**changes: Any) -> AttentionProblem:
     values.update(changes)
     if values["head_dim_v"] is None:
         values["head_dim_v"] = values["head_dim"]
-    return AttentionProblem(**values)
+    return AttentionProblem._make(values[name] for name in AttentionProblem._fields)
 
 
 def forget_plans(monkeypatch: pytest.MonkeyPatch) -> None:

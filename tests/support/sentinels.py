@@ -226,7 +226,7 @@ def _make(case: Case) -> Arguments:
             meant[shown] = (*meant.get(shown, ()), SPELLINGS.get(name, name))
             kept[SPELLINGS.get(name, name)] = value
     if case.option.startswith("gradient"):
-        for name in ("q", "k", "v", "qkv", "kv", "sinks"):
+        for name in ("q", "k", "v", "k_cache", "v_cache", "qkv", "kv", "sinks"):
             if name in given and case.wants_gradients:
                 given[name].requires_grad_(True)
     return Arguments(given, meant, kept)
@@ -265,7 +265,7 @@ CASES = [
     *_cases(
         "flash_attn_with_kvcache",
         "paged bf16 causal", "packed_paged fp8 window", "cache_rows qv causal", "paged qv cells spelled",
-        "paged bf16 causal append", "packed_paged kv8 window append",
+        "paged bf16 causal append", "packed_paged kv8 window append", "dense bf16 gradient",
     ),
     *_cases(
         "flash_attn_with_shared_prefix", "shared bf16 prefix", "packed_shared fp8 prefix",
@@ -286,7 +286,7 @@ CASES = [
     *_cases(
         "mha_fwd",
         "varlen bf16 causal", "dense fp8 window", "cache_rows qv sides", "paged qv cells spelled",
-        "paged bf16 causal append", "packed_paged kv8 window append",
+        "paged bf16 causal append", "packed_paged kv8 window append", "varlen bf16 gradient",
     ),
     *_cases(
         "mha_bwd", "dense bf16 gradient", "varlen bf16 gradient_causal", "dense bf16 gradient_sides",

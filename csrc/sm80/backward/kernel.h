@@ -38,9 +38,8 @@ BROADHEAD_DEVICE void set_backward_state(BackwardState& state, const AttnBwdPara
   const int batch = rest / heads;
   const int head = rest - batch * heads;
   const SeqlenInfo seqlen = make_seqlen_info(params, batch);
-  const AttentionMask mask{seqlen.seqlen_q,        seqlen.seqlen_k,
-                           params.window_left,     params.window_right,
-                           params.attention_chunk, sequence_prefix(params, batch, seqlen.seqlen_k)};
+  const AttentionMask mask{seqlen.seqlen_q, seqlen.seqlen_k, params.mask_rule,
+                           sequence_prefix(params, batch, seqlen.seqlen_k)};
   state.seqlen = seqlen;
   state.mask = mask;
   state.scale.set(params.softmax_scale, params.softcap);

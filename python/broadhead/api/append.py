@@ -26,9 +26,10 @@ from ..call.plain import (
 )
 from ..call.problem import needs_gradients
 from ..errors import InvalidArgumentError, InvalidTypeError, UnsupportedError
+from ..ops import sharding
 from ..plan.device import describe
+from ..run import known
 from ..run.append import Append, kernel_obstacle, remember_append, run_append
-from ..run.cuda_backend import find_known
 from ..run.fallback import settle_operation
 from ..run.forward import check_only
 from .forward import run_forward
@@ -46,16 +47,6 @@ class NewKeys(NamedTuple):
     rotary_interleaved: Any
 
 
-def _find_run_known(*call: Any) -> Any:
-    """Bound on first use: _C.run_known_append, which runs a call that is like one before; None: there was none."""
-    global _run_known
-    _run_known = find_known("run_known_append")
-    return _run_known(*call)
-
-
-_run_known: Any = _find_run_known
-
-
 def run_appending(
     function: str, call: tuple[Any, ...], new: tuple[Any, ...], need_lse: bool = True
 ) -> tuple[Tensor, Any]:
@@ -67,7 +58,7 @@ def run_appending(
     if is_dynamo_compiling():
         args = AttentionArgs(*call)
         return run_forward(function, _behind(args, *_append_by_operator(function, args, NewKeys(*new))))
-    result = _run_known(function, need_lse, call, new)
+    result = known.run_known_append(function, need_lse, call, new)
     if result is not None:
         return result
     given, fresh = AttentionArgs(*call), NewKeys(*new)
@@ -81,7 +72,7 @@ def run_appending(
     args, fresh = _readable(function, args, _plain_new(function, fresh))
     result = None
     if any(a is not b for a, b in zip((*args, *fresh), (*given, *new), strict=True)):
-        result = _run_known(function, need_lse, args, fresh)
+        result = known.run_known_append(function, need_lse, args, fresh)
     if result is None:
         result = _run_new(function, args, fresh, need_lse)
     return result if given.out is None else (given.out, result[1])
@@ -140,6 +131,7 @@ def _readable(function: str, args: AttentionArgs, new: NewKeys) -> tuple[Attenti
 
 def _append_by_operator(function: str, args: AttentionArgs, new: NewKeys) -> tuple[Any, Any]:
     """The append through its operator; traceable, so it validates only what a schema needs."""
+    sharding.prepare(*args, *new)
     args, new = _readable(function, args, new)
     if is_compiling():
         _check_given(function, args, new)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from ..call import validation as check
 from ..errors import InvalidArgumentError
+from ..run import known
 from .append import run_appending
 from .forward import run_forward
 from .results import may_return_lse
@@ -106,7 +108,9 @@ def flash_attn_func(
         softmax_scale, causal, window_size, attention_chunk, softcap, None, num_splits, pack_gqa, sm_margin, sinks,
         prefix_lens, backend, 0,
     )  # fmt: skip
-    result = run_forward("flash_attn_func", call, need_lse, deterministic)
+    result = None if is_dynamo_compiling() else known.run_known("flash_attn_func", need_lse, call)
+    if result is None:
+        result = run_forward("flash_attn_func", call, need_lse, deterministic)
     return result if need_lse else result[0]
 
 
@@ -204,7 +208,9 @@ def flash_attn_varlen_func(
         None, None, q_descale, k_descale, v_descale, softmax_scale, causal, window_size, attention_chunk, softcap,
         scheduler_metadata, num_splits, pack_gqa, sm_margin, sinks, prefix_lens, backend, tokens_per_split,
     )  # fmt: skip
-    result = run_forward(function, call, need_lse, deterministic)
+    result = None if is_dynamo_compiling() else known.run_known(function, need_lse, call)
+    if result is None:
+        result = run_forward(function, call, need_lse, deterministic)
     return result if need_lse else result[0]
 
 
@@ -252,6 +258,7 @@ def mha_fwd(
     block_table: Tensor | None = None,
     s_aux: Tensor | None = None,
     learnable_sink: Tensor | None = None,
+    deterministic: bool = False,
     tokens_per_split: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Attention with every argument there is, in the order of FlashAttention-3's operator.
@@ -303,6 +310,7 @@ def mha_fwd(
         softcap, scheduler_metadata, num_splits, pack_gqa, sm_margin, sinks, prefix_lens, backend, tokens_per_split,
     )  # fmt: skip
     if k_new is None and v_new is None and rotary_cos is None and rotary_sin is None:
-        return run_forward(function, call)
+        result = None if is_dynamo_compiling() else known.run_known(function, True, call)
+        return run_forward(function, call, deterministic=deterministic) if result is None else result
     new = (k_new, v_new, cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved)
     return run_appending(function, call, new)

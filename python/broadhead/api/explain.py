@@ -11,7 +11,7 @@ from torch import Tensor
 from ..call import validation as check
 from ..call.layout import is_strided
 from ..call.masking import normalize_chunk, normalize_window
-from ..call.problem import DTYPE_NAMES, make_problem
+from ..call.problem import DTYPE_NAMES, AttentionProblem, backward_of, gradient_features
 from ..errors import InvalidArgumentError, InvalidTypeError
 from ..plan.device import DeviceDescription, default_device, describe, hypothetical
 from ..plan.dispatch import Plan, Refusal, dtypes_text, refusals, resolve
@@ -110,16 +110,20 @@ def _plan(function: str, device: DeviceDescription, build: BuildDescription | No
     num_splits = check.check_num_splits(function, asked["num_splits"])
     given = {
         name: _is_given(function, name, asked[name])
-        for name in ("varlen", "sinks", "prefix_lens", "qv", "descale", "requires_grad")
+        for name in ("varlen", "sinks", "prefix_lens", "qv", "descale", "requires_grad", "deterministic")
     }
+    batch = check.check_int(function, "batch_size", asked["batch_size"])
+    seqlen_q = check.check_int(function, "seqlen_q", asked["seqlen_q"])
+    total_q = q.shape[0] if varlen else batch * seqlen_q
+    differentiated = given["requires_grad"] or direction == "backward"
     # A head_dim that is no multiple of 8 is refused by every function: say so instead of choosing a row.
     odd = tuple(f"head_dim must be a multiple of 8, got {d}" for d in sorted({head_dim, head_dim_v}) if d % 8)
-    problem = make_problem(
+    problem = AttentionProblem(
         direction=direction,
         dtype=asked["dtype"],
         kv_dtype=kv_dtype,
-        batch=check.check_int(function, "batch_size", asked["batch_size"]),
-        seqlen_q=check.check_int(function, "seqlen_q", asked["seqlen_q"]),
+        batch=batch,
+        seqlen_q=seqlen_q,
         seqlen_k=check.check_int(function, "seqlen_k", asked["seqlen_k"]),
         num_heads_q=num_heads_q,
         num_heads_kv=num_heads_kv,
@@ -138,6 +142,7 @@ def _plan(function: str, device: DeviceDescription, build: BuildDescription | No
         qv=given["qv"],
         descale=given["descale"],
         gradients=given["requires_grad"] and direction == "forward",
+        of_gradients=gradient_features(given["deterministic"], batch, total_q) if differentiated else (),
     )
     return problem, resolve(problem, device, build)
 
@@ -167,6 +172,7 @@ def is_supported(
     qv: bool | Tensor = False,
     descale: bool | Tensor = False,
     requires_grad: bool = False,
+    deterministic: bool = False,
     num_splits: int = 0,
     tokens_per_split: int = 0,
     direction: str = "forward",
@@ -197,6 +203,9 @@ def is_supported(
         qv: likewise.
         descale: likewise.
         requires_grad: whether a gradient is asked for.
+        deterministic: whether gradients must be the same in every run, bit for bit; None, False: as
+            ``torch.use_deterministic_algorithms`` says. It matters where a gradient is asked for, and with
+            direction="backward".
         direction: "forward" or "backward".
         device: None for the device of q, else the current CUDA device, else the CPU; a torch.device or its name; a
             compute capability such as ``(8, 9)`` or ``"8.9"``; or a DeviceDescription.
@@ -214,8 +223,8 @@ def is_supported(
         kv_dtype=kv_dtype, num_heads_q=num_heads_q, num_heads_kv=num_heads_kv, batch_size=batch_size,
         seqlen_q=seqlen_q, seqlen_k=seqlen_k, causal=causal, window_size=window_size, attention_chunk=attention_chunk,
         softcap=softcap, page_size=page_size, varlen=varlen, sinks=sinks, prefix_lens=prefix_lens, qv=qv,
-        descale=descale, requires_grad=requires_grad, num_splits=num_splits, tokens_per_split=tokens_per_split,
-        direction=direction,
+        descale=descale, requires_grad=requires_grad, deterministic=deterministic, num_splits=num_splits,
+        tokens_per_split=tokens_per_split, direction=direction,
     )  # fmt: skip
     return plan.row is not None, plan.reason
 
@@ -245,6 +254,7 @@ def explain(
     qv: bool | Tensor = False,
     descale: bool | Tensor = False,
     requires_grad: bool = False,
+    deterministic: bool = False,
     num_splits: int = 0,
     tokens_per_split: int = 0,
     direction: str = "forward",
@@ -253,8 +263,9 @@ def explain(
 ) -> str:
     """Where a call runs and why, as text: the backend, the kernel and its plan, and why other kernels refuse it.
 
-    A line says which tensors are copied because their last dimension is not contiguous; kernels that refuse for one
-    reason share a line. Args and errors as for is_supported.
+    Of a call that needs a gradient it names the kernel of the backward pass, too. A line says which tensors are copied
+    because their last dimension is not contiguous; kernels that refuse for one reason share a line. Args and errors as
+    for is_supported.
     """
     function = "explain"
     where = _device(function, q.device if device is None and isinstance(q, Tensor) else device)
@@ -263,8 +274,8 @@ def explain(
         kv_dtype=kv_dtype, num_heads_q=num_heads_q, num_heads_kv=num_heads_kv, batch_size=batch_size,
         seqlen_q=seqlen_q, seqlen_k=seqlen_k, causal=causal, window_size=window_size, attention_chunk=attention_chunk,
         softcap=softcap, page_size=page_size, varlen=varlen, sinks=sinks, prefix_lens=prefix_lens, qv=qv,
-        descale=descale, requires_grad=requires_grad, num_splits=num_splits, tokens_per_split=tokens_per_split,
-        direction=direction,
+        descale=descale, requires_grad=requires_grad, deterministic=deterministic, num_splits=num_splits,
+        tokens_per_split=tokens_per_split, direction=direction,
     )  # fmt: skip
     dtypes = dtypes_text(problem.dtype, problem.kv_dtype)
     lines = [
@@ -286,6 +297,9 @@ def explain(
         )
     else:
         lines.append(f"runs on: the torch fallback, because {plan.reason}")
+    if "gradients" in problem.features:
+        plan = resolve(backward_of(problem), where, build)
+        lines.append("gradients: " + ("the torch fallback" if plan.row is None else f"cuda, kernel {plan.reason}"))
     lines += _copies(q, k, v, qv, page_size)
     lines += _grouped(refusals(problem, where, build))
     return "\n".join(lines)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..call.problem import DTYPE_NAMES, AttentionProblem, make_problem
+from ..call.problem import DTYPE_NAMES, AttentionProblem
 from ..call.validation import describe_value
 from ..capabilities import CAPABILITIES
 from ..plan.device import DeviceDescription, default_device, hypothetical
@@ -98,7 +98,7 @@ def _devices(compute_capability: Any) -> tuple[DeviceDescription, ...]:
 
 def _dense(head_dim: int, head_dim_v: int, dtype: torch.dtype, direction: str) -> AttentionProblem:
     """One sequence of many queries without a mask."""
-    return make_problem(
+    return AttentionProblem(
         direction=direction,
         dtype=dtype,
         batch=1,

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from ..call import validation as check
 from ..call.cache_length import lengths_tensor
+from ..run import known
 from .append import run_appending
 from .forward import run_forward
 from .results import may_return_lse
@@ -55,6 +57,7 @@ def flash_attn_with_kvcache(
     learnable_sink: Tensor | None = None,
     q_v: Tensor | None = None,
     return_attn_probs: bool = False,
+    deterministic: bool = False,
     tokens_per_split: int = 0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of new queries over a KV cache, which first takes new keys if there are any.
@@ -87,6 +90,7 @@ def flash_attn_with_kvcache(
         scheduler_metadata: int32, as get_scheduler_metadata returns it.
         return_softmax_lse: also return softmax_lse.
         tokens_per_split: batch-invariant mode; see below. A multiple of 64; 0: off.
+        deterministic: gradients that are the same in every run, bit for bit, as for flash_attn_func.
         block_table: synonym of page_table.
         return_attn_probs: synonym of return_softmax_lse.
         qv, q_descale, softmax_scale, ...: the other arguments are those of flash_attn_func.
@@ -130,7 +134,9 @@ def flash_attn_with_kvcache(
         tokens_per_split,
     )  # fmt: skip
     if k is None and v is None and rotary_cos is None and rotary_sin is None:
-        result = run_forward("flash_attn_with_kvcache", call, need_lse)
+        result = None if is_dynamo_compiling() else known.run_known("flash_attn_with_kvcache", need_lse, call)
+        if result is None:
+            result = run_forward("flash_attn_with_kvcache", call, need_lse, deterministic)
     else:
         new = (k, v, cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved)
         result = run_appending("flash_attn_with_kvcache", call, new, need_lse)

@@ -13,22 +13,13 @@ from ..call.layout import refuse_strided
 from ..call.plain import has_tangent, is_transformed, refuse_transformed, resolved, runs_as_operator
 from ..call.problem import needs_gradients
 from ..errors import InvalidArgumentError, InvalidTypeError, UnsupportedError
+from ..ops import sharding
+from ..run import known
 from ..run.combine import NO_BACKWARD
-from ..run.cuda_backend import find_known
 from ..run.fallback import state
 from ..run.merge import BY_KERNEL, FUNCTION, fall_back, map_states, plain_states, run_merge, run_torch
 
 NO_TANGENT = "an input is transformed or has a forward-mode tangent, which it does not propagate"
-
-
-def _find_run_known(*call: Any) -> Any:
-    """Bound on first use: _C.run_known_merge, which runs a call that is like one before; None: there was none."""
-    global _run_known
-    _run_known = find_known("run_known_merge")
-    return _run_known(*call)
-
-
-_run_known: Any = _find_run_known
 
 
 def merge_attn_states(
@@ -61,7 +52,7 @@ def merge_attn_states(
     if is_dynamo_compiling():
         return _merge_by_operator(out_a, lse_a, out_b, lse_b, out, backend)
     if backend in (None, "cuda"):
-        result = _run_known(out_a, lse_a, out_b, lse_b, out)
+        result = known.run_known_merge(out_a, lse_a, out_b, lse_b, out)
         if result is not None:
             state.merge = BY_KERNEL
             return result
@@ -80,6 +71,7 @@ def _merge_by_operator(
     out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, out: Any, backend: str | None
 ) -> tuple[Tensor, Tensor]:
     """merge_attn_states through the operators; torch ops know every derivative and transform."""
+    sharding.prepare(out_a, lse_a, out_b, lse_b, out)
     _check(out_a, lse_a, out_b, lse_b, out, backend)
     eager = not is_dynamo_compiling()
     if eager:

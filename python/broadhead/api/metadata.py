@@ -12,7 +12,7 @@ from ..call import validation as check
 from ..call.metadata_request import FUNCTION
 from ..call.plain import refuse_transformed, resolved, runs_as_operator
 from ..ops.metadata import call_get_scheduler_metadata
-from ..run import metadata
+from ..run import known, metadata
 
 
 def get_scheduler_metadata(
@@ -100,9 +100,9 @@ def get_scheduler_metadata(
     tensors = (cache_seqlens, cu_seqlens_q, cache_leftpad, out, page_table)
     if is_dynamo_compiling():
         return _run_operator(tensors, numbers)
-    known = metadata.run_known(tensors, numbers)
-    if known is not None:
-        return known
+    result = known.run_known_metadata(*tensors, numbers)
+    if result is not None:
+        return result
     if runs_as_operator(*tensors):
         return _run_operator(tensors, numbers)
     return metadata.run_new(tensors, numbers)

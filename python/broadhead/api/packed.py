@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from ..call import validation as check
 from ..errors import InvalidArgumentError
+from ..run import known
 from .forward import run_forward
 from .results import may_return_lse
 
@@ -82,7 +84,9 @@ def flash_attn_qkvpacked_func(
         softmax_scale, causal, window_size, attention_chunk, softcap, None, 1, None, sm_margin, sinks, prefix_lens,
         backend, 0,
     )  # fmt: skip
-    result = run_forward(function, call, need_lse, deterministic)
+    result = None if is_dynamo_compiling() else known.run_known(function, need_lse, call)
+    if result is None:
+        result = run_forward(function, call, need_lse, deterministic)
     return result if need_lse else result[0]
 
 
@@ -129,7 +133,9 @@ def flash_attn_kvpacked_func(
         q, k, v, None, out, None, None, None, None, None, None, None, None, None, None, None, None, softmax_scale,
         causal, window_size, attention_chunk, softcap, None, 1, None, sm_margin, sinks, prefix_lens, backend, 0,
     )  # fmt: skip
-    result = run_forward(function, call, need_lse, deterministic)
+    result = None if is_dynamo_compiling() else known.run_known(function, need_lse, call)
+    if result is None:
+        result = run_forward(function, call, need_lse, deterministic)
     return result if need_lse else result[0]
 
 
@@ -178,5 +184,7 @@ def flash_attn_varlen_qkvpacked_func(
         None, softmax_scale, causal, window_size, attention_chunk, softcap, None, 1, None, sm_margin, sinks,
         prefix_lens, backend, 0,
     )  # fmt: skip
-    result = run_forward(function, call, need_lse, deterministic)
+    result = None if is_dynamo_compiling() else known.run_known(function, need_lse, call)
+    if result is None:
+        result = run_forward(function, call, need_lse, deterministic)
     return result if need_lse else result[0]

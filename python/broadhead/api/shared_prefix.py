@@ -14,9 +14,10 @@ from ..call.inputs import changed, read_tensors
 from ..call.layout import contiguous
 from ..call.plain import plain, plain_fields, refuse_transformed, runs_as_operator
 from ..errors import InvalidArgumentError
+from ..run import known
 from ..run.fallback import state
 from ..run.forward import check_only
-from ..run.shared_prefix import COMPOSED, FUNCTION, Composed, decide, run_first, run_known
+from ..run.shared_prefix import COMPOSED, FUNCTION, Composed, decide, run_first
 from .forward import run_forward
 from .kvcache import flash_attn_with_kvcache
 from .merge import merge_attn_states
@@ -153,7 +154,7 @@ def _run_one_launch(
         need_lse: without it softmax_lse may be None.
         unchecked: the prefix has not been validated yet.
     """
-    result = run_known(need_lse, call, prefix_page_table, prefix_len)
+    result = known.run_known_shared(FUNCTION, need_lse, call, prefix_page_table, prefix_len)
     if result is not None:
         return result
     given = AttentionArgs(*call)

@@ -43,7 +43,7 @@ class AttentionArgs(NamedTuple):
     v_descale: Annotated[Any, Argument("Tensor?")] = None
     softmax_scale: Annotated[Any, Argument("float?")] = None
     causal: Annotated[Any, Argument("bool")] = False
-    window_size: Annotated[Any, Argument("")] = (-1, -1)  # in a schema: window_left, window_right
+    window_size: Annotated[Any, Argument("")] = (-1, -1)  # in a schema: WINDOW_SIDES
     attention_chunk: Annotated[Any, Argument("SymInt")] = 0
     softcap: Annotated[Any, Argument("float")] = 0.0
     scheduler_metadata: Annotated[Any, Argument("Tensor?")] = None
@@ -66,7 +66,8 @@ DIFFERENTIABLE = tuple(name for name, argument in ARGUMENTS.items() if argument.
 SCALARS = tuple(
     name for name, argument in ARGUMENTS.items() if argument.schema.rstrip("?") in ("SymInt", "float", "bool")
 )
-_WINDOW = ("window_left", "window_right")
+#: What window_size is in a schema.
+WINDOW_SIDES = ("window_left", "window_right")
 
 
 def _operator_arguments() -> dict[str, str]:
@@ -74,7 +75,7 @@ def _operator_arguments() -> dict[str, str]:
     found = {name: ARGUMENTS[name].schema for name in DIFFERENTIABLE}
     for name, argument in ARGUMENTS.items():
         if name == "window_size":
-            found.update(dict.fromkeys(_WINDOW, "SymInt"))
+            found.update(dict.fromkeys(WINDOW_SIDES, "SymInt"))
         elif name != "out":
             found.setdefault(name, argument.schema)
     # How the call is differentiated: whether its sums must have an order, and whether it will be at all.
@@ -86,32 +87,3 @@ def _operator_arguments() -> dict[str, str]:
 OPERATOR_ARGUMENTS = _operator_arguments()
 OPERATOR_NAMES = tuple(OPERATOR_ARGUMENTS)
 OPERATOR_SCHEMA = ", ".join(f"{kind} {name}" for name, kind in OPERATOR_ARGUMENTS.items())
-
-
-class OperatorCall(NamedTuple):
-    """What an operator was given."""
-
-    function: str
-    args: AttentionArgs
-    deterministic: bool  # gradients: every sum in an order that is the same in every run
-    differentiable: bool  # of the forward operator: the call must be one that has gradients
-
-
-def to_operator(
-    function: str, args: AttentionArgs, window: tuple[int, int], deterministic: bool, differentiable: bool
-) -> tuple[Any, ...]:
-    """The arguments of an operator; ``window`` is the normalised window_size. torch.compile traces it."""
-    values = dict(zip(AttentionArgs._fields, args))
-    values["window_left"], values["window_right"] = window
-    values["function"] = function
-    values["deterministic"] = deterministic
-    values["differentiable"] = differentiable
-    return tuple([values[name] for name in OPERATOR_NAMES])
-
-
-def from_operator(inputs: tuple[Any, ...]) -> OperatorCall:
-    """The call of what an operator was given."""
-    values = dict(zip(OPERATOR_NAMES, inputs, strict=True))
-    own = {name: values.pop(name) for name in ("function", "deterministic", "differentiable")}
-    window = tuple(values.pop(name) for name in _WINDOW)
-    return OperatorCall(args=AttentionArgs(window_size=window, **values), **own)

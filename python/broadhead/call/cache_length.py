@@ -11,6 +11,7 @@ from torch.compiler import is_compiling
 
 from ..errors import InvalidArgumentError, InvalidTypeError
 from . import validation as check
+from .plain import is_plain_type
 from .scalars import read_scalar
 
 
@@ -46,6 +47,8 @@ def lengths_tensor(
             length = check.check_int(function, "cache_seqlens", int(read))
             _check_capacity(function, length, k_cache, page_table, k if cu_seqlens_k_new is None else None)
     batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    if not is_compiling() and not is_plain_type(type(q)):
+        return q.new_full((batch,), length, dtype=torch.int32)  # a DTensor goes together with its own kind only
     return torch.full((batch,), length, dtype=torch.int32, device=q.device)
 
 

@@ -16,7 +16,7 @@ from .names import KVCACHE_FUNCTIONS, shown_name
 from .problem import (
     ALIGNMENT_BYTES,
     AttentionProblem,
-    make_problem,
+    gradient_features,
     needs_gradients,
     out_dtype,
     refuse_float8_gradient,
@@ -32,8 +32,11 @@ class CheckedCall(NamedTuple):
     softcap: float
 
 
-def check_forward(function: str, args: AttentionArgs) -> CheckedCall:
+def check_forward(function: str, args: AttentionArgs, deterministic: bool = False) -> CheckedCall:
     """Validate ``args`` and describe the call.
+
+    Args:
+        deterministic: whether gradients must be the same in every run; asked only of a call that is differentiated.
 
     Raises:
         InvalidTypeError: a wrong Python type or dtype.
@@ -71,7 +74,8 @@ def check_forward(function: str, args: AttentionArgs) -> CheckedCall:
     _check_out(function, args, head_dim_v)
     values.check_attention(function, args, batch, seqlen_k, lambda name: shown_name(function, name))
 
-    problem = make_problem(
+    gradients = needs_gradients(args.q, args.k, args.v, args.qv, args.sinks)
+    problem = AttentionProblem(
         dtype=args.q.dtype,
         kv_dtype=args.k.dtype,
         batch=batch,
@@ -99,14 +103,15 @@ def check_forward(function: str, args: AttentionArgs) -> CheckedCall:
         batch_idx=args.kv_batch_idx is not None,
         qv=args.qv is not None,
         descale=args.q_descale is not None or args.k_descale is not None or args.v_descale is not None,
-        gradients=needs_gradients(args.q, args.k, args.v, args.qv, args.sinks),
+        gradients=gradients,
+        of_gradients=gradient_features(deterministic, batch, total_q) if gradients else (),
     )
     if problem.is_decode and num_splits != 1:
         rows = batch * seqlen_q * num_heads_q
         check.check_cells(function, tokens_per_split, seqlen_k, rows, head_dim_v, page_size)
-    if "gradients" in problem.features:
+    if gradients:
         refuse_float8_gradient(function, args.q.dtype, args.k.dtype)
-    if args.out is not None and ("gradients" in problem.features or needs_gradients(args.out)):
+    if args.out is not None and (gradients or needs_gradients(args.out)):
         raise UnsupportedError(
             f"{function}: out= has no gradient; leave out away, or call under torch.no_grad() (an input requires grad)"
         )

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from ..errors import InvalidArgumentError, InvalidTypeError
 from . import validation as check
 from .masking import normalize_chunk, normalize_window
-from .problem import DTYPE_NAMES, AttentionProblem, make_problem
+from .problem import DTYPE_NAMES, AttentionProblem
 
 FUNCTION = "get_scheduler_metadata"
 #: Without has_qv a call of these head dims is taken for absorbed MLA: (largest headdim, largest headdim_v without qv).
@@ -89,7 +89,7 @@ def describe_request(
         # The length rule: what the forward call derives from the same table.
         max_seqlen_k = page_table.shape[1] * page_size
     max_seqlen_k = check.clamp_seqlen_k(max_seqlen_k)
-    problem = make_problem(
+    problem = AttentionProblem(
         dtype=qkv_dtype,
         kv_dtype=kv_dtype,
         batch=batch_size,

@@ -21,10 +21,12 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
 
 #: Kernels move 16 bytes at a time.
 ALIGNMENT_BYTES = 16
+#: Rows of the fp32 sums of dq that fused kernels have at least for each sequence (csrc/common/dq_sums.h).
+DQ_SUM_ROWS = 64
 
 
-class AttentionProblem(NamedTuple):
-    """Everything the choice of a kernel depends on. It holds no tensor data: building it never waits for a device."""
+class _Fields(NamedTuple):
+    """What an AttentionProblem holds."""
 
     direction: str  # "forward" or "backward"
     dtype: str  # a value of DTYPE_NAMES
@@ -39,7 +41,8 @@ class AttentionProblem(NamedTuple):
     window_left: int  # -1: unbounded
     window_right: int  # -1: unbounded; causal is 0
     attention_chunk: int  # 0: off
-    features: tuple[str, ...]  # sorted: support.FEATURES and EXTRA_FEATURES, and "gradients"
+    #: Sorted: support.FEATURES and EXTRA_FEATURES, "gradients", and what gradient_features says of these.
+    features: tuple[str, ...]
     num_splits: int  # 0: heuristic
     pack_gqa: bool | None
     has_metadata: bool
@@ -48,6 +51,84 @@ class AttentionProblem(NamedTuple):
     kv_dtype: str = ""  # of k and v where it is not that of q, never equal to dtype
     tokens_per_split: int = 0  # every sequence's keys are cut at multiples of it, whatever the batch; 0: off
     shared_tokens: int = 0  # query tokens of all sequences, over keys that these share, in the same launch; 0: none
+
+
+class AttentionProblem(_Fields):
+    """Everything the choice of a kernel depends on. It holds no tensor data: building it never waits for a device."""
+
+    __slots__ = ()
+
+    def __new__(
+        cls,
+        *,
+        direction: str = "forward",
+        dtype: torch.dtype,
+        kv_dtype: torch.dtype | None = None,
+        batch: int,
+        seqlen_q: int,
+        seqlen_k: int,
+        num_heads_q: int,
+        num_heads_kv: int,
+        head_dim: int,
+        head_dim_v: int,
+        page_size: int = 0,
+        window: tuple[int, int] = (-1, -1),
+        attention_chunk: int = 0,
+        softcap: float = 0.0,
+        num_splits: int = 0,
+        pack_gqa: bool | None = None,
+        has_metadata: bool = False,
+        sm_margin: int = 0,
+        obstacles: tuple[str, ...] = (),
+        tokens_per_split: int = 0,
+        of_gradients: tuple[str, ...] = (),
+        **features: bool,
+    ) -> AttentionProblem:
+        """The one way to a problem.
+
+        Args:
+            window: ``(left, right)``, normalised.
+            kv_dtype: dtype of k and v; None: dtype.
+            of_gradients: gradient_features of a problem that is differentiated.
+            features: what the call has of support.FEATURES and EXTRA_FEATURES that no other argument tells, and
+                "gradients".
+        """
+        left, right = window
+        found = features | {
+            "causal": right == 0,
+            "window": left >= 0 or right > 0,
+            "attention_chunk": attention_chunk > 0,
+            "softcap": softcap > 0,
+            "gqa": num_heads_q != num_heads_kv,
+            "paged": page_size > 0,
+            "split_kv": num_splits > 1,
+            "lse": True,
+            **dict.fromkeys(of_gradients, True),
+        }
+        return super().__new__(
+            cls,
+            direction=direction,
+            dtype=DTYPE_NAMES[dtype],
+            batch=batch,
+            seqlen_q=seqlen_q,
+            seqlen_k=seqlen_k,
+            num_heads_q=num_heads_q,
+            num_heads_kv=num_heads_kv,
+            head_dim=head_dim,
+            head_dim_v=head_dim_v,
+            page_size=page_size,
+            window_left=left,
+            window_right=right,
+            attention_chunk=attention_chunk,
+            features=tuple(sorted(name for name, wanted in found.items() if wanted)),
+            num_splits=num_splits,
+            pack_gqa=pack_gqa,
+            has_metadata=has_metadata,
+            sm_margin=sm_margin,
+            obstacles=obstacles,
+            kv_dtype="" if kv_dtype is None or kv_dtype == dtype else DTYPE_NAMES[kv_dtype],
+            tokens_per_split=tokens_per_split,
+        )
 
     @property
     def query_rows(self) -> int:
@@ -65,85 +146,43 @@ class AttentionProblem(NamedTuple):
         return self.query_rows <= DECODE_MAX_ROWS
 
 
-def make_problem(
-    *,
-    direction: str = "forward",
-    dtype: torch.dtype,
-    kv_dtype: torch.dtype | None = None,
-    batch: int,
-    seqlen_q: int,
-    seqlen_k: int,
-    num_heads_q: int,
-    num_heads_kv: int,
-    head_dim: int,
-    head_dim_v: int,
-    page_size: int = 0,
-    window: tuple[int, int] = (-1, -1),
-    attention_chunk: int = 0,
-    softcap: float = 0.0,
-    num_splits: int = 0,
-    pack_gqa: bool | None = None,
-    has_metadata: bool = False,
-    sm_margin: int = 0,
-    obstacles: tuple[str, ...] = (),
-    tokens_per_split: int = 0,
-    **features: bool,
-) -> AttentionProblem:
-    """The one constructor of an AttentionProblem.
+def backward_of(problem: AttentionProblem, extra: tuple[str, ...] = ()) -> AttentionProblem:
+    """The problem of the gradients of a forward problem: how its keys were divided does not matter to them.
 
     Args:
-        window: ``(left, right)``, normalised.
-        kv_dtype: dtype of k and v; None: dtype.
-        features: what the call has of support.FEATURES and EXTRA_FEATURES that no other argument tells, and
-            "gradients".
+        extra: its gradient_features; a problem that has "gradients" has them itself.
     """
-    left, right = window
-    found = features | {
-        "causal": right == 0,
-        "window": left >= 0 or right > 0,
-        "attention_chunk": attention_chunk > 0,
-        "softcap": softcap > 0,
-        "gqa": num_heads_q != num_heads_kv,
-        "paged": page_size > 0,
-        "split_kv": num_splits > 1,
-        "lse": True,
-    }
-    return AttentionProblem(
-        direction=direction,
-        dtype=DTYPE_NAMES[dtype],
-        batch=batch,
-        seqlen_q=seqlen_q,
-        seqlen_k=seqlen_k,
-        num_heads_q=num_heads_q,
-        num_heads_kv=num_heads_kv,
-        head_dim=head_dim,
-        head_dim_v=head_dim_v,
-        page_size=page_size,
-        window_left=left,
-        window_right=right,
-        attention_chunk=attention_chunk,
-        features=tuple(sorted(name for name, wanted in found.items() if wanted)),
-        num_splits=num_splits,
-        pack_gqa=pack_gqa,
-        has_metadata=has_metadata,
-        sm_margin=sm_margin,
-        obstacles=obstacles,
-        kv_dtype="" if kv_dtype is None or kv_dtype == dtype else DTYPE_NAMES[kv_dtype],
-        tokens_per_split=tokens_per_split,
-    )
-
-
-def backward_of(problem: AttentionProblem, deterministic: bool = False) -> AttentionProblem:
-    """The problem of the gradients of a forward problem: how its keys were divided does not matter to them."""
-    features = [name for name in problem.features if name not in ("gradients", "split_kv")]
+    features = {name for name in problem.features if name not in ("gradients", "split_kv")} | set(extra)
     return problem._replace(
         direction="backward",
-        features=tuple(sorted((*features, "deterministic") if deterministic else features)),
+        features=tuple(sorted(features)),
         num_splits=0,
         pack_gqa=None,
         has_metadata=False,
         tokens_per_split=0,
     )
+
+
+def asks_deterministic(deterministic: bool) -> bool:
+    """Whether gradients must be the same in every run: the call says so, or torch does for all calls."""
+    return deterministic or torch.are_deterministic_algorithms_enabled()
+
+
+def gradient_features(deterministic: bool, batch: int, total_q: int) -> tuple[str, ...]:
+    """What a problem has if it is differentiated; both call for a kernel whose sums have an order.
+
+    Whoever asks about gradients asks here: the forward pass, autograd, mha_bwd, is_supported and explain.
+
+    Args:
+        deterministic: as the call says it.
+        total_q: queries of all sequences.
+
+    Returns:
+        Of "deterministic" and "short_sequences" those that hold. The sums of dq of kernels without an order have
+        DQ_SUM_ROWS rows for each sequence at least: too much memory for short ones.
+    """
+    found = {"deterministic": asks_deterministic(deterministic), "short_sequences": batch * DQ_SUM_ROWS > 2 * total_q}
+    return tuple(name for name, holds in found.items() if holds)
 
 
 def canonical_right(seqlen_q: int, window_right: int) -> int:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from . import append, attention, merge, metadata
+from . import append, attention, merge, metadata, sharding
 
-__all__ = ["append", "attention", "merge", "metadata"]
+__all__ = ["append", "attention", "merge", "metadata", "sharding"]

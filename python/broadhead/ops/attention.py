@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from ..call import validation as check
-from ..call.arguments import DIFFERENTIABLE, OPERATOR_SCHEMA, AttentionArgs, from_operator, to_operator
+from ..call.arguments import DIFFERENTIABLE, OPERATOR_NAMES, OPERATOR_SCHEMA, WINDOW_SIDES, AttentionArgs
 from ..call.check import check_forward
-from ..call.inputs import changed, plain_scalars, read_tensors
+from ..call.inputs import plain_scalars, read_tensors
 from ..call.masking import normalize_window
 from ..call.plain import (
     is_transformed,
@@ -25,11 +25,35 @@ from ..call.problem import needs_gradients, out_dtype, refuse_float8_gradient
 from ..errors import UnsupportedError
 from ..run.backward import gradient_plan, run_backward_below
 from ..run.forward import run, run_differentiable
-from . import transforms
+from . import sharding, transforms
 from .canonical import canonical
 
 # What mha_bwd takes besides: the gradients of out and softmax_lse, and these themselves.
 _OUTPUTS = "Tensor? dout, Tensor? dlse, Tensor? out, Tensor? softmax_lse"
+
+
+def to_operator(
+    function: str, args: AttentionArgs, deterministic: bool, differentiable: bool = False
+) -> tuple[Any, ...]:
+    """What the operators take of a call: OPERATOR_NAMES. torch.compile traces it."""
+    values = dict(zip(AttentionArgs._fields, args))
+    if args.page_table is not None and args.cu_seqlens_k is not None:
+        if args.seqused_k is None:
+            values["seqused_k"] = args.cu_seqlens_k[1:] - args.cu_seqlens_k[:-1]
+        values["cu_seqlens_k"] = None
+    values["window_left"], values["window_right"] = normalize_window(args.window_size, args.causal, function)
+    values["deterministic"] = deterministic
+    values["differentiable"] = differentiable
+    values["function"] = function
+    return tuple([values[name] for name in OPERATOR_NAMES])
+
+
+def from_operator(inputs: tuple[Any, ...]) -> tuple[AttentionArgs, bool, bool, str]:
+    """``(args, deterministic, differentiable, function)`` of what an operator was given."""
+    *call, deterministic, differentiable, function = inputs
+    values = dict(zip(OPERATOR_NAMES, call))
+    window = tuple(values.pop(side) for side in WINDOW_SIDES)
+    return AttentionArgs(window_size=window, **values), deterministic, differentiable, function
 
 
 def _fake_outputs(args: AttentionArgs) -> tuple[Tensor, Tensor]:
@@ -45,14 +69,14 @@ def _fake_outputs(args: AttentionArgs) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("broadhead::mha_fwd", mutates_args=(), schema=f"({OPERATOR_SCHEMA}) -> (Tensor, Tensor)")
 @check.clamped()
 def mha_fwd(*inputs: Any) -> tuple[Tensor, Tensor]:
-    given = from_operator(inputs)
-    out, lse = (run_differentiable if given.differentiable else run)(given.function, given.args)
+    args, deterministic, differentiable, function = from_operator(inputs)
+    out, lse = run_differentiable(function, args, deterministic) if differentiable else run(function, args)
     return canonical(out), canonical(lse)
 
 
 @mha_fwd.register_fake
 def _(*inputs: Any) -> tuple[Tensor, Tensor]:
-    return _fake_outputs(from_operator(inputs).args)
+    return _fake_outputs(from_operator(inputs)[0])
 
 
 @torch.library.custom_op(
@@ -65,9 +89,9 @@ def mha_bwd(
     dout: Tensor | None, dlse: Tensor | None, out: Tensor | None, softmax_lse: Tensor | None, *inputs: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, qv and sinks; empty where the input was not given."""
-    function, args, deterministic, _ = from_operator(inputs)
+    args, deterministic, _, function = from_operator(inputs)
     args = args._replace(scheduler_metadata=None)
-    if args.backend != "torch" and gradient_plan(function, args) is None:
+    if args.backend != "torch" and gradient_plan(function, args, deterministic) is None:
         args = args._replace(backend="torch")
     gradients = run_backward_below(function, (dout, dlse, out, softmax_lse), args, deterministic)
     return tuple(  # type: ignore[return-value]
@@ -99,30 +123,18 @@ mha_fwd.register_autograd(_differentiate, setup_context=transforms.Forward.setup
 )
 @check.clamped()
 def mha_fwd_out(*inputs_and_out: Any) -> Tensor:
-    function, args, *_ = from_operator(inputs_and_out[:-1])
+    args, _, _, function = from_operator(inputs_and_out[:-1])
     return canonical(run(function, args._replace(out=inputs_and_out[-1]))[1])
 
 
 @mha_fwd_out.register_fake
 def _(*inputs_and_out: Any) -> Tensor:
-    return _fake_outputs(from_operator(inputs_and_out[:-1]).args)[1]
-
-
-def _operator_inputs(
-    function: str, args: AttentionArgs, deterministic: bool, differentiable: bool = False
-) -> tuple[Any, ...]:
-    """The arguments of an operator, of those of a call."""
-    changes: dict[str, Any] = {}
-    if args.page_table is not None and args.cu_seqlens_k is not None:
-        if args.seqused_k is None:
-            changes["seqused_k"] = args.cu_seqlens_k[1:] - args.cu_seqlens_k[:-1]
-        changes["cu_seqlens_k"] = None
-    window = normalize_window(args.window_size, args.causal, function)
-    return to_operator(function, changed(args, changes), window, deterministic, differentiable)
+    return _fake_outputs(from_operator(inputs_and_out[:-1])[0])[1]
 
 
 def call_forward(function: str, args: AttentionArgs, deterministic: bool = False) -> tuple[Tensor, Tensor]:
     """A call through the operators; traceable, so it validates only what a schema needs."""
+    sharding.prepare(*args)
     args = plain_scalars(function, read_tensors(function, args))
     if not is_compiling():
         refuse_tangents(function, *args)
@@ -134,7 +146,7 @@ def call_forward(function: str, args: AttentionArgs, deterministic: bool = False
         refuse_float8_gradient(function, args.q.dtype, args.k.dtype)
         if args.out is not None:
             raise UnsupportedError(f"{function}: out= has no gradient; leave out away, or call under torch.no_grad()")
-    inputs = _operator_inputs(function, args, deterministic, differentiable)
+    inputs = to_operator(function, args, deterministic, differentiable)
     if not is_compiling() and is_transformed(*args):
         if args.out is not None:
             refuse_transformed(function, "out=", *args)
@@ -152,6 +164,7 @@ def call_backward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Its gradients through the operators; traceable, so it validates only what a schema needs."""
+    sharding.prepare(*outputs, *args)
     args = plain_scalars(function, read_tensors(function, args))
     if not is_compiling():
         refuse_tangents(function, *outputs, *args)
@@ -165,7 +178,7 @@ def call_backward(
         )
         if any(isinstance(x, Tensor) and x.device.type == "meta" for x in (*outputs, *args)):
             check_forward(function, args)  # nothing behind this will
-    inputs = _operator_inputs(function, args, deterministic)
+    inputs = to_operator(function, args, deterministic)
     # The result has no derivative: like that of an eager call, it is a leaf.
     with torch.no_grad():
         if not is_compiling() and is_transformed(*outputs, *args):

@@ -12,6 +12,7 @@ from ..call.masking import normalize_window
 from ..call.metadata_request import FUNCTION
 from ..run import metadata
 from ..run.metadata_records import metadata_size
+from . import sharding
 
 _METADATA = (
     "Tensor cache_seqlens, SymInt batch_size, SymInt max_seqlen_q, SymInt max_seqlen_k, SymInt num_heads_q,"
@@ -66,6 +67,7 @@ def call_get_scheduler_metadata(
     sm_margin: Any, out: Any, page_table: Any, has_qv: Any, kv_dtype: Any, tokens_per_split: Any,
 ) -> Tensor:  # fmt: skip
     """get_scheduler_metadata through the operators; traceable."""
+    sharding.prepare(cache_seqlens, cu_seqlens_q, cache_leftpad, page_table, out)
     causal = check.check_bool(FUNCTION, "causal", causal)
     window_left, window_right = normalize_window(window_size, causal, FUNCTION)
     attention_chunk = 0 if attention_chunk is None else attention_chunk

@@ -7,7 +7,7 @@ import sys
 import zlib
 from typing import NamedTuple
 
-from ..call.problem import ALIGNMENT_BYTES, AttentionProblem, backward_of, canonical_right
+from ..call.problem import ALIGNMENT_BYTES, DQ_SUM_ROWS, AttentionProblem, backward_of, canonical_right
 from ..capabilities import arch_for
 from ..support import ELEMENT_BYTES, EXTRA_FEATURES, FEATURES, ROWS, KernelRow
 from .device import DeviceDescription
@@ -107,7 +107,7 @@ def _capability_text(capability: tuple[int, int] | None) -> str:
 
 def _needed_features(problem: AttentionProblem) -> tuple[str, ...]:
     """What a row must list to compute the problem."""
-    needed = [name for name in problem.features if name in FEATURES or name in EXTRA_FEATURES]
+    needed = [name for name in problem.features if name in FEATURES] + list(_extras(problem))
     if canonical_right(problem.seqlen_q, problem.window_right) < 0 and "causal" in needed:
         needed.remove("causal")  # one query sees every key: metadata made with and without causal has one kernel
     return tuple(needed)
@@ -129,6 +129,9 @@ def _request_refusal(row: KernelRow, problem: AttentionProblem, needed: tuple[st
     missing = [name for name in needed if name not in row.features]
     if missing:
         return f"lacks {', '.join(missing)}"
+    short = row.direction == "backward" and "short_sequences" in problem.features
+    if short and "deterministic" not in row.features:
+        return f"sums dq in fp32 for {DQ_SUM_ROWS} queries of each sequence at least: too much memory for short ones"
     absent = [name for name in row.requires if name not in needed]
     return f"needs {', '.join(absent)}" if absent else ""
 
@@ -174,7 +177,10 @@ def _gradient_refusals(problem: AttentionProblem, device: DeviceDescription, bui
     if device.type != "cuda":
         return []
     plan = resolve(backward_of(problem), device, build)
-    return [] if plan.row is not None else [f"an input requires grad, and no CUDA kernel differentiates: {plan.reason}"]
+    if plan.row is not None:
+        return []
+    kernel = "deterministic CUDA kernel" if "deterministic" in problem.features else "CUDA kernel"
+    return [f"an input requires grad, and no {kernel} differentiates: {plan.reason}"]
 
 
 def _general_refusals(problem: AttentionProblem, device: DeviceDescription, build: BuildDescription) -> list[str]:
@@ -223,8 +229,13 @@ def _nothing_computes(problem: AttentionProblem) -> str:
 
 
 def _extras(problem: AttentionProblem) -> tuple[str, ...]:
-    """What the problem asks that only some kernels do."""
-    return tuple(feature for feature in problem.features if feature in EXTRA_FEATURES)
+    """What the problem asks that only some kernels do. Sums in an order are asked of its gradients alone."""
+    of_gradients = problem.direction == "forward"
+    return tuple(
+        feature
+        for feature in problem.features
+        if feature in EXTRA_FEATURES and not (of_gradients and feature == "deterministic")
+    )
 
 
 def _kind(problem: AttentionProblem) -> str:

@@ -13,16 +13,20 @@ from ..call.arguments import AttentionArgs
 from ..call.check import CheckedCall, check_forward
 from ..call.inputs import read_tensors
 from ..call.plain import plain, plain_fields, refuse_tangents
-from ..call.problem import backward_of, out_dtype, refuse_float8_gradient
+from ..call.problem import (
+    AttentionProblem,
+    asks_deterministic,
+    backward_of,
+    gradient_features,
+    out_dtype,
+    refuse_float8_gradient,
+)
 from ..errors import InvalidArgumentError, InvalidTypeError
 from ..plan.device import describe
 from ..plan.dispatch import Plan, resolve
 from .choice import describe_call, select
 from .cuda_backend import launch_backward, make_launch, run_new
 from .fallback import state
-
-#: Rows of the fp32 sums of dq that fused kernels have at least for each sequence (csrc/common/dq_sums.h).
-DQ_SUM_ROWS = 64
 
 
 class Gradients(NamedTuple):
@@ -35,14 +39,23 @@ class Gradients(NamedTuple):
     dsinks: Tensor | None
 
 
-def gradient_plan(function: str, args: AttentionArgs) -> Plan | None:
+def _check(function: str, args: AttentionArgs, deterministic: bool) -> tuple[CheckedCall, AttentionProblem]:
+    """The call whose gradients are asked for, and their problem."""
+    with torch.no_grad():
+        call = check_forward(function, args._replace(out=None))
+    return call, backward_of(call.problem, gradient_features(deterministic, call.problem.batch, call.total_q))
+
+
+def gradient_plan(function: str, args: AttentionArgs, deterministic: bool) -> Plan | None:
     """The plan of the gradients of a call, or None: torch computes them. There is no warning for that here.
+
+    Args:
+        deterministic: as for run_backward.
 
     Raises:
         UnsupportedError: ``backend="cuda"`` asks for a kernel, and there is none.
     """
-    with torch.no_grad():
-        problem = backward_of(check_forward(function, args._replace(out=None)).problem)
+    _, problem = _check(function, args, deterministic)
     if args.backend == "cuda":
         return select(function, problem, args.q.device, "cuda")
     plan = resolve(problem, describe(args.q.device))
@@ -79,15 +92,12 @@ def run_backward(
         deterministic: every sum in an order that is the same in every run. The torch reference always adds so.
             ``torch.use_deterministic_algorithms`` asks for it as well.
     """
-    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     backend = check.check_backend(function, args.backend)
     with torch.no_grad():
-        call = check_forward(function, args._replace(out=None))
+        call, problem = _check(function, args, deterministic)
         refuse_float8_gradient(function, args.q.dtype, args.k.dtype)
         _check_results(function, dout, dlse, out, softmax_lse, args, call)
-        # Fused kernels have sums of 64 queries at least for each sequence: too much memory for short ones.
-        ordered = deterministic or call.problem.batch * DQ_SUM_ROWS > 2 * call.total_q
-        plan = select(function, backward_of(call.problem, ordered), args.q.device, backend)
+        plan = select(function, problem, args.q.device, backend)
         if plan is None or call.total_q == 0 or call.problem.batch == 0 or args.k.numel() == 0:
             if plan is not None and plan.row is not None:
                 state.last = ("cuda", plan.row.id, "no query or no key: nothing was launched")
@@ -95,7 +105,8 @@ def run_backward(
         if out is None or softmax_lse is None:
             found = _forward(function, args, call)
             out, softmax_lse = (found[i] if x is None else x for i, x in enumerate((out, softmax_lse)))
-        dq, dk, dv, dsinks = launch_backward(args, call, plan, (dout, dlse, out, softmax_lse), deterministic)
+        given = (dout, dlse, out, softmax_lse)
+        dq, dk, dv, dsinks = launch_backward(args, call, plan, given, asks_deterministic(deterministic))
         return Gradients(dq, dk, dv, None, dsinks)
 
 

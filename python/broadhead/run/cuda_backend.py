@@ -129,15 +129,6 @@ def connected_module() -> ModuleType:
 _connected: ModuleType | None = None
 
 
-def find_known(name: str) -> Any:
-    """A function of _C that runs calls like one before, or without the compiled module what knows no call."""
-    return _know_nothing if native.extension() is None else getattr(connected_module(), name)
-
-
-def _know_nothing(*call: Any) -> None:
-    return None
-
-
 def run_new(launch: Any, function: str, need_lse: bool, args: AttentionArgs) -> tuple[Tensor, Tensor | None]:
     """Run the first call of a kind, for which ``launch`` was made: _C.run_known runs those that follow."""
     return connected_module().run_new(launch, function, need_lse, args)

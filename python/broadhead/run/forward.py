@@ -16,38 +16,35 @@ from ..call.plain import plain_fields, refuse_second_derivative
 from ..call.problem import AttentionProblem, out_dtype
 from ..plan.device import describe
 from ..plan.dispatch import resolve
+from . import known
 from .backward import gradient_plan, run_backward
 from .choice import describe_call, select
-from .cuda_backend import find_known, make_launch, run_new
+from .cuda_backend import make_launch, run_new
 from .fallback import state
 from .metadata_records import check_buffer, check_identity
 
 
-def run(function: str, args: AttentionArgs) -> tuple[Tensor, Any]:
-    """``(out, softmax_lse)`` of a call; ``function`` names the public function in errors."""
-    result = find_known("run_known")(function, True, args)
-    return run_plain(function, args, True) if result is None else result
+def run(function: str, given: AttentionArgs, need_lse: bool = True, deterministic: bool = False) -> tuple[Tensor, Any]:
+    """``(out, softmax_lse)`` of a call, on arguments that no mode or subclass has a say in.
 
-
-def run_differentiable(function: str, args: AttentionArgs) -> tuple[Tensor, Any]:
-    """As run, of a call whose gradients an operator will compute: where no kernel does, torch runs it as well."""
-    if args.backend != "torch" and gradient_plan(function, args) is None:
-        args = args._replace(backend="torch")
-    return run(function, args)
-
-
-def run_plain(function: str, given: AttentionArgs, need_lse: bool, deterministic: bool = False) -> tuple[Tensor, Any]:
-    """A call that is not known, on arguments that no mode or subclass has a say in."""
+    Args:
+        function: the public function, for errors.
+        need_lse: without it softmax_lse may be None.
+        deterministic: of gradients.
+    """
+    result = known.run_known(function, need_lse, given)
+    if result is not None:
+        return result
     args = read_tensors(function, plain_fields(function, given, written=("out",)))
     if args.page_table is not None and args.cu_seqlens_k is not None:
         lengths = _lengths_of_paged(function, args.q, args.cu_seqlens_k, args.seqused_k)
         args = args._replace(seqused_k=lengths, cu_seqlens_k=None)
     if args is not given:
-        result = find_known("run_known")(function, need_lse, args)
+        result = known.run_known(function, need_lse, args)
         if result is not None:
             return _as_given(result, given)
     backend = check.check_backend(function, args.backend)
-    call = check_forward(function, args)
+    call = check_forward(function, args, deterministic)
     problem, device = call.problem, args.q.device
     if args.scheduler_metadata is not None:
         check_buffer(function, "scheduler_metadata", args.scheduler_metadata, problem.batch, device)
@@ -65,6 +62,13 @@ def run_plain(function: str, given: AttentionArgs, need_lse: bool, deterministic
     else:
         result = run_new(make_launch(args, call, plan), function, need_lse, args)
     return _as_given(result, given)
+
+
+def run_differentiable(function: str, args: AttentionArgs, deterministic: bool) -> tuple[Tensor, Any]:
+    """As run, of a call whose gradients an operator will compute: where no kernel does, torch runs it as well."""
+    if args.backend != "torch" and gradient_plan(function, args, deterministic) is None:
+        args = args._replace(backend="torch")
+    return run(function, args)
 
 
 def _as_given(result: tuple[Tensor, Any], given: AttentionArgs) -> tuple[Tensor, Any]:

@@ -12,7 +12,8 @@ from ..call.plain import plain
 from ..call.validation import INT32_MAX
 from ..plan.device import common_kernel_obstacle, describe
 from ..reference.merge import merge_parts
-from .cuda_backend import allocation, connected_module, find_known
+from . import known
+from .cuda_backend import allocation, connected_module
 from .fallback import ASKED_FOR_TORCH, Dispatch, settle_operation, state
 
 FUNCTION = "merge_attn_states"
@@ -70,7 +71,7 @@ def kernel_obstacle(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, 
 
 def launch(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
     """A merge by the kernel: as one like it before, or as the first of its kind."""
-    result = find_known("run_known_merge")(out_a, lse_a, out_b, lse_b, out)
+    result = known.run_known_merge(out_a, lse_a, out_b, lse_b, out)
     if result is not None:
         state.merge = BY_KERNEL
         return result

@@ -14,7 +14,8 @@ from ..call.metadata_request import FUNCTION, MetadataRequest, describe_request
 from ..call.plain import plain
 from ..plan.device import describe
 from ..plan.dispatch import Plan, resolve
-from .cuda_backend import connected_module, find_known
+from . import known
+from .cuda_backend import connected_module
 from .metadata_records import MadeFor, check_buffer, metadata_size, remember, round_up_4
 
 #: The tensors of a request: ``(cache_seqlens, cu_seqlens_q, cache_leftpad, out, page_table)``.
@@ -47,13 +48,8 @@ def run(tensors: Tensors, numbers: tuple[Any, ...]) -> Tensor:
     Args:
         numbers: the other arguments of get_scheduler_metadata, in the order of describe_request without page_table.
     """
-    metadata = run_known(tensors, numbers)
+    metadata = known.run_known_metadata(*tensors, numbers)
     return run_new(tensors, numbers) if metadata is None else metadata
-
-
-def run_known(tensors: Tensors, numbers: tuple[Any, ...]) -> Tensor | None:
-    """The metadata of a request that is like one before; None: there was none."""
-    return find_known("run_known_metadata")(*tensors, numbers)
 
 
 def run_new(tensors: Tensors, numbers: tuple[Any, ...]) -> Tensor:
@@ -64,10 +60,10 @@ def run_new(tensors: Tensors, numbers: tuple[Any, ...]) -> Tensor:
     cache_seqlens, cu_seqlens_q, cache_leftpad, out, page_table = ready
     given_out = tensors[3]
     read = (cache_seqlens, cu_seqlens_q, cache_leftpad, page_table)
-    known = not any(a is not b for a, b in zip(ready, tensors, strict=True))
+    as_given = not any(a is not b for a, b in zip(ready, tensors, strict=True))
     if any(is_strided(tensor) for tensor in read):
         cache_seqlens, cu_seqlens_q, cache_leftpad, page_table = map(contiguous, read)
-        known = False  # requests are found by the tensors that were given
+        as_given = False  # requests are found by the tensors that were given
     lengths = _check_tensors(numbers[0], cache_seqlens, cu_seqlens_q, cache_leftpad, out, page_table)
     described = (*numbers[:16], page_table, *numbers[16:])
     request = describe_request(*described)
@@ -80,7 +76,7 @@ def run_new(tensors: Tensors, numbers: tuple[Any, ...]) -> Tensor:
         allocate = functools.partial(new_metadata, size=metadata_size(request.problem.batch))
         metadata = connected_module().run_new_metadata(
             lengths.get_device(), allocate, made_for, schedule, lengths, cu_seqlens_q, cache_leftpad, out, page_table,
-            numbers if known else None,
+            numbers if as_given else None,
         )  # fmt: skip
     return metadata if given_out is None else given_out
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -13,7 +12,7 @@ from ..call.check import CheckedCall, check_forward
 from ..plan.device import describe
 from ..plan.dispatch import Plan, resolve
 from ..support import DECODE_MAX_ROWS
-from .cuda_backend import find_known, make_launch, run_new_shared
+from .cuda_backend import make_launch, run_new_shared
 from .metadata_records import check_buffer
 
 FUNCTION = "flash_attn_with_shared_prefix"
@@ -44,23 +43,6 @@ class OneLaunch:
 
     call: CheckedCall
     plan: Plan
-
-
-def _find_run_known(*call: Any) -> Any:
-    """Bound on first use: _C.run_known_shared."""
-    global _run_known
-    _run_known = find_known("run_known_shared")
-    return _run_known(*call)
-
-
-_run_known: Any = _find_run_known
-
-
-def run_known(
-    need_lse: bool, call: tuple[Any, ...], page_table: Any, length: Any
-) -> tuple[Tensor, Tensor | None] | None:
-    """Run a call that is like one before; None: there was none. ``call``: the fields of AttentionArgs."""
-    return _run_known(FUNCTION, need_lse, call, page_table, length)
 
 
 def decide(args: AttentionArgs, length: int) -> OneLaunch | Composed:
@@ -105,6 +87,6 @@ def decide(args: AttentionArgs, length: int) -> OneLaunch | Composed:
 def run_first(
     decision: OneLaunch, need_lse: bool, args: AttentionArgs, page_table: Tensor, length: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Run the first call of a kind; run_known runs those that follow."""
+    """Run the first call of a kind; known.run_known_shared runs those that follow."""
     launch = make_launch(args, decision.call, decision.plan)
     return run_new_shared(launch, FUNCTION, need_lse, args, page_table, length)

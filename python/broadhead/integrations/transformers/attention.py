@@ -5,6 +5,7 @@ It reads nothing back from the device; `positions` is the exception, once a forw
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ def attention_forward(
     softcap: float | None = None,
     is_causal: bool | None = None,
     s_aux: Tensor | None = None,
+    deterministic: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function of transformers' interface.
@@ -51,6 +53,8 @@ def attention_forward(
         sliding_window: keys a query sees, itself included.
         softcap: tanh cap of the scores.
         s_aux: ``(Hq,)`` attention sinks.
+        deterministic: gradients that are the same in every run, bit for bit; None: as the environment variable
+            FLASH_ATTENTION_DETERMINISTIC says, which transformers' ``enable_full_determinism`` sets.
         kwargs: ``cu_seq_lens_q``, ``cu_seq_lens_k``, ``max_length_q``, ``max_length_k`` separate packed sequences;
             with ``block_table``, ``k_cache`` and ``v_cache`` too, the new keys are written to pages of the cache first.
             ``position_ids`` that start again separate sequences where nothing else does.
@@ -73,6 +77,7 @@ def attention_forward(
         "attention_chunk": chunk,
         "softcap": softcap or 0.0,
         "sinks": s_aux,
+        "deterministic": _asks_deterministic(deterministic),
     }
     attention_mask, kind = _read_mask(attention_mask, q, k, window or chunk)
     if kwargs.get("block_table") is not None:
@@ -102,6 +107,11 @@ def attention_forward(
     if attention_mask is not None:
         return _run_packed(q, k, v, attention_mask, options), None
     return broadhead.flash_attn_func(q, k, v, num_splits=0, **options), None
+
+
+def _asks_deterministic(deterministic: bool | None) -> bool:
+    """By the rule of transformers' own flash attention: what the layer says, else the variable where it is 1."""
+    return os.environ.get("FLASH_ATTENTION_DETERMINISTIC", "0") == "1" if deterministic is None else deterministic
 
 
 def _refuse(dropout: float, kwargs: dict[str, Any]) -> None:

@@ -1,0 +1,50 @@
+"""Two processes on one CPU that talk by gloo: what tests of sharded tensors run in."""
+
+from __future__ import annotations
+
+import datetime
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+RANKS = 2
+
+
+def run_ranks(function: Callable[..., None], *arguments: Any, ranks: int = RANKS) -> None:
+    """``function(rank, *arguments)`` in each of the processes, of one process group; the first failure is raised."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_run, args=(ranks, Path(folder) / "store", function, arguments), nprocs=ranks)
+
+
+def _run(rank: int, ranks: int, store: Path, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=datetime.timedelta(seconds=240)
+    )
+    try:
+        function(rank, *arguments)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def run_program(source: str) -> None:
+    """A program of two processes, as torchrun starts it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "program.py"
+        path.write_text(source, encoding="utf-8")
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={RANKS}",
+            str(path),
+        ]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stdout + result.stderr
