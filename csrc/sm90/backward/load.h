@@ -89,10 +89,11 @@ BROADHEAD_DEVICE void clear_where(void* stage, int first_row, int row_step, cons
   }
 }
 
-// Where the number of a step's query lies: those that a consumer's lane needs of 16 queries (two of each eight) side by
-// side, so that it reads four at a time.
-BROADHEAD_DEVICE int stat_place(int query) {
-  return query / 16 * 16 + query % 8 / 2 * 4 + query / 8 % 2 * 2 + query % 2;
+// Where the number of a step's query lies. kPaired: those that a consumer's lane needs of 16 queries (two of each
+// eight) side by side, so that it reads four at a time.
+template <bool kPaired>
+BROADHEAD_DEVICE constexpr int stat_place(int query) {
+  return kPaired ? query / 16 * 16 + query % 8 / 2 * 4 + query / 8 % 2 * 2 + query % 2 : query;
 }
 
 // LSE and D of the queries of a step, a warp's lanes side by side. Those that no key of the tile meets are as if they
@@ -113,6 +114,7 @@ struct LaneStats {
   }
 
   // Whether a query of the step has no gradient.
+  template <bool kPaired>
   BROADHEAD_DEVICE bool store(const BackwardWork& work, float* lse, float* delta) const {
     bool dead = false;
     BROADHEAD_UNROLL
@@ -120,8 +122,8 @@ struct LaneStats {
       const int at = i * 32 + static_cast<int>(threadIdx.x) % 32;
       const bool exists = first + i * 32 < work.seqlen.seqlen_q && work.live.contains(first + i * 32);
       const QueryStats stats = exists ? of_query[i].stats() : QueryStats{INFINITY, 0.f};
-      lse[stat_place(at)] = stats.lse;
-      delta[stat_place(at)] = stats.delta;
+      lse[stat_place<kPaired>(at)] = stats.lse;
+      delta[stat_place<kPaired>(at)] = stats.delta;
       dead = dead || stats.lse == INFINITY;
     }
     __syncwarp();
@@ -140,10 +142,10 @@ BROADHEAD_DEVICE void load_stats(const BackwardArgs& args, typename Traits::Shar
     stats.load(args.params, work, head, tile * Traits::kCols);  // on their way while the stage is waited for
     const std::uint32_t stage = ring.stage();
     barrier_wait(smem.first_empty[stage], ring.parity() ^ 1);
-    if (stats.store(work, smem.lse[stage], smem.delta[stage])) {
+    if (stats.template store<Traits::kPairedStats>(work, smem.lse[stage], smem.delta[stage])) {
       barrier_wait(smem.first_full[stage], ring.parity());
       barrier_wait(smem.second_full[stage], ring.parity());
-      const auto is_dead = [&](int row) { return smem.lse[stage][stat_place(row)] == INFINITY; };
+      const auto is_dead = [&](int row) { return smem.lse[stage][stat_place<Traits::kPairedStats>(row)] == INFINITY; };
       clear_where<typename Traits::FirstCols, Traits::kCols>(smem.first_cols[stage], 0, 1, is_dead);
       clear_where<typename Traits::SecondCols, Traits::kCols>(smem.second_cols[stage], 0, 1, is_dead);
       cutlass::arch::fence_view_async_shared();

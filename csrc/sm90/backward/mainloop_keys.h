@@ -81,8 +81,8 @@ struct KeyConsumer {
         dp, smem.second_rows, first_row(), smem.second_cols[ring.stage()], kept);
   }
 
-  using EarlyLse = ColumnStats<Traits::kEarlyLse, !Traits::kCapped>;
-  using EarlyDelta = ColumnStats<Traits::kEarlyDelta, !Traits::kCapped>;
+  using EarlyLse = ColumnStats<Traits::kEarlyLse, Traits::kPairedStats>;
+  using EarlyDelta = ColumnStats<Traits::kEarlyDelta, Traits::kPairedStats>;
 
   // S is there, and dP on its way; but with a softcap P takes the registers of dP.
   BROADHEAD_DEVICE EarlyLse issue_both(Scores<Traits>& s, Scores<Traits>& dp, const KeptK& k, const KeptV& v) {

@@ -91,9 +91,10 @@ struct BackwardSide {
   static constexpr bool kPackedWeights = kFused && kCols == 128;
   // Consumers keep their thread's number in a register: reading it again takes long, but 128 queries leave none.
   static constexpr bool kKeepsThread = !(kFused && kCols == 128);
-  // Column tiles whose LSE is read while S is multiplied, and whose D while dP is.
+  // Column tiles whose LSE is read while S is multiplied, and whose D while dP is, as registers allow.
   static constexpr int kEarlyLse = kCapped ? 0 : kFused && kCols == 128 ? 4 : kCols / 8;
-  static constexpr int kEarlyDelta = kCapped ? 0 : kFused && kCols == 128 ? 2 : 4;
+  static constexpr int kEarlyDelta = kCapped || (kFused && kCols == 128) ? 0 : 4;
+  static constexpr bool kPairedStats = !kCapped && !(kFused && kCols == 128);  // see stat_place
   // The sums of dQ, for common/dq_sums.h: what a warpgroup adds in a step is one piece, [column tile][128 threads].
   struct DqSums {
     static constexpr int kRows = kCols;
