@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from broadhead import support
+from broadhead.call import problem
 from broadhead.plan import dispatch
 from broadhead.run import backward
 from broadhead.run.cuda_backend import forget_calls
@@ -44,7 +45,7 @@ def only_backward(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[support
         return launch(args, call, plan, *rest)
 
     monkeypatch.setattr(backward, "launch_backward", record)
-    monkeypatch.setattr(backward, "DQ_SUM_ROWS", 0)  # fused rows run short sequences here, too
+    monkeypatch.setattr(problem, "DQ_SUM_ROWS", 0)  # fused rows run short sequences here, too
 
     def forget() -> None:
         dispatch._decided.cache_clear()

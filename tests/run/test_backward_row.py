@@ -233,7 +233,7 @@ def test_nothing_to_launch(module: Module) -> None:
 def test_short_sequences_take_no_sums_of_dq(
     shape: tuple[int, ...], ordered: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those of fused kernels have at least 64 rows for each sequence; kernels whose sums have an order need none."""
+    """Those of fused kernels have up to 128 rows more for each sequence; kernels whose sums have an order need none."""
     asked: list[tuple[str, ...]] = []
     monkeypatch.setattr(backward, "select", lambda function, problem, *_: asked.append(problem.features))
     q, k, v, dout = (torch.randn(shape) for _ in range(4))

@@ -19,7 +19,7 @@ from torch import Tensor
 #: A build whose backward kernels are all fused.
 UNORDERED = build_of(*ALL_ARCHS, without=tuple(row.id for row in ROWS if "deterministic" in row.features))
 FUSED, ORDERED = "sm90_bwd_d64_fused_bf16", "sm90_bwd_d64_bf16"
-LENGTH = 40
+LENGTH = 72
 
 
 def leaf(*shape: int) -> Tensor:
@@ -161,10 +161,10 @@ def test_what_a_problem_says_of_its_gradients(torch_asks: None) -> None:
         features = check_forward("f", AttentionArgs(q, q, q), deterministic).problem.features
         return set(features) & {"gradients", "deterministic", "short_sequences"}
 
-    assert said(32, True, True) == said(32, True, False) == {"gradients", "deterministic"}
-    assert said(32, False, True) == set()
+    assert said(64, True, True) == said(64, True, False) == {"gradients", "deterministic"}
+    assert said(64, False, True) == set()
     torch.use_deterministic_algorithms(False)
-    assert said(32, True, False) == {"gradients"}
-    assert said(31, True, False) == {"gradients", "short_sequences"}
-    assert said(31, True, True) == {"gradients", "deterministic", "short_sequences"}
-    assert said(31, False, True) == set()
+    assert said(64, True, False) == {"gradients"}
+    assert said(63, True, False) == {"gradients", "short_sequences"}
+    assert said(63, True, True) == {"gradients", "deterministic", "short_sequences"}
+    assert said(63, False, True) == set()

@@ -21,8 +21,9 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
 
 #: Kernels move 16 bytes at a time.
 ALIGNMENT_BYTES = 16
-#: Rows of the fp32 sums of dq that fused kernels have at least for each sequence (csrc/common/dq_sums.h).
-DQ_SUM_ROWS = 64
+#: Rows of the fp32 sums of dq that a sequence of a fused kernel has at least, of the kernel that needs most
+#: (csrc/common/dq_sums.h).
+DQ_SUM_ROWS = 128
 
 
 class _Fields(NamedTuple):
