@@ -101,11 +101,11 @@ struct KeyConsumer {
     fence_registers(dp);
   }
 
-  template <class Stats = ColumnStats<>>
+  template <class Stats = ColumnStats<0, Traits::kPairedStats>>
   BROADHEAD_DEVICE Stats lse() const {
     return {smem.lse[ring.stage()], lane_col(thread())};
   }
-  template <class Stats = ColumnStats<>>
+  template <class Stats = ColumnStats<0, Traits::kPairedStats>>
   BROADHEAD_DEVICE Stats delta() const {
     return {smem.delta[ring.stage()], lane_col(thread())};
   }
