@@ -97,8 +97,8 @@ BROADHEAD_DEVICE constexpr int stat_place(int query) {
 }
 
 // LSE and D of the queries of a step, a warp's lanes side by side. Those that no key of the tile meets are as if they
-// did not exist. PERF(H200, head_dim 64, a step of 128 queries: 20 % of the consumers' time was a wait for this warp when
-// each number was looked at before the next was asked for): nothing depends on what is loaded until `store`.
+// did not exist. PERF(H200, head_dim 64, a step of 128 queries: 20 % of the consumers' time was a wait for this warp
+// when each number was looked at before the next was asked for): nothing depends on what is loaded until `store`.
 template <int kPerLane>
 struct LaneStats {
   StoredStats of_query[kPerLane];
