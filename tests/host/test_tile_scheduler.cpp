@@ -1,4 +1,5 @@
-// common/tile_scheduler.h: every (query tile, head, sequence) once, sections one after the other, longest tiles first.
+// common/tile_scheduler.h: every (query tile, head, sequence) once, sections one after the other, longest tiles first;
+// the size of sections.
 #include <set>
 #include <tuple>
 
@@ -30,6 +31,24 @@ int main() {
           CHECK(static_cast<int>(seen.size()) == total, "%d x %d x %d, sections of %d: %zu of %d tiles", m_blocks,
                 heads, batch, per_section, seen.size(), total);
         }
+      }
+    }
+  }
+  // In the L2, to fill the device, heads; found. Sections are equal, fill the device where the heads can, and exceed
+  // what the L2 holds only for one of these.
+  const long long sections[][4] = {{1, 2, 8, 2},  {5, 2, 32, 4},  {11, 2, 64, 8}, {0, 0, 3, 1},  {0, 2, 2, 2},
+                                   {3, 1, 13, 1}, {5, 4, 13, 13}, {9, 1, 24, 8},  {99, 1, 6, 6}, {1, 99, 6, 6}};
+  for (const auto& [in_l2, fill, heads, expected] : sections) {
+    const long long found = broadhead::section_kv_heads(in_l2, fill, heads);
+    CHECK(found == expected, "sections of %lld of %lld heads, %lld in the L2, %lld to fill: %lld", expected, heads,
+          in_l2, fill, found);
+  }
+  for (long long heads = 1; heads <= 40; ++heads) {
+    for (long long in_l2 = 0; in_l2 <= 41; ++in_l2) {
+      for (long long fill = 0; fill <= 41; ++fill) {
+        const long long found = broadhead::section_kv_heads(in_l2, fill, heads);
+        CHECK(found >= 1 && heads % found == 0 && (found >= fill || found == heads), "%lld heads, %lld, %lld: %lld",
+              heads, in_l2, fill, found);
       }
     }
   }

@@ -2,11 +2,11 @@
 //
 // A step, of each warpgroup's 64 keys, and then of its part of dQ (128 keys); | waits for what it needs:
 //
-//   S^T, dP^T | P | dV += P^T dO | dS -> shared memory | dQ = dS K of the step before, dK += dS^T Q
+//   S^T, dP^T | P | dS | dQ = dS K of the step before, dV += P^T dO, dK += dS^T Q; dS -> shared memory | dQ -> likewise
 //
-// P is computed beside dP, dS beside dV, and dQ goes to shared memory beside dK. It is one step late, so that the
-// warpgroups need not meet: while one computes or moves, the other's products run. Nothing is on its way from one round
-// of the loop to the next: ptxas would make every product wait for the one before.
+// P is computed beside dP, and dS and dQ are stored beside the three products. While one warpgroup computes, the other
+// multiplies. dQ is one step late, so that they need not meet, and so that whoever reads dS finds it there long since.
+// Nothing is on its way from one round of the loop to the next: ptxas would make every product wait for the one before.
 #pragma once
 
 #include "sm90/backward/mainloop_keys.h"

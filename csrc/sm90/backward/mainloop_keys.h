@@ -1,6 +1,6 @@
 // The consumers of the Hopper kernel that keeps keys: dK and dV.
 //
-//   128 keys: each warpgroup computes everything of its 64:  S^T, dP^T | P | dV += P^T dO | dS | dK += dS^T Q
+//   128 keys: each warpgroup computes everything of its 64:  S^T, dP^T | P | dS | dV += P^T dO, dK += dS^T Q
 //    64 keys: warpgroup 0:  S^T | P -> shared memory, dV += P^T dO     warpgroup 1:  dP^T | dS | dK += dS^T Q
 //
 // While one warpgroup computes P or dS, the other has products to multiply. With 64 keys the scores of the next step
