@@ -118,7 +118,7 @@ struct StoredStats {
   float lse;
   float delta;
 
-  // Of a query with an LSE of -inf: it has no gradient.
+  // A query with an LSE of -inf has no gradient.
   BROADHEAD_DEVICE QueryStats stats() const {
     if (lse == -INFINITY) return {INFINITY, 0.f};
     return {lse * kLog2e, delta};

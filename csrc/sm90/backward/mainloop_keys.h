@@ -150,7 +150,8 @@ struct KeyConsumer {
     differentiate<Element>(ds, p, dp, delta, uniform.is_whole(query0));
   }
 
-  // Of tiles of queries, in registers: to read it in each step took 9 % of the time at head_dim 128. See Uniform.
+  // A range of tiles of queries, in registers: to read it in each step took 9 % of the time at head_dim 128. See
+  // Uniform.
   using Range = std::conditional_t<Traits::kCapped, const BlockRange&, const BlockRange>;
 
   // Calls `step(first query)` for each tile of queries of each head.

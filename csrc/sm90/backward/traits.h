@@ -81,7 +81,7 @@ struct BackwardSide {
 
   // dS of a step as the operand A of dQ: the keys of a warpgroup are a subtile.
   using ScoreLayout = TileLayout<Element, kRows, kCols>;
-  // Of dQ of a step a warpgroup computes 64 queries: of 64 half the columns, of 128 its own 64.
+  // A warpgroup computes 64 queries of a step's dQ: of a step of 64 half the columns, of 128 its own 64.
   static constexpr bool kDqByRows = kCols == 128;
   static constexpr int kDqCols = kDqByRows ? kTileColumns : kTileColumns / kConsumers;
   static constexpr int kDqTiles = kDqCols / 8;
