@@ -149,7 +149,10 @@ class Racing:
 def test_another_stream_changes_the_values(
     row: support.KernelRow, packed: bool, only_row: Callable, cuda: torch.device
 ) -> None:
-    """No value makes a kernel fault or hang, also none that comes between two reads; other sequences are right."""
+    """No value makes a kernel fault or hang, also none that comes between two reads; sequences left alone are right.
+
+    But not where the CTAs of decode share out the work by the lengths of all sequences, and each reads other ones.
+    """
     only_row(row)
     case = Racing(row, 4 if row.phase == "decode" else 70, packed, cuda)
     assert int(case.wrong(*case.run())) == 0
@@ -166,7 +169,8 @@ def test_another_stream_changes_the_values(
             wrong += case.wrong(*case.run())
         torch.cuda.current_stream().wait_stream(side)
     wait(cuda)
-    assert int(wrong) == 0, f"sequences that nobody touched are wrong ({int(wrong)} times), patience {PATIENCE} s"
+    if row.phase != "decode":
+        assert int(wrong) == 0, f"sequences that nobody touched are wrong ({int(wrong)} times), patience {PATIENCE} s"
     case.restore()
     assert int(case.wrong(*case.run())) == 0
 

@@ -17,11 +17,18 @@ each_row = pytest.mark.parametrize("row", ROWS, ids=row_id)
 
 
 def call_of(row: support.KernelRow, **options) -> Call:
-    """Some masked and some plain blocks of keys; one query a sequence where the row is of decode."""
+    """Some masked and some plain blocks of keys, of which every query sees one; one query a sequence in decode."""
     if row.phase == "decode":
         return row_call(row, "kvcache", (1,) * 3, (300, 17, 129), heads_q=4, page_size=16, **options)
     m, n = row.tile.tile_m, row.tile.tile_n
-    return row_call(row, "varlen", (m + 5, 3, 70), (3 * n + 7, 40, 2 * n), heads_q=4, causal=True, **options)
+    lengths = (m + 5, 3, 70), (max(3 * n, m) + 7, 40, max(2 * n, 70))
+    return row_call(row, "varlen", *lengths, heads_q=4, causal=True, **options)
+
+
+def of_rounding(call: Call) -> dict[str, float]:
+    """How far outputs may lie apart whose P was rounded against other maxima: a number of 8 bits by up to 1 in 16."""
+    bound = 8e-2 if call.dtype.itemsize == 1 else 3e-2
+    return {"rtol": bound, "atol": bound}
 
 
 @pytest.mark.parametrize("softcap", [1e3, 1e5, 1e6, 1e8, 3e38])
@@ -58,7 +65,7 @@ def test_rows_of_nan(
     lse_rows = lse.transpose(-1, -2).flatten(0, -2)
     assert lse_rows[bad].isnan().all(), f"{built.call}: the LSE of a row of NaN scores is {lse_rows[bad]}"
     # Rows of a warp share when they look for their maxima, and so how P is rounded.
-    tolerance = {"rtol": 3e-2, "atol": 3e-2}
+    tolerance = of_rounding(built.call)
     torch.testing.assert_close(out.flatten(0, -3)[fine], clean.flatten(0, -3)[fine], **tolerance)
     torch.testing.assert_close(lse_rows[fine], clean_lse.transpose(-1, -2).flatten(0, -2)[fine], **tolerance)
 
@@ -101,7 +108,7 @@ def test_keys_of_missing_pages(
     built.out_store.fill_(float("nan"))
     out, lse = built.run(page_table=gaps)
     assert row_ran(dtype=call.dtype).id == row.id
-    tolerance = {"rtol": 3e-2, "atol": 3e-2}
+    tolerance = of_rounding(call)
     for b, (mine, other) in enumerate(zip(built.split(out), built.split(want), strict=True)):
         torch.testing.assert_close(mine, other, **tolerance, msg=lambda text, b=b: f"{call}, sequence {b}: {text}")
     for mine, other in zip(built.split_lse(lse), built.split_lse(want_lse), strict=True):

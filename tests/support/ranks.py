@@ -1,4 +1,4 @@
-"""Two processes on one CPU that talk by gloo: what tests of sharded tensors run in."""
+"""Two processes on one CPU that talk by gloo, or on two GPUs by NCCL: what tests of sharded tensors run in."""
 
 from __future__ import annotations
 
@@ -16,16 +16,28 @@ import torch.multiprocessing as mp
 RANKS = 2
 
 
-def run_ranks(function: Callable[..., None], *arguments: Any, ranks: int = RANKS) -> None:
-    """``function(rank, *arguments)`` in each of the processes, of one process group; the first failure is raised."""
+def run_ranks(function: Callable[..., None], *arguments: Any, ranks: int = RANKS, device: str = "cpu") -> None:
+    """``function(rank, *arguments)`` in each of the processes, of one process group; the first failure is raised.
+
+    On ``"cuda"`` each process has a GPU of its own, where its new tensors are.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_run, args=(ranks, Path(folder) / "store", function, arguments), nprocs=ranks)
+        mp.spawn(_run, args=(ranks, Path(folder) / "store", device, function, arguments), nprocs=ranks)
 
 
-def _run(rank: int, ranks: int, store: Path, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def _run(
+    rank: int, ranks: int, store: Path, device: str, function: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(1)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+        torch.set_default_device(torch.device("cuda", rank))
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=datetime.timedelta(seconds=240)
+        "nccl" if device == "cuda" else "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=ranks,
+        timeout=datetime.timedelta(seconds=240),
     )
     try:
         function(rank, *arguments)
