@@ -87,7 +87,7 @@ struct BackwardSide {
   static constexpr int kDqTiles = kDqCols / 8;
   // D as columns of dO: a product of them and -1 takes D from dP. Where consumers have no registers to read D ahead, and
   // with the exponents of bf16. D in three pieces holds all of its 24 bits.
-  static constexpr bool kDeltaColumns = kFused && kCols == 128 && !kCapped && std::is_same_v<Element, cutlass::bfloat16_t>;
+  static constexpr bool kDeltaColumns = kFused && !kCapped && std::is_same_v<Element, cutlass::bfloat16_t>;
   // 128 queries leave no registers for P in 16 bits beside P and dP in 32. It is packed behind dS; but where masks or a
   // softcap take registers, dS is made of the 16 bits.
   static constexpr bool kPackLate = kFused && kCols == 128 && !kCapped && !kDeltaColumns;
