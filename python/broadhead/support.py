@@ -364,8 +364,8 @@ def _sm90_backward_rows() -> tuple[KernelRow, ...]:
         # name, head_dim, head_dim_v, tile
         # Fused kernels multiply five times a step, the others seven, but add dQ in no order.
         ("d64_fused", 64, 64, FusedBackwardTile(128, 128, 2)),
-        ("d96_fused", 96, 96, FusedBackwardTile(128, 64, 3)),
-        ("d128_fused", 128, 128, FusedBackwardTile(128, 64, 3)),
+        ("d96_fused", 96, 96, FusedBackwardTile(128, 64, 2)),
+        ("d128_fused", 128, 128, FusedBackwardTile(128, 64, 2)),
         ("d64", 64, 64, HopperBackwardTile(128, 64, 3, 128, 128, 2, 2)),
         ("d96", 96, 96, HopperBackwardTile(128, 64, 3, 128, 96, 2, 2)),
         ("d128", 128, 128, HopperBackwardTile(128, 64, 3, 128, 96, 2, 2)),

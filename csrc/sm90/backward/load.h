@@ -114,8 +114,8 @@ struct LaneStats {
   }
 
   // Whether a query of the step has no gradient.
-  template <bool kPaired>
-  BROADHEAD_DEVICE bool store(const BackwardWork& work, float* lse, float* delta) const {
+  template <bool kPaired, class StoreDelta>
+  BROADHEAD_DEVICE bool store(const BackwardWork& work, float* lse, const StoreDelta& store_delta) const {
     bool dead = false;
     BROADHEAD_UNROLL
     for (int i = 0; i < kPerLane; ++i) {
@@ -123,7 +123,7 @@ struct LaneStats {
       const bool exists = first + i * 32 < work.seqlen.seqlen_q && work.live.contains(first + i * 32);
       const QueryStats stats = exists ? of_query[i].stats() : QueryStats{INFINITY, 0.f};
       lse[stat_place<kPaired>(at)] = stats.lse;
-      delta[stat_place<kPaired>(at)] = stats.delta;
+      store_delta(at, stats.delta);
       dead = dead || stats.lse == INFINITY;
     }
     __syncwarp();
@@ -131,25 +131,62 @@ struct LaneStats {
   }
 };
 
+// Where the first or second 16 bytes of a row of stats lie: TileLayout's rows of 64 bytes, swizzled.
+BROADHEAD_DEVICE int stat_chunk(int row, int chunk) { return row * 4 + (chunk ^ (row / 2 % 4)); }
+
+// One warp: the rows' side of D as columns, and zeros in the columns of dO that no step writes.
+template <class Traits>
+BROADHEAD_DEVICE void clear_delta_columns(typename Traits::SharedStorage& smem) {
+  const std::uint32_t one = pack_pair<typename Traits::Element>(-1.f, -1.f);
+  uint4* rows = reinterpret_cast<uint4*>(smem.minus_ones);
+  for (int row = threadIdx.x % 32; row < 64; row += 32) {
+    rows[stat_chunk(row, 0)] = make_uint4(one, one & 0xffffu, 0, 0);
+    rows[stat_chunk(row, 1)] = make_uint4(0, 0, 0, 0);
+  }
+  for (int stage = 0; stage < Traits::kStages; ++stage) {
+    uint4* cols = reinterpret_cast<uint4*>(smem.delta_cols[stage]);
+    for (int col = threadIdx.x % 32; col < Traits::kCols; col += 32) cols[stat_chunk(col, 1)] = make_uint4(0, 0, 0, 0);
+  }
+}
+
+// D of a query as three numbers of 16 bits, the largest first.
+template <class Element>
+BROADHEAD_DEVICE uint4 delta_pieces(float delta) {
+  const float2 first = unpack_pair<Element>(pack_pair<Element>(delta, 0.f));
+  const float rest = delta - first.x;
+  const std::uint32_t high = pack_pair<Element>(delta, rest);
+  return make_uint4(high, pack_pair<Element>(rest - unpack_pair<Element>(high).y, 0.f), 0, 0);
+}
+
 // One warp: the stats of all steps. Where queries of a stage have no gradient their Q and dO become zeros: they may be
 // NaN, and a weight of 0 does not hide that.
 template <class Traits>
 BROADHEAD_DEVICE void load_stats(const BackwardArgs& args, typename Traits::SharedStorage& smem) {
   const BackwardWork& work = smem.work;
+  if constexpr (Traits::kDeltaColumns) clear_delta_columns<Traits>(smem);
   RingState<Traits::kStages> ring;
   for_each_step(work, [&](int head, int tile) {
     LaneStats<Traits::kCols / 32> stats;
     stats.load(args.params, work, head, tile * Traits::kCols);  // on their way while the stage is waited for
     const std::uint32_t stage = ring.stage();
     barrier_wait(smem.first_empty[stage], ring.parity() ^ 1);
-    if (stats.template store<Traits::kPairedStats>(work, smem.lse[stage], smem.delta[stage])) {
+    const auto store_delta = [&](int query, float delta) {
+      if constexpr (Traits::kDeltaColumns) {
+        reinterpret_cast<uint4*>(smem.delta_cols[stage])[stat_chunk(query, 0)] =
+            delta_pieces<typename Traits::Element>(delta);
+      } else {
+        smem.delta[stage][stat_place<Traits::kPairedStats>(query)] = delta;
+      }
+    };
+    const bool dead = stats.template store<Traits::kPairedStats>(work, smem.lse[stage], store_delta);
+    if (dead) {
       barrier_wait(smem.first_full[stage], ring.parity());
       barrier_wait(smem.second_full[stage], ring.parity());
       const auto is_dead = [&](int row) { return smem.lse[stage][stat_place<Traits::kPairedStats>(row)] == INFINITY; };
       clear_where<typename Traits::FirstCols, Traits::kCols>(smem.first_cols[stage], 0, 1, is_dead);
       clear_where<typename Traits::SecondCols, Traits::kCols>(smem.second_cols[stage], 0, 1, is_dead);
-      cutlass::arch::fence_view_async_shared();
     }
+    if (Traits::kDeltaColumns || dead) cutlass::arch::fence_view_async_shared();
     smem.stats_full[stage].arrive();
     ring.advance();
   });

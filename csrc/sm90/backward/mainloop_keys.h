@@ -77,12 +77,23 @@ struct KeyConsumer {
         s, smem.first_rows, first_row(), smem.first_cols[ring.stage()], kept);
   }
   BROADHEAD_DEVICE void issue_dp(Scores<Traits>& dp, const KeptV& kept) {
+    const auto take_delta = [&] {
+      if constexpr (Traits::kDeltaColumns) {
+        using Rows = typename Traits::StatRows;
+        using Cols = typename Traits::StatCols;
+        wgmma_ss<Element, Traits::kCols, Major::K>(
+            dp, MatrixDescriptor<Rows::kRowBytes>::make(smem_address(smem.minus_ones), 0, Rows::kSlabStride),
+            MatrixDescriptor<Cols::kRowBytes>::make(smem_address(smem.delta_cols[ring.stage()]), 0, Cols::kSlabStride),
+            true);
+      }
+    };
     issue_scores<typename Traits::SecondRows, SecondCols, Traits::kHeadDimV, Traits::kKeptStepsV>(
-        dp, smem.second_rows, first_row(), smem.second_cols[ring.stage()], kept);
+        dp, smem.second_rows, first_row(), smem.second_cols[ring.stage()], kept, take_delta);
   }
 
   using EarlyLse = ColumnStats<Traits::kEarlyLse, Traits::kPairedStats>;
-  using EarlyDelta = ColumnStats<Traits::kEarlyDelta, Traits::kPairedStats>;
+  using EarlyDelta =
+      std::conditional_t<Traits::kDeltaColumns, NoStats, ColumnStats<Traits::kEarlyDelta, Traits::kPairedStats>>;
 
   // S is there, and dP on its way; but with a softcap P takes the registers of dP.
   BROADHEAD_DEVICE EarlyLse issue_both(Scores<Traits>& s, Scores<Traits>& dp, const KeptK& k, const KeptV& v) {
@@ -239,7 +250,9 @@ struct KeyConsumer {
     }
     const auto d = delta<EarlyDelta>();
     if constexpr (!Traits::kCapped) wait_dp(dp);
-    if constexpr (Traits::kPackedWeights) {
+    if (Traits::kDeltaColumns && uniform.is_whole(query0)) {
+      multiply_packed(ds, p, dp);
+    } else if constexpr (Traits::kPackedWeights) {
       const auto& weights = Traits::kCapped ? slopes : p;
       compute_ds(ds, PackedWeights<Element, Traits::kWeightSteps>{weights}, dp, d, uniform, query0);
     } else {

@@ -85,9 +85,12 @@ struct BackwardSide {
   static constexpr bool kDqByRows = kCols == 128;
   static constexpr int kDqCols = kDqByRows ? kTileColumns : kTileColumns / kConsumers;
   static constexpr int kDqTiles = kDqCols / 8;
+  // D as columns of dO: a product of them and -1 takes D from dP. Where consumers have no registers to read D ahead, and
+  // with the exponents of bf16. D in three pieces holds all of its 24 bits.
+  static constexpr bool kDeltaColumns = kFused && !kCapped && std::is_same_v<Element, cutlass::bfloat16_t>;
   // 128 queries leave no registers for P in 16 bits beside P and dP in 32. It is packed behind dS; but where masks or a
   // softcap take registers, dS is made of the 16 bits.
-  static constexpr bool kPackLate = kFused && kCols == 128 && !kCapped;
+  static constexpr bool kPackLate = kFused && kCols == 128 && !kCapped && !kDeltaColumns;
   static constexpr bool kPackedWeights = kFused && kCols == 128;
   // Consumers keep their thread's number in a register: reading it again takes long, but 128 queries leave none.
   static constexpr bool kKeepsThread = !(kFused && kCols == 128);
@@ -95,6 +98,9 @@ struct BackwardSide {
   static constexpr int kEarlyLse = kCapped ? 0 : kFused && kCols == 128 ? 4 : kCols / 8;
   static constexpr int kEarlyDelta = kCapped || (kFused && kCols == 128) ? 0 : 4;
   static constexpr bool kPairedStats = !kCapped && !(kFused && kCols == 128);  // see stat_place
+  static constexpr int kStatCols = 32;  // of which wgmma reads 16
+  using StatRows = TileLayout<Element, kStatCols, 64>;
+  using StatCols = TileLayout<Element, kStatCols, kCols>;
   // The sums of dQ, for common/dq_sums.h: what a warpgroup adds in a step is one piece, [column tile][128 threads].
   struct DqSums {
     static constexpr int kRows = kCols;
@@ -113,6 +119,8 @@ struct BackwardSide {
   struct FusedTiles : Tiles {
     alignas(1024) Element ds[2][kCols * kRows];
     alignas(128) float4 dq[kConsumers][kDqTiles * 128];  // as the accumulators lie: [column tile][thread]
+    alignas(1024) Element minus_ones[kDeltaColumns ? 64 * kStatCols : 8];
+    alignas(1024) Element delta_cols[kDeltaColumns ? kStages : 1][kDeltaColumns ? kCols * kStatCols : 8];
   };
   struct SharedStorage : std::conditional_t<kFused, FusedTiles, Tiles> {
     alignas(16) uint4 p[kSplitProducts ? kWeightSteps * 128 : 1];  // [step][thread]: P, times the softcap's slope
