@@ -26,55 +26,89 @@ BROADHEAD_DEVICE float load_sink(const AttnBwdParams& params, int head) {
   return to_fp32(T{}, static_cast<const unsigned short*>(params.sinks)[head]);
 }
 
-// Partial sums of dsinks: [Hq, batch * query blocks].
-template <class T>
+// kLanes lanes a query. PERF(H200): all loads of kAtOnce queries are on their way together; one query after the other
+// took four times as long as its memory. Partial sums of dsinks: [Hq, batch * query blocks].
+template <class T, int kLanes>
 __global__ void __launch_bounds__(kThreads, 4)
     prepare_kernel(const __grid_constant__ AttnBwdParams params, float* partial_dsinks) {
+  constexpr int kSideBySide = kThreads / kLanes;
+  constexpr int kAtOnce = min_int(kQueries / kSideBySide, 4);
   const int head = blockIdx.y, batch = blockIdx.z;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int group = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   const SeqlenInfo seqlen = make_seqlen_info(params, batch);
-  const int end = min_int((blockIdx.x + 1) * kQueries, seqlen.seqlen_q);
-  const T* out =
-      static_cast<const T*>(params.out) + seqlen.batch_q * params.out_strides.batch + head * params.out_strides.head;
-  const T* dout =
-      static_cast<const T*>(params.dout) + seqlen.batch_q * params.dout_strides.batch + head * params.dout_strides.head;
+  const int begin = blockIdx.x * kQueries, end = min_int(begin + kQueries, seqlen.seqlen_q);
+  const T* out = static_cast<const T*>(params.out) + seqlen.batch_q * params.out_strides.batch +
+                 seqlen.row_q * params.out_strides.row + head * params.out_strides.head;
+  const T* dout = static_cast<const T*>(params.dout) + seqlen.batch_q * params.dout_strides.batch +
+                  seqlen.row_q * params.dout_strides.row + head * params.dout_strides.head;
   const float* lses =
       params.softmax_lse + seqlen.batch_q * params.lse_batch_stride + head * params.lse_head_stride + seqlen.row_q;
-  const float* dlse = params.dlse;
-  if (dlse != nullptr) {
-    dlse += seqlen.batch_q * params.dlse_batch_stride + head * params.dlse_head_stride + seqlen.row_q;
+  const float* dlses = params.dlse;
+  if (dlses != nullptr) {
+    dlses += seqlen.batch_q * params.dlse_batch_stride + head * params.dlse_head_stride + seqlen.row_q;
   }
   float* delta =
       params.delta + head * params.total_q + seqlen.batch_q * static_cast<std::int64_t>(params.seqlen_q) + seqlen.row_q;
   float dsink = 0.f;
-  for (int query = blockIdx.x * kQueries + warp; query < end; query += kWarps) {
-    const std::int64_t row = seqlen.row_q + query;
-    float sum = 0.f;
-    for (int col = lane * kElements; col < params.head_dim_v; col += 32 * kElements) {
-      float a[kElements], b[kElements];
-      unpack(load_vector<kElements>(out + row * params.out_strides.row + col), a);
-      unpack(load_vector<kElements>(dout + row * params.dout_strides.row + col), b);
-      BROADHEAD_UNROLL
-      for (int i = 0; i < kElements; ++i) sum = fmaf(a[i], b[i], sum);
+  for (int first = begin; first < end; first += kAtOnce * kSideBySide) {
+    // Past the end the last query is read again, and not written.
+    const auto query_of = [&](int i) { return min_int(first + i * kSideBySide + group, end - 1); };
+    float sum[kAtOnce], lse[kAtOnce], dlse[kAtOnce];
+    BROADHEAD_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) {
+      sum[i] = 0.f;
+      lse[i] = lses[query_of(i)];
+      dlse[i] = dlses != nullptr ? dlses[query_of(i)] : 0.f;
     }
-    sum = warp_sum(sum);
-    if (lane != 0) continue;
-    if (dlse != nullptr) sum -= dlse[query];
-    const float lse = lses[query];
-    if (lse == -INFINITY) sum = 0.f;  // a row without a gradient may hold anything
-    delta[query] = sum;
-    if (partial_dsinks == nullptr) continue;
-    if (lse != -INFINITY) dsink -= expf(load_sink<T>(params, head) - lse) * sum;
+    for (int col = lane * kElements; col < params.head_dim_v; col += kLanes * kElements) {
+      Vector<T, kElements> a[kAtOnce], b[kAtOnce];
+      BROADHEAD_UNROLL
+      for (int i = 0; i < kAtOnce; ++i) {
+        a[i] = load_vector<kElements>(out + query_of(i) * params.out_strides.row + col);
+        b[i] = load_vector<kElements>(dout + query_of(i) * params.dout_strides.row + col);
+      }
+      BROADHEAD_UNROLL
+      for (int i = 0; i < kAtOnce; ++i) {
+        float x[kElements], y[kElements];
+        unpack(a[i], x);
+        unpack(b[i], y);
+        BROADHEAD_UNROLL
+        for (int j = 0; j < kElements; ++j) sum[i] = fmaf(x[j], y[j], sum[i]);
+      }
+    }
+    BROADHEAD_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) {
+      BROADHEAD_UNROLL
+      for (int offset = kLanes / 2; offset > 0; offset /= 2) sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], offset);
+      const int query = first + i * kSideBySide + group;
+      if (lane != 0 || query >= end) continue;
+      // A row without a gradient may hold anything.
+      const float d = lse[i] == -INFINITY ? 0.f : sum[i] - dlse[i];
+      delta[query] = d;
+      if (partial_dsinks != nullptr && lse[i] != -INFINITY) dsink -= expf(load_sink<T>(params, head) - lse[i]) * d;
+    }
   }
   if (partial_dsinks == nullptr) return;
   __shared__ float of_warp[kWarps];
-  if (lane == 0) of_warp[warp] = dsink;
+  dsink = warp_sum(dsink);
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = dsink;
   __syncthreads();
   if (threadIdx.x != 0) return;
   float sum = 0.f;
   BROADHEAD_UNROLL
   for (int i = 0; i < kWarps; ++i) sum += of_warp[i];
   partial_dsinks[(static_cast<std::int64_t>(head) * gridDim.z + batch) * gridDim.x + blockIdx.x] = sum;
+}
+
+template <class T>
+void start_prepare(const AttnBwdParams& params, dim3 grid, float* partial_dsinks, cudaStream_t stream) {
+  if (params.head_dim_v <= 8 * kElements) {
+    prepare_kernel<T, 8><<<grid, kThreads, 0, stream>>>(params, partial_dsinks);
+  } else if (params.head_dim_v <= 16 * kElements) {
+    prepare_kernel<T, 16><<<grid, kThreads, 0, stream>>>(params, partial_dsinks);
+  } else {
+    prepare_kernel<T, 32><<<grid, kThreads, 0, stream>>>(params, partial_dsinks);
+  }
 }
 
 __global__ void __launch_bounds__(32) add_dsinks(const float* partial, int count, float* dsinks) {
@@ -99,9 +133,9 @@ int launch_backward_prepare(const AttnBwdParams& params, bool is_bf16, float* sc
   }
   float* partial = params.dsinks != nullptr ? scratch : nullptr;
   if (is_bf16) {
-    prepare_kernel<__nv_bfloat16><<<grid, kThreads, 0, stream>>>(params, partial);
+    start_prepare<__nv_bfloat16>(params, grid, partial, stream);
   } else {
-    prepare_kernel<__half><<<grid, kThreads, 0, stream>>>(params, partial);
+    start_prepare<__half>(params, grid, partial, stream);
   }
   if (const cudaError_t status = cudaGetLastError()) return status;
   if (partial == nullptr) return cudaSuccess;
