@@ -8,6 +8,7 @@
 
 #include <cutlass/arch/reg_reconfig.h>
 
+#include "common/dependent_launch.h"
 #include "sm90/backward/load.h"
 #include "sm90/backward/mainloop_fused.h"
 #include "sm90/backward/mainloop_keys.h"
@@ -39,6 +40,7 @@ template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1) backward_kernel(const __grid_constant__ BackwardArgs args) {
   extern __shared__ __align__(1024) char smem_bytes[];
   auto& smem = *reinterpret_cast<typename Traits::SharedStorage*>(smem_bytes);
+  if constexpr (Traits::kKeys) launch_dependents();
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
   if (threadIdx.x == 0) {
     set_backward_work<Traits::kSide>(smem.work, args.params, blockIdx.x, args.tiles, args.heads_per_section,
@@ -46,12 +48,16 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) backward_kernel(const __g
     init_barriers<Traits>(smem);
   }
   __syncthreads();
-  if (smem.work.first_row >= smem.work.end_row) return;
+  if (smem.work.first_row >= smem.work.end_row) {
+    if constexpr (!Traits::kKeys) wait_for_predecessor();
+    return;
+  }
 
   if (warp < 4) {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
     if (threadIdx.x == 0) {
       load_tiles<Traits>(args, smem);
+      if constexpr (!Traits::kKeys) wait_for_predecessor();
     } else if (Traits::kKeys && warp == 1) {
       load_stats<Traits>(args, smem);
     } else if (Traits::kKeys && warp >= 2) {
