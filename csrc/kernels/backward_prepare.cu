@@ -29,7 +29,7 @@ BROADHEAD_DEVICE float load_sink(const AttnBwdParams& params, int head) {
 // kLanes lanes a query. PERF(H200): all loads of kAtOnce queries are on their way together; one query after the other
 // took four times as long as its memory. Partial sums of dsinks: [Hq, batch * query blocks].
 template <class T, int kLanes>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, 2)
     prepare_kernel(const __grid_constant__ AttnBwdParams params, float* partial_dsinks) {
   constexpr int kSideBySide = kThreads / kLanes;
   constexpr int kAtOnce = min_int(kQueries / kSideBySide, 4);
