@@ -69,9 +69,9 @@ int section_heads(const AttnBwdParams& params, int tiles, int ctas) {
   return static_cast<int>(std::min(kv_heads * (Traits::kKeys ? 1 : group), 0x7fffffffLL));
 }
 
-// Launches `kernel`, a cluster of CTAs for each tile of `Traits::kRows` rows. `dq_sums`: of a fused kernel. That of
-// queries, which reads nothing of what that of keys writes, takes the places that the last tiles of keys leave. PERF:
-// these leave a part of the device idle for up to one of the 4 to 12 tiles that a multiprocessor computes.
+// Launches `kernel`, a cluster of CTAs for each tile of `Traits::kRows` rows. `dq_sums`: of a fused kernel. A kernel of
+// queries, which reads nothing of what that of keys writes, takes the places that the last tiles of keys leave.
+// PERF(H200): 1.5 % at head_dim 192, nothing at 256; with clusters 1 % slower.
 template <class Traits>
 int launch_side(void (*kernel)(BackwardArgs), const AttnBwdParams& params, CallReport report, cudaStream_t stream,
                 float* dq_sums = nullptr) {
@@ -97,7 +97,7 @@ int launch_side(void (*kernel)(BackwardArgs), const AttnBwdParams& params, CallR
   const LaunchShape shape{.grid = dim3(static_cast<unsigned>(clusters * Traits::kCluster)),
                           .threads = Traits::kThreads,
                           .smem_bytes = report.smem_bytes,
-                          .dependent = !kKeys,
+                          .dependent = !kKeys && Traits::kCluster == 1,
                           .cluster = Traits::kCluster};
   if (const cudaError_t status = launch_kernel(kernel, shape, stream, args)) {
     return report.fail(kKeys ? "launch of dk and dv" : "launch of dq", status);

@@ -3,7 +3,6 @@
 
 #include <cutlass/arch/reg_reconfig.h>
 
-#include "common/dependent_launch.h"
 #include "sm90/backward_wide/load.h"
 #include "sm90/backward_wide/mainloop_gradient.h"
 #include "sm90/backward_wide/mainloop_scores.h"
@@ -33,7 +32,6 @@ template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1) pair_kernel(const __grid_constant__ BackwardArgs args) {
   extern __shared__ __align__(1024) char smem_bytes[];
   auto& smem = *reinterpret_cast<typename Traits::SharedStorage*>(smem_bytes);
-  if constexpr (Traits::kKeys) launch_dependents();
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
   const std::uint32_t rank = cute::block_rank_in_cluster();
   if (threadIdx.x == 0) {
@@ -64,7 +62,6 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) pair_kernel(const __grid_
         prepare_steps<Traits>(args, smem, rank);
       }
     }
-    if (!Traits::kKeys && threadIdx.x == 0) wait_for_predecessor();
     __syncwarp();
     cute::cluster_sync();
   } else if (warp < 8) {
