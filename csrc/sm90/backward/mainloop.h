@@ -289,8 +289,8 @@ BROADHEAD_DEVICE void multiply_packed(std::uint32_t (&ds)[kSteps][4], const std:
     BROADHEAD_UNROLL
     for (int i = 0; i < 2; ++i) {
       const int at = n % 2 * 2 + i;
-      const __nv_bfloat162 product = __hmul2_rn(
-          pair(p[n / 2][at]), pair(pack_pair<cutlass::bfloat16_t>(dp[n][2 * i], dp[n][2 * i + 1])));
+      const __nv_bfloat162 product =
+          __hmul2_rn(pair(p[n / 2][at]), pair(pack_pair<cutlass::bfloat16_t>(dp[n][2 * i], dp[n][2 * i + 1])));
       memcpy(&ds[n / 2][at], &product, sizeof(product));
     }
   }

@@ -85,8 +85,8 @@ struct BackwardSide {
   static constexpr bool kDqByRows = kCols == 128;
   static constexpr int kDqCols = kDqByRows ? kTileColumns : kTileColumns / kConsumers;
   static constexpr int kDqTiles = kDqCols / 8;
-  // D as columns of dO: a product of them and -1 takes D from dP. Where consumers have no registers to read D ahead, and
-  // with the exponents of bf16. D in three pieces holds all of its 24 bits.
+  // D as columns of dO: a product of them and -1 takes D from dP. Where consumers have no registers to read D ahead,
+  // and with the exponents of bf16. D in three pieces holds all of its 24 bits.
   static constexpr bool kDeltaColumns = kFused && !kCapped && std::is_same_v<Element, cutlass::bfloat16_t>;
   // 128 queries leave no registers for P in 16 bits beside P and dP in 32. It is packed behind dS; but where masks or a
   // softcap take registers, dS is made of the 16 bits.
@@ -98,7 +98,7 @@ struct BackwardSide {
   static constexpr int kEarlyLse = kCapped ? 0 : kFused && kCols == 128 ? 4 : kCols / 8;
   static constexpr int kEarlyDelta = kCapped || (kFused && kCols == 128) ? 0 : 4;
   static constexpr bool kPairedStats = !kCapped && !(kFused && kCols == 128);  // see stat_place
-  static constexpr int kStatCols = 32;  // of which wgmma reads 16
+  static constexpr int kStatCols = 32;                                         // of which wgmma reads 16
   using StatRows = TileLayout<Element, kStatCols, 64>;
   using StatCols = TileLayout<Element, kStatCols, kCols>;
   // The sums of dQ, for common/dq_sums.h: what a warpgroup adds in a step is one piece, [column tile][128 threads].
