@@ -11,7 +11,7 @@ import pytest
 import torch
 from calls import Built, Call, build
 from checks import check_call, check_gradients
-from judge import judge, judge_gradients
+from judge import Judgement, judge
 from layouts import E4M3_NAN, bytes_of
 from random_calls import drawn_call, random_call
 from tolerance import max_error
@@ -97,7 +97,7 @@ def test_gradients_of_the_judge_are_those_of_finite_differences(rng: random.Rand
         pairs = [*zip(outs, grad_out, strict=True), *zip(finite, grad_lse, strict=True)]
         return float(sum((x * g).sum() for x, g in pairs))
 
-    found = judge_gradients(built, torch.float64, grad_out, grad_lse)
+    found = Judgement(built, torch.float64).gradients(grad_out, grad_lse)
     assert set(found) == {"q", "k", "v", "qv", "sinks"}
     for name, gradients in found.items():
         for x, gradient in zip(built.logical(name), gradients, strict=True):

@@ -8,7 +8,7 @@ from typing import Any
 import tolerance
 import torch
 from calls import Built
-from judge import judge, judge_gradients, largest_score
+from judge import Judgement, judge, largest_score
 from layouts import bytes_of
 from torch import Tensor
 
@@ -109,26 +109,26 @@ def check_gradients(
     """Gradients by name, shaped as the arguments, against the judge's; where nothing depends on one it must be 0."""
     call = built.call
     rows, columns = built.split(grad_out), None if grad_lse is None else built.split_lse(grad_lse)
-    truth = judge_gradients(built, torch.float64, rows, columns)
-    naive = judge_gradients(built, call.dtype, rows, columns)
+    exact = Judgement(built, torch.float64)
+    truth = exact.gradients(rows, columns)
+    naive = Judgement(built, call.dtype).gradients(rows, columns)
     # D = rowsum(dout * out) - dlse moves by what the stored out lacks, and by the rounding of its sum. Where a row sees
     # one key, that is all the error there is, and the naive sum may by luck have none.
     moved_lse, of_sinks = [], []
-    outs, lses = judge(built)[:2]
-    for b, out in enumerate(outs):
+    for b, out in enumerate(exact.outs):
         products = out * rows[b].double()
         rounded_off = ((out.to(call.dtype).double() - out) * rows[b].double()).sum(dim=-1).T
         arithmetic = D_ROUNDINGS * tolerance.arithmetic_eps(call.dtype) * products.abs().sum(dim=-1).T
         error = rounded_off + arithmetic.copysign(rounded_off)
         moved_lse.append((0.0 if columns is None else columns[b].double()) - error)
         if "sinks" in gradients:
-            lse = lses[b].double()
+            lse = exact.lses[b].double()
             p = torch.exp(built.kwargs["sinks"].detach().double()[:, None] - lse)
             p[lse == float("-inf")] = 0  # a row without keys is 0, sink or not
             # Kernels multiply V by P in 16 bits: where few keys are seen, a whole row of out is that much too long.
             of_weights = torch.finfo(call.dtype).eps / 2 * products.sum(dim=-1).T
             of_sinks.append((p * rounded_off).square().sum(dim=-1) + (p * of_weights).square().sum(dim=-1))
-    moved = judge_gradients(built, torch.float64, rows, moved_lse)
+    moved = exact.gradients(rows, moved_lse)
     for name, actual in gradients.items():
         expected, of_naive, of_moved = (_scattered(built, name, x[name], actual) for x in (truth, naive, moved))
         assert (actual[expected == 0] == 0).all(), f"{call}: d{name} is not 0 where nothing depends on {name}"

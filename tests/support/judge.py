@@ -29,30 +29,42 @@ def judge(built: Built, dtype: torch.dtype = torch.float64) -> tuple[list[Tensor
     return outs, lses
 
 
-def judge_gradients(
-    built: Built, dtype: torch.dtype, grad_out: list[Tensor], grad_lse: list[Tensor] | None
-) -> dict[str, list[Tensor]]:
-    """The gradients in ``dtype`` by name: of each sequence's q, k, v and qv, and of the sinks as a list of one.
+class Judgement:
+    """`judge` in ``dtype``, and the gradients of what it gives: one evaluation, whatever is asked of it.
 
-    grad_out, grad_lse: per sequence, as `judge` returns the results. An LSE of -inf has no gradient.
+    Attributes:
+        outs, lses: as `judge` returns them.
     """
-    leaves = {
-        name: [x.detach().to(dtype).requires_grad_() for x in built.logical(name)] for name in built.differentiable
-    }
-    given = dataclasses.replace(built, **{name: x for name, x in leaves.items() if name != "sinks"})
-    if "sinks" in leaves:
-        (given.sinks,) = leaves["sinks"]
-    outs, lses = judge(given, dtype)
-    loss = torch.zeros((), dtype=dtype)
-    for out, part in zip(outs, grad_out, strict=True):
-        loss = loss + (out * part.to(dtype)).sum()
-    for lse, part in zip(lses, grad_lse or (), strict=grad_lse is not None):
-        loss = loss + (lse.masked_fill(lse == float("-inf"), 0.0) * part.to(dtype)).sum()
-    flat = [x for found in leaves.values() for x in found]
-    # Where no query sees a key, nothing depends on the inputs.
-    found = torch.autograd.grad(loss, flat, allow_unused=True) if loss.requires_grad else [None] * len(flat)
-    gradients = iter([torch.zeros_like(x) if g is None else g for x, g in zip(flat, found, strict=True)])
-    return {name: [next(gradients) for _ in tensors] for name, tensors in leaves.items()}
+
+    def __init__(self, built: Built, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._leaves = {
+            name: [x.detach().to(dtype).requires_grad_() for x in built.logical(name)] for name in built.differentiable
+        }
+        given = dataclasses.replace(built, **{name: x for name, x in self._leaves.items() if name != "sinks"})
+        if "sinks" in self._leaves:
+            (given.sinks,) = self._leaves["sinks"]
+        self._results = judge(given, dtype)
+        self.outs, self.lses = ([x.detach() for x in found] for found in self._results)
+
+    def gradients(self, grad_out: list[Tensor], grad_lse: list[Tensor] | None) -> dict[str, list[Tensor]]:
+        """By name: of each sequence's q, k, v and qv, and of the sinks as a list of one.
+
+        grad_out, grad_lse: per sequence, as the results. An LSE of -inf has no gradient.
+        """
+        outs, lses = self._results
+        loss = torch.zeros((), dtype=self._dtype)
+        for out, part in zip(outs, grad_out, strict=True):
+            loss = loss + (out * part.to(self._dtype)).sum()
+        for lse, part in zip(lses, grad_lse or (), strict=grad_lse is not None):
+            loss = loss + (lse.masked_fill(lse == float("-inf"), 0.0) * part.to(self._dtype)).sum()
+        flat = [x for found in self._leaves.values() for x in found]
+        # Where no query sees a key, nothing depends on the inputs.
+        found = [None] * len(flat)
+        if loss.requires_grad:
+            found = list(torch.autograd.grad(loss, flat, allow_unused=True, retain_graph=True))
+        gradients = iter([torch.zeros_like(x) if g is None else g for x, g in zip(flat, found, strict=True)])
+        return {name: [next(gradients) for _ in tensors] for name, tensors in self._leaves.items()}
 
 
 def _scaled(built: Built, name: str, b: int, dtype: torch.dtype) -> Tensor:
