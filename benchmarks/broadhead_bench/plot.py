@@ -70,7 +70,8 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
 
 def _draw_panel(axes: Any, area: str, cases: list[str], records: list[dict[str, Any]]) -> None:
     values = {(r["case"], r["impl"]): r["value"] for r in records}
-    impls = [name for name in IMPLEMENTATIONS if any(impl == name for _, impl in values)]
+    # Those of this panel: matplotlib gives a bar that is not there a colour of its own.
+    impls = [name for name in IMPLEMENTATIONS if any((case, name) in values for case in cases)]
     width = 0.84 / len(impls)
     for index, impl in enumerate(impls):
         present = [(i, values[case, impl]) for i, case in enumerate(cases) if (case, impl) in values]
