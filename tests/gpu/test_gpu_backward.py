@@ -117,6 +117,26 @@ def test_dense(row: support.KernelRow, only_backward: Callable, cuda: torch.devi
         run(row, build(call.with_(function="func"), cuda, rng))
 
 
+@each_row
+def test_infinite_gradient_of_the_lse(
+    row: support.KernelRow, only_backward: Callable, cuda: torch.device, rng: Any
+) -> None:
+    """D is infinite where a gradient of the LSE is: dK then has the signs of q, and other heads do not notice."""
+    only_backward(row)
+    built = build(call_of(row, (130,), (200,), heads_q=2, heads_kv=2).with_(function="func"), cuda, rng)
+    leaves = built.requires_grad()
+    built.kwargs.pop("out", None)
+    out, lse = built.run()
+    grad_out, grad_lse = torch.randn_like(out), torch.zeros_like(lse)
+    clean = torch.autograd.grad((out, lse), [*leaves.values()], (grad_out, grad_lse), retain_graph=True)
+    grad_lse[0, 0, 7] = float("inf")
+    found = torch.autograd.grad((out, lse), [*leaves.values()], (grad_out, grad_lse))
+    before, after = (dict(zip(leaves, gradients, strict=True)) for gradients in (clean, found))
+    assert torch.equal(after["k"][0, :, 0], (leaves["q"][0, 7, 0] * float("inf")).expand(200, -1))
+    for name in ("q", "k", "v"):
+        torch.testing.assert_close(after[name][:, :, 1], before[name][:, :, 1], rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize("row", [row for row in BACKWARD_ROWS if "deterministic" in row.features], ids=row_id)
 def test_sums_have_an_order(row: support.KernelRow, only_backward: Callable, cuda: torch.device, rng: Any) -> None:
     only_backward(row)

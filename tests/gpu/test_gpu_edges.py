@@ -151,7 +151,7 @@ def test_another_stream_changes_the_values(
 ) -> None:
     """No value makes a kernel fault or hang, also none that comes between two reads; sequences left alone are right.
 
-    But not where the CTAs of decode share out the work by the lengths of all sequences, and each reads other ones.
+    Decode is exempt: its CTAs share out the work by the lengths of all sequences, and may not read them at one time.
     """
     only_row(row)
     case = Racing(row, 4 if row.phase == "decode" else 70, packed, cuda)

@@ -70,8 +70,9 @@ int section_heads(const AttnBwdParams& params, int tiles, int ctas) {
 }
 
 // Launches `kernel`, a cluster of CTAs for each tile of `Traits::kRows` rows. `dq_sums`: of a fused kernel. A kernel of
-// queries, which reads nothing of what that of keys writes, takes the places that the last tiles of keys leave.
-// PERF(H200): 1.5 % at head_dim 192, nothing at 256; with clusters 1 % slower.
+// queries takes the places that the last tiles of keys leave: it reads nothing of what their kernel writes, and D,
+// which it reads, was complete before that kernel, no dependent launch, began. PERF(H200, head_dim 192: 473 -> 481
+// TFLOP/s): nothing at 256; with clusters 1 % slower.
 template <class Traits>
 int launch_side(void (*kernel)(BackwardArgs), const AttnBwdParams& params, CallReport report, cudaStream_t stream,
                 float* dq_sums = nullptr) {

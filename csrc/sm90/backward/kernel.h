@@ -40,7 +40,8 @@ template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1) backward_kernel(const __grid_constant__ BackwardArgs args) {
   extern __shared__ __align__(1024) char smem_bytes[];
   auto& smem = *reinterpret_cast<typename Traits::SharedStorage*>(smem_bytes);
-  if constexpr (Traits::kKeys) launch_dependents();
+  if constexpr (Traits::kKeys && !Traits::kFused)
+    launch_dependents();  // the kernel of dQ may take places that are free
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
   if (threadIdx.x == 0) {
     set_backward_work<Traits::kSide>(smem.work, args.params, blockIdx.x, args.tiles, args.heads_per_section,
@@ -49,7 +50,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) backward_kernel(const __g
   }
   __syncthreads();
   if (smem.work.first_row >= smem.work.end_row) {
-    if constexpr (!Traits::kKeys) wait_for_predecessor();
+    if constexpr (!Traits::kKeys) wait_for_predecessor();  // as below
     return;
   }
 
@@ -57,7 +58,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) backward_kernel(const __g
     cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
     if (threadIdx.x == 0) {
       load_tiles<Traits>(args, smem);
-      if constexpr (!Traits::kKeys) wait_for_predecessor();
+      if constexpr (!Traits::kKeys) wait_for_predecessor();  // what follows must see dK and dV, too
     } else if (Traits::kKeys && warp == 1) {
       load_stats<Traits>(args, smem);
     } else if (Traits::kKeys && warp >= 2) {

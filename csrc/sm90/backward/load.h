@@ -154,11 +154,11 @@ BROADHEAD_DEVICE void clear_delta_columns(typename Traits::SharedStorage& smem) 
   }
 }
 
-// D of a query as three numbers of 16 bits, the largest first.
+// D of a query as three numbers of 16 bits, the largest first. Infinite D is all in the first.
 template <class Element>
 BROADHEAD_DEVICE uint4 delta_pieces(float delta) {
   const float2 first = unpack_pair<Element>(pack_pair<Element>(delta, 0.f));
-  const float rest = delta - first.x;
+  const float rest = fabsf(first.x) < INFINITY ? delta - first.x : 0.f;
   const std::uint32_t high = pack_pair<Element>(delta, rest);
   return make_uint4(high, pack_pair<Element>(rest - unpack_pair<Element>(high).y, 0.f), 0, 0);
 }

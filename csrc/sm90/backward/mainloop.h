@@ -38,8 +38,8 @@ BROADHEAD_DEVICE void release(Barrier& barrier) {
   if (threadIdx.x % 32 == 0) barrier.arrive();
 }
 
-// Clears the rows of a tile for which `dead(row)` holds, a row a warp. All consumers call it, and meet before any of
-// them lets wgmma read the tile.
+// Clears the rows of a tile for which `dead(row)` holds, shared out over the warps. All consumers call it, and meet
+// before any of them lets wgmma read the tile.
 template <class Layout, int kRows, class Dead>
 BROADHEAD_DEVICE void clear_together(void* tile, const Dead& dead) {
   clear_where<Layout, kRows>(tile, (fresh_thread() - 128) / 32, 8, dead);
