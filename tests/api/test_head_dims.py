@@ -8,7 +8,7 @@ import torch
 from broadhead.plan import native
 from broadhead.plan.device import CPU
 from broadhead.plan.native import NO_KERNELS
-from broadhead.support import CAPABILITIES
+from broadhead.support import CAPABILITIES, ROWS
 from described import FULL, build_of, h200, without_family
 
 validate = broadhead._validate_head_dims
@@ -58,6 +58,14 @@ def test_backward_kernels_take_what_the_table_says() -> None:
     validate(64, 64, 9, direction="backward", build=FULL)
     validate(512, 512, (8, 9), direction="backward", build=FULL)
     refused("520 exceeds 512", 520, 520, 9, direction="backward", build=FULL)
+
+
+@pytest.mark.parametrize(("here", "absent"), [("forward", "backward"), ("backward", "forward")])
+def test_a_build_of_one_direction_has_none_of_the_other(here: str, absent: str) -> None:
+    """Training needs both: kernels of one must not answer for the other."""
+    build = build_of("90a", without=tuple(row.id for row in ROWS if row.direction == absent))
+    validate(128, 128, (9, 0), direction=here, build=build)
+    refused(f"{absent}, on .*left out of this build", 128, 128, (9, 0), direction=absent, build=build)
 
 
 def test_native_rows() -> None:
