@@ -163,3 +163,68 @@ for entry, call in calls.items():
         assert launches.count(entry) == 1, (entry, known, launches)
 """,
     )
+
+
+def test_views_whose_negation_is_pending_reach_no_kernel(library: Path) -> None:
+    """Kernels read bytes: they get a copy with the numbers, of a call's first of its kind and of known ones alike."""
+    run(
+        library,
+        APPEND
+        + """
+from broadhead.run.cuda_backend import forget_calls
+states = [bf16(5, 4, 32), torch.randn(4, 5), bf16(5, 4, 32), torch.randn(4, 5)]
+dense, sinks = [bf16(2, 5, 4, 64) for _ in range(3)], torch.randn(4)
+calls = {
+    "forward": ([*dense, sinks], lambda q, k, v, sinks: broadhead.flash_attn_func(q, k, v, sinks=sinks)),
+    "append": ([q, new], lambda q, new: broadhead.mha_fwd(
+        q, k_cache, v_cache, k_new=new, v_new=new, page_table=table, seqused_k=lengths)),
+    "merge": (states, broadhead.merge_attn_states),
+}
+def addresses(call, tensors):
+    stub_cuda.take_launches(directory)
+    with stub_cuda.on_device(), clamped(), torch.no_grad():
+        call(*tensors)
+    return {value for launch in stub_cuda.take_launches(directory) for value in launch.values()}
+for name, (tensors, call) in calls.items():
+    for i, x in enumerate(tensors):
+        address = str(x.data_ptr())
+        for known in (False, True):
+            forget_calls()
+            if known:
+                assert address in addresses(call, tensors), (name, i)
+            given = [*tensors[:i], torch._neg_view(x), *tensors[i + 1:]]
+            assert address not in addresses(call, given), (name, i, known)
+""",
+    )
+
+
+def test_what_a_kernel_writes_has_another_version(library: Path) -> None:
+    """Of every function that writes into a tensor that it was given: the first call of a kind and known ones."""
+    run(
+        library,
+        APPEND
+        + """
+from broadhead.run.cuda_backend import forget_calls
+states = bf16(5, 4, 32), torch.randn(4, 5), bf16(5, 4, 32), torch.randn(4, 5)
+parts, lses, x = torch.randn(3, 2, 5, 4, 32), torch.randn(3, 2, 5, 4), bf16(2, 5, 4, 64)
+out, merged, combined = torch.empty_like(x), torch.empty_like(states[0]), bf16(2, 5, 4, 32)
+plan = torch.empty(64, dtype=torch.int32)
+calls = {
+    "forward": ((out,), lambda: broadhead.flash_attn_func(x, x, x, out=out)),
+    "append": ((k_cache, v_cache), append),
+    "merge": ((merged,), lambda: broadhead.merge_attn_states(*states, out=merged)),
+    "combine": ((combined,), lambda: broadhead.flash_attn_combine(parts, lses, out=combined)),
+    "metadata": ((plan,), lambda: broadhead.get_scheduler_metadata(
+        2, 1, 64, 8, 2, 64, lengths, page_size=16, out=plan)),
+}
+forget_calls()
+for name, (written, call) in calls.items():
+    for turn in range(3):
+        stub_cuda.take_launches(directory)
+        versions = [tensor._version for tensor in written]
+        with stub_cuda.on_device(), clamped(), torch.no_grad():
+            call()
+        assert stub_cuda.take_launches(directory), f"{name}: no kernel ran"
+        assert all(a._version > b for a, b in zip(written, versions)), (name, turn)
+""",
+    )

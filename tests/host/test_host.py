@@ -11,6 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "tests/host").glob("test_*.cpp"))
+#: Headers of sources that compile device code: emulation/ stands in for its instructions.
+EMULATED = ('"backward_calls.h"', '"emulation/')
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 
 
@@ -25,7 +27,7 @@ def test_host(source: Path, tmp_path: Path) -> None:
     program = tmp_path / source.stem
     options = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fsanitize=undefined", "-fno-sanitize-recover=all"]
     include = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/host'}"]
-    if '"backward_calls.h"' in source.read_text():  # a kernel, whose instructions emulation/ stands in for
+    if any(header in source.read_text() for header in EMULATED):
         include = [f"-I{ROOT / 'tests/host/emulation'}", *include]
         options += ["-O2", "-DBROADHEAD_DEVICE=inline", "-Wno-unknown-pragmas"]
     build = subprocess.run(
