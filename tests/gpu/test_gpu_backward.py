@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import broadhead
 import pytest
 import torch
 from broadhead import support
@@ -152,6 +153,25 @@ def test_sums_have_an_order(row: support.KernelRow, only_backward: Callable, cud
         found = torch.autograd.grad(out, [*leaves.values()], grad_out)
         first = first or found
         assert all(torch.equal(a, b) for a, b in zip(found, first, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore::broadhead.FallbackWarning")
+@pytest.mark.parametrize("sharing", ["page_table", "kv_batch_idx"])
+def test_rows_that_sequences_share(sharing: str, cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1024 sequences over the same bf16 keys: their gradients are added in fp32, and in one order in every run."""
+    monkeypatch.setenv("BROADHEAD_STRICT", "0")  # no backward row takes them
+    owners = torch.zeros((1024, 1) if sharing == "page_table" else 1024, dtype=torch.int32, device=cuda)
+    q = torch.randn(1024, 1, 1, 32, device=cuda).bfloat16()
+    k, v = (torch.randn(1, 8, 1, 32, device=cuda).bfloat16().requires_grad_() for _ in range(2))
+    first: tuple[torch.Tensor, ...] = ()
+    for _ in range(20):
+        out, _ = broadhead.mha_fwd(q, k, v, **{sharing: owners})
+        found = torch.autograd.grad(out, (k, v), torch.ones_like(out))
+        first = first or found
+        assert all(torch.equal(a, b) for a, b in zip(found, first, strict=True))
+    scores = q[:, 0, 0].double() @ k.detach()[0, :, 0].double().T * 32**-0.5
+    weights = torch.softmax(scores, dim=1).sum(dim=0)
+    torch.testing.assert_close(first[1][0, :, 0, 0].double(), weights, rtol=2**-7, atol=0)
 
 
 @each_row
