@@ -1,14 +1,15 @@
-// Reductions over the 32 lanes of a warp. All lanes must call them, and all get the result.
+// Reductions over the 32 lanes of a warp, or over neighbouring kLanes of them. All lanes must call them, and all get
+// the result.
 #pragma once
 
 #include "common/macros.h"
 
 namespace broadhead {
 
-template <class T>
+template <int kLanes = 32, class T>
 BROADHEAD_DEVICE T warp_sum(T x) {
   BROADHEAD_UNROLL
-  for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(0xffffffffu, x, lanes);
+  for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) x += __shfl_xor_sync(0xffffffffu, x, lanes);
   return x;
 }
 

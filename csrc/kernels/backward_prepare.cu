@@ -78,8 +78,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     BROADHEAD_UNROLL
     for (int i = 0; i < kAtOnce; ++i) {
-      BROADHEAD_UNROLL
-      for (int offset = kLanes / 2; offset > 0; offset /= 2) sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], offset);
+      sum[i] = warp_sum<kLanes>(sum[i]);
       const int query = first + i * kSideBySide + group;
       if (lane != 0 || query >= end) continue;
       // A row without a gradient may hold anything.

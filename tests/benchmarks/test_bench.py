@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import broadhead
 import pytest
 import torch
-from broadhead_bench import accuracy, cases, cases_prefill, cli, inputs, measure_model, records, summary, timing
+from broadhead_bench import accuracy, cases, cases_prefill, cli, inputs, measure_model, plot, records, summary, timing
 from broadhead_bench.peers import broadhead_api, registry
 
 FIELDS = {
@@ -186,6 +187,21 @@ def test_out_appends_and_plot_draws(tmp_path: Path) -> None:
     assert cli.main([*arguments, "--plot", str(figure)]) == cli.OK
     assert len(json.loads(out.read_text())) == 2
     assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_panel_lists_what_it_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matplotlib gives a bar that is not there a colour of its own, and the list would show that."""
+    figures = pytest.importorskip("matplotlib.figure")
+    listed = []
+
+    def keep(figure: Any, *_: Any, **__: Any) -> None:
+        listed.extend([text.get_text() for text in axes.get_legend().get_texts()] for axes in figure.axes)
+
+    monkeypatch.setattr(figures.Figure, "savefig", keep)
+    record = {"area": "forward", "value": 1.0, "device": "a GPU"}
+    records = [{**record, "case": f"fwd {i}", "impl": "broadhead"} for i in range(plot.CASES_PER_PANEL + 2)]
+    plot.plot([*records, {**record, "case": "fwd 0", "impl": "fa2"}], tmp_path / "figure.png")
+    assert listed == [["broadhead", "fa2"], ["broadhead"]]
 
 
 def test_wrong_result_posts_no_time(

@@ -72,12 +72,24 @@ def run(library: Path, code: str) -> None:
 
 
 APPEND = """
+from broadhead.run.cuda_backend import forget_calls
 k_cache, v_cache, table = bf16(8, 16, 2, 64), bf16(8, 16, 2, 64), torch.zeros(2, 4, dtype=torch.int32)
 q, new, lengths = bf16(2, 1, 4, 64), bf16(2, 1, 2, 64), int32(30, 50)
 def append(**changes):
     return broadhead.mha_fwd(q, k_cache, v_cache, k_new=new, v_new=new, page_table=table, seqused_k=lengths,
                              **changes)
 """
+#: Of the other entries of the kernel libraries a call each.
+ENTRIES = (
+    APPEND
+    + """
+states = [bf16(5, 4, 32), torch.randn(4, 5), bf16(5, 4, 32), torch.randn(4, 5)]
+def merge(**changes):
+    return broadhead.merge_attn_states(*states, **changes)
+def metadata(**changes):
+    return broadhead.get_scheduler_metadata(2, 1, 64, 8, 2, 64, lengths, page_size=16, **changes)
+"""
+)
 
 
 def test_an_append_is_decided_once(library: Path) -> None:
@@ -86,7 +98,6 @@ def test_an_append_is_decided_once(library: Path) -> None:
         library,
         APPEND
         + """
-from broadhead.run.cuda_backend import forget_calls
 for changes in ({}, {"cu_seqlens_k": int32(0, 3, 8)}):
     forget_calls()
     assert decisions(lambda: append(**changes)) == ["run_new", "remember_append"], (changes, stub_cuda.decided)
@@ -124,12 +135,11 @@ for wrong in ("foo", torch.tensor(1), torch.ones(2)):
 def test_metadata_is_decided_once(library: Path) -> None:
     run(
         library,
-        """
-lengths = int32(30, 50)
-plan = lambda **more: broadhead.get_scheduler_metadata(2, 1, 64, 8, 2, 64, lengths, page_size=16, **more)
-assert decisions(plan) == ["run_new_metadata"]
-assert decisions(lambda: plan(out=torch.empty(64, dtype=torch.int32))) == ["run_new_metadata"]
-assert decisions(lambda: plan(window_size=(torch.tensor(3), 0))) == ["run_new_metadata"] * 3
+        ENTRIES
+        + """
+assert decisions(metadata) == ["run_new_metadata"]
+assert decisions(lambda: metadata(out=torch.empty(64, dtype=torch.int32))) == ["run_new_metadata"]
+assert decisions(lambda: metadata(window_size=(torch.tensor(3), 0))) == ["run_new_metadata"] * 3
 """,
     )
 
@@ -138,14 +148,13 @@ def test_tensors_that_a_transform_does_not_wrap(library: Path) -> None:
     """A frozen branch inside torch.func: what torch makes there has no memory, so the call goes to the operators."""
     run(
         library,
-        APPEND
+        ENTRIES
         + """
-states = bf16(5, 4, 32), torch.randn(4, 5), bf16(5, 4, 32), torch.randn(4, 5)
 calls = {
     "forward": lambda: broadhead.flash_attn_func(q, q, q, causal=True),
     "append_kv": append,
-    "merge_states": lambda: broadhead.merge_attn_states(*states)[0],
-    "scheduler_metadata": lambda: broadhead.get_scheduler_metadata(2, 1, 64, 8, 2, 64, lengths, page_size=16),
+    "merge_states": merge,
+    "scheduler_metadata": metadata,
 }
 def differentiated(call):
     def loss(x):
@@ -169,10 +178,8 @@ def test_views_whose_negation_is_pending_reach_no_kernel(library: Path) -> None:
     """Kernels read bytes: they get a copy with the numbers, of a call's first of its kind and of known ones alike."""
     run(
         library,
-        APPEND
+        ENTRIES
         + """
-from broadhead.run.cuda_backend import forget_calls
-states = [bf16(5, 4, 32), torch.randn(4, 5), bf16(5, 4, 32), torch.randn(4, 5)]
 dense, sinks = [bf16(2, 5, 4, 64) for _ in range(3)], torch.randn(4)
 calls = {
     "forward": ([*dense, sinks], lambda q, k, v, sinks: broadhead.flash_attn_func(q, k, v, sinks=sinks)),
@@ -202,20 +209,17 @@ def test_what_a_kernel_writes_has_another_version(library: Path) -> None:
     """Of every function that writes into a tensor that it was given: the first call of a kind and known ones."""
     run(
         library,
-        APPEND
+        ENTRIES
         + """
-from broadhead.run.cuda_backend import forget_calls
-states = bf16(5, 4, 32), torch.randn(4, 5), bf16(5, 4, 32), torch.randn(4, 5)
 parts, lses, x = torch.randn(3, 2, 5, 4, 32), torch.randn(3, 2, 5, 4), bf16(2, 5, 4, 64)
 out, merged, combined = torch.empty_like(x), torch.empty_like(states[0]), bf16(2, 5, 4, 32)
 plan = torch.empty(64, dtype=torch.int32)
 calls = {
     "forward": ((out,), lambda: broadhead.flash_attn_func(x, x, x, out=out)),
     "append": ((k_cache, v_cache), append),
-    "merge": ((merged,), lambda: broadhead.merge_attn_states(*states, out=merged)),
+    "merge": ((merged,), lambda: merge(out=merged)),
     "combine": ((combined,), lambda: broadhead.flash_attn_combine(parts, lses, out=combined)),
-    "metadata": ((plan,), lambda: broadhead.get_scheduler_metadata(
-        2, 1, 64, 8, 2, 64, lengths, page_size=16, out=plan)),
+    "metadata": ((plan,), lambda: metadata(out=plan)),
 }
 forget_calls()
 for name, (written, call) in calls.items():

@@ -5,8 +5,9 @@ from __future__ import annotations
 import broadhead
 import pytest
 import torch
+from attention_layer import AttentionLayer
 from ranks import RANKS, run_ranks
-from sharded_calls import BATCH, HEADS, check_tensor, place
+from sharded_calls import BATCH, HEADS, causal_attention, check_tensor, fully_sharded_gradients, place
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Placement
@@ -38,36 +39,15 @@ def check_attention(rank: int, head_dim: int, placement: Placement) -> None:
         check_tensor(f"gradient of {name}", got.grad, x.grad, placement)
 
 
-class Layer(torch.nn.Module):
-    """A layer of attention, as a model has it."""
-
-    def __init__(self, head_dim: int) -> None:
-        super().__init__()
-        self.head_dim = head_dim
-        self.project = torch.nn.Linear(64, 8 * head_dim, bias=False)
-        self.merge = torch.nn.Linear(4 * head_dim, 64)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.project(x).unflatten(-1, (8, self.head_dim)).split((4, 2, 2), dim=2)
-        return x + self.merge(attend(q, k, v).flatten(2))
-
-
 def check_fully_sharded(rank: int, head_dim: int) -> None:
-    """Two layers under FSDP2 in bf16, each rank with its part of the batch: the gradients are those of all of it."""
-    from torch.distributed.fsdp import fully_shard
-
+    """Two layers in bf16: the gradients are those of the whole batch, but for how their sums are rounded."""
     torch.manual_seed(0)
     x = torch.randn(2, 200, 64, dtype=torch.bfloat16)
-    model = torch.nn.Sequential(Layer(head_dim), Layer(head_dim)).to(torch.bfloat16)
-    model(x).float().square().mean().backward()
-    right = {name: parameter.grad for name, parameter in model.named_parameters()}
-    model.zero_grad()
-    for module in (*model, model):
-        fully_shard(module, mesh=init_device_mesh("cuda", (RANKS,)))
-    model(x[rank : rank + 1]).float().square().mean().backward()
-    for name, parameter in model.named_parameters():
-        got, whole = parameter.grad.full_tensor().float(), right[name].float()
-        assert (got - whole).norm() < 0.02 * whole.norm(), name
+    layers = (AttentionLayer(causal_attention, 64, head_dim) for _ in range(2))
+    model = torch.nn.Sequential(*layers).to(torch.bfloat16)
+    for name, got, right in fully_sharded_gradients(rank, model, x):
+        whole = right.float()
+        assert (got.full_tensor().float() - whole).norm() < 0.02 * whole.norm(), name
 
 
 @pytest.mark.parametrize("placement", [HEADS, BATCH], ids=["heads", "batch"])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import broadhead
 import pytest
 import torch
+from attention_layer import AttentionLayer
 from gpu_calls import capture
 from torch import Tensor
 
@@ -15,39 +17,24 @@ pytestmark = pytest.mark.gpu
 TOKENS, WIDTH = 256, 64
 
 
-class Layer(torch.nn.Module):
-    """Attention over packed sequences, as Gemma 4 has it: with a window or without."""
+def attention(window: int) -> Callable[..., Tensor]:
+    """Over packed sequences, as Gemma 4 has it: with a window, or (-1) without."""
 
-    def __init__(self, head_dim: int, window: int) -> None:
-        super().__init__()
-        self.head_dim, self.window = head_dim, window
-        self.project = torch.nn.Linear(WIDTH, 8 * head_dim, bias=False)
-        self.merge = torch.nn.Linear(4 * head_dim, WIDTH)
-        self.sinks = torch.nn.Parameter(torch.zeros(4))
-
-    def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
-        q, k, v = self.project(x).unflatten(-1, (8, self.head_dim)).split((4, 2, 2), dim=1)
-        out = broadhead.flash_attn_varlen_func(
-            q,
-            k,
-            v,
-            cu_seqlens,
-            cu_seqlens,
-            TOKENS,
-            TOKENS,
-            causal=True,
-            window_size=(self.window, -1),
-            sinks=self.sinks,
-            deterministic=True,
-        )
+    def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, cu_seqlens: Tensor) -> Tensor:
+        options = {"causal": True, "window_size": (window, -1), "sinks": sinks, "deterministic": True}
+        out = broadhead.flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, TOKENS, TOKENS, **options)
         assert broadhead.last_dispatch()[0] == "cuda"
-        return x + self.merge(out.flatten(1))
+        return out
+
+    return attend
 
 
 class Model(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.layers = torch.nn.ModuleList([Layer(64, -1), Layer(256, 40), Layer(512, -1)])
+        self.layers = torch.nn.ModuleList(
+            AttentionLayer(attention(window), WIDTH, head_dim) for head_dim, window in ((64, -1), (256, 40), (512, -1))
+        )
 
     def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
         for layer in self.layers:

@@ -122,7 +122,7 @@ def check_gradients(
         error = rounded_off + arithmetic.copysign(rounded_off)
         moved_lse.append((0.0 if columns is None else columns[b].double()) - error)
         if "sinks" in gradients:
-            lse = exact.lses[b].double()
+            lse = exact.lses[b]
             p = torch.exp(built.kwargs["sinks"].detach().double()[:, None] - lse)
             p[lse == float("-inf")] = 0  # a row without keys is 0, sink or not
             # Kernels multiply V by P in 16 bits: where few keys are seen, a whole row of out is that much too long.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import broadhead
 import pytest
 import torch
+from attention_layer import AttentionLayer
 from broadhead.ops import sharding
 from ranks import RANKS
 from torch import Tensor
@@ -288,32 +289,28 @@ def check_compiled(rank: int) -> None:
         check_tensor("a gradient", got.grad, x.grad, HEADS)
 
 
-class Layer(torch.nn.Module):
-    """A layer of attention with sinks, as a model has it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.project = torch.nn.Linear(32, 8 * 16, bias=False)
-        self.merge = torch.nn.Linear(4 * 16, 32)
-        self.sinks = torch.nn.Parameter(torch.randn(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.project(x).unflatten(-1, (8, 16)).split((4, 2, 2), dim=2)
-        return x + self.merge(broadhead.flash_attn_func(q, k, v, causal=True, sinks=self.sinks).flatten(2))
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+    return broadhead.flash_attn_func(q, k, v, causal=True, sinks=sinks)
 
 
-def check_fully_sharded(rank: int) -> None:
-    """Two layers under FSDP2, each rank with its part of the batch: the gradients are those of the whole batch."""
+def fully_sharded_gradients(rank: int, model: torch.nn.Sequential, x: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Of each weight its name, its gradient under FSDP2, each rank with its part of the batch, and that of it all."""
     from torch.distributed.fsdp import fully_shard
 
-    torch.manual_seed(0)
-    x = torch.randn(2, 6, 32)
-    model = torch.nn.Sequential(Layer(), Layer())
-    model(x).square().mean().backward()
+    model(x).float().square().mean().backward()
     right = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad()
     for module in (*model, model):
-        fully_shard(module, mesh=init_device_mesh("cpu", (RANKS,)))
-    model(x[rank : rank + 1]).square().mean().backward()
+        fully_shard(module, mesh=init_device_mesh(x.device.type, (RANKS,)))
+    model(x[rank : rank + 1]).float().square().mean().backward()
     for name, parameter in model.named_parameters():
-        check_tensor(f"gradient of {name}", parameter.grad, right[name], BATCH)
+        yield name, parameter.grad, right[name]
+
+
+def check_fully_sharded(rank: int) -> None:
+    """Two layers: the gradients are those of the whole batch."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 6, 32)
+    model = torch.nn.Sequential(*(AttentionLayer(causal_attention, 32, 16) for _ in range(2)))
+    for name, got, right in fully_sharded_gradients(rank, model, x):
+        check_tensor(f"gradient of {name}", got, right, BATCH)

@@ -40,8 +40,7 @@ template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1) backward_kernel(const __grid_constant__ BackwardArgs args) {
   extern __shared__ __align__(1024) char smem_bytes[];
   auto& smem = *reinterpret_cast<typename Traits::SharedStorage*>(smem_bytes);
-  if constexpr (Traits::kKeys && !Traits::kFused)
-    launch_dependents();  // the kernel of dQ may take places that are free
+  if constexpr (Traits::kKeys && !Traits::kFused) launch_dependents();  // the kernel of dQ: see launch_side
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
   if (threadIdx.x == 0) {
     set_backward_work<Traits::kSide>(smem.work, args.params, blockIdx.x, args.tiles, args.heads_per_section,
@@ -50,7 +49,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) backward_kernel(const __g
   }
   __syncthreads();
   if (smem.work.first_row >= smem.work.end_row) {
-    if constexpr (!Traits::kKeys) wait_for_predecessor();  // as below
+    if constexpr (!Traits::kKeys) wait_for_predecessor();  // see below
     return;
   }
 

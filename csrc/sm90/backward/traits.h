@@ -98,7 +98,8 @@ struct BackwardSide {
   static constexpr int kEarlyLse = kCapped ? 0 : kFused && kCols == 128 ? 4 : kCols / 8;
   static constexpr int kEarlyDelta = kCapped || (kFused && kCols == 128) ? 0 : 4;
   static constexpr bool kPairedStats = !kCapped && !(kFused && kCols == 128);  // see stat_place
-  static constexpr int kStatCols = 32;                                         // of which wgmma reads 16
+  // wgmma reads 16 of them; a row of 64 bytes is the narrowest that it takes here.
+  static constexpr int kStatCols = 32;
   using StatRows = TileLayout<Element, kStatCols, 64>;
   using StatCols = TileLayout<Element, kStatCols, kCols>;
   // The sums of dQ, for common/dq_sums.h: what a warpgroup adds in a step is one piece, [column tile][128 threads].
