@@ -11,7 +11,7 @@
 namespace broadhead {
 
 // Raised whenever a field below is added, removed or changes meaning; libraries of another version are refused.
-constexpr std::uint32_t kAbiVersion = 7;
+constexpr std::uint32_t kAbiVersion = 8;
 
 // The element types of tensors whose type is not fixed by the kernel.
 enum class DataType : std::int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat8E4M3 = 3 };
@@ -32,11 +32,28 @@ struct DescaleStrides {
   std::int64_t head;
 };
 
-// Which keys a query sees by its position alone: the same for all sequences of a call (common/attention_mask.h).
+// Which keys a query sees by its position alone: the same for all sequences of a call but for `causal_by_sequence`
+// (common/attention_mask.h).
 struct MaskRule {
   std::int32_t window_left;      // -1: unbounded
   std::int32_t window_right;     // -1: unbounded; causal is 0
   std::int32_t attention_chunk;  // 0: off
+};
+
+// Masks that a call gives as values on the device (common/attention_mask.h). Strides are in elements.
+struct MaskValues {
+  const std::int32_t* query_ranges;  // [B, Sq, 2] or [T, 2]: query i also sees the keys [begin, end); nullable
+  const std::int64_t* tree_mask;     // [B, Sq] or [T]: bit j: the query sees key seqlen_k - 64 + j; nullable
+  const void* causal_by_sequence;    // [B] int32, or bool when causal_is_bool: window_right is 0 where set; nullable
+  std::int64_t ranges_batch_stride;  // unused when varlen
+  std::int64_t ranges_row_stride;
+  std::int64_t tree_batch_stride;  // unused when varlen
+  std::int64_t tree_row_stride;
+  std::int32_t ranges_in_window;  // 1: a range keeps only keys that are no further back than window_left
+  std::int32_t causal_is_bool;
+  // What the ranges of neighbouring queries cover together (kernels/range_extents.h); set by the library.
+  const std::int32_t* query_extents;
+  const std::int32_t* key_extents;
 };
 
 // One forward call. R = total query rows of a head: B * Sq (dense) or T (varlen). bf16/fp16 is the row's dtype.
@@ -78,6 +95,7 @@ struct AttnParams {
   const std::int32_t* kv_batch_idx;        // [B], nullable: row of the cache (or of the page table) for sequence b
   const std::int32_t* page_table;          // [B or more, max_pages], nullable
   const std::int32_t* prefix_lens;         // [B], nullable
+  MaskValues mask_values;
   const void* sinks;                       // [Hq] fp32, or dtype of q when sinks_are_fp32 == 0; nullable
   const std::int32_t* scheduler_metadata;  // nullable; layout in common/scheduler_metadata.h
   std::int64_t page_table_batch_stride;
@@ -159,6 +177,7 @@ struct AttnBwdParams {
   const std::int32_t* seqused_q;     // [B], nullable
   const std::int32_t* seqused_k;     // [B], nullable
   const std::int32_t* prefix_lens;   // [B], nullable
+  MaskValues mask_values;            // without a tree_mask
   const void* sinks;                 // [Hq] fp32, or dtype of q when sinks_are_fp32 == 0; nullable
 
   std::int32_t batch;
