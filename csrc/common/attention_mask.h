@@ -1,9 +1,12 @@
-// Which keys a query sees. One object owns the block range and the per-element predicate, so they cannot disagree.
+// Which keys a query sees. One object owns the block range, the per-element predicate and their inverses, so they
+// cannot disagree.
 //
 // Query i of a sequence sits at position p = i + seqlen_k - seqlen_q (bottom-right alignment). It sees the interval
-// [p - window_left, p + window_right] within its attention_chunk, and every key below prefix_len.
+// [p - window_left, p + window_right] within its attention_chunk, every key below prefix_len, and the range of keys
+// that the call gives for it. With a tree_mask the last keys are seen by that mask alone.
 #pragma once
 
+#include "common/key_words.h"
 #include "common/macros.h"
 #include "common/math.h"
 #include "host/params.h"
@@ -20,17 +23,67 @@ struct QueryInterval {
   int end;  // exclusive; end <= begin: empty
 };
 
+// The smallest interval that holds both.
+BROADHEAD_HOST_DEVICE KeyInterval hull(const KeyInterval& a, const KeyInterval& b) {
+  if (b.end <= b.begin) return a;
+  if (a.end <= a.begin) return b;
+  return {min_int(a.begin, b.begin), max_int(a.end, b.end)};
+}
+
+constexpr int kTreeKeys = 64;       // keys that a tree_mask has bits for
+constexpr int kExtentQueries = 16;  // neighbouring queries whose ranges are summed up together
+constexpr int kExtentKeys = 32;     // neighbouring keys, likewise
+
+// What the ranges of all queries say of kExtentKeys keys.
+struct KeyExtent {
+  std::uint32_t live;    // a bit for each key that some query sees by its range or by the tree_mask
+  std::int32_t q_begin;  // queries whose range holds one of these keys lie in [q_begin, q_end)
+  std::int32_t q_end;
+};
+
+// The masks of one sequence that the call gives as values. Nothing but `any` is set where there are none.
+struct SequenceMaskValues {
+  int any = 0;  // 1: there are ranges or a tree_mask
+  int in_window = 0;
+  const std::int32_t* ranges = nullptr;        // of query 0: begin, end; null: none
+  const std::int64_t* tree = nullptr;          // word of query 0; null: none
+  std::int64_t stride = 0;                     // from the range or the word of a query to the next
+  const KeyInterval* query_extents = nullptr;  // what queries [16 i, 16 i + 16) see by their ranges lies within
+  const KeyExtent* key_extents = nullptr;      // of keys [32 i, 32 i + 32)
+};
+
+// All keys that one query sees.
+struct RowKeys {
+  KeyInterval interval;
+  KeyInterval range;
+  int prefix_len;
+  int tree_begin;  // the first key that `tree` has a bit for
+  std::uint64_t tree;
+  bool by_tree;  // whether there is a tree_mask
+
+  // A bit for each of the 32 keys from key0 on.
+  BROADHEAD_HOST_DEVICE std::uint32_t word(int key0) const {
+    std::uint32_t seen = bits_between(interval.begin - key0, interval.end - key0) | bits_below(prefix_len - key0) |
+                         bits_between(range.begin - key0, range.end - key0);
+    if (by_tree) seen |= bits_from(tree, key0 - tree_begin);
+    return seen;
+  }
+};
+
 struct AttentionMask {
   int seqlen_q;
   int seqlen_k;
   MaskRule rule;
-  int prefix_len;  // 0: none; at most seqlen_k
+  int prefix_len;     // 0: none; at most seqlen_k
+  int tree_keys = 0;  // the last keys, which the tree_mask alone shows: kTreeKeys with one, else 0
+  SequenceMaskValues values = {};
 
-  // Keys that query `q` sees besides the prefix. Both ends never decrease as q grows.
+  // Keys that query `q` sees by its position. Both ends never decrease as q grows.
   BROADHEAD_HOST_DEVICE KeyInterval row_interval(int q) const {
     const int position = q + seqlen_k - seqlen_q;
+    const int last = seqlen_k - tree_keys;
     int begin = rule.window_left >= 0 ? position - rule.window_left : 0;
-    int end = rule.window_right >= 0 ? min_int(seqlen_k, position + rule.window_right + 1) : seqlen_k;
+    int end = rule.window_right >= 0 ? min_int(last, position + rule.window_right + 1) : last;
     if (rule.attention_chunk > 0) {
       const int chunk_begin = floor_div(position, rule.attention_chunk) * rule.attention_chunk;
       begin = max_int(begin, chunk_begin);
@@ -39,17 +92,54 @@ struct AttentionMask {
     return {max_int(begin, 0), end};
   }
 
-  BROADHEAD_HOST_DEVICE bool visible(const KeyInterval& row, int key) const {
-    return key < prefix_len || (key >= row.begin && key < row.end);
+  // Keys that query `q` sees by its range. A query that does not exist has that of the last one.
+  BROADHEAD_HOST_DEVICE KeyInterval row_range(int q) const {
+    if (values.ranges == nullptr || seqlen_q <= 0) return {0, 0};
+    const std::int32_t* range = values.ranges + clamp_int(q, 0, seqlen_q - 1) * values.stride;
+    int begin = range[0];
+    const int end = min_int(range[1], seqlen_k);
+    if (begin < 0) return {0, 0};
+    if (values.in_window != 0 && rule.window_left >= 0) {
+      begin = max_int(begin, q + seqlen_k - seqlen_q - rule.window_left);
+    }
+    return {begin, end};
   }
 
-  // Union over queries q_first..q_last (inclusive) without the prefix: the keys a tile must load besides it.
+  BROADHEAD_HOST_DEVICE RowKeys row_keys(int q) const {
+    RowKeys row{row_interval(q), {0, 0}, prefix_len, 0, 0, false};
+    if (values.any != 0) {
+      row.range = row_range(q);
+      if (values.tree != nullptr && seqlen_q > 0) {
+        row.by_tree = true;
+        row.tree_begin = seqlen_k - kTreeKeys;
+        row.tree = static_cast<std::uint64_t>(values.tree[clamp_int(q, 0, seqlen_q - 1) * values.stride]);
+      }
+    }
+    return row;
+  }
+
+  // Union over queries q_first..q_last (inclusive) by their positions: the keys a tile must load besides the prefix
+  // and given_interval.
   BROADHEAD_HOST_DEVICE KeyInterval tile_interval(int q_first, int q_last) const {
     return {row_interval(q_first).begin, row_interval(q_last).end};
   }
 
-  // Union over keys key_first..key_last (inclusive): the queries that see one of them lie within. The inverse of
-  // tile_interval.
+  // What queries q_first..q_last (inclusive) see by their ranges, or by the tree_mask, lies within.
+  BROADHEAD_HOST_DEVICE KeyInterval given_interval(int q_first, int q_last) const {
+    if (values.any == 0 || q_last < q_first) return {0, 0};
+    KeyInterval all{0, 0};
+    if (values.tree != nullptr) all = {max_int(0, seqlen_k - kTreeKeys), seqlen_k};
+    if (values.query_extents != nullptr) {
+      for (int i = max_int(q_first, 0) / kExtentQueries; i <= q_last / kExtentQueries; ++i) {
+        const KeyInterval extent = values.query_extents[i];
+        all = hull(all, {extent.begin, min_int(extent.end, seqlen_k)});
+      }
+    }
+    return all;
+  }
+
+  // Union over keys key_first..key_last (inclusive): the queries that see one of them by their positions or by the
+  // prefix lie within. The inverse of tile_interval.
   BROADHEAD_HOST_DEVICE QueryInterval query_interval(int key_first, int key_last) const {
     if (key_first < prefix_len) return {0, seqlen_q};
     // Query q is at position q + shift, and the ends of its interval never decrease as q grows.
@@ -63,6 +153,26 @@ struct AttentionMask {
       end = min_int64(end, (key_last / chunk + 1) * chunk - shift);
     }
     return {static_cast<int>(min_int64(begin, seqlen_q)), static_cast<int>(max_int64(end, 0))};
+  }
+
+  // The queries that see one of keys key_first..key_last (inclusive) by their ranges lie within. The inverse of
+  // given_interval, for ranges.
+  BROADHEAD_HOST_DEVICE QueryInterval given_queries(int key_first, int key_last) const {
+    if (values.key_extents == nullptr || key_last < key_first) return {0, 0};
+    QueryInterval all{0, 0};
+    for (int i = key_first / kExtentKeys; i <= key_last / kExtentKeys; ++i) {
+      const KeyExtent& extent = values.key_extents[i];
+      if (extent.q_end <= extent.q_begin) continue;
+      const bool first = all.end <= all.begin;
+      all = {first ? extent.q_begin : min_int(all.begin, extent.q_begin), max_int(all.end, extent.q_end)};
+    }
+    return {all.begin, min_int(all.end, seqlen_q)};
+  }
+
+  // Whether some query sees `key` by its range or by the tree_mask.
+  BROADHEAD_HOST_DEVICE bool key_is_given(int key) const {
+    return values.any != 0 && key < seqlen_k && values.key_extents != nullptr &&
+           ((values.key_extents[key / kExtentKeys].live >> (key % kExtentKeys)) & 1) != 0;
   }
 
   // Queries that see every key of key_first..key_last: a step inside needs no predicate. The inverse of
@@ -88,16 +198,21 @@ struct BlockRange {
   int end;
 };
 
-BROADHEAD_HOST_DEVICE BlockRange block_range(const AttentionMask& mask, int q_first, int q_last, int tile_n) {
-  const KeyInterval keys = mask.tile_interval(q_first, q_last);
-  int begin = keys.begin;
-  int end = keys.end;
-  if (end <= begin) begin = end = 0;
+// `given`: given_interval of the same queries.
+BROADHEAD_HOST_DEVICE BlockRange block_range(const AttentionMask& mask, int q_first, int q_last, int tile_n,
+                                             const KeyInterval& given) {
+  KeyInterval keys = mask.tile_interval(q_first, q_last);
+  if (keys.end <= keys.begin) keys = {0, 0};
   if (mask.prefix_len > 0) {
-    begin = 0;
-    end = max_int(end, mask.prefix_len);
+    keys.begin = 0;
+    keys.end = max_int(keys.end, mask.prefix_len);
   }
-  return {begin / tile_n, ceil_div(end, tile_n)};
+  keys = hull(keys, given);
+  return {keys.begin / tile_n, ceil_div(keys.end, tile_n)};
+}
+
+BROADHEAD_HOST_DEVICE BlockRange block_range(const AttentionMask& mask, int q_first, int q_last, int tile_n) {
+  return block_range(mask, q_first, q_last, tile_n, mask.given_interval(q_first, q_last));
 }
 
 // Split `split` of `num_splits`, which cut a range of n_blocks into equal parts.

@@ -107,7 +107,7 @@ template <int kMmaM, int kMmaN>
 BROADHEAD_DEVICE void apply_mask(float (&s)[kMmaM][kMmaN][4], const AttentionMask& mask, const KeyInterval& unmasked,
                                  const RowMap& rows, int warp_row, int key0, int lane) {
   const int first_key = key0 + (lane % 4) * 2;
-  if (mask.prefix_len == 0 && key0 >= unmasked.begin) {
+  if (mask.prefix_len == 0 && mask.values.any == 0 && key0 >= unmasked.begin) {
     // Only the upper end hides keys: the diagonal of a causal mask, or the end of the sequence.
     if (mask.row_interval(rows.token(warp_row)).end >= key0 + 8 * kMmaN) return;
     BROADHEAD_UNROLL
@@ -127,13 +127,16 @@ BROADHEAD_DEVICE void apply_mask(float (&s)[kMmaM][kMmaN][4], const AttentionMas
   for (int i = 0; i < 2 * kMmaM; ++i) {
     const int m = i / 2, c = (i % 2) * 2;
     const int token = rows.token(warp_row + m * 16 + (i % 2) * 8 + lane / 4);
-    // Relative to the lane's first key: what is compared with them are constants.
-    const KeyInterval row = mask.row_interval(token);
-    const int begin = row.begin - first_key, end = row.end - first_key, prefix = mask.prefix_len - first_key;
+    // Bits of the keys from the lane's first on: what is tested are constant places of a word.
+    const RowKeys row = mask.row_keys(token);
     BROADHEAD_UNROLL
-    for (int n = 0; n < kMmaN; ++n) {
-      if (n * 8 >= prefix && (n * 8 < begin || n * 8 >= end)) s[m][n][c] = -INFINITY;
-      if (n * 8 + 1 >= prefix && (n * 8 + 1 < begin || n * 8 + 1 >= end)) s[m][n][c + 1] = -INFINITY;
+    for (int n = 0; n < kMmaN; n += 4) {
+      const std::uint32_t seen = row.word(first_key + n * 8);
+      BROADHEAD_UNROLL
+      for (int j = 0; j < 4 && n + j < kMmaN; ++j) {
+        if ((seen >> (j * 8) & 1) == 0) s[m][n + j][c] = -INFINITY;
+        if ((seen >> (j * 8 + 1) & 1) == 0) s[m][n + j][c + 1] = -INFINITY;
+      }
     }
   }
 }

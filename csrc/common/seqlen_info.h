@@ -1,6 +1,7 @@
 // Where sequence b lies in q and in k/v, and how long it is: the only reader of cu_seqlens, seqused and leftpad.
 #pragma once
 
+#include "common/attention_mask.h"
 #include "common/macros.h"
 #include "common/math.h"
 #include "host/params.h"
@@ -88,6 +89,77 @@ BROADHEAD_HOST_DEVICE SeqlenInfo make_seqlen_info(const AttnBwdParams& params, i
 // Whether the pool has page `page`. Nothing behind an id that it does not have is read: its K and V are zeros.
 BROADHEAD_HOST_DEVICE bool page_exists(const AttnParams& params, int page) {
   return static_cast<unsigned>(page) < static_cast<unsigned>(params.num_pages);
+}
+
+// Whether sequence `batch` is causal by the tensor that says so for each sequence.
+BROADHEAD_HOST_DEVICE bool is_causal(const MaskValues& values, int batch) {
+  if (values.causal_by_sequence == nullptr) return false;
+  return values.causal_is_bool != 0 ? static_cast<const std::uint8_t*>(values.causal_by_sequence)[batch] != 0
+                                    : static_cast<const std::int32_t*>(values.causal_by_sequence)[batch] != 0;
+}
+
+// The rule of sequence `batch`.
+template <class Params>
+BROADHEAD_HOST_DEVICE MaskRule sequence_rule(const Params& params, int batch) {
+  MaskRule rule = params.mask_rule;
+  if (is_causal(params.mask_values, batch)) rule.window_right = 0;
+  return rule;
+}
+
+// Where the extents of a sequence begin among those of all. Sequences have none in common, so that each of them counts
+// from its sequence's first query or key on.
+template <class Params>
+BROADHEAD_HOST_DEVICE std::int64_t first_query_extent(const Params& params, const SeqlenInfo& seqlen, int batch) {
+  const std::int64_t first_row = seqlen.row_q + static_cast<std::int64_t>(seqlen.batch_q) * params.seqlen_q;
+  return first_row / kExtentQueries + batch;
+}
+template <class Params>
+BROADHEAD_HOST_DEVICE std::int64_t num_query_extents(const Params& params) {
+  return params.total_q / kExtentQueries + params.batch + 1;
+}
+template <class Params>
+BROADHEAD_HOST_DEVICE std::int64_t first_key_extent(const Params& params, const SeqlenInfo& seqlen, int batch) {
+  if (params.cu_seqlens_k != nullptr) return seqlen.row_k / kExtentKeys + batch;
+  return static_cast<std::int64_t>(ceil_div(params.seqlen_k, kExtentKeys)) * batch;
+}
+template <class Params>
+BROADHEAD_HOST_DEVICE std::int64_t num_key_extents(const Params& params) {
+  if (params.cu_seqlens_k != nullptr) return params.total_k / kExtentKeys + params.batch + 1;
+  return static_cast<std::int64_t>(ceil_div(params.seqlen_k, kExtentKeys)) * params.batch;
+}
+// Bytes in front of the extents of keys: those of queries.
+template <class Params>
+BROADHEAD_HOST_DEVICE std::int64_t key_extent_offset(const Params& params) {
+  return params.mask_values.query_ranges == nullptr ? 0 : num_query_extents(params) * std::int64_t{sizeof(KeyInterval)};
+}
+
+// The masks of sequence `batch` that are given as values. `seqlen`: of the same sequence.
+template <class Params>
+BROADHEAD_HOST_DEVICE void set_mask_values(const Params& params, const SeqlenInfo& seqlen, int batch,
+                                           AttentionMask& mask) {
+  const MaskValues& given = params.mask_values;
+  mask.tree_keys = 0;
+  mask.values.any = given.query_ranges != nullptr || given.tree_mask != nullptr;
+  if (mask.values.any == 0) return;
+  SequenceMaskValues& values = mask.values;
+  values.in_window = given.ranges_in_window;
+  values.ranges = nullptr;
+  values.tree = nullptr;
+  values.query_extents = nullptr;
+  values.key_extents = reinterpret_cast<const KeyExtent*>(given.key_extents);
+  if (values.key_extents != nullptr) values.key_extents += first_key_extent(params, seqlen, batch);
+  if (given.tree_mask != nullptr) {
+    mask.tree_keys = kTreeKeys;
+    values.stride = given.tree_row_stride;
+    values.tree = given.tree_mask + seqlen.batch_q * given.tree_batch_stride + seqlen.row_q * given.tree_row_stride;
+    return;
+  }
+  values.stride = given.ranges_row_stride;
+  values.ranges =
+      given.query_ranges + seqlen.batch_q * given.ranges_batch_stride + seqlen.row_q * given.ranges_row_stride;
+  if (given.query_extents == nullptr) return;
+  values.query_extents =
+      reinterpret_cast<const KeyInterval*>(given.query_extents) + first_query_extent(params, seqlen, batch);
 }
 
 // Keys that every query of a sequence of `seqlen_k` keys sees.

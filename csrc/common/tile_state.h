@@ -41,17 +41,20 @@ struct TileLengths {
   SeqlenInfo seqlen;
   int prefix_len;
   int splits;
+  int window_right;
 };
 
 BROADHEAD_DEVICE TileLengths read_lengths(const AttnParams& params, int batch) {
   const SeqlenInfo seqlen = make_seqlen_info(params, batch);
-  return {seqlen, sequence_prefix(params, batch, seqlen.seqlen_k), sequence_splits(params, batch)};
+  return {seqlen, sequence_prefix(params, batch, seqlen.seqlen_k), sequence_splits(params, batch),
+          sequence_rule(params, batch).window_right};
 }
 
 template <class Element>
 BROADHEAD_DEVICE void set_lengths(TileState<Element>& state, const TileLengths& lengths) {
   state.seqlen = lengths.seqlen;
   state.mask.prefix_len = lengths.prefix_len;
+  state.mask.rule.window_right = lengths.window_right;
   state.splits = lengths.splits;
 }
 
@@ -75,7 +78,9 @@ BROADHEAD_DEVICE void set_tile_keys(TileState<Element>& state, const AttnParams&
                                     int split, const TileShape& shape) {
   const int seqlen_q = state.seqlen.seqlen_q;
   const int seqlen_k = state.seqlen.seqlen_k;
-  const AttentionMask mask{seqlen_q, seqlen_k, params.mask_rule, state.mask.prefix_len};
+  AttentionMask mask{seqlen_q, seqlen_k, params.mask_rule, state.mask.prefix_len};
+  mask.rule.window_right = state.mask.rule.window_right;
+  set_mask_values(params, state.seqlen, tile.batch, mask);
   state.mask = mask;
   const int rows_per_token = state.output.rows.rows_per_token;
   const int cluster_row = tile.m_block / shape.cluster * shape.cluster * shape.rows;
@@ -83,8 +88,11 @@ BROADHEAD_DEVICE void set_tile_keys(TileState<Element>& state, const AttnParams&
   const int q_first = cluster_rows.token(0);
   const int q_last = min_int(cluster_rows.token(shape.rows * shape.cluster - 1), seqlen_q - 1);
   state.source.live.interval = mask.tile_interval(q_first, q_last);
+  const KeyInterval given = mask.given_interval(q_first, q_last);
+  state.source.live.given = given;
+  state.source.live.extents = mask.values.key_extents;
   compile_barrier();
-  state.range = split_range(block_range(mask, q_first, q_last, shape.keys), split, max_int(state.splits, 1));
+  state.range = split_range(block_range(mask, q_first, q_last, shape.keys, given), split, max_int(state.splits, 1));
   compile_barrier();
   // A tile past the sequence's end has such keys, too: its rows are never written.
   const RowMap& rows = state.output.rows;

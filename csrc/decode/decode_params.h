@@ -29,8 +29,10 @@ struct DecodeParams : AttnParams {
 inline bool sees_all(const AttnParams& params) {
   const bool one_token = params.seqlen_q == 1;  // it stands at the last key of its sequence
   const MaskRule& rule = params.mask_rule;
-  return rule.window_left < 0 && (rule.window_right < 0 || one_token) && rule.attention_chunk == 0 &&
-         params.prefix_lens == nullptr;
+  const bool causal = rule.window_right >= 0 || params.mask_values.causal_by_sequence != nullptr;
+  // Where a query sees all keys by its position, a range shows nothing more.
+  return rule.window_left < 0 && (!causal || one_token) && rule.attention_chunk == 0 && params.prefix_lens == nullptr &&
+         params.mask_values.tree_mask == nullptr;
 }
 
 // How many sequences are scheduled: those of the call and, behind them, that of the shared keys.
@@ -57,9 +59,15 @@ BROADHEAD_HOST_DEVICE int sequence_rows(const DecodeParams& params, const Seqlen
 
 // The mask of a sequence. Every query sees all shared keys, and a call with shared keys has no other mask than causal.
 BROADHEAD_HOST_DEVICE AttentionMask make_mask(const DecodeParams& params, const SeqlenInfo& seqlen, int batch) {
-  MaskRule rule = params.mask_rule;
-  if (is_shared(params, batch)) rule.window_right = -1;
-  return {seqlen.seqlen_q, seqlen.seqlen_k, rule, sequence_prefix(params, batch, seqlen.seqlen_k)};
+  AttentionMask mask{seqlen.seqlen_q, seqlen.seqlen_k, params.mask_rule, 0};
+  if (is_shared(params, batch)) {
+    mask.rule.window_right = -1;
+    return mask;
+  }
+  mask.rule = sequence_rule(params, batch);
+  mask.prefix_len = sequence_prefix(params, batch, seqlen.seqlen_k);
+  set_mask_values(params, seqlen, batch, mask);
+  return mask;
 }
 
 }  // namespace broadhead::decode

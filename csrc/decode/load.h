@@ -124,9 +124,12 @@ class Loader {
     if (params.sees_all) {
       source.live.prefix_len = 0;
       source.live.interval = {0, seqlen.seqlen_k};
+      source.live.given = {0, 0};
     } else {
       const AttentionMask mask = make_mask(params, seqlen, item.batch);
       source.live.prefix_len = mask.prefix_len;
+      source.live.given = mask.given_interval(0, seqlen.seqlen_q - 1);
+      source.live.extents = mask.values.key_extents;
       if (seqlen.seqlen_q == 1) {
         source.live.interval = mask.row_interval(0);
       } else {

@@ -4,6 +4,7 @@
 #include "host/kernel_registry.h"
 #include "kernels/append_kv.h"
 #include "kernels/combine.h"
+#include "kernels/mask_extents.h"
 #include "kernels/merge_states.h"
 #include "kernels/scheduler_metadata.h"
 
@@ -31,6 +32,27 @@ bool is_readable(const Params* params, const char* function, char* error, std::s
 // The kernel of an index; null where there is none.
 const RegisteredKernel* kernel_at(int index) { return index >= 0 && index < kKernelCount ? &kKernels[index] : nullptr; }
 
+void* workspace_of(const AttnParams& params) { return params.out_partial; }
+void* workspace_of(const AttnBwdParams& params) { return params.workspace; }
+void set_workspace(AttnParams& params, void* workspace) { params.out_partial = static_cast<float*>(workspace); }
+void set_workspace(AttnBwdParams& params, void* workspace) { params.workspace = workspace; }
+
+// Fills the extents of masks that are given as values; the rest of the workspace is the kernel's.
+template <class Params>
+int prepare_extents(Params& params, const char* kernel_id, void* stream, char* error, std::size_t error_size) {
+  const std::int64_t bytes = mask_extent_bytes(params);
+  char* const workspace = static_cast<char*>(workspace_of(params));
+  if (bytes > 0 && (workspace == nullptr || params.workspace_bytes < bytes)) {
+    std::snprintf(error, error_size, "%s: the workspace has %lld bytes, the extents of its masks take %lld", kernel_id,
+                  static_cast<long long>(params.workspace_bytes), static_cast<long long>(bytes));
+    return 1;
+  }
+  const int status = launch_mask_extents(params, workspace, static_cast<cudaStream_t>(stream));
+  params.workspace_bytes -= bytes;
+  set_workspace(params, params.workspace_bytes > 0 ? workspace + bytes : nullptr);
+  return check_cuda(static_cast<cudaError_t>(status), kernel_id, "mask extents", "", error, error_size);
+}
+
 // Launches a kernel by its launcher for the direction of Params.
 template <class Params, class Launcher>
 int launch(int index, Launcher RegisteredKernel::* launcher, const Params* params, void* stream, const char* function,
@@ -45,7 +67,12 @@ int launch(int index, Launcher RegisteredKernel::* launcher, const Params* param
     std::snprintf(error, error_size, "%s: %s is a kernel of the other direction", function, kernel->info.id);
     return 1;
   }
-  return (kernel->*launcher)(*params, static_cast<cudaStream_t>(stream), error, error_size);
+  if (!has_given_masks(params->mask_values)) {
+    return (kernel->*launcher)(*params, static_cast<cudaStream_t>(stream), error, error_size);
+  }
+  Params with_extents = *params;
+  if (prepare_extents(with_extents, kernel->info.id, stream, error, error_size)) return 1;
+  return (kernel->*launcher)(with_extents, static_cast<cudaStream_t>(stream), error, error_size);
 }
 
 // Asks a kernel for its workspace by its function for the direction of Params.
@@ -55,7 +82,8 @@ std::int64_t workspace(int index, Workspace RegisteredKernel::* ask, const Param
   char unused[1];
   if (!is_readable(params, "workspace", unused, sizeof(unused)) || kernel == nullptr || kernel->*ask == nullptr)
     return -1;
-  return (kernel->*ask)(*params);
+  const std::int64_t own = (kernel->*ask)(*params);
+  return own < 0 ? own : own + mask_extent_bytes(*params);
 }
 
 }  // namespace

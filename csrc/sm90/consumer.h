@@ -76,6 +76,12 @@ BROADHEAD_DEVICE void clear_rows(char* stage, int begin, int end, const ClearSha
 template <class Layout, class Element>
 BROADHEAD_DEVICE void clear_dead_rows(const KvSource<Element>& source, char* v, int key0, int keys,
                                       const ClearShare& share) {
+  if (source.live.extents != nullptr) {
+    for (int row = share.warp; row < keys; row += share.warps) {
+      if (!source.live.contains(key0 + row)) clear_rows<Layout>(v, row, row + 1, {0, 1, share.first_part, share.parts});
+    }
+    return;
+  }
   const int prefix = max_int(source.live.prefix_len - key0, 0);
   clear_rows<Layout>(v, prefix, min_int(source.live.interval.begin - key0, keys), share);
   clear_rows<Layout>(v, max_int(source.live.interval.end - key0, prefix), keys, share);

@@ -101,7 +101,7 @@ struct WorkCursor {
 // What the leader of a cluster, rank 0, tells the others of the next tile. It alone reads the lengths: with others of
 // their own, which another stream could have changed, the CTAs would wait for each other for ever.
 struct WorkMessage {
-  static constexpr int kWords = 12;
+  static constexpr int kWords = 13;
   std::int32_t words[kWords];
 
   BROADHEAD_DEVICE void set(const WorkItem& work, const TileLengths& lengths) {
@@ -110,7 +110,7 @@ struct WorkMessage {
                                       // Rows of a map: they fit.
                                       static_cast<std::int32_t>(seqlen.row_q), static_cast<std::int32_t>(seqlen.row_k),
                                       seqlen.seqlen_q, seqlen.seqlen_k, seqlen.batch_k, lengths.prefix_len,
-                                      lengths.splits};
+                                      lengths.splits, lengths.window_right};
     BROADHEAD_UNROLL
     for (int i = 0; i < kWords; ++i) words[i] = all[i];
   }
@@ -121,7 +121,7 @@ struct WorkMessage {
     for (int i = 0; i < kWords; ++i) all[i] = const_cast<const volatile std::int32_t&>(words[i]);
     work = {{all[0], all[1], all[2]}, all[3], all[4] != 0};
     const int batch_q = params.cu_seqlens_q == nullptr ? work.tile.batch : 0;
-    lengths = {{all[5], all[6], all[7], all[8], batch_q, all[9]}, all[10], all[11]};
+    lengths = {{all[5], all[6], all[7], all[8], batch_q, all[9]}, all[10], all[11], all[12]};
   }
 };
 

@@ -38,8 +38,9 @@ BROADHEAD_DEVICE void set_backward_state(BackwardState& state, const AttnBwdPara
   const int batch = rest / heads;
   const int head = rest - batch * heads;
   const SeqlenInfo seqlen = make_seqlen_info(params, batch);
-  const AttentionMask mask{seqlen.seqlen_q, seqlen.seqlen_k, params.mask_rule,
-                           sequence_prefix(params, batch, seqlen.seqlen_k)};
+  AttentionMask mask{seqlen.seqlen_q, seqlen.seqlen_k, sequence_rule(params, batch),
+                     sequence_prefix(params, batch, seqlen.seqlen_k)};
+  set_mask_values(params, seqlen, batch, mask);
   state.seqlen = seqlen;
   state.mask = mask;
   state.scale.set(params.softmax_scale, params.softcap);
@@ -54,11 +55,16 @@ BROADHEAD_DEVICE void set_backward_state(BackwardState& state, const AttnBwdPara
     state.first_row = tile * Traits::kRows;
     state.end_row = seqlen.seqlen_k;
     // A dS of 0 does not hide keys that no query sees from dQ.
-    if (Traits::kFused) state.rows = {mask.tile_interval(0, seqlen.seqlen_q - 1), mask.prefix_len};
-    const QueryInterval seen =
-        mask.query_interval(state.first_row, min_int(state.first_row + Traits::kRows, seqlen.seqlen_k) - 1);
-    state.cols = {{seen.begin, min_int(seen.end, seqlen.seqlen_q)}, 0};
-    state.whole = whole_queries(mask, state.first_row, min_int(state.first_row + Traits::kRows, seqlen.seqlen_k) - 1);
+    if (Traits::kFused) {
+      const KeyInterval given{0, mask.values.any != 0 ? seqlen.seqlen_k : 0};
+      state.rows = {mask.tile_interval(0, seqlen.seqlen_q - 1), mask.prefix_len, given, mask.values.key_extents};
+    }
+    const int last_row = min_int(state.first_row + Traits::kRows, seqlen.seqlen_k) - 1;
+    const QueryInterval seen = mask.query_interval(state.first_row, last_row);
+    const QueryInterval given = mask.given_queries(state.first_row, last_row);
+    state.given_queries = given;
+    state.cols = {hull({seen.begin, min_int(seen.end, seqlen.seqlen_q)}, {given.begin, given.end}), 0};
+    state.whole = whole_queries(mask, state.first_row, last_row);
     // Keys that do not exist have no P: where an LSE is low that of a score of 0 may be infinite.
     if (Traits::kFused && state.first_row + Traits::kRows > seqlen.seqlen_k) state.whole = {0, 0};
     state.stream_first = query_rows<Element>(params.q, params.q_strides, seqlen, 0, state.cols, 0).base;
@@ -71,8 +77,9 @@ BROADHEAD_DEVICE void set_backward_state(BackwardState& state, const AttnBwdPara
     state.first_row = (tiles - 1 - tile) * Traits::kRows;
     state.end_row = seqlen.seqlen_q;
     const int last_row = min_int(state.first_row + Traits::kRows, seqlen.seqlen_q) - 1;
-    const BlockRange range = block_range(mask, state.first_row, last_row, Traits::kCols);
-    state.cols = {mask.tile_interval(state.first_row, last_row), mask.prefix_len};
+    const KeyInterval given = mask.given_interval(state.first_row, last_row);
+    const BlockRange range = block_range(mask, state.first_row, last_row, Traits::kCols, given);
+    state.cols = {mask.tile_interval(state.first_row, last_row), mask.prefix_len, given, mask.values.key_extents};
     state.whole = mask.unmasked_interval(state.first_row, last_row);
     state.stream_first = key_rows<Element>(params.k, params.k_strides, seqlen, state.kv_head, state.cols, 0).base;
     state.stream_second = key_rows<Element>(params.v, params.v_strides, seqlen, state.kv_head, state.cols, 0).base;

@@ -5,21 +5,19 @@
 // Each function exists with and without a mask, and with and without a softcap: a step takes the one that it needs.
 #pragma once
 
+#include "common/given_bits.h"
 #include "sm80/backward/mainloop.h"
 
 namespace broadhead::sm80 {
 
-// Columns that a row sees, relative to the lane's first column of the step: what is compared with them are constants.
+// Columns that a row sees: a bit for each from the lane's first column of the step on.
+template <int kColTiles>
 struct SeenColumns {
-  int begin;
-  int end;
-  int prefix;
+  static constexpr int kWords = ceil_div(kColTiles, 4);
+  std::uint32_t words[kWords];
 
-  // Column `c` of column tile `n`.
-  BROADHEAD_DEVICE bool operator()(int n, int c) const {
-    const int col = n * 8 + c;
-    return (col < prefix) | ((col >= begin) & (col < end));  // without branches
-  }
+  // Column `c` of column tile `n`: a constant place.
+  BROADHEAD_DEVICE bool operator()(int n, int c) const { return ((words[n / 4] >> (n % 4 * 8 + c)) & 1) != 0; }
 };
 
 // What the lane's rows see in a step: `row(m, half)` is of row 8 * half of row tile m.
@@ -29,16 +27,26 @@ struct MaskedStep {
   const WarpPlace& place;
   int lane_col;
 
-  BROADHEAD_DEVICE SeenColumns row(int m, int half) const {
+  BROADHEAD_DEVICE SeenColumns<Traits::kColTiles> row(int m, int half) const {
     compile_barrier();  // what is known of all rows at once takes too many registers
+    SeenColumns<Traits::kColTiles> columns;
     const int row = state.first_row + tile_row<Traits>(place, m, 2 * half);
     if constexpr (Traits::kKeys) {
       const QueryInterval seen = state.mask.query_interval(row, row);
-      return {seen.begin - lane_col, seen.end - lane_col, -lane_col};
+      const int lane = static_cast<int>(threadIdx.x) % 32, first_col = lane_col - lane % 4 * 2;
+      const bool given =
+          first_col < state.given_queries.end && first_col + 8 * Traits::kColTiles > state.given_queries.begin;
+      BROADHEAD_UNROLL
+      for (int w = 0; w < columns.kWords; ++w) {
+        columns.words[w] = bits_between(seen.begin - lane_col - 32 * w, seen.end - lane_col - 32 * w);
+        if (given) columns.words[w] |= given_bits(state.mask, first_col + 32 * w, row - lane / 4) >> (lane % 4 * 2);
+      }
     } else {
-      const KeyInterval seen = state.mask.row_interval(row);
-      return {seen.begin - lane_col, seen.end - lane_col, state.mask.prefix_len - lane_col};
+      const RowKeys seen = state.mask.row_keys(row);
+      BROADHEAD_UNROLL
+      for (int w = 0; w < columns.kWords; ++w) columns.words[w] = seen.word(lane_col + 32 * w);
     }
+    return columns;
   }
 };
 

@@ -34,11 +34,12 @@ struct BackwardState {
   int batch;
   int head;  // query head, or KV head where keys are kept
   int kv_head;
-  int first_row;  // of the tile within the sequence
-  int end_row;    // the sequence's rows of this side
-  LiveKeys rows;  // the rows of this side that the sequence has
-  LiveKeys cols;  // columns that some row of the tile sees, or is seen by
-  int begin;      // tiles of columns that some row sees: [begin, end)
+  int first_row;                // of the tile within the sequence
+  int end_row;                  // the sequence's rows of this side
+  LiveKeys rows;                // the rows of this side that the sequence has
+  LiveKeys cols;                // columns that some row of the tile sees, or is seen by
+  QueryInterval given_queries;  // keys: queries that see some of the tile by their ranges lie within
+  int begin;                    // tiles of columns that some row sees: [begin, end)
   int end;
   KeyInterval whole;          // columns that every row of the tile sees, or is seen by
   const void* stream_first;   // what streams by, from row 0 of the sequence on: Q of query head 0, or K

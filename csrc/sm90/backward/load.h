@@ -218,7 +218,10 @@ BROADHEAD_DEVICE void prepare_keys(typename Traits::SharedStorage& smem) {
     for (int first = thread / 32 * 32; first < Traits::kRows; first += 64) {
       clear_where<typename Traits::FirstRows, 32>(
           smem.first_rows + first * (Traits::FirstRows::kRowBytes / static_cast<int>(sizeof(typename Traits::Element))),
-          0, 1, [&](int row) { return smem.seen[first + row].begin >= smem.seen[first + row].end; });
+          0, 1, [&](int row) {
+            return smem.seen[first + row].begin >= smem.seen[first + row].end &&
+                   !work.mask.key_is_given(work.first_row + first + row);
+          });
     }
     cutlass::arch::fence_view_async_shared();
   }

@@ -103,43 +103,58 @@ BROADHEAD_DEVICE void issue_gradient(float (&gradient)[kTiles][4], std::uint32_t
   fence_registers(gradient);
 }
 
-// Which columns of a step the lane's two rows meet, in columns from the lane's first on: those below `prefix`, and
-// those of [begin, end).
+// Which columns of a step the lane's two rows meet: a bit for each column from the lane's first on.
+template <int kColTiles>
 struct StepMask {
-  int begin[2];
-  int end[2];
-  int prefix;
+  static constexpr int kWords = ceil_div(kColTiles, 4);
+  std::uint32_t seen[2][kWords];
 
   BROADHEAD_DEVICE bool hides(int tile, int c) const {
-    const int col = tile * 8 + c % 2;  // a constant
-    return col >= prefix && (col < begin[c / 2] || col >= end[c / 2]);
+    return ((seen[c / 2][tile / 4] >> (tile % 4 * 8 + c % 2)) & 1) == 0;  // a constant place
   }
 };
 
-// That of the lane's key `row` of the tile and the one eight below, and the queries from `first_col` on.
-BROADHEAD_DEVICE StepMask make_key_mask(const QueryInterval* seen, int row, int first_col) {
+// That of the lane's key `row` of the tile and the one eight below, and the queries from `first_col` on. `seen`: the
+// queries that see each key of the tile by their positions.
+template <int kColTiles>
+BROADHEAD_DEVICE StepMask<kColTiles> make_key_mask(const BackwardWork& work, const QueryInterval* seen, int row,
+                                                   int first_col) {
+  using Mask = StepMask<kColTiles>;
   const int col = first_col + lane_col();
-  StepMask step;
-  step.prefix = 0;  // query_interval knows of it
+  Mask step;
   BROADHEAD_UNROLL
   for (int i = 0; i < 2; ++i) {
     const int2 interval = *reinterpret_cast<const int2*>(seen + row + 8 * i);
-    step.begin[i] = interval.x - col;
-    step.end[i] = interval.y - col;
+    BROADHEAD_UNROLL
+    for (int w = 0; w < Mask::kWords; ++w) {
+      step.seen[i][w] = bits_between(interval.x - col - 32 * w, interval.y - col - 32 * w);
+    }
+  }
+  if (first_col < work.given_queries.end && first_col + 8 * kColTiles > work.given_queries.begin) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    BROADHEAD_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      BROADHEAD_UNROLL
+      for (int w = 0; w < Mask::kWords; ++w) {
+        step.seen[i][w] |=
+            given_bits(work.mask, first_col + 32 * w, work.first_row + row - lane / 4 + 8 * i) >> (lane % 4 * 2);
+      }
+    }
   }
   return step;
 }
 
 // That of the lane's query `row` of the sequence and the one eight below, and the keys from `first_col` on.
-BROADHEAD_DEVICE StepMask make_query_mask(const AttentionMask& mask, int row, int first_col) {
+template <int kColTiles>
+BROADHEAD_DEVICE StepMask<kColTiles> make_query_mask(const AttentionMask& mask, int row, int first_col) {
+  using Mask = StepMask<kColTiles>;
   const int col = first_col + lane_col();
-  StepMask step;
-  step.prefix = mask.prefix_len - col;
+  Mask step;
   BROADHEAD_UNROLL
   for (int i = 0; i < 2; ++i) {
-    const KeyInterval seen = mask.row_interval(row + 8 * i);
-    step.begin[i] = seen.begin - col;
-    step.end[i] = seen.end - col;
+    const RowKeys seen = mask.row_keys(row + 8 * i);
+    BROADHEAD_UNROLL
+    for (int w = 0; w < Mask::kWords; ++w) step.seen[i][w] = seen.word(col + 32 * w);
   }
   return step;
 }
@@ -245,7 +260,7 @@ BROADHEAD_DEVICE void exponentiate_step(Scores<Traits>& s, Weights<Traits>& p, c
   if (!Traits::kCapped && whole) {
     exponentiate<Element, kPack, Traits::kCapped>(s, p, lse, scale, [](int, int) { return false; });
   } else {
-    const StepMask mask = make_mask();
+    const auto mask = make_mask();
     exponentiate<Element, kPack, Traits::kCapped>(s, p, lse, scale, [&](int n, int c) { return mask.hides(n, c); });
   }
 }

@@ -145,8 +145,9 @@ struct KeyConsumer {
   template <class Lse>
   BROADHEAD_DEVICE void compute_p(Scores<Traits>& s, Weights<Traits>& p, const Lse& lse, const Uniform& uniform,
                                   int query0) {
-    exponentiate_step<Traits, true>(s, p, lse, uniform.scale, uniform.is_whole(query0),
-                                    [&] { return make_key_mask(smem.seen, first_row() + lane_row(thread()), query0); });
+    exponentiate_step<Traits, true>(s, p, lse, uniform.scale, uniform.is_whole(query0), [&] {
+      return make_key_mask<Traits::kColTiles>(smem.work, smem.seen, first_row() + lane_row(thread()), query0);
+    });
   }
 
   // What compute_p leaves in place: P, times a softcap's slope.

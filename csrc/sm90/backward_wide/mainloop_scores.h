@@ -117,11 +117,11 @@ struct PairScores {
     NamedBarrier::sync(128, hardware_id(kSeenBarrier));
   }
 
-  BROADHEAD_DEVICE StepMask make_mask(int col0) const {
+  BROADHEAD_DEVICE StepMask<Traits::kColTiles> make_mask(int col0) const {
     if constexpr (Traits::kKeys) {
-      return make_key_mask(smem.seen, lane_row(), col0);
+      return make_key_mask<Traits::kColTiles>(smem.work, smem.seen, lane_row(), col0);
     } else {
-      return make_query_mask(smem.work.mask, row(), col0);
+      return make_query_mask<Traits::kColTiles>(smem.work.mask, row(), col0);
     }
   }
 

@@ -1,0 +1,23 @@
+// The inverse of AttentionMask::row_range, by the queries of a warp: which of them see a key by their ranges.
+#pragma once
+
+#include "common/attention_mask.h"
+
+namespace broadhead {
+
+// The queries from `first_query` on that see a key by their ranges, a bit for each of 32: of key first_key + lane / 4.
+// All lanes of a warp call it.
+BROADHEAD_DEVICE std::uint32_t given_bits(const AttentionMask& mask, int first_query, int first_key) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int query = first_query + lane;
+  const KeyInterval range = query < mask.seqlen_q ? mask.row_range(query) : KeyInterval{0, 0};
+  std::uint32_t bits = 0;
+#pragma unroll 1
+  for (int i = 0; i < 8; ++i) {
+    const std::uint32_t of_key = __ballot_sync(0xffffffffu, first_key + i >= range.begin && first_key + i < range.end);
+    if (lane / 4 == i) bits = of_key;
+  }
+  return bits;
+}
+
+}  // namespace broadhead
