@@ -52,24 +52,6 @@ struct SequenceMaskValues {
   const KeyExtent* key_extents = nullptr;      // of keys [32 i, 32 i + 32)
 };
 
-// All keys that one query sees.
-struct RowKeys {
-  KeyInterval interval;
-  KeyInterval range;
-  int prefix_len;
-  int tree_begin;  // the first key that `tree` has a bit for
-  std::uint64_t tree;
-  bool by_tree;  // whether there is a tree_mask
-
-  // A bit for each of the 32 keys from key0 on.
-  BROADHEAD_HOST_DEVICE std::uint32_t word(int key0) const {
-    std::uint32_t seen = bits_between(interval.begin - key0, interval.end - key0) | bits_below(prefix_len - key0) |
-                         bits_between(range.begin - key0, range.end - key0);
-    if (by_tree) seen |= bits_from(tree, key0 - tree_begin);
-    return seen;
-  }
-};
-
 struct AttentionMask {
   int seqlen_q;
   int seqlen_k;
@@ -105,17 +87,22 @@ struct AttentionMask {
     return {begin, end};
   }
 
-  BROADHEAD_HOST_DEVICE RowKeys row_keys(int q) const {
-    RowKeys row{row_interval(q), {0, 0}, prefix_len, 0, 0, false};
-    if (values.any != 0) {
-      row.range = row_range(q);
-      if (values.tree != nullptr && seqlen_q > 0) {
-        row.by_tree = true;
-        row.tree_begin = seqlen_k - kTreeKeys;
-        row.tree = static_cast<std::uint64_t>(values.tree[clamp_int(q, 0, seqlen_q - 1) * values.stride]);
-      }
+  // Which of the 32 keys from key0 on query `q` sees by its range or by the tree_mask: a bit for each.
+  BROADHEAD_HOST_DEVICE std::uint32_t given_word(int q, int key0) const {
+    if (values.tree != nullptr && seqlen_q > 0) {
+      const std::int64_t word = values.tree[clamp_int(q, 0, seqlen_q - 1) * values.stride];
+      return bits_from(static_cast<std::uint64_t>(word), key0 - (seqlen_k - kTreeKeys));
     }
-    return row;
+    const KeyInterval range = row_range(q);
+    return bits_between(range.begin - key0, range.end - key0);
+  }
+
+  // Which of the 32 keys from key0 on query `q` sees. `row`: its row_interval. PERF: what is given is read again for
+  // each word, so that it takes no registers in between.
+  BROADHEAD_HOST_DEVICE std::uint32_t row_word(int q, const KeyInterval& row, int key0) const {
+    std::uint32_t seen = bits_between(row.begin - key0, row.end - key0) | bits_below(prefix_len - key0);
+    if (values.any != 0) seen |= given_word(q, key0);
+    return seen;
   }
 
   // Union over queries q_first..q_last (inclusive) by their positions: the keys a tile must load besides the prefix

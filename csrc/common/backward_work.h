@@ -46,6 +46,11 @@ struct BackwardWork {
   }
 };
 
+// Whether queries [first_query, first_query + count) may see a key of the tile by their ranges.
+BROADHEAD_HOST_DEVICE bool meets_given(const BackwardWork& work, int first_query, int count) {
+  return first_query < work.given_queries.end && first_query + count > work.given_queries.begin;
+}
+
 BROADHEAD_HOST_DEVICE bool has_steps(const BackwardWork& work) { return work.range.begin < work.range.end; }
 
 // Calls `step(query head, tile of columns)` for all that stream by, in their order.

@@ -2,12 +2,14 @@
 #pragma once
 
 #include "common/attention_mask.h"
+#include "common/device.h"
 
 namespace broadhead {
 
 // The queries from `first_query` on that see a key by their ranges, a bit for each of 32: of key first_key + lane / 4.
 // All lanes of a warp call it.
 BROADHEAD_DEVICE std::uint32_t given_bits(const AttentionMask& mask, int first_query, int first_key) {
+  compile_barrier();  // what is known of several words at once takes too many registers
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int query = first_query + lane;
   const KeyInterval range = query < mask.seqlen_q ? mask.row_range(query) : KeyInterval{0, 0};

@@ -101,15 +101,39 @@ BROADHEAD_DEVICE void transform_scores(float (&s)[kMmaM][kMmaN][4], const ScoreS
   }
 }
 
+// Which of 8 * kMmaN keys from key0 on each row of a warp sees, a bit for each: words that the lanes hold for each
+// other. PERF: lanes that each made those of their own rows would make them four times over, and in more registers than
+// the wide kernels have.
+template <int kMmaM, int kMmaN>
+class RowWords {
+  static constexpr int kRows = 16 * kMmaM, kPerRow = 32 / kRows;  // lanes that share the words of a row
+  static constexpr int kHeld = ceil_div(ceil_div(kMmaN, 4), kPerRow);
+  static_assert(kMmaM <= 2);
+  std::uint32_t held_[kHeld];
+
+ public:
+  BROADHEAD_DEVICE RowWords(const AttentionMask& mask, const RowMap& rows, int warp_row, int key0, int lane) {
+    const int token = rows.token(warp_row + lane % kRows);
+    const KeyInterval row = mask.row_interval(token);
+    BROADHEAD_UNROLL
+    for (int k = 0; k < kHeld; ++k) held_[k] = mask.row_word(token, row, key0 + 32 * (k * kPerRow + lane / kRows));
+  }
+
+  // The word of row `row` of the warp and the 32 keys from key0 + 32 * word on. All lanes call it.
+  BROADHEAD_DEVICE std::uint32_t get(int row, int word) const {
+    return __shfl_sync(0xffffffffu, held_[word / kPerRow], row + word % kPerRow * kRows);
+  }
+};
+
 // Sets the scores of keys that a query does not see to -inf. The warp holds 8 * kMmaN keys from key0 on, in the lane
 // layout of OnlineSoftmax. `unmasked` are the keys that every row of the tile sees.
 template <int kMmaM, int kMmaN>
 BROADHEAD_DEVICE void apply_mask(float (&s)[kMmaM][kMmaN][4], const AttentionMask& mask, const KeyInterval& unmasked,
                                  const RowMap& rows, int warp_row, int key0, int lane) {
-  const int first_key = key0 + (lane % 4) * 2;
   if (mask.prefix_len == 0 && mask.values.any == 0 && key0 >= unmasked.begin) {
     // Only the upper end hides keys: the diagonal of a causal mask, or the end of the sequence.
     if (mask.row_interval(rows.token(warp_row)).end >= key0 + 8 * kMmaN) return;
+    const int first_key = key0 + (lane % 4) * 2;
     BROADHEAD_UNROLL
     for (int i = 0; i < 2 * kMmaM; ++i) {
       const int m = i / 2, c = (i % 2) * 2;
@@ -123,15 +147,14 @@ BROADHEAD_DEVICE void apply_mask(float (&s)[kMmaM][kMmaN][4], const AttentionMas
     }
     return;
   }
+  const RowWords<kMmaM, kMmaN> words(mask, rows, warp_row, key0, lane);
   BROADHEAD_UNROLL
   for (int i = 0; i < 2 * kMmaM; ++i) {
     const int m = i / 2, c = (i % 2) * 2;
-    const int token = rows.token(warp_row + m * 16 + (i % 2) * 8 + lane / 4);
-    // Bits of the keys from the lane's first on: what is tested are constant places of a word.
-    const RowKeys row = mask.row_keys(token);
     BROADHEAD_UNROLL
     for (int n = 0; n < kMmaN; n += 4) {
-      const std::uint32_t seen = row.word(first_key + n * 8);
+      // What is tested are constant places.
+      const std::uint32_t seen = words.get(m * 16 + (i % 2) * 8 + lane / 4, n / 4) >> (lane % 4 * 2);
       BROADHEAD_UNROLL
       for (int j = 0; j < 4 && n + j < kMmaN; ++j) {
         if ((seen >> (j * 8) & 1) == 0) s[m][n + j][c] = -INFINITY;

@@ -39,17 +39,17 @@ BROADHEAD_DEVICE void find_query_extents(const AttentionMask& mask, KeyInterval*
 // Extents of the keys from `first_key` on: every thread takes some queries.
 BROADHEAD_DEVICE void find_key_extents(const AttentionMask& mask, int first_key, KeyExtent (&found)[kSpanExtents]) {
   for (int query = threadIdx.x; query < mask.seqlen_q; query += kThreads) {
-    const RowKeys row = mask.row_keys(query);
-    const int begin = max_int(row.range.begin, first_key);
-    const int end = min_int(row.range.end, first_key + kSpanKeys);
+    const KeyInterval range = mask.row_range(query);
+    const int begin = max_int(range.begin, first_key);
+    const int end = min_int(range.end, first_key + kSpanKeys);
     for (int i = (begin - first_key) / kExtentKeys; begin < end && i * kExtentKeys < end - first_key; ++i) {
       const int key = first_key + i * kExtentKeys;
       atomicOr(&found[i].live, bits_between(begin - key, end - key));
       atomicMin(&found[i].q_begin, query);
       atomicMax(&found[i].q_end, query + 1);
     }
-    for (int i = 0; row.by_tree && i < kSpanExtents; ++i) {
-      const std::uint32_t seen = bits_from(row.tree, first_key + i * kExtentKeys - row.tree_begin);
+    for (int i = 0; mask.values.tree != nullptr && i < kSpanExtents; ++i) {
+      const std::uint32_t seen = mask.given_word(query, first_key + i * kExtentKeys);
       if (seen != 0) atomicOr(&found[i].live, seen);
     }
   }

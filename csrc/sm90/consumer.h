@@ -43,7 +43,7 @@ BROADHEAD_DEVICE void finish_scores(float (&s)[1][kKeyTiles][4], const TileState
                                     int warp_row) {
   if (state.scale.transform) transform_scores(s, state.scale);
   if (key0 < state.unmasked.begin || key0 + 8 * kKeyTiles > state.unmasked.end) {
-    apply_mask(s, state.mask, state.unmasked, state.output.rows, warp_row, key0, threadIdx.x % 32);
+    apply_mask(s, state.mask, state.unmasked, state.output.rows, warp_row, key0, fresh_thread() % 32);
   }
 }
 
@@ -61,7 +61,7 @@ BROADHEAD_DEVICE void clear_rows(char* stage, int begin, int end, const ClearSha
   constexpr int kPartsPerSubtile = Layout::kRowBytes / 16;
   for (int row = begin + share.warp; row < end; row += share.warps) {
     char* target = stage + row / 8 * Layout::kSlabStride + row % 8 * Layout::kRowBytes;
-    for (int i = static_cast<int>(threadIdx.x % 32); i < share.parts; i += 32) {
+    for (int i = fresh_thread() % 32; i < share.parts; i += 32) {
       const int part = share.first_part + i;
       *reinterpret_cast<uint4*>(target + part / kPartsPerSubtile * Layout::kSubtileStride +
                                 part % kPartsPerSubtile * 16) = uint4{0, 0, 0, 0};
@@ -77,6 +77,7 @@ template <class Layout, class Element>
 BROADHEAD_DEVICE void clear_dead_rows(const KvSource<Element>& source, char* v, int key0, int keys,
                                       const ClearShare& share) {
   if (source.live.extents != nullptr) {
+#pragma unroll 1
     for (int row = share.warp; row < keys; row += share.warps) {
       if (!source.live.contains(key0 + row)) clear_rows<Layout>(v, row, row + 1, {0, 1, share.first_part, share.parts});
     }

@@ -5,6 +5,7 @@
 
 #include "check.h"
 #include "common/attention_mask.h"
+#include "given_masks.h"
 
 namespace {
 
@@ -27,11 +28,17 @@ bool rule(const AttentionMask& m, int q, int key) {
 #define CASE_OF(m, q) \
   m.seqlen_q, m.seqlen_k, m.rule.window_left, m.rule.window_right, m.rule.attention_chunk, m.prefix_len, q
 
+// Whether a row's words show a key.
+bool shows(const AttentionMask& mask, int q, int key) {
+  const int first = key / 8 * 8 - 3;  // a word begins anywhere
+  return (mask.row_word(q, mask.row_interval(q), first) >> (key - first) & 1) != 0;
+}
+
 void check_rows(const AttentionMask& mask) {
   for (int q = 0; q < mask.seqlen_q; ++q) {
     const broadhead::KeyInterval row = mask.row_interval(q);
     for (int key = 0; key < mask.seqlen_k; ++key) {
-      CHECK(mask.visible(row, key) == rule(mask, q, key), CASE " key %d", CASE_OF(mask, q), key);
+      CHECK(shows(mask, q, key) == rule(mask, q, key), CASE " key %d", CASE_OF(mask, q), key);
     }
     CHECK(row.begin >= 0 && row.end <= mask.seqlen_k, CASE, CASE_OF(mask, q));
   }
@@ -105,6 +112,87 @@ void check_queries(const AttentionMask& mask, int key_first, int key_last) {
   }
 }
 
+// Masks that are given as values: the predicate, the keys that tiles of queries visit, the queries that keys meet.
+void check_given(AttentionMask mask, const host_test::GivenMasks& given) {
+  given.give_to(mask);
+  const int sq = mask.seqlen_q, sk = mask.seqlen_k;
+  const auto sees = [&](int q, int key) {
+    const bool shown = given.shows(q, key, sq, sk, mask.rule.window_left);
+    if (!given.tree.empty() && key >= sk - 64) return shown;
+    return shown || rule(mask, q, key);
+  };
+  for (int q = 0; q < sq; ++q) {
+    for (int key = 0; key < sk; ++key) {
+      CHECK(shows(mask, q, key) == sees(q, key), CASE " key %d", CASE_OF(mask, q), key);
+    }
+    const broadhead::KeyInterval row = mask.row_interval(q);
+    CHECK(mask.row_word(q, row, sk) == 0 && (!given.tree.empty() || mask.row_word(q, row, -32) == 0),
+          CASE " keys that do not exist", CASE_OF(mask, q));
+  }
+  for (const int tile : {1, 5, 16, 48}) {
+    for (int first = 0; first < sq; first += tile) {
+      const int last = std::min(first + tile, sq) - 1;
+      const broadhead::BlockRange range = broadhead::block_range(mask, first, last, tile);
+      const broadhead::KeyInterval unmasked = mask.unmasked_interval(first, last);
+      const broadhead::KeyInterval live = mask.tile_interval(first, last), by_values = mask.given_interval(first, last);
+      CHECK(range.end * tile < sk + tile, CASE, CASE_OF(mask, first));
+      for (int key = 0; key < sk; ++key) {
+        bool any = false, all = true;
+        for (int q = first; q <= last; ++q) any = any || sees(q, key), all = all && sees(q, key);
+        CHECK(!any || (key / tile >= range.begin && key / tile < range.end), CASE " key %d outside the blocks",
+              CASE_OF(mask, first), key);
+        CHECK(all || key < unmasked.begin || key >= unmasked.end, CASE " key %d is called unmasked",
+              CASE_OF(mask, first), key);
+        const bool by_position = (key >= live.begin && key < live.end) || key < mask.prefix_len;
+        CHECK(!any || by_position || (key >= by_values.begin && key < by_values.end && mask.key_is_given(key)),
+              CASE " key %d is not live", CASE_OF(mask, first), key);
+      }
+    }
+    if (!given.tree.empty()) continue;  // kernels of gradients have none
+    for (int first = 0; first < sk; first += tile) {
+      const int last = std::min(first + tile, sk) - 1;
+      const broadhead::QueryInterval queries = mask.query_interval(first, last), more = mask.given_queries(first, last);
+      const broadhead::QueryInterval whole = mask.unmasked_queries(first, last);
+      for (int q = 0; q < sq; ++q) {
+        bool any = false, all = true;
+        for (int key = first; key <= last; ++key) any = any || sees(q, key), all = all && sees(q, key);
+        CHECK(!any || (q >= queries.begin && q < queries.end) || (q >= more.begin && q < more.end),
+              CASE " keys %d to %d", CASE_OF(mask, q), first, last);
+        CHECK(all || q < whole.begin || q >= whole.end, CASE " keys %d to %d", CASE_OF(mask, q), first, last);
+      }
+    }
+  }
+}
+
+void check_all_given() {
+  std::mt19937 random(20);
+  const int lengths_q[] = {1, 17, 40}, lengths_k[] = {0, 1, 31, 64, 65, 100}, sides[] = {-1, 0, 5, 70};
+  for (const int sq : lengths_q) {
+    for (const int sk : lengths_k) {
+      for (const int left : sides) {
+        for (const int right : {-1, 0, 3}) {
+          for (const int chunk : {0, 7}) {
+            const AttentionMask mask{sq, sk, {left, right, chunk}, right == 0 ? std::min(sk, sq / 2) : 0};
+            host_test::GivenMasks given;
+            given.in_window = random() % 2 == 0;
+            given.ranges = host_test::draw_ranges(sq, sk, random);
+            given.find_extents(sq, sk, left);
+            check_given(mask, given);
+            host_test::GivenMasks tree;
+            for (int q = 0; q < sq; ++q) {
+              tree.tree.push_back(static_cast<std::int64_t>(static_cast<std::uint64_t>(random()) << 32 | random()));
+            }
+            tree.find_extents(sq, sk, left);
+            AttentionMask without_prefix = mask;
+            without_prefix.prefix_len = 0;
+            check_given(without_prefix, tree);
+          }
+        }
+      }
+    }
+  }
+}
+
 void check_splits() {
   for (int blocks = 0; blocks <= 40; ++blocks) {
     for (int splits = 1; splits <= 12; ++splits) {
@@ -149,6 +237,7 @@ int main() {
       }
     }
   }
+  check_all_given();
   check_splits();
   return host_test::finish();
 }

@@ -42,9 +42,9 @@ struct MaskedStep {
         if (given) columns.words[w] |= given_bits(state.mask, first_col + 32 * w, row - lane / 4) >> (lane % 4 * 2);
       }
     } else {
-      const RowKeys seen = state.mask.row_keys(row);
+      const KeyInterval seen = state.mask.row_interval(row);
       BROADHEAD_UNROLL
-      for (int w = 0; w < columns.kWords; ++w) columns.words[w] = seen.word(lane_col + 32 * w);
+      for (int w = 0; w < columns.kWords; ++w) columns.words[w] = state.mask.row_word(row, seen, lane_col + 32 * w);
     }
     return columns;
   }

@@ -135,6 +135,31 @@ struct LaneStats {
   }
 };
 
+// One warp: which queries of the step from `first_query` on see each key of the tile by their ranges: a bit for each of
+// 32. PERF: consumers have no registers for this.
+template <int kRows, int kCols>
+BROADHEAD_DEVICE void store_given(const BackwardWork& work, int first_query,
+                                  std::uint32_t (&given)[kRows][kCols / 32]) {
+  if (!meets_given(work, first_query, kCols)) return;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll 1
+  for (int w = 0; w < kCols / 32; ++w) {
+    const int query = first_query + 32 * w + lane;
+    const KeyInterval range = query < work.seqlen.seqlen_q ? work.mask.row_range(query) : KeyInterval{0, 0};
+#pragma unroll 1
+    for (int first_row = 0; first_row < kRows; first_row += 32) {
+      std::uint32_t own = 0;
+#pragma unroll 4
+      for (int i = 0; i < 32; ++i) {
+        const int key = work.first_row + first_row + i;
+        const std::uint32_t of_key = __ballot_sync(0xffffffffu, key >= range.begin && key < range.end);
+        if (lane == i) own = of_key;
+      }
+      given[first_row + lane][w] = own;
+    }
+  }
+}
+
 // Where the first or second 16 bytes of a row of stats lie: TileLayout's rows of 64 bytes, swizzled.
 BROADHEAD_DEVICE int stat_chunk(int row, int chunk) { return row * 4 + (chunk ^ (row / 2 % 4)); }
 
@@ -182,6 +207,8 @@ BROADHEAD_DEVICE void load_stats(const BackwardArgs& args, typename Traits::Shar
         smem.delta[stage][stat_place<Traits::kPairedStats>(query)] = delta;
       }
     };
+    if constexpr (Traits::kKeys)
+      store_given<Traits::kRows, Traits::kCols>(work, tile * Traits::kCols, smem.given[stage]);
     const bool dead = stats.template store<Traits::kPairedStats>(work, smem.lse[stage], store_delta);
     if (dead) {
       barrier_wait(smem.first_full[stage], ring.parity());

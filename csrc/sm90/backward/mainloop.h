@@ -103,61 +103,56 @@ BROADHEAD_DEVICE void issue_gradient(float (&gradient)[kTiles][4], std::uint32_t
   fence_registers(gradient);
 }
 
-// Which columns of a step the lane's two rows meet: a bit for each column from the lane's first on.
-template <int kColTiles>
-struct StepMask {
-  static constexpr int kWords = ceil_div(kColTiles, 4);
-  std::uint32_t seen[2][kWords];
+// Masks of a step: `word(i, w)` has a bit for each of 32 columns, from the lane's first of column tile 4 w on, that its
+// row `i` (of two) meets. PERF: a word is made where it is used, as a step has no registers for all of them.
+struct NoMask {
+  static constexpr bool kHides = false;
+};
 
-  BROADHEAD_DEVICE bool hides(int tile, int c) const {
-    return ((seen[c / 2][tile / 4] >> (tile % 4 * 8 + c % 2)) & 1) == 0;  // a constant place
+// Of the lane's key `row` of the tile and the one eight below, and the queries from `first_col` on. `seen`: the queries
+// that see each key of the tile by their positions; `given`: store_given.
+template <int kCols>
+struct KeyMask {
+  static constexpr bool kHides = true;
+  int begin[2];
+  int end[2];
+  const std::uint32_t* given;  // of the first row; null: no query of the step has a range with a key of the tile
+
+  BROADHEAD_DEVICE KeyMask(const BackwardWork& work, const QueryInterval* seen,
+                           const std::uint32_t (*given_words)[kCols / 32], int row, int first_col)
+      : given(meets_given(work, first_col, kCols) ? given_words[row] : nullptr) {
+    const int col = first_col + lane_col();
+    BROADHEAD_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const int2 interval = *reinterpret_cast<const int2*>(seen + row + 8 * i);
+      begin[i] = interval.x - col;
+      end[i] = interval.y - col;
+    }
+  }
+
+  BROADHEAD_DEVICE std::uint32_t word(int i, int w) const {
+    std::uint32_t bits = bits_between(begin[i] - 32 * w, end[i] - 32 * w);
+    if (given != nullptr) bits |= given[8 * i * (kCols / 32) + w] >> lane_col();
+    return bits;
   }
 };
 
-// That of the lane's key `row` of the tile and the one eight below, and the queries from `first_col` on. `seen`: the
-// queries that see each key of the tile by their positions.
-template <int kColTiles>
-BROADHEAD_DEVICE StepMask<kColTiles> make_key_mask(const BackwardWork& work, const QueryInterval* seen, int row,
-                                                   int first_col) {
-  using Mask = StepMask<kColTiles>;
-  const int col = first_col + lane_col();
-  Mask step;
-  BROADHEAD_UNROLL
-  for (int i = 0; i < 2; ++i) {
-    const int2 interval = *reinterpret_cast<const int2*>(seen + row + 8 * i);
-    BROADHEAD_UNROLL
-    for (int w = 0; w < Mask::kWords; ++w) {
-      step.seen[i][w] = bits_between(interval.x - col - 32 * w, interval.y - col - 32 * w);
-    }
-  }
-  if (first_col < work.given_queries.end && first_col + 8 * kColTiles > work.given_queries.begin) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    BROADHEAD_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      BROADHEAD_UNROLL
-      for (int w = 0; w < Mask::kWords; ++w) {
-        step.seen[i][w] |=
-            given_bits(work.mask, first_col + 32 * w, work.first_row + row - lane / 4 + 8 * i) >> (lane % 4 * 2);
-      }
-    }
-  }
-  return step;
-}
+// Of the lane's query `row` of the sequence and the one eight below, and the keys from `first_col` on.
+struct QueryMask {
+  static constexpr bool kHides = true;
+  const AttentionMask& mask;
+  int row;
+  int col;
+  KeyInterval seen[2];
 
-// That of the lane's query `row` of the sequence and the one eight below, and the keys from `first_col` on.
-template <int kColTiles>
-BROADHEAD_DEVICE StepMask<kColTiles> make_query_mask(const AttentionMask& mask, int row, int first_col) {
-  using Mask = StepMask<kColTiles>;
-  const int col = first_col + lane_col();
-  Mask step;
-  BROADHEAD_UNROLL
-  for (int i = 0; i < 2; ++i) {
-    const RowKeys seen = mask.row_keys(row + 8 * i);
-    BROADHEAD_UNROLL
-    for (int w = 0; w < Mask::kWords; ++w) step.seen[i][w] = seen.word(col + 32 * w);
-  }
-  return step;
-}
+  BROADHEAD_DEVICE QueryMask(const AttentionMask& mask_, int row_, int first_col)
+      : mask(mask_),
+        row(row_),
+        col(first_col + lane_col()),
+        seen{mask_.row_interval(row_), mask_.row_interval(row_ + 8)} {}
+
+  BROADHEAD_DEVICE std::uint32_t word(int i, int w) const { return mask.row_word(row + 8 * i, seen[i], col + 32 * w); }
+};
 
 // Packs the four numbers of column tile `n` of operand A.
 template <class Element, int kSteps>
@@ -227,20 +222,25 @@ struct RowStats {
 };
 
 // P = exp(scale S - LSE), in place, and packed where kPack; with a softcap (kCapped) P in place is multiplied by its
-// slope, as dS asks. `hides(tile, c)`: the lane's number `c` of a column tile is of a pair that does not meet.
-template <class Element, bool kPack, bool kCapped, int kColTiles, int kSteps, class Stats, class Hides>
+// slope, as dS asks.
+template <class Element, bool kPack, bool kCapped, int kColTiles, int kSteps, class Stats, class Mask>
 BROADHEAD_DEVICE void exponentiate(float (&s)[kColTiles][4], std::uint32_t (&p)[kSteps][4], const Stats& lse,
-                                   const ScoreScale& scale, const Hides& hides) {
+                                   const ScoreScale& scale, const Mask& mask) {
   const float factor = kCapped ? kLog2e : scale.inner * kLog2e;
   const float inverse_cap = kCapped ? 1.f / scale.softcap : 0.f;
+  std::uint32_t seen[2];
   BROADHEAD_UNROLL
   for (int n = 0; n < kColTiles; ++n) {
     float of_query[4], x[4];
     lse.read(n, of_query);
+    if constexpr (Mask::kHides) {
+      if (n % 4 == 0) seen[0] = mask.word(0, n / 4), seen[1] = mask.word(1, n / 4);
+    }
     BROADHEAD_UNROLL
     for (int c = 0; c < 4; ++c) {
       const float score = kCapped ? scale.cap(s[n][c]) : s[n][c];
-      x[c] = exp2_approx(hides(n, c) ? -INFINITY : fmaf(score, factor, -of_query[c]));
+      const bool hidden = Mask::kHides && ((seen[c / 2] >> (n % 4 * 8 + c % 2)) & 1) == 0;
+      x[c] = exp2_approx(hidden ? -INFINITY : fmaf(score, factor, -of_query[c]));
       if constexpr (kCapped) {
         const float t = score * inverse_cap;
         s[n][c] = x[c] * fmaxf(1.f - t * t, 0.f);  // 0 where t is NaN, which only hidden scores are
@@ -258,10 +258,9 @@ BROADHEAD_DEVICE void exponentiate_step(Scores<Traits>& s, Weights<Traits>& p, c
                                         const ScoreScale& scale, bool whole, const MakeMask& make_mask) {
   using Element = typename Traits::Element;
   if (!Traits::kCapped && whole) {
-    exponentiate<Element, kPack, Traits::kCapped>(s, p, lse, scale, [](int, int) { return false; });
+    exponentiate<Element, kPack, Traits::kCapped>(s, p, lse, scale, NoMask{});
   } else {
-    const auto mask = make_mask();
-    exponentiate<Element, kPack, Traits::kCapped>(s, p, lse, scale, [&](int n, int c) { return mask.hides(n, c); });
+    exponentiate<Element, kPack, Traits::kCapped>(s, p, lse, scale, make_mask());
   }
 }
 

@@ -146,7 +146,8 @@ struct KeyConsumer {
   BROADHEAD_DEVICE void compute_p(Scores<Traits>& s, Weights<Traits>& p, const Lse& lse, const Uniform& uniform,
                                   int query0) {
     exponentiate_step<Traits, true>(s, p, lse, uniform.scale, uniform.is_whole(query0), [&] {
-      return make_key_mask<Traits::kColTiles>(smem.work, smem.seen, first_row() + lane_row(thread()), query0);
+      return KeyMask<Traits::kCols>(smem.work, smem.seen, smem.given[ring.stage()], first_row() + lane_row(thread()),
+                                    query0);
     });
   }
 
@@ -231,7 +232,7 @@ struct KeyConsumer {
     const EarlyLse early = issue_both(s, dp, k, v);
     if constexpr (Traits::kPackLate) {
       if (uniform.is_whole(query0)) {
-        exponentiate<Element, false, false>(s, p, early, uniform.scale, [](int, int) { return false; });
+        exponentiate<Element, false, false>(s, p, early, uniform.scale, NoMask{});
         fence_registers(s);  // the exponentials run beside dP, not behind it
         const auto d = delta<EarlyDelta>();
         wait_dp(dp);

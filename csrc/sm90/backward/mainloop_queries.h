@@ -52,7 +52,7 @@ struct QueryConsumer {
     fence_registers(s);
     const bool whole = is_whole(key0);
     exponentiate_step<Traits, false>(s, ds, lse, smem.work.scale, whole,
-                                     [&] { return make_query_mask<Traits::kColTiles>(smem.work.mask, query(), key0); });
+                                     [&] { return QueryMask(smem.work.mask, query(), key0); });
     fence_registers(s);
     cute::warpgroup_wait<0>();
     fence_registers(dp);

@@ -128,6 +128,7 @@ struct BackwardSide {
     // LSE and D of the queries that stream by: see QueryStats and stat_place.
     alignas(16) float lse[kKeys ? kStages : 1][kCols];
     alignas(16) float delta[kKeys ? kStages : 1][kCols];
+    std::uint32_t given[kKeys ? kStages : 1][kKeys ? kRows : 1][kCols / 32];  // store_given
     alignas(8) QueryInterval seen[kKeys ? kRows : 1];  // by each key of the tile; none where it does not exist
     Barrier rows_full[2];                              // 1 arrival + bytes
     Barrier first_full[kStages];                       // 1 arrival + bytes

@@ -74,6 +74,7 @@ BROADHEAD_DEVICE void prepare_steps(const BackwardArgs& args, typename Traits::S
       stats.load(args.params, work, head, col0);  // on their way while the stage is waited for
       wait_empty();
       barrier_wait(smem.stats_empty[stage], ring.parity() ^ 1);
+      if (rank == 0) store_given<Traits::kRows, Traits::kCols>(work, col0, smem.beside.given[stage]);
       const auto store_delta = [&](int query, float delta) { smem.delta[stage][stat_place<true>(query)] = delta; };
       if (stats.template store<true>(work, smem.lse[stage], store_delta)) {
         clear_stage<Traits>(smem, ring, [&](int row) { return smem.lse[stage][stat_place<true>(row)] == INFINITY; });

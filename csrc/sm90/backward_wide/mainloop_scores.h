@@ -117,11 +117,11 @@ struct PairScores {
     NamedBarrier::sync(128, hardware_id(kSeenBarrier));
   }
 
-  BROADHEAD_DEVICE StepMask<Traits::kColTiles> make_mask(int col0) const {
+  BROADHEAD_DEVICE auto make_mask(int col0) const {
     if constexpr (Traits::kKeys) {
-      return make_key_mask<Traits::kColTiles>(smem.work, smem.seen, lane_row(), col0);
+      return KeyMask<Traits::kCols>(smem.work, smem.seen, smem.beside.given[ring.stage()], lane_row(), col0);
     } else {
-      return make_query_mask<Traits::kColTiles>(smem.work.mask, row(), col0);
+      return QueryMask(smem.work.mask, row(), col0);
     }
   }
 
@@ -144,7 +144,7 @@ struct PairScores {
       if constexpr (Traits::kCapped) {
         BROADHEAD_UNROLL
         for (int n = 0; n < Traits::kColTiles; ++n) pack_tile<Element>(p, n, s[n]);
-        send(p, Traits::kSendsSlope ? smem.slopes[slot.stage()] : smem.weights[slot.stage()], 1);
+        send(p, Traits::kSendsSlope ? smem.beside.slopes[slot.stage()] : smem.weights[slot.stage()], 1);
       }
       slot.advance();
     });
@@ -155,7 +155,7 @@ struct PairScores {
     Barrier& received = smem.received[slot.stage()];
     barrier_wait(received, slot.parity());
     if (fresh_thread() % 128 == 0) received.arrive_and_expect_tx(Traits::received_bytes(1));  // the next ones
-    const Element* tile = Traits::kSendsSlope ? smem.slopes[slot.stage()] : smem.weights[slot.stage()];
+    const Element* tile = Traits::kSendsSlope ? smem.beside.slopes[slot.stage()] : smem.weights[slot.stage()];
     BROADHEAD_UNROLL
     for (int step = 0; step < Traits::kWeightSteps; ++step)
       ldmatrix_x4(p[step], matrix_of<WeightLayout>(tile, 0, step));

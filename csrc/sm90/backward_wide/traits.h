@@ -97,7 +97,11 @@ struct PairSide {
     alignas(1024) Element rows[kRows * kHeadDim];
     alignas(1024) Element chunks[kStages][kChunks][kCols * kPartCols];
     alignas(1024) Element weights[2][kRows * kCols];  // written by the other CTA
-    alignas(1024) Element slopes[kSendsSlope ? 2 : 1][kSendsSlope ? kRows * kCols : 1];
+    union BesideWeights {
+      Element slopes[kSendsSlope ? 2 : 1][kSendsSlope ? kRows * kCols : 1];     // of CTA 1
+      std::uint32_t given[kKeys ? kStages : 1][kKeys ? kRows : 1][kCols / 32];  // store_given: of CTA 0
+    };
+    alignas(1024) BesideWeights beside;
     // LSE and D of the queries that stream by: see QueryStats and stat_place.
     alignas(16) float lse[kKeys ? kStages : 1][kCols];
     alignas(16) float delta[kKeys ? kStages : 1][kCols];

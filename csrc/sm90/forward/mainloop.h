@@ -51,7 +51,7 @@ struct Consumer final : ConsumerBase<Traits> {
     const int key0 = block * Traits::kTileN;
     if (state.source.live.all(key0, Traits::kTileN)) return;
     wait_v();
-    const ClearShare share{static_cast<int>(threadIdx.x) / 32 - 4, Traits::kConsumerWarps, 0, VLayout::kBytes / 16};
+    const ClearShare share{fresh_thread() / 32 - 4, Traits::kConsumerWarps, 0, VLayout::kBytes / 16};
     clear_dead_rows<VLayout>(state.source, reinterpret_cast<char*>(smem.v[ring.stage(1)]), key0, Traits::kTileN, share);
     cutlass::arch::fence_view_async_shared();
     NamedBarrier::sync(32 * Traits::kConsumerWarps, hardware_id(kClearBarrier));
