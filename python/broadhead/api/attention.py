@@ -168,10 +168,10 @@ def flash_attn_varlen_func(
     learnable_sink: Tensor | None = None,
     q_v: Tensor | None = None,
     return_softmax_lse: bool = False,
-    tokens_per_split: int = 0,
     query_ranges: Tensor | None = None,
     ranges_in_window: bool = False,
     tree_mask: Tensor | None = None,
+    tokens_per_split: int = 0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention of packed sequences, over packed keys or a paged cache. Differentiable as flash_attn_func.
 
@@ -284,10 +284,10 @@ def mha_fwd(
     s_aux: Tensor | None = None,
     learnable_sink: Tensor | None = None,
     deterministic: bool = False,
-    tokens_per_split: int = 0,
     query_ranges: Tensor | None = None,
     ranges_in_window: bool = False,
     tree_mask: Tensor | None = None,
+    tokens_per_split: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Attention with every argument there is, in the order of FlashAttention-3's operator.
 

@@ -59,10 +59,10 @@ def flash_attn_with_kvcache(
     q_v: Tensor | None = None,
     return_attn_probs: bool = False,
     deterministic: bool = False,
-    tokens_per_split: int = 0,
     query_ranges: Tensor | None = None,
     ranges_in_window: bool = False,
     tree_mask: Tensor | None = None,
+    tokens_per_split: int = 0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of new queries over a KV cache, which first takes new keys if there are any.
 

@@ -72,7 +72,7 @@ def check_mask_values(function: str, args: AttentionArgs, batch: int, seqlen_q: 
 
 def _check_causal(function: str, args: AttentionArgs, batch: int) -> None:
     """``causal`` as a tensor: bool or int32 of the batch."""
-    accepted = "True, False, or a bool or int32 tensor of shape (batch,)"
+    accepted = "True or False, or a bool or int32 tensor of shape (batch,)"
     name = shown_name(function, "causal_by_sequence")
     causal = check.check_tensor(function, name, args.causal_by_sequence, accepted)
     if causal.dtype not in (torch.bool, torch.int32):
@@ -118,6 +118,6 @@ def check_tree(
         )
     if seqlen_q > TREE_KEYS:
         raise InvalidArgumentError(
-            f"{function}: tree_mask takes at most {TREE_KEYS} query tokens a sequence, got {name_q} = {seqlen_q}: drafts"
-            " are its last tokens"
+            f"{function}: tree_mask takes at most {TREE_KEYS} query tokens a sequence, got {name_q} = {seqlen_q};"
+            " drafts are its last tokens"
         )
