@@ -91,8 +91,7 @@ class CallChecker : public ArgumentChecker {
       values.causal_is_bool = causal.type() == ElementType::kBool;
       require(values.causal_is_bool != 0 || causal.type() == ElementType::kInt32, "causal_by_sequence", "bool or int32",
               causal);
-      require(contiguous(causal) && causal.size(0) == batch && causal.device() == q.device(), "causal_by_sequence",
-              "contiguous, an entry for each sequence, on the device of q", causal);
+      check_lengths(*this, "causal_by_sequence", causal, &batch);
     }
     return values;
   }
