@@ -17,7 +17,7 @@ from broadhead.run import backward
 from broadhead.run.cuda_backend import forget_calls
 from calls import Built, Call, build
 from checks import check_gradients
-from gpu_calls import EXTRAS, MASKS, TORCH_DTYPES, row_cases, row_id
+from gpu_calls import EXTRAS, MASKS, TORCH_DTYPES, row_cases, row_id, value_masks_of
 from random_calls import random_call
 
 pytestmark = pytest.mark.gpu
@@ -184,7 +184,10 @@ def test_random_calls(row: support.KernelRow, seed: int, only_backward: Callable
         torch.manual_seed(seed + i)
         longest = rng.choice((3, row.tile.tile_n + 1, 2 * row.tile.tile_m + 5, 400))
         dims = tuple(range(8, row.head_dim + 1, 8))
-        call = random_call(rng, (TORCH_DTYPES[row.dtype],), longest, head_dims=(rng.choice(dims),), decode=0.2)
+        values = [name for name in value_masks_of(row) if name != "tree"]
+        call = random_call(
+            rng, (TORCH_DTYPES[row.dtype],), longest, head_dims=(rng.choice(dims),), decode=0.2, values=values
+        )
         if call.function == "kvcache" or call.page_size or call.dim_v > row.head_dim_v:
             continue
         try:

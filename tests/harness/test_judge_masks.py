@@ -207,7 +207,12 @@ def test_random_calls_draw_every_mask_alone_and_together() -> None:
         found[names] += 1
         patterns |= {call.ranges, call.tree}
         others = {"prefix": bool(call.prefix), "page_size": call.page_size > 0, "sinks": call.sinks != ""}
-        others |= {"softcap": call.softcap > 0, "append": bool(call.num_new), "qv": call.qv, "chunk": call.attention_chunk}
+        others |= {
+            "softcap": call.softcap > 0,
+            "append": bool(call.num_new),
+            "qv": call.qv,
+            "chunk": call.attention_chunk,
+        }
         others |= {"splits": (call.num_splits or 0) > 1, "metadata": call.metadata, "in_window": call.ranges_in_window}
         for other in (other for other, used in others.items() if used):
             found.update((name, other) for name in names)

@@ -167,7 +167,9 @@ def chain(rng: random.Random, sq: int, sk: int) -> list[int]:
 
 def words(rng: random.Random, sq: int, sk: int) -> list[int]:
     """Any bits, with none and all among them: gaps before the drafts, drafts that see later ones."""
-    return [rng.choice((0, -1, INT_MIN, signed(rng.getrandbits(64)), signed(1 << rng.randrange(64)))) for _ in range(sq)]
+    return [
+        rng.choice((0, -1, INT_MIN, signed(rng.getrandbits(64)), signed(1 << rng.randrange(64)))) for _ in range(sq)
+    ]
 
 
 #: By name: words of a sequence of so many drafts and keys.
