@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import broadhead
@@ -41,6 +41,17 @@ FORMS = {
     "e4m3_cache": Call("kvcache", (2,) * 4, (90, 9, 3, 130), page_size=16, kv_dtype=torch.float8_e4m3fn, descale="kv"),
 }
 EACH = (True, False, True, False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Small calls by the hundred: threads cost more than they give."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 MASKS: dict[str, dict[str, Any]] = {
     **{f"ranges_{name}": {"causal": True, "window": (12, 0), "ranges": name} for name in RANGES},
     "ranges_causal": {"causal": True, "ranges": "images"},
@@ -108,7 +119,6 @@ def test_gradients(form: str, mask: str, rng: random.Random) -> None:
 @pytest.mark.parametrize("chunk", range(3))
 def test_gradients_of_random_calls(chunk: int, seed: int) -> None:
     """Every call that has a gradient, with ranges or causality by sequence in most of them."""
-    torch.set_num_threads(1)
     ran = 0
     for number in range(400):
         rng = random.Random(seed + number)
@@ -187,7 +197,7 @@ def test_wrong_masks_are_told(fault: str, rng: random.Random) -> None:
         built.kwargs[name] = built.kwargs[name].nan_to_num(0.5)
     check_call(built)
     built.out.fill_(float("nan"))
-    with pytest.raises(AssertionError, match="off by|-inf in the LSE|must be 0"):
+    with pytest.raises(AssertionError, match=r"off by|-inf in the LSE|must be 0"):
         check_against(built, *built.run(**change(built.kwargs)))
 
 
@@ -314,7 +324,7 @@ def test_the_longest_sequence_bounds_a_tree() -> None:
     q, k = torch.randn(70, 2, 16), torch.randn(90, 2, 16)
     cu = {"cu_seqlens_q": int32((0, 35, 70), CPU), "cu_seqlens_k": int32((0, 45, 90), CPU), "max_seqlen_k": 45}
     broadhead.flash_attn_varlen_func(q, k, k, **cu, max_seqlen_q=64, tree_mask=words(70))
-    with pytest.raises(InvalidArgumentError, match="max_seqlen_q.*65"):
+    with pytest.raises(InvalidArgumentError, match=r"max_seqlen_q.*65"):
         broadhead.flash_attn_varlen_func(q, k, k, **cu, max_seqlen_q=65, tree_mask=words(70))
 
 
@@ -325,7 +335,7 @@ def test_shared_prefixes_take_no_values() -> None:
         "prefix_page_table": int32((5,), CPU), "page_table": int32((0, 1), CPU).view(2, 1),
     }  # fmt: skip
     broadhead.flash_attn_with_shared_prefix(**arguments, causal=True)
-    with pytest.raises(broadhead.BroadheadError, match="flash_attn_with_shared_prefix: .*causal"):
+    with pytest.raises(broadhead.BroadheadError, match=r"flash_attn_with_shared_prefix: .*causal"):
         broadhead.flash_attn_with_shared_prefix(**arguments, causal=torch.ones(2, dtype=torch.bool))
     for name, value in (("query_ranges", RANGE), ("tree_mask", words(2, 1))):
         with pytest.raises(TypeError, match=name):
