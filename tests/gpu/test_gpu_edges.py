@@ -10,9 +10,9 @@ import pytest
 import torch
 from broadhead import support
 from edge_calls import Shape, build, check
-from edge_cases import BASE, GROUPS, MASKS
+from edge_cases import BASE, GROUPS, MASKS, VALUE_MASKS, takes_values, with_values
 from edge_rows import PATIENCE, run_edge, shape_of, suited, takes, wait
-from gpu_calls import ROWS, TORCH_DTYPES, capture, row_id
+from gpu_calls import ROWS, TORCH_DTYPES, capture, row_id, value_masks_of
 from random_edges import other_values, random_edge
 
 pytestmark = [pytest.mark.gpu, pytest.mark.full]
@@ -40,6 +40,33 @@ def test_row(
                 assert edge.rows_q == 0 or row_ran().id == row.id
 
 
+@pytest.mark.parametrize("row", [row for row in ROWS if value_masks_of(row)], ids=row_id)
+def test_row_values(
+    row: support.KernelRow, only_row: Callable, row_ran: Callable, cuda: torch.device, rng: random.Random
+) -> None:
+    """Ranges, words and causality that are anything, in calls whose lengths and pages are, too."""
+    only_row(row)
+    turn, ran = ROWS.index(row), 0
+    for index, base in enumerate(BASE):
+        name = list(VALUE_MASKS)[(turn + index) % len(VALUE_MASKS)]
+        edge = suited(row, with_values(base, name)) if takes_values(base, name) else base
+        if edge is not base and takes(row, edge):
+            run_edge(edge, shape_of(row, turn + index, edge), cuda, rng)
+            assert edge.rows_q == 0 or row_ran().id == row.id
+            ran += 1
+    assert ran
+
+
+@pytest.mark.parametrize("mask", VALUE_MASKS)
+def test_reference_of_values(mask: str, cuda: torch.device, rng: random.Random) -> None:
+    """The reference on this device, likewise."""
+    shape = Shape(72, 136, heads_q=4, heads_kv=2, dtype=torch.bfloat16)
+    for base in BASE:
+        if takes_values(base, mask):
+            run_edge(with_values(base, mask), shape, cuda, rng, backend="torch")
+            assert base.rows_q == 0 or broadhead.last_dispatch()[0] == "torch"
+
+
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("base", BASE, ids=lambda edge: edge.name)
 def test_reference(base, mask: str, cuda: torch.device, rng: random.Random) -> None:
@@ -55,7 +82,8 @@ def test_replays(row: support.KernelRow, only_row: Callable, cuda: torch.device,
     """One captured call under lengths, offsets, page ids and indices that change in place and are out of range."""
     only_row(row)
     for turn in range(3):
-        edge = suited(row, random_edge(rng, appends=False, packed_k=not row.kv_dtype))
+        drawn = random_edge(rng, appends=False, packed_k=not row.kv_dtype, values=value_masks_of(row))
+        edge = suited(row, drawn)
         if not takes(row, edge) or edge.rows_q == 0:
             continue
         call = build(edge, shape_of(row, turn, edge, everything=True), cuda, rng)

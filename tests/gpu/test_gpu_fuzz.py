@@ -26,6 +26,7 @@ from gpu_calls import (
     column_step,
     row_id,
     supports,
+    value_masks_of,
     within,
     without_lacking,
 )
@@ -157,7 +158,7 @@ def test_row_out_of_range(
     for i in range(CALLS):
         rng = random.Random(seed + i)
         torch.manual_seed(seed + i)
-        edge = suited(row, random_edge(rng, packed_k=not row.kv_dtype))
+        edge = suited(row, random_edge(rng, packed_k=not row.kv_dtype, values=value_masks_of(row)))
         if not takes(row, edge):
             continue
         shape = shape_of(row, i, edge)

@@ -113,6 +113,11 @@ def supports(row: support.KernelRow, options: dict) -> bool:
     return all(MASK_FEATURES[name] in row.features for name in options if name in MASK_FEATURES)
 
 
+def value_masks_of(row: support.KernelRow) -> tuple[str, ...]:
+    """The masks that are values and that the row's kernel has."""
+    return tuple(name for name in ("ranges", "causal_each", "tree") if supports(row, {name: True}))
+
+
 def without_lacking(row: support.KernelRow, call: Call) -> Call:
     """The call without the masks that the row lacks."""
     fields = Call.__dataclass_fields__

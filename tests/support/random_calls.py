@@ -123,9 +123,8 @@ def with_value_masks(call: Call, rng: random.Random, names: Collection[str] = VA
 def takes_tree(call: Call) -> bool:
     """Whether drafts of a call may form a tree."""
     queries = max(call.seqlens_q, default=0) + call.slack_q + (call.max_seqlen_slack if call.packs_queries else 0)
-    right = call.normalized_window[1]
     others = call.ranges or call.prefix or call.attention_chunk
-    return queries <= MOST_DRAFTS and right in ((-1, 0) if call.causal else (-1,)) and not others
+    return queries <= MOST_DRAFTS and call.normalized_window[1] <= 0 and not others
 
 
 def drawn_call(

@@ -94,7 +94,7 @@ def _value_masks(edge: Edge, rng: random.Random, names: Collection[str]) -> dict
     form: dict = {}
     if "causal_each" in names and rng.random() < 0.2:
         form |= {"causal": False, "causal_each": (0,) * edge.batch}
-    free = edge.attention_chunk == 0 and (edge.causal or edge.window[1] < 0)
+    free = edge.attention_chunk == 0 and (edge.causal or edge.window[1] <= 0)
     if "tree" in names and free and max(edge.seqlen_q, edge.max_seqlen_q) <= 64 and rng.random() < 0.25:
         form |= {"tree": (0,) * edge.rows_q}
     elif "ranges" in names and rng.random() < 0.25:
