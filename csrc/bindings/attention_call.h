@@ -112,6 +112,9 @@ void pack_forward(const AttentionCall& call, const Kernel& kernel, AttnParams& p
 // Sets the addresses of a call's tensors.
 void set_addresses(const AttentionCall& call, AttnParams& params);
 
+// Sets those of the masks that are given as values.
+void set_mask_addresses(const AttentionCall& call, MaskValues& values);
+
 // What Python keeps for a Launch, about: two allocations, what identifies it, the texts of a dispatch.
 inline constexpr std::size_t kPythonBytes = 1200;
 

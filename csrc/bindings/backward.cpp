@@ -44,12 +44,13 @@ TensorStrides check_like(const CallChecker& call, const TensorView& tensor, cons
 
 void check_absent(const CallChecker& call) {
   for (const Argument argument :
-       {kQv, kLeftpadK, kKvBatchIdx, kPageTable, kQDescale, kKDescale, kVDescale, kSchedulerMetadata}) {
+       {kQv, kLeftpadK, kKvBatchIdx, kPageTable, kQDescale, kKDescale, kVDescale, kSchedulerMetadata, kTreeMask}) {
     if (call.has(argument)) call.fail(name_of(argument), "must be None: backward kernels do not read it");
   }
 }
 
-void pack_vectors(const CallChecker& call, const TensorView& q, const TensorView& k, AttnBwdParams& params) {
+void pack_vectors(const AttentionCall& given, const CallChecker& call, const TensorView& q, const TensorView& k,
+                  AttnBwdParams& params) {
   std::int64_t batch = call.queries(q);
   call.lengths(kCuSeqlensK, &batch, 1);
   call.lengths(kSequsedQ, &batch);
@@ -65,9 +66,11 @@ void pack_vectors(const CallChecker& call, const TensorView& q, const TensorView
   params.seqused_q = call.tensor(kSequsedQ).as<const std::int32_t>();
   params.seqused_k = call.tensor(kSequsedK).as<const std::int32_t>();
   params.prefix_lens = call.tensor(kPrefixLens).as<const std::int32_t>();
+  params.mask_values = call.mask_values(q, batch);
+  set_mask_addresses(given, params.mask_values);
 }
 
-void pack_inputs(const CallChecker& call, ElementType dtype, AttnBwdParams& params) {
+void pack_inputs(const AttentionCall& given, const CallChecker& call, ElementType dtype, AttnBwdParams& params) {
   const TensorView& q = call.required(kQ, dtype);
   const TensorView& k = call.required(kK, dtype);
   const TensorView& v = call.required(kV, dtype, k.ndim());
@@ -77,7 +80,7 @@ void pack_inputs(const CallChecker& call, ElementType dtype, AttnBwdParams& para
     call.rows(*tensor, name, q);
   }
   check_absent(call);
-  pack_vectors(call, q, k, params);
+  pack_vectors(given, call, q, k, params);
   call.sizes(q, k, v, params.batch, params);
   params.sinks_are_fp32 = call.sinks_are_fp32(dtype, q);
   params.sinks = call.tensor(kSinks).data();
@@ -143,7 +146,7 @@ void run_backward(ArgumentReader& reader) {
   const CallChecker checker(kFunction, call);
   const DeviceGuard guard(launch.device);
   AttnBwdParams params = launch.params;
-  pack_inputs(checker, launch.kernel.dtype, params);
+  pack_inputs(call, checker, launch.kernel.dtype, params);
   pack_gradients(checker, reader, params);
   const TensorView& q = call.tensors[kQ];
   const std::int64_t size = plan_scratch(launch.kernel, params);

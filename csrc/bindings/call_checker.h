@@ -66,6 +66,36 @@ class CallChecker : public ArgumentChecker {
     return fp32;
   }
 
+  // The masks that the call gives as values, all but their addresses.
+  MaskValues mask_values(const TensorView& q, std::int64_t batch) const {
+    MaskValues values{};
+    const bool packed = q.ndim() == 3;
+    const TensorView& ranges = tensor(kQueryRanges, ElementType::kInt32, packed ? 2 : 3);
+    if (ranges.present()) {
+      require(of_tokens(ranges, q) && ranges.size(-1) == 2 && ranges.stride(-1) == 1, "query_ranges",
+              "of the tokens of q and 2, the last dimension contiguous", ranges);
+      values.ranges_batch_stride = packed ? 0 : ranges.stride(0);
+      values.ranges_row_stride = ranges.stride(-2);
+    }
+    const int in_window = PyObject_IsTrue(call_.arguments[kRangesInWindow]);
+    if (in_window < 0) throw pybind11::error_already_set();
+    values.ranges_in_window = in_window;
+    const TensorView& tree = tensor(kTreeMask, ElementType::kInt64, packed ? 1 : 2);
+    if (tree.present()) {
+      require(of_tokens(tree, q), "tree_mask", "a word for each token of q", tree);
+      values.tree_batch_stride = packed ? 0 : tree.stride(0);
+      values.tree_row_stride = tree.stride(-1);
+    }
+    const TensorView& causal = tensor(kCausalBySequence, ElementType::kOther, 1);
+    if (causal.present()) {
+      values.causal_is_bool = causal.type() == ElementType::kBool;
+      require(values.causal_is_bool != 0 || causal.type() == ElementType::kInt32, "causal_by_sequence", "bool or int32",
+              causal);
+      check_lengths(*this, "causal_by_sequence", causal, &batch);
+    }
+    return values;
+  }
+
   // Sizes and counts that both argument blocks have.
   template <class Params>
   void sizes(const TensorView& q, const TensorView& k, const TensorView& v, std::int64_t batch, Params& params) const {
@@ -82,6 +112,13 @@ class CallChecker : public ArgumentChecker {
   }
 
  private:
+  // Whether a tensor begins with the dimensions that q has before its heads, on the device of q.
+  static bool of_tokens(const TensorView& tensor, const TensorView& q) {
+    bool same = tensor.device() == q.device();
+    for (int dim = 0; dim < q.ndim() - 2; ++dim) same = same && tensor.size(dim) == q.size(dim);
+    return same;
+  }
+
   const AttentionCall& call_;
 };
 

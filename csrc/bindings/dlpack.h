@@ -19,7 +19,7 @@ struct DLDevice {
   std::int32_t device_id;
 };
 
-enum DLDataTypeCode : std::uint8_t { kDLInt = 0, kDLFloat = 2, kDLBfloat = 4, kDLFloat8E4M3FN = 10 };
+enum DLDataTypeCode : std::uint8_t { kDLInt = 0, kDLFloat = 2, kDLBfloat = 4, kDLBool = 6, kDLFloat8E4M3FN = 10 };
 
 struct DLDataType {
   std::uint8_t code;

@@ -59,7 +59,7 @@ void pack_shared(const AttentionCall& call, const CallChecker& checker, const Ke
   // Token t of the call lies at t times one stride.
   const bool one_piece = q.ndim() == 3 || q.size(0) == 1 || q.size(1) == 1 || q.stride(0) == q.size(1) * q.stride(1);
   checker.require(one_piece, "q", "one piece of tokens with shared_page_table", q);
-  for (const Argument argument : {kSequsedQ, kPrefixLens}) {
+  for (const Argument argument : {kSequsedQ, kPrefixLens, kQueryRanges, kCausalBySequence, kTreeMask}) {
     if (checker.has(argument)) checker.fail(name_of(argument), "must be None with shared_page_table");
   }
   const MaskRule& rule = params.mask_rule;
@@ -103,6 +103,7 @@ void pack_forward(const AttentionCall& given, const Kernel& kernel, AttnParams& 
   call.require(!metadata.present() || (contiguous(metadata) && metadata.size(0) >= metadata_size(batch)),
                "scheduler_metadata", "contiguous, 1 + 4 * round_up(batch, 4) entries", metadata);
 
+  params.mask_values = call.mask_values(q, batch);
   call.sizes(q, k, v, batch, params);
   pack_qv(call, kernel, q, v, params);
   params.q_descale_strides = pack_descale(call, kQDescale, params);

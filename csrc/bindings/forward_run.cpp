@@ -144,9 +144,16 @@ void set_addresses(const AttentionCall& call, AttnParams& params) {
   params.kv_batch_idx = tensors[kKvBatchIdx].as<const std::int32_t>();
   params.page_table = tensors[kPageTable].as<const std::int32_t>();
   params.prefix_lens = tensors[kPrefixLens].as<const std::int32_t>();
+  set_mask_addresses(call, params.mask_values);
   params.sinks = tensors[kSinks].data();
   params.scheduler_metadata = tensors[kSchedulerMetadata].as<const std::int32_t>();
   params.shared_page_table = call.shared_page_table.as<const std::int32_t>();
+}
+
+void set_mask_addresses(const AttentionCall& call, MaskValues& values) {
+  values.query_ranges = call.tensors[kQueryRanges].as<const std::int32_t>();
+  values.tree_mask = call.tensors[kTreeMask].as<const std::int64_t>();
+  values.causal_by_sequence = call.tensors[kCausalBySequence].data();
 }
 
 // Refuses metadata that was made for another call. What passed once passes again while its record is the same: the

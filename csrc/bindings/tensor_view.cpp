@@ -36,6 +36,8 @@ ElementType element_type(const DLDataType& dtype) {
   if (dtype.code == kDLFloat && dtype.bits == 32) return ElementType::kFloat32;
   if (dtype.code == kDLFloat8E4M3FN && dtype.bits == 8) return ElementType::kFloat8E4M3;
   if (dtype.code == kDLInt && dtype.bits == 32) return ElementType::kInt32;
+  if (dtype.code == kDLInt && dtype.bits == 64) return ElementType::kInt64;
+  if (dtype.code == kDLBool && dtype.bits == 8) return ElementType::kBool;
   return ElementType::kOther;
 }
 
@@ -45,6 +47,8 @@ ElementType element_type(const std::string& name) {
   if (name == "torch.float32") return ElementType::kFloat32;
   if (name == "torch.float8_e4m3fn") return ElementType::kFloat8E4M3;
   if (name == "torch.int32") return ElementType::kInt32;
+  if (name == "torch.int64") return ElementType::kInt64;
+  if (name == "torch.bool") return ElementType::kBool;
   return ElementType::kOther;
 }
 
@@ -117,6 +121,10 @@ const char* name_of(ElementType type) {
       return "float8_e4m3fn";
     case ElementType::kInt32:
       return "int32";
+    case ElementType::kInt64:
+      return "int64";
+    case ElementType::kBool:
+      return "bool";
     case ElementType::kOther:
       break;
   }

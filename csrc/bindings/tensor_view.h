@@ -25,7 +25,7 @@ class WatchedError : public BindingError {
 };
 
 // The element types that kernels take.
-enum class ElementType { kFloat32, kBFloat16, kFloat16, kFloat8E4M3, kInt32, kOther };
+enum class ElementType { kFloat32, kBFloat16, kFloat16, kFloat8E4M3, kInt32, kInt64, kBool, kOther };
 
 const char* name_of(ElementType type);
 
@@ -52,7 +52,9 @@ class TensorView {
 
   bool present() const { return present_; }
   bool on_cuda() const { return present_ && on_cuda_; }
-  bool is_floating() const { return type_ != ElementType::kInt32; }
+  bool is_floating() const {
+    return type_ != ElementType::kInt32 && type_ != ElementType::kInt64 && type_ != ElementType::kBool;
+  }
   void* data() const { return present_ ? data_ : nullptr; }
   int ndim() const { return ndim_; }
   ElementType type() const { return type_; }

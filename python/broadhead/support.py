@@ -60,8 +60,9 @@ FEATURES = (
     "lse",
 )
 #: Features that only some kernels do: qv: a second query for v; descale: factors of 8-bit q, k and v; deterministic:
-#: gradients whose sums have an order, so that they are the same in every run.
-EXTRA_FEATURES = ("qv", "descale", "deterministic")
+#: gradients whose sums have an order, so that they are the same in every run; the others are masks that the call gives
+#: as values: causality of each sequence, a range of keys of each query, a tree of drafts.
+EXTRA_FEATURES = ("qv", "descale", "deterministic", "causal_by_sequence", "query_ranges", "tree_mask")
 #: Query rows (tokens x heads of one KV head) up to which a call is decode: bound by memory, not by its products.
 #: PERF(H200, 8192 keys, 32 rows, GB/s on decode and Hopper kernels: head_dim 128 3705, 3329; 256 3973, 3805; 512 3876,
 #: 3758)
@@ -71,7 +72,11 @@ DECODE_MAX_ROWS = 32
 #: 2395, 3312)
 HOPPER_MIN_ROWS_QV = 17
 #: Features that restrict which keys a query sees.
-MASK_FEATURES = ("causal", "window", "attention_chunk", "prefix_lens")
+MASK_FEATURES = (
+    "causal", "window", "attention_chunk", "prefix_lens", "causal_by_sequence", "query_ranges", "tree_mask",
+)  # fmt: skip
+#: Those of them that show keys which causal, window and attention_chunk hide.
+SHOWING_FEATURES = ("prefix_lens", "query_ranges", "tree_mask")
 
 
 def id_suffix(dtype: str, kv_dtype: str = "") -> str:

@@ -31,6 +31,8 @@ BESIDE = {
     "block_table", "s_aux", "learnable_sink", "q_v", "return_attn_probs", "return_softmax_lse", "deterministic",
     "window_size_left", "window_size_right",
 }  # fmt: skip
+#: The field that a tensor given as ``causal`` reaches.
+OF_TENSORS = "causal_by_sequence"
 FUNCTIONS = ("mha_fwd", "flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache")
 
 
@@ -50,7 +52,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[AttentionArgs]:
 def fields_of(function: str) -> dict[str, str]:
     """The parameters of a function that are fields of AttentionArgs, by their names there."""
     parameters = inspect.signature(getattr(broadhead, function)).parameters
-    shown = {shown_name(function, field): field for field in AttentionArgs._fields}
+    shown = {shown_name(function, field): field for field in AttentionArgs._fields if field != OF_TENSORS}
     return {name: shown[name] for name in parameters if name in shown}
 
 
@@ -74,7 +76,26 @@ def test_nothing_is_left_out(function: str) -> None:
     parameters = set(inspect.signature(getattr(broadhead, function)).parameters)
     assert parameters - set(fields_of(function)) <= BESIDE
     every = {field for name in FUNCTIONS for field in fields_of(name).values()}
-    assert every == set(AttentionArgs._fields)
+    assert every == set(AttentionArgs._fields) - {OF_TENSORS}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32])
+def test_causality_by_sequence_has_a_field_of_its_own(
+    function: str, dtype: torch.dtype, captured: list[AttentionArgs]
+) -> None:
+    required = {
+        name: torch.zeros(1, dtype=torch.int32)
+        for name, parameter in inspect.signature(getattr(broadhead, function)).parameters.items()
+        if parameter.default is inspect.Parameter.empty or name == "cu_seqlens_k"
+    }
+    by_sequence, one = torch.ones(3, dtype=dtype), torch.ones((), dtype=dtype)
+    for causal in (by_sequence, one):
+        getattr(broadhead, function)(**required, causal=causal)
+    assert captured[0].causal is False and captured[0].causal_by_sequence is by_sequence
+    assert captured[1].causal is one and captured[1].causal_by_sequence is None, (
+        "a tensor without dimensions is one bool"
+    )
 
 
 @pytest.mark.parametrize(

@@ -96,9 +96,15 @@ void put_rule(const broadhead::MaskRule& rule) {
   put("attention_chunk", rule.attention_chunk);
 }
 
-}  // namespace
-
 #define PUT(field) put(#field, p.field)
+
+void put_values(const broadhead::MaskValues& p) {
+  PUT(query_ranges), PUT(tree_mask), PUT(causal_by_sequence), PUT(ranges_batch_stride), PUT(ranges_row_stride);
+  PUT(tree_batch_stride), PUT(tree_row_stride), PUT(ranges_in_window), PUT(causal_is_bool), PUT(query_extents);
+  PUT(key_extents);
+}
+
+}  // namespace
 
 // The launches since they were asked for last, an empty line behind each; `forget` drops them.
 BROADHEAD_EXPORT const char* stub_launches(int forget) {
@@ -139,7 +145,7 @@ int broadhead_forward(int index, const broadhead::AttnParams* params, void* stre
   PUT(cu_seqlens_q), PUT(cu_seqlens_k), PUT(seqused_q), PUT(seqused_k), PUT(leftpad_k), PUT(kv_batch_idx);
   PUT(page_table), PUT(prefix_lens), PUT(sinks), PUT(scheduler_metadata), PUT(page_table_batch_stride);
   PUT(batch), PUT(seqlen_q), PUT(seqlen_k), PUT(total_q), PUT(num_heads_q), PUT(num_heads_kv), PUT(head_dim);
-  PUT(head_dim_v), PUT(page_size), put_rule(p.mask_rule), PUT(sinks_are_fp32);
+  PUT(head_dim_v), PUT(page_size), put_rule(p.mask_rule), put_values(p.mask_values), PUT(sinks_are_fp32);
   PUT(num_splits), PUT(pack_gqa), PUT(metadata_tag), PUT(heads_per_section), PUT(max_blocks), PUT(total_k),
       PUT(num_pages), PUT(num_kv_batches), PUT(tile_counter), PUT(qv);
   PUT(qv_strides), PUT(q_descale), PUT(k_descale), PUT(v_descale), PUT(q_descale_strides), PUT(k_descale_strides);
@@ -174,7 +180,7 @@ int broadhead_backward(int index, const broadhead::AttnBwdParams* params, void* 
   PUT(dq_strides), PUT(dk_strides), PUT(dv_strides), PUT(lse_batch_stride), PUT(lse_head_stride);
   PUT(dlse_batch_stride), PUT(dlse_head_stride), PUT(cu_seqlens_q), PUT(cu_seqlens_k), PUT(seqused_q), PUT(seqused_k);
   PUT(prefix_lens), PUT(sinks), PUT(batch), PUT(seqlen_q), PUT(seqlen_k), PUT(total_q), PUT(total_k);
-  PUT(num_heads_q), PUT(num_heads_kv), PUT(head_dim), PUT(head_dim_v), put_rule(p.mask_rule);
+  PUT(num_heads_q), PUT(num_heads_kv), PUT(head_dim), PUT(head_dim_v), put_rule(p.mask_rule), put_values(p.mask_values);
   PUT(sinks_are_fp32), PUT(deterministic), PUT(num_splits), PUT(max_blocks);
   PUT(workspace_bytes);
   put_float("softmax_scale", p.softmax_scale);

@@ -13,9 +13,13 @@ def test_forward_packs_every_argument(stub: Path, kind: str) -> None:  # noqa: F
     run(
         stub,
         f"""
-got = call({kind}, cell_blocks=11)
+T = {kind}
+# Ranges of every second token of more, and words that lie apart.
+got = call(T, cell_blocks=11, query_ranges=T(15 << 12, (2, 3, 2), INT, strides=(20, 4, 1)), ranges_in_window=True,
+           tree_mask=T(16 << 12, (2, 3), "torch.int64", strides=(9, 3)), causal_by_sequence=T(17 << 12, (2,), INT))
 pages = dict(q=1, k=2, v=3, out=4, softmax_lse=5, out_partial=6, seqused_k=8, leftpad_k=9,
-             kv_batch_idx=10, page_table=11, prefix_lens=12, sinks=13, scheduler_metadata=14)
+             kv_batch_idx=10, page_table=11, prefix_lens=12, sinks=13, scheduler_metadata=14, query_ranges=15,
+             tree_mask=16, causal_by_sequence=17)
 expected = {{name: page << 12 for name, page in pages.items()}} | dict(
     index=0, stream=CURRENT_STREAM, struct_size_fits=1, lse_partial=0,
     cu_seqlens_q=0, cu_seqlens_k=0, seqused_q=0,
@@ -26,6 +30,8 @@ expected = {{name: page << 12 for name, page in pages.items()}} | dict(
     pack_gqa=1, metadata_tag=77, heads_per_section=2, softmax_scale=0.125, softcap=30, tile_counter=0,
     max_blocks=5, cell_blocks=11, q_dtype=1, workspace_bytes=6 * 4 * 6 * 33 * 4,
     total_k=0, num_pages=5, num_kv_batches=2,
+    ranges_batch_stride=20, ranges_row_stride=4, tree_batch_stride=9, tree_row_stride=3, ranges_in_window=1,
+    causal_is_bool=0, query_extents=0, key_extents=0,
     qv=0, qv_strides="0,0,0", q_descale=0, k_descale=0, v_descale=0, q_descale_strides="0,0", k_descale_strides="0,0",
     v_descale_strides="0,0", shared_page_table=0, shared_seqlen_k=0)
 assert got == {{name: str(value) for name, value in expected.items()}}, got
@@ -43,10 +49,13 @@ got = call(T, kernel_id="counting", q=T(4096, (9, 4, 64), F16), k=T(8192, (11, 2
            v=T(12288, (11, 2, 64), F16), out=T(16384, (9, 4, 64), F16),
            lse=T(20480, (4, 9), F32), cu_seqlens_q=T(24576, (3,), INT), cu_seqlens_k=T(28672, (3,), INT),
            page_table=None, kv_batch_idx=None, leftpad_k=None, num_splits=1,
-           sinks=T(32768, (4,), F16))
+           sinks=T(32768, (4,), F16), query_ranges=T(36864, (9, 2), INT, strides=(5, 1)),
+           tree_mask=T(40960, (9,), "torch.int64", strides=(2,)), causal_by_sequence=T(45056, (2,), "torch.bool"))
 wanted = dict(index=1, q_dtype=2, workspace_bytes=4, tile_counter=0,
               batch=2, total_q=9, page_size=0, q_strides="0,256,64", k_strides="0,128,64", lse_head_stride=9,
               lse_batch_stride=0, cu_seqlens_q=24576, cu_seqlens_k=28672, sinks_are_fp32=0,
+              query_ranges=36864, ranges_batch_stride=0, ranges_row_stride=5, tree_mask=40960, tree_batch_stride=0,
+              tree_row_stride=2, causal_by_sequence=45056, causal_is_bool=1, ranges_in_window=0,
               out_partial=SCRATCH, page_table=0, total_k=11, num_pages=0, num_kv_batches=0)
 assert {name: got[name] for name in wanted} == {name: str(value) for name, value in wanted.items()}, got
 # A dense cache of more rows than the call has sequences.
@@ -123,7 +132,7 @@ def test_arguments_come_in_the_order_of_attention_args(stub: Path) -> None:  # n
         stub,
         """
 values = ("max_seqlen_q", "max_seqlen_k", "softmax_scale", "causal", "window_size", "attention_chunk", "softcap",
-          "num_splits", "pack_gqa", "sm_margin", "backend", "tokens_per_split")
+          "num_splits", "pack_gqa", "sm_margin", "backend", "tokens_per_split", "ranges_in_window")
 for name in ARGUMENTS:
     changed = arguments(ExchangeTensor, **{name: "no tensor"})
     if name in values:
@@ -166,6 +175,15 @@ assert call(T, device=3)["stream"] == str(CURRENT_STREAM + 3)
         ("q_descale=T(4096, (2, 4), F32)", ["q_descale must be [batch, heads of k]", "(2, 4)"]),
         ("k_descale=T(4096, (2,), F32)", ["k_descale must be fp32 tensor of 2 dimensions"]),
         ("v_descale=T(4096, (2, 2))", ["v_descale must be fp32 tensor", "got bf16"]),
+        ("query_ranges=T(4096, (2, 3, 2), 'torch.int64')", ["query_ranges must be int32 tensor of 3", "got int64"]),
+        ("query_ranges=T(4096, (6, 2), INT)", ["query_ranges must be int32 tensor of 3 dimensions"]),
+        ("query_ranges=T(4096, (2, 3, 3), INT)", ["query_ranges must be of the tokens of q and 2"]),
+        ("query_ranges=T(4096, (2, 3, 2), INT, strides=(6, 1, 3))", ["query_ranges must be", "last dimension"]),
+        ("query_ranges=T(4096, (2, 3, 2), INT, device=1)", ["query_ranges must be", "cuda:1"]),
+        ("tree_mask=T(4096, (2, 3), INT)", ["tree_mask must be int64 tensor of 2 dimensions", "got int32"]),
+        ("tree_mask=T(4096, (2, 4), 'torch.int64')", ["tree_mask must be a word for each token of q", "(2, 4)"]),
+        ("causal_by_sequence=T(4096, (2,), F32)", ["causal_by_sequence must be bool or int32", "got fp32"]),
+        ("causal_by_sequence=T(4096, (1,), INT)", ["causal_by_sequence must hold at least 2 entries"]),
         ("q=None", ["q must be a tensor, got None"]),
         ("q=7", ["q must be a tensor", "int"]),
         ("q=T(4096, (1,) * 7)", ["a tensor has 7 dimensions"]),

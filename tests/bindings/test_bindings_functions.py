@@ -34,7 +34,7 @@ def test_argument_count_and_types(stub: Path) -> None:  # noqa: F811
         stub,
         """
 for function, given, words in ((_C.run_known, (), "takes 3 positional"), (_C.combine, (1,), "takes 5 positional"),
-                               (_C.run_known, ("f", True, (1,)), "a tuple of 30"), (_C.combine, (1,) * 5, "")):
+                               (_C.run_known, ("f", True, (1,)), "a tuple of 34"), (_C.combine, (1,) * 5, "")):
     try:
         function(*given)
     except (TypeError, KernelError) as exception:

@@ -16,12 +16,16 @@ def test_a_known_call_is_packed_as_a_new_one(stub: Path, kind: str) -> None:  # 
         KNOWN
         + f"""
 T = {kind}
+def masks(T):
+    return dict(query_ranges=T(20 << 12, (2, 3, 2), INT), tree_mask=T(21 << 12, (2, 3), "torch.int64"),
+                causal_by_sequence=T(22 << 12, (2,), "torch.bool"), ranges_in_window=True)
 def moved(T):
     shift = lambda pointer, *a, **k: T(pointer + (99 << 12), *a, **k)
     return dict(zip(ARGUMENTS, arguments(shift, qv=shift(1 << 12, (2, 3, 4, 32)), k_descale=shift(2 << 12, (2, 2), F32),
-                                         v_descale=shift(3 << 12, (2, 2), F32), seqused_q=shift(4 << 12, (2,), INT))))
+                                         v_descale=shift(3 << 12, (2, 2), F32), seqused_q=shift(4 << 12, (2,), INT),
+                                         **masks(shift))))
 first = dict(qv=T(1 << 12, (2, 3, 4, 32)), k_descale=T(2 << 12, (2, 2), F32), v_descale=T(3 << 12, (2, 2), F32),
-             seqused_q=T(4 << 12, (2,), INT))
+             seqused_q=T(4 << 12, (2,), INT), **masks(T))
 assert known(T, **first) is None
 out, lse = remember(T, **first)
 before = last_call(library)
@@ -32,6 +36,8 @@ _C.forget_calls()
 assert known(T, **moved(T)) is None
 remember(T, **moved(T))
 assert got == last_call(library) and got["q"] != before["q"] and got["v_descale"] != before["v_descale"]
+for name, page in (("query_ranges", 20), ("tree_mask", 21), ("causal_by_sequence", 22)):
+    assert got[name] == str((page + 99) << 12), name
 assert hooks.last == ("cuda", "row", "why") and len(scratch_sizes) == 3
 """,
     )
@@ -88,7 +94,18 @@ CHANGES = [
     "sm_margin=1",
     "backend='cuda'",
     "tokens_per_split=64",
+    "query_ranges=None",
+    "query_ranges=T(15 << 12, (2, 3, 2), INT, strides=(20, 4, 1))",
+    "ranges_in_window=True",
+    "tree_mask=T(4096, (2, 3), 'torch.int64')",
+    "causal_by_sequence=None",
+    "causal_by_sequence=T(17 << 12, (2,), INT)",
 ]
+#: Masks as values.
+MASKS = """
+masks = dict(query_ranges=T(15 << 12, (2, 3, 2), INT), ranges_in_window=False,
+             causal_by_sequence=T(17 << 12, (2,), "torch.bool"))
+"""
 
 
 def test_calls_that_differ_are_not_known(stub: Path) -> None:  # noqa: F811
@@ -97,9 +114,13 @@ def test_calls_that_differ_are_not_known(stub: Path) -> None:  # noqa: F811
         KNOWN
         + f"""
 T = ExchangeTensor
-remember(T)
+{MASKS}
+remember(T, **masks)
 for change in {CHANGES!r}:
-    assert known(T, **eval("dict(" + change + ")", globals())) is None, change
+    assert known(T, **masks | eval("dict(" + change + ")", globals())) is None, change
+assert known(T) is None, "a call without masks"
+assert known(T, **masks) is not None and known(T, **masks | dict(query_ranges=T(4096, (2, 3, 2), INT))) is not None
+remember(T)
 assert known(T) is not None
 # Not in the key: addresses that are aligned alike, lists for tuples.
 assert known(T, q=T(1 << 13, (2, 3, 4, 64)), seqused_k=T((8 << 12) + 4, (2,), INT)) is not None

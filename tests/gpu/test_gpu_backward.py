@@ -17,7 +17,8 @@ from broadhead.run import backward
 from broadhead.run.cuda_backend import forget_calls
 from calls import Built, Call, build
 from checks import check_gradients
-from gpu_calls import EXTRAS, MASKS, TORCH_DTYPES, row_cases, row_id
+from gpu_calls import EXTRAS, MASKS, TORCH_DTYPES, VALUE_MASKS, row_cases, row_id, value_masks_of
+from masks import Drawn
 from random_calls import random_call
 
 pytestmark = pytest.mark.gpu
@@ -86,17 +87,36 @@ def call_of(row: support.KernelRow, seqlens_q: tuple[int, ...], seqlens_k: tuple
     return Call("varlen", seqlens_q, seqlens_k, **{**sizes, **options})
 
 
-@pytest.mark.parametrize("row, mask", row_cases(MASKS, BACKWARD_ROWS))
+#: Masks that have gradients.
+TRAINED = {**MASKS, **{name: options for name, options in VALUE_MASKS.items() if "tree" not in options}}
+
+
+@pytest.mark.parametrize("row, mask", row_cases(TRAINED, BACKWARD_ROWS))
 def test_masks(row: support.KernelRow, mask: str, only_backward: Callable, cuda: torch.device, rng: Any) -> None:
     only_backward(row)
     extras = list(EXTRAS.values())
-    extra = extras[(list(MASKS).index(mask) + row.head_dim // 8) % len(extras)]
+    extra = extras[(list(TRAINED).index(mask) + row.head_dim // 8) % len(extras)]
     rows, cols = row.tile.tile_m, row.tile.tile_n
     heads = dict(zip(("heads_q", "heads_kv"), rng.choice(GROUPS), strict=True))
     lengths = (rows, 1, 0, 2 * rows + 65, cols + 7), (rows, 64, 9, 3 * rows + 3, 63)
-    call = call_of(row, *lengths, **heads, **MASKS[mask], **extra)
+    call = call_of(row, *lengths, **heads, **TRAINED[mask], **extra)
     slack = {"slack_q": rng.choice((0, 3)), "slack_k": rng.choice((0, 2)), "tail": rng.choice((0, 5))}
     run(row, build(call.with_(**slack), cuda, rng))
+
+
+@pytest.mark.parametrize("row", [row for row in BACKWARD_ROWS if "ranges" in value_masks_of(row)], ids=row_id)
+def test_ranges_about_tiles(row: support.KernelRow, only_backward: Callable, cuda: torch.device, rng: Any) -> None:
+    """Each pair of a begin and an end at most one key from an edge of a tile: of the row's own, of others, far from
+    the queries, ahead of them, under a window that lets nothing else through and under none."""
+    only_backward(row)
+    for step in dict.fromkeys((row.tile.tile_m, row.tile.tile_n, 64)):
+        marks = [edge + by for edge in (0, step, 2 * step, 4 * step) for by in (-1, 0, 1) if edge + by >= 0]
+        pairs = [(a, b) for a in marks for b in marks if a <= b]
+        for options in ({"window": (0, 0)}, {"window": (step, 0), "ranges_in_window": True}, {}):
+            rng.shuffle(pairs)
+            ranges = Drawn([tuple(pairs), tuple(pairs[:33])], f"pairs of {step}")
+            call = call_of(row, (len(pairs), 33), (max(len(pairs), 5 * step + 9), 4 * step), heads_q=4, heads_kv=2)
+            run(row, build(call.with_(ranges=ranges, causal=True, **options), cuda, rng))
 
 
 @each_row
@@ -184,7 +204,10 @@ def test_random_calls(row: support.KernelRow, seed: int, only_backward: Callable
         torch.manual_seed(seed + i)
         longest = rng.choice((3, row.tile.tile_n + 1, 2 * row.tile.tile_m + 5, 400))
         dims = tuple(range(8, row.head_dim + 1, 8))
-        call = random_call(rng, (TORCH_DTYPES[row.dtype],), longest, head_dims=(rng.choice(dims),), decode=0.2)
+        values = [name for name in value_masks_of(row) if name != "tree"]
+        call = random_call(
+            rng, (TORCH_DTYPES[row.dtype],), longest, head_dims=(rng.choice(dims),), decode=0.2, values=values
+        )
         if call.function == "kvcache" or call.page_size or call.dim_v > row.head_dim_v:
             continue
         try:

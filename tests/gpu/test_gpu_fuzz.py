@@ -19,16 +19,18 @@ from checks import check_call
 from edge_rows import run_edge, shape_of, suited, takes
 from gpu_calls import (
     DECODE_ROWS,
-    MASK_FEATURES,
     PREFILL_ROWS,
+    ROWS,
     TORCH_DTYPES,
     cache_dtype,
     column_step,
     row_id,
     supports,
+    value_masks_of,
     within,
+    without_lacking,
 )
-from random_calls import LEGAL, random_call, wrong_mutations
+from random_calls import LEGAL, VALUE_MASKS, random_call, wrong_mutations
 from random_edges import random_edge
 
 pytestmark = [pytest.mark.gpu, pytest.mark.full]
@@ -62,6 +64,10 @@ HEAD_DIMS = (
     512,
 )
 CHUNKS, CALLS = 10, int(os.environ.get("BROADHEAD_FUZZ_CALLS", "60"))
+#: The masks that are values and that every row of 16-bit queries has; those of the others come to their rows.
+COMMON = tuple(
+    name for name in VALUE_MASKS if all(supports(row, {name: True}) for row in ROWS if row.dtype in ("bf16", "fp16"))
+)
 GROUPS = ((8, 8), (6, 2), (12, 2), (8, 1), (16, 1), (15, 3), (24, 1), (64, 1))
 
 
@@ -90,7 +96,8 @@ def test_reject_or_correct(chunk: int, seed: int, cuda: torch.device, row_ran: C
         rng = random.Random(seed + i)
         longest = rng.choice((6, 40, 150, 600))
         decode = 1.0 if chunk % 2 else 0.5
-        call = random_call(rng, DTYPES, longest, HEAD_DIMS, decode=decode, invariant=0.2, e4m3_cache=0.15)
+        shares = {"decode": decode, "invariant": 0.2, "e4m3_cache": 0.15}
+        call = random_call(rng, DTYPES, longest, HEAD_DIMS, **shares, values=COMMON)
         torch.manual_seed(seed + i)
         if check_case(call, f"case {i} (seed {seed + i})", rng, cuda):
             row_ran(dtype=call.dtype)
@@ -112,8 +119,7 @@ def random_row_call(row: support.KernelRow, rng: random.Random) -> Call:
     is_decode = row.phase == "decode"
     share = {"decode": 0.9, "invariant": 0.2} if is_decode else {}
     call = random_call(rng, (TORCH_DTYPES[row.dtype],), longest, head_dims=(head_dim,), **share)
-    defaults = {name: Call.__dataclass_fields__[name].default for name in MASK_FEATURES}
-    changes = {name: x for name, x in defaults.items() if not supports(row, {name: x})}
+    call, changes = without_lacking(row, call), {}
     if cache_dtype(row) != row.dtype:  # then keys are a cache that is only read
         changes |= {"kv_dtype": TORCH_DTYPES[cache_dtype(row)], "descale": rng.choice(("", "kv", "one")), "num_new": ()}
         changes |= {"function": "kvcache"} if call.function == "func" else {"page_size": call.page_size or 16}
@@ -152,7 +158,7 @@ def test_row_out_of_range(
     for i in range(CALLS):
         rng = random.Random(seed + i)
         torch.manual_seed(seed + i)
-        edge = suited(row, random_edge(rng, packed_k=not row.kv_dtype))
+        edge = suited(row, random_edge(rng, packed_k=not row.kv_dtype, values=value_masks_of(row)))
         if not takes(row, edge):
             continue
         shape = shape_of(row, i, edge)

@@ -13,6 +13,7 @@ from broadhead import support
 from broadhead.support import KernelRow
 from edge_rows import ONE_OF_A_KIND
 from forced_rows import FILE_VARIABLE
+from gpu_calls import value_masks_of
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -28,6 +29,17 @@ PARTS = {
     "test_curated.test_prefill_row": lambda row: row.dtype != "fp16" or bool(row.requires),
     # Fused kernels add dq in no order.
     "test_gpu_backward.test_sums_have_an_order": lambda row: "deterministic" in row.features,
+    # Masks that a row lists or does not.
+    "test_gpu_mask_values.test_rows_without_a_mask_refuse_it": lambda row: len(value_masks_of(row)) < 3,
+    "test_gpu_mask_values.test_ranges_about_tiles": lambda row: "query_ranges" in row.features,
+    "test_gpu_mask_values.test_chunked_prefill": lambda row: "query_ranges" in row.features,
+    "test_gpu_mask_values.test_drafts": lambda row: "tree_mask" in row.features,
+    "test_gpu_mask_values.test_causality_of_many": lambda row: "causal_by_sequence" in row.features,
+    "test_gpu_mask_values": lambda row: bool(value_masks_of(row)),
+    "test_curated.test_mask_values": lambda row: bool(value_masks_of(row)) and row in ONE_OF_A_KIND,
+    "test_gpu_edges.test_another_stream_changes_the_masks": lambda row: bool(value_masks_of(row)),
+    "test_gpu_edges.test_row_values": lambda row: bool(value_masks_of(row)),
+    "test_gpu_backward.test_ranges_about_tiles": lambda row: "query_ranges" in row.features,
     # Sanitizers take seconds a call; test_gpu_edges takes every row.
     "test_curated.test_edges": lambda row: row in ONE_OF_A_KIND,
 }
@@ -94,5 +106,6 @@ def test_a_row_left_out_is_told(forced: Forced) -> None:
 
 
 def test_parts_name_tests_that_exist(forced: Forced) -> None:
-    for name in PARTS:
-        assert any(test == name or test.split(".")[0] == name for test in forced), name
+    for name, part in PARTS.items():
+        known = any(test == name or test.split(".")[0] == name for test in forced)
+        assert known or not any(map(part, support.ROWS)), name

@@ -36,12 +36,21 @@ def by_hand(built: Built, b: int, h: int, i: int) -> tuple[list[float], float]:
     k = built.k[b][:, kv_head].tolist()
     v = [[x * factor.get("v_descale", 1.0) for x in row] for row in built.v[b][:, kv_head].tolist()]
     position = i + len(k) - len(built.q[b])
+    right = 0 if call.causal_each and call.causal_each[b] else right
     terms: list[tuple[float, list[float]]] = []
     for j, key in enumerate(k):
         seen = (left < 0 or j >= position - left) and (right < 0 or j <= position + right)
         if call.attention_chunk:
             seen = seen and position // call.attention_chunk == j // call.attention_chunk
-        if not seen and not (call.prefix and j < call.prefix[b]):
+        seen = seen or bool(call.prefix and j < call.prefix[b])
+        if call.ranges:
+            begin, end = call.ranges[b][i]
+            hidden = call.ranges_in_window and 0 <= left < position - j
+            seen = seen or (0 <= begin <= j < end and not hidden)
+        if call.tree and j >= len(k) - 64:
+            bits = format(call.tree[b][i] % 2**64, "064b")[::-1]  # bit 0 first
+            seen = bits[j - len(k) + 64] == "1"
+        if not seen:
             continue
         score = sum(x * y for x, y in zip(q, key, strict=True)) * factor.get("k_descale", 1.0)
         if built.qv is not None:
@@ -58,14 +67,14 @@ def by_hand(built: Built, b: int, h: int, i: int) -> tuple[list[float], float]:
     return out, largest + math.log(total)
 
 
-@pytest.mark.parametrize("number", range(12))
+@pytest.mark.parametrize("number", range(24))
 def test_the_oracle_equals_arithmetic_by_hand(number: int, rng: random.Random) -> None:
     """Random calls of every mask, factor and option, row by row."""
     dtype = (torch.float64, torch.bfloat16, FP8)[number % 3]
     call = random_call(rng, (dtype,), longest=12, head_dims=(8, 16), qv=0.5)
     if call.batch > 5:
         call = call.with_(seqlens_q=call.seqlens_q[:5], seqlens_k=call.seqlens_k[:5], prefix=call.prefix[:5])
-        call = call.with_(leftpad=call.leftpad[:5], num_new=call.num_new[:5])
+        call = call.with_(leftpad=call.leftpad[:5], num_new=call.num_new[:5], causal_each=call.causal_each[:5])
     built = build(call, CPU, rng)
     outs, lses = judge(built)
     for b, (out, lse) in enumerate(zip(outs, lses, strict=True)):
@@ -179,6 +188,7 @@ def test_every_padding_slot_holds_nan(dtype: torch.dtype, seed: int) -> None:
         rng = random.Random(seed + i)
         call = random_call(rng, (dtype,), 60, (16, 48, 64), qv=0.3)
         call = call.with_(num_new=(), window=(-1, -1), attention_chunk=0, causal=False, prefix=(), freed_entries=False)
+        call = call.with_(causal_each=(), tree="")
         if call.k_layout == "overlapping":
             continue
         built = build(call, CPU, rng)

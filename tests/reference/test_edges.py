@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 from edge_calls import EdgeCall, Shape, build, check, run_reference
-from edge_cases import BASE, EDGES, GROUPS
+from edge_cases import BASE, EDGES, GROUPS, VALUE_EDGES, VALUE_MASKS
 from edges import Edge, answer
 from random_edges import random_edge
 
@@ -28,6 +28,13 @@ def make(edge: Edge, shape: Shape, seed: int) -> EdgeCall:
 def test_reference(edge: Edge, seed: int) -> None:
     """What a device runs where it has no kernel. The table's cases take turns with the shapes."""
     shape = list(SHAPES.values())[EDGES.index(edge) % len(SHAPES)]
+    call = make(edge, shape, seed)
+    check(call, *run_reference(call))
+
+
+@pytest.mark.parametrize("edge", VALUE_EDGES, ids=lambda edge: edge.name)
+def test_masks_that_are_values(edge: Edge, seed: int) -> None:
+    shape = list(SHAPES.values())[VALUE_EDGES.index(edge) % len(SHAPES)]
     call = make(edge, shape, seed)
     check(call, *run_reference(call))
 
@@ -56,6 +63,15 @@ def test_the_table_covers_its_subject() -> None:
             cut = len(answers[edge.name].written) < wanted
             assert cut or edge.leftpad or edge.cu_seqlens_k_new, f"{edge.name}: all new keys fit"
     assert not any(a.contested for a in answers.values())
+
+
+def test_values_of_masks_matter() -> None:
+    """Of each mask that is values some edge shows other keys than without it, and sees keys at all."""
+    for name in VALUE_MASKS:
+        edges = [edge for edge in VALUE_EDGES if edge.name.endswith(f"-{name}")]
+        plain = [edge.with_(ranges=(), tree=(), causal_each=()) for edge in edges]
+        changed = [a for a, b in zip(edges, plain, strict=True) if answer(a).seen != answer(b).seen]
+        assert len(changed) > len(edges) // 5, name
 
 
 def test_the_check_finds_what_is_wrong(seed: int) -> None:

@@ -211,8 +211,7 @@ def test_metadata_of_decode_kernels_plans_nothing(asked: int, bound: int) -> Non
 
 
 def test_a_call_is_built_at_once() -> None:
-    """Longer tuples, and calls with more arguments, go through a list in CPython: 0.3 us a call."""
-    assert len(AttentionArgs._fields) <= 30
+    """Tuples of more than 30, and calls with more arguments, go through a list in CPython: up to 0.3 us a call."""
     for function in (broadhead.flash_attn_with_kvcache, broadhead.flash_attn_varlen_func, broadhead.flash_attn_func):
         assert not any(step.opname == "LIST_APPEND" for step in dis.get_instructions(function)), function.__name__
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import broadhead
 import torch
-from layouts import NAN, int32, place_keys, place_output, place_queries
+from layouts import NAN, int32, place_keys, place_masks, place_output, place_queries
+from masks import drawn
 from oracle import Rule
 from torch import Tensor
 
@@ -58,6 +59,13 @@ class Call:
     # is 8-bit, but with "all"
     descale: str = ""
     prefix: tuple[int, ...] = ()
+    # Masks as values, by sequence: a pattern of masks.py, or (begin, end) or a word of each query.
+    ranges: str | tuple[tuple[tuple[int, int], ...], ...] = ""
+    ranges_in_window: bool = False  # of no effect without ranges
+    tree: str | tuple[tuple[int, ...], ...] = ""
+    causal_each: tuple[bool, ...] = ()  # causality by sequence; then `causal` is False
+    causal_dtype: torch.dtype = torch.bool  # of causal_each: or int32, where anything but 0 is true
+    strided_masks: bool = False  # rows of ranges and words lie apart
     page_size: int = 0  # 0: not paged
     q_layout: str = "plain"  # "plain", "packed" (slice of q|k|v heads), "heads_first" (transposed), "gapped" (columns)
     # "plain", "rows" (K|V in a row), "interleaved" (vLLM), "heads_first", "gapped" (columns), "overlapping" (HF)
@@ -124,8 +132,18 @@ class Call:
 
     def rule(self, b: int) -> Rule:
         """What the oracle must know of sequence ``b``."""
-        prefix = self.prefix[b] if self.prefix else None
-        return Rule(self.scale, self.normalized_window, self.attention_chunk, prefix, self.softcap)
+        assert not any(x and isinstance(x, str) for x in (self.ranges, self.tree)), "patterns have no numbers yet"
+        left, right = self.normalized_window
+        return Rule(
+            self.scale,
+            (left, 0) if self.causal_each and self.causal_each[b] else (left, right),
+            self.attention_chunk,
+            self.prefix[b] if self.prefix else None,
+            self.softcap,
+            self.ranges[b] if self.ranges else None,
+            self.ranges_in_window,
+            self.tree[b] if self.tree else None,
+        )
 
     def with_(self, **changes: Any) -> Call:
         return dataclasses.replace(self, **changes)
@@ -154,6 +172,8 @@ class Built:
         if call.function == "mha_fwd":
             given = self.normalised() | {name: kwargs[name] for name in NOT_OF_THE_REFERENCE if name in kwargs}
             given |= {f"window_size_{side}": given.pop(f"window_{side}") for side in ("left", "right")}
+            if call.causal_each:
+                given["causal"] = given.pop("causal_by_sequence")
             return broadhead.mha_fwd(**{**given, **overrides})
         if call.metadata:
             kwargs.setdefault("scheduler_metadata", self.scheduler_metadata())
@@ -177,6 +197,8 @@ class Built:
             "max_seqlen_q": kwargs["q"].shape[1] if max_seqlen_q is None else max_seqlen_q,
             "max_seqlen_k": self.max_seqlen_k(),
         }
+        if call.causal_each:
+            given["causal_by_sequence"] = kwargs["causal"]
         return given
 
     @property
@@ -214,7 +236,7 @@ class Built:
             "cache_leftpad": kwargs.get("cache_leftpad"),
             "page_size": call.page_size or None,
             "max_seqlen_k_new": max(call.num_new, default=0),
-            "causal": call.causal,
+            "causal": kwargs["causal"],
             "window_size": call.window,
             "attention_chunk": call.attention_chunk,
             "has_softcap": call.softcap > 0,
@@ -261,11 +283,13 @@ def build(
     poison: bool = True,
     given: Mapping[int, tuple[Tensor, Tensor, Tensor]] | None = None,
 ) -> Built:
-    """Draw the sequences of ``call`` and lay them out. ``rng`` shuffles pages; torch's generator draws the values.
+    """Draw the sequences of ``call`` and lay them out. ``rng`` shuffles pages and makes numbers of the patterns of
+    masks; torch's generator draws the values.
 
     ``given``: q, k and v of sequences, by index, that are not drawn.
     """
     rng = rng or random.Random(torch.initial_seed())
+    call = drawn(call, rng)
     q = [draw(call.dtype, device, n, call.heads_q, call.head_dim) for n in call.seqlens_q]
     k = [draw(call.k_dtype, device, n, call.heads_kv, call.head_dim) for n in call.seqlens_k]
     v = [draw(call.k_dtype, device, n, call.heads_kv, call.dim_v) for n in call.seqlens_k]
@@ -297,6 +321,7 @@ def build(
         built.qv = [draw(call.dtype, device, n, call.heads_q, call.dim_v) for n in call.seqlens_q]
     kwargs |= built.descales
     place_queries(built, device)
+    place_masks(built, device, rng)
     place_keys(built, device, rng)
     built.out, built.out_store = place_output(call, kwargs["q"].shape[:-2], NAN if poison else 0.0, device)
     kwargs["out"] = built.out

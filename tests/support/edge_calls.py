@@ -165,11 +165,23 @@ def _index_tensors(edge: Edge, device: torch.device) -> dict[str, Any]:
     tensors: dict[str, Any] = {name: int32(x, device) for name, x in named.items() if x}
     if edge.page_table:
         tensors["page_table"] = torch.tensor(edge.page_table, dtype=torch.int32, device=device)
+    if edge.ranges:
+        tensors["query_ranges"] = _by_query(edge, torch.tensor(edge.ranges, dtype=torch.int32, device=device))
+        tensors["ranges_in_window"] = edge.ranges_in_window
+    if edge.tree:
+        tensors["tree_mask"] = _by_query(edge, torch.tensor(edge.tree, dtype=torch.int64, device=device))
+    if edge.causal_each:
+        tensors["causal"] = int32(edge.causal_each, device)
     if edge.cu_seqlens_q:
         tensors["max_seqlen_q"] = edge.max_seqlen_q
     if not cached:
         tensors |= {"max_seqlen_k": edge.max_seqlen_k} | ({} if edge.packed_k else {"cu_seqlens_k": None})
     return tensors
+
+
+def _by_query(edge: Edge, x: Tensor) -> Tensor:
+    """Values of the rows of q, as q has them."""
+    return x if edge.cu_seqlens_q else x.unflatten(0, (edge.batch, edge.seqlen_q))
 
 
 def _metadata(call: EdgeCall) -> Tensor:
@@ -180,7 +192,7 @@ def _metadata(call: EdgeCall) -> Tensor:
         edge.batch, edge.max_seqlen_q or edge.seqlen_q, capacity, shape.heads_q, shape.heads_kv, shape.head_dim,
         kwargs["cache_seqlens"], qkv_dtype=shape.dtype, headdim_v=shape.head_dim_v,
         cu_seqlens_q=kwargs.get("cu_seqlens_q"), cache_leftpad=kwargs.get("cache_leftpad"),
-        page_size=edge.block_rows if edge.page_table else None, causal=edge.causal, window_size=edge.window,
+        page_size=edge.block_rows if edge.page_table else None, causal=kwargs["causal"], window_size=edge.window,
         max_seqlen_k_new=edge.seqlen_new or edge.total_new, attention_chunk=edge.attention_chunk,
         num_splits=shape.num_splits or 0, pack_gqa=shape.pack_gqa, has_qv=shape.qv,
     )  # fmt: skip
@@ -270,4 +282,6 @@ def run_reference(call: EdgeCall) -> tuple[Tensor, Tensor]:
         max_seqlen_q=edge.max_seqlen_q if edge.cu_seqlens_q else edge.seqlen_q, max_seqlen_k=max_seqlen_k,
         seqused_q=kwargs.get("seqused_q"), seqused_k=lengths, leftpad_k=kwargs.get("cache_leftpad"),
         kv_batch_idx=kwargs.get("cache_batch_idx"), page_table=table, out=kwargs["out"],
+        **{name: kwargs[name] for name in ("query_ranges", "ranges_in_window", "tree_mask") if name in kwargs},
+        **({"causal_by_sequence": kwargs["causal"]} if edge.causal_each else {}),
     )  # fmt: skip

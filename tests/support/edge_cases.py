@@ -12,6 +12,14 @@ MASKS = {
     "window_both": {"window": (11, 4)},
     "chunk": {"causal": True, "attention_chunk": 7},
 }
+#: Masks that are values, and the windows that they come with: with_values has the values.
+VALUE_MASKS = {
+    "ranges": {"causal": True, "window": (9, 0)},
+    "ranges_in_window": {"window": (30, 2), "ranges_in_window": True},
+    "tree": {"causal": True, "window": (80, 0)},
+    "causal_each": {"window": (40, 5)},
+    "causal_each_tree": {},
+}
 PAGE_SIZES = (1, 16, 64, 128)
 
 
@@ -188,6 +196,38 @@ BASE = (*CACHES, *PACKED, *PAGES, *APPENDS)
 #: Every edge under every mask.
 EDGES = tuple(edge.with_(name=f"{edge.name}-{mask}", **options) for edge in BASE for mask, options in MASKS.items())
 GROUPS = tuple(dict.fromkeys(edge.group for edge in EDGES))
+
+
+def with_values(edge: Edge, name: str) -> Edge:
+    """The call under a mask of VALUE_MASKS: ranges and words of each row of q, which differ from row to row."""
+    options: dict = {"name": f"{edge.name}-{name}", **VALUE_MASKS[name]}
+    rows = range(edge.rows_q)
+    if "ranges" in name:
+        begins = [(-1, 0, 3, 17, 70, INT_MAX, INT_MIN)[7 * row % 11 % 7] + row % 3 * (row % 5 > 0) for row in rows]
+        begins = [min(max(begin, INT_MIN), INT_MAX) for begin in begins]
+        options["ranges"] = tuple(
+            (begin, (5, INT_MAX, 40, 0, 76, INT_MIN, 300)[(row + begin) % 7])
+            for row, begin in zip(rows, begins, strict=True)
+        )
+    if "tree" in name:
+        options["tree"] = tuple((row + 1) * 0x9E3779B97F4A7C15 % 2**64 - 2**63 for row in rows)
+    if "causal_each" in name:
+        options["causal_each"] = tuple((0, 256, -1, 1, 0)[(edge.rows_q + b) % 5] for b in range(edge.batch))
+    return edge.with_(**options)
+
+
+def takes_values(edge: Edge, name: str) -> bool:
+    """A tree has at most 64 drafts."""
+    return "tree" not in name or max(edge.seqlen_q, edge.max_seqlen_q) <= 64
+
+
+#: Every edge under half of the masks that are values.
+VALUE_EDGES = tuple(
+    with_values(edge, name)
+    for i, edge in enumerate(BASE)
+    for j, name in enumerate(VALUE_MASKS)
+    if (i + j) % 2 == 0 and takes_values(edge, name)
+)
 
 
 def edges_of(group: str) -> tuple[Edge, ...]:

@@ -28,6 +28,7 @@ PATIENCE = 60.0
 def takes(row: support.KernelRow, edge: Edge) -> bool:
     """Whether the row computes the call at all."""
     mask = {"causal": edge.causal, "window": max(edge.window) >= 0, "attention_chunk": edge.attention_chunk > 0}
+    mask |= {name: bool(getattr(edge, name)) for name in ("ranges", "tree", "causal_each")}
     mixed = bool(row.kv_dtype)  # keys of another dtype are a cache
     return supports(row, {name: True for name, used in mask.items() if used}) and not (mixed and edge.packed_k)
 

@@ -40,6 +40,10 @@ class Edge:
     causal: bool = False
     window: tuple[int, int] = (-1, -1)
     attention_chunk: int = 0
+    ranges: tuple[tuple[int, int], ...] = ()  # of every row of q, owned or not
+    ranges_in_window: bool = False
+    tree: tuple[int, ...] = ()  # likewise
+    causal_each: tuple[int, ...] = ()  # causality by sequence
 
     @property
     def batch(self) -> int:
@@ -132,13 +136,18 @@ def key_slots(edge: Edge, b: int) -> list[int | None]:
     return [slot(row) for row in range(pad, length)]
 
 
-def sees(edge: Edge, position: int, key: int) -> bool:
-    """The mask: a query at ``position`` of its keys, bottom-right aligned."""
+def sees(edge: Edge, b: int, row: int, position: int, key: int, count: int) -> bool:
+    """Whether row ``row`` of q, of sequence b and at ``position`` of its ``count`` keys, sees a key."""
+    if edge.tree and key >= count - 64:
+        return edge.tree[row] >> key - (count - 64) & 1 == 1
     left, right = edge.window
-    right = 0 if edge.causal else right
-    if left >= 0 and position - key > left:
-        return False
-    if right >= 0 and key - position > right:
+    right = 0 if edge.causal or (edge.causal_each and edge.causal_each[b]) else right
+    behind = left >= 0 and position - key > left
+    if edge.ranges:
+        begin, end = edge.ranges[row]
+        if 0 <= begin <= key < end and not (edge.ranges_in_window and behind):
+            return True
+    if behind or (right >= 0 and key - position > right):
         return False
     chunk = edge.attention_chunk
     return chunk == 0 or position // chunk == key // chunk
@@ -154,10 +163,14 @@ def answer(edge: Edge) -> Answer:
         first, count = query_span(edge, b)
         for i in range(count):
             position = i + len(keys) - count
-            row = [slot for key, slot in enumerate(keys) if slot is not None and sees(edge, position, key)]
-            if first + i in seen:
-                contested.add(first + i)
-            seen[first + i] = row
+            row = first + i
+            if row in seen:
+                contested.add(row)
+            seen[row] = [
+                slot
+                for key, slot in enumerate(keys)
+                if slot is not None and sees(edge, b, row, position, key, len(keys))
+            ]
         if edge.appends:
             capacity, slot_of = place_of(edge, b)
             begin, added = new_span(edge, b)

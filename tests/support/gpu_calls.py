@@ -21,6 +21,9 @@ MASK_FEATURES = {
     "window": "window",
     "attention_chunk": "attention_chunk",
     "prefix": "prefix_lens",
+    "ranges": "query_ranges",
+    "tree": "tree_mask",
+    "causal_each": "causal_by_sequence",
 }
 #: Packed rows (tokens x query heads of one KV head) up to which decode rows must run with qv, up to which they must
 #: without (with it see `absorbed_phase`), and from which prefill rows must.
@@ -48,6 +51,35 @@ MASKS = {
     "prefix_window": {"causal": True, "window": (20, 0), "prefix": (64, 3, 0, 129, 63)},
     "prefix_chunk": {"causal": True, "attention_chunk": 64, "prefix": (30, 3, 0, 65, 1)},
 }
+#: Masks of five sequences that are values; a tree's queries are at most 64.
+VALUE_MASKS = {
+    "ranges_nothing": {"causal": True, "ranges": "nothing"},
+    "ranges_images": {"causal": True, "ranges": "images"},
+    "ranges_images_window": {"causal": True, "window": (64, 0), "ranges": "images", "ranges_in_window": True},
+    "ranges_tiles": {"causal": True, "window": (40, 0), "ranges": "tiles"},
+    "ranges_pages": {"window": (17, 3), "ranges": "pages"},
+    "ranges_splits": {"causal": True, "window": (0, 0), "ranges": "splits"},
+    "ranges_far": {"causal": True, "window": (20, 0), "ranges": "far"},
+    "ranges_far_window": {"causal": True, "window": (20, -1), "ranges": "far", "ranges_in_window": True},
+    "ranges_ahead": {"causal": True, "ranges": "ahead"},
+    "ranges_beyond": {"causal": True, "window": (5, 0), "ranges": "beyond"},
+    "ranges_single": {"causal": True, "window": (0, 0), "ranges": "single"},
+    "ranges_prefix": {"causal": True, "window": (9, 0), "ranges": "random", "prefix": (40, 1, 3, 64, 500)},
+    "ranges_chunk": {"causal": True, "attention_chunk": 50, "ranges": "random"},
+    "ranges_random": {"window": (-1, 5), "ranges": "random", "strided_masks": True},
+    "causal_each": {"causal_each": (True, False, True, False, True)},
+    "causal_each_none": {"causal_each": (False,) * 5, "window": (33, -1)},
+    "causal_each_window": {
+        "causal_each": (False, True, False, True, True), "causal_dtype": torch.int32, "window": (30, 7),
+    },
+    "causal_each_prefix": {"causal_each": (True, False, True, True, False), "prefix": (40, 1, 3, 64, 500)},
+    "causal_each_ranges": {"causal_each": (True, True, False, True, False), "window": (12, 4), "ranges": "random"},
+    "causal_each_chunk": {"causal_each": (False, True, True, True, False), "attention_chunk": 64},
+    "tree_eagle": {"causal": True, "tree": "eagle"},
+    "tree_chain": {"tree": "chain", "strided_masks": True},
+    "tree_words": {"causal": True, "window": (90, 0), "tree": "words"},
+    "tree_causal_each": {"causal_each": (True, False, True, True, False), "window": (70, -1), "tree": "words"},
+}  # fmt: skip
 #: What may join any mask.
 EXTRAS = {
     "": {},
@@ -79,6 +111,20 @@ def expected_phase(call: Call, planned: bool = False, max_seqlen_q: int | None =
 def supports(row: support.KernelRow, options: dict) -> bool:
     """Whether the row's kernel has the masks among a call's options."""
     return all(MASK_FEATURES[name] in row.features for name in options if name in MASK_FEATURES)
+
+
+def value_masks_of(row: support.KernelRow) -> tuple[str, ...]:
+    """The masks that are values and that the row's kernel has."""
+    return tuple(name for name in ("ranges", "causal_each", "tree") if supports(row, {name: True}))
+
+
+def without_lacking(row: support.KernelRow, call: Call) -> Call:
+    """The call without the masks that the row lacks."""
+    fields = Call.__dataclass_fields__
+    lacking = {name: fields[name].default for name in MASK_FEATURES if not supports(row, {name: True})}
+    if "causal_each" in lacking and call.causal_each and "causal" not in lacking:
+        lacking["causal"] = True
+    return call.with_(**lacking)
 
 
 def within(row: support.KernelRow, call: Call) -> Call:

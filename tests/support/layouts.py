@@ -16,6 +16,8 @@ NAN = float("nan")
 E4M3_NAN = 0x7F
 #: What a page table may hold where no page is needed.
 GARBAGE_PAGES = (2**31 - 1, -(2**31), -1, 10**6)
+#: What int32 may hold where a sequence is causal.
+TRUE = (1, -1, 2, 256, 1 << 16, -(2**31))
 
 
 def bytes_of(x: Tensor) -> Tensor:
@@ -97,6 +99,45 @@ def _place_rows(
         else:
             bytes_of(x)[starts[b] : starts[b] + len(sequence)] = bytes_of(sequence)
     return x
+
+
+def place_masks(built: Built, device: torch.device, rng: random.Random) -> None:
+    """Masks that are values: ranges and words as q has its rows, anything in those that no sequence owns."""
+    call, kwargs = built.call, built.kwargs
+    lead = kwargs["q"].shape[:-2]
+    if call.ranges:
+        kwargs["query_ranges"] = _place_values(built, lead.numel(), (2,), call.ranges, torch.int32, rng).to(device)
+        kwargs["ranges_in_window"] = call.ranges_in_window
+    if call.tree:
+        kwargs["tree_mask"] = _place_values(built, lead.numel(), (), call.tree, torch.int64, rng).to(device)
+    for name in ("query_ranges", "tree_mask"):
+        if name in kwargs:
+            kwargs[name] = _apart(kwargs[name]) if call.strided_masks else kwargs[name]
+            kwargs[name] = kwargs[name].unflatten(0, lead)
+    if call.causal_each:
+        assert not call.causal and len(call.causal_each) == call.batch
+        values = [causal and (call.causal_dtype == torch.bool or rng.choice(TRUE)) for causal in call.causal_each]
+        kwargs["causal"] = torch.tensor(values, dtype=call.causal_dtype, device=device)
+
+
+def _place_values(
+    built: Built, rows: int, tail: tuple[int, ...], values: Any, dtype: torch.dtype, rng: random.Random
+) -> Tensor:
+    """``(rows, *tail)`` on the CPU: the values of each sequence in its rows, anything in the others."""
+    least, most = torch.iinfo(dtype).min, torch.iinfo(dtype).max
+    drawn = [rng.choice((0, 1, 3, rows, most, least, -1)) for _ in range(rows * (tail or (1,))[0])]
+    x = torch.tensor(drawn, dtype=dtype).reshape(rows, *tail)
+    for place, given in zip(built.rows, values, strict=True):
+        if given:
+            x[place.cpu()] = torch.tensor(given, dtype=dtype)
+    return x
+
+
+def _apart(x: Tensor) -> Tensor:
+    """The same rows among others, which hold anything; the last dimension of ranges stays together."""
+    store = torch.full((len(x), 3, *x.shape[1:]), 5, dtype=x.dtype, device=x.device)
+    store[:, 1] = x
+    return store[:, 1]
 
 
 def place_keys(built: Built, device: torch.device, rng: random.Random) -> None:

@@ -16,17 +16,26 @@ from torch import Tensor
 E4M3_P_SCALE = 256.0
 #: The most scores that are held at once: longer sequences take some query rows at a time.
 MAX_SCORES = 1 << 25
+#: The last keys of a sequence, of which a word of a tree has one bit each.
+TREE_KEYS = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What a score becomes, and which keys a query sees. Windows and chunks as in the reference: -1, 0 are none."""
+    """What a score becomes, and which keys a query sees. Windows and chunks as in the reference: -1, 0 are none.
+
+    A sequence that is causal has 0 as the right side of its window. ``ranges`` are ``(begin, end)`` of each query.
+    ``tree`` has a word of each query, whose bits say which of the last 64 keys it sees.
+    """
 
     scale: float
     window: tuple[int, int] = (-1, -1)
     chunk: int = 0
     prefix: int | None = None
     softcap: float = 0.0
+    ranges: tuple[tuple[int, int], ...] | None = None
+    ranges_in_window: bool = False
+    tree: tuple[int, ...] | None = None
 
 
 def attention(
@@ -93,6 +102,16 @@ def visible(sq: int, sk: int, rule: Rule, device: torch.device) -> Tensor:
         mask &= position // rule.chunk == key // rule.chunk
     if rule.prefix is not None:
         mask |= key < rule.prefix
+    if rule.ranges is not None:
+        begin, end = torch.tensor(rule.ranges, dtype=torch.int64, device=device).reshape(sq, 2, 1).unbind(1)
+        inside = (begin >= 0) & (begin <= key) & (key < end)
+        if rule.ranges_in_window and left >= 0:
+            inside &= position - key <= left
+        mask |= inside
+    if rule.tree is not None:
+        words = torch.tensor(rule.tree, dtype=torch.int64, device=device)[:, None]
+        bit = (key - (sk - TREE_KEYS)).clamp(min=0)
+        mask = torch.where(key >= sk - TREE_KEYS, (words >> bit) & 1 == 1, mask)
     return mask
 
 

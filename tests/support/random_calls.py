@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from calls import Built, Call
+from masks import MOST_DRAFTS, RANGES, TREES
 
 PAGE_SIZES = (1, 2, 3, 4, 5, 8, 16, 32, 48, 64, 128, 256)
 HEADS = ((1, 1), (2, 2), (2, 1), (3, 1), (4, 2), (6, 1), (8, 1), (9, 3), (16, 1), (16, 2), (24, 1))
@@ -15,6 +16,8 @@ HEADS = ((1, 1), (2, 2), (2, 1), (3, 1), (4, 2), (6, 1), (8, 1), (9, 3), (16, 1)
 SPLIT_TOKENS = (64, 128, 192, 256, 4096)
 #: Packed rows (tokens x heads of a KV head) up to which a call is for the decode kernels.
 DECODE_ROWS = 32
+#: The masks of a Call that are values on the device.
+VALUE_MASKS = ("ranges", "causal_each", "tree")
 
 
 def random_call(
@@ -26,11 +29,13 @@ def random_call(
     decode: float = 0.5,
     invariant: float = 0.0,
     e4m3_cache: float = 0.0,
+    values: Collection[str] = VALUE_MASKS,
 ) -> Call:
     """One call that the contract allows. ``longest`` bounds the sequences.
 
     Shares: qv: of 16-bit calls with it; decode: of calls with few queries; of those that decode kernels take,
-    invariant: with tokens_per_split, and e4m3_cache: with 8-bit keys beside 16-bit queries.
+    invariant: with tokens_per_split, and e4m3_cache: with 8-bit keys beside 16-bit queries. values: those of
+    VALUE_MASKS that calls may have.
     """
     function = rng.choice(("func", "varlen", "varlen", "kvcache", "kvcache"))
     is_decode = rng.random() < decode
@@ -90,12 +95,36 @@ def random_call(
         call = call.with_(k_layout="overlapping")
     if function != "func" and call.packed_rows <= DECODE_ROWS and rng.random() < invariant:
         call = call.with_(tokens_per_split=rng.choice(SPLIT_TOKENS), num_splits=rng.choice((None, 0, 1)))
+    call = with_value_masks(call, rng, values)
     if call.dtype.itemsize == 1:
         return call.with_(descale=rng.choice(("", "each", "each", "one", "kv")))
     if rng.random() < e4m3_cache and takes_e4m3_cache(call):
         dims = {"head_dim": -(-call.head_dim // 16) * 16, "head_dim_v": -(-call.head_dim_v // 16) * 16}
         return call.with_(kv_dtype=torch.float8_e4m3fn, descale=rng.choice(("", "kv", "kv", "one")), **dims)
     return call.with_(qv=rng.random() < qv) if qv else call
+
+
+def with_value_masks(call: Call, rng: random.Random, names: Collection[str] = VALUE_MASKS) -> Call:
+    """The call with masks of ``names`` that are values, each in a fifth of the calls that may have it."""
+    changes: dict[str, Any] = {"strided_masks": rng.random() < 0.3}
+    if rng.random() < 0.2 and "causal_each" in names:
+        changes |= {"causal": False, "causal_each": tuple(rng.random() < 0.5 for _ in range(call.batch))}
+        changes["causal_dtype"] = rng.choice((torch.bool, torch.int32))
+        if not call.batch:
+            changes |= {"causal": call.causal}
+    changed = call.with_(**changes)
+    if rng.random() < 0.2 and "tree" in names and takes_tree(changed):
+        return changed.with_(tree=rng.choice(list(TREES)))
+    if rng.random() < 0.25 and "ranges" in names:
+        return changed.with_(ranges=rng.choice(list(RANGES)), ranges_in_window=rng.random() < 0.4)
+    return changed
+
+
+def takes_tree(call: Call) -> bool:
+    """Whether drafts of a call may form a tree."""
+    queries = max(call.seqlens_q, default=0) + call.slack_q + (call.max_seqlen_slack if call.packs_queries else 0)
+    others = call.ranges or call.prefix or call.attention_chunk
+    return queries <= MOST_DRAFTS and call.normalized_window[1] <= 0 and not others
 
 
 def drawn_call(
@@ -107,6 +136,7 @@ def drawn_call(
     used_k: bool = False,
     leftpad: bool = False,
     prefix: bool = False,
+    causal_each: bool = False,
     **options: Any,
 ) -> Call:
     """A call of mha_fwd whose lengths are random, ``longest_q`` and ``longest_k`` at most, and reached by one sequence.
@@ -123,6 +153,8 @@ def drawn_call(
         ends = [end - pad for end, pad in zip(ends, options["leftpad"], strict=True)]
     if prefix:
         options["prefix"] = tuple(rng.randint(0, longest_k + 3) for _ in ends)
+    if causal_each:
+        options["causal_each"] = tuple(b % 2 == 0 for b in rng.sample(range(batch), batch))
     if packed_q or packed_k:
         options["tail"] = rng.choice((0, rng.randint(1, 5)))
     slack = {"slack_q": rng.randint(1, 4) if used_q else 0, "slack_k": rng.randint(1, 4) if used_k else 0}
@@ -184,8 +216,9 @@ def repeated_heads(built: Built, rng: random.Random) -> None:
 
 def broadcast_keys(built: Built, rng: random.Random) -> None:
     """Legal: dense k and v with stride 0 over the batch (every sequence the same keys)."""
-    if built.call.function != "func" or built.call.prefix:
-        return  # with prefixes the sequences see different keys, and all others are NaN
+    call = built.call
+    if call.function != "func" or call.prefix or call.ranges or call.causal_each or call.tree:
+        return  # with these the sequences see different keys, and all others are NaN
     for name, logical in (("k", built.k), ("v", built.v)):
         built.kwargs[name] = built.kwargs[name][:1].expand(len(logical), -1, -1, -1)
         logical[:] = logical[:1] * len(logical)
@@ -205,8 +238,16 @@ def strided_last_dim(built: Built, rng: random.Random) -> None:
     built.kwargs[name] = _every_second(built.kwargs[name])
 
 
+def strided_values(built: Built, rng: random.Random) -> None:
+    """Legal: masks that are values with a last dimension that is not contiguous, or expanded: they are copied."""
+    for name in ("query_ranges", "tree_mask", "causal"):
+        x = built.kwargs.get(name)
+        if isinstance(x, torch.Tensor) and x.numel():
+            built.kwargs[name] = _every_second(x)
+
+
 LEGAL: tuple[Callable[[Built, random.Random], None], ...] = (
-    odd_strides, odd_out, repeated_heads, broadcast_keys, strided_last_dim,
+    odd_strides, odd_out, repeated_heads, broadcast_keys, strided_last_dim, strided_values,
 )  # fmt: skip
 
 
@@ -227,6 +268,11 @@ def _wrong_key(
             built.kwargs[name] = change(built.kwargs[name])
 
     return mutate
+
+
+def _per_token(built: Built, dtype: torch.dtype, *tail: int) -> torch.Tensor:
+    """Zeros shaped as q without its heads."""
+    return torch.zeros(*built.kwargs["q"].shape[:-2], *tail, dtype=dtype, device=built.out.device)
 
 
 #: Mistakes: each must raise a BroadheadError, whatever else the call holds.
@@ -252,6 +298,16 @@ WRONG: dict[str, Callable[[Built, random.Random], None]] = {
     "causal text": _set("causal", lambda b: "yes"),
     "sinks shape": _set("sinks", lambda b: torch.zeros(b.call.heads_q + 1, device=b.out.device)),
     "sinks dtype": _set("sinks", lambda b: torch.zeros(b.call.heads_q, device=b.out.device, dtype=torch.int32)),
+    "batch of causal": _set("causal", lambda b: torch.ones(b.call.batch + 1, device=b.out.device, dtype=torch.bool)),
+    "rank of causal": _set("causal", lambda b: torch.ones(b.call.batch, 1, device=b.out.device, dtype=torch.bool)),
+    "dtype of causal": _set("causal", lambda b: torch.ones(b.call.batch, device=b.out.device)),
+    "rank of ranges": _set("query_ranges", lambda b: _per_token(b, torch.int32)),
+    "columns of ranges": _set("query_ranges", lambda b: _per_token(b, torch.int32, 3)),
+    "dtype of ranges": _set("query_ranges", lambda b: _per_token(b, torch.int64, 2)),
+    "ranges not a tensor": _set("query_ranges", lambda b: [(0, 1)]),
+    "in_window text": _set("ranges_in_window", lambda b: "yes"),
+    "rank of a tree": _set("tree_mask", lambda b: _per_token(b, torch.int64, 1)),
+    "dtype of a tree": _set("tree_mask", lambda b: _per_token(b, torch.int32)),
     "out shape": _set("out", lambda b: b.out[..., :-8] if b.call.dim_v > 8 else b.out[..., :0]),
     "out dtype": _set("out", lambda b: b.out.double()),
     "out strides": _set("out", lambda b: _every_second(b.out)),
@@ -262,6 +318,16 @@ def _has_table(built: Built) -> bool:
     return built.kwargs.get("page_table") is not None
 
 
+#: Of calls with ranges, and of those that a tree does not go with.
+WRONG_RANGES: dict[str, Callable[[Built, random.Random], None]] = {
+    "ranges and a tree": _set("tree_mask", lambda b: _per_token(b, torch.int64)),
+}
+WRONG_WITHOUT_RANGES: dict[str, Callable[[Built, random.Random], None]] = {
+    "in_window without ranges": _set("ranges_in_window", lambda b: True),
+}
+WRONG_TREE: dict[str, Callable[[Built, random.Random], None]] = {
+    "a tree in this call": _set("tree_mask", lambda b: _per_token(b, torch.int64)),
+}
 WRONG_TABLE: dict[str, Callable[[Built, random.Random], None]] = {
     "int64 page table": _set("page_table", lambda b: b.kwargs["page_table"].long()),
     "float page table": _set("page_table", lambda b: b.kwargs["page_table"].float()),
@@ -282,6 +348,9 @@ WRONG_OFFSETS: dict[str, Callable[[Built, random.Random], None]] = {
 def wrong_mutations(built: Built) -> dict[str, Callable[[Built, random.Random], None]]:
     """The mistakes that can be made in this call."""
     names = dict(WRONG)
+    names |= WRONG_RANGES if built.call.ranges else WRONG_WITHOUT_RANGES
+    if not built.call.tree and not takes_tree(built.call):
+        names |= WRONG_TREE
     if _has_cache(built):
         names["strided last dim of a cache"] = _wrong_key(_every_second)
     if _has_table(built):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Collection
 
 from edge_cases import INT_MAX, INT_MIN, MASKS
 from edges import Edge, answer
+from random_calls import VALUE_MASKS
 
 PAGE_SIZES = (1, 2, 3, 8, 16, 24, 64, 100, 128)
 
@@ -32,10 +34,17 @@ def _offsets(rng: random.Random, batch: int, total: int) -> tuple[int, ...]:
     return tuple(offsets)
 
 
-def random_edge(rng: random.Random, longest: int = 150, packed_k: bool = True, appends: bool = True) -> Edge:
+def random_edge(
+    rng: random.Random,
+    longest: int = 150,
+    packed_k: bool = True,
+    appends: bool = True,
+    values: Collection[str] = VALUE_MASKS,
+) -> Edge:
     """A call of one of the forms of Edge, of at most ``longest`` keys a sequence.
 
-    packed_k: False: k and v are a cache or pages; appends: False: the call only reads them.
+    packed_k: False: k and v are a cache or pages; appends: False: the call only reads them; values: those of
+    VALUE_MASKS that it may have.
     """
     batch = rng.choice((1, 2, 3, 5))
     paged = rng.random() < 0.5
@@ -76,7 +85,21 @@ def random_edge(rng: random.Random, longest: int = 150, packed_k: bool = True, a
         form["leftpad"] = (0,) * batch
     if cached and appends and rng.random() < 0.3:
         form["seqlen_new"] = rng.randint(1, 5)
-    return other_values(edge.with_(**form), rng)
+    edge = edge.with_(**form)
+    return other_values(edge.with_(**_value_masks(edge, rng, values)), rng)
+
+
+def _value_masks(edge: Edge, rng: random.Random, names: Collection[str]) -> dict:
+    """Masks that are values, whose values are drawn with the others."""
+    form: dict = {}
+    if "causal_each" in names and rng.random() < 0.2:
+        form |= {"causal": False, "causal_each": (0,) * edge.batch}
+    free = edge.attention_chunk == 0 and (edge.causal or edge.window[1] <= 0)
+    if "tree" in names and free and max(edge.seqlen_q, edge.max_seqlen_q) <= 64 and rng.random() < 0.25:
+        form |= {"tree": (0,) * edge.rows_q}
+    elif "ranges" in names and rng.random() < 0.25:
+        form |= {"ranges": ((0, 0),) * edge.rows_q, "ranges_in_window": rng.random() < 0.4}
+    return form
 
 
 def other_values(edge: Edge, rng: random.Random) -> Edge:
@@ -111,6 +134,13 @@ def _drawn(edge: Edge, rng: random.Random) -> Edge:
         changes["batch_idx"] = _wilds(rng, batch, (len(edge.page_table) or edge.blocks) - 1)
     if edge.leftpad:
         changes["leftpad"] = tuple(rng.choice((0, n)) for n in _wilds(rng, batch, capacity // 2))
+    if edge.ranges:
+        begins, ends = (_wilds(rng, edge.rows_q, capacity) for _ in range(2))
+        changes["ranges"] = tuple(zip(begins, ends, strict=True))
+    if edge.tree:
+        changes["tree"] = tuple(rng.choice((0, -1, rng.getrandbits(64) - 2**63)) for _ in edge.tree)
+    if edge.causal_each:
+        changes["causal_each"] = tuple(rng.choice((0, 0, 1, 256, -1)) for _ in edge.causal_each)
     return edge.with_(**changes)
 
 

@@ -27,7 +27,7 @@ from broadhead import reference
 from broadhead.call.validation import clamped
 from broadhead.plan import dispatch
 from broadhead.reference import append as append_reference
-from broadhead.support import FEATURES
+from broadhead.support import FEATURES, MASK_FEATURES
 from operation_cases import OPERATION_CASES, OperationCase
 from routes import absent_routes, routes_of, row_strides, text
 from sentinels import CASES, Arguments, Case
@@ -46,9 +46,14 @@ def ways_of(case: Case | OperationCase) -> tuple[str, ...]:
 
 def main(directory: Path) -> None:
     stub_cuda.install()
-    # Backward kernels do less than forward kernels; that one which did it would be told is tested here all the same.
+    # Some kernels do less than others; that one which did it would be told is tested here all the same.
     dispatch.ROWS = tuple(
-        row._replace(features=(*FEATURES, "deterministic")) if row.direction == "backward" else row
+        row._replace(
+            features=tuple(
+                dict.fromkeys((*FEATURES, "deterministic") if row.direction == "backward" else row.features)
+                | dict.fromkeys(MASK_FEATURES)
+            )
+        )
         for row in dispatch.ROWS
     )
     found: dict[str, dict[str, Any]] = {}
@@ -160,6 +165,12 @@ def _describe(entry: str, values: dict[str, Any]) -> dict[str, str]:
             continue
         if name.endswith("descale"):
             found[f"{name}_strides"] = text(value.stride())
+        elif name in ("query_ranges", "tree_mask"):
+            prefix, packed = name.removeprefix("query_").removesuffix("_mask"), values["q"].dim() == 3
+            found[f"{prefix}_batch_stride"] = text(0 if packed else value.stride(0))
+            found[f"{prefix}_row_stride"] = text(value.stride(0 if packed else 1))
+        elif name == "causal_by_sequence":
+            found["causal_is_bool"] = text(value.dtype == torch.bool)
         elif value.dim() >= 3 and "lse" not in name:
             found[f"{name}_strides"] = text(row_strides(value))
         elif name == "page_table":

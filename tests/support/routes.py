@@ -67,6 +67,20 @@ def _sides(value: tuple[int, int], values: Values) -> Fields:
     return {"window_left": value[0], "window_right": 0 if values.get("causal") else value[1]}
 
 
+def _of_tokens(name: str, prefix: str) -> Callable[[Any, Values], Fields]:
+    """A mask with an entry for each token of q, which has a dimension less where q is packed."""
+
+    def fields(value: Tensor, values: Values) -> Fields:
+        packed = values["q"].dim() == 3
+        row = 0 if packed else 1
+        return {
+            name: value, f"{prefix}_row_stride": value.stride(row),
+            f"{prefix}_batch_stride": 0 if packed else value.stride(0),
+        }  # fmt: skip
+
+    return fields
+
+
 def _max_blocks(value: int, values: Values) -> Fields:
     return {"max_blocks": h200().sm_count - value}  # of the rows that the cases run on: one CTA a multiprocessor
 
@@ -84,6 +98,12 @@ FIELDS: dict[str, Callable[[Any, Values], Fields]] = {
     },
     "page_table": lambda value, values: {"page_table": value, "page_table_batch_stride": value.stride(0)},
     "sinks": lambda value, values: {"sinks": value, "sinks_are_fp32": value.element_size() == 4},
+    "query_ranges": _of_tokens("query_ranges", "ranges"),
+    "ranges_in_window": _address("ranges_in_window"),
+    "tree_mask": _of_tokens("tree_mask", "tree"),
+    "causal_by_sequence": lambda value, values: {
+        "causal_by_sequence": value, "causal_is_bool": value.element_size() == 1,
+    },
     "max_seqlen_q": _address("seqlen_q"),
     "max_seqlen_k": _address("seqlen_k"),
     "causal": lambda value, values: {"window_right": 0 if value else values.get("window_size", (-1, -1))[1]},
@@ -106,6 +126,7 @@ APPEND_FIELDS: dict[str, Callable[[Any, Values], Fields]] = {
     "kv_batch_idx": _address("cache_batch_idx"),
     "window_size": lambda value, values: {"causal_or_local": 1},
     "causal": lambda value, values: {"causal_or_local": 1},
+    "causal_by_sequence": lambda value, values: {"causal_or_local": 1},
     **{name: FIELDS[name] for name in ("cu_seqlens_q", "k_descale", "v_descale", "page_table")},
     "k_new": _rows("k_new"),
     "v_new": _rows("v_new"),
@@ -214,7 +235,7 @@ def absent_routes(case: Case | OperationCase, arguments: Arguments, way: str) ->
 _FORWARD_NULLS = ("qv", "page_table", "kv_batch_idx", "leftpad_k", "q_descale", "k_descale", "v_descale")
 _NULLS = (
     *_FORWARD_NULLS, "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "sinks", "prefix_lens", "softcap",
-    "attention_chunk",
+    "attention_chunk", "query_ranges", "ranges_in_window", "causal_by_sequence", "tree_mask",
 )  # fmt: skip
 
 

@@ -147,11 +147,22 @@ def _in_one(kind: str, *lead: int) -> dict[str, Any]:
     return found | dict(zip("qkv", parts, strict=True))
 
 
+def ranges(values: dict[str, Any]) -> Tensor:
+    """Ranges of keys of the queries; those of neighbours lie apart."""
+    return torch.zeros(*values["q"].shape[:-2], 34, dtype=torch.int32)[..., :2]
+
+
+def words(values: dict[str, Any]) -> Tensor:
+    """Words of the queries; those of neighbours lie apart."""
+    return torch.zeros(*values["q"].shape[:-2], 53, dtype=torch.int64)[..., 0]
+
+
 # --- the other arguments ---------------------------------------------------------------------------------------------
 
 _MASK = {"window_size": (13, 5), "attention_chunk": 11}
 _SCORES = {"softmax_scale": 0.37, "softcap": 7.5, "sm_margin": 20, "backend": "cuda"}
 
+#: What is a function there is one of the other arguments.
 OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "causal": lambda: {
         **_MASK, **_SCORES, "causal": True, "prefix_lens": int32(2, 4), "sinks": torch.zeros(HEADS), "num_splits": 3,
@@ -159,7 +170,14 @@ OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     },
     "window": lambda: {
         **_MASK, **_SCORES, "causal": False, "learnable_sink": torch.zeros(HEADS, dtype=BF16), "num_splits": 6,
-        "return_attn_probs": True,
+        "return_attn_probs": True, "query_ranges": ranges, "ranges_in_window": True,
+    },
+    "tree": lambda: {
+        **_SCORES, "window_size": (13, -1), "causal_by_sequence": int32(1, 0), "tree_mask": words, "num_splits": 10,
+    },
+    "ranges": lambda: {
+        **_SCORES, "causal_by_sequence": torch.tensor([True, False]), "query_ranges": ranges, "prefix_lens": int32(2, 4),
+        "num_splits": 14,
     },
     "sides": lambda: {
         **_SCORES, "window_left": 13, "window_right": 5, "s_aux": torch.zeros(HEADS), "num_splits": 7,
@@ -169,6 +187,10 @@ OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "gradient_causal": lambda: {**_SCORES, "causal": True, "prefix_lens": int32(2, 4), "deterministic": True},
     "gradient_sides": lambda: {
         **_SCORES, "window_left": 13, "window_right": 5, "sinks": torch.zeros(HEADS, dtype=BF16),
+    },
+    "gradient_ranges": lambda: {
+        **_MASK, **_SCORES, "causal_by_sequence": torch.tensor([True, False]), "query_ranges": ranges,
+        "ranges_in_window": True,
     },
     # One launch over a shared prefix takes no mask but a causal one.
     "prefix": lambda: {
@@ -209,7 +231,8 @@ _SIDES = {"window_left": "window_size_left", "window_right": "window_size_right"
 
 def _make(case: Case) -> Arguments:
     parameters = inspect.signature(getattr(broadhead, case.function)).parameters
-    values = {**LAYOUTS[case.layout](case.kind), **OPTIONS[case.option]()}
+    values = LAYOUTS[case.layout](case.kind)
+    values |= {name: value(values) if callable(value) else value for name, value in OPTIONS[case.option]().items()}
     if case.function == "mha_bwd":
         values |= gradients(values)
     elif case.wants_gradients:
@@ -256,39 +279,44 @@ CASES = [
     *_cases(
         "flash_attn_func",
         "dense bf16 causal", "dense fp8 window", "dense qv causal", "dense qv cells spelled", "dense bf16 gradient",
+        "dense bf16 tree", "dense bf16 ranges", "dense bf16 gradient_ranges",
     ),
     *_cases(
         "flash_attn_varlen_func",
         "varlen bf16 causal", "packed_paged fp8 window", "varlen qv window", "packed_paged qv cells spelled",
-        "varlen bf16 gradient",
+        "varlen bf16 gradient", "packed_paged bf16 tree", "varlen bf16 ranges", "varlen bf16 gradient_ranges",
     ),
     *_cases(
         "flash_attn_with_kvcache",
         "paged bf16 causal", "packed_paged fp8 window", "cache_rows qv causal", "paged qv cells spelled",
         "paged bf16 causal append", "packed_paged kv8 window append", "dense bf16 gradient",
+        "paged kv8 tree", "packed_paged qv tree", "paged bf16 ranges append",
     ),
     *_cases(
         "flash_attn_with_shared_prefix", "shared bf16 prefix", "packed_shared fp8 prefix",
     ),
     *_cases(
         "flash_attn_qkvpacked_func",
-        "in_one bf16 causal", "in_one fp8 window", "in_one bf16 cells", "in_one bf16 gradient",
+        "in_one bf16 causal", "in_one fp8 window", "in_one bf16 cells", "in_one bf16 gradient", "in_one bf16 tree",
     ),
     *_cases(
         "flash_attn_kvpacked_func",
         "keys_in_one bf16 causal", "keys_in_one bf16 window", "keys_in_one bf16 cells", "keys_in_one bf16 gradient",
+        "keys_in_one bf16 tree",
     ),
     *_cases(
         "flash_attn_varlen_qkvpacked_func",
         "packed_in_one bf16 causal", "packed_in_one bf16 window", "packed_in_one bf16 cells",
-        "packed_in_one bf16 gradient",
+        "packed_in_one bf16 gradient", "packed_in_one bf16 tree",
     ),
     *_cases(
         "mha_fwd",
         "varlen bf16 causal", "dense fp8 window", "cache_rows qv sides", "paged qv cells spelled",
         "paged bf16 causal append", "packed_paged kv8 window append", "varlen bf16 gradient",
+        "varlen bf16 tree", "packed_paged bf16 ranges", "paged bf16 tree append",
     ),
     *_cases(
         "mha_bwd", "dense bf16 gradient", "varlen bf16 gradient_causal", "dense bf16 gradient_sides",
+        "dense bf16 gradient_ranges", "varlen bf16 gradient_ranges",
     ),
 ]  # fmt: skip

@@ -58,6 +58,8 @@ DTYPES = {
     "torch.float16": (2, 16),
     "torch.float32": (2, 32),
     "torch.int32": (0, 32),
+    "torch.int64": (0, 64),
+    "torch.bool": (6, 8),
     "torch.float8_e4m3fn": (10, 8),
 }
 CUDA_DEVICE = 2  # kDLCUDA

@@ -158,8 +158,9 @@ def _describe(args: AttentionArgs, new: NewKeys, causal_or_local: bool) -> Appen
 
 
 def _causal_or_local(function: str, args: AttentionArgs) -> bool:
+    """Whether query i is at the position of new key i. Causality by sequence is causality here."""
     left, right = normalize_window(args.window_size, args.causal, function)
-    return left >= 0 or right >= 0
+    return left >= 0 or right >= 0 or args.causal_by_sequence is not None
 
 
 def _refuse_or_warn(function: str, obstacle: str, args: AttentionArgs) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from ..call import validation as check
+from ..call.masking import split_causal
 from ..errors import InvalidArgumentError
 from ..run import known
 from .append import run_appending
@@ -26,7 +27,7 @@ def flash_attn_func(
     k: Tensor,
     v: Tensor,
     softmax_scale: float | None = None,
-    causal: bool = False,
+    causal: bool | Tensor = False,
     qv: Tensor | None = None,
     q_descale: Tensor | None = None,
     k_descale: Tensor | None = None,
@@ -48,6 +49,9 @@ def flash_attn_func(
     learnable_sink: Tensor | None = None,
     q_v: Tensor | None = None,
     return_softmax_lse: bool = False,
+    query_ranges: Tensor | None = None,
+    ranges_in_window: bool = False,
+    tree_mask: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention of dense tensors. Differentiable in q, k, v, qv and sinks.
 
@@ -61,7 +65,9 @@ def flash_attn_func(
         k: keys, ``(B, Sk, Hkv, D)``, dtype of q or float8_e4m3fn.
         v: values, ``(B, Sk, Hkv, Dv)``, dtype of k.
         softmax_scale: factor of the scores; None: ``D ** -0.5``, with qv ``(D + Dv) ** -0.5``.
-        causal: query i, at position ``i + Sk - Sq``, sees no key behind its position: clamps the right window to 0.
+        causal: query i, at position ``i + Sk - Sq``, sees no key behind its position: clamps the right window to 0. A
+            bool or int32 tensor ``(B,)`` on the device of q says it of each sequence; one that is not causal has the
+            window as given.
         qv: second queries, ``(B, Sq, Hq, Dv)``, dtype of q; they add ``qv . v`` to the scores.
         q_descale: fp32 ``(B, Hkv)``, factor of float8 q; None: 1. It must be None where k and v alone are float8.
         k_descale: fp32 ``(B, Hkv)``, factor of float8 k; None: 1.
@@ -77,7 +83,8 @@ def flash_attn_func(
         sm_margin: multiprocessors to leave free.
         return_attn_probs: also return softmax_lse.
         sinks: ``(Hq,)``, fp32 or the dtype of out: a logit that joins the softmax denominator of each row of its head.
-        prefix_lens: int32 ``(B,)``, keys below it are visible to every query of the sequence; needs causal.
+        prefix_lens: int32 ``(B,)``, keys below it are visible to every query of the sequence; needs causal, or a tensor
+            of it.
         out: ``(B, Sq, Hq, Dv)``, written and returned if given; excludes gradients.
         backend: None: a kernel if there is one, else the torch fallback, with a warning on a CUDA device; "cuda": a
             kernel or an error; "torch": the fallback.
@@ -85,6 +92,13 @@ def flash_attn_func(
         learnable_sink: synonym of sinks.
         q_v: synonym of qv.
         return_softmax_lse: synonym of return_attn_probs.
+        query_ranges: int32 ``(B, Sq, 2)``: query i also sees the keys ``[begin, end)`` of its sequence, whatever
+            causal, window_size and attention_chunk say. Positions count from the first key of the sequence; end is
+            clamped to its keys, and ``begin < 0`` or ``end <= begin`` is no range. See make_query_ranges.
+        ranges_in_window: a range keeps only keys no further back than the window's left side.
+        tree_mask: int64 ``(B, Sq)``, at most 64 queries: bit j of the word of query i says whether it sees key ``Sk -
+            64 + j``, in place of the mask; keys before these are visible as the mask says. It has no gradient, and
+            excludes query_ranges, prefix_lens, attention_chunk and a window with a bounded right side but causal.
 
     A scalar may also be a NumPy scalar or a 0-dim tensor on the CPU, window_size a CPU tensor of two; causal may be an
     int. Such tensors on another device would have to be read back, so they are refused by name.
@@ -103,11 +117,14 @@ def flash_attn_func(
     if q_v is not None:
         qv = check.pick_synonym("flash_attn_func", "qv", qv, "q_v", q_v)  # type: ignore[assignment]
     need_lse = return_attn_probs or return_softmax_lse
+    by_sequence = None
+    if type(causal) is not bool:
+        causal, by_sequence = split_causal(causal)
     call = (
         q, k, v, qv, out, None, None, None, None, None, None, None, None, None, q_descale, k_descale, v_descale,
         softmax_scale, causal, window_size, attention_chunk, softcap, None, num_splits, pack_gqa, sm_margin, sinks,
         prefix_lens, backend, 0,
-    )  # fmt: skip
+    ) + (query_ranges, ranges_in_window, by_sequence, tree_mask)  # fmt: skip
     result = None if is_dynamo_compiling() else known.run_known("flash_attn_func", need_lse, call)
     if result is None:
         result = run_forward("flash_attn_func", call, need_lse, deterministic)
@@ -126,7 +143,7 @@ def flash_attn_varlen_func(
     seqused_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
     softmax_scale: float | None = None,
-    causal: bool = False,
+    causal: bool | Tensor = False,
     qv: Tensor | None = None,
     q_descale: Tensor | None = None,
     k_descale: Tensor | None = None,
@@ -151,6 +168,9 @@ def flash_attn_varlen_func(
     learnable_sink: Tensor | None = None,
     q_v: Tensor | None = None,
     return_softmax_lse: bool = False,
+    query_ranges: Tensor | None = None,
+    ranges_in_window: bool = False,
+    tree_mask: Tensor | None = None,
     tokens_per_split: int = 0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention of packed sequences, over packed keys or a paged cache. Differentiable as flash_attn_func.
@@ -175,6 +195,8 @@ def flash_attn_varlen_func(
         block_table: synonym of page_table.
         tokens_per_split: batch-invariant mode, as for flash_attn_with_kvcache. It cuts nothing at num_splits=1, the
             default here.
+        query_ranges: int32 ``(T, 2)``, as for flash_attn_func. Rows of q that no sequence owns may have any range.
+        tree_mask: int64 ``(T,)``, as for flash_attn_func, with ``max_seqlen_q <= 64``.
         softmax_scale, causal, qv, ...: the other arguments are those of flash_attn_func, with ``(T, Hq, Dv)`` for qv.
 
     Returns:
@@ -203,11 +225,14 @@ def flash_attn_varlen_func(
             " with k and v of shape (batch, seqlen_k, heads_kv, head_dim)"
         )
     need_lse = return_attn_probs or return_softmax_lse
+    by_sequence = None
+    if type(causal) is not bool:
+        causal, by_sequence = split_causal(causal)
     call = (
         q, k, v, qv, out, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k, page_table,
         None, None, q_descale, k_descale, v_descale, softmax_scale, causal, window_size, attention_chunk, softcap,
         scheduler_metadata, num_splits, pack_gqa, sm_margin, sinks, prefix_lens, backend, tokens_per_split,
-    )  # fmt: skip
+    ) + (query_ranges, ranges_in_window, by_sequence, tree_mask)  # fmt: skip
     result = None if is_dynamo_compiling() else known.run_known(function, need_lse, call)
     if result is None:
         result = run_forward(function, call, need_lse, deterministic)
@@ -239,7 +264,7 @@ def mha_fwd(
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
     softmax_scale: float | None = None,
-    causal: bool = False,
+    causal: bool | Tensor = False,
     window_size_left: int = -1,
     window_size_right: int = -1,
     attention_chunk: int = 0,
@@ -259,6 +284,9 @@ def mha_fwd(
     s_aux: Tensor | None = None,
     learnable_sink: Tensor | None = None,
     deterministic: bool = False,
+    query_ranges: Tensor | None = None,
+    ranges_in_window: bool = False,
+    tree_mask: Tensor | None = None,
     tokens_per_split: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Attention with every argument there is, in the order of FlashAttention-3's operator.
@@ -282,6 +310,8 @@ def mha_fwd(
         window_size: both, as in flash_attn_func; replaces them.
         num_splits: as for flash_attn_func; 0, the default, is the heuristic.
         tokens_per_split: batch-invariant mode, as for flash_attn_with_kvcache.
+        query_ranges: int32 ``(B, Sq, 2)`` or ``(T, 2)``, as q has its tokens; see flash_attn_func.
+        tree_mask: int64 ``(B, Sq)`` or ``(T,)``, likewise.
         qv, out, cu_seqlens_q, ...: the other arguments are those of flash_attn_func and flash_attn_varlen_func.
 
     Returns:
@@ -304,11 +334,14 @@ def mha_fwd(
         qv = check.pick_synonym(function, "qv", qv, "q_v", q_v)  # type: ignore[assignment]
     if window_size is None:
         window_size = (window_size_left, window_size_right)
+    by_sequence = None
+    if type(causal) is not bool:
+        causal, by_sequence = split_causal(causal)
     call = (
         q, k, v, qv, out, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k, page_table,
         kv_batch_idx, leftpad_k, q_descale, k_descale, v_descale, softmax_scale, causal, window_size, attention_chunk,
         softcap, scheduler_metadata, num_splits, pack_gqa, sm_margin, sinks, prefix_lens, backend, tokens_per_split,
-    )  # fmt: skip
+    ) + (query_ranges, ranges_in_window, by_sequence, tree_mask)  # fmt: skip
     if k_new is None and v_new is None and rotary_cos is None and rotary_sin is None:
         result = None if is_dynamo_compiling() else known.run_known(function, True, call)
         return run_forward(function, call, deterministic=deterministic) if result is None else result

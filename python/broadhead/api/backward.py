@@ -11,6 +11,7 @@ from torch.compiler import is_dynamo_compiling
 from ..call import validation as check
 from ..call.arguments import AttentionArgs
 from ..call.layout import refuse_strided
+from ..call.masking import split_causal
 from ..call.plain import refuse_transformed, resolved, runs_as_operator
 from ..ops.attention import call_backward
 from ..run.backward import Gradients, run_backward_below
@@ -69,7 +70,7 @@ def mha_bwd(
     dk: Tensor | None = None,
     dv: Tensor | None = None,
     softmax_scale: float | None = None,
-    causal: bool = False,
+    causal: bool | Tensor = False,
     window_size_left: int = -1,
     window_size_right: int = -1,
     softcap: float = 0.0,
@@ -82,6 +83,8 @@ def mha_bwd(
     prefix_lens: Tensor | None = None,
     dlse: Tensor | None = None,
     backend: str | None = None,
+    query_ranges: Tensor | None = None,
+    ranges_in_window: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of attention.
 
@@ -100,6 +103,7 @@ def mha_bwd(
         deterministic: every sum in an order that is the same in every run, so that the results are, bit for bit;
             ``torch.use_deterministic_algorithms`` asks for it as well. Else the fastest kernel may add dq in no order.
         dlse: gradient of softmax_lse, fp32, of its shape; None: the loss does not depend on it.
+        query_ranges: int32 ``(B, Sq, 2)`` or ``(T, 2)``, that of the forward call. A tree_mask has no gradient.
         cu_seqlens_q, softmax_scale, ...: the other arguments are those of the forward call.
 
     Returns:
@@ -111,6 +115,7 @@ def mha_bwd(
         UnsupportedError: ``backend="cuda"``, and no CUDA backward kernel takes the call; the text says why.
     """
     function = "mha_bwd"
+    causal, by_sequence = split_causal(causal)
     args = AttentionArgs(
         q=q,
         k=k,
@@ -130,6 +135,9 @@ def mha_bwd(
         sinks=sinks,
         prefix_lens=prefix_lens,
         backend=backend,
+        query_ranges=query_ranges,
+        ranges_in_window=ranges_in_window,
+        causal_by_sequence=by_sequence,
     )
     for name, tensor, like in (("dq", dq, q), ("dk", dk, k), ("dv", dv, v)):
         check_stored(function, name, tensor, like)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..call import validation as check
 from ..call.layout import is_strided
-from ..call.masking import normalize_chunk, normalize_window
-from ..call.problem import DTYPE_NAMES, AttentionProblem, backward_of, gradient_features
+from ..call.mask_values import MaskRule, check_tree
+from ..call.masking import normalize_chunk, normalize_window, split_causal
+from ..call.problem import DTYPE_NAMES, AttentionProblem, backward_of, gradient_features, refuse_tree_gradient
 from ..errors import InvalidArgumentError, InvalidTypeError
 from ..plan.device import DeviceDescription, default_device, describe, hypothetical
 from ..plan.dispatch import Plan, Refusal, dtypes_text, refusals, resolve
@@ -20,6 +21,8 @@ from ..support import ROWS
 
 #: Kernels that a line of refusals names.
 _MAX_SHOWN = 2
+#: Masks that a call gives as tensors, of which only whether they are there matters.
+_MASKS = ("prefix_lens", "query_ranges", "tree_mask")
 
 
 def _device(function: str, device: Any) -> DeviceDescription:
@@ -100,7 +103,8 @@ def _plan(function: str, device: DeviceDescription, build: BuildDescription | No
         raise InvalidArgumentError(
             f"{function}: num_heads_q must be a multiple of num_heads_kv, got {num_heads_q} and {num_heads_kv}"
         )
-    causal = check.check_bool(function, "causal", asked["causal"])
+    causal, by_sequence = split_causal(asked["causal"])
+    causal = check.check_bool(function, "causal", causal)
     left, right = normalize_window(asked["window_size"], causal, function)
     direction = asked["direction"]
     if direction not in ("forward", "backward"):
@@ -110,12 +114,18 @@ def _plan(function: str, device: DeviceDescription, build: BuildDescription | No
     num_splits = check.check_num_splits(function, asked["num_splits"])
     given = {
         name: _is_given(function, name, asked[name])
-        for name in ("varlen", "sinks", "prefix_lens", "qv", "descale", "requires_grad", "deterministic")
+        for name in ("varlen", "sinks", *_MASKS, "qv", "descale", "requires_grad", "deterministic")
     }
     batch = check.check_int(function, "batch_size", asked["batch_size"])
     seqlen_q = check.check_int(function, "seqlen_q", asked["seqlen_q"])
     total_q = q.shape[0] if varlen else batch * seqlen_q
     differentiated = given["requires_grad"] or direction == "backward"
+    if given["tree_mask"]:
+        rule = MaskRule(left, right, attention_chunk)
+        others = {name: given[name] for name in ("query_ranges", "prefix_lens")}
+        check_tree(function, "seqlen_q", seqlen_q, rule, **others)
+        if differentiated:
+            refuse_tree_gradient(function, given["tree_mask"])
     # A head_dim that is no multiple of 8 is refused by every function: say so instead of choosing a row.
     odd = tuple(f"head_dim must be a multiple of 8, got {d}" for d in sorted({head_dim, head_dim_v}) if d % 8)
     problem = AttentionProblem(
@@ -138,6 +148,9 @@ def _plan(function: str, device: DeviceDescription, build: BuildDescription | No
         tokens_per_split=check.check_tokens_per_split(function, asked["tokens_per_split"], num_splits),
         sinks=given["sinks"],
         prefix_lens=given["prefix_lens"],
+        causal_by_sequence=by_sequence is not None,
+        query_ranges=given["query_ranges"],
+        tree_mask=given["tree_mask"],
         varlen=given["varlen"] or varlen,
         qv=given["qv"],
         descale=given["descale"],
@@ -161,7 +174,7 @@ def is_supported(
     batch_size: int = 1,
     seqlen_q: int = 1,
     seqlen_k: int = 1,
-    causal: bool = False,
+    causal: bool | Tensor = False,
     window_size: Any = (-1, -1),
     attention_chunk: int | None = 0,
     softcap: float | None = 0.0,
@@ -178,6 +191,8 @@ def is_supported(
     direction: str = "forward",
     device: Any = None,
     build: BuildDescription | None = None,
+    query_ranges: bool | Tensor = False,
+    tree_mask: bool | Tensor = False,
 ) -> tuple[bool, str]:
     """Whether a CUDA kernel runs a call, and why: ``(supported, reason)``.
 
@@ -210,7 +225,10 @@ def is_supported(
         device: None for the device of q, else the current CUDA device, else the CPU; a torch.device or its name; a
             compute capability such as ``(8, 9)`` or ``"8.9"``; or a DeviceDescription.
         build: the kernels to look at; None for those of this installation.
-        causal, window_size, ...: the other arguments are what the call asks for, as in flash_attn_func.
+        causal: True, False, or a tensor of causality by sequence, of which nothing is read.
+        query_ranges: whether the call has them, or the tensor itself.
+        tree_mask: likewise.
+        window_size, softcap, ...: the other arguments are what the call asks for, as in flash_attn_func.
 
     Raises:
         InvalidArgumentError: the description makes no sense; the text names the argument.
@@ -224,7 +242,7 @@ def is_supported(
         seqlen_q=seqlen_q, seqlen_k=seqlen_k, causal=causal, window_size=window_size, attention_chunk=attention_chunk,
         softcap=softcap, page_size=page_size, varlen=varlen, sinks=sinks, prefix_lens=prefix_lens, qv=qv,
         descale=descale, requires_grad=requires_grad, deterministic=deterministic, num_splits=num_splits,
-        tokens_per_split=tokens_per_split, direction=direction,
+        tokens_per_split=tokens_per_split, direction=direction, query_ranges=query_ranges, tree_mask=tree_mask,
     )  # fmt: skip
     return plan.row is not None, plan.reason
 
@@ -243,7 +261,7 @@ def explain(
     batch_size: int = 1,
     seqlen_q: int = 1,
     seqlen_k: int = 1,
-    causal: bool = False,
+    causal: bool | Tensor = False,
     window_size: Any = (-1, -1),
     attention_chunk: int | None = 0,
     softcap: float | None = 0.0,
@@ -260,6 +278,8 @@ def explain(
     direction: str = "forward",
     device: Any = None,
     build: BuildDescription | None = None,
+    query_ranges: bool | Tensor = False,
+    tree_mask: bool | Tensor = False,
 ) -> str:
     """Where a call runs and why, as text: the backend, the kernel and its plan, and why other kernels refuse it.
 
@@ -275,7 +295,7 @@ def explain(
         seqlen_q=seqlen_q, seqlen_k=seqlen_k, causal=causal, window_size=window_size, attention_chunk=attention_chunk,
         softcap=softcap, page_size=page_size, varlen=varlen, sinks=sinks, prefix_lens=prefix_lens, qv=qv,
         descale=descale, requires_grad=requires_grad, deterministic=deterministic, num_splits=num_splits,
-        tokens_per_split=tokens_per_split, direction=direction,
+        tokens_per_split=tokens_per_split, direction=direction, query_ranges=query_ranges, tree_mask=tree_mask,
     )  # fmt: skip
     dtypes = dtypes_text(problem.dtype, problem.kv_dtype)
     lines = [

@@ -17,8 +17,9 @@ def run_forward(
 ) -> tuple[Tensor, Any]:
     """``(out, softmax_lse)`` of a call; ``function`` names the public function in errors.
 
-    ``call`` holds the fields of AttentionArgs in their order. Public functions build it as a plain tuple of 30: a call
-    with more arguments than that, or a longer tuple, Python collects in a list first, which takes 0.3 us. They ask
+    ``call`` holds the fields of AttentionArgs in their order. Public functions build it of two plain tuples, of 30 and
+    4: a call with more arguments than 30, or a longer tuple, Python collects in a list first, which takes 0.1 us to 0.3
+    us; the sum of two tuples takes 0.05 us. They ask
     ``known.run_known`` first, unless torch.compile traces them: Dynamo knows is_dynamo_compiling for a constant, and
     eagerly it takes a third of the time of is_compiling().
     ``deterministic`` is asked of gradients alone, so that it is no part of a call.

@@ -9,6 +9,7 @@ from torch.compiler import is_dynamo_compiling
 
 from ..call import validation as check
 from ..call.cache_length import lengths_tensor
+from ..call.masking import split_causal
 from ..run import known
 from .append import run_appending
 from .forward import run_forward
@@ -37,7 +38,7 @@ def flash_attn_with_kvcache(
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
     softmax_scale: float | None = None,
-    causal: bool = False,
+    causal: bool | Tensor = False,
     window_size: Any = (-1, -1),
     attention_chunk: int = 0,
     softcap: float = 0.0,
@@ -58,6 +59,9 @@ def flash_attn_with_kvcache(
     q_v: Tensor | None = None,
     return_attn_probs: bool = False,
     deterministic: bool = False,
+    query_ranges: Tensor | None = None,
+    ranges_in_window: bool = False,
+    tree_mask: Tensor | None = None,
     tokens_per_split: int = 0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of new queries over a KV cache, which first takes new keys if there are any.
@@ -73,7 +77,8 @@ def flash_attn_with_kvcache(
             k_descale and rounded.
         v: new values, as k with Dv, divided by v_descale.
         rotary_cos: ``(positions, rotary_dim / 2)``: rotates q and k; only with k and v. Fastest as fp32 or in the dtype
-            of q.
+            of q. Under causal, be it a tensor, or a window, query i is at the position of new key i, else all queries
+            are at that of the first.
         rotary_sin: like rotary_cos.
         cache_seqlens: int32 ``(B,)``, or an int for all sequences: cached keys before the append; None: the whole
             cache. An int that the cache does not hold, new keys included, is refused on every device.
@@ -93,6 +98,10 @@ def flash_attn_with_kvcache(
         deterministic: gradients that are the same in every run, bit for bit, as for flash_attn_func.
         block_table: synonym of page_table.
         return_attn_probs: synonym of return_softmax_lse.
+        query_ranges: int32 ``(B, Sq, 2)``, or ``(T, 2)`` with cu_seqlens_q, as for flash_attn_func: positions count
+            from the first key behind cache_leftpad, and appended keys are keys as well.
+        tree_mask: int64 ``(B, Sq)``, or ``(T,)`` with cu_seqlens_q, as for flash_attn_func: the last 64 keys are those
+            after the append.
         qv, q_descale, softmax_scale, ...: the other arguments are those of flash_attn_func.
 
     With tokens_per_split the keys of every sequence are cut at multiples of so many tokens. On one kind of device the
@@ -127,12 +136,15 @@ def flash_attn_with_kvcache(
             "flash_attn_with_kvcache", q, cu_seqlens_q, cache_seqlens, k_cache, page_table, k, cu_seqlens_k_new
         )
     need_lse = return_softmax_lse or return_attn_probs
+    by_sequence = None
+    if type(causal) is not bool:
+        causal, by_sequence = split_causal(causal)
     call = (
         q, k_cache, v_cache, qv, out, cu_seqlens_q, None, None, cache_seqlens, max_seqlen_q, None, page_table,
         cache_batch_idx, cache_leftpad, q_descale, k_descale, v_descale, softmax_scale, causal, window_size,
         attention_chunk, softcap, scheduler_metadata, num_splits, pack_gqa, sm_margin, sinks, prefix_lens, backend,
         tokens_per_split,
-    )  # fmt: skip
+    ) + (query_ranges, ranges_in_window, by_sequence, tree_mask)  # fmt: skip
     if k is None and v is None and rotary_cos is None and rotary_sin is None:
         result = None if is_dynamo_compiling() else known.run_known("flash_attn_with_kvcache", need_lse, call)
         if result is None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from ..call import validation as check
+from ..call.masking import split_causal
 from ..call.metadata_request import FUNCTION
 from ..call.plain import refuse_transformed, resolved, runs_as_operator
 from ..ops.metadata import call_get_scheduler_metadata
@@ -30,7 +31,7 @@ def get_scheduler_metadata(
     cache_leftpad: Tensor | None = None,
     page_size: int | None = None,
     max_seqlen_k_new: int = 0,
-    causal: bool = False,
+    causal: bool | Tensor = False,
     window_size: Any = (-1, -1),
     attention_chunk: int = 0,
     has_softcap: bool = False,
@@ -66,7 +67,9 @@ def get_scheduler_metadata(
         cache_leftpad: int32 ``(batch,)``, cache rows in front of each sequence that hold no key of it.
         page_size: keys of a page.
         max_seqlen_k_new: keys that the forward call appends to each sequence.
-        causal: that of the forward call.
+        causal: that of the forward call. A tensor counts as False, here and there: what is planned for the keys that a
+            window shows serves sequences that are causal, too. Other masks that a call gives as values (prefix_lens,
+            query_ranges, tree_mask) are no part of a plan.
         window_size: that of the forward call.
         attention_chunk: that of the forward call.
         has_softcap: accepted; no plan depends on it, nor on descales.
@@ -90,6 +93,7 @@ def get_scheduler_metadata(
     """
     heads_q = check.pick_synonym(FUNCTION, "num_heads_q", num_heads_q, "num_heads", num_heads)
     heads_kv = check.pick_synonym(FUNCTION, "num_heads_kv", num_heads_kv, "num_heads_k", num_heads_k)
+    causal, _ = split_causal(causal)
     if type(window_size) is list:
         window_size = tuple(window_size)
     numbers = (

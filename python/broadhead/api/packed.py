@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from ..call import validation as check
+from ..call.masking import split_causal
 from ..errors import InvalidArgumentError
 from ..run import known
 from .forward import run_forward
@@ -46,7 +47,7 @@ def _split(function: str, packed: Any, rank: int, num_heads_q: int | None) -> tu
 def flash_attn_qkvpacked_func(
     qkv: Tensor,
     softmax_scale: float | None = None,
-    causal: bool = False,
+    causal: bool | Tensor = False,
     q_descale: Tensor | None = None,
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
@@ -65,6 +66,9 @@ def flash_attn_qkvpacked_func(
     s_aux: Tensor | None = None,
     learnable_sink: Tensor | None = None,
     return_softmax_lse: bool = False,
+    query_ranges: Tensor | None = None,
+    ranges_in_window: bool = False,
+    tree_mask: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """flash_attn_func of q, k and v in one tensor. No copy is made.
 
@@ -79,11 +83,14 @@ def flash_attn_qkvpacked_func(
         sinks = check.pick_sinks(function, sinks, s_aux, learnable_sink)
     q, k, v = _split(function, qkv, 2, num_heads_q)
     need_lse = return_attn_probs or return_softmax_lse
+    by_sequence = None
+    if type(causal) is not bool:
+        causal, by_sequence = split_causal(causal)
     call = (
         q, k, v, None, out, None, None, None, None, None, None, None, None, None, q_descale, k_descale, v_descale,
         softmax_scale, causal, window_size, attention_chunk, softcap, None, 1, None, sm_margin, sinks, prefix_lens,
         backend, 0,
-    )  # fmt: skip
+    ) + (query_ranges, ranges_in_window, by_sequence, tree_mask)  # fmt: skip
     result = None if is_dynamo_compiling() else known.run_known(function, need_lse, call)
     if result is None:
         result = run_forward(function, call, need_lse, deterministic)
@@ -95,7 +102,7 @@ def flash_attn_kvpacked_func(
     q: Tensor,
     kv: Tensor,
     softmax_scale: float | None = None,
-    causal: bool = False,
+    causal: bool | Tensor = False,
     window_size: Any = (-1, -1),
     attention_chunk: int = 0,
     softcap: float = 0.0,
@@ -110,6 +117,9 @@ def flash_attn_kvpacked_func(
     s_aux: Tensor | None = None,
     learnable_sink: Tensor | None = None,
     return_softmax_lse: bool = False,
+    query_ranges: Tensor | None = None,
+    ranges_in_window: bool = False,
+    tree_mask: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """flash_attn_func of k and v in one tensor. No copy is made.
 
@@ -129,10 +139,13 @@ def flash_attn_kvpacked_func(
         sinks = check.pick_sinks(function, sinks, s_aux, learnable_sink)
     k, v = tensor.unbind(2)
     need_lse = return_attn_probs or return_softmax_lse
+    by_sequence = None
+    if type(causal) is not bool:
+        causal, by_sequence = split_causal(causal)
     call = (
         q, k, v, None, out, None, None, None, None, None, None, None, None, None, None, None, None, softmax_scale,
         causal, window_size, attention_chunk, softcap, None, 1, None, sm_margin, sinks, prefix_lens, backend, 0,
-    )  # fmt: skip
+    ) + (query_ranges, ranges_in_window, by_sequence, tree_mask)  # fmt: skip
     result = None if is_dynamo_compiling() else known.run_known(function, need_lse, call)
     if result is None:
         result = run_forward(function, call, need_lse, deterministic)
@@ -145,7 +158,7 @@ def flash_attn_varlen_qkvpacked_func(
     cu_seqlens: Tensor,
     max_seqlen: int,
     softmax_scale: float | None = None,
-    causal: bool = False,
+    causal: bool | Tensor = False,
     window_size: Any = (-1, -1),
     attention_chunk: int = 0,
     softcap: float = 0.0,
@@ -161,6 +174,9 @@ def flash_attn_varlen_qkvpacked_func(
     s_aux: Tensor | None = None,
     learnable_sink: Tensor | None = None,
     return_softmax_lse: bool = False,
+    query_ranges: Tensor | None = None,
+    ranges_in_window: bool = False,
+    tree_mask: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """flash_attn_varlen_func of q, k and v in one tensor. No copy is made.
 
@@ -169,8 +185,8 @@ def flash_attn_varlen_qkvpacked_func(
         cu_seqlens: int32 ``(B + 1,)``, offsets of queries and keys alike.
         max_seqlen: tokens of the longest sequence.
         num_heads_q: Hq, where there are fewer KV heads than query heads.
-        softmax_scale, causal, ...: the other arguments are those of flash_attn_func; results and errors are those of
-            flash_attn_varlen_func.
+        softmax_scale, causal, ...: the other arguments are those of flash_attn_func, the masks of a token those of
+            flash_attn_varlen_func, whose results and errors these are.
     """
     function = "flash_attn_varlen_qkvpacked_func"
     if s_aux is not None or learnable_sink is not None:
@@ -179,11 +195,14 @@ def flash_attn_varlen_qkvpacked_func(
         raise InvalidArgumentError(f"{function}: cu_seqlens must be an int32 tensor of shape (batch + 1,), got None")
     q, k, v = _split(function, qkv, 1, num_heads_q)
     need_lse = return_attn_probs or return_softmax_lse
+    by_sequence = None
+    if type(causal) is not bool:
+        causal, by_sequence = split_causal(causal)
     call = (
         q, k, v, None, out, cu_seqlens, cu_seqlens, None, None, max_seqlen, max_seqlen, None, None, None, None, None,
         None, softmax_scale, causal, window_size, attention_chunk, softcap, None, 1, None, sm_margin, sinks,
         prefix_lens, backend, 0,
-    )  # fmt: skip
+    ) + (query_ranges, ranges_in_window, by_sequence, tree_mask)  # fmt: skip
     result = None if is_dynamo_compiling() else known.run_known(function, need_lse, call)
     if result is None:
         result = run_forward(function, call, need_lse, deterministic)

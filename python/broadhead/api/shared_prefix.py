@@ -13,7 +13,7 @@ from ..call.arguments import AttentionArgs
 from ..call.inputs import changed, read_tensors
 from ..call.layout import contiguous
 from ..call.plain import plain, plain_fields, refuse_transformed, runs_as_operator
-from ..errors import InvalidArgumentError
+from ..errors import InvalidArgumentError, InvalidTypeError
 from ..run import known
 from ..run.fallback import state
 from ..run.forward import check_only
@@ -86,6 +86,11 @@ def flash_attn_with_shared_prefix(
     """
     if type(prefix_len) is not int and not is_compiling():
         prefix_len = check.check_int(FUNCTION, "prefix_len", prefix_len)
+    if isinstance(causal, Tensor) and causal.dim() > 0:
+        raise InvalidTypeError(
+            f"{FUNCTION}: causal must be True or False, got {check.describe_value(causal)}; a tensor is for"
+            " flash_attn_with_kvcache, over the whole sequences"
+        )
     by_length = prefix_page_table is None
     if by_length:
         if not is_compiling():
@@ -99,7 +104,7 @@ def flash_attn_with_shared_prefix(
         q, k_cache, v_cache, None, out, cu_seqlens_q, None, None, cache_seqlens, max_seqlen_q, None, page_table, None,
         None, q_descale, k_descale, v_descale, softmax_scale, causal, (-1, -1), 0, softcap, scheduler_metadata,
         num_splits, None, 0, sinks, None, backend, 0,
-    )  # fmt: skip
+    ) + (None, False, None, None)  # fmt: skip
     composed: Composed | None = None
     if not is_dynamo_compiling() and not runs_as_operator(*call, prefix_page_table):
         result = _run_one_launch(

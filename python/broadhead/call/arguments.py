@@ -54,6 +54,10 @@ class AttentionArgs(NamedTuple):
     prefix_lens: Annotated[Any, Argument("Tensor?")] = None
     backend: Annotated[Any, Argument("str?")] = None
     tokens_per_split: Annotated[Any, Argument("SymInt")] = 0
+    query_ranges: Annotated[Any, Argument("Tensor?")] = None
+    ranges_in_window: Annotated[Any, Argument("bool")] = False
+    causal_by_sequence: Annotated[Any, Argument("Tensor?")] = None  # public functions take it as their ``causal``
+    tree_mask: Annotated[Any, Argument("Tensor?")] = None
 
 
 #: By name, in the order of AttentionArgs.
@@ -66,6 +70,8 @@ DIFFERENTIABLE = tuple(name for name, argument in ARGUMENTS.items() if argument.
 SCALARS = tuple(
     name for name, argument in ARGUMENTS.items() if argument.schema.rstrip("?") in ("SymInt", "float", "bool")
 )
+#: Those of them that are a bool, in whatever form they come.
+FLAGS = tuple(name for name, argument in ARGUMENTS.items() if argument.schema.rstrip("?") == "bool")
 #: What window_size is in a schema.
 WINDOW_SIDES = ("window_left", "window_right")
 

@@ -11,6 +11,7 @@ from ..errors import InvalidArgumentError, InvalidTypeError, UnsupportedError
 from . import validation as check
 from . import values
 from .arguments import AttentionArgs
+from .mask_values import MaskRule, check_mask_values
 from .masking import normalize_chunk, normalize_window
 from .names import KVCACHE_FUNCTIONS, shown_name
 from .problem import (
@@ -20,6 +21,7 @@ from .problem import (
     needs_gradients,
     out_dtype,
     refuse_float8_gradient,
+    refuse_tree_gradient,
 )
 
 
@@ -60,12 +62,11 @@ def check_forward(function: str, args: AttentionArgs, deterministic: bool = Fals
     causal = check.check_bool(function, "causal", args.causal)
     window_left, window_right = normalize_window(args.window_size, causal, function)
     attention_chunk = normalize_chunk(check.check_attention_chunk(function, args.attention_chunk))
+    check_mask_values(function, args, batch, seqlen_q, MaskRule(window_left, window_right, attention_chunk))
     softcap = check.check_softcap(function, args.softcap)
     scale_dim = head_dim if args.qv is None else head_dim + head_dim_v
     scale = args.softmax_scale
     scale = scale_dim**-0.5 if scale is None else check.check_number(function, "softmax_scale", scale)
-    if args.prefix_lens is not None and window_right != 0:
-        raise InvalidArgumentError(f"{function}: prefix_lens requires causal=True, got causal=False")
     num_splits = check.check_num_splits(function, args.num_splits)
     tokens_per_split = check.check_tokens_per_split(function, args.tokens_per_split, num_splits)
     pack_gqa = check.check_optional_bool(function, "pack_gqa", args.pack_gqa)
@@ -97,6 +98,9 @@ def check_forward(function: str, args: AttentionArgs, deterministic: bool = Fals
         tokens_per_split=tokens_per_split,
         sinks=args.sinks is not None,
         prefix_lens=args.prefix_lens is not None,
+        causal_by_sequence=args.causal_by_sequence is not None,
+        query_ranges=args.query_ranges is not None,
+        tree_mask=args.tree_mask is not None,
         varlen=args.cu_seqlens_q is not None or args.cu_seqlens_k is not None,
         seqused=args.seqused_q is not None or args.seqused_k is not None,
         leftpad=args.leftpad_k is not None,
@@ -111,6 +115,7 @@ def check_forward(function: str, args: AttentionArgs, deterministic: bool = Fals
         check.check_cells(function, tokens_per_split, seqlen_k, rows, head_dim_v, page_size)
     if gradients:
         refuse_float8_gradient(function, args.q.dtype, args.k.dtype)
+        refuse_tree_gradient(function, args.tree_mask)
     if args.out is not None and (gradients or needs_gradients(args.out)):
         raise UnsupportedError(
             f"{function}: out= has no gradient; leave out away, or call under torch.no_grad() (an input requires grad)"

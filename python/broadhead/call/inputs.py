@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 from . import validation as check
-from .arguments import SCALARS, AttentionArgs
+from .arguments import FLAGS, SCALARS, AttentionArgs
 from .cache_length import lengths_tensor
 from .layout import contiguous, is_strided
 from .masking import normalize_window
 from .names import KVCACHE_FUNCTIONS, shown_name
 
 #: Fields whose tensors are only read: a copy of them is as good. Not scheduler_metadata, whose address is known, and
-#: not the factors, which may have any strides.
+#: not the factors and tree_mask, which may have any strides.
 _COPIED = (
     "q", "qv", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "page_table", "kv_batch_idx", "leftpad_k",
-    "sinks", "prefix_lens",
+    "sinks", "prefix_lens", "query_ranges", "causal_by_sequence",
 )  # fmt: skip
 _PLAIN = (bool, int, float, type(None), torch.SymInt, torch.SymFloat, torch.SymBool)
 
@@ -60,8 +60,10 @@ def plain_scalars(function: str, args: AttentionArgs) -> AttentionArgs:
         value = getattr(args, name)
         if type(value) not in _PLAIN:
             changes[name] = _scalar(function, name, value)
-    if type(args.causal) is not bool:
-        changes["causal"] = check.check_bool(function, "causal", args.causal)
+    for name in FLAGS:
+        value = getattr(args, name)
+        if value is not None and type(value) is not bool:
+            changes[name] = check.check_bool(function, shown_name(function, name), value)
     if args.softcap is None:
         changes["softcap"] = 0.0
     if args.attention_chunk is None:
@@ -78,7 +80,7 @@ def changed(args: AttentionArgs, changes: dict[str, Any]) -> AttentionArgs:
 
 def _scalar(function: str, field: str, value: Any) -> Any:
     name = shown_name(function, field)
-    if field in ("causal", "pack_gqa"):
+    if field in FLAGS:
         return check.check_bool(function, name, value)
     if field in ("softmax_scale", "softcap"):
         return check.check_number(function, name, value)

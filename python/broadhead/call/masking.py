@@ -69,6 +69,17 @@ def normalize_window(window_size: Any, causal: bool, function: str = "normalize_
     return left, 0 if causal else right
 
 
+def split_causal(causal: Any) -> tuple[Any, Tensor | None]:
+    """``(causal, causal_by_sequence)`` of what a public function takes as its ``causal``.
+
+    A tensor with a dimension says it of each sequence, which stays on its device; the call itself is then not causal.
+    Everything else, 0-dim tensors among it, is one value for all sequences, which is read later.
+    """
+    if isinstance(causal, Tensor) and causal.dim() > 0:
+        return False, causal
+    return causal, None
+
+
 def visible_interval(
     query: int, seqlen_q: int, seqlen_k: int, window_left: int, window_right: int, attention_chunk: int = 0
 ) -> tuple[int, int]:

@@ -11,6 +11,8 @@ _KVCACHE_NAMES = {
     "leftpad_k": "cache_leftpad",
     "kv_batch_idx": "cache_batch_idx",
 }
+#: In every function.
+_COMMON_NAMES = {"causal_by_sequence": "causal"}
 _QKV_NAMES = {"q": "qkv", "k": "qkv", "v": "qkv"}
 _ONE_LENGTH = {
     "cu_seqlens_q": "cu_seqlens",
@@ -28,5 +30,6 @@ _NAMES: dict[str, dict[str, str]] = {
 
 def shown_name(function: str, name: str) -> str:
     """The name under which ``function`` takes the canonical argument ``name``."""
+    name = _COMMON_NAMES.get(name, name)
     names = _NAMES.get(function)
     return name if names is None else names.get(name, name)

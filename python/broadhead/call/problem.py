@@ -209,6 +209,15 @@ def refuse_float8_gradient(function: str, q_dtype: torch.dtype, kv_dtype: torch.
         )
 
 
+def refuse_tree_gradient(function: str, tree_mask: Any) -> None:
+    """Raise where a gradient is asked for through a tree of drafts, which only decoding has."""
+    if tree_mask is not None:
+        raise UnsupportedError(
+            f"{function}: tree_mask has no gradient, and an input requires grad; call it under torch.no_grad(), or pass"
+            " query_ranges, which have one"
+        )
+
+
 def out_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the output for queries of ``dtype``."""
     return torch.bfloat16 if dtype in check.FLOAT8_DTYPES else dtype

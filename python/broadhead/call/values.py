@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import InvalidArgumentError
 from . import validation as check
+from .mask_values import TREE_KEYS
 from .masking import normalize_chunk, normalize_window
 
 
@@ -113,6 +114,7 @@ def _check_seen_pages(
     left, _ = normalize_window(args.window_size, bool(args.causal), function)
     chunk = normalize_chunk(args.attention_chunk or 0)
     pads, prefixes = _read(args.leftpad_k) or [0] * len(seqlens_q), _read(args.prefix_lens) or [0] * len(seqlens_q)
+    first_rows = None if args.cu_seqlens_q is None else _read(args.cu_seqlens_q)
     ranges = []
     for b, (seqlen_q, end) in enumerate(zip(seqlens_q, seqlens_k)):
         seqlen_k = end - pads[b]
@@ -122,10 +124,34 @@ def _check_seen_pages(
         begin = max(0, position - left) if left >= 0 else 0
         if chunk > 0:
             begin = max(begin, position // chunk * chunk)
-        ranges.append((b, pads[b] + begin, end))
+        shown = [(begin, seqlen_k)]
         if prefixes[b] > 0:
-            ranges.append((b, pads[b], pads[b] + min(prefixes[b], seqlen_k)))
+            shown.append((0, min(prefixes[b], seqlen_k)))
+        rows = slice(first_rows[b], first_rows[b] + seqlen_q) if first_rows is not None else (b, slice(seqlen_q))
+        if args.query_ranges is not None and check.are_checked(args.query_ranges):
+            shown += _range_keys(args.query_ranges[rows], position, seqlen_k, left if args.ranges_in_window else -1)
+        if args.tree_mask is not None and check.are_checked(args.tree_mask):
+            tree = max(0, seqlen_k - TREE_KEYS)  # what is said before it holds in front of these keys
+            shown = [(begin, tree), *_tree_keys(args.tree_mask[rows], seqlen_k)]
+        ranges += [(b, pads[b] + first, pads[b] + last) for first, last in shown]
     check_pages(function, args.page_table, args.k, ranges, owners)
+
+
+def _range_keys(query_ranges: Tensor, position: int, seqlen_k: int, window_left: int) -> list[tuple[int, int]]:
+    """The keys that the ranges of a sequence's queries, ``(Sq, 2)``, show; the first query is at ``position``."""
+    begin, end = query_ranges.long().unbind(-1)
+    real = begin >= 0
+    if window_left >= 0:
+        begin = begin.maximum(torch.arange(position, position + len(begin)) - window_left)
+    pairs = torch.stack((begin, end.clamp(max=seqlen_k)), dim=-1)[real & (begin < end.clamp(max=seqlen_k))]
+    return [(first, last) for first, last in torch.unique(pairs, dim=0).tolist()]
+
+
+def _tree_keys(tree_mask: Tensor, seqlen_k: int) -> list[tuple[int, int]]:
+    """The keys that the words of a sequence's queries, ``(Sq,)``, show."""
+    shown = (tree_mask[:, None] >> torch.arange(TREE_KEYS)).bitwise_and(1).any(dim=0)
+    keys = (shown.nonzero().flatten() + (seqlen_k - TREE_KEYS)).tolist()
+    return [(key, key + 1) for key in keys if key >= 0]
 
 
 def check_pages(
@@ -192,6 +218,7 @@ def _check_positions(
     """Positions that are looked up in the rotary table, where rotary_seqlens or long q lead past it."""
     name, values = ("rotary_seqlens", _read(new.rotary_seqlens)) if new.rotary_seqlens is not None else ("", starts)
     moves = max(normalize_window(args.window_size, bool(args.causal), function)) >= 0
+    moves = moves or args.causal_by_sequence is not None
     rows_q = _check_queries(function, args, batch, lambda given: given) if moves else [1] * batch
     if values is None or rows_q is None:
         return

@@ -21,7 +21,7 @@ from ..call.plain import (
     resolved,
     resolved_fields,
 )
-from ..call.problem import needs_gradients, out_dtype, refuse_float8_gradient
+from ..call.problem import needs_gradients, out_dtype, refuse_float8_gradient, refuse_tree_gradient
 from ..errors import UnsupportedError
 from ..run.backward import gradient_plan, run_backward_below
 from ..run.forward import run, run_differentiable
@@ -144,6 +144,7 @@ def call_forward(function: str, args: AttentionArgs, deterministic: bool = False
     differentiable = needs_gradients(args.q, args.k, args.v, args.qv, args.sinks, args.out)
     if differentiable:
         refuse_float8_gradient(function, args.q.dtype, args.k.dtype)
+        refuse_tree_gradient(function, args.tree_mask)
         if args.out is not None:
             raise UnsupportedError(f"{function}: out= has no gradient; leave out away, or call under torch.no_grad()")
     inputs = to_operator(function, args, deterministic, differentiable)

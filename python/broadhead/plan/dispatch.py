@@ -229,13 +229,12 @@ def _nothing_computes(problem: AttentionProblem) -> str:
 
 
 def _extras(problem: AttentionProblem) -> tuple[str, ...]:
-    """What the problem asks that only some kernels do. Sums in an order are asked of its gradients alone."""
-    of_gradients = problem.direction == "forward"
-    return tuple(
-        feature
-        for feature in problem.features
-        if feature in EXTRA_FEATURES and not (of_gradients and feature == "deterministic")
-    )
+    """What the problem asks that only some kernels do. Sums in an order are asked of its gradients alone; one query at
+    the end of its sequence has no key to its right, whether it is causal or not."""
+    unasked = ["deterministic"] if problem.direction == "forward" else []
+    if problem.seqlen_q <= 1:
+        unasked.append("causal_by_sequence")
+    return tuple(name for name in problem.features if name in EXTRA_FEATURES and name not in unasked)
 
 
 def _kind(problem: AttentionProblem) -> str:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from ..call.masking import mask_width
 from ..call.problem import AttentionProblem
 from ..call.validation import MAX_SPLITS, TOKENS_PER_SPLIT_STEP
-from ..support import MASK_FEATURES, KernelRow
+from ..support import MASK_FEATURES, SHOWING_FEATURES, KernelRow
 from .device import DeviceDescription
 
 #: A split does at least this many key tiles: each writes whole tiles of O.
@@ -120,7 +120,7 @@ def _choose_splits(problem: AttentionProblem, row: KernelRow, ctas: int, target_
     if row.phase == "decode":
         return problem.num_splits
     width = problem.seqlen_k
-    if "prefix_lens" not in problem.features:
+    if not any(name in problem.features for name in SHOWING_FEATURES):
         width = mask_width(problem.seqlen_q, width, problem.window_left, problem.window_right, problem.attention_chunk)
     key_tiles = max(1, ceil(width / row.tile.tile_n))
     planned = problem.is_decode and problem.has_metadata

@@ -43,6 +43,10 @@ def describe(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     prefix_lens: Tensor | None = None,
+    query_ranges: Tensor | None = None,
+    ranges_in_window: bool = False,
+    causal_by_sequence: Tensor | None = None,
+    tree_mask: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int,
@@ -62,14 +66,17 @@ def describe(
     q: ``(B, Sq, Hq, D)``, or ``(T, Hq, D)`` with cu_seqlens_q; qv as q with Dv. k, v: ``(B, Sk, Hkv, D | Dv)``,
     ``(Tk, Hkv, D | Dv)`` with cu_seqlens_k, or ``(pages, page_size, Hkv, D | Dv)`` with page_table ``(B, max_pages)``.
     fp16, bf16, fp32, fp64 or float8_e4m3fn; any strides. Index tensors are int32; a window of -1 is unbounded.
+    query_ranges: int32 as q without heads, with a last dimension of 2; tree_mask: int64 as q without heads;
+    causal_by_sequence: bool or int32 ``(B,)``, where true the right window is 0.
     read_lengths: whether index tensors may be read to save time; None: where they are on a CPU and nothing is traced.
     """
-    index = (prefix_lens, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k, kv_batch_idx, page_table)
+    masks = (prefix_lens, query_ranges, causal_by_sequence, tree_mask)
+    index = (*masks, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k, kv_batch_idx, page_table)
     if read_lengths is None:
         read_lengths = q.device.type == "cpu" and may_read(*index)
     return Call(
         q, k, v, qv, sinks, *index, q_descale, k_descale, v_descale, softmax_scale, window_left, window_right,
-        attention_chunk, softcap, max_seqlen_q, max_seqlen_k, read_lengths,
+        attention_chunk, ranges_in_window, softcap, max_seqlen_q, max_seqlen_k, read_lengths,
     )  # fmt: skip
 
 

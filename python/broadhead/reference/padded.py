@@ -11,7 +11,7 @@ from ..call.validation import MAX_SEQLEN_K
 from .core import Operands
 from .keys import KeyPlace, place_keys, take_keys
 from .layout import heads_first, select_rows, take_rows
-from .mask import KeyMask
+from .mask import KeyMask, MaskValues
 from .rows import Rows, locate, split_keys
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "output_dtype",
     "pad",
     "take_queries",
+    "take_values",
 ]
 
 
@@ -37,6 +38,9 @@ class Call(NamedTuple):
     qv: Tensor | None
     sinks: Tensor | None
     prefix_lens: Tensor | None
+    query_ranges: Tensor | None
+    causal_by_sequence: Tensor | None
+    tree_mask: Tensor | None
     cu_seqlens_q: Tensor | None
     cu_seqlens_k: Tensor | None
     seqused_q: Tensor | None
@@ -51,6 +55,7 @@ class Call(NamedTuple):
     window_left: int
     window_right: int
     attention_chunk: int
+    ranges_in_window: bool
     softcap: float
     max_seqlen_q: int
     max_seqlen_k: int
@@ -102,7 +107,7 @@ def pad(call: Call, rows: Rows, alive: Tensor | None = None) -> Padded:
         qv = None if qv is None else torch.where(per_row, qv, 0.0)
     q = descale(q, choose(call.q_descale, rows.sequences), compute)
     k_factor, v_factor = choose(call.k_descale, rows.sequences), choose(call.v_descale, rows.sequences)
-    prefix_lens = choose(call.prefix_lens, rows.sequences)
+    values = take_values(call, rows)
 
     sequence = None
     key_rows = rows
@@ -111,7 +116,7 @@ def pad(call: Call, rows: Rows, alive: Tensor | None = None) -> Padded:
         sequence, key_rows = parts
         q, qv = select_rows(q, sequence), None if qv is None else select_rows(qv, sequence)
         k_factor, v_factor = choose(k_factor, sequence), choose(v_factor, sequence)
-        prefix_lens = choose(prefix_lens, sequence)
+        values = MaskValues(*(choose(x, sequence) for x in values))
     place, absent = place_keys(key_rows, call.k, call.page_table, shared=call.kv_batch_idx is not None)
     if absent is not None and call.read_lengths and not bool(absent.any()):
         absent = None
@@ -124,13 +129,14 @@ def pad(call: Call, rows: Rows, alive: Tensor | None = None) -> Padded:
         row_begin=_per_sequence(row_begin),
         row_end=_per_sequence(row_end),
         offset=_per_sequence(row_end - seqlen_q),
-        prefix_lens=None if prefix_lens is None else prefix_lens.clamp(0, MAX_SEQLEN_K).view(-1, 1, 1, 1, 1),
+        values=values,
         window_left=call.window_left,
         window_right=call.window_right,
         attention_chunk=call.attention_chunk,
+        ranges_in_window=call.ranges_in_window,
         num_queries=num_queries,
         num_rows=k.shape[1],
-        has_queries=seqlen_q.view(-1, 1, 1, 1, 1) > 0 if isinstance(seqlen_q, Tensor) else None,
+        seqlen_q=_per_sequence(seqlen_q),
         absent=None if absent is None else absent[:, None, None, None, :],
     )
     unused = mask.unused(k.device)
@@ -149,6 +155,27 @@ def pad(call: Call, rows: Rows, alive: Tensor | None = None) -> Padded:
 def take_queries(x: Tensor, rows: Rows) -> Tensor:
     """Rows of q, or of what is laid out like it, ``(B, Sq, ...)``."""
     return take_rows(x, rows.begin_q, rows.sequences, 0, rows.max_queries)
+
+
+def take_values(call: Call, rows: Rows) -> MaskValues:
+    """The masks that the call gives as values, of the padded queries of these sequences."""
+    prefix_lens, causal = (choose(x, rows.sequences) for x in (call.prefix_lens, call.causal_by_sequence))
+    ranges = tree = None
+    if prefix_lens is not None:
+        prefix_lens = prefix_lens.clamp(0, MAX_SEQLEN_K).view(-1, 1, 1, 1, 1)
+    if causal is not None:
+        causal = (causal != 0).view(-1, 1, 1, 1, 1)
+    if call.query_ranges is not None:
+        ranges = take_queries(call.query_ranges, rows).long()[:, None, None]
+        ranges = torch.where(ranges[..., :1] < 0, 0, ranges)  # [0, 0) is none, too
+    if call.tree_mask is not None:
+        tree = take_queries(call.tree_mask, rows)[:, None, None, :, None]
+    return MaskValues(
+        prefix_lens=prefix_lens,
+        causal=causal,
+        ranges=ranges,
+        tree=tree,
+    )
 
 
 def live_queries(rows: Rows, device: torch.device) -> Tensor | None:

@@ -101,7 +101,8 @@ def differentiate(call: Call, rows: Rows, terms: RowTerms, out: Tensor) -> tuple
 
 def _plan(call: Call, rows: Rows) -> _Plan | None:
     """How torch's kernels compute these sequences, None if they can not."""
-    options = (call.qv, call.prefix_lens, call.q_descale, call.k_descale, call.v_descale)
+    masks = (call.prefix_lens, call.query_ranges, call.causal_by_sequence, call.tree_mask)
+    options = (call.qv, *masks, call.q_descale, call.k_descale, call.v_descale)
     if not call.read_lengths or call.softcap > 0 or any(option is not None for option in options):
         return None
     seqlen_q = rows.seqlen_q

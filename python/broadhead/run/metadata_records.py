@@ -121,7 +121,8 @@ def check_identity(
 
 
 def _refuse(function: str, name: str, made: object, called: object) -> NoReturn:
+    about = " (causal=True is 0, and a causal tensor counts as causal=False)" if name == "window_right" else ""
     raise InvalidArgumentError(
-        f"{function}: scheduler_metadata was made for {name}={made!r}, but this call has {name}={called!r};"
+        f"{function}: scheduler_metadata was made for {name}={made!r}, but this call has {name}={called!r}{about};"
         " call get_scheduler_metadata with the arguments of this call"
     )
