@@ -1,6 +1,7 @@
 // The C ABI of a kernel library: checks the argument block, then hands it to the launcher that the table names.
 #include <cstdio>
 
+#include "host/cuda_check.h"
 #include "host/kernel_registry.h"
 #include "kernels/append_kv.h"
 #include "kernels/combine.h"

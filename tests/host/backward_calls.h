@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "emulation/emulator.h"
+#include "given_masks.h"
 #include "sm80/backward/kernel.h"
 #include "sm80/backward/kernel_fused.h"
 
@@ -18,6 +19,8 @@ struct Options {
   int window_left = -1, window_right = -1, attention_chunk = 0;
   float softcap = 0.f, scale = 1.f;
   bool prefix = false;
+  bool ranges = false, in_window = false;
+  bool causal_by_sequence = false;
 };
 
 // Two packed sequences, the second one shorter and with rows behind its end. One KV head.
@@ -31,6 +34,8 @@ class BackwardCall {
     used_q_ = {options.seqlen_q, below(rows_q_[2] - rows_q_[1])};
     used_k_ = {options.seqlen_k, below(rows_k_[2] - rows_k_[1])};
     prefix_ = {below(used_k_[0]), below(used_k_[1])};
+    causal_ = {below(1), below(1)};
+    give_ranges(random);
     const auto draw = [&](int rows, int heads, int columns) {
       std::normal_distribution<float> normal;
       std::vector<Element> x(static_cast<std::size_t>(rows) * heads * columns);
@@ -83,6 +88,15 @@ class BackwardCall {
     params.cu_seqlens_q = rows_q_.data(), params.cu_seqlens_k = rows_k_.data();
     params.seqused_q = used_q_.data(), params.seqused_k = used_k_.data();
     if (o.prefix) params.prefix_lens = prefix_.data();
+    if (o.causal_by_sequence) params.mask_values.causal_by_sequence = causal_.data();
+    if (o.ranges) {
+      MaskValues& values = params.mask_values;
+      values.query_ranges = ranges_.data();
+      values.ranges_row_stride = 2;
+      values.ranges_in_window = o.in_window;
+      values.query_extents = reinterpret_cast<const std::int32_t*>(query_extents_.data());
+      values.key_extents = reinterpret_cast<const std::int32_t*>(key_extents_.data());
+    }
     params.batch = 2, params.num_heads_q = o.heads, params.num_heads_kv = 1;
     params.seqlen_q = o.seqlen_q, params.seqlen_k = o.seqlen_k;
     params.head_dim = o.head_dim, params.head_dim_v = o.head_dim_v;
@@ -103,12 +117,36 @@ class BackwardCall {
  private:
   static constexpr Element kNaN{0x7fff};
 
+  int window_right(int sequence) const {
+    return options_.causal_by_sequence && causal_[sequence] != 0 ? 0 : options_.window_right;
+  }
+
+  // Ranges of both sequences, and of rows that belong to none. Extents that no sequence has are as if they held all.
+  void give_ranges(std::mt19937& random) {
+    if (!options_.ranges) return;
+    query_extents_.assign(rows_q_[2] / 16 + 3, {0, INT32_MAX});
+    key_extents_.assign(rows_k_[2] / 32 + 3, {~0u, 0, INT32_MAX});
+    for (int sequence = 0; sequence < 2; ++sequence) {
+      const int rows = rows_q_[sequence + 1] - rows_q_[sequence];
+      host_test::GivenMasks& given = given_[sequence];
+      given.ranges = host_test::draw_ranges(rows, used_k_[sequence], random);
+      given.in_window = options_.in_window;
+      given.find_extents(used_q_[sequence], used_k_[sequence], options_.window_left);
+      ranges_.insert(ranges_.end(), given.ranges.begin(), given.ranges.end());
+      std::copy(given.query_extents.begin(), given.query_extents.end(),
+                query_extents_.begin() + rows_q_[sequence] / 16 + sequence);
+      std::copy(given.key_extents.begin(), given.key_extents.end(),
+                key_extents_.begin() + rows_k_[sequence] / 32 + sequence);
+    }
+  }
+
   bool sees(int sequence, int query, int key) const {
     if (options_.prefix && key < prefix_[sequence]) return true;
+    if (given_[sequence].shows(query, key, used_q_[sequence], used_k_[sequence], options_.window_left)) return true;
     const int position = query + used_k_[sequence] - used_q_[sequence];
     const int chunk = options_.attention_chunk;
     if (options_.window_left >= 0 && key < position - options_.window_left) return false;
-    if (options_.window_right >= 0 && key > position + options_.window_right) return false;
+    if (window_right(sequence) >= 0 && key > position + window_right(sequence)) return false;
     return chunk == 0 || std::floor(static_cast<double>(position) / chunk) == key / chunk;
   }
 
@@ -224,7 +262,11 @@ class BackwardCall {
   }
 
   Options options_;
-  std::vector<int> rows_q_, rows_k_, used_q_, used_k_, prefix_;
+  std::vector<int> rows_q_, rows_k_, used_q_, used_k_, prefix_, causal_;
+  host_test::GivenMasks given_[2];
+  std::vector<std::int32_t> ranges_;
+  std::vector<KeyInterval> query_extents_;
+  std::vector<KeyExtent> key_extents_;
   std::vector<Element> q_, k_, v_, dout_;
   std::vector<float> lse_, delta_;
   std::vector<double> dq_, dk_, dv_;

@@ -16,6 +16,9 @@ struct RowSource {
   long long row_stride;
   LiveKeys live;  // of queries, too
   int columns;    // columns from here on become zeros
+  // Queries whose LSE here is -inf may be NaN, and become zeros, but for those of live.interval, which have none.
+  // Nullable.
+  const float* lse = nullptr;
 };
 
 // Copies rows [first_row, first_row + kTileRows), all threads of the CTA together.
@@ -46,7 +49,8 @@ BROADHEAD_DEVICE void copy_rows(const void* tile, const RowSource<typename Trait
 #pragma unroll 1
   for (int i = 0; i < Plan::kRowSteps; ++i) {
     const int row = first_row + row_slot + i * Plan::kRowSlots;
-    const bool live = source.live.contains(row);
+    bool live = source.live.contains(row);
+    if (live && source.lse != nullptr) live = source.lse[row] != -INFINITY;
     copy_row(i, first + (live ? row * source.row_stride : 0), live);
   }
 }

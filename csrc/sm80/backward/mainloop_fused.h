@@ -19,20 +19,14 @@ BROADHEAD_DEVICE void find_seen(typename Traits::SharedStorage& smem) {
 // What the lane's rows see in a step, as MaskedStep tells it.
 template <class Traits>
 struct FoundStep {
+  const BackwardState& state;
   const QueryInterval* seen;
   const WarpPlace& place;
   int lane_col;
 
-  struct Columns {
-    int begin;
-    int end;
-    BROADHEAD_DEVICE bool operator()(int n, int c) const {
-      return (n * 8 + c >= begin) & (n * 8 + c < end);  // without branches
-    }
-  };
-  BROADHEAD_DEVICE Columns row(int m, int half) const {
-    const QueryInterval of_row = seen[tile_row<Traits>(place, m, 2 * half)];
-    return {of_row.begin - lane_col, of_row.end - lane_col};
+  BROADHEAD_DEVICE SeenColumns<Traits::kColTiles> row(int m, int half) const {
+    const int row = tile_row<Traits>(place, m, 2 * half);
+    return seen_queries<Traits>(state, seen[row], state.first_row + row, lane_col);
   }
 };
 
@@ -43,7 +37,7 @@ BROADHEAD_DEVICE void with_found_mask(const typename Traits::SharedStorage& smem
   if (is_whole<Traits>(smem.state, first_col)) {
     work(WholeStep{});
   } else {
-    work(FoundStep<Traits>{smem.seen, place, first_col + tile_col<Traits>(place, 0)});
+    work(FoundStep<Traits>{smem.state, smem.seen, place, first_col + tile_col<Traits>(place, 0)});
   }
 }
 

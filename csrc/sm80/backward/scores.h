@@ -20,6 +20,22 @@ struct SeenColumns {
   BROADHEAD_DEVICE bool operator()(int n, int c) const { return ((words[n / 4] >> (n % 4 * 8 + c)) & 1) != 0; }
 };
 
+// The queries that see the lane's key `row` of the sequence: `seen` by their positions, the others by their ranges.
+template <class Traits>
+BROADHEAD_DEVICE SeenColumns<Traits::kColTiles> seen_queries(const BackwardState& state, const QueryInterval& seen,
+                                                             int row, int lane_col) {
+  SeenColumns<Traits::kColTiles> columns;
+  const int lane = static_cast<int>(threadIdx.x) % 32, first_col = lane_col - lane % 4 * 2;
+  const bool given =
+      first_col < state.given_queries.end && first_col + 8 * Traits::kColTiles > state.given_queries.begin;
+  BROADHEAD_UNROLL
+  for (int w = 0; w < columns.kWords; ++w) {
+    columns.words[w] = bits_between(seen.begin - lane_col - 32 * w, seen.end - lane_col - 32 * w);
+    if (given) columns.words[w] |= given_bits(state.mask, first_col + 32 * w, row - lane / 4) >> (lane % 4 * 2);
+  }
+  return columns;
+}
+
 // What the lane's rows see in a step: `row(m, half)` is of row 8 * half of row tile m.
 template <class Traits>
 struct MaskedStep {
@@ -29,24 +45,16 @@ struct MaskedStep {
 
   BROADHEAD_DEVICE SeenColumns<Traits::kColTiles> row(int m, int half) const {
     compile_barrier();  // what is known of all rows at once takes too many registers
-    SeenColumns<Traits::kColTiles> columns;
     const int row = state.first_row + tile_row<Traits>(place, m, 2 * half);
     if constexpr (Traits::kKeys) {
-      const QueryInterval seen = state.mask.query_interval(row, row);
-      const int lane = static_cast<int>(threadIdx.x) % 32, first_col = lane_col - lane % 4 * 2;
-      const bool given =
-          first_col < state.given_queries.end && first_col + 8 * Traits::kColTiles > state.given_queries.begin;
-      BROADHEAD_UNROLL
-      for (int w = 0; w < columns.kWords; ++w) {
-        columns.words[w] = bits_between(seen.begin - lane_col - 32 * w, seen.end - lane_col - 32 * w);
-        if (given) columns.words[w] |= given_bits(state.mask, first_col + 32 * w, row - lane / 4) >> (lane % 4 * 2);
-      }
+      return seen_queries<Traits>(state, state.mask.query_interval(row, row), row, lane_col);
     } else {
+      SeenColumns<Traits::kColTiles> columns;
       const KeyInterval seen = state.mask.row_interval(row);
       BROADHEAD_UNROLL
       for (int w = 0; w < columns.kWords; ++w) columns.words[w] = state.mask.row_word(row, seen, lane_col + 32 * w);
+      return columns;
     }
-    return columns;
   }
 };
 

@@ -38,6 +38,7 @@ struct BackwardState {
   int end_row;                  // the sequence's rows of this side
   LiveKeys rows;                // the rows of this side that the sequence has
   LiveKeys cols;                // columns that some row of the tile sees, or is seen by
+  const float* given_lse;       // keys: `lse` where there are such queries, else null
   QueryInterval given_queries;  // keys: queries that see some of the tile by their ranges lie within
   int begin;                    // tiles of columns that some row sees: [begin, end)
   int end;

@@ -208,6 +208,12 @@ inline void wait_async(int pending) {
 }  // namespace broadhead
 
 inline void __syncwarp() { broadhead::emulation::exchange('w', {}); }
+inline std::uint32_t __ballot_sync(std::uint32_t, bool bit) {
+  const auto& lanes = broadhead::emulation::exchange('b', {bit ? 1u : 0u});
+  std::uint32_t bits = 0;
+  for (int lane = 0; lane < 32; ++lane) bits |= lanes[lane][0] << lane;
+  return bits;
+}
 inline std::uint32_t __shfl_xor_sync(unsigned, std::uint32_t x, int lanes) {
   return broadhead::emulation::exchange('x', {x})[threadIdx.x % 32 ^ lanes][0];
 }

@@ -109,5 +109,6 @@ float2 unpack_pair(std::uint32_t pair) {
 
 inline void atomicAdd(float* target, float x) { *target += x; }
 void __syncwarp();
+std::uint32_t __ballot_sync(std::uint32_t lanes, bool bit);
 std::uint32_t __shfl_xor_sync(unsigned mask, std::uint32_t x, int lanes);
 inline void __syncthreads() { broadhead::meet_at_barrier(0, 0, true); }
