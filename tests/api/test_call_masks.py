@@ -91,6 +91,18 @@ def test_dtypes(form: str, dtype: torch.dtype, rng: random.Random) -> None:
         check_call(build(masked(form, mask, dtype=dtype, descale=descale), CPU, rng))
 
 
+def test_metadata_knows_of_no_values(rng: random.Random) -> None:
+    """Plans made without the masks serve calls that have them; a causal tensor plans as a call that is not causal."""
+    for name, pattern in (("causal_each", EACH), ("ranges", "random"), ("tree", "words")):
+        built = build(FORMS["metadata"].with_(**{name: pattern}, dtype=torch.float32), CPU, rng)
+        for planned in (False, built.kwargs["causal"]):
+            check_call(built, scheduler_metadata=built.scheduler_metadata(causal=planned))
+            built.out.fill_(float("nan"))
+    each = build(FORMS["metadata"].with_(causal_each=EACH, dtype=torch.float32), CPU, rng)
+    with pytest.raises(InvalidArgumentError, match=r"scheduler_metadata.*causal"):
+        each.run(scheduler_metadata=each.scheduler_metadata(causal=True))
+
+
 # --- gradients --------------------------------------------------------------------------------------------------------
 
 TRAINED = [name for name, options in MASKS.items() if "tree" not in options]

@@ -14,6 +14,7 @@ from checks import check_against, check_call
 from edge_cases import BASE
 from edge_rows import ONE_OF_A_KIND, run_edge, shape_of, suited, takes
 from gpu_calls import (
+    MASK_FEATURES,
     PREFILL_ROWS,
     ROWS,
     capture,
@@ -100,6 +101,25 @@ def test_edges(row: support.KernelRow, only_row: Callable, cuda: torch.device, r
             run_edge(edge, shape_of(row, turn, edge), cuda, rng)
 
 
+#: Masks that are values, of four sequences.
+VALUE_CALLS = {
+    "ranges": {"causal": True, "window": (20, 0), "ranges": "random"},
+    "ranges_in_window": {"causal": True, "window": (90, 0), "ranges": "images", "ranges_in_window": True},
+    "causal_each": {"causal_each": (True, False, True, False), "causal_dtype": torch.int32},
+    "tree": {"causal": True, "tree": "eagle"},
+}
+
+
+@pytest.mark.parametrize("row, name", row_cases(VALUE_CALLS, ONE_OF_A_KIND))
+def test_mask_values(row: support.KernelRow, name: str, run_row: Callable) -> None:
+    """A few small calls of every kind of kernel."""
+    m, n = (min(row.tile.tile_m, 60) if name == "tree" else row.tile.tile_m), row.tile.tile_n
+    lengths = {"seqlens_q": (m + 4 if row.phase == "prefill" else 8, 1, 0, 9), "seqlens_k": (2 * n + 5, 40, 7, n)}
+    options = {"page_size": 16, "heads_q": 4, "tail": 2, **VALUE_CALLS[name]}
+    run_row(row, row_call(row, "varlen", **lengths, **options, freed_entries=True))
+    run_row(row, row_call(row, "kvcache", **lengths, **options, ragged_q=True, num_splits=3))
+
+
 FEATURES = {
     "dense": Call("func", (70, 70), (130, 130), heads_q=4),
     "dense_one_row": Call("func", (1, 1), (130, 130), heads_q=4, heads_kv=1),
@@ -157,7 +177,11 @@ def test_feature(name: str, run_call: Callable) -> None:
 def test_every_feature_of_the_table_is_here() -> None:
     """A feature that a row names is exercised by one of the calls above."""
     calls = [*FEATURES.values()]
+    values = [prefill_call(64, **options) for options in VALUE_CALLS.values()]
     used = {
+        "query_ranges": any(c.ranges for c in values),
+        "tree_mask": any(c.tree for c in values),
+        "causal_by_sequence": any(c.causal_each for c in values),
         "causal": any(c.causal for c in calls),
         "window": any(c.normalized_window[0] >= 0 for c in calls),
         "attention_chunk": any(c.attention_chunk for c in calls),
@@ -173,7 +197,8 @@ def test_every_feature_of_the_table_is_here() -> None:
         "split_kv": any((c.num_splits or 0) > 1 for c in calls),
         "lse": True,
     }
-    assert set(used) == set(support.FEATURES), "a feature of the table has no case here"
+    listed = set(support.FEATURES) | set(MASK_FEATURES.values())
+    assert set(used) == listed, "a feature of the table has no case here"
     assert all(used.values())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import broadhead
 import pytest
@@ -111,7 +111,9 @@ class Racing:
     q is 0, the values of a sequence that is left alone are a number of its own, and so must its output be.
     """
 
-    def __init__(self, row: support.KernelRow, seqlen_q: int, packed: bool, cuda: torch.device) -> None:
+    def __init__(
+        self, row: support.KernelRow, seqlen_q: int, packed: bool, cuda: torch.device, values: Collection[str] = ()
+    ) -> None:
         dtype = TORCH_DTYPES[row.dtype]
         keys = TORCH_DTYPES[row.kv_dtype or row.dtype]
         pages = BATCH * COLUMNS
@@ -134,18 +136,27 @@ class Racing:
         if packed:
             offsets = torch.arange(0, BATCH * seqlen_q + 1, seqlen_q, dtype=torch.int32, device=cuda)
             self.kwargs |= {"cu_seqlens_q": offsets, "max_seqlen_q": seqlen_q}
+        if "ranges" in values:  # each query sees all keys, be they ahead of it
+            everything = torch.tensor([0, 2**31 - 1], dtype=torch.int32, device=cuda)
+            self.kwargs |= {"causal": True, "query_ranges": everything.expand(*lead, 2).contiguous()}
+        elif "causal_each" in values:
+            self.kwargs["causal"] = torch.zeros(BATCH, dtype=torch.int32, device=cuda)
+        elif "tree" in values:
+            self.kwargs["tree_mask"] = torch.full(lead, -1, device=cuda)
         self.pristine = {name: x.clone() for name, x in self._changing().items()}
         wild = torch.tensor([0, 1, 700, 2560, 2561, 10**6, 2**31 - 1, -1, -(2**31)], dtype=torch.int32, device=cuda)
         choose = lambda *shape: wild[torch.randint(len(wild), shape, device=cuda)]  # noqa: E731
         self.wild_lengths = choose(64, len(VICTIMS))
         self.wild_tables = choose(64, len(VICTIMS), COLUMNS)
         self.wild_ends = choose(64, 1)
+        self.wild_ranges = choose(64, seqlen_q, 2)
+        self.wild_words = torch.randint(-(2**63), 2**63 - 1, (64, seqlen_q), device=cuda)
         self.victims = torch.tensor(VICTIMS, device=cuda)
         self.others = [b for b in range(BATCH) if b not in VICTIMS]
 
     def _changing(self) -> dict[str, torch.Tensor]:
-        names = ("cache_seqlens", "page_table", "cu_seqlens_q")
-        return {name: self.kwargs[name] for name in names if name in self.kwargs}
+        names = ("cache_seqlens", "page_table", "cu_seqlens_q", "query_ranges", "tree_mask", "causal")
+        return {name: self.kwargs[name] for name in names if isinstance(self.kwargs.get(name), torch.Tensor)}
 
     def disturb(self, turn: int) -> None:
         """Overwrite the values of the victims; the last offset is the end of the last of them."""
@@ -153,6 +164,13 @@ class Racing:
         self.table.index_copy_(0, self.victims, self.wild_tables[turn % 64])
         if "cu_seqlens_q" in self.kwargs:
             self.kwargs["cu_seqlens_q"][-1:].copy_(self.wild_ends[turn % 64])
+        changing = self._changing()
+        for name, wild in (("query_ranges", self.wild_ranges), ("tree_mask", self.wild_words)):
+            if name in changing:
+                rows = changing[name].view(BATCH, *wild.shape[1:])
+                rows.index_copy_(0, self.victims, wild[turn % 64].expand(len(VICTIMS), *wild.shape[1:]))
+        if "causal" in changing:
+            changing["causal"].index_copy_(0, self.victims, self.wild_lengths[turn % 64])
 
     def restore(self) -> None:
         for name, x in self._changing().items():
@@ -182,7 +200,21 @@ def test_another_stream_changes_the_values(
     Decode is exempt: its CTAs share out the work by the lengths of all sequences, and may not read them at one time.
     """
     only_row(row)
-    case = Racing(row, 4 if row.phase == "decode" else 70, packed, cuda)
+    race(row, Racing(row, 4 if row.phase == "decode" else 70, packed, cuda), cuda)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("row", [row for row in ROWS if value_masks_of(row)], ids=row_id)
+def test_another_stream_changes_the_masks(
+    row: support.KernelRow, packed: bool, only_row: Callable, cuda: torch.device
+) -> None:
+    """Ranges, words and causality, too: what a kernel has found out about them beforehand may be wrong later."""
+    only_row(row)
+    for name in value_masks_of(row):
+        race(row, Racing(row, 4 if row.phase == "decode" else 60, packed, cuda, (name,)), cuda)
+
+
+def race(row: support.KernelRow, case: Racing, cuda: torch.device) -> None:
     assert int(case.wrong(*case.run())) == 0
     assert broadhead.last_dispatch()[1] == row.id
     side, wrong = torch.cuda.Stream(), torch.zeros((), dtype=torch.int64, device=cuda)

@@ -36,6 +36,8 @@ PARTS = {
     "test_gpu_mask_values.test_drafts": lambda row: "tree_mask" in row.features,
     "test_gpu_mask_values.test_causality_of_many": lambda row: "causal_by_sequence" in row.features,
     "test_gpu_mask_values": lambda row: bool(value_masks_of(row)),
+    "test_curated.test_mask_values": lambda row: bool(value_masks_of(row)) and row in ONE_OF_A_KIND,
+    "test_gpu_edges.test_another_stream_changes_the_masks": lambda row: bool(value_masks_of(row)),
     "test_gpu_edges.test_row_values": lambda row: bool(value_masks_of(row)),
     "test_gpu_backward.test_ranges_about_tiles": lambda row: "query_ranges" in row.features,
     # Sanitizers take seconds a call; test_gpu_edges takes every row.

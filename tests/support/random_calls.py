@@ -238,8 +238,16 @@ def strided_last_dim(built: Built, rng: random.Random) -> None:
     built.kwargs[name] = _every_second(built.kwargs[name])
 
 
+def strided_values(built: Built, rng: random.Random) -> None:
+    """Legal: masks that are values with a last dimension that is not contiguous, or expanded: they are copied."""
+    for name in ("query_ranges", "tree_mask", "causal"):
+        x = built.kwargs.get(name)
+        if isinstance(x, torch.Tensor) and x.numel():
+            built.kwargs[name] = _every_second(x)
+
+
 LEGAL: tuple[Callable[[Built, random.Random], None], ...] = (
-    odd_strides, odd_out, repeated_heads, broadcast_keys, strided_last_dim,
+    odd_strides, odd_out, repeated_heads, broadcast_keys, strided_last_dim, strided_values,
 )  # fmt: skip
 
 
@@ -260,6 +268,11 @@ def _wrong_key(
             built.kwargs[name] = change(built.kwargs[name])
 
     return mutate
+
+
+def _per_token(built: Built, dtype: torch.dtype, *tail: int) -> torch.Tensor:
+    """Zeros shaped as q without its heads."""
+    return torch.zeros(*built.kwargs["q"].shape[:-2], *tail, dtype=dtype, device=built.out.device)
 
 
 #: Mistakes: each must raise a BroadheadError, whatever else the call holds.
@@ -285,6 +298,16 @@ WRONG: dict[str, Callable[[Built, random.Random], None]] = {
     "causal text": _set("causal", lambda b: "yes"),
     "sinks shape": _set("sinks", lambda b: torch.zeros(b.call.heads_q + 1, device=b.out.device)),
     "sinks dtype": _set("sinks", lambda b: torch.zeros(b.call.heads_q, device=b.out.device, dtype=torch.int32)),
+    "batch of causal": _set("causal", lambda b: torch.ones(b.call.batch + 1, device=b.out.device, dtype=torch.bool)),
+    "rank of causal": _set("causal", lambda b: torch.ones(b.call.batch, 1, device=b.out.device, dtype=torch.bool)),
+    "dtype of causal": _set("causal", lambda b: torch.ones(b.call.batch, device=b.out.device)),
+    "rank of ranges": _set("query_ranges", lambda b: _per_token(b, torch.int32)),
+    "columns of ranges": _set("query_ranges", lambda b: _per_token(b, torch.int32, 3)),
+    "dtype of ranges": _set("query_ranges", lambda b: _per_token(b, torch.int64, 2)),
+    "ranges not a tensor": _set("query_ranges", lambda b: [(0, 1)]),
+    "in_window text": _set("ranges_in_window", lambda b: "yes"),
+    "rank of a tree": _set("tree_mask", lambda b: _per_token(b, torch.int64, 1)),
+    "dtype of a tree": _set("tree_mask", lambda b: _per_token(b, torch.int32)),
     "out shape": _set("out", lambda b: b.out[..., :-8] if b.call.dim_v > 8 else b.out[..., :0]),
     "out dtype": _set("out", lambda b: b.out.double()),
     "out strides": _set("out", lambda b: _every_second(b.out)),
@@ -295,6 +318,16 @@ def _has_table(built: Built) -> bool:
     return built.kwargs.get("page_table") is not None
 
 
+#: Of calls with ranges, and of those that a tree does not go with.
+WRONG_RANGES: dict[str, Callable[[Built, random.Random], None]] = {
+    "ranges and a tree": _set("tree_mask", lambda b: _per_token(b, torch.int64)),
+}
+WRONG_WITHOUT_RANGES: dict[str, Callable[[Built, random.Random], None]] = {
+    "in_window without ranges": _set("ranges_in_window", lambda b: True),
+}
+WRONG_TREE: dict[str, Callable[[Built, random.Random], None]] = {
+    "a tree in this call": _set("tree_mask", lambda b: _per_token(b, torch.int64)),
+}
 WRONG_TABLE: dict[str, Callable[[Built, random.Random], None]] = {
     "int64 page table": _set("page_table", lambda b: b.kwargs["page_table"].long()),
     "float page table": _set("page_table", lambda b: b.kwargs["page_table"].float()),
@@ -315,6 +348,9 @@ WRONG_OFFSETS: dict[str, Callable[[Built, random.Random], None]] = {
 def wrong_mutations(built: Built) -> dict[str, Callable[[Built, random.Random], None]]:
     """The mistakes that can be made in this call."""
     names = dict(WRONG)
+    names |= WRONG_RANGES if built.call.ranges else WRONG_WITHOUT_RANGES
+    if not built.call.tree and not takes_tree(built.call):
+        names |= WRONG_TREE
     if _has_cache(built):
         names["strided last dim of a cache"] = _wrong_key(_every_second)
     if _has_table(built):
