@@ -15,6 +15,7 @@ from .api.kvcache import flash_attn_with_kvcache
 from .api.merge import merge_attn_states
 from .api.metadata import get_scheduler_metadata
 from .api.packed import flash_attn_kvpacked_func, flash_attn_qkvpacked_func, flash_attn_varlen_qkvpacked_func
+from .api.query_ranges import make_query_ranges
 from .api.shared_prefix import flash_attn_with_shared_prefix
 from .errors import (
     BroadheadError,
@@ -53,6 +54,7 @@ __all__ = [
     "get_scheduler_metadata",
     "is_supported",
     "last_dispatch",
+    "make_query_ranges",
     "maybe_contiguous",
     "merge_attn_states",
     "mha_bwd",

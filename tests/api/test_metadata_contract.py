@@ -126,3 +126,28 @@ def test_length_rule() -> None:
     expected = built.run(out=None)[0]
     for max_seqlen_k in (19, 20, 4096):
         check_equal(built.run(out=None, max_seqlen_k=max_seqlen_k)[0], expected)
+
+
+def test_masks_that_are_values_are_no_part_of_a_plan() -> None:
+    """A causal tensor counts as causal=False, in the plan and in the call; ranges and trees change nothing."""
+    q, cache = torch.randn(2, 3, 4, 16), torch.randn(2, 40, 2, 16)
+    lengths, each = int32(30, 40), torch.tensor([True, False])
+    plan = (2, 3, 40, 4, 2, 16, lengths, torch.float32)
+    ranges, words = torch.zeros(2, 3, 2, dtype=torch.int32), torch.full((2, 3), -1)
+    calls = ({"causal": each}, {"causal": each, "prefix_lens": int32(1, 2)}, {"query_ranges": ranges},
+             {"causal": each, "query_ranges": ranges}, {"tree_mask": words}, {})  # fmt: skip
+    for causal in (False, each, int32(0, 1)):
+        metadata = broadhead.get_scheduler_metadata(*plan, causal=causal)
+        for masks in calls:
+            broadhead.flash_attn_with_kvcache(
+                q, cache, cache, cache_seqlens=lengths, scheduler_metadata=metadata, **masks
+            )
+    metadata = broadhead.get_scheduler_metadata(*plan, causal=True)
+    for masks in ({"query_ranges": ranges}, {"tree_mask": words}):
+        broadhead.flash_attn_with_kvcache(
+            q, cache, cache, cache_seqlens=lengths, scheduler_metadata=metadata, causal=True, **masks
+        )
+    with pytest.raises(broadhead.InvalidArgumentError, match=r"made for window_right=0.*a causal tensor counts as"):
+        broadhead.flash_attn_with_kvcache(
+            q, cache, cache, cache_seqlens=lengths, scheduler_metadata=metadata, causal=each
+        )

@@ -38,6 +38,18 @@ def test_other_strided_tensors_are_copied() -> None:
             )
 
 
+def test_strided_masks_are_copied_or_read() -> None:
+    ranges, each = int32(*[0, 5] * 6, *[3, 9] * 6).view(2, 6, 2), torch.tensor([True, False])
+    words = torch.arange(12).view(2, 6) - 5
+    options = {"query_ranges": ranges, "causal": each, "window_size": (1, 0)}
+    tensors = dense()
+    for masks in (options, {"tree_mask": words, "causal": each}):
+        expected = broadhead.mha_fwd(**tensors, **masks)
+        for name, value in masks.items():
+            if isinstance(value, torch.Tensor):
+                same(broadhead.mha_fwd(**tensors, **{**masks, name: strided(value)}), expected)
+
+
 def test_strided_tensors_without_elements() -> None:
     q, k, v = randn(2, 0, 4, 16), randn(2, 0, 2, 16), randn(2, 0, 2, 16)
     assert broadhead.flash_attn_func(strided(q), strided(k), strided(v)).shape == q.shape

@@ -99,11 +99,15 @@ def test_what_belongs_to_a_head_or_a_sequence_is_cut_with_it() -> None:
         k_descale=(4, 2),
         seqused_k=(4,),
         prefix_lens=(4,),
+        query_ranges=(4, 5, 2),
+        causal_by_sequence=(4,),
+        tree_mask=(4, 5),
         dlse=(4, 4, 5),
     )
     assert (heads["sinks"], heads["q_descale"], heads["k_descale"], heads["dlse"]) == (0, 1, 1, 1)
-    assert "seqused_k" not in heads and "prefix_lens" not in heads
-    assert {batch[name] for name in ("q_descale", "k_descale", "seqused_k", "prefix_lens", "dlse", "dk")} == {0}
+    masks = ("prefix_lens", "query_ranges", "causal_by_sequence", "tree_mask")
+    assert "seqused_k" not in heads and not set(masks) & set(heads)
+    assert {batch[name] for name in ("q_descale", "k_descale", "seqused_k", *masks, "dlse", "dk")} == {0}
     assert "sinks" not in batch and "dsinks" not in batch
 
 

@@ -34,7 +34,8 @@ def op_arguments(q: Tensor, k: Tensor, v: Tensor, **changes: Any) -> tuple[Any, 
     values: dict[str, Any] = dict.fromkeys(OPERATOR_NAMES)
     values.update(
         q=q, k=k, v=v, causal=False, window_left=-1, window_right=-1, attention_chunk=0, softcap=0.0, num_splits=0,
-        sm_margin=0, tokens_per_split=0, deterministic=False, differentiable=False, function="mha_fwd",
+        sm_margin=0, tokens_per_split=0, ranges_in_window=False, deterministic=False, differentiable=False,
+        function="mha_fwd",
     )  # fmt: skip
     assert changes.keys() <= values.keys()
     return tuple({**values, **changes}.values())
@@ -67,7 +68,24 @@ def everything() -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-ARGUMENTS = {"dense": dense, "varlen": varlen, "paged": paged, "everything": everything}
+def ranges() -> tuple[Any, ...]:
+    """Ranges of packed queries, and sequences of which one is causal."""
+    return op_arguments(
+        randn(9, 4, 16), randn(11, 2, 16), randn(11, 2, 16), cu_seqlens_q=int32(0, 3, 9), cu_seqlens_k=int32(0, 6, 11),
+        max_seqlen_q=6, max_seqlen_k=6, window_left=2, query_ranges=int32(*[0, 4] * 5, *[2, 9] * 4).view(9, 2),
+        ranges_in_window=True, causal_by_sequence=torch.tensor([True, False]),
+    )  # fmt: skip
+
+
+def tree() -> tuple[Any, ...]:
+    return op_arguments(
+        randn(2, 3, 4, 16), randn(2, 70, 2, 16), randn(2, 70, 2, 24), causal_by_sequence=int32(1, 0), window_left=66,
+        tree_mask=torch.tensor([[-1, 1 << 62, -(1 << 63)], [0, 5, 1 << 61]]),
+    )  # fmt: skip
+
+
+ARGUMENTS = {"dense": dense, "varlen": varlen, "paged": paged, "everything": everything, "ranges": ranges}
+FORWARD_ONLY = {"tree": tree}
 
 
 def leaves(arguments: tuple[Any, ...], **changes: Any) -> tuple[Any, ...]:
@@ -84,9 +102,9 @@ def opcheck(operator: Any, arguments: tuple[Any, ...], checks: tuple[str, ...] =
     assert found.keys() == set(checks)
 
 
-@pytest.mark.parametrize("name", ARGUMENTS)
+@pytest.mark.parametrize("name", ARGUMENTS | FORWARD_ONLY)
 def test_forward(name: str) -> None:
-    opcheck(OPERATORS.mha_fwd, ARGUMENTS[name]())
+    opcheck(OPERATORS.mha_fwd, (ARGUMENTS | FORWARD_ONLY)[name]())
 
 
 @pytest.mark.parametrize(("name", "deterministic"), [*((name, False) for name in ARGUMENTS), ("dense", True)])
@@ -95,9 +113,9 @@ def test_forward_with_gradients(name: str, deterministic: bool) -> None:
     opcheck(OPERATORS.mha_fwd, leaves(ARGUMENTS[name](), deterministic=deterministic))
 
 
-@pytest.mark.parametrize("name", ARGUMENTS)
+@pytest.mark.parametrize("name", ARGUMENTS | FORWARD_ONLY)
 def test_forward_into_out(name: str) -> None:
-    inputs = ARGUMENTS[name]()
+    inputs = (ARGUMENTS | FORWARD_ONLY)[name]()
     out, _ = OPERATORS.mha_fwd(*inputs)
     opcheck(OPERATORS.mha_fwd_out, (*inputs, torch.empty_like(out)))
 

@@ -22,6 +22,12 @@ PACKED: list[Lengths] = [
     [(6, 12), (4, 4), (3, 3), (64, 200)],
 ]
 
+#: More sequences than a range has sides or q has heads.
+MASKED: list[Lengths] = [
+    [(5, 7), (3, 3), (1, 2), (4, 6), (6, 9)],
+    [(9, 4), (11, 30), (2, 2), (1, 1), (7, 8), (3, 12)],
+]
+
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> Iterator[None]:
@@ -77,11 +83,20 @@ def packed(lengths: Lengths) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     }
 
 
+def masked(lengths: Lengths) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """Packed sequences with a range of keys for each query, every other one causal."""
+    tensors, options = packed(lengths)
+    ranges = [(2, 1 + 2 * (i % 3)) for queries, _ in lengths for i in range(queries)]
+    each = torch.tensor([b % 2 for b in range(len(lengths))], dtype=torch.int32)
+    return tensors, {**options, "query_ranges": torch.tensor(ranges, dtype=torch.int32), "causal": each}
+
+
 CASES: dict[str, tuple[Callable[..., Any], Callable[[Lengths], Any], list[Lengths], dict[str, Any]]] = {
     "func": (broadhead.flash_attn_func, dense, DENSE, {}),
     "func options": (broadhead.flash_attn_func, dense, DENSE, {"window_size": (4, 0), "deterministic": True}),
     "varlen": (broadhead.flash_attn_varlen_func, packed, PACKED, {"causal": True, "sinks": torch.randn(4)}),
     "mha_fwd": (broadhead.mha_fwd, used, DENSE, {}),
+    "masks": (broadhead.flash_attn_varlen_func, masked, MASKED, {"window_size": (2, -1), "ranges_in_window": True}),
 }
 
 

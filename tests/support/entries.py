@@ -80,6 +80,11 @@ def _of_keys(draw: Draw) -> dict[str, Entry]:
         "dense_out": Entry(
             broadhead.flash_attn_func, {**dense, "out": randn(2, 5, 4, 64)}, {"softcap": 9.0, **LSE}, ("out",)
         ),
+        "masks": Entry(
+            broadhead.flash_attn_func,
+            {**dense, "query_ranges": int32(*[2, 6] * 5, *[0, 3] * 5).view(2, 5, 2), "causal": int32(1, 0)},
+            {"window_size": (3, -1), "ranges_in_window": True, **LSE},
+        ),
         "varlen": Entry(
             broadhead.flash_attn_varlen_func,
             {**packed, **cu, **used, "sinks": randn(4, dtype=F32), "out": randn(9, 4, 64)},
@@ -109,6 +114,14 @@ def _of_caches(draw: Draw) -> dict[str, Entry]:
             {**decode, **paged, "cache_leftpad": int32(1, 2), "out": randn(2, 1, 4, 64)},
             {"causal": True, **LSE},
             ("out",),
+        ),
+        "tree": Entry(
+            broadhead.flash_attn_with_kvcache,
+            {
+                **decode, **paged, "q": randn(2, 3, 4, 64), "causal": torch.tensor([True, False], device=draw.device),
+                "tree_mask": torch.tensor([[-1, 1 << 62, 0], [5, 1 << 61, -(1 << 63)]], device=draw.device),
+            },
+            dict(LSE),
         ),
         "batch_index": Entry(
             broadhead.flash_attn_with_kvcache,

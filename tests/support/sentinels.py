@@ -176,8 +176,8 @@ OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
         **_SCORES, "window_size": (13, -1), "causal_by_sequence": int32(1, 0), "tree_mask": words, "num_splits": 10,
     },
     "ranges": lambda: {
-        **_SCORES, "causal_by_sequence": torch.tensor([True, False]), "query_ranges": ranges, "prefix_lens": int32(2, 4),
-        "num_splits": 14,
+        **_SCORES, "causal_by_sequence": torch.tensor([True, False]), "query_ranges": ranges, "num_splits": 14,
+        "prefix_lens": int32(2, 4),
     },
     "sides": lambda: {
         **_SCORES, "window_left": 13, "window_right": 5, "s_aux": torch.zeros(HEADS), "num_splits": 7,

@@ -112,6 +112,21 @@ def cases() -> dict[str, Case]:
             BY_BATCH,
             causal,
         ),
+        "batch with ranges": Case(
+            dense(4, 2) | {"query_ranges": int32(*[0, 4] * 5, *[2, 9] * 5).view(2, 5, 2)},
+            every("q k v query_ranges", BATCH),
+            BY_BATCH,
+            causal,
+        ),
+        "heads with ranges": Case(
+            dense(4, 2) | {"query_ranges": int32(*[0, 4] * 5, *[2, 9] * 5).view(2, 5, 2)},
+            every("q k v", HEADS),
+            BY_HEADS,
+            causal,
+        ),
+        "batch with causality by sequence": Case(
+            dense(4, 2) | {"causal": int32(1, 0)}, every("q k v causal", BATCH), BY_BATCH
+        ),
         "batch of 1": Case(dense(4, 2, batch=1), every("q k v", BATCH), NOT_AT_ALL, causal),
         "rows": Case(dense(4, 2), every("q k v", ROWS), NOT_AT_ALL, causal),
         "replicated": Case(dense(4, 2), {}, NOT_AT_ALL, causal),

@@ -74,8 +74,8 @@ KINDS: dict[str, Callable[[Tensor], Tensor]] = {
     "subclass": lambda x: x.as_subclass(Subclass),
     "quiet": lambda x: torch.Tensor._make_subclass(Quiet, x),
     "watching": lambda x: torch.Tensor._make_subclass(Watching, x),
-    # Nothing negates 8 bits, lazily or not.
-    "negated": lambda x: x if x.dtype == FP8 else torch._neg_view(negative(x)),
+    # Nothing negates 8 bits, lazily or not, nor truth values.
+    "negated": lambda x: x if x.dtype in (FP8, torch.bool) else torch._neg_view(negative(x)),
     "parameter": lambda x: torch.nn.Parameter(x, requires_grad=False),
 }
 
