@@ -50,6 +50,9 @@ FEATURES = (
     "softcap",
     "sinks",
     "prefix_lens",
+    "causal_by_sequence",
+    "query_ranges",
+    "tree_mask",
     "varlen",
     "seqused",
     "gqa",
@@ -60,9 +63,8 @@ FEATURES = (
     "lse",
 )
 #: Features that only some kernels do: qv: a second query for v; descale: factors of 8-bit q, k and v; deterministic:
-#: gradients whose sums have an order, so that they are the same in every run; the others are masks that the call gives
-#: as values: causality of each sequence, a range of keys of each query, a tree of drafts.
-EXTRA_FEATURES = ("qv", "descale", "deterministic", "causal_by_sequence", "query_ranges", "tree_mask")
+#: gradients whose sums have an order, so that they are the same in every run.
+EXTRA_FEATURES = ("qv", "descale", "deterministic")
 #: Query rows (tokens x heads of one KV head) up to which a call is decode: bound by memory, not by its products.
 #: PERF(H200, 8192 keys, 32 rows, GB/s on decode and Hopper kernels: head_dim 128 3705, 3329; 256 3973, 3805; 512 3876,
 #: 3758)
@@ -178,6 +180,8 @@ BACKWARD_FEATURES = (
     "softcap",
     "sinks",
     "prefix_lens",
+    "causal_by_sequence",
+    "query_ranges",
     "varlen",
     "seqused",
     "gqa",

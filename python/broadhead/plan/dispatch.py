@@ -229,11 +229,8 @@ def _nothing_computes(problem: AttentionProblem) -> str:
 
 
 def _extras(problem: AttentionProblem) -> tuple[str, ...]:
-    """What the problem asks that only some kernels do. Sums in an order are asked of its gradients alone; one query at
-    the end of its sequence has no key to its right, whether it is causal or not."""
-    unasked = ["deterministic"] if problem.direction == "forward" else []
-    if problem.seqlen_q <= 1:
-        unasked.append("causal_by_sequence")
+    """What the problem asks that only some kernels do. Sums in an order are asked of its gradients alone."""
+    unasked = ("deterministic",) if problem.direction == "forward" else ()
     return tuple(name for name in problem.features if name in EXTRA_FEATURES and name not in unasked)
 
 
