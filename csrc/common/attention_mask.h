@@ -185,21 +185,51 @@ struct BlockRange {
   int end;
 };
 
+// n_blocks that lie between those a tile visits. A tile counts only those that it visits.
+struct BlockGap {
+  int first;   // the first n_block behind it, as the tile counts
+  int blocks;  // how many lie between; 0: there is no gap
+
+  // Where n_block `block` of the tile lies among all, and the inverse for one that the tile visits, or an end of such.
+  BROADHEAD_HOST_DEVICE int place(int block) const { return block >= first ? block + blocks : block; }
+  BROADHEAD_HOST_DEVICE int count(int place) const { return place >= first + blocks ? place - blocks : place; }
+};
+
+// The n_blocks that hold keys of an interval.
+BROADHEAD_HOST_DEVICE BlockRange blocks_of(const KeyInterval& keys, int tile_n) {
+  if (keys.end <= keys.begin) return {0, 0};
+  return {keys.begin / tile_n, ceil_div(keys.end, tile_n)};
+}
+
+// Keys that queries q_first..q_last see by their positions or by the prefix lie within.
+BROADHEAD_HOST_DEVICE KeyInterval placed_interval(const AttentionMask& mask, int q_first, int q_last) {
+  return hull(mask.tile_interval(q_first, q_last), {0, mask.prefix_len});
+}
+
 // `given`: given_interval of the same queries.
 BROADHEAD_HOST_DEVICE BlockRange block_range(const AttentionMask& mask, int q_first, int q_last, int tile_n,
                                              const KeyInterval& given) {
-  KeyInterval keys = mask.tile_interval(q_first, q_last);
-  if (keys.end <= keys.begin) keys = {0, 0};
-  if (mask.prefix_len > 0) {
-    keys.begin = 0;
-    keys.end = max_int(keys.end, mask.prefix_len);
-  }
-  keys = hull(keys, given);
-  return {keys.begin / tile_n, ceil_div(keys.end, tile_n)};
+  return blocks_of(hull(placed_interval(mask, q_first, q_last), given), tile_n);
 }
 
 BROADHEAD_HOST_DEVICE BlockRange block_range(const AttentionMask& mask, int q_first, int q_last, int tile_n) {
   return block_range(mask, q_first, q_last, tile_n, mask.given_interval(q_first, q_last));
+}
+
+// The same without the n_blocks between the two intervals: `gap`.
+BROADHEAD_HOST_DEVICE BlockRange visited_blocks(const AttentionMask& mask, int q_first, int q_last, int tile_n,
+                                                const KeyInterval& given, BlockGap& gap) {
+  gap = {0, 0};
+  const KeyInterval placed = placed_interval(mask, q_first, q_last);
+  BlockRange range = block_range(mask, q_first, q_last, tile_n, given);
+  if (placed.end <= placed.begin || given.end <= given.begin) return range;
+  const BlockRange a = blocks_of(placed, tile_n), b = blocks_of(given, tile_n);
+  const BlockRange low = a.begin < b.begin ? a : b, high = a.begin < b.begin ? b : a;
+  if (high.begin > low.end) {
+    gap = {low.end, high.begin - low.end};
+    range.end -= gap.blocks;
+  }
+  return range;
 }
 
 // Split `split` of `num_splits`, which cut a range of n_blocks into equal parts.

@@ -112,6 +112,8 @@ void check_queries(const AttentionMask& mask, int key_first, int key_last) {
   }
 }
 
+int gaps = 0;  // tiles that do not visit all n_blocks between their first and their last
+
 // Masks that are given as values: the predicate, the keys that tiles of queries visit, the queries that keys meet.
 void check_given(AttentionMask mask, const host_test::GivenMasks& given) {
   given.give_to(mask);
@@ -132,6 +134,14 @@ void check_given(AttentionMask mask, const host_test::GivenMasks& given) {
     for (int first = 0; first < sq; first += tile) {
       const int last = std::min(first + tile, sq) - 1;
       const broadhead::BlockRange range = broadhead::block_range(mask, first, last, tile);
+      broadhead::BlockGap gap;
+      const broadhead::BlockRange visited =
+          broadhead::visited_blocks(mask, first, last, tile, mask.given_interval(first, last), gap);
+      CHECK(visited.end + gap.blocks == range.end && visited.begin == range.begin, CASE, CASE_OF(mask, first));
+      gaps += gap.blocks > 0;
+      for (int block = visited.begin; block < visited.end; ++block) {
+        CHECK(gap.count(gap.place(block)) == block, CASE " block %d", CASE_OF(mask, first), block);
+      }
       const broadhead::KeyInterval unmasked = mask.unmasked_interval(first, last);
       const broadhead::KeyInterval live = mask.tile_interval(first, last), by_values = mask.given_interval(first, last);
       CHECK(range.end * tile < sk + tile, CASE, CASE_OF(mask, first));
@@ -140,6 +150,9 @@ void check_given(AttentionMask mask, const host_test::GivenMasks& given) {
         for (int q = first; q <= last; ++q) any = any || sees(q, key), all = all && sees(q, key);
         CHECK(!any || (key / tile >= range.begin && key / tile < range.end), CASE " key %d outside the blocks",
               CASE_OF(mask, first), key);
+        const int block = gap.count(key / tile);
+        CHECK(!any || (block >= visited.begin && block < visited.end && gap.place(block) == key / tile),
+              CASE " key %d is not visited", CASE_OF(mask, first), key);
         CHECK(all || key < unmasked.begin || key >= unmasked.end, CASE " key %d is called unmasked",
               CASE_OF(mask, first), key);
         const bool by_position = (key >= live.begin && key < live.end) || key < mask.prefix_len;
@@ -237,6 +250,7 @@ int main() {
     }
   }
   check_all_given();
+  CHECK(gaps > 1000, "%d gaps", gaps);
   check_splits();
   return host_test::finish();
 }
