@@ -250,7 +250,7 @@ int main() {
     }
   }
   check_all_given();
-  CHECK(gaps > 1000, "%d gaps", gaps);
+  CHECK(gaps > 100, "%d gaps", gaps);
   check_splits();
   return host_test::finish();
 }
