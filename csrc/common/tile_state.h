@@ -84,7 +84,7 @@ BROADHEAD_DEVICE void set_tile_keys(TileState<Element>& state, const AttnParams&
   const int seqlen_k = state.seqlen.seqlen_k;
   AttentionMask mask{seqlen_q, seqlen_k, params.mask_rule, state.mask.prefix_len};
   mask.rule.window_right = state.mask.rule.window_right;
-  set_mask_values(params, state.seqlen, tile.batch, mask);
+  set_given(params, state.seqlen, mask);
   state.mask = mask;
   const int rows_per_token = state.output.rows.rows_per_token;
   const int cluster_row = tile.m_block / shape.cluster * shape.cluster * shape.rows;
@@ -92,9 +92,10 @@ BROADHEAD_DEVICE void set_tile_keys(TileState<Element>& state, const AttnParams&
   const int q_first = cluster_rows.token(0);
   const int q_last = min_int(cluster_rows.token(shape.rows * shape.cluster - 1), seqlen_q - 1);
   state.source.live.interval = mask.tile_interval(q_first, q_last);
-  const KeyInterval given = mask.given_interval(q_first, q_last);
+  const MaskExtents extents = sequence_extents(params, state.seqlen, tile.batch);
+  const KeyInterval given = given_interval(mask, extents, q_first, q_last);
   state.source.live.given = given;
-  state.source.live.extents = mask.values.key_extents;
+  state.source.live.extents = extents.of_keys;
   compile_barrier();
   BlockGap gap;
   const BlockRange range = visited_blocks(mask, q_first, q_last, shape.keys, given, gap);
