@@ -133,10 +133,7 @@ def test_chunked_prefill(row: support.KernelRow, run_row: Callable, rng: random.
 @rows_with("tree")
 def test_drafts(row: support.KernelRow, run_row: Callable) -> None:
     """From 1 to 64 drafts behind contexts of all lengths about 64, of none, of fewer keys than drafts."""
-    most = 64 if row.phase == "prefill" else 16
     for drafts in (1, 2, 3, 5, 8, 16, 31, 33, 63, 64):
-        if drafts > most:
-            continue
         for pattern in TREES:
             contexts = (0, 1, 64 - drafts, 64, 129, row.tile.tile_n + 1, 500)
             lengths = {"seqlens_q": (drafts,) * 8, "seqlens_k": (*(n + drafts for n in contexts), drafts // 2)}
@@ -218,7 +215,7 @@ def test_replays(row: support.KernelRow, only_row: Callable, cuda: torch.device,
     if {"ranges", "causal_each"} <= set(value_masks_of(row)):
         cases.append({"ranges": "far", "causal_each": EACH, "window": (20, -1), "ranges_in_window": True})
     for turn, case in enumerate(cases):
-        options = {"causal": "causal_each" not in case, "num_splits": (1, 3)[turn % 2], **case}
+        options = {"causal": "causal_each" not in case, "num_splits": (1, 3)[turn % 2], "metadata": turn > 0, **case}
         if "ranges" in case and "window" not in case:
             options["window"] = (30, 0)
         built = everything(build(row_call(row, "kvcache", **lengths, **options), cuda, rng))
