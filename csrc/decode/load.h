@@ -10,6 +10,14 @@ namespace broadhead::decode {
 
 using namespace mma_sync;
 
+// `x` where the compiler does not know that it is the same as before: what follows from it is not computed early.
+template <class T>
+BROADHEAD_DEVICE const T& fresh(const T& x) {
+  const T* pointer = &x;
+  asm volatile("" : "+l"(pointer));
+  return *pointer;
+}
+
 // Finds the page of a row, by a shift where the page size is a power of two.
 struct PageSize {
   int size;   // 0: not paged
@@ -156,9 +164,10 @@ class Loader {
   // Whether some query sees a key of the item that is copied.
   BROADHEAD_DEVICE bool contains(int key) const {
     if (source().live.contains(key)) return true;
-    if (params_.mask_values.key_extents == nullptr) return false;
+    const DecodeParams& params = fresh(params_);  // 32 rows leave no registers for its fields
+    if (params.mask_values.key_extents == nullptr) return false;
     const WorkItem& item = smem_.queue[warp()].items[(item_ - 1) % kQueueItems];
-    return key < item.seqlen.seqlen_k && sequence_extents(params_, item.seqlen, item.batch).contains(key);
+    return key < item.seqlen.seqlen_k && sequence_extents(params, item.seqlen, item.batch).contains(key);
   }
 
   BROADHEAD_DEVICE bool is_even() const { return n_block_ >= even_begin_ && n_block_ < even_end_; }

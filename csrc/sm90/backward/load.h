@@ -247,8 +247,9 @@ BROADHEAD_DEVICE void prepare_keys(typename Traits::SharedStorage& smem) {
       clear_where<typename Traits::FirstRows, 32>(
           smem.first_rows + first * (Traits::FirstRows::kRowBytes / static_cast<int>(sizeof(typename Traits::Element))),
           0, 1, [&](int row) {
-            return smem.seen[first + row].begin >= smem.seen[first + row].end &&
-                   !work.extents.contains(work.first_row + first + row);
+            const int key = work.first_row + first + row;
+            const bool given = key < work.end_row && work.extents.contains(key);
+            return smem.seen[first + row].begin >= smem.seen[first + row].end && !given;
           });
     }
     cutlass::arch::fence_view_async_shared();
