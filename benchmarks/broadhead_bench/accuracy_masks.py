@@ -30,7 +30,7 @@ class ImagesMask(NamedTuple):
         low, high = 0 if self.window is None else max(0, first - self.window + 1), behind
         for start, end in self.spans:
             if start < behind and first < end:
-                low, high = min(low, start), max(high, end)
+                low, high = low if self.in_window else min(low, start), max(high, end)
         return low, min(high, seqlen)
 
     def visible(self, positions: Tensor, keys: Tensor) -> Tensor:
