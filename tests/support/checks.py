@@ -8,7 +8,7 @@ from typing import Any
 import tolerance
 import torch
 from calls import Built
-from judge import Judgement, judge, largest_score
+from judge import Judgement, judge, largest_score, weights
 from layouts import bytes_of
 from torch import Tensor
 
@@ -125,13 +125,16 @@ def check_gradients(
             lse = exact.lses[b]
             p = torch.exp(built.kwargs["sinks"].detach().double()[:, None] - lse)
             p[lse == float("-inf")] = 0  # a row without keys is 0, sink or not
-            # Kernels multiply V by P in 16 bits: where few keys are seen, a whole row of out is that much too long.
-            of_weights = torch.finfo(call.dtype).eps / 2 * products.sum(dim=-1).T
-            of_sinks.append((p * rounded_off).square().sum(dim=-1) + (p * of_weights).square().sum(dim=-1))
+            # Kernels multiply V by P in 16 bits.
+            of_weights = (torch.finfo(call.dtype).eps / 2) ** 2 * _squares_of_weights(built, b, rows[b].double())
+            of_sinks.append((p * rounded_off).square().sum(dim=-1) + (p.square() * of_weights).sum(dim=-1))
     moved = exact.gradients(rows, moved_lse)
     for name, actual in gradients.items():
         expected, of_naive, of_moved = (_scattered(built, name, x[name], actual) for x in (truth, naive, moved))
-        assert (actual[expected == 0] == 0).all(), f"{call}: d{name} is not 0 where nothing depends on {name}"
+        # A gradient may be 0 by luck, too: where it is that of one key, it is that of the LSE. It then moves with D.
+        nothing = (expected == 0) & (of_moved == 0)
+        most = float(actual[nothing].abs().max()) if bool(nothing.any()) else 0.0
+        assert most == 0, f"{call}: d{name} is not 0 where nothing depends on {name}, but up to {most}"
         noise = tolerance.max_error(of_moved, expected)
         if name == "sinks" and of_sinks:  # a sum over all rows, in which the naive errors may happen to cancel
             of_sum = SUM_DEVIATIONS * float(torch.stack(of_sinks).sum(dim=0).max().sqrt())
@@ -140,6 +143,16 @@ def check_gradients(
         tolerance.assert_close(
             f"d{name}", actual, expected, of_naive, actual.dtype, tolerance.GRADIENT_FACTOR, str(call), noise
         )
+
+
+def _squares_of_weights(built: Built, b: int, grad_out: Tensor) -> Tensor:
+    """``(Hq, sq)``: the sum over the keys of the square of P dP, where dP = dout . v, of sequence ``b``.
+
+    Each P is rounded by itself, and D = sum P dP moves by that.
+    """
+    v = built.v[b].detach().double()
+    values = v.repeat_interleave(grad_out.shape[1] // v.shape[1], dim=1)
+    return (weights(built, b) * torch.einsum("qhd,khd->qhk", grad_out, values)).square().sum(dim=-1).T
 
 
 def _scattered(built: Built, name: str, sequences: list[Tensor], like: Tensor) -> Tensor:

@@ -29,6 +29,17 @@ def judge(built: Built, dtype: torch.dtype = torch.float64) -> tuple[list[Tensor
     return outs, lses
 
 
+def weights(built: Built, b: int) -> Tensor:
+    """``(sq, Hq, sk)``: P of sequence ``b`` in fp64, which is out where V is one."""
+    q, k = built.q[b].detach().double(), built.k[b].detach().double()
+    if built.qv is not None:  # its scores are those of longer queries and keys
+        q = torch.cat((q, built.qv[b].detach().double()), dim=-1)
+        k = torch.cat((k, built.v[b].detach().double()), dim=-1)
+    one = torch.eye(len(k), dtype=torch.double, device=k.device)[:, None].expand(-1, k.shape[1], -1)
+    sinks = None if built.sinks is None else built.sinks.detach()
+    return oracle.attention(q, k, one, built.call.rule(b), sinks=sinks)[0]
+
+
 class Judgement:
     """`judge` in ``dtype``, and the gradients of what it gives: one evaluation, whatever is asked of it.
 
