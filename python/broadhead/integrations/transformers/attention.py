@@ -25,8 +25,6 @@ _UNSUPPORTED_KWARGS = {
     "alibi": "ALiBi slopes",
     "head_mask": "a head mask",
 }
-#: Forms of the mask in which queries see ranges of keys besides.
-_WITH_RANGES = ("blocks", "packed blocks")
 _UNSET: Any = object()
 
 
@@ -72,8 +70,11 @@ def attention_forward(
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     window, chunk = _local_mask(module, sliding_window)
     attention_mask, kind = _read_mask(attention_mask, q, k, window or chunk)
-    # Only causal masks have blocks of tokens that see each other.
-    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal) or kind in _WITH_RANGES
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    has_blocks, causal_mask = False, False
+    if attention_mask is not None:
+        has_blocks, causal_mask = forms.tells(attention_mask, kind)
+    causal = causal or causal_mask
     options: dict[str, Any] = {
         "softmax_scale": scaling,
         "causal": causal,
@@ -91,11 +92,6 @@ def attention_forward(
     elif attention_mask is None and kwargs.get("cu_seq_lens_q") is None:
         attention_mask = packed_by_positions(module, kwargs.get("position_ids"), q, k)
         kind = None if attention_mask is None else "packed"
-    has_blocks = attention_mask is not None and (
-        kind in _WITH_RANGES
-        or (kind == "packed" and attention_mask.shape[1] == forms.PACKED_PREFIX_ROWS)
-        or (kind == "ranges" and attention_mask.shape[3] == forms.PREFIX_COLUMNS)
-    )
     # Offsets that are given say less than a mask with blocks does, which is made of the positions of the same rows.
     if kwargs.get("cu_seq_lens_q") is not None and not (has_blocks and kind in ("packed", "packed blocks")):
         if has_blocks:
@@ -244,12 +240,14 @@ def _run_ranges(
 
 
 def _run_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: dict[str, Any]) -> Tensor:
-    """Queries that see ranges of keys besides."""
+    """A causal mask, and queries that see ranges of keys besides."""
     rows = forms.block_rows(mask)
-    ranges = {"query_ranges": forms.ranges_in(mask, q.shape[1]), "ranges_in_window": rows.in_window}
+    if forms.has_ranges(mask):
+        ranges = forms.ranges_in(mask, q.shape[1])
+        options = {**options, "query_ranges": ranges, "ranges_in_window": rows.in_window}
     if not rows.has_end:
-        return broadhead.flash_attn_func(q, k, v, num_splits=0, **options, **ranges)
-    return _run_ranges(q, k, v, mask, rows.has_begin, False, {**options, **ranges})
+        return broadhead.flash_attn_func(q, k, v, num_splits=0, **options)
+    return _run_ranges(q, k, v, mask, rows.has_begin, False, options)
 
 
 def _run_gathered(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: dict[str, Any]) -> Tensor:

@@ -14,7 +14,8 @@ joins masks is refused.
 - packed ``(1, 3, 1, N + 1)`` or ``(1, 4, 1, N + 1)``: the rows hold N sequences. Row 0 is cu_seqlens over all rows of
   the batch, row 3 the prefix of each sequence.
 - blocks ``(B, R, 1, 4 + 2 S)``: S queries see ranges of keys besides. All rows hold the same: end, dead and begin as in
-  the ranges form, 0, and begin and end of the range of each query. R tells what no value may: `BlockRows`.
+  the ranges form, 0, and begin and end of the range of each query. R tells what no value may: `BlockRows`. S is 0 where
+  no query sees more; such a form still says that the mask is causal.
 - packed blocks ``(1, R, 1, 2 T + N + 1)``: the range of each of the T tokens of the batch, and cu_seqlens.
 """
 
@@ -102,11 +103,17 @@ def make_packed(starts: Tensor, prefix_lens: Tensor | None) -> Tensor:
     return form
 
 
-def make_blocks(values: tuple[Tensor, ...], ranges: Tensor, rows: BlockRows) -> Tensor:
-    """The blocks form of end, dead and begin, each ``(B,)``, and of the ranges ``(B, S, 2)``."""
-    full = torch.stack([*values, torch.zeros_like(values[0])], dim=1).to(torch.int32)
+def make_blocks(keys: Keys, dead: Tensor, ranges: Tensor | None, rows: BlockRows) -> Tensor:
+    """The blocks form of live keys, of dead queries ``(B,)``, and of the ranges ``(B, S, 2)``."""
+    full = torch.stack([keys.end, dead, keys.begin, torch.zeros_like(dead)], dim=1).to(torch.int32)
+    ranges = full[:, :0] if ranges is None else ranges
     form = torch.cat([full, ranges.flatten(1)], dim=1)
     return form[:, None, None, :].expand(-1, _count_of(rows), -1, -1)
+
+
+def has_ranges(blocks: Tensor) -> bool:
+    """Whether queries see ranges, by the blocks form."""
+    return blocks.shape[3] > _BLOCK_COLUMNS
 
 
 def make_packed_blocks(packed: Tensor, ranges: Tensor, in_window: bool) -> Tensor:
@@ -139,6 +146,16 @@ def block_rows(mask: Tensor) -> BlockRows:
     return BlockRows(bool(code & 8), bool(code & 4), bool(code & 2), bool(code & 1))
 
 
+def tells(mask: Tensor, kind: str | None) -> tuple[bool, bool]:
+    """``(has_blocks, causal)``: whether tokens see later ones, and that the rest is causal whatever the layer says."""
+    if kind == "blocks":
+        return has_ranges(mask), True
+    prefix = (kind == "packed" and mask.shape[1] == PACKED_PREFIX_ROWS) or (
+        kind == "ranges" and mask.shape[3] == PREFIX_COLUMNS
+    )
+    return (True, True) if prefix or kind == "packed blocks" else (False, False)
+
+
 def longest_of(packed: Tensor, bound: int) -> int:
     """The length of the longest sequence of a packed form, at most ``bound``."""
     return min(int(getattr(packed, _LONGEST, bound)), bound)
@@ -162,4 +179,4 @@ def kind_of(mask: Any, batch: int, num_keys: int) -> str | None:
         return "unless packed"
     if rows == 1 and columns in (END_COLUMNS, BEGIN_COLUMNS, PREFIX_COLUMNS):
         return "ranges"
-    return "blocks" if has_blocks and columns > _BLOCK_COLUMNS else None
+    return "blocks" if has_blocks and columns >= _BLOCK_COLUMNS else None

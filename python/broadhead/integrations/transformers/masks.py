@@ -35,7 +35,8 @@ def attention_mask(
 ) -> Tensor | None:
     """Describe a layer's mask to `attention_forward`: which keys are real, and where sequences and prefixes end.
 
-    The causal, windowed or chunked part is not in it: the layer says that by ``is_causal`` and ``sliding_window``.
+    The windowed or chunked part is not in it: the layer says that by ``sliding_window``. So does its ``is_causal``,
+    where no form says that the mask is causal.
     Outside traced code it may wait for the device, once. Traced code waits for nothing; what it would have had to read
     (padding between live keys, packed sequences) is asserted on the device.
 
@@ -74,6 +75,10 @@ def attention_mask(
     bidirectional = "allow_is_bidirectional_skip" in kwargs
     # A model that will join or compile its masks asks for one whose shape depends on no value.
     stable = traced or not kwargs.get("allow_is_bidirectional_skip" if bidirectional else "allow_is_causal_skip", True)
+    # Layers that say they are not causal (PaliGemma, GIT) get causal masks, too: then the form of the mask says it.
+    says_causal = not bidirectional and (
+        found is not None or getattr(kwargs.get("config"), "use_bidirectional_attention", None) is True
+    )
     chunked = not bidirectional and patterns.is_chunked(kwargs.get("config"), local_size)
     if chunked and local_size is not None and kv_offset and kv_offset + kv_length > local_size:
         raise UnsupportedError(
@@ -112,18 +117,24 @@ def attention_mask(
             # Traced functions do not tell their parts: blocks inside a packed mask show by what tokens see ahead.
             ahead = patterns.sees_ahead(mask_function, batch_size, q_length, device).sum(1)
             count = _count(starts, local_size if chunked else None)
-            return forms.make_ranges(batch_size, forms.COUNT_COLUMNS, count, ahead)
-        if not joined and not bool(_count(starts, local_size if chunked else None).any()):
+            if not says_causal:
+                return forms.make_ranges(batch_size, forms.COUNT_COLUMNS, count, ahead)
+            torch._assert_async(
+                ~(count + ahead).any(), f"{_FUNCTION}: compiled code cannot find packed sequences in position_ids"
+            )
+            starts = None
+        elif not joined and not bool(_count(starts, local_size if chunked else None).any()):
             starts = None
     if joined:
         return _traced_prefix(mask_function, batch_size, q_length, q_offset, local_size, keys, starts, device)
     if starts is not None:
         return forms.make_packed(starts, None)
     if keys is None:
-        if not stable:
+        if not stable and not says_causal:
             return None
         end = torch.full((batch_size,), kv_length, dtype=torch.int32, device=device)
-        return forms.make_ranges(batch_size, forms.BEGIN_COLUMNS, end)
+        keys = forms.Keys(torch.zeros_like(end), end, torch.zeros_like(end, dtype=torch.bool))
+        return _lengths(keys, torch.zeros_like(end), True, True, says_causal)
 
     # Without positions every query may stay: no mask tells the padding among the queries of a cross attention.
     positional = not bidirectional or local_size is not None
@@ -133,9 +144,9 @@ def attention_mask(
             ~keys.holes.any(),
             f"{_FUNCTION}: in compiled code padding must lie at the ends of a row, not between tokens",
         )
-        return forms.make_ranges(batch_size, forms.BEGIN_COLUMNS, keys.end, dead, keys.begin)
+        return _lengths(keys, dead, True, True, says_causal)
     answers = _ask(keys, kv_length, local_size)
-    return _plain_form(real, keys, query_end, dead, answers, local_size, stable)
+    return _plain_form(real, keys, query_end, dead, answers, local_size, stable, says_causal)
 
 
 class _Answers(NamedTuple):
@@ -165,6 +176,7 @@ def _plain_form(
     answers: _Answers,
     local_size: int | None,
     stable: bool,
+    says_causal: bool,
 ) -> Tensor | None:
     """The form of rows that hold one sequence each and no blocks."""
     if answers.torn:
@@ -174,9 +186,16 @@ def _plain_form(
         )
     if answers.holes:
         return forms.make_gathered(real, query_end)
-    if stable or answers.begin:
-        return forms.make_ranges(len(real), forms.BEGIN_COLUMNS, keys.end, dead, keys.begin)
-    return forms.make_ranges(len(real), forms.END_COLUMNS, keys.end, dead) if answers.hidden else None
+    return _lengths(keys, dead, stable or answers.hidden, stable or answers.begin, says_causal)
+
+
+def _lengths(keys: forms.Keys, dead: Tensor, has_end: bool, has_begin: bool, says_causal: bool) -> Tensor | None:
+    """The form of live keys that lie together; None where nothing is to be said of them."""
+    if says_causal:
+        return forms.make_blocks(keys, dead, None, forms.BlockRows(False, False, has_end, has_begin))
+    if has_begin:
+        return forms.make_ranges(len(dead), forms.BEGIN_COLUMNS, keys.end, dead, keys.begin)
+    return forms.make_ranges(len(dead), forms.END_COLUMNS, keys.end, dead) if has_end else None
 
 
 def _real_keys(
@@ -236,27 +255,23 @@ def _with_blocks(
         no_prefix = no_prefix | (keys.end - keys.begin > found.window)
     answers = _ask(keys, kv_length, found.window, some, runs.torn, no_prefix)
     any_block, torn, not_only_prefixes = answers.others
-    packed = None
     if found.owner is not None and (answers.holes or answers.hidden):
         raise UnsupportedError(_OTHER_BLOCKS)
     if torn or (any_block and answers.holes):
         raise UnsupportedError(_OTHER_BLOCKS)
     if runs.sequence_begin is not None:
         starts = runs.sequence_begin == torch.arange(kv_length, device=real.device)
-        prefix = None
-        if any_block and not not_only_prefixes:
-            owner = starts.flatten().cumsum(0) - 1
-            prefix = torch.zeros_like(owner).index_add(0, owner, runs.inside.flatten().long())
-            prefix = prefix[: int(owner[-1]) + 1]
-        packed = forms.make_packed(starts, prefix)
+        owner = starts.flatten().cumsum(0) - 1
+        prefix = torch.zeros_like(owner).index_add(0, owner, runs.inside.flatten().long() * any_block)
+        packed = forms.make_packed(starts, prefix[: int(owner[-1]) + 1])
         return forms.make_packed_blocks(packed, ranges, found.bounded) if any_block and not_only_prefixes else packed
     if not any_block:
-        return _plain_form(real, keys, query_end, dead, answers, found.window, stable=q_length == 1)
+        return _plain_form(real, keys, query_end, dead, answers, found.window, stable=q_length == 1, says_causal=True)
     if not not_only_prefixes:
         return forms.make_ranges(batch, forms.PREFIX_COLUMNS, keys.end, dead, keys.begin, runs.inside.sum(1))
     has_begin = answers.begin or q_length == 1
     rows = forms.BlockRows(False, found.bounded, has_begin or answers.hidden, has_begin)
-    return forms.make_blocks((keys.end, dead, keys.begin), ranges, rows)
+    return forms.make_blocks(keys, dead, ranges, rows)
 
 
 def _traced_prefix(
