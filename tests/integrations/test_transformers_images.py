@@ -127,7 +127,8 @@ def test_generate(name: str, cache: str) -> None:
     inputs = prompt(name, side="left")
     if cache == "chunks":  # generate cuts no pixels
         inputs = without_images(inputs)
-    assert_same_tokens(make(name), inputs.pop("input_ids"), max_new_tokens=6, **inputs, **CACHES[cache])
+    options = {"max_new_tokens": 6, "suppress_tokens": [IMAGE], **CACHES[cache]}
+    assert_same_tokens(make(name), inputs.pop("input_ids"), **inputs, **options)
 
 
 def run_in_chunks(model: Any, attention: str, sizes: list[int], inputs: dict[str, Any], cache: Any) -> torch.Tensor:
