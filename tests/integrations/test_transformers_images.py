@@ -22,6 +22,8 @@ MASKS = {
     "paligemma": ["prefix", "prefix"],
     "paligemma2": ["ranges", "prefix"],
 }
+if not hasattr(transformers.masking_utils, "blockwise_overlay"):  # Older versions join images after the window.
+    MASKS["gemma3"] = ["ranges", "ranges"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -109,6 +111,22 @@ def test_text_in_training_is_causal(name: str, calls: list[dict[str, Any]]) -> N
     assert_same(make(name), use_cache=False, **inputs)
     assert [mask_of(call) for call in calls] == ["causal"] * 2
     assert all(call.get("seqused_k") is None for call in calls)
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("name", ["paligemma", "paligemma2"])
+def test_layers_that_say_they_are_not_causal(name: str, side: str | None, calls: list[dict[str, Any]]) -> None:
+    """Their masks are causal where no types are given, in a forward pass and over a cache."""
+    model, inputs = make(name), without_images(prompt(name, side=side))
+    assert not model.model.language_model.layers[0].self_attn.is_causal
+    del inputs["token_type_ids"]
+    assert_same(model, inputs["attention_mask"].bool(), use_cache=False, **inputs)
+    assert [mask_of(call) for call in calls] == ["causal"] * 2
+    if side is None:
+        del inputs["attention_mask"]
+        assert_same(model, use_cache=False, **inputs)
+    if side != "right":
+        assert_same_tokens(model, inputs.pop("input_ids"), suppress_tokens=[IMAGE], max_new_tokens=8, **inputs)
 
 
 CACHES: dict[str, dict[str, Any]] = {
@@ -274,6 +292,8 @@ def causal(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -
 def test_unknown_functions_are_refused() -> None:
     """What looks like blocks and is another mask: another window, cut by a causal mask, with somebody's function."""
     masks = transformers.masking_utils
+    if not hasattr(masks, "blockwise_overlay"):
+        pytest.skip(f"transformers {transformers.__version__} has no functions for blocks of its own")
     block = torch.tensor([[0, 0, -1, 1, 1, -1]])
     blocks = masks.blockwise_overlay(block)
     union = masks.or_masks(masks.causal_mask_function, blocks)
@@ -294,6 +314,30 @@ def test_unknown_functions_are_refused() -> None:
     assert integration.attention_mask(1, 6, 6, mask_function=known, use_vmap=True, config=config) is not None
 
 
+def token_type_ids_mask_function(token_type_ids: torch.Tensor, image_group_ids: torch.Tensor) -> Callable[..., Any]:
+    """Stands for that of the models of transformers 5.0, which is read by its name and by what it holds."""
+
+    def inner_mask(b: Any, h: Any, q: Any, k: Any) -> Any:
+        return (token_type_ids[b, q] == 1) & (image_group_ids[b, q] == image_group_ids[b, k])
+
+    inner_mask.__module__ = "transformers.models.gemma3.modeling_gemma3"
+    return inner_mask
+
+
+def test_functions_of_older_models() -> None:
+    masks = transformers.masking_utils
+    types = torch.tensor([[0, 1, 1, 1, 0, 1, 1, 0]])
+    blocks = token_type_ids_mask_function(types, torch.tensor([[-1, 0, 0, 0, -1, 1, 1, -1]]))
+    function = masks.or_masks(masks.causal_mask_function, blocks)
+    mask = integration.attention_mask(1, 8, 8, mask_function=function, use_vmap=True)
+    q, k, v = (torch.randn(1, 2, 8, 16) for _ in range(3))
+    out, _ = integration.attention_forward(torch.nn.Module(), q, k, v, mask)
+    place = torch.arange(8)
+    visible = function(torch.zeros(1, dtype=torch.long), 0, place[:, None], place)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+    torch.testing.assert_close(out, expected.transpose(1, 2), rtol=0, atol=1e-5)
+
+
 def test_padding_inside_an_image_is_refused() -> None:
     inputs = prompt("gemma3")
     inputs["attention_mask"][0, 6] = 0
@@ -306,3 +350,24 @@ def test_offsets_do_not_tell_images() -> None:
     offsets = torch.tensor([0, 24, 48], dtype=torch.int32)
     with pytest.raises(broadhead.UnsupportedError, match="images"):
         output_of(make("gemma4"), "broadhead", use_cache=False, cu_seq_lens_q=offsets, cu_seq_lens_k=offsets, **inputs)
+
+
+def test_masks_made_outside_of_compiled_code() -> None:
+    """Compiled code knows no closures: it refuses blocks in a window, and takes masks that were made before."""
+    torch.compiler.reset()
+    model, inputs = make("gemma4"), without_images(prompt("gemma4", side="right"))
+    with torch.no_grad():
+        expected = output_of(model, "eager", use_cache=False, **inputs)
+        model.set_attn_implementation("broadhead")
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        with pytest.raises(Exception, match="outside of what is compiled"):
+            compiled(use_cache=False, **inputs)
+        types, mask = inputs.pop("mm_token_type_ids"), inputs["attention_mask"]
+        embedded = model.get_input_embeddings()(inputs["input_ids"])
+        positions = torch.arange(24)[None]
+        inputs["attention_mask"] = model.create_masks_for_generate(
+            model.config, embedded, mask, None, positions, mm_token_type_ids=types
+        )
+        got = compiled(use_cache=False, position_ids=positions, **inputs).logits
+    live = mask.bool()
+    torch.testing.assert_close(got[live], expected[live], rtol=0, atol=2e-4 * expected.abs().max().item())

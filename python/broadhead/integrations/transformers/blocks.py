@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 _HOME = "transformers.masking_utils"
+#: In transformers 5.0 each model with images has a function of its own, of this name.
+_OWN_BLOCKS = "token_type_ids_mask_function.<locals>.inner_mask"
 
 
 class Blocks(NamedTuple):
@@ -66,7 +68,7 @@ def _read(function: Any, positions: Tensor | None) -> Blocks | None:
     cells = getattr(function, "__closure__", None) or ()
     names = function.__code__.co_freevars if cells else ()
     held = dict(zip(names, (cell.cell_contents for cell in cells), strict=True))
-    if name == "token_type_ids_mask_function.<locals>.inner_mask":  # of models, before transformers had the one below
+    if name == _OWN_BLOCKS and module.startswith("transformers.models."):
         types, groups = held.get("token_type_ids"), held.get("image_group_ids")
         if types is None or groups is None or positions is not None:
             return None
