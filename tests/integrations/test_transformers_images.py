@@ -124,7 +124,11 @@ def test_layers_that_say_they_are_not_causal(name: str, side: str | None, calls:
     assert [mask_of(call) for call in calls] == ["causal"] * 2
     if side is None:
         del inputs["attention_mask"]
+        calls.clear()
         assert_same(model, use_cache=False, **inputs)
+        assert all(call.get("leftpad_k") is None for call in calls), "gradients need none"
+        positions = torch.cat([torch.arange(9), torch.arange(15)]).expand(2, -1) + 1
+        assert_same(model, use_cache=False, position_ids=positions, **inputs)
     if side != "right":
         assert_same_tokens(model, inputs.pop("input_ids"), suppress_tokens=[IMAGE], max_new_tokens=8, **inputs)
 

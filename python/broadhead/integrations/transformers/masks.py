@@ -128,13 +128,13 @@ def attention_mask(
     if joined:
         return _traced_prefix(mask_function, batch_size, q_length, q_offset, local_size, keys, starts, device)
     if starts is not None:
-        return forms.make_packed(starts, None)
+        return forms.make_packed(starts, torch.zeros_like(starts[starts], dtype=torch.int64) if says_causal else None)
     if keys is None:
         if not stable and not says_causal:
             return None
         end = torch.full((batch_size,), kv_length, dtype=torch.int32, device=device)
         keys = forms.Keys(torch.zeros_like(end), end, torch.zeros_like(end, dtype=torch.bool))
-        return _lengths(keys, torch.zeros_like(end), True, True, says_causal)
+        return _lengths(keys, torch.zeros_like(end), stable, stable, says_causal)
 
     # Without positions every query may stay: no mask tells the padding among the queries of a cross attention.
     positional = not bidirectional or local_size is not None
