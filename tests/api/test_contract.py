@@ -30,10 +30,14 @@ METADATA = (
     " cu_seqlens_q cu_seqlens_k_new cache_leftpad page_size max_seqlen_k_new causal window_size attention_chunk"
     " has_softcap num_splits pack_gqa sm_margin"
 )
+MASKS = "query_ranges ranges_in_window tree_mask"
 SIGNATURES = {
-    "flash_attn_func": (FUNC, "sinks prefix_lens out backend"),
-    "flash_attn_varlen_func": (VARLEN, "page_table scheduler_metadata sinks prefix_lens out backend tokens_per_split"),
-    "flash_attn_with_kvcache": (KVCACHE, "sinks out tokens_per_split"),
+    "flash_attn_func": (FUNC, f"sinks prefix_lens out backend {MASKS}"),
+    "flash_attn_varlen_func": (
+        VARLEN,
+        f"page_table scheduler_metadata sinks prefix_lens out backend {MASKS} tokens_per_split",
+    ),
+    "flash_attn_with_kvcache": (KVCACHE, f"sinks out {MASKS} tokens_per_split"),
     "get_scheduler_metadata": (METADATA, "out page_table num_heads num_heads_k kv_dtype tokens_per_split"),
     "flash_attn_combine": ("out_partial lse_partial out out_dtype", ""),
     "merge_attn_states": ("out_a lse_a out_b lse_b out", ""),
@@ -48,6 +52,7 @@ EXPORTED = [
     "explain",
     "support_matrix",
     "last_dispatch",
+    "make_query_ranges",
     "_validate_head_dims",
     "maybe_contiguous",
     "BroadheadError",

@@ -24,9 +24,6 @@ class MaskValues(NamedTuple):
     ranges: Tensor | None  # (B, 1, 1, Sq, 2), int64: the query also sees the keys [begin, end)
     tree: Tensor | None  # (B, 1, 1, Sq, 1), int64: a bit for each of the last keys says whether the query sees it
 
-    def are_given(self) -> bool:
-        return any(value is not None for value in self)
-
 
 class KeyMask(NamedTuple):
     """The mask rule over the key *rows* of a sequence (rows of its cache; row ``row_begin`` is key 0).
@@ -125,8 +122,9 @@ class KeyMask(NamedTuple):
 
     def _is_static(self) -> bool:
         """Whether the mask is the same for every sequence and known without reading tensors."""
-        lengths = (self.row_begin, self.row_end, self.offset)
-        return self.absent is None and not self.values.are_given() and not any(isinstance(x, Tensor) for x in lengths)
+        lengths, values = (self.row_begin, self.row_end, self.offset), self.values
+        given = (values.prefix_lens, values.causal, values.ranges, values.tree, self.absent)
+        return not any(x is not None for x in given) and not any(isinstance(x, Tensor) for x in lengths)
 
     def _chunk_begin(self, position: Tensor | int) -> Tensor | int:
         """First row of the attention chunk that holds row ``position``."""
@@ -143,7 +141,7 @@ class KeyMask(NamedTuple):
 
     def _range_rows(self, ranges: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """The rows ``[begin, end)``, ``(B, 1, 1, Sq, 1)`` each, of the ranges of the queries at ``position``."""
-        begin, end = (ranges[..., side : side + 1] + self.row_begin for side in (0, 1))
+        begin, end = ranges[..., :1] + self.row_begin, ranges[..., 1:] + self.row_begin
         if self.ranges_in_window and self.window_left >= 0:
             begin = torch.maximum(begin, position - self.window_left)
         return begin, end
