@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -33,7 +35,7 @@ def worst(errors: list[float]) -> float:
     return max(errors) if all(e == e for e in errors) else float("nan")
 
 
-class _Squares:
+class Squares:
     """Sums of squares of errors and of the reference, over the rows that are checked."""
 
     def __init__(self, device: torch.device) -> None:
@@ -67,11 +69,12 @@ def _attention(queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor | 
     return torch.einsum("rgs,sd->rgd", scores.softmax(-1), values.float())
 
 
-def _checked_rows(count: int, device: torch.device) -> Tensor:
+def checked_rows(count: int, device: torch.device) -> Tensor:
+    """Rows spread over so many."""
     return torch.linspace(0, count - 1, min(CHECKED_ROWS, count), device=device).long()
 
 
-def _visible(positions: Tensor, seqlen_k: int, window: int | None = None) -> Tensor:
+def causal_visible(positions: Tensor, seqlen_k: int, window: int | None = None) -> Tensor:
     """What queries at ``positions`` among the keys see under a causal mask, of the last ``window`` keys if given."""
     distance = positions[:, None] - torch.arange(seqlen_k, device=positions.device)[None, :]
     visible = distance >= 0
@@ -80,9 +83,9 @@ def _visible(positions: Tensor, seqlen_k: int, window: int | None = None) -> Ten
 
 def forward_error(case: DenseCase, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> float:
     """Error of ``out (B, S, H, Dv)`` on rows spread over the sequence, of all heads and sequences."""
-    rows = _checked_rows(case.seqlen, q.device)
-    visible = _visible(rows, case.seqlen, case.window) if case.causal else None
-    squares = _Squares(q.device)
+    rows = checked_rows(case.seqlen, q.device)
+    visible = causal_visible(rows, case.seqlen, case.window) if case.causal else None
+    squares = Squares(q.device)
     for batch in range(case.batch):
         squares.add(q[batch, rows], k[batch], v[batch], out[batch, rows], visible)
     return squares.relative()
@@ -90,23 +93,32 @@ def forward_error(case: DenseCase, q: Tensor, k: Tensor, v: Tensor, out: Tensor)
 
 def varlen_error(case: VarlenCase, inputs: VarlenInputs, out: Tensor) -> float:
     """Error of packed ``out (T, H, D)`` on rows spread over the first, the last, and sequences between."""
-    squares = _Squares(out.device)
+    squares = Squares(out.device)
     starts = [sum(case.seqlens[:i]) for i in range(len(case.seqlens))]
     count = min(CHECKED_SEQUENCES, len(starts))
     for index in torch.linspace(0, len(starts) - 1, count).long().tolist():
         tokens = slice(starts[index], starts[index] + case.seqlens[index])
-        rows = _checked_rows(case.seqlens[index], out.device)
-        visible = _visible(rows, case.seqlens[index]) if case.causal else None
+        rows = checked_rows(case.seqlens[index], out.device)
+        visible = causal_visible(rows, case.seqlens[index]) if case.causal else None
         squares.add(inputs.q[tokens][rows], inputs.k[tokens], inputs.v[tokens], out[tokens][rows], visible)
     return squares.relative()
 
 
 class PagedReference:
     """What a paged call should return: rows spread over the queries, of sequences of all lengths between the shortest
-    and the longest. Computed once, when it is made."""
+    and the longest. Computed once, when it is made.
 
-    def __init__(self, case: DecodeCase | PagedCase, inputs: PagedInputs) -> None:
-        self._rows = _checked_rows(case.seqlen_q, inputs.q.device)
+    Args of the constructor: visible: given a sequence and rows of its queries, which keys these see, ``(rows, keys)``;
+    None: what the case says.
+    """
+
+    def __init__(
+        self,
+        case: DecodeCase | PagedCase,
+        inputs: PagedInputs,
+        visible: Callable[[int, Tensor], Tensor] | None = None,
+    ) -> None:
+        self._rows = checked_rows(case.seqlen_q, inputs.q.device)
         self._expected: dict[int, Tensor] = {}
         by_length = sorted(range(case.batch), key=lambda index: case.seqlens[index])
         for place in torch.linspace(0, case.batch - 1, min(CHECKED_SEQUENCES, case.batch)).long().tolist():
@@ -115,14 +127,19 @@ class PagedReference:
             pages = inputs.page_table[index, : -(-length // case.page_size)].long()
             keys = inputs.k_cache[pages].flatten(0, 1)[:length]
             values = inputs.v_cache[pages].flatten(0, 1)[:length]
-            positions = self._rows + length - case.seqlen_q
-            visible = None if isinstance(case, PagedCase) and not case.causal else _visible(positions, length)
-            self._expected[index] = _attention_of_heads(inputs.q[index, self._rows], keys, values, visible)
+            seen = visible(index, self._rows) if visible else _visible_of(case, self._rows, length)
+            self._expected[index] = _attention_of_heads(inputs.q[index, self._rows], keys, values, seen)
 
     def error(self, out: Tensor) -> float:
         """Of ``out (B, Sq, H, D)``: the largest of a sequence. Together the outputs of short ones, which are larger,
         would hide what is wrong with long ones."""
         return worst([relative_error(out[index, self._rows], expected) for index, expected in self._expected.items()])
+
+
+def _visible_of(case: DecodeCase | PagedCase, rows: Tensor, length: int) -> Tensor | None:
+    if isinstance(case, PagedCase) and not case.causal:
+        return None
+    return causal_visible(rows + length - case.seqlen_q, length)
 
 
 def paged_error(case: DecodeCase | PagedCase, inputs: PagedInputs, out: Tensor) -> float:

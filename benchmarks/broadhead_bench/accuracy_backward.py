@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,8 +17,16 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 BLOCK_ROWS = 2048
 
 
-class Mask(NamedTuple):
+class KeyMask(Protocol):
     """Which keys a query of self-attention sees."""
+
+    def keys(self, first: int, behind: int, seqlen: int) -> tuple[int, int]: ...
+
+    def visible(self, rows: Tensor, keys: Tensor) -> Tensor | None: ...
+
+
+class Mask(NamedTuple):
+    """The masks of the arguments."""
 
     causal: bool
     window: int | None = None  # keys at most, itself included
@@ -55,7 +63,7 @@ class Block(NamedTuple):
     p: Tensor  # (R, G, S'), fp32
 
 
-def probabilities(q: Tensor, k: Tensor, mask: Mask, scale: float) -> Iterator[Block]:
+def probabilities(q: Tensor, k: Tensor, mask: KeyMask, scale: float) -> Iterator[Block]:
     """P of queries ``(S, G, D)`` over keys ``(S, D)``, both fp32."""
     seqlen, group, _ = q.shape
     positions = torch.arange(seqlen, device=q.device)
@@ -68,7 +76,7 @@ def probabilities(q: Tensor, k: Tensor, mask: Mask, scale: float) -> Iterator[Bl
         yield Block(slice(first, behind), slice(low, high), scores.softmax(-1))
 
 
-def gradients_of_group(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, mask: Mask, scale: float) -> Gradients:
+def gradients_of_group(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, mask: KeyMask, scale: float) -> Gradients:
     """fp32 dq ``(S, G, D)``, dk ``(S, D)`` and dv ``(S, Dv)`` of the query heads of one KV head."""
     q, k, v, dout = q.float(), k.float(), v.float(), dout.float()
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -84,11 +92,23 @@ def gradients_of_group(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, mask: Mask
 
 class GradientReference:
     """What a backward call should return: of two sequences one KV head with its query heads each. Of a dense batch the
-    first sequence's last KV head and the last one's first, of a packed one the longest and the shortest sequence."""
+    first sequence's last KV head and the last one's first, of a packed one the longest and the shortest sequence.
 
-    def __init__(self, case: DenseCase | VarlenCase, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> None:
+    Args of the constructor: mask: None: that of the case.
+    """
+
+    def __init__(
+        self,
+        case: DenseCase | VarlenCase,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dout: Tensor,
+        mask: KeyMask | None = None,
+    ) -> None:
         self._group = case.num_heads_q // case.num_heads_kv
-        mask = Mask(case.causal, case.window, case.prefix if isinstance(case, DenseCase) else 0)
+        if mask is None:
+            mask = Mask(case.causal, case.window, case.prefix if isinstance(case, DenseCase) else 0)
         last = case.num_heads_kv - 1
         self._expected = []
         for sequence, head in dict.fromkeys(((_sequences(case)[0], last), (_sequences(case)[-1], 0))):

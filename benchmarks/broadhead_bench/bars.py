@@ -27,6 +27,9 @@ BAR_DETERMINISTIC, BAR_PORTABLE = 0.75, 1.0
 BAR_LAYER_SDPA, BAR_LAYER = 3.0, 1.2
 BARS_STEP = {4096: 1.5, 16384: 2.5}
 
+#: Time with a mask over the time without it: images in a layer with a window, drafts.
+BAR_IMAGES, BAR_TREE = 1.1, 1.1
+
 #: Areas of forward passes that compare with the best peer.
 PEER_AREAS = ("forward", "chunked", "varlen")
 #: Areas that compare with `baseline` by the time of the same step, whatever each of the two reads.
@@ -51,6 +54,9 @@ def comparisons(area: str, case: str, values: dict[str, float]) -> list[Comparis
     best = best_peer(area, values)
     if area in STEP_AREAS:
         return [Comparison("broadhead", "baseline")]
+    if area == "masks":
+        bar = BAR_TREE if case.startswith("tree") else BAR_IMAGES if " window" in case else None
+        return [Comparison("broadhead", "baseline", most=bar)]
     if area == "window":
         return [Comparison("broadhead", "baseline", most=BAR_WINDOW)]
     if area in ODD_AREAS:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from broadhead_bench.cases_backward import TRAINING_AREAS, StepCase, training_cases
 from broadhead_bench.cases_decode import DECODE_AREAS, CascadeCase, DecodeCase, decode_cases
+from broadhead_bench.cases_masks import MaskCase, mask_cases
 from broadhead_bench.cases_prefill import DenseCase, PagedCase, VarlenCase
 
 
@@ -19,7 +20,7 @@ class HostCase(NamedTuple):
     inner: DecodeCase | DenseCase
 
 
-Case = DenseCase | DecodeCase | CascadeCase | PagedCase | VarlenCase | HostCase | StepCase
+Case = DenseCase | DecodeCase | CascadeCase | PagedCase | VarlenCase | HostCase | StepCase | MaskCase
 
 #: Batch, tokens, query heads, KV heads, head_dim, head_dim_v where it differs.
 FORWARD_SHAPES: tuple[tuple[int, int, int, int, int, int | None], ...] = (
@@ -52,7 +53,19 @@ ODD_LAYOUTS = ((16, 72, False), (16, 80, False), (12, 160, True))
 CPU_FORWARD_SHAPES = ((1, 128, 4, 2, 64, None), (1, 64, 2, 1, 512, None), (1, 64, 2, 2, 192, 128))
 
 ODD_AREAS = ("odd", "odd-varlen", "odd-paged")
-AREAS = ("forward", *ODD_AREAS, "chunked", "varlen", "paged", "window", "fp8", *TRAINING_AREAS, *DECODE_AREAS, "host")
+AREAS = (
+    "forward",
+    *ODD_AREAS,
+    "chunked",
+    "varlen",
+    "paged",
+    "window",
+    "fp8",
+    "masks",
+    *TRAINING_AREAS,
+    *DECODE_AREAS,
+    "host",
+)
 #: Names that stand for several areas on the command line.
 GROUPS = {"decode-all": (*DECODE_AREAS, "host"), "odd-all": ODD_AREAS, "training-all": TRAINING_AREAS}
 
@@ -76,6 +89,8 @@ def cases_of(area: str, on_cpu: bool = False, seed: int = 0) -> list[Case]:
         return [DenseCase(area, *shape[:5], causal, shape[5]) for shape in shapes for causal in (False, True)]
     if area in TRAINING_AREAS:
         return list(training_cases(area, on_cpu, seed))
+    if area == "masks":
+        return list(mask_cases(on_cpu))
     if area in ODD_AREAS:
         return _odd_cases(area, on_cpu)
     if area in DECODE_AREAS:

@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--budget",
         type=float,
         metavar="SECONDS",
-        help=f"seconds a measurement, default {BUDGET:g}, of decode and sweeps {SHORT_BUDGET:g}",
+        help=f"seconds a measurement, default {BUDGET:g}, of decode, sweeps and masks {SHORT_BUDGET:g}",
     )
     parser.add_argument("--cases", type=int, metavar="N", help="only the first N of each area's cases")
     parser.add_argument("--seed", type=int, metavar="N", help="draws backward-sweep; default: a new one, which is told")

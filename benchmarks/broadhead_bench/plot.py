@@ -21,6 +21,7 @@ COLOURS = {
     "cudnn": "#009e73",
     "memeff": "#e69f00",
     "sdpa": "#666666",
+    "flex": "#7a68a6",
     "flashinfer": "#f0e442",
 }
 #: Of the areas where not all is bf16.

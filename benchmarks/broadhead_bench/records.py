@@ -16,11 +16,11 @@ from broadhead_bench.cases import AREAS
 
 #: broadhead, and it with other arguments or kernels.
 OWN = ("broadhead", "broadhead-det", "broadhead-sm80")
-IMPLEMENTATIONS = (*OWN, "baseline", "fa2", "fa3", "fa4", "ffpa", "cudnn", "memeff", "sdpa", "flashinfer")
+IMPLEMENTATIONS = (*OWN, "baseline", "fa2", "fa3", "fa4", "ffpa", "cudnn", "memeff", "sdpa", "flex", "flashinfer")
 UNITS = (
     dict.fromkeys(AREAS, "TFLOP/s")
     | {area: "GB/s" for area in AREAS if area.startswith("decode")}
-    | dict.fromkeys(("cascade", "append", "latency", "host", "prefix-lm"), "us")
+    | dict.fromkeys(("cascade", "append", "latency", "host", "prefix-lm", "masks"), "us")
     | {"training": "tokens/s"}
 )
 

@@ -19,8 +19,9 @@ from broadhead_bench.records import OWN, RunInfo, make_record
 from broadhead_bench.task import Measurement, Prepared
 
 #: Seconds a measurement. A decode step repeats to within a percent in a CUDA graph, and there are many cases; in a
-#: sweep many cases make up for a noisy one.
+#: sweep many cases make up for a noisy one; masks stand beside the same call without them, in turns.
 BUDGET, SHORT_BUDGET = 0.5, 0.2
+SHORT_AREAS = (*DECODE_AREAS, "backward-sweep", "masks")
 
 
 class Options(NamedTuple):
@@ -35,7 +36,7 @@ class Options(NamedTuple):
 
     def budget_of(self, area: str) -> float:
         """Seconds a measurement."""
-        return self.budget or (SHORT_BUDGET if area in (*DECODE_AREAS, "backward-sweep") else BUDGET)
+        return self.budget or (SHORT_BUDGET if area in SHORT_AREAS else BUDGET)
 
     def cases_of(self, area: str) -> list[Case]:
         """The selected cases of an area."""

@@ -108,7 +108,8 @@ def _row(area: str, case: str, results: dict[str, dict[str, Any]], comparison: C
     if area in STEP_AREAS:
         ratio = results[rival]["seconds"] / seconds
     else:
-        ratio = theirs / own if area == "window" or UNITS[area] == "us" else own / theirs
+        by_time = area == "window" or (UNITS[area] == "us" and area != "masks")
+        ratio = theirs / own if by_time else own / theirs
     met = None
     if least is not None:
         met = ratio >= least

@@ -41,16 +41,19 @@ struct KeyExtent {
   std::int32_t q_end;
 };
 
-// The masks of one sequence that the call gives as values. Nothing but `any` is set where there are none.
-struct SequenceMaskValues {
-  int any = 0;  // 1: there are ranges or a tree_mask
-  int in_window = 0;
-  const std::int32_t* ranges = nullptr;        // of query 0: begin, end; null: none
-  const std::int64_t* tree = nullptr;          // word of query 0; null: none
-  std::int64_t stride = 0;                     // from the range or the word of a query to the next
-  const KeyInterval* query_extents = nullptr;  // what queries [16 i, 16 i + 16) see by their ranges lies within
-  const KeyExtent* key_extents = nullptr;      // of keys [32 i, 32 i + 32)
+// Where the extents of one sequence lie; null where its call gives no such mask.
+struct MaskExtents {
+  const KeyInterval* of_queries = nullptr;  // what queries [16 i, 16 i + 16) see by their ranges lies within
+  const KeyExtent* of_keys = nullptr;       // of keys [32 i, 32 i + 32)
+
+  // Whether some query sees `key`, which exists, by its range or by the tree_mask.
+  BROADHEAD_HOST_DEVICE bool contains(int key) const {
+    return of_keys != nullptr && ((of_keys[key / kExtentKeys].live >> (key % kExtentKeys)) & 1) != 0;
+  }
 };
+
+// The mask of a sequence that its call gives as values.
+enum class Given : std::int32_t { kNone, kRanges, kRangesInWindow, kTree };
 
 struct AttentionMask {
   int seqlen_q;
@@ -58,7 +61,9 @@ struct AttentionMask {
   MaskRule rule;
   int prefix_len;     // 0: none; at most seqlen_k
   int tree_keys = 0;  // the last keys, which the tree_mask alone shows: kTreeKeys with one, else 0
-  SequenceMaskValues values = {};
+  Given kind = Given::kNone;
+  const void* given = nullptr;    // of query 0: its range (two int32), or its word of the tree_mask (int64)
+  std::int64_t given_stride = 0;  // from a query to the next
 
   // Keys that query `q` sees by its position. Both ends never decrease as q grows.
   BROADHEAD_HOST_DEVICE KeyInterval row_interval(int q) const {
@@ -76,12 +81,12 @@ struct AttentionMask {
 
   // Keys that query `q` sees by its range. A query that does not exist has that of the last one.
   BROADHEAD_HOST_DEVICE KeyInterval row_range(int q) const {
-    if (values.ranges == nullptr || seqlen_q <= 0) return {0, 0};
-    const std::int32_t* range = values.ranges + clamp_int(q, 0, seqlen_q - 1) * values.stride;
+    if ((kind != Given::kRanges && kind != Given::kRangesInWindow) || seqlen_q <= 0) return {0, 0};
+    const std::int32_t* range = static_cast<const std::int32_t*>(given) + clamp_int(q, 0, seqlen_q - 1) * given_stride;
     int begin = range[0];
     const int end = min_int(range[1], seqlen_k);
     if (begin < 0) return {0, 0};
-    if (values.in_window != 0 && rule.window_left >= 0) {
+    if (kind == Given::kRangesInWindow && rule.window_left >= 0) {
       begin = max_int(begin, q + seqlen_k - seqlen_q - rule.window_left);
     }
     return {begin, end};
@@ -89,8 +94,8 @@ struct AttentionMask {
 
   // Which of the 32 keys from key0 on query `q` sees by its range or by the tree_mask: a bit for each.
   BROADHEAD_HOST_DEVICE std::uint32_t given_word(int q, int key0) const {
-    if (values.tree != nullptr && seqlen_q > 0) {
-      const std::int64_t word = values.tree[clamp_int(q, 0, seqlen_q - 1) * values.stride];
+    if (kind == Given::kTree && seqlen_q > 0) {
+      const std::int64_t word = static_cast<const std::int64_t*>(given)[clamp_int(q, 0, seqlen_q - 1) * given_stride];
       return bits_from(static_cast<std::uint64_t>(word), key0 - (seqlen_k - kTreeKeys));
     }
     const KeyInterval range = row_range(q);
@@ -101,7 +106,7 @@ struct AttentionMask {
   // each word, so that it takes no registers in between.
   BROADHEAD_HOST_DEVICE std::uint32_t row_word(int q, const KeyInterval& row, int key0) const {
     std::uint32_t seen = bits_between(row.begin - key0, row.end - key0) | bits_below(prefix_len - key0);
-    if (values.any != 0) seen |= given_word(q, key0);
+    if (kind != Given::kNone) seen |= given_word(q, key0);
     return seen;
   }
 
@@ -109,20 +114,6 @@ struct AttentionMask {
   // and given_interval.
   BROADHEAD_HOST_DEVICE KeyInterval tile_interval(int q_first, int q_last) const {
     return {row_interval(q_first).begin, row_interval(q_last).end};
-  }
-
-  // What queries q_first..q_last (inclusive) see by their ranges, or by the tree_mask, lies within.
-  BROADHEAD_HOST_DEVICE KeyInterval given_interval(int q_first, int q_last) const {
-    if (values.any == 0 || q_last < q_first) return {0, 0};
-    KeyInterval all{0, 0};
-    if (values.tree != nullptr) all = {max_int(0, seqlen_k - kTreeKeys), seqlen_k};
-    if (values.query_extents != nullptr) {
-      for (int i = max_int(q_first, 0) / kExtentQueries; i <= q_last / kExtentQueries; ++i) {
-        const KeyInterval extent = values.query_extents[i];
-        all = hull(all, {extent.begin, min_int(extent.end, seqlen_k)});
-      }
-    }
-    return all;
   }
 
   // Union over keys key_first..key_last (inclusive): the queries that see one of them by their positions or by the
@@ -142,26 +133,6 @@ struct AttentionMask {
     return {static_cast<int>(min_int64(begin, seqlen_q)), static_cast<int>(max_int64(end, 0))};
   }
 
-  // The queries that see one of keys key_first..key_last (inclusive) by their ranges lie within. The inverse of
-  // given_interval, for ranges.
-  BROADHEAD_HOST_DEVICE QueryInterval given_queries(int key_first, int key_last) const {
-    if (values.key_extents == nullptr || key_last < key_first) return {0, 0};
-    QueryInterval all{0, 0};
-    for (int i = key_first / kExtentKeys; i <= key_last / kExtentKeys; ++i) {
-      const KeyExtent& extent = values.key_extents[i];
-      if (extent.q_end <= extent.q_begin) continue;
-      const bool first = all.end <= all.begin;
-      all = {first ? extent.q_begin : min_int(all.begin, extent.q_begin), max_int(all.end, extent.q_end)};
-    }
-    return {all.begin, min_int(all.end, seqlen_q)};
-  }
-
-  // Whether some query sees `key` by its range or by the tree_mask.
-  BROADHEAD_HOST_DEVICE bool key_is_given(int key) const {
-    return values.any != 0 && key < seqlen_k && values.key_extents != nullptr &&
-           ((values.key_extents[key / kExtentKeys].live >> (key % kExtentKeys)) & 1) != 0;
-  }
-
   // Queries that see every key of key_first..key_last: a step inside needs no predicate. The inverse of
   // unmasked_interval. Both ends of query_interval of one key never decrease as the key grows, but for the prefix.
   BROADHEAD_HOST_DEVICE QueryInterval unmasked_queries(int key_first, int key_last) const {
@@ -179,27 +150,77 @@ struct AttentionMask {
   }
 };
 
+// What queries q_first..q_last (inclusive) see by their ranges, or by the tree_mask, lies within.
+BROADHEAD_HOST_DEVICE KeyInterval given_interval(const AttentionMask& mask, const MaskExtents& extents, int q_first,
+                                                 int q_last) {
+  if (mask.kind == Given::kNone || q_last < q_first) return {0, 0};
+  if (mask.kind == Given::kTree) return {max_int(0, mask.seqlen_k - kTreeKeys), mask.seqlen_k};
+  KeyInterval all{0, 0};
+  for (int i = max_int(q_first, 0) / kExtentQueries; i <= q_last / kExtentQueries; ++i) {
+    const KeyInterval extent = extents.of_queries[i];
+    all = hull(all, {extent.begin, min_int(extent.end, mask.seqlen_k)});
+  }
+  return all;
+}
+
+// The inverse, for ranges: the queries that see one of keys key_first..key_last (inclusive) by theirs lie within.
+BROADHEAD_HOST_DEVICE QueryInterval given_queries(const AttentionMask& mask, const MaskExtents& extents, int key_first,
+                                                  int key_last) {
+  if (mask.kind == Given::kNone || key_last < key_first) return {0, 0};
+  KeyInterval all{0, 0};
+  for (int i = key_first / kExtentKeys; i <= key_last / kExtentKeys; ++i) {
+    all = hull(all, {extents.of_keys[i].q_begin, extents.of_keys[i].q_end});
+  }
+  return {all.begin, min_int(all.end, mask.seqlen_q)};
+}
+
 // The n_blocks that a tile visits: [begin, end).
 struct BlockRange {
   int begin;
   int end;
 };
 
-// `given`: given_interval of the same queries.
-BROADHEAD_HOST_DEVICE BlockRange block_range(const AttentionMask& mask, int q_first, int q_last, int tile_n,
-                                             const KeyInterval& given) {
-  KeyInterval keys = mask.tile_interval(q_first, q_last);
-  if (keys.end <= keys.begin) keys = {0, 0};
-  if (mask.prefix_len > 0) {
-    keys.begin = 0;
-    keys.end = max_int(keys.end, mask.prefix_len);
-  }
-  keys = hull(keys, given);
+// n_blocks that lie between those a tile visits. A tile counts only those that it visits.
+struct BlockGap {
+  int first;   // the first n_block behind it, as the tile counts
+  int blocks;  // how many lie between; 0: there is no gap
+
+  // Where n_block `block` of the tile lies among all, and the inverse for one that the tile visits, or an end of such.
+  BROADHEAD_HOST_DEVICE int place(int block) const { return block >= first ? block + blocks : block; }
+  BROADHEAD_HOST_DEVICE int count(int place) const { return place >= first + blocks ? place - blocks : place; }
+};
+
+// The n_blocks that hold keys of an interval.
+BROADHEAD_HOST_DEVICE BlockRange blocks_of(const KeyInterval& keys, int tile_n) {
+  if (keys.end <= keys.begin) return {0, 0};
   return {keys.begin / tile_n, ceil_div(keys.end, tile_n)};
 }
 
-BROADHEAD_HOST_DEVICE BlockRange block_range(const AttentionMask& mask, int q_first, int q_last, int tile_n) {
-  return block_range(mask, q_first, q_last, tile_n, mask.given_interval(q_first, q_last));
+// Keys that queries q_first..q_last see by their positions or by the prefix lie within.
+BROADHEAD_HOST_DEVICE KeyInterval placed_interval(const AttentionMask& mask, int q_first, int q_last) {
+  return hull(mask.tile_interval(q_first, q_last), {0, mask.prefix_len});
+}
+
+// `given`: given_interval of the same queries.
+BROADHEAD_HOST_DEVICE BlockRange block_range(const AttentionMask& mask, int q_first, int q_last, int tile_n,
+                                             const KeyInterval& given) {
+  return blocks_of(hull(placed_interval(mask, q_first, q_last), given), tile_n);
+}
+
+// The same without the n_blocks between the two intervals: `gap`.
+BROADHEAD_HOST_DEVICE BlockRange visited_blocks(const AttentionMask& mask, int q_first, int q_last, int tile_n,
+                                                const KeyInterval& given, BlockGap& gap) {
+  gap = {0, 0};
+  const KeyInterval placed = placed_interval(mask, q_first, q_last);
+  BlockRange range = block_range(mask, q_first, q_last, tile_n, given);
+  if (placed.end <= placed.begin || given.end <= given.begin) return range;
+  const BlockRange a = blocks_of(placed, tile_n), b = blocks_of(given, tile_n);
+  const BlockRange low = a.begin < b.begin ? a : b, high = a.begin < b.begin ? b : a;
+  if (high.begin > low.end) {
+    gap = {low.end, high.begin - low.end};
+    range.end -= gap.blocks;
+  }
+  return range;
 }
 
 // Split `split` of `num_splits`, which cut a range of n_blocks into equal parts.

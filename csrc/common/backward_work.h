@@ -34,8 +34,9 @@ struct BackwardWork {
   BlockRange range;  // tiles of columns that some row meets
   int first_head;    // query heads [first_head, first_head + heads) stream by, one after the other
   int heads;
-  LiveKeys live;                // columns that some row meets, keys or queries. The others may be NaN, and become zeros
-  Columns whole;                // columns that every row meets
+  LiveKeys live;  // columns that some row meets, keys or queries. The others may be NaN, and become zeros
+  Columns whole;  // columns that every row meets
+  MaskExtents extents;
   QueryInterval given_queries;  // keys: queries that see some of them by their ranges lie within
 
   // Whether all rows of the tile meet all `cols` columns from `col0` on. Keys: queries that do not exist count as met.
@@ -70,7 +71,7 @@ BROADHEAD_DEVICE void set_key_tile(BackwardWork& work, int tile, int rows, int c
   const QueryInterval seen = mask.query_interval(work.first_row, last_row);
   const QueryInterval whole = mask.unmasked_queries(work.first_row, last_row);
   const int end = min_int(seen.end, mask.seqlen_q);
-  work.given_queries = mask.given_queries(work.first_row, last_row);
+  work.given_queries = given_queries(mask, work.extents, work.first_row, last_row);
   const KeyInterval live = hull({seen.begin, end}, {work.given_queries.begin, work.given_queries.end});
   work.live = {live, 0};
   work.whole = {whole.begin, whole.end};
@@ -84,8 +85,8 @@ BROADHEAD_DEVICE void set_query_tile(BackwardWork& work, int tile, int rows, int
   work.end_row = mask.seqlen_q;
   const int last_row = min_int(work.first_row + rows, mask.seqlen_q) - 1;
   const KeyInterval whole = mask.unmasked_interval(work.first_row, last_row);
-  const KeyInterval given = mask.given_interval(work.first_row, last_row);
-  work.live = {mask.tile_interval(work.first_row, last_row), mask.prefix_len, given, mask.values.key_extents};
+  const KeyInterval given = given_interval(mask, work.extents, work.first_row, last_row);
+  work.live = {mask.tile_interval(work.first_row, last_row), mask.prefix_len, given, work.extents.of_keys};
   work.whole = {whole.begin, whole.end};
   work.range = block_range(mask, work.first_row, last_row, cols, given);
 }
@@ -103,7 +104,8 @@ BROADHEAD_DEVICE void set_backward_work(BackwardWork& work, const AttnBwdParams&
   work.seqlen = seqlen;
   const int prefix_len = sequence_prefix(params, at.batch, seqlen.seqlen_k);
   work.mask = {seqlen.seqlen_q, seqlen.seqlen_k, sequence_rule(params, at.batch), prefix_len};
-  set_mask_values(params, seqlen, at.batch, work.mask);
+  set_given(params, seqlen, work.mask);
+  work.extents = sequence_extents(params, seqlen, at.batch);
   work.scale.set(params.softmax_scale, params.softcap);
   work.batch = at.batch;
   work.head = at.head;

@@ -10,7 +10,7 @@ namespace broadhead {
 // All lanes of a warp call it.
 BROADHEAD_DEVICE std::uint32_t given_bits(const AttentionMask& mask, int first_query, int first_key) {
   compile_barrier();  // what is known of several words at once takes too many registers
-  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int lane = fresh_thread() % 32;
   const int query = first_query + lane;
   const KeyInterval range = query < mask.seqlen_q ? mask.row_range(query) : KeyInterval{0, 0};
   std::uint32_t bits = 0;

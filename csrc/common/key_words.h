@@ -1,4 +1,5 @@
-// Words of 32 bits, one for each of neighbouring keys or queries: which of them are seen.
+// Words of 32 bits, one for each of neighbouring keys or queries: which of them are seen. Its PTX is a shift by 32 and
+// more, which gives 0 there and is not defined in C++; CUTLASS has no such function.
 #pragma once
 
 #include <cstdint>

@@ -7,36 +7,46 @@
 
 namespace broadhead {
 
-// The keys that any query of a tile sees. The others are zero-filled, never read: they may be unwritten cache slots,
-// freed pages or another sequence.
-struct LiveKeys {
-  KeyInterval interval;  // by the positions of the queries, besides the prefix
+// The keys that any query of a tile sees by its position. The others are zero-filled, never read: they may be unwritten
+// cache slots, freed pages or another sequence.
+struct PlacedKeys {
+  KeyInterval interval;  // besides the prefix
   int prefix_len;
-  KeyInterval given = {0, 0};  // those that are live by a range or a tree_mask lie within, and have a bit in `extents`
-  const KeyExtent* extents = nullptr;
 
   BROADHEAD_DEVICE bool contains(int key) const {
-    return (key >= interval.begin && key < interval.end) || key < prefix_len ||
-           (key >= given.begin && key < given.end && is_given(key));
+    return (key >= interval.begin && key < interval.end) || key < prefix_len;
   }
 
-  // Whether some query of the sequence sees `key` by its range or by the tree_mask.
-  BROADHEAD_DEVICE bool is_given(int key) const {
-    return extents == nullptr || ((extents[key / kExtentKeys].live >> (key % kExtentKeys)) & 1) != 0;
-  }
-
-  // Whether any of keys [key, key + count) may be live.
+  // Whether any of keys [key, key + count) is live.
   BROADHEAD_DEVICE bool any(int key, int count) const {
-    return (key < interval.end && key + count > interval.begin) || key < prefix_len ||
-           (key < given.end && key + count > given.begin);
+    return (key < interval.end && key + count > interval.begin) || key < prefix_len;
   }
 
-  // Whether all of them are known to be live. That holds for every n_block that some row of the tile sees whole by its
-  // position.
+  // Whether all of them are live. That holds for every n_block that some row of the tile sees whole by its position.
   BROADHEAD_DEVICE bool all(int key, int count) const {
     const bool joined = interval.begin <= prefix_len;  // the prefix and the interval are one
     return key + count <= prefix_len ||
            (key >= (joined ? 0 : interval.begin) && key + count <= max_int(interval.end, joined ? prefix_len : 0));
+  }
+};
+
+// Likewise with those that are seen by a range or by a tree_mask: they lie within `given`, and have a bit in `extents`,
+// or have none to have (queries that meet keys).
+struct LiveKeys : PlacedKeys {
+  KeyInterval given = {0, 0};
+  const KeyExtent* extents = nullptr;
+
+  BROADHEAD_DEVICE LiveKeys() = default;
+  BROADHEAD_DEVICE LiveKeys(const KeyInterval& interval_, int prefix_len_, const KeyInterval& given_ = {0, 0},
+                            const KeyExtent* extents_ = nullptr)
+      : PlacedKeys{interval_, prefix_len_}, given(given_), extents(extents_) {}
+
+  BROADHEAD_DEVICE bool contains(int key) const {
+    return PlacedKeys::contains(key) || (key >= given.begin && key < given.end &&
+                                         (extents == nullptr || MaskExtents{nullptr, extents}.contains(key)));
+  }
+  BROADHEAD_DEVICE bool any(int key, int count) const {
+    return PlacedKeys::any(key, count) || (key < given.end && key + count > given.begin);
   }
 };
 

@@ -130,7 +130,7 @@ class RowWords {
 template <int kMmaM, int kMmaN>
 BROADHEAD_DEVICE void apply_mask(float (&s)[kMmaM][kMmaN][4], const AttentionMask& mask, const KeyInterval& unmasked,
                                  const RowMap& rows, int warp_row, int key0, int lane) {
-  if (mask.prefix_len == 0 && mask.values.any == 0 && key0 >= unmasked.begin) {
+  if (mask.prefix_len == 0 && mask.kind == Given::kNone && key0 >= unmasked.begin) {
     // Only the upper end hides keys: the diagonal of a causal mask, or the end of the sequence.
     if (mask.row_interval(rows.token(warp_row)).end >= key0 + 8 * kMmaN) return;
     const int first_key = key0 + (lane % 4) * 2;

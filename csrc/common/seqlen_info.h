@@ -133,33 +133,38 @@ BROADHEAD_HOST_DEVICE std::int64_t key_extent_offset(const Params& params) {
   return params.mask_values.query_ranges == nullptr ? 0 : num_query_extents(params) * std::int64_t{sizeof(KeyInterval)};
 }
 
-// The masks of sequence `batch` that are given as values. `seqlen`: of the same sequence.
+// Sets the mask of sequence `batch` that is given as values. `seqlen`: of the same sequence.
 template <class Params>
-BROADHEAD_HOST_DEVICE void set_mask_values(const Params& params, const SeqlenInfo& seqlen, int batch,
-                                           AttentionMask& mask) {
-  const MaskValues& given = params.mask_values;
+BROADHEAD_HOST_DEVICE void set_given(const Params& params, const SeqlenInfo& seqlen, AttentionMask& mask) {
+  const MaskValues& values = params.mask_values;
+  mask.kind = Given::kNone;
   mask.tree_keys = 0;
-  mask.values.any = given.query_ranges != nullptr || given.tree_mask != nullptr;
-  if (mask.values.any == 0) return;
-  SequenceMaskValues& values = mask.values;
-  values.in_window = given.ranges_in_window;
-  values.ranges = nullptr;
-  values.tree = nullptr;
-  values.query_extents = nullptr;
-  values.key_extents = reinterpret_cast<const KeyExtent*>(given.key_extents);
-  if (values.key_extents != nullptr) values.key_extents += first_key_extent(params, seqlen, batch);
-  if (given.tree_mask != nullptr) {
+  if (values.query_ranges != nullptr) {
+    mask.kind = values.ranges_in_window != 0 ? Given::kRangesInWindow : Given::kRanges;
+    mask.given =
+        values.query_ranges + seqlen.batch_q * values.ranges_batch_stride + seqlen.row_q * values.ranges_row_stride;
+    mask.given_stride = values.ranges_row_stride;
+  } else if (values.tree_mask != nullptr) {
+    mask.kind = Given::kTree;
     mask.tree_keys = kTreeKeys;
-    values.stride = given.tree_row_stride;
-    values.tree = given.tree_mask + seqlen.batch_q * given.tree_batch_stride + seqlen.row_q * given.tree_row_stride;
-    return;
+    mask.given = values.tree_mask + seqlen.batch_q * values.tree_batch_stride + seqlen.row_q * values.tree_row_stride;
+    mask.given_stride = values.tree_row_stride;
   }
-  values.stride = given.ranges_row_stride;
-  values.ranges =
-      given.query_ranges + seqlen.batch_q * given.ranges_batch_stride + seqlen.row_q * given.ranges_row_stride;
-  if (given.query_extents == nullptr) return;
-  values.query_extents =
-      reinterpret_cast<const KeyInterval*>(given.query_extents) + first_query_extent(params, seqlen, batch);
+}
+
+// Its extents.
+template <class Params>
+BROADHEAD_HOST_DEVICE MaskExtents sequence_extents(const Params& params, const SeqlenInfo& seqlen, int batch) {
+  const MaskValues& values = params.mask_values;
+  MaskExtents extents;
+  if (values.query_extents != nullptr) {
+    extents.of_queries =
+        reinterpret_cast<const KeyInterval*>(values.query_extents) + first_query_extent(params, seqlen, batch);
+  }
+  if (values.key_extents != nullptr) {
+    extents.of_keys = reinterpret_cast<const KeyExtent*>(values.key_extents) + first_key_extent(params, seqlen, batch);
+  }
+  return extents;
 }
 
 // Keys that every query of a sequence of `seqlen_k` keys sees.

@@ -19,11 +19,15 @@ struct TileState {
   OutputRows output;
   AttentionMask mask;
   KeyInterval unmasked;  // keys that every row of the tile sees
-  BlockRange range;      // n_blocks of this split
-  BlockRange whole;      // n_blocks that are copied without any check: all keys live, all columns there, not paged
-  int splits;            // splits of this sequence
+  BlockRange range;      // n_blocks of this split, as the tile counts them
+  BlockGap gap;
+  BlockRange whole;  // n_blocks that are copied without any check: all keys live, all columns there, not paged
+  int splits;        // splits of this sequence
   KvSource<Element> source;
   ScoreScale scale;
+
+  // The first key of n_block `block`, of `keys` keys.
+  BROADHEAD_DEVICE int first_key(int block, int keys) const { return gap.place(block) * keys; }
 };
 
 // The tile shape of a kernel.
@@ -80,7 +84,7 @@ BROADHEAD_DEVICE void set_tile_keys(TileState<Element>& state, const AttnParams&
   const int seqlen_k = state.seqlen.seqlen_k;
   AttentionMask mask{seqlen_q, seqlen_k, params.mask_rule, state.mask.prefix_len};
   mask.rule.window_right = state.mask.rule.window_right;
-  set_mask_values(params, state.seqlen, tile.batch, mask);
+  set_given(params, state.seqlen, mask);
   state.mask = mask;
   const int rows_per_token = state.output.rows.rows_per_token;
   const int cluster_row = tile.m_block / shape.cluster * shape.cluster * shape.rows;
@@ -88,11 +92,15 @@ BROADHEAD_DEVICE void set_tile_keys(TileState<Element>& state, const AttnParams&
   const int q_first = cluster_rows.token(0);
   const int q_last = min_int(cluster_rows.token(shape.rows * shape.cluster - 1), seqlen_q - 1);
   state.source.live.interval = mask.tile_interval(q_first, q_last);
-  const KeyInterval given = mask.given_interval(q_first, q_last);
+  const MaskExtents extents = sequence_extents(params, state.seqlen, tile.batch);
+  const KeyInterval given = given_interval(mask, extents, q_first, q_last);
   state.source.live.given = given;
-  state.source.live.extents = mask.values.key_extents;
+  state.source.live.extents = extents.of_keys;
   compile_barrier();
-  state.range = split_range(block_range(mask, q_first, q_last, shape.keys, given), split, max_int(state.splits, 1));
+  BlockGap gap;
+  const BlockRange range = visited_blocks(mask, q_first, q_last, shape.keys, given, gap);
+  state.gap = gap;
+  state.range = split_range(range, split, max_int(state.splits, 1));
   compile_barrier();
   // A tile past the sequence's end has such keys, too: its rows are never written.
   const RowMap& rows = state.output.rows;
@@ -130,7 +138,7 @@ BROADHEAD_DEVICE void set_tile_source(TileState<Element>& state, const AttnParam
     state.scale.set(params.softmax_scale, params.softcap);
   }
   state.whole = {0, 0};
-  if (!paged && params.head_dim == shape.head_dim && params.head_dim_v == shape.head_dim_v) {
+  if (!paged && params.head_dim == shape.head_dim && params.head_dim_v == shape.head_dim_v && state.gap.blocks == 0) {
     const KeyInterval keys = source.live.interval;
     const int prefix_len = source.live.prefix_len;
     const KeyInterval live{prefix_len > 0 && keys.begin <= prefix_len ? 0 : keys.begin, max_int(keys.end, prefix_len)};

@@ -66,7 +66,7 @@ BROADHEAD_HOST_DEVICE AttentionMask make_mask(const DecodeParams& params, const 
   }
   mask.rule = sequence_rule(params, batch);
   mask.prefix_len = sequence_prefix(params, batch, seqlen.seqlen_k);
-  set_mask_values(params, seqlen, batch, mask);
+  set_given(params, seqlen, mask);
   return mask;
 }
 

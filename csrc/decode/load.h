@@ -10,6 +10,14 @@ namespace broadhead::decode {
 
 using namespace mma_sync;
 
+// `x` where the compiler does not know that it is the same as before: what follows from it is not computed early.
+template <class T>
+BROADHEAD_DEVICE const T& fresh(const T& x) {
+  const T* pointer = &x;
+  asm volatile("" : "+l"(pointer));
+  return *pointer;
+}
+
 // Finds the page of a row, by a shift where the page size is a power of two.
 struct PageSize {
   int size;   // 0: not paged
@@ -124,12 +132,9 @@ class Loader {
     if (params.sees_all) {
       source.live.prefix_len = 0;
       source.live.interval = {0, seqlen.seqlen_k};
-      source.live.given = {0, 0};
     } else {
       const AttentionMask mask = make_mask(params, seqlen, item.batch);
       source.live.prefix_len = mask.prefix_len;
-      source.live.given = mask.given_interval(0, seqlen.seqlen_q - 1);
-      source.live.extents = mask.values.key_extents;
       if (seqlen.seqlen_q == 1) {
         source.live.interval = mask.row_interval(0);
       } else {
@@ -156,6 +161,15 @@ class Loader {
     return head + item.seqlen.batch_k * strides.batch + item.seqlen.row_k * strides.row;
   }
 
+  // Whether some query sees a key of the item that is copied.
+  BROADHEAD_DEVICE bool contains(int key) const {
+    if (source().live.contains(key)) return true;
+    const DecodeParams& params = fresh(params_);  // 32 rows leave no registers for its fields
+    if (params.mask_values.key_extents == nullptr) return false;
+    const WorkItem& item = smem_.queue[warp()].items[(item_ - 1) % kQueueItems];
+    return key < item.seqlen.seqlen_k && sequence_extents(params, item.seqlen, item.batch).contains(key);
+  }
+
   BROADHEAD_DEVICE bool is_even() const { return n_block_ >= even_begin_ && n_block_ < even_end_; }
 
   // The page of `n_block_`, or of its key lane % kTileN where the keys may lie in several pages. Page-table entries of
@@ -166,7 +180,7 @@ class Loader {
     int key = n_block_ * Traits::kTileN;
     if (!is_even()) {
       key += lane() % Traits::kTileN;
-      if (!from.live.contains(key)) return 0;
+      if (!contains(key)) return 0;
     }
     // This must not be a read-only load: with programmatic launch the kernel before may have written the table.
     int page;
@@ -182,7 +196,7 @@ class Loader {
     const bool exists = static_cast<unsigned>(page_) < params_.pages;
     even_ = even && exists;
     if (__builtin_expect(!even_, 0)) {
-      const unsigned live = __ballot_sync(0xffffffffu, from.live.contains(key));
+      const unsigned live = __ballot_sync(0xffffffffu, contains(key));
       alive_ = live & __ballot_sync(0xffffffffu, exists);
       if (live != alive_) {
         missing_beside(target_) = live & ~alive_;

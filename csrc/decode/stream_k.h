@@ -31,12 +31,20 @@ struct SequenceWork {
   int end;       // at least begin + 1: a tile without keys still writes its rows
 };
 
+// The n_blocks that some query of a sequence sees. Those between what it sees by position and what it is given count.
+BROADHEAD_HOST_DEVICE BlockRange masked_range(const DecodeParams& params, const SeqlenInfo& seqlen, int batch,
+                                              int tile_n) {
+  const AttentionMask mask = make_mask(params, seqlen, batch);
+  const int last = seqlen.seqlen_q - 1;
+  const MaskExtents extents = is_shared(params, batch) ? MaskExtents{} : sequence_extents(params, seqlen, batch);
+  return block_range(mask, 0, last, tile_n, given_interval(mask, extents, 0, last));
+}
+
 BROADHEAD_HOST_DEVICE SequenceWork sequence_work(const DecodeParams& params, int batch, int tile_m, int tile_n) {
   const SeqlenInfo seqlen = sequence_info(params, batch);
   if (seqlen.seqlen_q == 0) return {seqlen, 0, 0, 1};
-  const BlockRange range = params.sees_all
-                               ? BlockRange{0, ceil_div(seqlen.seqlen_k, tile_n)}
-                               : block_range(make_mask(params, seqlen, batch), 0, seqlen.seqlen_q - 1, tile_n);
+  const BlockRange range =
+      params.sees_all ? BlockRange{0, ceil_div(seqlen.seqlen_k, tile_n)} : masked_range(params, seqlen, batch, tile_n);
   return {seqlen, ceil_div(sequence_rows(params, seqlen, batch), tile_m), range.begin,
           max_int(range.end, range.begin + 1)};
 }

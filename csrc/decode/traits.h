@@ -25,7 +25,7 @@ struct CopySource {
   const KvElement* v;         // likewise
   const std::int32_t* table;  // the sequence's row of the page table; null: not paged
   int leftpad;                // paged: logical row of key 0
-  LiveKeys live;
+  PlacedKeys live;            // Loader::contains knows of ranges and trees
 };
 
 // What the products and the output of an item need. All warps share one.
@@ -144,8 +144,8 @@ struct DecodeTraits {
     WorkQueue queue[kWarps];
     DecodeTile tile;
     CtaSplits splits;
-    unsigned q_largest[kWarps];  // 8-bit K and V: the largest number that each warp found in Q
-    WorkSum sums[kWarps];        // the work of the sequences that each warp read
+    unsigned q_largest[k8Bit ? kWarps : 1];  // 8-bit K and V: the largest number that each warp found in Q
+    WorkSum sums[kWarps];                    // the work of the sequences that each warp read
   };
   static_assert(sizeof(SharedStorage) <= kSmemLimit, "the tile does not fit the shared memory its row promises");
 };

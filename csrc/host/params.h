@@ -87,14 +87,14 @@ struct AttnParams {
   DescaleStrides k_descale_strides;
   DescaleStrides v_descale_strides;
 
-  const std::int32_t* cu_seqlens_q;        // [B + 1], nullable: dense q
-  const std::int32_t* cu_seqlens_k;        // [B + 1], nullable: dense or paged k
-  const std::int32_t* seqused_q;           // [B], nullable
-  const std::int32_t* seqused_k;           // [B], nullable
-  const std::int32_t* leftpad_k;           // [B], nullable: keys [leftpad, seqused) of the cache are the sequence
-  const std::int32_t* kv_batch_idx;        // [B], nullable: row of the cache (or of the page table) for sequence b
-  const std::int32_t* page_table;          // [B or more, max_pages], nullable
-  const std::int32_t* prefix_lens;         // [B], nullable
+  const std::int32_t* cu_seqlens_q;  // [B + 1], nullable: dense q
+  const std::int32_t* cu_seqlens_k;  // [B + 1], nullable: dense or paged k
+  const std::int32_t* seqused_q;     // [B], nullable
+  const std::int32_t* seqused_k;     // [B], nullable
+  const std::int32_t* leftpad_k;     // [B], nullable: keys [leftpad, seqused) of the cache are the sequence
+  const std::int32_t* kv_batch_idx;  // [B], nullable: row of the cache (or of the page table) for sequence b
+  const std::int32_t* page_table;    // [B or more, max_pages], nullable
+  const std::int32_t* prefix_lens;   // [B], nullable
   MaskValues mask_values;
   const void* sinks;                       // [Hq] fp32, or dtype of q when sinks_are_fp32 == 0; nullable
   const std::int32_t* scheduler_metadata;  // nullable; layout in common/scheduler_metadata.h

@@ -48,7 +48,7 @@ BROADHEAD_DEVICE void find_key_extents(const AttentionMask& mask, int first_key,
       atomicMin(&found[i].q_begin, query);
       atomicMax(&found[i].q_end, query + 1);
     }
-    for (int i = 0; mask.values.tree != nullptr && i < kSpanExtents; ++i) {
+    for (int i = 0; mask.kind == Given::kTree && i < kSpanExtents; ++i) {
       const std::uint32_t seen = mask.given_word(query, first_key + i * kExtentKeys);
       if (seen != 0) atomicOr(&found[i].live, seen);
     }
@@ -61,11 +61,10 @@ __global__ void __launch_bounds__(kThreads) mask_extents_kernel(const __grid_con
   for (int batch = blockIdx.y; batch < params.batch; batch += gridDim.y) {
     const SeqlenInfo seqlen = make_seqlen_info(params, batch);
     AttentionMask mask{seqlen.seqlen_q, seqlen.seqlen_k, sequence_rule(params, batch), 0};
-    set_mask_values(params, seqlen, batch, mask);
-    if (mask.values.query_extents != nullptr) {
-      find_query_extents(mask, const_cast<KeyInterval*>(mask.values.query_extents));
-    }
-    KeyExtent* const extents = const_cast<KeyExtent*>(mask.values.key_extents);
+    set_given(params, seqlen, mask);
+    const MaskExtents all = sequence_extents(params, seqlen, batch);
+    if (all.of_queries != nullptr) find_query_extents(mask, const_cast<KeyInterval*>(all.of_queries));
+    KeyExtent* const extents = const_cast<KeyExtent*>(all.of_keys);
     for (int first_key = blockIdx.x * kSpanKeys; first_key < seqlen.seqlen_k; first_key += gridDim.x * kSpanKeys) {
       if (threadIdx.x < kSpanExtents) found[threadIdx.x] = {0, INT_MAX, 0};
       __syncthreads();

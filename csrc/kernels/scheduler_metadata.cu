@@ -37,7 +37,7 @@ BROADHEAD_DEVICE Work sequence_work(const SchedulerMetadataParams& params, int b
   if (info.seqlen_q == 0) return {0, 0};
   const MaskRule rule{params.window_left, params.window_right, params.attention_chunk};
   const AttentionMask mask{info.seqlen_q, info.seqlen_k, rule, 0};
-  const BlockRange range = block_range(mask, 0, info.seqlen_q - 1, params.tile_n);
+  const BlockRange range = block_range(mask, 0, info.seqlen_q - 1, params.tile_n, {0, 0});
   return {ceil_div(info.seqlen_q * params.rows_per_token, params.tile_m) * params.heads_in_grid,
           range.end - range.begin};
 }

@@ -30,8 +30,8 @@ struct BlockKinds {
 
   template <class Element>
   BROADHEAD_DEVICE BlockKinds(const TileState<Element>& state, int keys)
-      : plain_begin(ceil_div(state.unmasked.begin, keys)),
-        plain_end(state.scale.transform ? 0 : state.unmasked.end / keys),
+      : plain_begin(state.gap.count(ceil_div(state.unmasked.begin, keys))),
+        plain_end(state.scale.transform ? 0 : state.gap.count(state.unmasked.end / keys)),
         scale_log2(state.scale.scale_log2) {}
 
   BROADHEAD_DEVICE bool plain(int block) const { return block >= plain_begin && block < plain_end; }

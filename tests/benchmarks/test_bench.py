@@ -37,6 +37,9 @@ def test_case_names() -> None:
     assert "paged B2 S8192 H16 Hkv8 D128 page1" in names["paged"]
     assert "win B1 S16384 H32 Hkv16 D256 window1024" in names["window"]
     assert "fp8 B2 S8192 H8 Hkv8 D256 causal" in names["fp8"]
+    assert "fwd+bwd S16384 H32 Hkv16 D256 window1024 images8x256 in window" in names["masks"]
+    assert "chunk Sq2048 Sk18432 H16 Hkv2 D256 page64 e4m3 images4x256" in names["masks"]
+    assert "tree B16 q64 ctx8192 H32 Hkv8 D128 page64" in names["masks"]
     assert "fwd B2 S4096 H16 Hkv16 D80 full" in names["odd"]
     assert "fwd B2 S4096 H12 Hkv12 D160 causal" in names["odd"]
     assert "varlen N2 T8192 H16 Hkv16 D72 full" in names["odd-varlen"]
@@ -52,6 +55,7 @@ def test_case_names() -> None:
         "paged": 12,
         "window": 2,
         "fp8": 4,
+        "masks": 16,
         "backward": 16,
         "backward-sweep": 60,
         "training": 4,
@@ -147,11 +151,13 @@ def test_quick_on_cpu(area: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert record["versions"]["torch"] == torch.__version__
         assert str(tmp_path) not in record["command"]
     printed = capsys.readouterr().out
-    assert ("skip fa3: " in printed) == (area not in ("decode-invariant", *LAYERS))
+    assert ("skip fa3: " in printed) == (area not in ("decode-invariant", "masks", *LAYERS))
     log, _, tables = printed.partition(f"\n{area}, {records.UNITS[area]}\n")
     assert all(name in log and name in tables for name in names)
     # Of peers SDPA alone runs here; else baselines, and the default beside what is deterministic, are compared with.
-    assert ("bars met" in printed) == (area in ("paged", "window", "fp8", *cases_prefill.BACKWARD_AREAS, *LAYERS))
+    assert ("bars met" in printed) == (
+        area in ("paged", "window", "fp8", "masks", *cases_prefill.BACKWARD_AREAS, *LAYERS)
+    )
 
 
 def test_what_an_older_version_lacks_is_skipped(
@@ -344,6 +350,14 @@ def _results(area: str, case: str, **values: float) -> list[dict[str, object]]:
         ("fp8", "fp8 D128", {"broadhead": 140, "baseline": 100}, "baseline", 1.4, True),
         ("decode", "dec D128", {"broadhead": 100, "fa3": 200}, "fa3", 0.5, None),
         ("host", "host dense", {"broadhead": 10, "fa3": 30, "fa4": 20}, "fa4", 2.0, None),
+        (
+            "masks",
+            "fwd D256 window1024 images8x256",
+            {"broadhead": 110, "baseline": 100, "flex": 90},
+            "baseline",
+            1.1,
+            True,
+        ),
         ("forward", "fwd D128", {"broadhead": 96}, None, None, None),
         ("backward", "bwd D128", {"broadhead": 96, "fa4": 100, "broadhead-sm80": 200}, "fa4", 0.96, True),
         ("backward", "bwd D192", {"broadhead": 114, "fa4": 100, "fa2": 50}, "fa4", 1.14, False),

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 PACKAGE = "broadhead_bench"
-ADAPTERS = ("broadhead_api", "flash_attention", "flashinfer_wrappers", "torch_sdpa")
+ADAPTERS = ("broadhead_api", "flash_attention", "flashinfer_wrappers", "torch_flex", "torch_sdpa")
 #: Adapters that vary another one, by their names.
 VARIANTS = {"broadhead_variants": "broadhead_api"}
 

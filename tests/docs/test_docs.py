@@ -28,6 +28,7 @@ COLUMNS = {
     "FA3": "fa3",
     "FA4": "fa4",
     "FFPA": "ffpa",
+    "FlexAttention": "flex",
     "FlashInfer": "flashinfer",
     "cuDNN": "cudnn",
     "memory-efficient": "memeff",

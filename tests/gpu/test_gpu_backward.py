@@ -17,7 +17,7 @@ from broadhead.run import backward
 from broadhead.run.cuda_backend import forget_calls
 from calls import Built, Call, build
 from checks import check_gradients
-from gpu_calls import EXTRAS, MASKS, TORCH_DTYPES, VALUE_MASKS, row_cases, row_id, value_masks_of
+from gpu_calls import EXTRAS, MASK_FEATURES, MASKS, TORCH_DTYPES, VALUE_MASKS, row_cases, row_id, value_masks_of
 from masks import Drawn
 from random_calls import random_call
 
@@ -65,8 +65,11 @@ def only_backward(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[support
     forget()
 
 
-def run(row: support.KernelRow, built: Built) -> dict[str, torch.Tensor]:
-    """Gradients of a call, with NaN coming in at the rows that no sequence owns; they are checked."""
+def run(row: support.KernelRow | None, built: Built) -> dict[str, torch.Tensor]:
+    """Gradients of a call, with NaN coming in at the rows that no sequence owns; they are checked.
+
+    row: that must compute them; None: no row does.
+    """
     LAUNCHED.clear()
     leaves = built.requires_grad()
     built.kwargs.pop("out", None)
@@ -76,7 +79,7 @@ def run(row: support.KernelRow, built: Built) -> dict[str, torch.Tensor]:
     poisoned.flatten(0, -3)[~built.live_mask()] = float("nan")
     found = dict(zip(leaves, torch.autograd.grad((out, lse), [*leaves.values()], (poisoned, grad_lse)), strict=True))
     some = all(built.kwargs[name].numel() for name in ("q", "k"))
-    expected = [row.id] if some else []
+    expected = [row.id] if some and row is not None else []
     assert expected == LAUNCHED, "which row ran"
     check_gradients(built, found, grad_out, grad_lse)
     return found
@@ -117,6 +120,31 @@ def test_ranges_about_tiles(row: support.KernelRow, only_backward: Callable, cud
             ranges = Drawn([tuple(pairs), tuple(pairs[:33])], f"pairs of {step}")
             call = call_of(row, (len(pairs), 33), (max(len(pairs), 5 * step + 9), 4 * step), heads_q=4, heads_kv=2)
             run(row, build(call.with_(ranges=ranges, causal=True, **options), cuda, rng))
+
+
+@pytest.mark.filterwarnings("ignore::broadhead.FallbackWarning")
+@pytest.mark.parametrize("row", [row for row in BACKWARD_ROWS if len(value_masks_of(row)) < 2], ids=row_id)
+def test_rows_without_a_mask_refuse_it(
+    row: support.KernelRow,
+    only_backward: Callable,
+    cuda: torch.device,
+    rng: random.Random,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By the name of its feature; where fallbacks are allowed, the torch reference gives output and gradients."""
+    only_backward(row)
+    for name, values in (("ranges", "random"), ("causal_each", (True, False))):
+        if name in value_masks_of(row):
+            continue
+        call = call_of(row, (130, 9), (200, 70), heads_q=2, heads_kv=1, **{name: values})
+        monkeypatch.setenv("BROADHEAD_STRICT", "1")
+        refused = build(call, cuda, rng)
+        refused.requires_grad()
+        with pytest.raises(broadhead.UnsupportedError, match=MASK_FEATURES[name]):
+            refused.run(out=None)
+        monkeypatch.setenv("BROADHEAD_STRICT", "0")
+        run(None, build(call, cuda, rng))
+        assert broadhead.last_dispatch()[0] == "torch"
 
 
 @each_row

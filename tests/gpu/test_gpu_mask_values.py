@@ -85,7 +85,11 @@ def test_row(row: support.KernelRow, mask: str, run_row: Callable) -> None:
 def test_splits(row: support.KernelRow, num_splits: int, run_row: Callable) -> None:
     """Ranges within a split, over the border of two, in one that has nothing else; plans know nothing of them."""
     for name in value_masks_of(row):
-        patterns = {"ranges": list(RANGES), "tree": list(TREES), "causal_each": [EACH]}[name]
+        patterns = {
+            "ranges": ["images", "splits", "far", "random"],
+            "tree": ["eagle", "words"],
+            "causal_each": [EACH],
+        }[name]
         for turn, pattern in enumerate(patterns):
             causal = {} if name == "causal_each" else {"causal": True}
             options = {name: pattern, "num_splits": num_splits, **causal, "seqlens_k": (900, 64, 9, 2100)}
@@ -98,20 +102,17 @@ def test_splits(row: support.KernelRow, num_splits: int, run_row: Callable) -> N
 @rows_with("ranges")
 def test_ranges_about_tiles(row: support.KernelRow, run_row: Callable) -> None:
     """Each pair of a begin and an end at most one key from an edge of a tile, in neighbouring queries and alone."""
-    steps = dict.fromkeys((row.tile.tile_n, row.tile.tile_m, *EDGES))
-    for step in steps:
+    prefill = row.phase == "prefill"
+    for step in dict.fromkeys((row.tile.tile_n, 64, *((row.tile.tile_m, *EDGES) if prefill else ()))):
         marks = [edge + by for edge in (0, step, 2 * step, 5 * step) for by in (-1, 0, 1) if edge + by >= 0]
         pairs = [(a, b) for a in marks for b in marks if a <= b]
-        count = queries(row)[0]
         for stride in (1, 7):
-            turned = [pairs[(stride * i) % len(pairs)] for i in range(len(pairs))]
-            for first in range(0, len(pairs), count):
-                mine = Drawn([tuple((turned + turned)[first : first + count])], f"pairs {first} of {step}, {stride}")
-                lengths = {"seqlens_q": (len(mine[0]),), "seqlens_k": (max(5 * step + 9, count),)}
+            turned = [pairs[stride * i % len(pairs)] for i in range(len(pairs))]
+            for first in range(0, len(pairs), len(pairs) if prefill else 16):
+                mine = Drawn([tuple(turned[first : first + (len(pairs) if prefill else 16)])], f"pairs of {step}")
+                lengths = {"seqlens_q": (len(mine[0]),), "seqlens_k": (max(5 * step + 9, len(pairs)),)}
                 options = {"causal": True, "window": (3, 0), "ranges": mine, "heads_q": 2}
                 run_row(row, some_call(row, **lengths, **options, num_splits=1 + first % 3))
-                if row.phase == "prefill":
-                    break  # one call has them nearly all
 
 
 @rows_with("ranges")
@@ -133,27 +134,26 @@ def test_chunked_prefill(row: support.KernelRow, run_row: Callable, rng: random.
 @rows_with("tree")
 def test_drafts(row: support.KernelRow, run_row: Callable) -> None:
     """From 1 to 64 drafts behind contexts of all lengths about 64, of none, of fewer keys than drafts."""
-    most = 64 if row.phase == "prefill" else 16
-    for drafts in (1, 2, 3, 5, 8, 16, 31, 33, 63, 64):
-        if drafts > most:
-            continue
-        for pattern in TREES:
-            contexts = (0, 1, 64 - drafts, 64, 129, row.tile.tile_n + 1, 500)
-            lengths = {"seqlens_q": (drafts,) * 8, "seqlens_k": (*(n + drafts for n in contexts), drafts // 2)}
-            run_row(row, some_call(row, "kvcache", **lengths, causal=True, tree=pattern, slack_k=70))
-            options = {"window": (70, -1), "tree": pattern, "page_size": 1, "num_splits": 3, "leftpad": (5,) * 8}
-            run_row(row, some_call(row, "kvcache", **lengths, **options, metadata=drafts % 2 == 0))
+    for turn, drafts in enumerate((1, 2, 3, 7, 16, 31, 33, 63, 64)):
+        contexts = (0, 1, 64 - drafts, 64, 129, row.tile.tile_n + 1, 500)
+        lengths = {"seqlens_q": (drafts,) * 8, "seqlens_k": (*(n + drafts for n in contexts), drafts // 2)}
+        first, second = (list(TREES)[(turn + shift) % len(TREES)] for shift in (0, 1))
+        run_row(row, some_call(row, "kvcache", **lengths, causal=True, tree=first, slack_k=70))
+        options = {"window": (70, -1), "tree": second, "page_size": 1, "num_splits": 3, "leftpad": (5,) * 8}
+        run_row(row, some_call(row, "kvcache", **lengths, **options, metadata=drafts % 2 == 0))
 
 
 @rows_with("causal_each")
-@pytest.mark.parametrize("dtype", [torch.bool, torch.int32], ids=str)
-def test_causality_of_many(row: support.KernelRow, dtype: torch.dtype, run_row: Callable, rng: random.Random) -> None:
-    """Every sequence by itself, none and all of them; with prefixes where the row has them."""
-    lengths = {"seqlens_q": queries(row) * 5, "seqlens_k": keys(row) * 5, "causal_dtype": dtype}
-    for each in ([rng.random() < 0.5 for _ in range(20)], [True] * 20, [False] * 20):
+def test_causality_of_many(row: support.KernelRow, run_row: Callable, rng: random.Random) -> None:
+    """Every sequence by itself, none and all of them, as bool and as int32."""
+    lengths = {"seqlens_q": queries(row) * 5, "seqlens_k": keys(row) * 5}
+    for turn, each in enumerate(([rng.random() < 0.5 for _ in range(20)], [True] * 20, [False] * 20)):
         for options in ({}, {"window": (40, 9)}, {"num_splits": 3, "window": (-1, 3)}, {"attention_chunk": 50}):
-            run_row(row, some_call(row, **lengths, causal_each=tuple(each), **options))
-    run_row(row, some_call(row, **lengths, causal_each=tuple(each), prefix=tuple(rng.randint(0, 90) for _ in each)))
+            turn += 1
+            dtype = torch.bool if turn % 2 else torch.int32
+            run_row(row, some_call(row, **lengths, causal_each=tuple(each), causal_dtype=dtype, **options))
+    mixed = tuple(b % 3 == 0 for b in range(20))
+    run_row(row, some_call(row, **lengths, causal_each=mixed, prefix=tuple(rng.randint(0, 90) for _ in mixed)))
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if value_masks_of(row)], ids=row_id)
@@ -218,7 +218,7 @@ def test_replays(row: support.KernelRow, only_row: Callable, cuda: torch.device,
     if {"ranges", "causal_each"} <= set(value_masks_of(row)):
         cases.append({"ranges": "far", "causal_each": EACH, "window": (20, -1), "ranges_in_window": True})
     for turn, case in enumerate(cases):
-        options = {"causal": "causal_each" not in case, "num_splits": (1, 3)[turn % 2], **case}
+        options = {"causal": "causal_each" not in case, "num_splits": (1, 3)[turn % 2], "metadata": turn > 0, **case}
         if "ranges" in case and "window" not in case:
             options["window"] = (30, 0)
         built = everything(build(row_call(row, "kvcache", **lengths, **options), cuda, rng))

@@ -51,15 +51,18 @@ struct GivenMasks {
   }
 
   void give_to(broadhead::AttentionMask& mask) const {
-    mask.values = {};
-    mask.values.any = !ranges.empty() || !tree.empty();
+    using broadhead::Given;
+    mask.kind = !tree.empty()    ? Given::kTree
+                : ranges.empty() ? Given::kNone
+                : in_window      ? Given::kRangesInWindow
+                                 : Given::kRanges;
     mask.tree_keys = tree.empty() ? 0 : broadhead::kTreeKeys;
-    mask.values.in_window = in_window;
-    mask.values.ranges = ranges.empty() ? nullptr : ranges.data();
-    mask.values.tree = tree.empty() ? nullptr : tree.data();
-    mask.values.stride = tree.empty() ? 2 : 1;
-    mask.values.query_extents = ranges.empty() ? nullptr : query_extents.data();
-    mask.values.key_extents = key_extents.data();
+    mask.given = tree.empty() ? static_cast<const void*>(ranges.data()) : tree.data();
+    mask.given_stride = tree.empty() ? 2 : 1;
+  }
+
+  broadhead::MaskExtents extents() const {
+    return {ranges.empty() ? nullptr : query_extents.data(), key_extents.data()};
   }
 };
 

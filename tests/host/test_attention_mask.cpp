@@ -45,7 +45,7 @@ void check_rows(const AttentionMask& mask) {
 }
 
 void check_tile(const AttentionMask& mask, int q_first, int q_last, int tile_n) {
-  const broadhead::BlockRange range = broadhead::block_range(mask, q_first, q_last, tile_n);
+  const broadhead::BlockRange range = broadhead::block_range(mask, q_first, q_last, tile_n, {0, 0});
   const broadhead::KeyInterval unmasked = mask.unmasked_interval(q_first, q_last);
   const broadhead::KeyInterval live = mask.tile_interval(q_first, q_last);
   CHECK(range.begin >= 0 && range.begin <= range.end && range.end * tile_n < mask.seqlen_k + tile_n, CASE,
@@ -112,9 +112,12 @@ void check_queries(const AttentionMask& mask, int key_first, int key_last) {
   }
 }
 
+int gaps = 0;  // tiles that do not visit all n_blocks between their first and their last
+
 // Masks that are given as values: the predicate, the keys that tiles of queries visit, the queries that keys meet.
 void check_given(AttentionMask mask, const host_test::GivenMasks& given) {
   given.give_to(mask);
+  const broadhead::MaskExtents extents = given.extents();
   const int sq = mask.seqlen_q, sk = mask.seqlen_k;
   const auto sees = [&](int q, int key) {
     const bool shown = given.shows(q, key, sq, sk, mask.rule.window_left);
@@ -131,26 +134,38 @@ void check_given(AttentionMask mask, const host_test::GivenMasks& given) {
   for (const int tile : {1, 5, 16, 48}) {
     for (int first = 0; first < sq; first += tile) {
       const int last = std::min(first + tile, sq) - 1;
-      const broadhead::BlockRange range = broadhead::block_range(mask, first, last, tile);
+      const broadhead::KeyInterval by_values = broadhead::given_interval(mask, extents, first, last);
+      const broadhead::BlockRange range = broadhead::block_range(mask, first, last, tile, by_values);
+      broadhead::BlockGap gap;
+      const broadhead::BlockRange visited = broadhead::visited_blocks(mask, first, last, tile, by_values, gap);
+      CHECK(visited.end + gap.blocks == range.end && visited.begin == range.begin, CASE, CASE_OF(mask, first));
+      gaps += gap.blocks > 0;
+      for (int block = visited.begin; block < visited.end; ++block) {
+        CHECK(gap.count(gap.place(block)) == block, CASE " block %d", CASE_OF(mask, first), block);
+      }
       const broadhead::KeyInterval unmasked = mask.unmasked_interval(first, last);
-      const broadhead::KeyInterval live = mask.tile_interval(first, last), by_values = mask.given_interval(first, last);
+      const broadhead::KeyInterval live = mask.tile_interval(first, last);
       CHECK(range.end * tile < sk + tile, CASE, CASE_OF(mask, first));
       for (int key = 0; key < sk; ++key) {
         bool any = false, all = true;
         for (int q = first; q <= last; ++q) any = any || sees(q, key), all = all && sees(q, key);
         CHECK(!any || (key / tile >= range.begin && key / tile < range.end), CASE " key %d outside the blocks",
               CASE_OF(mask, first), key);
+        const int block = gap.count(key / tile);
+        CHECK(!any || (block >= visited.begin && block < visited.end && gap.place(block) == key / tile),
+              CASE " key %d is not visited", CASE_OF(mask, first), key);
         CHECK(all || key < unmasked.begin || key >= unmasked.end, CASE " key %d is called unmasked",
               CASE_OF(mask, first), key);
         const bool by_position = (key >= live.begin && key < live.end) || key < mask.prefix_len;
-        CHECK(!any || by_position || (key >= by_values.begin && key < by_values.end && mask.key_is_given(key)),
+        CHECK(!any || by_position || (key >= by_values.begin && key < by_values.end && extents.contains(key)),
               CASE " key %d is not live", CASE_OF(mask, first), key);
       }
     }
     if (!given.tree.empty()) continue;  // kernels of gradients have none
     for (int first = 0; first < sk; first += tile) {
       const int last = std::min(first + tile, sk) - 1;
-      const broadhead::QueryInterval queries = mask.query_interval(first, last), more = mask.given_queries(first, last);
+      const broadhead::QueryInterval queries = mask.query_interval(first, last),
+                                     more = broadhead::given_queries(mask, extents, first, last);
       const broadhead::QueryInterval whole = mask.unmasked_queries(first, last);
       for (int q = 0; q < sq; ++q) {
         bool any = false, all = true;
@@ -237,6 +252,7 @@ int main() {
     }
   }
   check_all_given();
+  CHECK(gaps > 100, "%d gaps", gaps);
   check_splits();
   return host_test::finish();
 }

@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from broadhead_bench.cases import AREAS, CascadeCase, DecodeCase, DenseCase, PagedCase, VarlenCase
+from broadhead_bench.cases_masks import CausalityCase, ChunkCase, ImagesCase, MaskCase, TreeCase
 from broadhead_bench.inputs import DenseInputs, Fp8Inputs, PagedInputs, VarlenInputs
 from broadhead_bench.inputs_decode import AppendInputs, CascadeInputs, Fp8PagedInputs, LatentInputs
+from broadhead_bench.inputs_masks import ChunkInputs, ImagesInputs, TreeInputs
 
 
 class Skip(Exception):
@@ -22,6 +25,9 @@ class Skip(Exception):
 
 
 Gradients = tuple[Tensor, Tensor, Tensor]
+#: What has gradients.
+Differentiable = DenseCase | VarlenCase | ImagesCase
+DifferentiableInputs = DenseInputs | VarlenInputs | ImagesInputs
 
 
 class Peer:
@@ -32,7 +38,7 @@ class Peer:
 
     name = ""
     #: The areas in which it has anything to say; elsewhere it is not even skipped.
-    areas: tuple[str, ...] = tuple(a for a in AREAS if a not in ("decode-invariant", "training", "prefix-lm"))
+    areas: tuple[str, ...] = tuple(a for a in AREAS if a not in ("decode-invariant", "training", "prefix-lm", "masks"))
 
     def why_unavailable(self, device: torch.device) -> str | None:
         """Why it cannot run here at all, or None."""
@@ -98,9 +104,27 @@ class Peer:
         """A call that returns ``(B, 1, H, D)``, of sequences that share a prefix."""
         raise Skip("has no decode over a shared prefix")
 
-    def backward(
-        self, case: DenseCase | VarlenCase, inputs: DenseInputs | VarlenInputs, dout: Tensor
-    ) -> Callable[[], Gradients]:
+    def images(self, case: ImagesCase, inputs: ImagesInputs) -> Callable[[], Tensor]:
+        """A call that returns ``(1, S, H, D)``, of a sequence with images; blocks to skip are found here, once."""
+        raise Skip("has no mask of images")
+
+    def images_chunk(self, case: ChunkCase, inputs: ChunkInputs) -> Callable[[], Tensor]:
+        """A call that returns ``(1, Sq, H, D)``, of e4m3 queries with images over an e4m3 cache."""
+        raise Skip("has no mask of images over an e4m3 cache")
+
+    def tree(self, case: TreeCase, inputs: TreeInputs) -> Callable[[], Tensor]:
+        """A call that returns ``(B, Sq, H, D)``, of trees of drafts; plans and metadata are made here, once."""
+        raise Skip("has no mask of a tree")
+
+    def causal_by_sequence(self, case: CausalityCase, inputs: DenseInputs) -> Callable[[], Tensor]:
+        """A call that returns ``(B, S, H, D)``, of sequences of which every other one is causal."""
+        raise Skip("has no causality by sequence")
+
+    def measured_masks(self, case: MaskCase) -> MaskCase:
+        """The case that these compute where it is not the one asked for (baselines only)."""
+        return case
+
+    def backward(self, case: Differentiable, inputs: DifferentiableInputs, dout: Tensor) -> Callable[[], Gradients]:
         """A call that returns ``(dq, dk, dv)``; the forward pass has run before."""
         call, leaves = self._of_leaves(case, inputs)
         with torch.enable_grad():
@@ -115,7 +139,7 @@ class Peer:
         return gradients
 
     def forward_backward(
-        self, case: DenseCase | VarlenCase, inputs: DenseInputs | VarlenInputs, dout: Tensor
+        self, case: Differentiable, inputs: DifferentiableInputs, dout: Tensor
     ) -> Callable[[], Gradients]:
         """A call that runs forward, then backward, and returns ``(dq, dk, dv)``."""
         call, leaves = self._of_leaves(case, inputs)
@@ -130,9 +154,7 @@ class Peer:
 
         return both
 
-    def _of_leaves(
-        self, case: DenseCase | VarlenCase, inputs: DenseInputs | VarlenInputs
-    ) -> tuple[Callable[[], Tensor], Gradients]:
+    def _of_leaves(self, case: Differentiable, inputs: DifferentiableInputs) -> tuple[Callable[[], Tensor], Gradients]:
         """The forward call on q, k and v that require grad, and these three."""
         q, k, v = (t.detach().requires_grad_() for t in inputs[:3])
         leaves = (q, k, v)
@@ -141,6 +163,9 @@ class Peer:
             if isinstance(case, VarlenCase):
                 assert isinstance(inputs, VarlenInputs)
                 return self.varlen(case, inputs._replace(q=q, k=k, v=v)), leaves
+            if isinstance(case, ImagesCase):
+                assert isinstance(inputs, ImagesInputs)
+                return self.images(case, inputs._replace(q=q, k=k, v=v)), leaves
             return self.forward(case, q, k, v), leaves
 
     def watch(self, leaf: Tensor) -> None:
@@ -199,3 +224,15 @@ def arguments_of_plan(case: DecodeCase, cache_seqlens: Tensor) -> tuple[Any, ...
     """The positional arguments of get_scheduler_metadata, which FlashAttention-3 has as well."""
     seqlen_k = case.pages_per_sequence * case.page_size
     return case.batch, case.seqlen_q, seqlen_k, case.num_heads_q, case.num_heads_kv, case.head_dim, cache_seqlens
+
+
+def images_blocks(case: ImagesCase, inputs: ImagesInputs, block_size: int | tuple[int, int] = 128) -> BlockMask:
+    """The mask of images as a function of torch, and which blocks of queries and keys it leaves empty, part or full."""
+    begin, end = inputs.bounds(case)
+    window = case.window or case.seqlen
+
+    def mask_mod(batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        in_window = (kv_idx <= q_idx) & (kv_idx > q_idx - window)
+        return in_window | ((kv_idx >= begin[q_idx]) & (kv_idx < end[q_idx]))
+
+    return create_block_mask(mask_mod, None, None, case.seqlen, case.seqlen, device=begin.device, BLOCK_SIZE=block_size)

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from broadhead_bench.cases import AREAS, CascadeCase, DecodeCase, DenseCase, PagedCase, VarlenCase
-from broadhead_bench.inputs import Fp8Inputs, PagedInputs, VarlenInputs
+from broadhead_bench.cases_masks import CausalityCase, ChunkCase, ImagesCase, MaskCase, TreeCase
+from broadhead_bench.inputs import DenseInputs, Fp8Inputs, PagedInputs, VarlenInputs
 from broadhead_bench.inputs_decode import AppendInputs, CascadeInputs, Fp8PagedInputs, LatentInputs
+from broadhead_bench.inputs_masks import ChunkInputs, ImagesInputs, TreeInputs
 from broadhead_bench.peers.base import Peer, Skip, arguments_of_plan
 
 
@@ -125,6 +127,29 @@ class Broadhead(Peer):
             **options,
         )
 
+    def images(self, case: ImagesCase, inputs: ImagesInputs) -> Callable[[], Tensor]:
+        options: dict[str, Any] = {"window_size": case.plain.window_size, "backend": self._backend}
+        if case.images:
+            options |= {"query_ranges": inputs.ranges, "ranges_in_window": case.in_window}
+        q, k, v = inputs[:3]
+        return lambda: broadhead.flash_attn_func(q, k, v, causal=True, **options)
+
+    def images_chunk(self, case: ChunkCase, inputs: ChunkInputs) -> Callable[[], Tensor]:
+        fp8 = inputs.fp8
+        options: dict[str, Any] = {"query_ranges": inputs.ranges} if case.images else {}
+        descales = {"q_descale": fp8.q_descale, "k_descale": fp8.k_descale, "v_descale": fp8.v_descale}
+        return self._over_pages(fp8.paged._replace(q=fp8.q), **descales, **options)
+
+    def tree(self, case: TreeCase, inputs: TreeInputs) -> Callable[[], Tensor]:
+        options: dict[str, Any] = {} if case.chain else {"tree_mask": inputs.words}
+        plan = self.plan(case.plain, inputs.paged)()
+        return self._over_pages(inputs.paged, scheduler_metadata=plan, **options)
+
+    def causal_by_sequence(self, case: CausalityCase, inputs: DenseInputs) -> Callable[[], Tensor]:
+        q, k, v = inputs[:3]
+        causal = torch.arange(case.batch, device=q.device) % 2 == 0
+        return lambda: broadhead.flash_attn_func(q, k, v, causal=causal, backend=self._backend)
+
     def _plan(self, case: DecodeCase, cache_seqlens: Tensor, **options: Any) -> Callable[[], Tensor]:
         positional = arguments_of_plan(case, cache_seqlens)
         options |= {"qkv_dtype": torch.bfloat16, "page_size": case.page_size, "causal": True}
@@ -141,7 +166,7 @@ class Baseline(Broadhead):
     """What broadhead itself does without the feature that an area is about, on the same numbers."""
 
     name = "baseline"
-    areas = ("paged", "window", "fp8", "prefix-lm", "decode-fp8", "decode-invariant", "cascade", "append")
+    areas = ("paged", "window", "fp8", "masks", "prefix-lm", "decode-fp8", "decode-invariant", "cascade", "append")
 
     def measured(self, case: DenseCase) -> DenseCase:
         return case._replace(window=None)
@@ -170,6 +195,34 @@ class Baseline(Broadhead):
 
     def cascade(self, case: CascadeCase, inputs: CascadeInputs) -> Callable[[], Tensor]:
         return self.decode(case.plain, inputs.plain)
+
+    def measured_masks(self, case: MaskCase) -> MaskCase:
+        if isinstance(case, (ImagesCase, ChunkCase)):
+            return case._replace(images=0)
+        return case._replace(chain=True) if isinstance(case, TreeCase) else case
+
+    def images(self, case: ImagesCase, inputs: ImagesInputs) -> Callable[[], Tensor]:
+        return super().images(case._replace(images=0), inputs)
+
+    def images_chunk(self, case: ChunkCase, inputs: ChunkInputs) -> Callable[[], Tensor]:
+        return super().images_chunk(case._replace(images=0), inputs)
+
+    def tree(self, case: TreeCase, inputs: TreeInputs) -> Callable[[], Tensor]:
+        return super().tree(case._replace(chain=True), inputs)
+
+    def causal_by_sequence(self, case: CausalityCase, inputs: DenseInputs) -> Callable[[], Tensor]:
+        """Two calls, which write to one tensor."""
+        q, k, v = inputs[:3]
+
+        def two_calls() -> Tensor:
+            out = torch.empty_like(q)
+            for part, half in case.halves:
+                broadhead.flash_attn_func(
+                    q[part], k[part], v[part], causal=half.causal, out=out[part], backend=self._backend
+                )
+            return out
+
+        return two_calls
 
 
 def _split_options(case: DecodeCase) -> dict[str, Any]:

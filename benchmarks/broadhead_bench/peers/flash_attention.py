@@ -10,9 +10,14 @@ import torch
 from torch import Tensor
 
 from broadhead_bench.cases import DecodeCase, DenseCase, PagedCase, VarlenCase
+from broadhead_bench.cases_masks import ImagesCase
 from broadhead_bench.inputs import Fp8Inputs, PagedInputs, VarlenInputs
 from broadhead_bench.inputs_decode import AppendInputs, Fp8PagedInputs, LatentInputs
-from broadhead_bench.peers.base import PackagePeer, Skip, arguments_of_plan, first_output
+from broadhead_bench.inputs_masks import ImagesInputs
+from broadhead_bench.peers.base import PackagePeer, Skip, arguments_of_plan, first_output, images_blocks
+
+#: Queries and keys of a block that FlashAttention-4 skips on Hopper at head_dim 256.
+FA4_BLOCK_SIZE = (128, 64)
 
 
 class FlashAttention3(PackagePeer):
@@ -117,7 +122,7 @@ class FlashAttention4(PackagePeer):
     """FlashAttention-4, the CuTe DSL implementation."""
 
     name = "fa4"
-    areas = (*PackagePeer.areas, "training", "prefix-lm")
+    areas = (*PackagePeer.areas, "training", "prefix-lm", "masks")
     module_names = ("flash_attn.cute", "vllm.vllm_flash_attn.cute.interface")
     distributions = ("flash-attn-4", "vllm")
 
@@ -142,6 +147,33 @@ class FlashAttention4(PackagePeer):
 
     def decode(self, case: DecodeCase, inputs: PagedInputs) -> Callable[[], Tensor]:
         return self._over_pages(inputs)
+
+    def images(self, case: ImagesCase, inputs: ImagesInputs) -> Callable[[], Tensor]:
+        """Its mask_mod, and the blocks that both directions skip, as large as its tiles of head_dim 256."""
+        function = self._module.flash_attn_func
+        if "mask_mod" not in inspect.signature(function).parameters:
+            raise Skip("this build takes no mask_mod")
+        mask_mod, blocks_of = self._mask_tools(case.window or case.seqlen)
+        blocks = images_blocks(case, inputs, FA4_BLOCK_SIZE)
+        common = {"block_size": FA4_BLOCK_SIZE}
+        of_queries = blocks_of(
+            blocks.kv_num_blocks, blocks.kv_indices, blocks.full_kv_num_blocks, blocks.full_kv_indices, **common
+        )
+        of_keys = blocks_of(
+            blocks.q_num_blocks, blocks.q_indices, blocks.full_q_num_blocks, blocks.full_q_indices, **common
+        )
+        options: dict[str, Any] = {"mask_mod": mask_mod, "aux_tensors": list(inputs.bounds(case))}
+        options |= {"block_sparse_tensors": of_queries, "block_sparse_tensors_bwd": of_keys}
+        q, k, v = inputs[:3]
+        return lambda: first_output(function(q, k, v, **options))
+
+    def _mask_tools(self, window: int) -> tuple[Any, Any]:
+        """The mask of images, and the type that says which blocks it skips."""
+        from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+
+        from broadhead_bench.fa4_mask import images_mask_mod
+
+        return images_mask_mod(window), BlockSparseTensorsTorch
 
     def _over_pages(self, inputs: PagedInputs, causal: bool = True) -> Callable[[], Tensor]:
         function = self._module.flash_attn_varlen_func

@@ -9,6 +9,7 @@ from broadhead_bench.peers.broadhead_api import Baseline, Broadhead
 from broadhead_bench.peers.broadhead_variants import Deterministic, Portable
 from broadhead_bench.peers.flash_attention import Ffpa, FlashAttention3, FlashAttention4
 from broadhead_bench.peers.flashinfer_wrappers import FlashInfer
+from broadhead_bench.peers.torch_flex import Flex
 from broadhead_bench.peers.torch_sdpa import TorchDefault, TorchFlash, TorchSdpa
 
 
@@ -26,5 +27,6 @@ def all_peers() -> list[Peer]:
         TorchSdpa("cudnn", SDPBackend.CUDNN_ATTENTION),
         TorchSdpa("memeff", SDPBackend.EFFICIENT_ATTENTION),
         TorchDefault(),
+        Flex(),
         FlashInfer(),
     ]

@@ -40,7 +40,8 @@ BROADHEAD_DEVICE void set_backward_state(BackwardState& state, const AttnBwdPara
   const SeqlenInfo seqlen = make_seqlen_info(params, batch);
   AttentionMask mask{seqlen.seqlen_q, seqlen.seqlen_k, sequence_rule(params, batch),
                      sequence_prefix(params, batch, seqlen.seqlen_k)};
-  set_mask_values(params, seqlen, batch, mask);
+  set_given(params, seqlen, mask);
+  const MaskExtents extents = sequence_extents(params, seqlen, batch);
   state.seqlen = seqlen;
   state.mask = mask;
   state.scale.set(params.softmax_scale, params.softcap);
@@ -56,12 +57,12 @@ BROADHEAD_DEVICE void set_backward_state(BackwardState& state, const AttnBwdPara
     state.end_row = seqlen.seqlen_k;
     // A dS of 0 does not hide keys that no query sees from dQ.
     if (Traits::kFused) {
-      const KeyInterval given{0, mask.values.any != 0 ? seqlen.seqlen_k : 0};
-      state.rows = {mask.tile_interval(0, seqlen.seqlen_q - 1), mask.prefix_len, given, mask.values.key_extents};
+      const KeyInterval given{0, mask.kind != Given::kNone ? seqlen.seqlen_k : 0};
+      state.rows = {mask.tile_interval(0, seqlen.seqlen_q - 1), mask.prefix_len, given, extents.of_keys};
     }
     const int last_row = min_int(state.first_row + Traits::kRows, seqlen.seqlen_k) - 1;
     const QueryInterval seen = mask.query_interval(state.first_row, last_row);
-    const QueryInterval given = mask.given_queries(state.first_row, last_row);
+    const QueryInterval given = given_queries(mask, extents, state.first_row, last_row);
     state.given_queries = given;
     state.cols = {{seen.begin, min_int(seen.end, seqlen.seqlen_q)}, 0, {given.begin, given.end}};
     state.given_lse = given.begin < given.end ? state.lse : nullptr;
@@ -79,9 +80,9 @@ BROADHEAD_DEVICE void set_backward_state(BackwardState& state, const AttnBwdPara
     state.first_row = (tiles - 1 - tile) * Traits::kRows;
     state.end_row = seqlen.seqlen_q;
     const int last_row = min_int(state.first_row + Traits::kRows, seqlen.seqlen_q) - 1;
-    const KeyInterval given = mask.given_interval(state.first_row, last_row);
+    const KeyInterval given = given_interval(mask, extents, state.first_row, last_row);
     const BlockRange range = block_range(mask, state.first_row, last_row, Traits::kCols, given);
-    state.cols = {mask.tile_interval(state.first_row, last_row), mask.prefix_len, given, mask.values.key_extents};
+    state.cols = {mask.tile_interval(state.first_row, last_row), mask.prefix_len, given, extents.of_keys};
     state.whole = mask.unmasked_interval(state.first_row, last_row);
     state.stream_first = key_rows<Element>(params.k, params.k_strides, seqlen, state.kv_head, state.cols, 0).base;
     state.stream_second = key_rows<Element>(params.v, params.v_strides, seqlen, state.kv_head, state.cols, 0).base;
@@ -182,14 +183,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     const auto& strides = kKeys ? params.q_strides : params.k_strides;
     const auto* base = static_cast<const Element*>(state.stream_first) + (kKeys ? head * strides.head : 0);
     copy_rows<Traits, Traits::kCols>(smem.stream_first[stage],
-                                     RowSource<Element>{base, strides.row, state.cols, columns, state.given_lse},
+                                     RowSource<Element>{base, strides.row, state.cols, columns, &state.given_lse},
                                      tile * Traits::kCols);
   };
   const auto copy_second = [&](int stage, int tile, int head) {
     const auto& strides = kKeys ? params.dout_strides : params.v_strides;
     const auto* base = static_cast<const Element*>(state.stream_second) + (kKeys ? head * strides.head : 0);
     copy_rows<Traits, Traits::kCols>(smem.stream_second[stage],
-                                     RowSource<Element>{base, strides.row, state.cols, columns_v, state.given_lse},
+                                     RowSource<Element>{base, strides.row, state.cols, columns_v, &state.given_lse},
                                      tile * Traits::kCols);
   };
   // What is copied next: into which stage, which tile of columns, of which query head.

@@ -16,9 +16,9 @@ struct RowSource {
   long long row_stride;
   LiveKeys live;  // of queries, too
   int columns;    // columns from here on become zeros
-  // Queries whose LSE here is -inf may be NaN, and become zeros, but for those of live.interval, which have none.
-  // Nullable.
-  const float* lse = nullptr;
+  // Queries whose LSE is -inf may be NaN, and become zeros, but for those of live.interval, which have none. Nullable,
+  // and what it points to as well.
+  const float* const* lse = nullptr;  // PERF: where it lies is a constant, which takes no register
 };
 
 // Copies rows [first_row, first_row + kTileRows), all threads of the CTA together.
@@ -50,7 +50,7 @@ BROADHEAD_DEVICE void copy_rows(const void* tile, const RowSource<typename Trait
   for (int i = 0; i < Plan::kRowSteps; ++i) {
     const int row = first_row + row_slot + i * Plan::kRowSlots;
     bool live = source.live.contains(row);
-    if (live && source.lse != nullptr) live = source.lse[row] != -INFINITY;
+    if (live && source.lse != nullptr && *source.lse != nullptr) live = (*source.lse)[row] != -INFINITY;
     copy_row(i, first + (live ? row * source.row_stride : 0), live);
   }
 }

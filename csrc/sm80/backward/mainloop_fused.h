@@ -24,9 +24,10 @@ struct FoundStep {
   const WarpPlace& place;
   int lane_col;
 
-  BROADHEAD_DEVICE SeenColumns<Traits::kColTiles> row(int m, int half) const {
+  BROADHEAD_DEVICE std::uint32_t word(int m, int half, int n) const {
+    compile_barrier();
     const int row = tile_row<Traits>(place, m, 2 * half);
-    return seen_queries<Traits>(state, seen[row], state.first_row + row, lane_col);
+    return key_word<Traits>(state, seen[row], state.first_row + row, lane_col + n * 8);
   }
 };
 
@@ -73,11 +74,12 @@ BROADHEAD_DEVICE void differentiate_and_store(const Scores<Traits>& dp, Weights<
     __syncwarp();  // all lanes have read what is overwritten
     const int row_tile = place.warp_r * Traits::kRowTiles + m;
     const int of_row = ds_offset<Traits>(row_tile, row, place.warp_c * Traits::kColTiles) + place.lane % 4 * 4;
-    const decltype(step.row(0, 0)) seen[2] = {step.row(m, 0), step.row(m, 1)};
+    std::uint32_t seen[2];
     const float* of_col = delta + tile_col<Traits>(place, 0);
     float2 next = *reinterpret_cast<const float2*>(of_col);
     BROADHEAD_UNROLL
     for (int n = 0; n < Traits::kColTiles; ++n) {
+      if (n % 4 == 0) seen[0] = step.word(m, 0, n), seen[1] = step.word(m, 1, n);
       const float2 of_query = next;
       if (n + 1 < Traits::kColTiles) next = *reinterpret_cast<const float2*>(of_col + (n + 1) * 8);
       BROADHEAD_UNROLL
@@ -86,7 +88,8 @@ BROADHEAD_DEVICE void differentiate_and_store(const Scores<Traits>& dp, Weights<
         const float first = p.x * (dp[m][n][half * 2] - of_query.x);
         const float second = p.y * (dp[m][n][half * 2 + 1] - of_query.y);
         // What is not seen may be NaN, and is not made 0 by a P of 0.
-        const std::uint32_t pair = pack_pair<Element>(seen[half](n, 0) ? first : 0.f, seen[half](n, 1) ? second : 0.f);
+        const std::uint32_t pair =
+            pack_pair<Element>(shows(seen[half], n, 0) ? first : 0.f, shows(seen[half], n, 1) ? second : 0.f);
         ds[m][n / 2][n % 2 * 2 + half] = pair;
         const int at = (of_row ^ (n % Traits::kDsUnits * 16)) + n / Traits::kDsUnits * (Traits::kDsUnits * 256) +
                        half * (8 * Traits::kDsUnits * 16);

@@ -10,59 +10,42 @@
 
 namespace broadhead::sm80 {
 
-// Columns that a row sees: a bit for each from the lane's first column of the step on.
-template <int kColTiles>
-struct SeenColumns {
-  static constexpr int kWords = ceil_div(kColTiles, 4);
-  std::uint32_t words[kWords];
-
-  // Column `c` of column tile `n`: a constant place.
-  BROADHEAD_DEVICE bool operator()(int n, int c) const { return ((words[n / 4] >> (n % 4 * 8 + c)) & 1) != 0; }
+// What the lane's rows see in a step: `word(m, half, n)` has a bit for each of 32 columns, from the lane's first of
+// column tile n on, a multiple of 4, that row 8 * half of row tile m sees. PERF: a word is made where it is used, as a
+// warp has no registers for all of them.
+struct WholeStep {
+  BROADHEAD_DEVICE std::uint32_t word(int, int, int) const { return 0xffffffffu; }
 };
 
-// The queries that see the lane's key `row` of the sequence: `seen` by their positions, the others by their ranges.
+// Whether a word shows column `c` of column tile `n`: a constant place.
+BROADHEAD_DEVICE bool shows(std::uint32_t word, int n, int c) { return ((word >> (n % 4 * 8 + c)) & 1) != 0; }
+
+// The word of key `row` of the sequence: `seen` are the queries that see it by their positions.
 template <class Traits>
-BROADHEAD_DEVICE SeenColumns<Traits::kColTiles> seen_queries(const BackwardState& state, const QueryInterval& seen,
-                                                             int row, int lane_col) {
-  SeenColumns<Traits::kColTiles> columns;
-  const int lane = static_cast<int>(threadIdx.x) % 32, first_col = lane_col - lane % 4 * 2;
-  const bool given =
-      first_col < state.given_queries.end && first_col + 8 * Traits::kColTiles > state.given_queries.begin;
-  BROADHEAD_UNROLL
-  for (int w = 0; w < columns.kWords; ++w) {
-    columns.words[w] = bits_between(seen.begin - lane_col - 32 * w, seen.end - lane_col - 32 * w);
-    if (given) columns.words[w] |= given_bits(state.mask, first_col + 32 * w, row - lane / 4) >> (lane % 4 * 2);
+BROADHEAD_DEVICE std::uint32_t key_word(const BackwardState& state, const QueryInterval& seen, int row, int col) {
+  std::uint32_t word = bits_between(seen.begin - col, seen.end - col);
+  const int lane = fresh_thread() % 32, first_col = col - lane % 4 * 2;
+  if (first_col < state.given_queries.end && first_col + 32 > state.given_queries.begin) {
+    word |= given_bits(state.mask, first_col, row - lane / 4) >> (lane % 4 * 2);
   }
-  return columns;
+  return word;
 }
 
-// What the lane's rows see in a step: `row(m, half)` is of row 8 * half of row tile m.
 template <class Traits>
 struct MaskedStep {
   const BackwardState& state;
   const WarpPlace& place;
   int lane_col;
 
-  BROADHEAD_DEVICE SeenColumns<Traits::kColTiles> row(int m, int half) const {
+  BROADHEAD_DEVICE std::uint32_t word(int m, int half, int n) const {
     compile_barrier();  // what is known of all rows at once takes too many registers
-    const int row = state.first_row + tile_row<Traits>(place, m, 2 * half);
+    const int row = state.first_row + tile_row<Traits>(place, m, 2 * half), col = lane_col + n * 8;
     if constexpr (Traits::kKeys) {
-      return seen_queries<Traits>(state, state.mask.query_interval(row, row), row, lane_col);
+      return key_word<Traits>(state, state.mask.query_interval(row, row), row, col);
     } else {
-      SeenColumns<Traits::kColTiles> columns;
-      const KeyInterval seen = state.mask.row_interval(row);
-      BROADHEAD_UNROLL
-      for (int w = 0; w < columns.kWords; ++w) columns.words[w] = state.mask.row_word(row, seen, lane_col + 32 * w);
-      return columns;
+      return state.mask.row_word(row, state.mask.row_interval(row), col);
     }
   }
-};
-
-struct WholeStep {
-  struct AllColumns {
-    BROADHEAD_DEVICE bool operator()(int, int) const { return true; }
-  };
-  BROADHEAD_DEVICE AllColumns row(int, int) const { return {}; }
 };
 
 // Whether every row sees all columns of the step that begins at `first_col`.
@@ -126,16 +109,17 @@ BROADHEAD_DEVICE void differentiate(const Scores<Traits>& s, Scores<Traits>& dp,
   for (int m = 0; m < Traits::kRowTiles; ++m) {
     BROADHEAD_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const auto seen = step.row(m, half);
+      std::uint32_t seen = 0;
       const int row = tile_row<Traits>(place, m, 2 * half);
       const float of_lse = weigh_lse(lse[row]), of_delta = delta[row];
       BROADHEAD_UNROLL
       for (int n = 0; n < Traits::kColTiles; ++n) {
+        if (n % 4 == 0) seen = step.word(m, half, n);
         BROADHEAD_UNROLL
         for (int c = 0; c < 2; ++c) {
           float& element = dp[m][n][2 * half + c];
           const float ds = exp2_approx(fmaf(s[m][n][2 * half + c], factor, -of_lse)) * (element - of_delta);
-          element = seen(n, c) ? ds : 0.f;  // not a product with 0: what is not seen may be NaN
+          element = shows(seen, n, c) ? ds : 0.f;  // not a product with 0: what is not seen may be NaN
         }
       }
     }
@@ -176,11 +160,7 @@ BROADHEAD_DEVICE void weigh_scores(Scores<Traits>& s, const Step& step, const W&
   using Element = typename Traits::Element;
   using Fragment = OwnFragment<Traits>;
   constexpr int kTiles = Fragment::kTiles;
-  struct {
-    decltype(step.row(0, 0)) half[2];
-  } seen[Traits::kRowTiles];
-  BROADHEAD_UNROLL
-  for (int m = 0; m < Traits::kRowTiles; ++m) seen[m] = {{step.row(m, 0), step.row(m, 1)}};
+  std::uint32_t seen[Traits::kRowTiles][2];
   float2 next[kTiles];  // LSE of what comes next: on its way while this is worked on
   const auto load_next = [&](int n) {
     BROADHEAD_UNROLL
@@ -195,6 +175,7 @@ BROADHEAD_DEVICE void weigh_scores(Scores<Traits>& s, const Step& step, const W&
     if (n + kTiles < Traits::kColTiles) load_next(n + kTiles);
     BROADHEAD_UNROLL
     for (int m = 0; m < Traits::kRowTiles; ++m) {
+      if (n % 4 == 0) seen[m][0] = step.word(m, 0, n), seen[m][1] = step.word(m, 1, n);
       std::uint32_t p[2 * kTiles], with_slope[2 * kTiles];
       BROADHEAD_UNROLL
       for (int i = 0; i < 2 * kTiles; ++i) {
@@ -204,7 +185,7 @@ BROADHEAD_DEVICE void weigh_scores(Scores<Traits>& s, const Step& step, const W&
           float& element = s[m][n + i / 2][i % 2 * 2 + c];
           float slope;
           const float x = weigh(element, of_query[i / 2][c], slope);
-          element = seen[m].half[i % 2](n + i / 2, c) ? x : 0.f;
+          element = shows(seen[m][i % 2], n + i / 2, c) ? x : 0.f;
           y[c] = element * slope;
         }
         p[i] = pack_pair<Element>(s[m][n + i / 2][i % 2 * 2], s[m][n + i / 2][i % 2 * 2 + 1]);
@@ -226,9 +207,10 @@ BROADHEAD_DEVICE void differentiate_scores(Scores<Traits>& dp, const Step& step,
   constexpr int kTiles = Fragment::kTiles;
   BROADHEAD_UNROLL
   for (int m = 0; m < Traits::kRowTiles; ++m) {
-    const decltype(step.row(0, 0)) seen[2] = {step.row(m, 0), step.row(m, 1)};
+    std::uint32_t seen[2];
     BROADHEAD_UNROLL
     for (int n = 0; n < Traits::kColTiles; n += kTiles) {
+      if (n % 4 == 0) seen[0] = step.word(m, 0, n), seen[1] = step.word(m, 1, n);
       std::uint32_t words[2 * kTiles];
       Fragment::load(handed, place, m, n, words);
       BROADHEAD_UNROLL
@@ -240,8 +222,8 @@ BROADHEAD_DEVICE void differentiate_scores(Scores<Traits>& dp, const Step& step,
         first = p.x * (first - of_query.x);
         second = p.y * (second - of_query.y);
         // What is not seen may be NaN, and is not made 0 by a P of 0.
-        first = seen[i % 2](n + i / 2, 0) ? first : 0.f;
-        second = seen[i % 2](n + i / 2, 1) ? second : 0.f;
+        first = shows(seen[i % 2], n + i / 2, 0) ? first : 0.f;
+        second = shows(seen[i % 2], n + i / 2, 1) ? second : 0.f;
         words[i] = pack_pair<Element>(first, second);
       }
       if constexpr (Traits::kShares) Fragment::store(handed, place, m, n, words);

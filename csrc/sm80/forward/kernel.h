@@ -51,12 +51,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   // of the n_block before.
   const auto page_buffer = [&](int n_block) { return smem.pages[n_block % Traits::kPageBuffers]; };
   const auto load_page = [&](int n_block) {
-    const int key = n_block * Traits::kTileN + thread;
+    const int key = state.first_key(n_block, Traits::kTileN) + thread;
     // Entries of keys that are not live are never read, since they may be garbage.
     return source.live.contains(key) ? source.table[(source.leftpad + key) / params.page_size] : 0;
   };
   const auto store_page = [&](int n_block, int page) {
-    const int key = n_block * Traits::kTileN + thread;
+    const int key = state.first_key(n_block, Traits::kTileN) + thread;
     const int slot = (source.leftpad + key) % params.page_size;
     const bool live = source.live.contains(key);
     if (live && page_exists(params, page)) {
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
       const bool is_whole = n_block >= whole.begin && n_block < whole.end;
       if (chunk < Traits::kKChunks) {
         const int col0 = chunk * Traits::kKChunk;
-        const int key0 = n_block * Traits::kTileN;
+        const int key0 = state.first_key(n_block, Traits::kTileN);
         const std::uint32_t target = write_stage + KCopier::target_offset();
         if (is_whole) {
           const Element* pointer = Traits::kWalkingPointers ? k_next : KCopier::first_element(source, key0);
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
         const int v_chunk = chunk - Traits::kKChunks;
         const int row0 = (v_chunk / Traits::kVColChunks) * Traits::kVChunk;
         const int col0 = (v_chunk % Traits::kVColChunks) * Traits::kVCols;
-        const int key0 = n_block * Traits::kTileN + row0;
+        const int key0 = state.first_key(n_block, Traits::kTileN) + row0;
         const std::uint32_t target = write_stage + VCopier::target_offset();
         if (is_whole) {
           const Element* pointer = Traits::kWalkingPointers ? v_next : VCopier::first_element(source, key0);
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
       const typename Traits::PagedRow* rows = page_buffer(n_block) + warp_n * Traits::kKeysPerWarp + lane % 4 * 2;
       hide_missing(s, [&](int n) { return rows[n * 8].unread() | rows[n * 8 + 1].unread() << 1; });
     }
-    const int key0 = n_block * Traits::kTileN;
+    const int key0 = state.first_key(n_block, Traits::kTileN);
     if (key0 < state.unmasked.begin || key0 + Traits::kTileN > state.unmasked.end) {
       apply_mask(s, state.mask, state.unmasked, state.output.rows, warp_row, key0 + warp_n * Traits::kKeysPerWarp,
                  lane);

@@ -124,7 +124,7 @@ struct LaneStats {
     BROADHEAD_UNROLL
     for (int i = 0; i < kPerLane; ++i) {
       const int at = i * 32 + static_cast<int>(threadIdx.x) % 32;
-      const bool exists = first + i * 32 < work.seqlen.seqlen_q && work.live.contains(first + i * 32);
+      const bool exists = first + i * 32 < work.seqlen.seqlen_q && work.live.PlacedKeys::contains(first + i * 32);
       const QueryStats stats = exists ? of_query[i].stats() : QueryStats{INFINITY, 0.f};
       lse[stat_place<kPaired>(at)] = stats.lse;
       store_delta(at, stats.delta);
@@ -207,9 +207,10 @@ BROADHEAD_DEVICE void load_stats(const BackwardArgs& args, typename Traits::Shar
         smem.delta[stage][stat_place<Traits::kPairedStats>(query)] = delta;
       }
     };
-    if constexpr (Traits::kKeys)
-      store_given<Traits::kRows, Traits::kCols>(work, tile * Traits::kCols, smem.given[stage]);
     const bool dead = stats.template store<Traits::kPairedStats>(work, smem.lse[stage], store_delta);
+    if constexpr (Traits::kKeys) {  // behind the stats, whose registers it takes
+      store_given<Traits::kRows, Traits::kCols>(work, tile * Traits::kCols, smem.given[stage]);
+    }
     if (dead) {
       barrier_wait(smem.first_full[stage], ring.parity());
       barrier_wait(smem.second_full[stage], ring.parity());
@@ -246,8 +247,9 @@ BROADHEAD_DEVICE void prepare_keys(typename Traits::SharedStorage& smem) {
       clear_where<typename Traits::FirstRows, 32>(
           smem.first_rows + first * (Traits::FirstRows::kRowBytes / static_cast<int>(sizeof(typename Traits::Element))),
           0, 1, [&](int row) {
-            return smem.seen[first + row].begin >= smem.seen[first + row].end &&
-                   !work.mask.key_is_given(work.first_row + first + row);
+            const int key = work.first_row + first + row;
+            const bool given = key < work.end_row && work.extents.contains(key);
+            return smem.seen[first + row].begin >= smem.seen[first + row].end && !given;
           });
     }
     cutlass::arch::fence_view_async_shared();

@@ -42,7 +42,7 @@ BROADHEAD_DEVICE void gather_tiles(const KernelArgs& args, typename Traits::Shar
       v_ring.advance();
     };
     const auto read = [&](Rows& rows, int block) {
-      if (block >= range.begin) rows.read(source, block * Traits::kTileN, params.page_size, warp);
+      if (block >= range.begin) rows.read(source, state.first_key(block, Traits::kTileN), params.page_size, warp);
     };
     Rows rows, next;
     read(rows, range.end - 1);

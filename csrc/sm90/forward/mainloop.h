@@ -48,7 +48,7 @@ struct Consumer final : ConsumerBase<Traits> {
   // Clears what no query sees of that V, together with the other warpgroups. It must not stand between ping_pong_wait
   // and ping_pong_pass, for which the others may wait.
   BROADHEAD_DEVICE void prepare_v(const TileState<Element>& state, int block) {
-    const int key0 = block * Traits::kTileN;
+    const int key0 = state.first_key(block, Traits::kTileN);
     if (state.source.live.all(key0, Traits::kTileN)) return;
     wait_v();
     const ClearShare share{fresh_thread() / 32 - 4, Traits::kConsumerWarps, 0, VLayout::kBytes / 16};
@@ -58,7 +58,7 @@ struct Consumer final : ConsumerBase<Traits> {
   }
 
   BROADHEAD_DEVICE void mask_scores(const Slot& tile, int block) {
-    finish_scores(s, tile.state, block * Traits::kTileN, warp_row());
+    finish_scores(s, tile.state, tile.state.first_key(block, Traits::kTileN), warp_row());
   }
 
   // Computes P of the n_block from S. True when O must be multiplied by `factor` before this n_block's P V is added.

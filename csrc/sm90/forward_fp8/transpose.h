@@ -119,7 +119,7 @@ BROADHEAD_DEVICE void transpose_tiles(const KernelArgs& args, typename Traits::S
       barrier_wait(smem.transposed_empty[stage], ring.parity() ^ 1);
       const std::uint32_t v = smem_address(smem.v[stage]);
       const std::uint32_t target = smem_address(smem.transposed_v[stage]);
-      const int key0 = block * Traits::kTileN;
+      const int key0 = tile.state.first_key(block, Traits::kTileN);
       if (source.live.all(key0, Traits::kTileN)) {
         transposer.template run<false>(source, key0, v, target, warp);
       } else {

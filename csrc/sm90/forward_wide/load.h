@@ -95,7 +95,8 @@ struct WideLoader {
   BROADHEAD_DEVICE BoxPlace place_of(const TileState<Element>& state, const KvMap& map, int block) const {
     const AttnParams& params = args.params;
     return params.page_table != nullptr && block >= state.range.begin
-               ? box_place(state.source, block * Traits::kTileN, Traits::kTileN, map.box_rows, params.page_size)
+               ? box_place(state.source, state.first_key(block, Traits::kTileN), Traits::kTileN, map.box_rows,
+                           params.page_size)
                : BoxPlace{0, -1};
   }
 
@@ -115,7 +116,7 @@ struct WideLoader {
     if constexpr (!Traits::kWithQv) load_q(state, leader);
     auto boxes = boxes_of<Layout, Traits::kTileN>(state, map);
     for (int block = range.end - 1; block >= range.begin; --block) {
-      boxes.take(existing_place(args.params, place), block * Traits::kTileN);
+      boxes.take(existing_place(args.params, place), state.first_key(block, Traits::kTileN));
       boxes.prepare(0);
       auto& missing_keys = smem.missing[Traits::kWithQv ? 0 : k_ring.stage()];
       const bool note = paged && missing_keys.changes(boxes.is_missing(args.params), 0);
@@ -144,7 +145,7 @@ struct WideLoader {
     if constexpr (Traits::kWithQv) load_q(state, leader);
     auto boxes = boxes_of<Layout, Traits::kVKeys>(state, map);
     for (int block = range.end - 1; block >= range.begin; --block) {
-      boxes.take(existing_place(args.params, place), block * Traits::kTileN);
+      boxes.take(existing_place(args.params, place), state.first_key(block, Traits::kTileN));
       place = place_of(state, map, block - 1);
 #pragma unroll 1
       for (int chunk = 0; chunk < Traits::kVChunks; ++chunk) {
@@ -224,7 +225,8 @@ struct WideLoader {
       if (first) want_next(smem.next_wanted, range, range.end);
       if (range.begin >= range.end) return;
       const auto read = [&](Rows& rows, int block) {
-        if (block >= range.begin) rows.read(state.source, block * Traits::kTileN, args.params.page_size, warp);
+        if (block >= range.begin)
+          rows.read(state.source, state.first_key(block, Traits::kTileN), args.params.page_size, warp);
       };
       Rows rows, above, next;
       read(rows, range.end - 1);

@@ -64,7 +64,7 @@ struct OutputWarpgroup {
       barrier_wait(smem.full[ring.stage()], ring.parity());
       if (args.maps.gather) cutlass::arch::fence_view_async_shared();
       const int first = Traits::kWithQv ? 0 : chunk * Traits::kVKeys;  // key of the n_block
-      const int key0 = block * Traits::kTileN + first;
+      const int key0 = state.first_key(block, Traits::kTileN) + first;
       if (!kinds.plain(block) && !state.source.live.all(key0, Traits::kVKeys)) {
         // Each warpgroup its own columns.
         constexpr int kUnits = Traits::kPartCols * static_cast<int>(sizeof(Element)) / 16;  // of a part

@@ -177,7 +177,7 @@ struct ScoreWarpgroup {
 
   // Softmax of S; P and the factors of O into the next slot, which the O warpgroups are not told of yet.
   BROADHEAD_DEVICE void store_p(const TileState<Element>& state, const BlockKinds& kinds, int block, bool first) {
-    if (!kinds.plain(block)) finish_scores(s, state, block * Traits::kTileN, warp_row);
+    if (!kinds.plain(block)) finish_scores(s, state, state.first_key(block, Traits::kTileN), warp_row);
     std::uint32_t p[Traits::kKeyTiles / 2][4];
     float factor[2];
     const bool raised = softmax.compute_p<Element>(p, s, kinds.scale_log2, factor, first);
