@@ -8,9 +8,9 @@ import broadhead
 import broadhead.integrations.transformers as integration
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers_models import (
     COMMON,
+    Waits,
     assert_same,
     assert_same_gradients,
     assert_same_tokens,
@@ -209,34 +209,19 @@ def test_blocks_that_reach_into_other_sequences_are_refused() -> None:
     assert integration.attention_mask(1, 6, 6, mask_function=joined_first) is not None
 
 
-@pytest.mark.parametrize("block", [[3, 4, 5], [0, 1, 5, 6], [0, 1, 6]])
-def test_blocks_that_are_no_prefix_are_refused(block: list[int]) -> None:
-    """A block between text, two blocks of one kind, and a single token that a prefix sees ahead."""
+def test_block_between_text() -> None:
+    types = torch.zeros(1, 9, dtype=torch.long)
+    types[0, 3:6] = 1
+    assert_same(make("hrm_text"), input_ids=ids(1, 9), token_type_ids=types, use_cache=False)
+
+
+@pytest.mark.parametrize("block", [[0, 1, 5, 6], [0, 1, 6]])
+def test_blocks_in_pieces_are_refused(block: list[int]) -> None:
+    """Text lies between the tokens of one block: two runs of them, or a single token that a prefix sees ahead."""
     types = torch.zeros(1, 9, dtype=torch.long)
     types[0, block] = 1
     with pytest.raises(broadhead.UnsupportedError, match="blocks of tokens that see each other"):
         output_of(make("hrm_text"), "broadhead", input_ids=ids(1, 9), token_type_ids=types, use_cache=False)
-
-
-class Waits(TorchDispatchMode):
-    """Counts the operators that read a value back, for which a device would have to be waited for."""
-
-    operators = ("_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is_nonzero")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.__name__.split(".")[0]
-        mask_index = any(
-            isinstance(i, torch.Tensor) and i.dtype == torch.bool
-            for i in (args[1] if name == "index" else ())
-            if i is not None
-        )
-        if name in self.operators or mask_index:
-            self.seen.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 def mask_with_hole() -> torch.Tensor:

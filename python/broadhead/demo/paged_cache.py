@@ -86,6 +86,7 @@ class PagedKVCache:
         window_left: int = -1,
         softcap: float = 0.0,
         sinks: Tensor | None = None,
+        query_ranges: Tensor | None = None,
     ) -> Tensor:
         """Append ``k`` and ``v`` to a layer's pages and attend to all of its tokens, causally.
 
@@ -98,6 +99,7 @@ class PagedKVCache:
             softcap: likewise.
             sinks: likewise.
             window_left: keys before its own that a query sees, -1 for all.
+            query_ranges: ``(B, S, 2)``, keys that each query sees besides, no further back than the window.
 
         Returns:
             ``(B, S, Hq, Dv)``.
@@ -121,6 +123,8 @@ class PagedKVCache:
             "softcap": softcap,
             "sinks": sinks,
         }
+        if query_ranges is not None:
+            options.update(query_ranges=query_ranges, ranges_in_window=True)
         phase, run = ("decode", self._decode) if q.shape[1] == 1 else ("prefill", self._prefill)
         out = run(q, k, v, *pools, options)
         backend, row, reason = broadhead.last_dispatch()
@@ -140,6 +144,8 @@ class PagedKVCache:
         slots = (positions % self.page_size).expand(batch, -1)
         k_pool[pages, slots] = k
         v_pool[pages, slots] = v
+        if "query_ranges" in options:
+            options["query_ranges"] = options["query_ranges"].flatten(0, 1)
         cu_seqlens_q = torch.arange(0, (batch + 1) * seqlen, seqlen, dtype=torch.int32, device=q.device)
         out = broadhead.flash_attn_varlen_func(
             q.reshape(batch * seqlen, *q.shape[2:]),
@@ -216,6 +222,7 @@ def paged_attention_forward(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     paged_cache: PagedKVCache | None = None,
+    local_ranges: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function: pass the cache to the model as ``model(..., paged_cache=cache, use_cache=False)``.
@@ -225,6 +232,8 @@ def paged_attention_forward(
         query: ``(B, Hq, S, D)``, of the new tokens only.
         key: ``(B, Hkv, S, D)``, likewise.
         value: ``(B, Hkv, S, Dv)``, likewise.
+        local_ranges: ``(B, S, 2)`` of `broadhead.make_query_ranges`, which layers with a window see besides, inside it:
+            the images of Gemma 4.
 
     Returns:
         ``(out, None)`` with out ``(B, S, Hq, Dv)``.
@@ -241,5 +250,6 @@ def paged_attention_forward(
         window_left=-1 if sliding_window is None else sliding_window - 1,
         softcap=softcap or 0.0,
         sinks=s_aux,
+        query_ranges=None if sliding_window is None else local_ranges,
     )
     return out, None

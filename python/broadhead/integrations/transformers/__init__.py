@@ -9,6 +9,9 @@ A padded batch runs with the lengths of its rows: no key is copied, and rows of 
 inside ``torch.compile(fullgraph=True)``. Continuous batching (``generate_batch``) takes only names with "flash" in
 them: it finds the same attention as ``attn_implementation="broadhead_flash_3"``.
 
+Blocks of tokens that see each other, such as images (Gemma 3, Gemma 4) or a prefix (PaliGemma), become ranges of keys
+or prefixes. They are read from what the mask functions hold: no mask of queries times keys is made.
+
 What cannot be expressed exactly (a custom 4-D mask, dropout, a position bias) is refused by name: it never runs with
 another mask than the model's.
 """

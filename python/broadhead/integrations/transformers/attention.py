@@ -68,8 +68,13 @@ def attention_forward(
     _refuse(dropout, kwargs)
     query, key, value = _common_dtype(query, key, value)
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     window, chunk = _local_mask(module, sliding_window)
+    attention_mask, kind = _read_mask(attention_mask, q, k, window or chunk)
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    has_blocks, causal_mask = False, False
+    if attention_mask is not None:
+        has_blocks, causal_mask = forms.tells(attention_mask, kind)
+    causal = causal or causal_mask
     options: dict[str, Any] = {
         "softmax_scale": scaling,
         "causal": causal,
@@ -79,7 +84,6 @@ def attention_forward(
         "sinks": s_aux,
         "deterministic": _asks_deterministic(deterministic),
     }
-    attention_mask, kind = _read_mask(attention_mask, q, k, window or chunk)
     if kwargs.get("block_table") is not None:
         return _run_paged(q, k, v, kwargs, options), None
     if attention_mask is not None and kind == "unless packed":
@@ -88,24 +92,24 @@ def attention_forward(
     elif attention_mask is None and kwargs.get("cu_seq_lens_q") is None:
         attention_mask = packed_by_positions(module, kwargs.get("position_ids"), q, k)
         kind = None if attention_mask is None else "packed"
-    has_prefix = attention_mask is not None and (
-        (kind == "packed" and attention_mask.shape[1] == forms.PACKED_PREFIX_ROWS)
-        or (kind == "ranges" and attention_mask.shape[3] == forms.PREFIX_COLUMNS)
-    )
-    # Offsets that are given say less than a mask with prefixes does, which is made of the positions of the same rows.
-    if kwargs.get("cu_seq_lens_q") is not None and not (has_prefix and kind == "packed"):
-        if has_prefix:
+    # Offsets that are given say less than a mask with blocks does, which is made of the positions of the same rows.
+    if kwargs.get("cu_seq_lens_q") is not None and not (has_blocks and kind in ("packed", "packed blocks")):
+        if has_blocks:
             raise UnsupportedError(
-                f"{_FUNCTION}: cu_seq_lens_q and a prefix (token_type_ids) need position_ids that start again with "
-                "each sequence, so that the prefix of each is known; pass them, or leave cu_seq_lens_q away"
+                f"{_FUNCTION}: cu_seq_lens_q and a prefix or images (token_type_ids) need position_ids that start "
+                "again with each sequence, so that the tokens of each are known; pass them, or leave cu_seq_lens_q away"
             )
         return _run_given(q, k, v, kwargs, options), None
     if attention_mask is not None and kind == "ranges":
-        return _run_ranges(q, k, v, attention_mask, options), None
+        columns = attention_mask.shape[3]
+        has_begin, has_prefix = columns >= forms.BEGIN_COLUMNS, columns >= forms.PREFIX_COLUMNS
+        return _run_ranges(q, k, v, attention_mask, has_begin, has_prefix, options), None
+    if attention_mask is not None and kind == "blocks":
+        return _run_blocks(q, k, v, attention_mask, options), None
     if attention_mask is not None and kind == "gathered":
         return _run_gathered(q, k, v, attention_mask, options), None
     if attention_mask is not None:
-        return _run_packed(q, k, v, attention_mask, options), None
+        return _run_packed(q, k, v, attention_mask, kind, options), None
     return broadhead.flash_attn_func(q, k, v, num_splits=0, **options), None
 
 
@@ -213,9 +217,11 @@ def _assert_plain(mask: Tensor, given: bool) -> None:
         )
 
 
-def _run_ranges(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: dict[str, Any]) -> Tensor:
+def _run_ranges(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, has_begin: bool, has_prefix: bool, options: dict[str, Any]
+) -> Tensor:
     """Rows whose live keys lie together: attention by lengths, over the tensors as they are."""
-    columns, seqlen_q = mask.shape[3], q.shape[1]
+    seqlen_q = q.shape[1]
     # Columns are contiguous as the mask function makes them; what passes masks on may have changed that.
     end, dead, begin, prefix = (mask[:, 0, 0, i].contiguous() for i in range(4))
     # One query of a row of padding sees no key or keys that nobody asks for: it needs no length.
@@ -226,11 +232,22 @@ def _run_ranges(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: dict[str
         v,
         seqused_q=used,
         seqused_k=end,
-        leftpad_k=begin if columns >= forms.BEGIN_COLUMNS else None,
-        prefix_lens=prefix if columns >= forms.PREFIX_COLUMNS else None,
+        leftpad_k=begin if has_begin else None,
+        prefix_lens=prefix if has_prefix else None,
         **options,
     )
     return out if used is None else _zero_dead(out, used)
+
+
+def _run_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: dict[str, Any]) -> Tensor:
+    """A causal mask, and queries that see ranges of keys besides."""
+    rows = forms.block_rows(mask)
+    if forms.has_ranges(mask):
+        ranges = forms.ranges_in(mask, q.shape[1])
+        options = {**options, "query_ranges": ranges, "ranges_in_window": rows.in_window}
+    if not rows.has_end:
+        return broadhead.flash_attn_func(q, k, v, num_splits=0, **options)
+    return _run_ranges(q, k, v, mask, rows.has_begin, False, options)
 
 
 def _run_gathered(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: dict[str, Any]) -> Tensor:
@@ -252,10 +269,15 @@ def _run_gathered(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: dict[s
     return _rows(_zero_dead(out, used), torch.argsort(order_q, dim=1))
 
 
-def _run_packed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: dict[str, Any]) -> Tensor:
+def _run_packed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, kind: str | None, options: dict[str, Any]) -> Tensor:
     """Rows that hold several sequences each, found by the mask function; q may be the last queries of each row."""
     seqlen_q, num_keys = q.shape[1], k.shape[1]
     cu_seqlens_k = mask[0, 0, 0]
+    if kind == "packed blocks":
+        cu_seqlens_k, ranges = forms.split_packed_blocks(mask, q.shape[0], num_keys)
+        in_window = forms.block_rows(mask).in_window
+        ranges = ranges[:, -seqlen_q:].reshape(-1, 2)
+        options = {**options, "query_ranges": ranges, "ranges_in_window": in_window}
     cu_seqlens_q = cu_seqlens_k
     if seqlen_q != num_keys:
         row, place = cu_seqlens_k // num_keys, cu_seqlens_k % num_keys
