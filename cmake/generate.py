@@ -28,7 +28,15 @@ SPECIFIC_ARCHS = {"sm90": ("90a",)}
 #: Sources that every library holds besides its rows.
 COMMON_SOURCES = tuple(
     f"csrc/kernels/{name}.cu"
-    for name in ("append_kv", "backward_prepare", "clear_counter", "combine", "mask_extents", "merge_states", "scheduler_metadata")
+    for name in (
+        "append_kv",
+        "backward_prepare",
+        "clear_counter",
+        "combine",
+        "mask_extents",
+        "merge_states",
+        "scheduler_metadata",
+    )
 )
 
 
