@@ -97,7 +97,10 @@ class Compared(NamedTuple):
 
 
 def calls_of_row(row: dict[str, Any], on_gpu: bool = True) -> dict[str, dict[str, Any]]:
-    """The calls that a row is compared on, by name: a long and a short one, dense and over pages."""
+    """The calls that a row is compared on, by name: a long and a short one, dense and over pages, in a window.
+
+    Of a backward row they are of its gradients, dense.
+    """
     wide = max(row["head_dim"], row["head_dim_v"]) > 256
     requires = row.get("requires", [])
     common = {
@@ -106,6 +109,7 @@ def calls_of_row(row: dict[str, Any], on_gpu: bool = True) -> dict[str, dict[str
         "qv": "qv" in requires,
         "causal": True,
         "window": (1024, 0) if "window" in requires else (-1, -1),
+        "backward": row.get("direction", "forward") == "backward",
     }
     if not on_gpu:
         tiny = {"batch": 1, "seqlen_q": 16, "seqlen_k": 24, "page_size": 8, "heads_q": 2, "heads_kv": 1}
@@ -123,7 +127,11 @@ def calls_of_row(row: dict[str, Any], on_gpu: bool = True) -> dict[str, dict[str
         "pages": {"batch": 1, "seqlen_q": 2048, "seqlen_k": 8192, "page_size": 16},
         "short": {"batch": 8, "seqlen_q": 300, "seqlen_k": 300, "page_size": 64},
     }
-    return {name: {**common, **step, **heads} for name, step in steps.items()}
+    if common["backward"]:
+        steps = {"long": steps["long"], "short": {**steps["short"], "page_size": 0}}
+    calls = {name: {**common, **step, **heads} for name, step in steps.items()}
+    # Away from the ends of a window's mask the code is that of the long call.
+    return {**calls, "window": {**calls["long"], "window": (512, 0)}}
 
 
 def take_turns(base: Worker, new: Worker, rounds: int, do: str, **arguments: Any) -> tuple[list[float], list[float]]:

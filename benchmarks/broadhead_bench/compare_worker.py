@@ -86,25 +86,32 @@ class Side:
         capability = torch.cuda.get_device_capability(self.device)
         return [
             {
-                "id": row.id, "phase": row.phase, "dtype": row.dtype, "kv_dtype": row.kv_dtype,
+                "id": row.id, "direction": row.direction, "phase": row.phase, "dtype": row.dtype, "kv_dtype": row.kv_dtype,
                 "head_dim": row.head_dim, "head_dim_v": row.head_dim_v, "requires": list(row.requires),
                 "tile_m": row.tile.tile_m,
             }
             for row in self.table
-            if row.direction == "forward" and capability in row.capabilities
+            if capability in row.capabilities
         ]  # fmt: skip
 
     def prepare(self, row: str, call: dict[str, Any]) -> dict[str, Any]:
         """Make the tensors of a call, force the row, run it; ``{"seconds": of a run}``."""
         if self.on_gpu:
-            self.dispatch.ROWS = tuple(x for x in self.table if x.id == row)
+            # Gradients need an out, from whatever row.
+            self.dispatch.ROWS = tuple(
+                x for x in self.table if x.id == row or (call["backward"] and x.direction == "forward")
+            )
             forget()
         torch.manual_seed(0)
-        self.call = attention_call(self.broadhead, call, self.device)
-        self.call()
-        ran = self.broadhead.last_dispatch()[1]
-        if self.on_gpu and ran != row:
-            raise RuntimeError(f"{ran} ran instead of {row}")
+        if call["backward"]:
+            self.call = gradient_call(self.broadhead, call, self.device)
+            self.call()
+        else:
+            self.call = attention_call(self.broadhead, call, self.device)
+            self.call()
+            ran = self.broadhead.last_dispatch()[1]
+            if self.on_gpu and ran != row:
+                raise RuntimeError(f"{ran} ran instead of {row}")
         for _ in range(2):
             self.time(1)
         return {"seconds": min(self.time(3))}
@@ -179,6 +186,19 @@ def attention_call(broadhead: Any, call: dict[str, Any], device: torch.device) -
     if page:
         options["page_table"] = torch.randperm(rows[0], device=device).view(batch, -1).int()
     return lambda: broadhead.flash_attn_with_kvcache(q, k, v, **options)
+
+
+def gradient_call(broadhead: Any, call: dict[str, Any], device: torch.device) -> Callable[[], Any]:
+    """The gradients of such a dense call. A row that can not run it is an error."""
+    batch, dtype = call["batch"], DTYPES[call["dtype"]]
+    q = _normal((batch, call["seqlen_q"], call["heads_q"], call["head_dim"]), dtype, device)
+    k = _normal((batch, call["seqlen_k"], call["heads_kv"], call["head_dim"]), dtype, device)
+    v = _normal((batch, call["seqlen_k"], call["heads_kv"], call["head_dim_v"]), dtype, device)
+    options: dict[str, Any] = {"causal": call["causal"], "window_size": tuple(call["window"])}
+    options["backend"] = "cuda" if device.type == "cuda" else None
+    out, softmax_lse = broadhead.flash_attn_func(q, k, v, return_softmax_lse=True, **options)
+    dout, (dq, dk, dv) = torch.randn_like(out), (torch.empty_like(x) for x in (q, k, v))
+    return lambda: broadhead.mha_bwd(dout, q, k, v, out, softmax_lse, dq=dq, dk=dk, dv=dv, **options)
 
 
 def host_call(broadhead: Any, call: dict[str, Any], device: torch.device) -> Callable[[], Any]:

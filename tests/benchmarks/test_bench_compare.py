@@ -133,13 +133,16 @@ def test_what_counts_as_slower() -> None:
 @pytest.mark.parametrize("row", support.ROWS, ids=lambda row: row.id)
 def test_every_row_has_calls(row: support.KernelRow) -> None:
     """A long and a short one, within what the row takes."""
-    described = {name: getattr(row, name) for name in ("id", "phase", "dtype", "kv_dtype", "head_dim", "head_dim_v")}
+    described = {
+        name: getattr(row, name) for name in ("id", "direction", "phase", "dtype", "kv_dtype", "head_dim", "head_dim_v")
+    }
     calls = compare.calls_of_row({**described, "requires": list(row.requires), "tile_m": row.tile.tile_m})
     assert {"long", "short"} <= set(calls)
-    for call in calls.values():
+    for name, call in calls.items():
         assert (call["head_dim"], call["head_dim_v"], call["dtype"]) == (row.head_dim, row.head_dim_v, row.dtype)
         assert call["qv"] == ("qv" in row.requires)
-        assert (max(call["window"]) >= 0) == ("window" in row.requires)
+        assert (max(call["window"]) >= 0) == (name == "window" or "window" in row.requires)
+        assert call["backward"] == (row.direction == "backward")
         if row.kv_dtype:
             assert call["page_size"] > 0
         keys = call["batch"] * call["seqlen_k"] * call["heads_kv"] * (call["head_dim"] + call["head_dim_v"])
