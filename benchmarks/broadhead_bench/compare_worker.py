@@ -86,7 +86,8 @@ class Side:
         capability = torch.cuda.get_device_capability(self.device)
         return [
             {
-                "id": row.id, "direction": row.direction, "phase": row.phase, "dtype": row.dtype, "kv_dtype": row.kv_dtype,
+                "id": row.id, "direction": row.direction, "phase": row.phase, "dtype": row.dtype,
+                "kv_dtype": row.kv_dtype,
                 "head_dim": row.head_dim, "head_dim_v": row.head_dim_v, "requires": list(row.requires),
                 "tile_m": row.tile.tile_m,
             }
