@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+from pages import tables_of, without_code
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -39,10 +40,6 @@ def page_id(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def without_code(text: str) -> str:
-    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
-
-
 def anchors_of(path: Path) -> set[str]:
     """The anchors of a page's headings, as GitHub makes them."""
     found: set[str] = set()
@@ -50,17 +47,6 @@ def anchors_of(path: Path) -> set[str]:
         words = re.sub(r"[^\w\- ]", "", heading.strip().lower())
         found.add(words.replace(" ", "-"))
     return found
-
-
-def tables_of(path: Path) -> list[list[list[str]]]:
-    """The tables of a page as rows of cells, the line of dashes among them."""
-    tables: list[list[list[str]]] = [[]]
-    for line in without_code(path.read_text(encoding="utf-8")).splitlines():
-        if line.startswith("|"):
-            tables[-1].append([cell.strip() for cell in re.split(r"(?<!\\)\|", line.rstrip()[1:-1])])
-        elif tables[-1]:
-            tables.append([])
-    return [table for table in tables if table]
 
 
 @pytest.mark.parametrize("page", [*PAGES, *MAPS], ids=page_id)
