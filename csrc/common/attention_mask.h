@@ -83,8 +83,12 @@ struct AttentionMask {
   BROADHEAD_HOST_DEVICE KeyInterval row_range(int q) const {
     if ((kind != Given::kRanges && kind != Given::kRangesInWindow) || seqlen_q <= 0) return {0, 0};
     const std::int32_t* range = static_cast<const std::int32_t*>(given) + clamp_int(q, 0, seqlen_q - 1) * given_stride;
-    int begin = range[0];
-    const int end = min_int(range[1], seqlen_k);
+    return clipped_range(q, range[0], range[1]);
+  }
+
+  // What a range [begin, end) that is given for query `q` shows.
+  BROADHEAD_HOST_DEVICE KeyInterval clipped_range(int q, int begin, int end) const {
+    end = min_int(end, seqlen_k);
     if (begin < 0) return {0, 0};
     if (kind == Given::kRangesInWindow && rule.window_left >= 0) {
       begin = max_int(begin, q + seqlen_k - seqlen_q - rule.window_left);

@@ -12,7 +12,13 @@ BROADHEAD_DEVICE std::uint32_t given_bits(const AttentionMask& mask, int first_q
   compile_barrier();  // what is known of several words at once takes too many registers
   const int lane = fresh_thread() % 32;
   const int query = first_query + lane;
-  const KeyInterval range = query < mask.seqlen_q ? mask.row_range(query) : KeyInterval{0, 0};
+  KeyInterval range{0, 0};
+  if (query < mask.seqlen_q) {
+    // A stride of 32 bits, as the library sees to: the product of 64 bits takes registers that some kernels lack.
+    const auto* given = static_cast<const std::int32_t*>(mask.given) +
+                        static_cast<std::int64_t>(query) * static_cast<int>(mask.given_stride);
+    range = mask.clipped_range(query, given[0], given[1]);
+  }
   std::uint32_t bits = 0;
 #pragma unroll 1
   for (int i = 0; i < 8; ++i) {
