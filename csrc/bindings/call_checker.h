@@ -75,7 +75,9 @@ class CallChecker : public ArgumentChecker {
       require(of_tokens(ranges, q) && ranges.size(-1) == 2 && ranges.stride(-1) == 1, "query_ranges",
               "of the tokens of q and 2, the last dimension contiguous", ranges);
       values.ranges_batch_stride = packed ? 0 : ranges.stride(0);
-      values.ranges_row_stride = ranges.stride(-2);
+      values.ranges_row_stride = ranges.size(-2) == 1 ? 0 : ranges.stride(-2);
+      require(values.ranges_row_stride >= 0 && values.ranges_row_stride <= INT32_MAX, "query_ranges",
+              "with rows less than 2^31 elements apart", ranges);  // gradients multiply it in 32 bits
     }
     const int in_window = PyObject_IsTrue(call_.arguments[kRangesInWindow]);
     if (in_window < 0) throw pybind11::error_already_set();

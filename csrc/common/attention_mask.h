@@ -88,7 +88,7 @@ struct AttentionMask {
 
   // What a range [begin, end) that is given for query `q` shows.
   BROADHEAD_HOST_DEVICE KeyInterval clipped_range(int q, int begin, int end) const {
-    end = min_int(end, seqlen_k);
+    end = clamp_int(end, 0, seqlen_k);  // words are of differences with it, which must not overflow
     if (begin < 0) return {0, 0};
     if (kind == Given::kRangesInWindow && rule.window_left >= 0) {
       begin = max_int(begin, q + seqlen_k - seqlen_q - rule.window_left);
@@ -154,7 +154,9 @@ struct AttentionMask {
   }
 };
 
-// What queries q_first..q_last (inclusive) see by their ranges, or by the tree_mask, lies within.
+// What queries q_first..q_last (inclusive) see by their ranges, or by the tree_mask, lies within. Whatever the extents
+// hold, where another stream makes a sequence longer than they knew it, it lies within the keys, and so do queries
+// below.
 BROADHEAD_HOST_DEVICE KeyInterval given_interval(const AttentionMask& mask, const MaskExtents& extents, int q_first,
                                                  int q_last) {
   if (mask.kind == Given::kNone || q_last < q_first) return {0, 0};
@@ -162,7 +164,7 @@ BROADHEAD_HOST_DEVICE KeyInterval given_interval(const AttentionMask& mask, cons
   KeyInterval all{0, 0};
   for (int i = max_int(q_first, 0) / kExtentQueries; i <= q_last / kExtentQueries; ++i) {
     const KeyInterval extent = extents.of_queries[i];
-    all = hull(all, {extent.begin, min_int(extent.end, mask.seqlen_k)});
+    all = hull(all, {max_int(extent.begin, 0), min_int(extent.end, mask.seqlen_k)});
   }
   return all;
 }
@@ -175,7 +177,7 @@ BROADHEAD_HOST_DEVICE QueryInterval given_queries(const AttentionMask& mask, con
   for (int i = key_first / kExtentKeys; i <= key_last / kExtentKeys; ++i) {
     all = hull(all, {extents.of_keys[i].q_begin, extents.of_keys[i].q_end});
   }
-  return {all.begin, min_int(all.end, mask.seqlen_q)};
+  return {max_int(all.begin, 0), min_int(all.end, mask.seqlen_q)};
 }
 
 // The n_blocks that a tile visits: [begin, end).

@@ -1,4 +1,5 @@
-// Where sequence b lies in q and in k/v, and how long it is: the only reader of cu_seqlens, seqused and leftpad.
+// Where sequence b lies in q and in k/v, how long it is, and which masks it has: the only reader of cu_seqlens,
+// seqused, leftpad and of what masks the call gives as values.
 #pragma once
 
 #include "common/attention_mask.h"
@@ -106,8 +107,8 @@ BROADHEAD_HOST_DEVICE MaskRule sequence_rule(const Params& params, int batch) {
   return rule;
 }
 
-// Where the extents of a sequence begin among those of all. Sequences have none in common, so that each of them counts
-// from its sequence's first query or key on.
+// Where the extents of a sequence begin among those of all; each counts from its sequence's first query or key on.
+// Sequences have none in common unless packed offsets go back, which the contract excludes for such masks.
 template <class Params>
 BROADHEAD_HOST_DEVICE std::int64_t first_query_extent(const Params& params, const SeqlenInfo& seqlen, int batch) {
   const std::int64_t first_row = seqlen.row_q + static_cast<std::int64_t>(seqlen.batch_q) * params.seqlen_q;

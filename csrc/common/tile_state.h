@@ -39,8 +39,9 @@ struct TileShape {
   int cluster;  // how many neighbouring tiles visit the same n_blocks together
 };
 
-// Reads everything that another stream could change, once for each tile, so that its warps agree. The steps below
-// replace the values in place.
+// Reads everything that another stream could change and that warps must agree on, once for each tile: they wait for
+// each other. (Ranges and trees are read for each n_block again: they change results alone.) The steps below replace
+// the values in place.
 struct TileLengths {
   SeqlenInfo seqlen;
   int prefix_len;

@@ -52,7 +52,9 @@ inline bool shared_keys_fit(const AttnParams& params) {
   return one_piece && params.shared_page_table != nullptr && params.page_table != nullptr && params.page_size > 0 &&
          params.cell_blocks == 0 && params.num_splits != 1 && params.seqused_q == nullptr &&
          params.mask_rule.window_left < 0 && params.mask_rule.window_right <= 0 &&
-         params.mask_rule.attention_chunk == 0 && params.prefix_lens == nullptr;
+         params.mask_rule.attention_chunk == 0 && params.prefix_lens == nullptr &&
+         params.mask_values.query_ranges == nullptr && params.mask_values.tree_mask == nullptr &&
+         params.mask_values.causal_by_sequence == nullptr;
 }
 
 // CTAs that can be resident at a time at most. A workspace for so many is large enough, however few of them fit. 0:

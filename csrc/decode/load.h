@@ -167,7 +167,9 @@ class Loader {
     const DecodeParams& params = fresh(params_);  // 32 rows leave no registers for its fields
     if (params.mask_values.key_extents == nullptr) return false;
     const WorkItem& item = smem_.queue[warp()].items[(item_ - 1) % kQueueItems];
-    return key < item.seqlen.seqlen_k && sequence_extents(params, item.seqlen, item.batch).contains(key);
+    const int first = params.mask_values.tree_mask != nullptr ? item.seqlen.seqlen_k - kTreeKeys : 0;
+    return key >= first && key < item.seqlen.seqlen_k &&
+           sequence_extents(params, item.seqlen, item.batch).contains(key);
   }
 
   BROADHEAD_DEVICE bool is_even() const { return n_block_ >= even_begin_ && n_block_ < even_end_; }

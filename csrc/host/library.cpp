@@ -1,6 +1,4 @@
 // The C ABI of a kernel library: checks the argument block, then hands it to the launcher that the table names.
-#include <algorithm>
-#include <climits>
 #include <cstdio>
 
 #include "host/cuda_check.h"
@@ -48,11 +46,6 @@ int prepare_extents(Params& params, const char* kernel_id, void* stream, char* e
   if (bytes > 0 && (workspace == nullptr || params.workspace_bytes < bytes)) {
     std::snprintf(error, error_size, "%s: the workspace has %lld bytes, the extents of its masks take %lld", kernel_id,
                   static_cast<long long>(params.workspace_bytes), static_cast<long long>(bytes));
-    return 1;
-  }
-  if (std::max(params.mask_values.ranges_row_stride, params.mask_values.tree_row_stride) > INT32_MAX) {
-    std::snprintf(error, error_size, "%s: rows of query_ranges or tree_mask lie 2^31 elements or more apart",
-                  kernel_id);
     return 1;
   }
   const int status = launch_mask_extents(params, workspace, static_cast<cudaStream_t>(stream));

@@ -51,7 +51,8 @@ struct MaskValues {
   std::int64_t tree_row_stride;
   std::int32_t ranges_in_window;  // 1: a range keeps only keys that are no further back than window_left
   std::int32_t causal_is_bool;
-  // What the ranges of neighbouring queries cover together (kernels/range_extents.h); set by the library.
+  // What neighbouring queries see by their ranges, and who sees neighbouring keys so or by a tree: the first part of
+  // the workspace (kernels/mask_extents.h). The library sets these, and hands the rest of the workspace to the kernel.
   const std::int32_t* query_extents;
   const std::int32_t* key_extents;
 };

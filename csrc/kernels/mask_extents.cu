@@ -12,7 +12,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kSpanExtents = 8;  // of keys, that a CTA works on at a time
 constexpr int kSpanKeys = kSpanExtents * kExtentKeys;
-constexpr int kMostSpans = 128;  // CTAs of a sequence
+constexpr int kMostCtas = 2048;  // of all sequences, but for one of each
 
 // Extents of queries: 16 lanes for each.
 BROADHEAD_DEVICE void find_query_extents(const AttentionMask& mask, KeyInterval* extents) {
@@ -58,14 +58,22 @@ BROADHEAD_DEVICE void find_key_extents(const AttentionMask& mask, int first_key,
 template <class Params>
 __global__ void __launch_bounds__(kThreads) mask_extents_kernel(const __grid_constant__ Params params) {
   __shared__ KeyExtent found[kSpanExtents];
+  __shared__ SeqlenInfo
+      lengths;  // read once: another stream may change them, and all threads go through the same loops
   for (int batch = blockIdx.y; batch < params.batch; batch += gridDim.y) {
-    const SeqlenInfo seqlen = make_seqlen_info(params, batch);
+    __syncthreads();
+    if (threadIdx.x == 0) lengths = make_seqlen_info(params, batch);
+    __syncthreads();
+    const SeqlenInfo seqlen = lengths;
     AttentionMask mask{seqlen.seqlen_q, seqlen.seqlen_k, sequence_rule(params, batch), 0};
     set_given(params, seqlen, mask);
     const MaskExtents all = sequence_extents(params, seqlen, batch);
     if (all.of_queries != nullptr) find_query_extents(mask, const_cast<KeyInterval*>(all.of_queries));
     KeyExtent* const extents = const_cast<KeyExtent*>(all.of_keys);
-    for (int first_key = blockIdx.x * kSpanKeys; first_key < seqlen.seqlen_k; first_key += gridDim.x * kSpanKeys) {
+    // A tree speaks for the last keys alone, and nobody reads the extents of others.
+    const int begin = mask.kind == Given::kTree ? max_int(0, seqlen.seqlen_k - kTreeKeys) / kSpanKeys * kSpanKeys : 0;
+    for (int first_key = begin + blockIdx.x * kSpanKeys; first_key < seqlen.seqlen_k;
+         first_key += gridDim.x * kSpanKeys) {
       if (threadIdx.x < kSpanExtents) found[threadIdx.x] = {0, INT_MAX, 0};
       __syncthreads();
       find_key_extents(mask, first_key, found);
@@ -84,8 +92,10 @@ int launch(Params& params, void* workspace, CUstream_st* stream) {
   values.key_extents = reinterpret_cast<const std::int32_t*>(bytes + key_extent_offset(params));
   values.query_extents = values.query_ranges != nullptr ? reinterpret_cast<const std::int32_t*>(bytes) : nullptr;
   if (params.batch == 0) return cudaSuccess;
-  const int spans = std::max(ceil_div(params.seqlen_k, kSpanKeys), ceil_div(params.seqlen_q, kThreads));
-  const dim3 grid(std::clamp(spans, 1, kMostSpans), std::min(params.batch, 65535));
+  const int spans = values.query_ranges == nullptr
+                        ? 1
+                        : std::max(ceil_div(params.seqlen_k, kSpanKeys), ceil_div(params.seqlen_q, kThreads));
+  const dim3 grid(std::clamp(spans, 1, std::max(1, kMostCtas / params.batch)), std::min(params.batch, 65535));
   return launch_kernel(mask_extents_kernel<Params>, {.grid = grid, .threads = kThreads}, stream, params);
 }
 

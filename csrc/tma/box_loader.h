@@ -37,8 +37,9 @@ BROADHEAD_DEVICE BoxPlace existing_place(const AttnParams& params, BoxPlace plac
   return page_exists(params, place.page) ? place : BoxPlace{0, params.page_size};
 }
 
-// Lane u's share of the `keys` keys from `key0` on. Entries of boxes that no query sees are never read: they may be
-// garbage.
+// Lane u's share of the `keys` keys from `key0` on. Entries of boxes that no query sees are never read, since they may
+// be garbage, but for those between the ranges of neighbouring queries: a page that exists is read then, and its keys
+// are hidden.
 template <class Element>
 BROADHEAD_DEVICE BoxPlace box_place(const KvSource<Element>& source, int key0, int keys, int box_rows, int page_size) {
   const int offset = static_cast<int>(threadIdx.x % 32) * box_rows;

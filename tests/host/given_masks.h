@@ -71,11 +71,13 @@ inline std::vector<std::int32_t> draw_ranges(int seqlen_q, int seqlen_k, std::mt
   const auto below = [&](int end) { return static_cast<int>(random() % static_cast<unsigned>(end + 1)); };
   std::vector<std::int32_t> ranges;
   for (int q = 0; q < seqlen_q; ++q) {
-    const int kind = below(4);
+    const int kind = below(5);
     if (kind == 0) {
       ranges.insert(ranges.end(), {-below(2), 0});
     } else if (kind == 1 && q > 0) {
       ranges.insert(ranges.end(), {ranges[2 * q - 2], ranges[2 * q - 1]});
+    } else if (kind == 4) {
+      ranges.insert(ranges.end(), {below(3), INT32_MIN + below(1)});
     } else if (kind == 2) {
       ranges.insert(ranges.end(), {below(seqlen_k), INT32_MAX - below(1)});
     } else {

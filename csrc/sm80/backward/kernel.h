@@ -65,7 +65,7 @@ BROADHEAD_DEVICE void set_backward_state(BackwardState& state, const AttnBwdPara
     const QueryInterval given = given_queries(mask, extents, state.first_row, last_row);
     state.given_queries = given;
     state.cols = {{seen.begin, min_int(seen.end, seqlen.seqlen_q)}, 0, {given.begin, given.end}};
-    state.given_lse = given.begin < given.end ? state.lse : nullptr;
+    state.given_lse = {given.begin < given.end ? state.lse : nullptr, params.lse_head_stride};
     state.whole = whole_queries(mask, state.first_row, last_row);
     // Keys that do not exist have no P: where an LSE is low that of a score of 0 may be infinite.
     if (Traits::kFused && state.first_row + Traits::kRows > seqlen.seqlen_k) state.whole = {0, 0};
@@ -88,7 +88,7 @@ BROADHEAD_DEVICE void set_backward_state(BackwardState& state, const AttnBwdPara
     state.stream_second = key_rows<Element>(params.v, params.v_strides, seqlen, state.kv_head, state.cols, 0).base;
     state.begin = range.begin;
     state.end = range.end;
-    state.given_lse = nullptr;
+    state.given_lse = {nullptr, 0};
     state.first_head = head;
     state.heads = 1;
   }
@@ -183,15 +183,15 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     const auto& strides = kKeys ? params.q_strides : params.k_strides;
     const auto* base = static_cast<const Element*>(state.stream_first) + (kKeys ? head * strides.head : 0);
     copy_rows<Traits, Traits::kCols>(smem.stream_first[stage],
-                                     RowSource<Element>{base, strides.row, state.cols, columns, &state.given_lse},
+                                     RowSource<Element>{base, strides.row, state.cols, columns, &state.given_lse, head},
                                      tile * Traits::kCols);
   };
   const auto copy_second = [&](int stage, int tile, int head) {
     const auto& strides = kKeys ? params.dout_strides : params.v_strides;
     const auto* base = static_cast<const Element*>(state.stream_second) + (kKeys ? head * strides.head : 0);
-    copy_rows<Traits, Traits::kCols>(smem.stream_second[stage],
-                                     RowSource<Element>{base, strides.row, state.cols, columns_v, &state.given_lse},
-                                     tile * Traits::kCols);
+    copy_rows<Traits, Traits::kCols>(
+        smem.stream_second[stage], RowSource<Element>{base, strides.row, state.cols, columns_v, &state.given_lse, head},
+        tile * Traits::kCols);
   };
   // What is copied next: into which stage, which tile of columns, of which query head.
   int next_stage = 0, next_tile = state.begin, next_head = state.first_head;

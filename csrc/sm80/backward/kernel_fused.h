@@ -31,7 +31,7 @@ BROADHEAD_DEVICE void copy_step(const AttnBwdParams& params, typename Traits::Sh
   const auto copy = [&](const void* target, const void* base, const TensorStrides& strides, int columns) {
     copy_rows<Traits, Traits::kCols>(target,
                                      RowSource<Element>{static_cast<const Element*>(base) + step.head * strides.head,
-                                                        strides.row, state.cols, columns, &state.given_lse},
+                                                        strides.row, state.cols, columns, &state.given_lse, step.head},
                                      step.tile * Traits::kCols);
   };
   copy(smem.stream_first[stage], state.stream_first, params.q_strides, params.head_dim);

@@ -16,9 +16,10 @@ struct RowSource {
   long long row_stride;
   LiveKeys live;  // of queries, too
   int columns;    // columns from here on become zeros
-  // Queries whose LSE is -inf may be NaN, and become zeros, but for those of live.interval, which have none. Nullable,
-  // and what it points to as well.
-  const float* const* lse = nullptr;  // PERF: where it lies is a constant, which takes no register
+  // Queries of `head` whose LSE is -inf may be NaN, and become zeros. Nullable. PERF: where it lies is a constant,
+  // which takes no register.
+  const GivenLse* lse = nullptr;
+  int head = 0;
 };
 
 // Copies rows [first_row, first_row + kTileRows), all threads of the CTA together.
@@ -50,7 +51,9 @@ BROADHEAD_DEVICE void copy_rows(const void* tile, const RowSource<typename Trait
   for (int i = 0; i < Plan::kRowSteps; ++i) {
     const int row = first_row + row_slot + i * Plan::kRowSlots;
     bool live = source.live.contains(row);
-    if (live && source.lse != nullptr && *source.lse != nullptr) live = (*source.lse)[row] != -INFINITY;
+    if (live && source.lse != nullptr && source.lse->first != nullptr) {
+      live = source.lse->first[source.head * source.lse->head_stride + row] != -INFINITY;
+    }
     copy_row(i, first + (live ? row * source.row_stride : 0), live);
   }
 }

@@ -25,6 +25,12 @@ namespace broadhead::sm80 {
 
 enum class Side { kQueries, kKeys };
 
+// The LSE of a sequence's queries, of head 0; null: nobody asks for it.
+struct GivenLse {
+  const float* first;
+  std::int64_t head_stride;
+};
+
 // What all threads of a CTA know of its work.
 struct BackwardState {
   SeqlenInfo seqlen;
@@ -38,7 +44,7 @@ struct BackwardState {
   int end_row;                  // the sequence's rows of this side
   LiveKeys rows;                // the rows of this side that the sequence has
   LiveKeys cols;                // columns that some row of the tile sees, or is seen by
-  const float* given_lse;       // keys: `lse` where there are such queries, else null
+  GivenLse given_lse;           // keys: where there are such queries, else null
   QueryInterval given_queries;  // keys: queries that see some of the tile by their ranges lie within
   int begin;                    // tiles of columns that some row sees: [begin, end)
   int end;

@@ -72,8 +72,9 @@ int section_heads(const AttnBwdParams& params, int tiles, int ctas) {
 // Launches `kernel`, a cluster of CTAs for each tile of `Traits::kRows` rows. `dq_sums`: of a fused kernel.
 //
 // The kernel of queries begins while the last tiles of keys are computed. It reads nothing of what the kernel of keys
-// writes. It does read D, which is complete by then: the kernel of keys is no dependent launch, so that it began behind
-// the kernel of D. PERF(H200, head_dim 192: 473 -> 481 TFLOP/s): nothing at 256; with clusters 1 % slower.
+// writes. It does read D and the extents of masks, which are complete by then: the kernel of keys is no dependent
+// launch, so that it began behind the kernels that write these. PERF(H200, head_dim 192: 473 -> 481 TFLOP/s): nothing
+// at 256; with clusters 1 % slower.
 template <class Traits>
 int launch_side(void (*kernel)(BackwardArgs), const AttnBwdParams& params, CallReport report, cudaStream_t stream,
                 float* dq_sums = nullptr) {
