@@ -16,7 +16,18 @@ if TYPE_CHECKING:
 Range = tuple[int, int]
 INT_MAX, INT_MIN = 2**31 - 1, -(2**31)
 #: Ranges that cover nothing, whatever the sequence.
-NOTHING = ((-1, -1), (0, 0), (7, 7), (9, 3), (-5, 10**6), (INT_MIN, INT_MAX), (INT_MAX, INT_MIN), (5, -1), (-1, 3))
+NOTHING = (
+    (-1, -1),
+    (0, 0),
+    (7, 7),
+    (9, 3),
+    (-5, 10**6),
+    (INT_MIN, INT_MAX),
+    (INT_MAX, INT_MIN),
+    (1, INT_MIN),
+    (5, -1),
+    (-1, 3),
+)
 #: Sizes of tiles, blocks and pages, about whose multiples ranges begin and end.
 EDGES = (16, 32, 64, 96, 128)
 #: Queries that a sequence with a tree has at most.
