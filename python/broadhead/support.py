@@ -173,19 +173,8 @@ def _sm80_rows() -> tuple[KernelRow, ...]:
 
 
 #: What backward kernels compute. Gradients through pages, batch indices and left padding are left to torch.
-BACKWARD_FEATURES = (
-    "causal",
-    "window",
-    "attention_chunk",
-    "softcap",
-    "sinks",
-    "prefix_lens",
-    "causal_by_sequence",
-    "query_ranges",
-    "varlen",
-    "seqused",
-    "gqa",
-    "lse",
+BACKWARD_FEATURES = tuple(
+    name for name in FEATURES if name not in ("tree_mask", "paged", "leftpad", "batch_idx", "split_kv")
 )
 
 
