@@ -11,7 +11,7 @@ import pytest
 import torch
 from broadhead import InvalidArgumentError, InvalidTypeError, UnsupportedError
 from calls import Built, Call, build
-from checks import check_against, check_call, check_gradients
+from checks import check_against, check_call, check_gradients, random_gradients
 from layouts import int32
 from masks import RANGES, TREES
 from random_calls import random_call
@@ -114,12 +114,9 @@ def gradients(built: Built) -> tuple[dict[str, torch.Tensor], tuple[torch.Tensor
     leaves = built.requires_grad()
     built.kwargs.pop("out", None)
     out, lse = built.run()
-    grad_out, grad_lse = torch.randn_like(out), torch.randn_like(lse)
-    poisoned = grad_out.clone()
-    poisoned.flatten(0, -3)[~built.live_mask()] = float("nan")
-    found = torch.autograd.grad((out, lse), [*leaves.values()], (poisoned, grad_lse))
-    check_gradients(built, dict(zip(leaves, found, strict=True)), grad_out, grad_lse)
-    return dict(zip(leaves, found, strict=True)), (out.detach(), lse.detach(), grad_out, grad_lse)
+    found, grad_out, grad_lse = random_gradients(built, leaves, out, lse)
+    check_gradients(built, found, grad_out, grad_lse)
+    return found, (out.detach(), lse.detach(), grad_out, grad_lse)
 
 
 @pytest.mark.parametrize("mask", TRAINED)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import re
 import subprocess
@@ -17,6 +16,8 @@ import torch
 from broadhead import support
 from broadhead.call.arguments import ARGUMENTS
 from pages import tables_of
+
+from scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE, DRAW = ROOT / "docs/masks.md", ROOT / "scripts/draw_masks.py"
@@ -38,15 +39,7 @@ NO_MASKS = {
 }  # fmt: skip
 
 
-def load_draw() -> Any:
-    spec = importlib.util.spec_from_file_location("draw_masks", DRAW)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-draw_masks = load_draw()
+draw_masks = load_script(DRAW)
 
 
 def table() -> list[list[str]]:

@@ -16,7 +16,7 @@ from broadhead.plan import dispatch
 from broadhead.run import backward
 from broadhead.run.cuda_backend import forget_calls
 from calls import Built, Call, build
-from checks import check_gradients
+from checks import check_gradients, random_gradients
 from gpu_calls import EXTRAS, MASK_FEATURES, MASKS, TORCH_DTYPES, VALUE_MASKS, row_cases, row_id, value_masks_of
 from masks import Drawn
 from random_calls import random_call
@@ -74,10 +74,7 @@ def run(row: support.KernelRow | None, built: Built) -> dict[str, torch.Tensor]:
     leaves = built.requires_grad()
     built.kwargs.pop("out", None)
     out, lse = built.run()
-    grad_out, grad_lse = torch.randn_like(out), torch.randn_like(lse)
-    poisoned = grad_out.clone()
-    poisoned.flatten(0, -3)[~built.live_mask()] = float("nan")
-    found = dict(zip(leaves, torch.autograd.grad((out, lse), [*leaves.values()], (poisoned, grad_lse)), strict=True))
+    found, grad_out, grad_lse = random_gradients(built, leaves, out, lse)
     some = all(built.kwargs[name].numel() for name in ("q", "k"))
     expected = [row.id] if some and row is not None else []
     assert expected == LAUNCHED, "which row ran"

@@ -12,11 +12,11 @@ from broadhead import reference
 from broadhead.reference import core as reference_core
 from broadhead.reference import sdpa
 from calls import Built, build
-from checks import check_against, check_dead_rows, check_gradients, check_new_rows
+from checks import check_against, check_dead_rows, check_gradients, check_new_rows, random_gradients
+from dispatch_modes import LargestTensor, NoSync
 from random_calls import drawn_call
 from torch import Tensor
 from torch.fx.experimental import _config as shape_config
-from torch.utils._python_dispatch import TorchDispatchMode
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "dense": {},
@@ -61,12 +61,7 @@ def check(built: Built, fn: Any) -> None:
     if built.call.tree:
         return
     leaves = built.requires_grad()
-    out, lse = fn(**built.normalised())
-    grad_out, grad_lse = torch.randn_like(out), torch.randn_like(lse)
-    poisoned = grad_out.clone()
-    poisoned.flatten(0, -3)[~built.live_mask()] = float("nan")
-    found = torch.autograd.grad([out, lse], list(leaves.values()), [poisoned, grad_lse])
-    check_gradients(built, dict(zip(leaves, found, strict=True)), grad_out, grad_lse)
+    check_gradients(built, *random_gradients(built, leaves, *fn(**built.normalised())))
 
 
 @pytest.mark.parametrize("read", [True, False], ids=["on a CPU", "as on a device"])
@@ -87,11 +82,6 @@ def test_chunks_of_queries(mask: str, rng: random.Random, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_no_tensor_is_read(mask: str, rng: random.Random) -> None:
-    class NoSync(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
-            return func(*args, **(kwargs or {}))
-
     for layout in ("varlen", "ragged_paged"):
         built = drawn(rng, layout, mask)
         with NoSync():
@@ -141,21 +131,10 @@ def test_gradcheck(mask: str, rng: random.Random) -> None:
 
 def test_memory_is_bounded(rng: random.Random) -> None:
     """8k x 8k (67M scores) with a range for each query: neither scores nor their mask are held at once."""
-
-    class Largest(TorchDispatchMode):
-        numel = 0
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            result = func(*args, **(kwargs or {}))
-            for x in result if isinstance(result, (tuple, list)) else (result,):
-                if isinstance(x, Tensor) and not func.is_view:
-                    self.numel = max(self.numel, x.numel())
-            return result
-
     sizes = {"batch": 1, "longest_q": 8192, "longest_k": 8192, "heads_q": 1, "heads_kv": 1, "head_dim": 8}
     built = drawn(rng, "dense", "ranges_in_window", **sizes)
     leaves = built.requires_grad()
-    with Largest() as largest:
+    with LargestTensor() as largest:
         out, _ = on_a_cpu(**built.normalised())
         torch.autograd.grad(out.sum(), list(leaves.values()))
     assert largest.numel <= reference_core.CPU_SCORES

@@ -11,12 +11,12 @@ import torch
 from broadhead import reference
 from broadhead.reference import core as reference_core
 from calls import Built, Call, build
-from checks import check_against, check_dead_rows, check_equal, check_gradients, check_new_rows
+from checks import check_against, check_dead_rows, check_equal, check_gradients, check_new_rows, random_gradients
+from dispatch_modes import LargestTensor, NoSync
 from layouts import int32
 from random_calls import drawn_call
 from torch import Tensor
 from torch.fx.experimental import _config as shape_config
-from torch.utils._python_dispatch import TorchDispatchMode
 
 LAYOUTS = {
     "dense": {},
@@ -101,14 +101,7 @@ def check_forward(built: Built, fn: Any = on_a_cpu) -> None:
 def gradients(built: Built, through_lse: bool = True, fn: Any = on_a_cpu) -> None:
     """Backward with NaN coming in at the rows that no sequence owns."""
     leaves = built.requires_grad()
-    out, lse = fn(**built.normalised())
-    grad_out, grad_lse = torch.randn_like(out), torch.randn_like(lse)
-    if not through_lse:
-        grad_lse.zero_()
-    poisoned = grad_out.clone()
-    poisoned.flatten(0, -3)[~built.live_mask()] = float("nan")
-    found = torch.autograd.grad([out, lse], list(leaves.values()), [poisoned, grad_lse])
-    check_gradients(built, dict(zip(leaves, found, strict=True)), grad_out, grad_lse)
+    check_gradients(built, *random_gradients(built, leaves, *fn(**built.normalised()), through_lse))
 
 
 def check(call: Call, rng: random.Random) -> None:
@@ -223,19 +216,6 @@ def test_chunks_of_queries(layout: str, rng: random.Random, monkeypatch: pytest.
         check_drawn(rng, **LAYOUTS[layout], longest_q=41, longest_k=19, causal=True, qv=True)
 
 
-class _LargestTensor(TorchDispatchMode):
-    """Records the most elements of a tensor that any op returned."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for x in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(x, Tensor) and not func.is_view:
-                self.numel = max(self.numel, x.numel())
-        return result
-
-
 @pytest.mark.parametrize("layout", ["dense", "ragged_paged"])
 def test_memory_is_bounded(layout: str, rng: random.Random) -> None:
     """8k x 8k (67M scores) never holds more than the bound, forward and backward."""
@@ -243,7 +223,7 @@ def test_memory_is_bounded(layout: str, rng: random.Random) -> None:
     sizes = {"batch": 1, "longest_q": n, "longest_k": n, "heads_q": 1, "heads_kv": 1, "head_dim": 8}
     built = drawn(rng, **LAYOUTS[layout], **sizes, window=(1000, 0))
     leaves = built.requires_grad()
-    with _LargestTensor() as largest:
+    with LargestTensor() as largest:
         out, _ = run(built)
         torch.autograd.grad(out.sum(), list(leaves.values()))
     assert n < largest.numel <= reference_core.CPU_SCORES
@@ -290,18 +270,10 @@ def test_compiles_with_dynamic_shapes(rng: random.Random) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_no_tensor_is_read(layout: str, rng: random.Random) -> None:
     """No op that copies a tensor's value to Python: the call can be captured in a CUDA graph."""
-    seen: list[Any] = []
-
-    class NoSync(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
-            seen.append(func)
-            return func(*args, **(kwargs or {}))
-
     built = drawn(rng, **LAYOUTS[layout], window=(9, 0), prefix=True, sinks="fp32", used_q=True)
-    with NoSync():
+    with NoSync() as ops:
         run(built, fn=on_a_device)
-    assert seen
+    assert ops.seen
 
 
 def test_autocast_does_not_lower_the_precision(rng: random.Random) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import json
 import re
 import shutil
@@ -14,6 +13,8 @@ from pathlib import Path
 import pytest
 from broadhead import capabilities, support, tiles
 from installed import FAMILIES, needs_kernels
+
+from scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -102,16 +103,8 @@ ptxas info    : Used 255 registers, used 1 barriers, 24 bytes cumulative stack s
 """
 
 
-def load_compile_and_check():
-    spec = importlib.util.spec_from_file_location("compile_and_check", ROOT / "cmake/compile_and_check.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_report_is_read_right() -> None:
-    good, bad = load_compile_and_check().parse_report(SPILLING)
+    good, bad = load_script("cmake/compile_and_check.py").parse_report(SPILLING)
     assert (good["function"], good["arch"], good["entry"]) == ("_Z4goodv", "sm_80", True)
     assert (good["registers"], good["barriers"], good["static_smem"], good["stack_frame"]) == (40, 2, 2560, 0)
     assert (bad["arch"], bad["stack_frame"], bad["spill_stores"], bad["spill_loads"]) == ("sm_90", 24, 28, 32)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -17,6 +16,8 @@ from typing import Any
 import pytest
 from broadhead import support
 
+from scripts import load_script
+
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = json.loads((ROOT / ".github/cuda-matrix.json").read_text())[-1]
 CUDA = [int(part) for part in BUILD["cuda"].split(".")]
@@ -27,15 +28,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def load(path: str) -> Any:
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-generate = load("cmake/generate.py")
+generate = load_script("cmake/generate.py")
 
 
 def archs_of(family: str) -> list[str]:

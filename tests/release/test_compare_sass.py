@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections import Counter, defaultdict
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts/compare_sass.py"
+from scripts import load_script
+
 #: One function of cuobjdump's listing: two instructions, of which the first reads a parameter.
 FUNCTION = """
 	code for {arch}
@@ -26,12 +24,7 @@ FUNCTION = """
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("compare_sass", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("scripts/compare_sass.py")
 
 
 def function(name: str, **changes: str) -> str:

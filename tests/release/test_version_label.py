@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import csv
 import hashlib
-import importlib.util
 import sys
 import tarfile
 import zipfile
@@ -13,20 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from scripts import load_script
+
 ROOT = Path(__file__).resolve().parents[2]
 METADATA = "Metadata-Version: 2.2\nName: broadhead\nVersion: 0.1.0\nRequires-Dist: torch>=2.6\n\n# text\nVersion: 9\n"
 
 
-def load(name: str):
-    """A module of cmake/."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"cmake/{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-label = load("version_label")
+label = load_script("cmake/version_label.py")
 
 
 def make_wheel(folder: Path) -> Path:
@@ -93,7 +85,7 @@ def test_the_backend_asks_the_environment(
     monkeypatch.syspath_prepend(str(ROOT / "cmake"))
     monkeypatch.setitem(sys.modules, "version_label", label)
     monkeypatch.setenv("BROADHEAD_VERSION_LABEL", value)
-    backend = load("build_backend")
+    backend = load_script("cmake/build_backend.py")
     monkeypatch.setattr(backend, "_build_wheel", lambda folder, settings, metadata: make_wheel(Path(folder)).name)
     monkeypatch.chdir(ROOT)
     assert backend.build_wheel(str(tmp_path)) == f"broadhead-{version}-cp311-cp311-linux_x86_64.whl"
@@ -108,7 +100,7 @@ def test_an_sdist_holds_what_its_tests_and_builds_read(tmp_path: Path, monkeypat
     pytest.importorskip("scikit_build_core")
     monkeypatch.syspath_prepend(str(ROOT / "cmake"))
     monkeypatch.chdir(ROOT)
-    name = load("build_backend").build_sdist(str(tmp_path))
+    name = load_script("cmake/build_backend.py").build_sdist(str(tmp_path))
     with tarfile.open(tmp_path / name) as archive:
         names = {path.partition("/")[2] for path in archive.getnames()}
     wanted = {".ci/run", ".github/cuda-matrix.json", ".github/workflows/wheels.yml", "scripts/build_wheels.sh"}

@@ -103,6 +103,22 @@ def check_new_rows(built: Built, out: Tensor, lse: Tensor) -> None:
     assert (by_row[dead] == float("-inf")).all(), f"{built.call}: the LSE of rows that no sequence owns must be -inf"
 
 
+def random_gradients(
+    built: Built, leaves: dict[str, Tensor], out: Tensor, lse: Tensor, through_lse: bool = True
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """``(gradients by name, grad_out, grad_lse)`` of a random loss over what a call of ``leaves`` returned.
+
+    NaN comes in at the rows of out that no sequence owns. Without through_lse grad_lse is 0.
+    """
+    grad_out, grad_lse = torch.randn_like(out), torch.randn_like(lse)
+    if not through_lse:
+        grad_lse.zero_()
+    poisoned = grad_out.clone()
+    poisoned.flatten(0, -3)[~built.live_mask()] = float("nan")
+    found = torch.autograd.grad((out, lse), [*leaves.values()], (poisoned, grad_lse))
+    return dict(zip(leaves, found, strict=True)), grad_out, grad_lse
+
+
 def check_gradients(
     built: Built, gradients: dict[str, Tensor], grad_out: Tensor, grad_lse: Tensor | None = None
 ) -> None:
