@@ -179,6 +179,10 @@ assert call(T, device=3)["stream"] == str(CURRENT_STREAM + 3)
         ("query_ranges=T(4096, (6, 2), INT)", ["query_ranges must be int32 tensor of 3 dimensions"]),
         ("query_ranges=T(4096, (2, 3, 3), INT)", ["query_ranges must be of the tokens of q and 2"]),
         ("query_ranges=T(4096, (2, 3, 2), INT, strides=(6, 1, 3))", ["query_ranges must be", "last dimension"]),
+        (
+            "query_ranges=T(4096, (2, 3, 2), INT, strides=(6, 2**31, 1))",
+            ["query_ranges must be", "2^31 elements apart"],
+        ),
         ("query_ranges=T(4096, (2, 3, 2), INT, device=1)", ["query_ranges must be", "cuda:1"]),
         ("tree_mask=T(4096, (2, 3), INT)", ["tree_mask must be int64 tensor of 2 dimensions", "got int32"]),
         ("tree_mask=T(4096, (2, 4), 'torch.int64')", ["tree_mask must be a word for each token of q", "(2, 4)"]),

@@ -21,6 +21,7 @@ struct Options {
   bool prefix = false;
   bool ranges = false, in_window = false;
   bool causal_by_sequence = false;
+  bool lse_by_head = false;  // an LSE may be -inf for one head of a query alone: it has no gradient there
 };
 
 // Two packed sequences, the second one shorter and with rows behind its end. One KV head.
@@ -187,7 +188,9 @@ class BackwardCall {
       seen_q_[row] = seen_k_[of_key] = true;
     }
     for (const double score : scores) sum += std::exp(score - largest);
-    const double lse = keys.empty() ? -INFINITY : largest + std::log(sum);
+    const bool given_none = o.lse_by_head && head == query % (2 * o.heads);
+    const double lse = keys.empty() || given_none ? -INFINITY : largest + std::log(sum);
+    if (given_none) keys.clear();
     for (std::size_t i = 0; i < keys.size(); ++i) delta += std::exp(scores[i] - lse) * dp[i];
     delta += 0.125;  // as the gradient of an LSE does
     lse_[head * rows_q_[2] + row] = static_cast<float>(lse);

@@ -53,6 +53,7 @@ void check_masks(int calls, unsigned seed) {
     options.ranges = i % 2 == 1 || random() % 2 == 0;
     options.in_window = random() % 2 == 0;
     options.causal_by_sequence = random() % 3 == 0;
+    options.lse_by_head = random() % 3 == 0;
     const BackwardCall<typename Traits::Element> call(options, random);
     const std::string wrong = call.template run<Traits>(random() % 2 == 0);
     CHECK(wrong.empty(), "head_dim %d, call %d: %s", Traits::kHeadDim, i, wrong.c_str());

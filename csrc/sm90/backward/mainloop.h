@@ -109,8 +109,8 @@ struct NoMask {
   static constexpr bool kHides = false;
 };
 
-// Of the lane's key `row` of the tile and the one eight below, and the queries from `first_col` on. `seen`: the queries
-// that see each key of the tile by their positions; `given`: store_given.
+// The mask of the lane's key `row` of the tile and the one eight below, and the queries from `first_col` on. `seen`:
+// the queries that see each key of the tile by their positions; `given`: store_given.
 template <int kCols>
 struct KeyMask {
   static constexpr bool kHides = true;
@@ -137,7 +137,7 @@ struct KeyMask {
   }
 };
 
-// Of the lane's query `row` of the sequence and the one eight below, and the keys from `first_col` on.
+// The mask of the lane's query `row` of the sequence and the one eight below, and the keys from `first_col` on.
 struct QueryMask {
   static constexpr bool kHides = true;
   const AttentionMask& mask;
