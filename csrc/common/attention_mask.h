@@ -55,6 +55,18 @@ struct MaskExtents {
 // The mask of a sequence that its call gives as values.
 enum class Given : std::int32_t { kNone, kRanges, kRangesInWindow, kTree };
 
+// All that a call gives a sequence as values, worked out by the step in front of its kernel. PERF: a kernel that did it
+// by itself would have to skip that code, which no cache holds, in calls without such masks.
+struct alignas(16) SequenceMask {
+  Given kind;
+  int tree_keys;     // as AttentionMask's, like the next ones
+  int window_right;  // of its rule
+  const void* given;
+  std::int64_t given_stride;
+  KeyInterval within;  // what its queries see by their ranges or by the tree_mask lies within
+  MaskExtents extents;
+};
+
 struct AttentionMask {
   int seqlen_q;
   int seqlen_k;
@@ -64,6 +76,14 @@ struct AttentionMask {
   Given kind = Given::kNone;
   const void* given = nullptr;    // of query 0: its range (two int32), or its word of the tree_mask (int64)
   std::int64_t given_stride = 0;  // from a query to the next
+
+  BROADHEAD_HOST_DEVICE void give(const SequenceMask& sequence) {
+    rule.window_right = sequence.window_right;
+    kind = sequence.kind;
+    tree_keys = sequence.tree_keys;
+    given = sequence.given;
+    given_stride = sequence.given_stride;
+  }
 
   // Keys that query `q` sees by its position. Both ends never decrease as q grows.
   BROADHEAD_HOST_DEVICE KeyInterval row_interval(int q) const {
@@ -106,10 +126,15 @@ struct AttentionMask {
     return bits_between(range.begin - key0, range.end - key0);
   }
 
-  // Which of the 32 keys from key0 on query `q` sees. `row`: its row_interval. PERF: what is given is read again for
-  // each word, so that it takes no registers in between.
+  // Which of them a query sees by its position or by the prefix. `row`: its row_interval.
+  BROADHEAD_HOST_DEVICE std::uint32_t placed_word(const KeyInterval& row, int key0) const {
+    return bits_between(row.begin - key0, row.end - key0) | bits_below(prefix_len - key0);
+  }
+
+  // Which of them query `q` sees by all of these. PERF: what is given is read again for each word, so that it takes no
+  // registers in between.
   BROADHEAD_HOST_DEVICE std::uint32_t row_word(int q, const KeyInterval& row, int key0) const {
-    std::uint32_t seen = bits_between(row.begin - key0, row.end - key0) | bits_below(prefix_len - key0);
+    std::uint32_t seen = placed_word(row, key0);
     if (kind != Given::kNone) seen |= given_word(q, key0);
     return seen;
   }
@@ -154,17 +179,27 @@ struct AttentionMask {
   }
 };
 
-// What queries q_first..q_last (inclusive) see by their ranges, or by the tree_mask, lies within. Whatever the extents
-// hold, where another stream makes a sequence longer than they knew it, it lies within the keys, and so do queries
-// below.
+// Sets what a tile of queries sees by its ranges or by the tree_mask: it lies within `given`, a given_interval. Where no
+// query has a range, as in most tiles, the mask is one without ranges.
+BROADHEAD_HOST_DEVICE void narrow_given(AttentionMask& mask, const KeyInterval& given) {
+  if (given.end <= given.begin) mask.kind = Given::kNone;
+}
+
+// The keys of an extent that the sequence has. Whatever extents hold where another stream makes a sequence longer than
+// they knew it, what follows from them lies within its keys, and likewise its queries.
+BROADHEAD_HOST_DEVICE KeyInterval existing_keys(const AttentionMask& mask, const KeyInterval& extent) {
+  return {max_int(extent.begin, 0), min_int(extent.end, mask.seqlen_k)};
+}
+
+// What queries q_first..q_last (inclusive) see by their ranges, or by the tree_mask, lies within.
 BROADHEAD_HOST_DEVICE KeyInterval given_interval(const AttentionMask& mask, const MaskExtents& extents, int q_first,
                                                  int q_last) {
   if (mask.kind == Given::kNone || q_last < q_first) return {0, 0};
   if (mask.kind == Given::kTree) return {max_int(0, mask.seqlen_k - kTreeKeys), mask.seqlen_k};
   KeyInterval all{0, 0};
+BROADHEAD_NO_UNROLL  // PERF: head_dim 192 of e4m3 has no registers for more
   for (int i = max_int(q_first, 0) / kExtentQueries; i <= q_last / kExtentQueries; ++i) {
-    const KeyInterval extent = extents.of_queries[i];
-    all = hull(all, {max_int(extent.begin, 0), min_int(extent.end, mask.seqlen_k)});
+    all = hull(all, existing_keys(mask, extents.of_queries[i]));
   }
   return all;
 }
@@ -202,35 +237,25 @@ BROADHEAD_HOST_DEVICE BlockRange blocks_of(const KeyInterval& keys, int tile_n) 
   return {keys.begin / tile_n, ceil_div(keys.end, tile_n)};
 }
 
-// Keys that queries q_first..q_last see by their positions or by the prefix lie within.
-BROADHEAD_HOST_DEVICE KeyInterval placed_interval(const AttentionMask& mask, int q_first, int q_last) {
-  return hull(mask.tile_interval(q_first, q_last), {0, mask.prefix_len});
-}
-
 // `given`: given_interval of the same queries.
 BROADHEAD_HOST_DEVICE BlockRange block_range(const AttentionMask& mask, int q_first, int q_last, int tile_n,
                                              const KeyInterval& given) {
-  return blocks_of(hull(placed_interval(mask, q_first, q_last), given), tile_n);
+  return blocks_of(hull(hull(mask.tile_interval(q_first, q_last), {0, mask.prefix_len}), given), tile_n);
 }
 
-// The same without the n_blocks between the two intervals: `gap`.
-BROADHEAD_HOST_DEVICE BlockRange visited_blocks(const AttentionMask& mask, int q_first, int q_last, int tile_n,
-                                                const KeyInterval& given, BlockGap& gap) {
+// The n_blocks of two ranges, without those that lie between them: `gap`.
+BROADHEAD_HOST_DEVICE BlockRange join_ranges(const BlockRange& a, const BlockRange& b, BlockGap& gap) {
   gap = {0, 0};
-  const KeyInterval placed = placed_interval(mask, q_first, q_last);
-  BlockRange range = block_range(mask, q_first, q_last, tile_n, given);
-  if (placed.end <= placed.begin || given.end <= given.begin) return range;
-  const BlockRange a = blocks_of(placed, tile_n), b = blocks_of(given, tile_n);
+  if (b.end <= b.begin) return a;
+  if (a.end <= a.begin) return b;
   const BlockRange low = a.begin < b.begin ? a : b, high = a.begin < b.begin ? b : a;
-  if (high.begin > low.end) {
-    gap = {low.end, high.begin - low.end};
-    range.end -= gap.blocks;
-  }
-  return range;
+  if (high.begin > low.end) gap = {low.end, high.begin - low.end};
+  return {low.begin, max_int(low.end, high.end) - gap.blocks};
 }
 
 // Split `split` of `num_splits`, which cut a range of n_blocks into equal parts.
 BROADHEAD_HOST_DEVICE BlockRange split_range(BlockRange range, int split, int num_splits) {
+  if (num_splits == 1) return range;
   const int blocks = range.end - range.begin;
   return {range.begin + static_cast<int>(static_cast<long long>(blocks) * split / num_splits),
           range.begin + static_cast<int>(static_cast<long long>(blocks) * (split + 1) / num_splits)};

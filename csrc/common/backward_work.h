@@ -80,12 +80,13 @@ BROADHEAD_DEVICE void set_key_tile(BackwardWork& work, int tile, int rows, int c
 
 // `tile`: of `rows` queries. Tiles of columns hold `cols` keys.
 BROADHEAD_DEVICE void set_query_tile(BackwardWork& work, int tile, int rows, int cols) {
-  const AttentionMask& mask = work.mask;
+  AttentionMask& mask = work.mask;
   work.first_row = tile * rows;
   work.end_row = mask.seqlen_q;
   const int last_row = min_int(work.first_row + rows, mask.seqlen_q) - 1;
   const KeyInterval whole = mask.unmasked_interval(work.first_row, last_row);
   const KeyInterval given = given_interval(mask, work.extents, work.first_row, last_row);
+  narrow_given(mask, given);
   work.live = {mask.tile_interval(work.first_row, last_row), mask.prefix_len, given, work.extents.of_keys};
   work.whole = {whole.begin, whole.end};
   work.range = block_range(mask, work.first_row, last_row, cols, given);
@@ -97,19 +98,22 @@ template <Side kSide>
 BROADHEAD_DEVICE void set_backward_work(BackwardWork& work, const AttnBwdParams& params, int index, int tiles,
                                         int heads_per_section, int rows, int cols) {
   constexpr bool kKeys = kSide == Side::kKeys;
-  const int group = params.num_heads_q / params.num_heads_kv;
+  const int group = params.heads_per_kv;
   const int heads = kKeys ? params.num_heads_kv : params.num_heads_q;
   const WorkTile at = work_tile(index, tiles, heads, params.batch, heads_per_section);
   const SeqlenInfo seqlen = make_seqlen_info(params, at.batch);
   work.seqlen = seqlen;
   const int prefix_len = sequence_prefix(params, at.batch, seqlen.seqlen_k);
-  work.mask = {seqlen.seqlen_q, seqlen.seqlen_k, sequence_rule(params, at.batch), prefix_len};
-  set_given(params, seqlen, work.mask);
-  work.extents = sequence_extents(params, seqlen, at.batch);
+  work.mask = {seqlen.seqlen_q, seqlen.seqlen_k, params.mask_rule, prefix_len};
+  work.extents = {};
+  if (gives_masks(params)) {
+    work.mask.give(params.sequence_masks[at.batch]);
+    work.extents = params.sequence_masks[at.batch].extents;
+  }
   work.scale.set(params.softmax_scale, params.softcap);
   work.batch = at.batch;
   work.head = at.head;
-  work.kv_head = kKeys ? at.head : at.head / group;
+  work.kv_head = kKeys ? at.head : kv_head_of(params, at.head);
   work.first_head = kKeys ? at.head * group : at.head;
   work.heads = kKeys ? group : 1;
   if constexpr (kKeys) {

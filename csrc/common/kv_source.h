@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/attention_mask.h"
+#include "common/device.h"
 
 namespace broadhead {
 
@@ -49,6 +50,14 @@ struct LiveKeys : PlacedKeys {
     return PlacedKeys::any(key, count) || (key < given.end && key + count > given.begin);
   }
 };
+
+// Which of the 32 keys from key0 on are live: a bit for each. All lanes of a warp call it.
+BROADHEAD_DEVICE std::uint32_t live_word(const LiveKeys& live, int key0) {
+  const std::uint32_t placed =
+      bits_between(live.interval.begin - key0, live.interval.end - key0) | bits_below(live.prefix_len - key0);
+  if (__builtin_expect(live.given.begin >= live.given.end, 1)) return placed;
+  return placed | __ballot_sync(0xffffffffu, live.contains(key0 + fresh_thread() % 32));
+}
 
 // The K/V of one sequence and head. It lives in shared memory: registers are what these kernels are short of.
 template <class Element>

@@ -5,7 +5,9 @@
 #define BROADHEAD_HOST_DEVICE __host__ __device__ __forceinline__
 #define BROADHEAD_DEVICE __device__ __forceinline__
 #define BROADHEAD_UNROLL _Pragma("unroll")
+#define BROADHEAD_NO_UNROLL _Pragma("unroll 1")
 #else
 #define BROADHEAD_HOST_DEVICE inline
 #define BROADHEAD_UNROLL
+#define BROADHEAD_NO_UNROLL
 #endif

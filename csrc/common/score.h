@@ -115,8 +115,17 @@ class RowWords {
   BROADHEAD_DEVICE RowWords(const AttentionMask& mask, const RowMap& rows, int warp_row, int key0, int lane) {
     const int token = rows.token(warp_row + lane % kRows);
     const KeyInterval row = mask.row_interval(token);
+    const int first_key = key0 + 32 * (lane / kRows);
     BROADHEAD_UNROLL
-    for (int k = 0; k < kHeld; ++k) held_[k] = mask.row_word(token, row, key0 + 32 * (k * kPerRow + lane / kRows));
+    for (int k = 0; k < kHeld; ++k) held_[k] = mask.placed_word(row, first_key + 32 * k * kPerRow);
+    if (__builtin_expect(mask.kind == Given::kNone, 1)) return;
+    // PERF: one copy of this code, as most calls skip it.
+#pragma unroll 1
+    for (int k = 0; k < kHeld; ++k) {
+      const std::uint32_t seen = mask.given_word(token, first_key + 32 * k * kPerRow);
+      BROADHEAD_UNROLL
+      for (int i = 0; i < kHeld; ++i) held_[i] |= i == k ? seen : 0u;
+    }
   }
 
   // The word of row `row` of the warp and the 32 keys from key0 + 32 * word on. All lanes call it.

@@ -1,5 +1,4 @@
-// Where sequence b lies in q and in k/v, how long it is, and which masks it has: the only reader of cu_seqlens,
-// seqused, leftpad and of what masks the call gives as values.
+// Where sequence b lies in q and in k/v, and how long it is: the only reader of cu_seqlens, seqused and leftpad.
 #pragma once
 
 #include "common/attention_mask.h"
@@ -8,6 +7,12 @@
 #include "host/params.h"
 
 namespace broadhead {
+
+// The KV head of head `head` of the grid.
+template <class Params>
+BROADHEAD_HOST_DEVICE int kv_head_of(const Params& params, int head) {
+  return params.heads_per_kv == 1 ? head : head / params.heads_per_kv;
+}
 
 struct SeqlenInfo {
   std::int64_t row_q;  // first row of the sequence: in its batch row (dense: 0) or in the packed tensor
@@ -92,80 +97,10 @@ BROADHEAD_HOST_DEVICE bool page_exists(const AttnParams& params, int page) {
   return static_cast<unsigned>(page) < static_cast<unsigned>(params.num_pages);
 }
 
-// Whether sequence `batch` is causal by the tensor that says so for each sequence.
-BROADHEAD_HOST_DEVICE bool is_causal(const MaskValues& values, int batch) {
-  if (values.causal_by_sequence == nullptr) return false;
-  return values.causal_is_bool != 0 ? static_cast<const std::uint8_t*>(values.causal_by_sequence)[batch] != 0
-                                    : static_cast<const std::int32_t*>(values.causal_by_sequence)[batch] != 0;
-}
-
-// The rule of sequence `batch`.
+// Whether the call gives masks as values. Most calls do not.
 template <class Params>
-BROADHEAD_HOST_DEVICE MaskRule sequence_rule(const Params& params, int batch) {
-  MaskRule rule = params.mask_rule;
-  if (is_causal(params.mask_values, batch)) rule.window_right = 0;
-  return rule;
-}
-
-// Where the extents of a sequence begin among those of all; each counts from its sequence's first query or key on.
-// Sequences have none in common unless packed offsets go back, which the contract excludes for such masks.
-template <class Params>
-BROADHEAD_HOST_DEVICE std::int64_t first_query_extent(const Params& params, const SeqlenInfo& seqlen, int batch) {
-  const std::int64_t first_row = seqlen.row_q + static_cast<std::int64_t>(seqlen.batch_q) * params.seqlen_q;
-  return first_row / kExtentQueries + batch;
-}
-template <class Params>
-BROADHEAD_HOST_DEVICE std::int64_t num_query_extents(const Params& params) {
-  return params.total_q / kExtentQueries + params.batch + 1;
-}
-template <class Params>
-BROADHEAD_HOST_DEVICE std::int64_t first_key_extent(const Params& params, const SeqlenInfo& seqlen, int batch) {
-  if (params.cu_seqlens_k != nullptr) return seqlen.row_k / kExtentKeys + batch;
-  return static_cast<std::int64_t>(ceil_div(params.seqlen_k, kExtentKeys)) * batch;
-}
-template <class Params>
-BROADHEAD_HOST_DEVICE std::int64_t num_key_extents(const Params& params) {
-  if (params.cu_seqlens_k != nullptr) return params.total_k / kExtentKeys + params.batch + 1;
-  return static_cast<std::int64_t>(ceil_div(params.seqlen_k, kExtentKeys)) * params.batch;
-}
-// Bytes in front of the extents of keys: those of queries.
-template <class Params>
-BROADHEAD_HOST_DEVICE std::int64_t key_extent_offset(const Params& params) {
-  return params.mask_values.query_ranges == nullptr ? 0 : num_query_extents(params) * std::int64_t{sizeof(KeyInterval)};
-}
-
-// Sets the mask of sequence `batch` that is given as values. `seqlen`: of the same sequence.
-template <class Params>
-BROADHEAD_HOST_DEVICE void set_given(const Params& params, const SeqlenInfo& seqlen, AttentionMask& mask) {
-  const MaskValues& values = params.mask_values;
-  mask.kind = Given::kNone;
-  mask.tree_keys = 0;
-  if (values.query_ranges != nullptr) {
-    mask.kind = values.ranges_in_window != 0 ? Given::kRangesInWindow : Given::kRanges;
-    mask.given =
-        values.query_ranges + seqlen.batch_q * values.ranges_batch_stride + seqlen.row_q * values.ranges_row_stride;
-    mask.given_stride = values.ranges_row_stride;
-  } else if (values.tree_mask != nullptr) {
-    mask.kind = Given::kTree;
-    mask.tree_keys = kTreeKeys;
-    mask.given = values.tree_mask + seqlen.batch_q * values.tree_batch_stride + seqlen.row_q * values.tree_row_stride;
-    mask.given_stride = values.tree_row_stride;
-  }
-}
-
-// Its extents.
-template <class Params>
-BROADHEAD_HOST_DEVICE MaskExtents sequence_extents(const Params& params, const SeqlenInfo& seqlen, int batch) {
-  const MaskValues& values = params.mask_values;
-  MaskExtents extents;
-  if (values.query_extents != nullptr) {
-    extents.of_queries =
-        reinterpret_cast<const KeyInterval*>(values.query_extents) + first_query_extent(params, seqlen, batch);
-  }
-  if (values.key_extents != nullptr) {
-    extents.of_keys = reinterpret_cast<const KeyExtent*>(values.key_extents) + first_key_extent(params, seqlen, batch);
-  }
-  return extents;
+BROADHEAD_HOST_DEVICE bool gives_masks(const Params& params) {
+  return __builtin_expect(params.sequence_masks != nullptr, 0);
 }
 
 // Keys that every query of a sequence of `seqlen_k` keys sees.

@@ -46,20 +46,17 @@ struct TileLengths {
   SeqlenInfo seqlen;
   int prefix_len;
   int splits;
-  int window_right;
 };
 
 BROADHEAD_DEVICE TileLengths read_lengths(const AttnParams& params, int batch) {
   const SeqlenInfo seqlen = make_seqlen_info(params, batch);
-  return {seqlen, sequence_prefix(params, batch, seqlen.seqlen_k), sequence_splits(params, batch),
-          sequence_rule(params, batch).window_right};
+  return {seqlen, sequence_prefix(params, batch, seqlen.seqlen_k), sequence_splits(params, batch)};
 }
 
 template <class Element>
 BROADHEAD_DEVICE void set_lengths(TileState<Element>& state, const TileLengths& lengths) {
   state.seqlen = lengths.seqlen;
   state.mask.prefix_len = lengths.prefix_len;
-  state.mask.rule.window_right = lengths.window_right;
   state.splits = lengths.splits;
 }
 
@@ -68,7 +65,7 @@ BROADHEAD_DEVICE void set_lengths(TileState<Element>& state, const TileLengths& 
 template <class Element>
 BROADHEAD_DEVICE void set_tile_rows(TileState<Element>& state, const AttnParams& params, const WorkTile& tile,
                                     int split, const TileShape& shape) {
-  const int rows_per_token = params.pack_gqa ? params.num_heads_q / params.num_heads_kv : 1;
+  const int rows_per_token = params.rows_per_token;
   const int num_rows = state.seqlen.seqlen_q * rows_per_token;
   const int first_row = tile.m_block * shape.rows;
   state.output = {{first_row, rows_per_token, min_int(first_row + shape.rows, num_rows)}, tile.head};
@@ -77,30 +74,39 @@ BROADHEAD_DEVICE void set_tile_rows(TileState<Element>& state, const AttnParams&
   state.splits = cluster_row < num_rows && split < splits ? splits : 0;
 }
 
+// Sets what queries q_first..q_last of a tile see by masks that are given as values.
+template <class Element>
+BROADHEAD_DEVICE void set_tile_given(TileState<Element>& state, const SequenceMask& sequence, int q_first, int q_last) {
+  AttentionMask& mask = state.mask;
+  mask.give(sequence);
+  compile_barrier();
+  const KeyInterval given = given_interval(mask, sequence.extents, q_first, q_last);
+  narrow_given(mask, given);
+  state.source.live.given = given;
+  if (mask.kind != Given::kNone) state.source.live.extents = sequence.extents.of_keys;
+  compile_barrier();
+}
+
 // Sets the mask and the n_blocks, which all tiles of a cluster share.
 template <class Element>
 BROADHEAD_DEVICE void set_tile_keys(TileState<Element>& state, const AttnParams& params, const WorkTile& tile,
                                     int split, const TileShape& shape) {
-  const int seqlen_q = state.seqlen.seqlen_q;
-  const int seqlen_k = state.seqlen.seqlen_k;
-  AttentionMask mask{seqlen_q, seqlen_k, params.mask_rule, state.mask.prefix_len};
-  mask.rule.window_right = state.mask.rule.window_right;
-  set_given(params, state.seqlen, mask);
-  state.mask = mask;
+  AttentionMask& mask = state.mask;
+  mask = {state.seqlen.seqlen_q, state.seqlen.seqlen_k, params.mask_rule, mask.prefix_len};
+  state.source.live.given = {0, 0};
+  state.source.live.extents = nullptr;
+  state.gap = {0, 0};
   const int rows_per_token = state.output.rows.rows_per_token;
   const int cluster_row = tile.m_block / shape.cluster * shape.cluster * shape.rows;
   const RowMap cluster_rows{cluster_row, rows_per_token, 0};
   const int q_first = cluster_rows.token(0);
-  const int q_last = min_int(cluster_rows.token(shape.rows * shape.cluster - 1), seqlen_q - 1);
-  state.source.live.interval = mask.tile_interval(q_first, q_last);
-  const MaskExtents extents = sequence_extents(params, state.seqlen, tile.batch);
-  const KeyInterval given = given_interval(mask, extents, q_first, q_last);
-  state.source.live.given = given;
-  state.source.live.extents = extents.of_keys;
+  const int q_last = min_int(cluster_rows.token(shape.rows * shape.cluster - 1), state.seqlen.seqlen_q - 1);
+  if (gives_masks(params)) set_tile_given(state, params.sequence_masks[tile.batch], q_first, q_last);
+  const KeyInterval placed = mask.tile_interval(q_first, q_last);
+  state.source.live.interval = placed;
   compile_barrier();
-  BlockGap gap;
-  const BlockRange range = visited_blocks(mask, q_first, q_last, shape.keys, given, gap);
-  state.gap = gap;
+  BlockRange range = blocks_of(hull(placed, {0, mask.prefix_len}), shape.keys);
+  if (gives_masks(params)) range = join_ranges(range, blocks_of(state.source.live.given, shape.keys), state.gap);
   state.range = split_range(range, split, max_int(state.splits, 1));
   compile_barrier();
   // A tile past the sequence's end has such keys, too: its rows are never written.
@@ -112,7 +118,7 @@ BROADHEAD_DEVICE void set_tile_keys(TileState<Element>& state, const AttnParams&
 template <class Element>
 BROADHEAD_DEVICE void set_tile_source(TileState<Element>& state, const AttnParams& params, const WorkTile& tile,
                                       const TileShape& shape) {
-  const int kv_head = params.pack_gqa ? tile.head : tile.head / (params.num_heads_q / params.num_heads_kv);
+  const int kv_head = kv_head_of(params, tile.head);
   const bool paged = params.page_table != nullptr;
   const std::int64_t row_k = state.seqlen.row_k;
   const std::int64_t batch_k = state.seqlen.batch_k;

@@ -8,9 +8,6 @@ namespace broadhead::decode {
 
 // AttnParams with what the kernel would otherwise have to compute by divisions.
 struct DecodeParams : AttnParams {
-  int rows_per_token;  // query rows of a token in a tile: heads of a KV head when packed
-  int heads_in_grid;   // KV heads when packed
-  int heads_per_kv;    // heads in the grid that share a KV head
   int tile_cost;       // what a tile costs besides its n_blocks (Q, the merge of the warps, the output), in n_blocks
   unsigned pages;      // page ids below this exist; 1 when not paged
   int sees_all;  // every query sees all keys, so no mask is computed: code before the first copies is cold and slow
@@ -64,9 +61,8 @@ BROADHEAD_HOST_DEVICE AttentionMask make_mask(const DecodeParams& params, const 
     mask.rule.window_right = -1;
     return mask;
   }
-  mask.rule = sequence_rule(params, batch);
   mask.prefix_len = sequence_prefix(params, batch, seqlen.seqlen_k);
-  set_given(params, seqlen, mask);
+  if (gives_masks(params)) mask.give(params.sequence_masks[batch]);
   return mask;
 }
 

@@ -15,11 +15,7 @@ namespace broadhead::decode {
 inline unsigned prefetched_bytes(std::int64_t bytes) { return bytes <= 2 << 20 ? static_cast<unsigned>(bytes) : 0; }
 
 inline DecodeParams make_decode_params(const AttnParams& params, int tile_cost) {
-  const int group = params.num_heads_q / params.num_heads_kv;
   DecodeParams result{params};
-  result.rows_per_token = params.pack_gqa ? group : 1;
-  result.heads_in_grid = params.pack_gqa ? params.num_heads_kv : params.num_heads_q;
-  result.heads_per_kv = params.pack_gqa ? 1 : group;
   result.tile_cost = tile_cost;
   result.pages = params.page_table == nullptr ? 1 : static_cast<unsigned>(params.num_pages);
   result.sees_all = sees_all(params);

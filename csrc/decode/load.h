@@ -156,7 +156,7 @@ class Loader {
 
   // The offset, in elements, of the head's first key, or of its first page.
   BROADHEAD_DEVICE std::int64_t first_element(const WorkItem& item, const TensorStrides& strides) const {
-    const std::int64_t head = kv_head_of(params_, item) * strides.head;
+    const std::int64_t head = kv_head_of(params_, item.head) * strides.head;
     if (params_.page_table != nullptr) return head;
     return head + item.seqlen.batch_k * strides.batch + item.seqlen.row_k * strides.row;
   }
@@ -165,11 +165,11 @@ class Loader {
   BROADHEAD_DEVICE bool contains(int key) const {
     if (source().live.contains(key)) return true;
     const DecodeParams& params = fresh(params_);  // 32 rows leave no registers for its fields
-    if (params.mask_values.key_extents == nullptr) return false;
+    if (!gives_masks(params)) return false;
     const WorkItem& item = smem_.queue[warp()].items[(item_ - 1) % kQueueItems];
-    const int first = params.mask_values.tree_mask != nullptr ? item.seqlen.seqlen_k - kTreeKeys : 0;
-    return key >= first && key < item.seqlen.seqlen_k &&
-           sequence_extents(params, item.seqlen, item.batch).contains(key);
+    const SequenceMask& mask = params.sequence_masks[item.batch];
+    return key >= mask.within.begin && key < mask.within.end && key < item.seqlen.seqlen_k &&
+           mask.extents.contains(key);
   }
 
   BROADHEAD_DEVICE bool is_even() const { return n_block_ >= even_begin_ && n_block_ < even_end_; }

@@ -36,8 +36,9 @@ BROADHEAD_HOST_DEVICE BlockRange masked_range(const DecodeParams& params, const 
                                               int tile_n) {
   const AttentionMask mask = make_mask(params, seqlen, batch);
   const int last = seqlen.seqlen_q - 1;
-  const MaskExtents extents = is_shared(params, batch) ? MaskExtents{} : sequence_extents(params, seqlen, batch);
-  return block_range(mask, 0, last, tile_n, given_interval(mask, extents, 0, last));
+  KeyInterval given{0, 0};
+  if (gives_masks(params)) given = existing_keys(mask, params.sequence_masks[batch].within);
+  return block_range(mask, 0, last, tile_n, given);
 }
 
 BROADHEAD_HOST_DEVICE SequenceWork sequence_work(const DecodeParams& params, int batch, int tile_m, int tile_n) {
@@ -87,10 +88,6 @@ struct WorkItem {
 // The warps of a CTA compare the items that they found word by word, a lane a word.
 constexpr int kItemWords = sizeof(WorkItem) / 4;
 static_assert(sizeof(WorkItem) % 4 == 0 && kItemWords <= 32, "a lane compares a word");
-
-BROADHEAD_HOST_DEVICE int kv_head_of(const DecodeParams& params, const WorkItem& item) {
-  return params.heads_per_kv == 1 ? item.head : item.head / params.heads_per_kv;
-}
 
 // The number of fixed splits of a tile. The workspace has room for as many as the declared keys (max_seqlen_k) make, so
 // the last split also takes what lies behind those.

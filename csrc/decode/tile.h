@@ -21,7 +21,7 @@ BROADHEAD_DEVICE void set_tile(const DecodeParams& params, const WorkItem& item,
                       : tile.mask.unmasked_interval(rows.token(0), rows.token(rows.end_row - rows.first_row - 1));
   float scale = params.softmax_scale;
   if constexpr (Traits::k8Bit) {
-    const int kv_head = kv_head_of(params, item);
+    const int kv_head = kv_head_of(params, item.head);
     const int batch = is_shared(params, item.batch) ? 0 : item.batch;
     scale *= descale(params.q_descale, params.q_descale_strides, batch, kv_head) *
              descale(params.k_descale, params.k_descale_strides, batch, kv_head);

@@ -100,8 +100,8 @@ struct WorkspacePlan {
 // a CTA computes at most the end of one split tile and the begin of another. With shared keys every tile has one more
 // slot, for when it is a single split.
 inline WorkspacePlan plan_workspace(const AttnParams& params, int tile_m, int ctas) {
-  const long long rows_per_token = params.pack_gqa ? params.num_heads_q / params.num_heads_kv : 1;
-  const long long heads = params.pack_gqa ? params.num_heads_kv : params.num_heads_q;
+  const long long rows_per_token = params.rows_per_token;
+  const long long heads = params.heads_in_grid;
   const auto tiles_of = [&](long long rows) { return (rows + tile_m - 1) / tile_m; };
   WorkspacePlan plan;
   plan.rows = params.seqlen_q * rows_per_token;

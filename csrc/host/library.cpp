@@ -2,6 +2,7 @@
 #include <cstdio>
 
 #include "host/cuda_check.h"
+#include "host/derived.h"
 #include "host/kernel_registry.h"
 #include "kernels/append_kv.h"
 #include "kernels/combine.h"
@@ -38,20 +39,20 @@ void* workspace_of(const AttnBwdParams& params) { return params.workspace; }
 void set_workspace(AttnParams& params, void* workspace) { params.out_partial = static_cast<float*>(workspace); }
 void set_workspace(AttnBwdParams& params, void* workspace) { params.workspace = workspace; }
 
-// Fills the extents of masks that are given as values; the rest of the workspace is the kernel's.
+// Works out the masks that are given as values; the rest of the workspace is the kernel's.
 template <class Params>
 int prepare_extents(Params& params, const char* kernel_id, void* stream, char* error, std::size_t error_size) {
   const std::int64_t bytes = mask_extent_bytes(params);
   char* const workspace = static_cast<char*>(workspace_of(params));
   if (bytes > 0 && (workspace == nullptr || params.workspace_bytes < bytes)) {
-    std::snprintf(error, error_size, "%s: the workspace has %lld bytes, the extents of its masks take %lld", kernel_id,
+    std::snprintf(error, error_size, "%s: the workspace has %lld bytes, what it learns of its masks takes %lld", kernel_id,
                   static_cast<long long>(params.workspace_bytes), static_cast<long long>(bytes));
     return 1;
   }
   const int status = launch_mask_extents(params, workspace, static_cast<cudaStream_t>(stream));
   params.workspace_bytes -= bytes;
   set_workspace(params, params.workspace_bytes > 0 ? workspace + bytes : nullptr);
-  return check_cuda(static_cast<cudaError_t>(status), kernel_id, "mask extents", "", error, error_size);
+  return check_cuda(static_cast<cudaError_t>(status), kernel_id, "masks of sequences", "", error, error_size);
 }
 
 // Launches a kernel by its launcher for the direction of Params.
@@ -68,12 +69,10 @@ int launch(int index, Launcher RegisteredKernel::* launcher, const Params* param
     std::snprintf(error, error_size, "%s: %s is a kernel of the other direction", function, kernel->info.id);
     return 1;
   }
-  if (!has_given_masks(params->mask_values)) {
-    return (kernel->*launcher)(*params, static_cast<cudaStream_t>(stream), error, error_size);
-  }
-  Params with_extents = *params;
-  if (prepare_extents(with_extents, kernel->info.id, stream, error, error_size)) return 1;
-  return (kernel->*launcher)(with_extents, static_cast<cudaStream_t>(stream), error, error_size);
+  Params own = *params;
+  derive(own);
+  if (has_mask_values(own.mask_values) && prepare_extents(own, kernel->info.id, stream, error, error_size)) return 1;
+  return (kernel->*launcher)(own, static_cast<cudaStream_t>(stream), error, error_size);
 }
 
 // Asks a kernel for its workspace by its function for the direction of Params.
@@ -83,8 +82,10 @@ std::int64_t workspace(int index, Workspace RegisteredKernel::* ask, const Param
   char unused[1];
   if (!is_readable(params, "workspace", unused, sizeof(unused)) || kernel == nullptr || kernel->*ask == nullptr)
     return -1;
-  const std::int64_t own = (kernel->*ask)(*params);
-  return own < 0 ? own : own + mask_extent_bytes(*params);
+  Params own = *params;
+  derive(own);
+  const std::int64_t bytes = (kernel->*ask)(own);
+  return bytes < 0 ? bytes : bytes + mask_extent_bytes(own);
 }
 
 }  // namespace

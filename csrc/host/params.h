@@ -11,7 +11,7 @@
 namespace broadhead {
 
 // Raised whenever a field below is added, removed or changes meaning; libraries of another version are refused.
-constexpr std::uint32_t kAbiVersion = 8;
+constexpr std::uint32_t kAbiVersion = 9;
 
 // The element types of tensors whose type is not fixed by the kernel.
 enum class DataType : std::int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat8E4M3 = 3 };
@@ -51,11 +51,9 @@ struct MaskValues {
   std::int64_t tree_row_stride;
   std::int32_t ranges_in_window;  // 1: a range keeps only keys that are no further back than window_left
   std::int32_t causal_is_bool;
-  // What neighbouring queries see by their ranges, and who sees neighbouring keys so or by a tree: the first part of
-  // the workspace (kernels/mask_extents.h). The library sets these, and hands the rest of the workspace to the kernel.
-  const std::int32_t* query_extents;
-  const std::int32_t* key_extents;
 };
+
+struct SequenceMask;  // common/attention_mask.h
 
 // One forward call. R = total query rows of a head: B * Sq (dense) or T (varlen). bf16/fp16 is the row's dtype.
 struct AttnParams {
@@ -96,7 +94,6 @@ struct AttnParams {
   const std::int32_t* kv_batch_idx;  // [B], nullable: row of the cache (or of the page table) for sequence b
   const std::int32_t* page_table;    // [B or more, max_pages], nullable
   const std::int32_t* prefix_lens;   // [B], nullable
-  MaskValues mask_values;
   const void* sinks;                       // [Hq] fp32, or dtype of q when sinks_are_fp32 == 0; nullable
   const std::int32_t* scheduler_metadata;  // nullable; layout in common/scheduler_metadata.h
   std::int64_t page_table_batch_stride;
@@ -123,6 +120,13 @@ struct AttnParams {
   std::int32_t num_splits;         // >= 1; the grid's bound. With metadata a sequence uses min(metadata, num_splits);
                                    // decode kernels: at most so many splits of a tile, 0: any number
   std::int32_t pack_gqa;           // 1: the query heads of one KV head share a tile
+  // Derived by the library (host/derived.h).
+  std::int32_t rows_per_token;     // query rows of a token in a tile: heads of a KV head when packed, else 1
+  std::int32_t heads_in_grid;      // KV heads when packed
+  std::int32_t heads_per_kv;       // heads in the grid that share a KV head
+  const SequenceMask* sequence_masks;  // [B], what mask_values gives each sequence: kernels read nothing else of it.
+                                       // Null: it gives nothing. It is the first part of the workspace
+                                       // (kernels/mask_extents.h), and kernels get the rest
   std::int32_t metadata_tag;       // what scheduler_metadata must carry for its split counts to be used
   std::int32_t heads_per_section;  // heads whose K/V share the L2 at a time; 0: all
   std::int32_t max_blocks;         // persistent kernels: the most CTAs that sm_margin allows; 0: no limit
@@ -136,6 +140,8 @@ struct AttnParams {
   // splits), are paged, and have no window, attention_chunk, seqused_q or prefix_lens.
   const std::int32_t* shared_page_table;  // [pages], nullable
   std::int32_t shared_seqlen_k;           // 0: there are none
+
+  MaskValues mask_values;  // behind what every call reads
 };
 
 // One backward call: the gradients of attention, from out and softmax_lse as they are given. With P = exp(S -
@@ -178,7 +184,6 @@ struct AttnBwdParams {
   const std::int32_t* seqused_q;     // [B], nullable
   const std::int32_t* seqused_k;     // [B], nullable
   const std::int32_t* prefix_lens;   // [B], nullable
-  MaskValues mask_values;            // without a tree_mask
   const void* sinks;                 // [Hq] fp32, or dtype of q when sinks_are_fp32 == 0; nullable
 
   std::int32_t batch;
@@ -196,11 +201,17 @@ struct AttnBwdParams {
   float softcap;  // 0: off
   std::int32_t sinks_are_fp32;
 
+  // Derived by the library (host/derived.h).
+  std::int32_t heads_per_kv;  // query heads that share a KV head
+  const SequenceMask* sequence_masks;  // as AttnParams'
+
   std::int32_t deterministic;  // 1: every sum in an order that is the same in every run
   std::int32_t num_splits;  // partial results of dk and dv that are added up, by queries or by heads; 0: as the kernel
                             // chooses
   std::int32_t max_blocks;  // of a persistent kernel: what sm_margin leaves; 0: all
   std::int64_t workspace_bytes;  // as broadhead_backward_workspace says
+
+  MaskValues mask_values;  // without a tree_mask
 };
 
 // One get_scheduler_metadata call.

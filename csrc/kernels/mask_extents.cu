@@ -36,67 +36,128 @@ BROADHEAD_DEVICE void find_query_extents(const AttentionMask& mask, KeyInterval*
   }
 }
 
-// Extents of the keys from `first_key` on: every thread takes some queries.
-BROADHEAD_DEVICE void find_key_extents(const AttentionMask& mask, int first_key, KeyExtent (&found)[kSpanExtents]) {
-  for (int query = threadIdx.x; query < mask.seqlen_q; query += kThreads) {
-    const KeyInterval range = mask.row_range(query);
-    const int begin = max_int(range.begin, first_key);
-    const int end = min_int(range.end, first_key + kSpanKeys);
-    for (int i = (begin - first_key) / kExtentKeys; begin < end && i * kExtentKeys < end - first_key; ++i) {
-      const int key = first_key + i * kExtentKeys;
-      atomicOr(&found[i].live, bits_between(begin - key, end - key));
-      atomicMin(&found[i].q_begin, query);
-      atomicMax(&found[i].q_end, query + 1);
+// Adds the ranges of a warp's queries to the extents of the keys from `first_key` on. PERF: of a warp one lane adds, as
+// the queries of an image have one range, and additions to one place wait for each other.
+BROADHEAD_DEVICE void add_ranges(const KeyInterval& range, int query, int first_key, KeyExtent (&found)[kSpanExtents]) {
+  const int begin = max_int(range.begin, first_key), end = min_int(range.end, first_key + kSpanKeys);
+  if (!__any_sync(0xffffffffu, begin < end)) return;
+#pragma unroll 1
+  for (int i = 0; i < kSpanExtents; ++i) {
+    const int key = first_key + i * kExtentKeys;
+    const std::uint32_t seen = begin < end ? bits_between(begin - key, end - key) : 0;
+    const std::uint32_t live = __reduce_or_sync(0xffffffffu, seen);
+    if (live == 0) continue;
+    const int q_begin = __reduce_min_sync(0xffffffffu, seen != 0 ? query : INT_MAX);
+    const int q_end = __reduce_max_sync(0xffffffffu, seen != 0 ? query + 1 : 0);
+    if (threadIdx.x % 32 != 0) continue;
+    atomicOr(&found[i].live, live);
+    atomicMin(&found[i].q_begin, q_begin);
+    atomicMax(&found[i].q_end, q_end);
+  }
+}
+
+// Extents of the keys from `first_key` on, by the ranges of all queries, and in `within` what all of these cover: every
+// thread takes some. PERF: it reads several ranges before it looks at the first, or the latency of each would add up.
+BROADHEAD_DEVICE void find_key_extents(const AttentionMask& mask, int first_key, KeyExtent (&found)[kSpanExtents],
+                                       KeyInterval& within) {
+  constexpr int kAtOnce = 8;
+  int begin = INT_MAX, end = 0;
+  for (int first = 0; first < mask.seqlen_q; first += kAtOnce * kThreads) {
+    const int query = first + static_cast<int>(threadIdx.x);
+    KeyInterval ranges[kAtOnce];
+    BROADHEAD_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) ranges[i] = mask.row_range(query + i * kThreads);
+    BROADHEAD_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (query + i * kThreads >= mask.seqlen_q) ranges[i] = {0, 0};
+      if (ranges[i].begin < ranges[i].end) begin = min_int(begin, ranges[i].begin), end = max_int(end, ranges[i].end);
+      add_ranges(ranges[i], query + i * kThreads, first_key, found);
     }
-    for (int i = 0; mask.kind == Given::kTree && i < kSpanExtents; ++i) {
+  }
+  begin = __reduce_min_sync(0xffffffffu, begin);
+  end = __reduce_max_sync(0xffffffffu, end);
+  if (threadIdx.x % 32 == 0 && begin < end) {
+    atomicMin(&within.begin, begin);
+    atomicMax(&within.end, end);
+  }
+}
+
+// Likewise by the tree_mask.
+BROADHEAD_DEVICE void find_tree_extents(const AttentionMask& mask, int first_key, KeyExtent (&found)[kSpanExtents]) {
+  for (int query = threadIdx.x; query < mask.seqlen_q; query += kThreads) {
+    for (int i = 0; i < kSpanExtents; ++i) {
       const std::uint32_t seen = mask.given_word(query, first_key + i * kExtentKeys);
       if (seen != 0) atomicOr(&found[i].live, seen);
     }
   }
 }
 
+struct Results {
+  SequenceMask* masks;
+  KeyInterval* query_extents;
+  KeyExtent* key_extents;
+};
+
 template <class Params>
-__global__ void __launch_bounds__(kThreads) mask_extents_kernel(const __grid_constant__ Params params) {
+__global__ void __launch_bounds__(kThreads, 1)
+    mask_extents_kernel(const __grid_constant__ Params params, const Results results) {
   __shared__ KeyExtent found[kSpanExtents];
-  __shared__ SeqlenInfo
-      lengths;  // read once: another stream may change them, and all threads go through the same loops
+  // Read once: another stream may change the values, and all threads go through the same loops.
+  __shared__ SeqlenInfo lengths;
+  __shared__ SequenceMask sequence;
   for (int batch = blockIdx.y; batch < params.batch; batch += gridDim.y) {
     __syncthreads();
-    if (threadIdx.x == 0) lengths = make_seqlen_info(params, batch);
+    if (threadIdx.x == 0) {
+      lengths = make_seqlen_info(params, batch);
+      sequence = make_sequence_mask(params, lengths, batch, results.query_extents, results.key_extents);
+      sequence.within = {INT_MAX, 0};
+    }
     __syncthreads();
-    const SeqlenInfo seqlen = lengths;
-    AttentionMask mask{seqlen.seqlen_q, seqlen.seqlen_k, sequence_rule(params, batch), 0};
-    set_given(params, seqlen, mask);
-    const MaskExtents all = sequence_extents(params, seqlen, batch);
-    if (all.of_queries != nullptr) find_query_extents(mask, const_cast<KeyInterval*>(all.of_queries));
-    KeyExtent* const extents = const_cast<KeyExtent*>(all.of_keys);
+    AttentionMask mask{lengths.seqlen_q, lengths.seqlen_k, params.mask_rule, 0};
+    mask.give(sequence);
+    if (sequence.extents.of_queries != nullptr) {
+      find_query_extents(mask, const_cast<KeyInterval*>(sequence.extents.of_queries));
+    }
+    KeyExtent* const extents = const_cast<KeyExtent*>(sequence.extents.of_keys);
+    const bool tree = mask.kind == Given::kTree;
     // A tree speaks for the last keys alone, and nobody reads the extents of others.
-    const int begin = mask.kind == Given::kTree ? max_int(0, seqlen.seqlen_k - kTreeKeys) / kSpanKeys * kSpanKeys : 0;
-    for (int first_key = begin + blockIdx.x * kSpanKeys; first_key < seqlen.seqlen_k;
+    const int begin = tree ? max_int(0, mask.seqlen_k - kTreeKeys) / kSpanKeys * kSpanKeys : 0;
+    for (int first_key = begin + blockIdx.x * kSpanKeys; extents != nullptr && first_key < mask.seqlen_k;
          first_key += gridDim.x * kSpanKeys) {
       if (threadIdx.x < kSpanExtents) found[threadIdx.x] = {0, INT_MAX, 0};
       __syncthreads();
-      find_key_extents(mask, first_key, found);
+      if (tree) {
+        find_tree_extents(mask, first_key, found);
+      } else {
+        find_key_extents(mask, first_key, found, sequence.within);
+      }
       __syncthreads();
       const int at = first_key / kExtentKeys + static_cast<int>(threadIdx.x);
-      if (threadIdx.x < kSpanExtents && at < ceil_div(seqlen.seqlen_k, kExtentKeys)) extents[at] = found[threadIdx.x];
+      if (threadIdx.x < kSpanExtents && at < ceil_div(mask.seqlen_k, kExtentKeys)) extents[at] = found[threadIdx.x];
       __syncthreads();
+    }
+    // The first CTA of a sequence has seen all of its ranges, if there are keys.
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+      if (tree) sequence.within = {max_int(0, mask.seqlen_k - kTreeKeys), mask.seqlen_k};
+      if (sequence.within.end == 0) sequence.within = {0, 0};
+      results.masks[batch] = sequence;
     }
   }
 }
 
 template <class Params>
 int launch(Params& params, void* workspace, CUstream_st* stream) {
-  char* const bytes = static_cast<char*>(workspace);
-  MaskValues& values = params.mask_values;
-  values.key_extents = reinterpret_cast<const std::int32_t*>(bytes + key_extent_offset(params));
-  values.query_extents = values.query_ranges != nullptr ? reinterpret_cast<const std::int32_t*>(bytes) : nullptr;
+  Results results;
+  results.masks = static_cast<SequenceMask*>(workspace);
+  results.query_extents = reinterpret_cast<KeyInterval*>(results.masks + params.batch);
+  results.key_extents = reinterpret_cast<KeyExtent*>(results.query_extents + num_query_extents(params));
+  params.sequence_masks = results.masks;
   if (params.batch == 0) return cudaSuccess;
-  const int spans = values.query_ranges == nullptr
+  const int spans = params.mask_values.query_ranges == nullptr
                         ? 1
                         : std::max(ceil_div(params.seqlen_k, kSpanKeys), ceil_div(params.seqlen_q, kThreads));
   const dim3 grid(std::clamp(spans, 1, std::max(1, kMostCtas / params.batch)), std::min(params.batch, 65535));
-  return launch_kernel(mask_extents_kernel<Params>, {.grid = grid, .threads = kThreads}, stream, params);
+  return launch_kernel(mask_extents_kernel<Params>, {.grid = grid, .threads = kThreads}, stream, params, results);
 }
 
 }  // namespace

@@ -55,17 +55,15 @@ struct ClearShare {
   int parts;
 };
 
-// Clears rows [begin, end) of a stage, a row a warp: its lanes' 16 bytes lie side by side.
+// Clears a row of a stage, its lanes' 16 bytes side by side.
 template <class Layout>
-BROADHEAD_DEVICE void clear_rows(char* stage, int begin, int end, const ClearShare& share) {
+BROADHEAD_DEVICE void clear_row(char* stage, int row, const ClearShare& share) {
   constexpr int kPartsPerSubtile = Layout::kRowBytes / 16;
-  for (int row = begin + share.warp; row < end; row += share.warps) {
-    char* target = stage + row / 8 * Layout::kSlabStride + row % 8 * Layout::kRowBytes;
-    for (int i = fresh_thread() % 32; i < share.parts; i += 32) {
-      const int part = share.first_part + i;
-      *reinterpret_cast<uint4*>(target + part / kPartsPerSubtile * Layout::kSubtileStride +
-                                part % kPartsPerSubtile * 16) = uint4{0, 0, 0, 0};
-    }
+  char* target = stage + row / 8 * Layout::kSlabStride + row % 8 * Layout::kRowBytes;
+  for (int i = fresh_thread() % 32; i < share.parts; i += 32) {
+    const int part = share.first_part + i;
+    *reinterpret_cast<uint4*>(target + part / kPartsPerSubtile * Layout::kSubtileStride +
+                              part % kPartsPerSubtile * 16) = uint4{0, 0, 0, 0};
   }
 }
 
@@ -76,16 +74,19 @@ BROADHEAD_DEVICE void clear_rows(char* stage, int begin, int end, const ClearSha
 template <class Layout, class Element>
 BROADHEAD_DEVICE void clear_dead_rows(const KvSource<Element>& source, char* v, int key0, int keys,
                                       const ClearShare& share) {
-  if (source.live.extents != nullptr) {
+  const LiveKeys& live = source.live;
+  const bool given = live.given.begin < live.given.end;
+  int begin = max_int(live.prefix_len - key0, 0), end = min_int(live.interval.begin - key0, keys);
 #pragma unroll 1
-    for (int row = share.warp; row < keys; row += share.warps) {
-      if (!source.live.contains(key0 + row)) clear_rows<Layout>(v, row, row + 1, {0, 1, share.first_part, share.parts});
+  for (int side = 0; side < 2; ++side) {  // one copy of the code for both, as it stands in the midst of the mainloop
+#pragma unroll 1
+    for (int row = begin + share.warp; row < end; row += share.warps) {
+      if (__builtin_expect(given, 0) && live.contains(key0 + row)) continue;
+      clear_row<Layout>(v, row, share);
     }
-    return;
+    begin = max_int(live.interval.end - key0, begin);
+    end = keys;
   }
-  const int prefix = max_int(source.live.prefix_len - key0, 0);
-  clear_rows<Layout>(v, prefix, min_int(source.live.interval.begin - key0, keys), share);
-  clear_rows<Layout>(v, max_int(source.live.interval.end - key0, prefix), keys, share);
 }
 
 }  // namespace broadhead::sm90

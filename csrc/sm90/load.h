@@ -49,8 +49,9 @@ BROADHEAD_DEVICE void load_tiles(const KernelArgs& args, typename Traits::Shared
     BoxLoader<typename Traits::VLayout, Traits::kTileN, Traits::kTileN, 1, Traits::kTail> v_boxes(
         args.maps.v, kv_coordinates(args.maps.v, params, state), paged, 0);
     const int box_rows = args.maps.k.box_rows;  // V's, too
+    const BlockGap gap = state.gap;
     const auto place_of = [&](int block) {
-      return paged && block >= range.begin ? box_place(state.source, state.first_key(block, Traits::kTileN),
+      return paged && block >= range.begin ? box_place(state.source, gap.place(block) * Traits::kTileN,
                                                        Traits::kTileN, box_rows, params.page_size)
                                            : BoxPlace{0, -1};
     };
@@ -60,12 +61,12 @@ BROADHEAD_DEVICE void load_tiles(const KernelArgs& args, typename Traits::Shared
       const std::uint32_t stage = ring.stage();
       bool note = false;
       if (loads_k) {
-        k_boxes.take(place, state.first_key(block, Traits::kTileN));
+        k_boxes.take(place, gap.place(block) * Traits::kTileN);
         k_boxes.prepare(0);
         note = paged && smem.missing[stage].changes(k_boxes.is_missing(params), 0);
       }
       if (loads_v) {
-        v_boxes.take(place, state.first_key(block, Traits::kTileN));
+        v_boxes.take(place, gap.place(block) * Traits::kTileN);
         v_boxes.prepare(0);
       }
       place = place_of(block - 1);  // an n_block ahead, so that its latency is hidden

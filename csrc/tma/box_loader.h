@@ -18,8 +18,7 @@ struct KvCoordinates {
 template <class Element>
 BROADHEAD_DEVICE KvCoordinates kv_coordinates(const KvMap& map, const AttnParams& params,
                                               const TileState<Element>& state) {
-  const int group = params.num_heads_q / params.num_heads_kv;
-  const int head = params.pack_gqa ? state.output.head : state.output.head / group;
+  const int head = kv_head_of(params, state.output.head);
   if (params.page_table != nullptr) return {0, head * map.head_step};
   return {static_cast<int>(state.seqlen.row_k), head * map.head_step + state.seqlen.batch_k * map.batch_step};
 }

@@ -46,7 +46,7 @@ inline int make_maps(TensorMaps& maps, const AttnParams& params, const WorkPlan&
   const bool packed_q = params.cu_seqlens_q != nullptr;
   const bool paged = params.page_table != nullptr;
   const bool packed_k = params.cu_seqlens_k != nullptr;
-  const int rows_per_token = params.pack_gqa ? params.num_heads_q / params.num_heads_kv : 1;
+  const int rows_per_token = params.rows_per_token;
   const OperandShape q{params.q,
                        params.q_strides,
                        element_bytes,
@@ -95,11 +95,11 @@ inline int make_maps(TensorMaps& maps, const AttnParams& params, const WorkPlan&
 }
 
 inline WorkPlan make_plan(const AttnParams& params, int tile_m, int cluster) {
-  const int rows_per_token = params.pack_gqa ? params.num_heads_q / params.num_heads_kv : 1;
+  const int rows_per_token = params.rows_per_token;
   WorkPlan plan;
   // A tile holds whole tokens, or an equal part of the rows of one.
   plan.rows_per_tile = rows_per_token % tile_m == 0 ? tile_m : tile_m / rows_per_token * rows_per_token;
-  plan.heads = params.pack_gqa ? params.num_heads_kv : params.num_heads_q;
+  plan.heads = params.heads_in_grid;
   const long long rows = static_cast<long long>(params.seqlen_q) * rows_per_token;
   const long long per_cluster = static_cast<long long>(plan.rows_per_tile) * cluster;
   plan.m_blocks = per_cluster > 0 ? static_cast<std::int32_t>((rows + per_cluster - 1) / per_cluster) : 0;

@@ -52,8 +52,7 @@ struct WorkCursor {
 
   BROADHEAD_DEVICE static int sequence_tiles(const AttnParams& params, const WorkPlan& plan, int batch, int cluster) {
     if (batch >= params.batch) return 0;
-    const int rows_per_token = params.pack_gqa ? params.num_heads_q / params.num_heads_kv : 1;
-    const int rows = make_seqlen_info(params, batch).seqlen_q * rows_per_token;
+    const int rows = make_seqlen_info(params, batch).seqlen_q * params.rows_per_token;
     return ceil_div(rows, plan.rows_per_tile * cluster);
   }
 
@@ -61,7 +60,7 @@ struct WorkCursor {
     if (!plan.ragged) {
       if (index >= plan.tiles) return {{0, 0, 0}, 0, false};
       const int tiles = plan.m_blocks * plan.heads * params.batch;
-      const int split = index / tiles;
+      const int split = index < tiles ? 0 : index / tiles;
       return {work_tile(index - split * tiles, plan.m_blocks, plan.heads, params.batch, params.heads_per_section),
               split, true};
     }
@@ -101,7 +100,7 @@ struct WorkCursor {
 // What the leader of a cluster, rank 0, tells the others of the next tile. It alone reads the lengths: with others of
 // their own, which another stream could have changed, the CTAs would wait for each other for ever.
 struct WorkMessage {
-  static constexpr int kWords = 13;
+  static constexpr int kWords = 12;
   std::int32_t words[kWords];
 
   BROADHEAD_DEVICE void set(const WorkItem& work, const TileLengths& lengths) {
@@ -110,7 +109,7 @@ struct WorkMessage {
                                       // Rows of a map: they fit.
                                       static_cast<std::int32_t>(seqlen.row_q), static_cast<std::int32_t>(seqlen.row_k),
                                       seqlen.seqlen_q, seqlen.seqlen_k, seqlen.batch_k, lengths.prefix_len,
-                                      lengths.splits, lengths.window_right};
+                                      lengths.splits};
     BROADHEAD_UNROLL
     for (int i = 0; i < kWords; ++i) words[i] = all[i];
   }
@@ -121,7 +120,7 @@ struct WorkMessage {
     for (int i = 0; i < kWords; ++i) all[i] = const_cast<const volatile std::int32_t&>(words[i]);
     work = {{all[0], all[1], all[2]}, all[3], all[4] != 0};
     const int batch_q = params.cu_seqlens_q == nullptr ? work.tile.batch : 0;
-    lengths = {{all[5], all[6], all[7], all[8], batch_q, all[9]}, all[10], all[11], all[12]};
+    lengths = {{all[5], all[6], all[7], all[8], batch_q, all[9]}, all[10], all[11]};
   }
 };
 

@@ -100,8 +100,7 @@ void put_rule(const broadhead::MaskRule& rule) {
 
 void put_values(const broadhead::MaskValues& p) {
   PUT(query_ranges), PUT(tree_mask), PUT(causal_by_sequence), PUT(ranges_batch_stride), PUT(ranges_row_stride);
-  PUT(tree_batch_stride), PUT(tree_row_stride), PUT(ranges_in_window), PUT(causal_is_bool), PUT(query_extents);
-  PUT(key_extents);
+  PUT(tree_batch_stride), PUT(tree_row_stride), PUT(ranges_in_window), PUT(causal_is_bool);
 }
 
 }  // namespace

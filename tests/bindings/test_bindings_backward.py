@@ -57,7 +57,7 @@ expected = {{name: page << 12 for name, page in pages.items()}} | dict(
     batch=2, seqlen_q=3, seqlen_k=5, total_q=6, total_k=10, num_heads_q=4, num_heads_kv=2, head_dim=64, head_dim_v=32,
     window_left=7, window_right=2, attention_chunk=9, softmax_scale=0.125, softcap=30, sinks_are_fp32=1,
     deterministic=1, num_splits=6, max_blocks=11, tree_mask=0, ranges_batch_stride=20, ranges_row_stride=4,
-    tree_batch_stride=0, tree_row_stride=0, ranges_in_window=1, causal_is_bool=1, query_extents=0, key_extents=0)
+    tree_batch_stride=0, tree_row_stride=0, ranges_in_window=1, causal_is_bool=1)
 assert got == {{name: str(value) for name, value in expected.items()}}, got
 assert scratch_sizes == [6144 // 4 + 4 * 6] and hooks.devices == [0, 0]
 """,

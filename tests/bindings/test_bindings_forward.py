@@ -31,7 +31,7 @@ expected = {{name: page << 12 for name, page in pages.items()}} | dict(
     max_blocks=5, cell_blocks=11, q_dtype=1, workspace_bytes=6 * 4 * 6 * 33 * 4,
     total_k=0, num_pages=5, num_kv_batches=2,
     ranges_batch_stride=20, ranges_row_stride=4, tree_batch_stride=9, tree_row_stride=3, ranges_in_window=1,
-    causal_is_bool=0, query_extents=0, key_extents=0,
+    causal_is_bool=0,
     qv=0, qv_strides="0,0,0", q_descale=0, k_descale=0, v_descale=0, q_descale_strides="0,0", k_descale_strides="0,0",
     v_descale_strides="0,0", shared_page_table=0, shared_seqlen_k=0)
 assert got == {{name: str(value) for name, value in expected.items()}}, got

@@ -9,6 +9,8 @@
 
 #include "emulation/emulator.h"
 #include "given_masks.h"
+#include "host/derived.h"
+#include "kernels/mask_extents.h"
 #include "sm80/backward/kernel.h"
 #include "sm80/backward/kernel_fused.h"
 
@@ -89,21 +91,25 @@ class BackwardCall {
     params.cu_seqlens_q = rows_q_.data(), params.cu_seqlens_k = rows_k_.data();
     params.seqused_q = used_q_.data(), params.seqused_k = used_k_.data();
     if (o.prefix) params.prefix_lens = prefix_.data();
-    if (o.causal_by_sequence) params.mask_values.causal_by_sequence = causal_.data();
-    if (o.ranges) {
-      MaskValues& values = params.mask_values;
-      values.query_ranges = ranges_.data();
-      values.ranges_row_stride = 2;
-      values.ranges_in_window = o.in_window;
-      values.query_extents = reinterpret_cast<const std::int32_t*>(query_extents_.data());
-      values.key_extents = reinterpret_cast<const std::int32_t*>(key_extents_.data());
-    }
     params.batch = 2, params.num_heads_q = o.heads, params.num_heads_kv = 1;
     params.seqlen_q = o.seqlen_q, params.seqlen_k = o.seqlen_k;
     params.head_dim = o.head_dim, params.head_dim_v = o.head_dim_v;
     params.mask_rule.window_left = o.window_left, params.mask_rule.window_right = o.window_right;
     params.mask_rule.attention_chunk = o.attention_chunk;
     params.softmax_scale = o.scale, params.softcap = o.softcap;
+    derive(params);
+    std::vector<SequenceMask> masks;
+    if (o.causal_by_sequence || o.ranges) {
+      if (o.causal_by_sequence) params.mask_values.causal_by_sequence = causal_.data();
+      if (o.ranges) params.mask_values.query_ranges = ranges_.data();
+      params.mask_values.ranges_row_stride = 2;
+      params.mask_values.ranges_in_window = o.in_window;
+      for (int sequence = 0; sequence < 2; ++sequence) {
+        masks.push_back(make_sequence_mask(params, make_seqlen_info(params, sequence), sequence, query_extents_.data(),
+                                           key_extents_.data()));
+      }
+      params.sequence_masks = masks.data();
+    }
     if constexpr (Traits::Keys::kFused) {
       launch_fused<typename Traits::Keys>(params, early);
     } else {

@@ -9,6 +9,7 @@
 
 #include "check.h"
 #include "decode/stream_k.h"
+#include "host/derived.h"
 
 namespace host_test {
 
@@ -46,9 +47,7 @@ struct Call {
     params.num_heads_kv = kv_heads;
     params.num_heads_q = kv_heads * group;
     params.pack_gqa = packed;
-    params.rows_per_token = packed ? group : 1;
-    params.heads_in_grid = packed ? kv_heads : kv_heads * group;
-    params.heads_per_kv = packed ? 1 : group;
+    derive(params);
   }
 
   std::string words() const {

@@ -137,7 +137,8 @@ void check_given(AttentionMask mask, const host_test::GivenMasks& given) {
       const broadhead::KeyInterval by_values = broadhead::given_interval(mask, extents, first, last);
       const broadhead::BlockRange range = broadhead::block_range(mask, first, last, tile, by_values);
       broadhead::BlockGap gap;
-      const broadhead::BlockRange visited = broadhead::visited_blocks(mask, first, last, tile, by_values, gap);
+      const broadhead::BlockRange visited = broadhead::join_ranges(
+          broadhead::block_range(mask, first, last, tile, {0, 0}), broadhead::blocks_of(by_values, tile), gap);
       CHECK(visited.end + gap.blocks == range.end && visited.begin == range.begin, CASE, CASE_OF(mask, first));
       gaps += gap.blocks > 0;
       for (int block = visited.begin; block < visited.end; ++block) {

@@ -4,6 +4,7 @@
 
 #include "check.h"
 #include "decode/workspace.h"
+#include "host/derived.h"
 #include "host/split_workspace.h"
 
 using namespace broadhead;
@@ -27,10 +28,12 @@ AttnParams call(int seqlen_q, int num_splits, int cell_tokens) {
   params.pack_gqa = 1;
   params.num_splits = num_splits;
   params.cell_blocks = cell_tokens / decode::kSplitUnitTokens;
+  derive(params);
   return params;
 }
 
-void check_size(const AttnParams& params, int tile_m, int ctas, long long floats) {
+void check_size(AttnParams params, int tile_m, int ctas, long long floats) {
+  derive(params);
   const WorkspacePlan plan = plan_workspace(params, tile_m, ctas);
   CHECK(plan.bytes == 4 * floats, "seqlen_q %d, splits %d, cells %d, shared %d: %lld, not %lld bytes", params.seqlen_q,
         params.num_splits, params.cell_blocks, params.shared_seqlen_k, static_cast<long long>(plan.bytes), 4 * floats);

@@ -32,16 +32,19 @@ template <class Traits>
 BROADHEAD_DEVICE void set_backward_state(BackwardState& state, const AttnBwdParams& params, int index, int tiles) {
   using Element = typename Traits::Element;
   const int heads = Traits::kKeys ? params.num_heads_kv : params.num_heads_q;
-  const int group = params.num_heads_q / params.num_heads_kv;
+  const int group = params.heads_per_kv;
   const int tile = index / (heads * params.batch);
   const int rest = index - tile * heads * params.batch;
   const int batch = rest / heads;
   const int head = rest - batch * heads;
   const SeqlenInfo seqlen = make_seqlen_info(params, batch);
-  AttentionMask mask{seqlen.seqlen_q, seqlen.seqlen_k, sequence_rule(params, batch),
+  AttentionMask mask{seqlen.seqlen_q, seqlen.seqlen_k, params.mask_rule,
                      sequence_prefix(params, batch, seqlen.seqlen_k)};
-  set_given(params, seqlen, mask);
-  const MaskExtents extents = sequence_extents(params, seqlen, batch);
+  MaskExtents extents;
+  if (gives_masks(params)) {
+    mask.give(params.sequence_masks[batch]);
+    extents = params.sequence_masks[batch].extents;
+  }
   state.seqlen = seqlen;
   state.mask = mask;
   state.scale.set(params.softmax_scale, params.softcap);
@@ -50,7 +53,7 @@ BROADHEAD_DEVICE void set_backward_state(BackwardState& state, const AttnBwdPara
   state.delta = params.delta + seqlen.batch_q * static_cast<std::int64_t>(params.seqlen_q) + seqlen.row_q;
   state.batch = batch;
   state.head = head;
-  state.kv_head = Traits::kKeys ? head : head / group;
+  state.kv_head = Traits::kKeys ? head : kv_head_of(params, head);
   state.rows = {{0, Traits::kKeys ? seqlen.seqlen_k : seqlen.seqlen_q}, 0};
   if constexpr (Traits::kKeys) {
     state.first_row = tile * Traits::kRows;
@@ -81,6 +84,7 @@ BROADHEAD_DEVICE void set_backward_state(BackwardState& state, const AttnBwdPara
     state.end_row = seqlen.seqlen_q;
     const int last_row = min_int(state.first_row + Traits::kRows, seqlen.seqlen_q) - 1;
     const KeyInterval given = given_interval(mask, extents, state.first_row, last_row);
+    narrow_given(state.mask, given);
     const BlockRange range = block_range(mask, state.first_row, last_row, Traits::kCols, given);
     state.cols = {mask.tile_interval(state.first_row, last_row), mask.prefix_len, given, extents.of_keys};
     state.whole = mask.unmasked_interval(state.first_row, last_row);

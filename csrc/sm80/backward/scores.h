@@ -10,43 +10,83 @@
 
 namespace broadhead::sm80 {
 
-// What the lane's rows see in a step: `word(m, half, n)` has a bit for each of 32 columns, from the lane's first of
-// column tile n on, a multiple of 4, that row 8 * half of row tile m sees. PERF: a word is made where it is used, as a
-// warp has no registers for all of them.
+// What the lane's rows see in a step: `row(m, half)` is of row 8 * half of row tile m, and its `word(n)` has a bit for
+// each of 32 columns, from the lane's first of column tile n on, a multiple of 4.
 struct WholeStep {
-  BROADHEAD_DEVICE std::uint32_t word(int, int, int) const { return 0xffffffffu; }
+  struct Row {
+    BROADHEAD_DEVICE std::uint32_t word(int) const { return 0xffffffffu; }
+  };
+  BROADHEAD_DEVICE Row row(int, int) const { return {}; }
+};
+
+// Columns relative to the lane's first one: those below `prefix`, and those of [begin, end).
+struct PlacedRow {
+  int begin;
+  int end;
+  int prefix;
+
+  BROADHEAD_DEVICE std::uint32_t word(int n) const {
+    return bits_between(begin - n * 8, end - n * 8) | bits_below(prefix - n * 8);
+  }
 };
 
 // Whether a word shows column `c` of column tile `n`: a constant place.
 BROADHEAD_DEVICE bool shows(std::uint32_t word, int n, int c) { return ((word >> (n % 4 * 8 + c)) & 1) != 0; }
 
-// The word of key `row` of the sequence: `seen` are the queries that see it by their positions.
-template <class Traits>
-BROADHEAD_DEVICE std::uint32_t key_word(const BackwardState& state, const QueryInterval& seen, int row, int col) {
-  std::uint32_t word = bits_between(seen.begin - col, seen.end - col);
-  const int lane = fresh_thread() % 32, first_col = col - lane % 4 * 2;
-  if (first_col < state.given_queries.end && first_col + 32 > state.given_queries.begin) {
-    word |= given_bits(state.mask, first_col, row - lane / 4) >> (lane % 4 * 2);
-  }
-  return word;
-}
-
+// Masks by position and the prefix.
 template <class Traits>
 struct MaskedStep {
   const BackwardState& state;
   const WarpPlace& place;
   int lane_col;
 
-  BROADHEAD_DEVICE std::uint32_t word(int m, int half, int n) const {
+  BROADHEAD_DEVICE PlacedRow row(int m, int half) const {
     compile_barrier();  // what is known of all rows at once takes too many registers
-    const int row = state.first_row + tile_row<Traits>(place, m, 2 * half), col = lane_col + n * 8;
+    const int row = state.first_row + tile_row<Traits>(place, m, 2 * half);
     if constexpr (Traits::kKeys) {
-      return key_word<Traits>(state, state.mask.query_interval(row, row), row, col);
+      const QueryInterval seen = state.mask.query_interval(row, row);  // it knows of the prefix
+      return {seen.begin - lane_col, seen.end - lane_col, -lane_col};
     } else {
-      return state.mask.row_word(row, state.mask.row_interval(row), col);
+      const KeyInterval seen = state.mask.row_interval(row);
+      return {seen.begin - lane_col, seen.end - lane_col, state.mask.prefix_len - lane_col};
     }
   }
 };
+
+// And by ranges. PERF: a word is made where it is used, as a warp has no registers for all of them; steps that no range
+// touches have none of this code.
+template <class Traits, class Placed>
+struct GivenStep {
+  Placed placed;
+
+  struct Row {
+    const Placed* placed;
+    int m;
+    int half;
+
+    BROADHEAD_DEVICE std::uint32_t word(int n) const {
+      compile_barrier();
+      const std::uint32_t by_position = placed->row(m, half).word(n);
+      const int row = placed->state.first_row + tile_row<Traits>(placed->place, m, 2 * half);
+      const int col = placed->lane_col + n * 8;
+      if constexpr (Traits::kKeys) {
+        const int lane = fresh_thread() % 32;
+        return by_position |
+               given_bits(placed->state.mask, col - lane % 4 * 2, row - lane / 4) >> (lane % 4 * 2);
+      } else {
+        return by_position | placed->state.mask.given_word(row, col);
+      }
+    }
+  };
+  BROADHEAD_DEVICE Row row(int m, int half) const { return {&placed, m, half}; }
+};
+
+// Whether some row may see a column of the step that begins at `first_col` by a range.
+template <class Traits>
+BROADHEAD_DEVICE bool meets_given(const BackwardState& state, int first_col) {
+  if constexpr (!Traits::kKeys) return state.mask.kind != Given::kNone;
+  return first_col < state.given_queries.end && first_col + Traits::kCols > state.given_queries.begin;
+}
 
 // Whether every row sees all columns of the step that begins at `first_col`.
 template <class Traits>
@@ -54,14 +94,20 @@ BROADHEAD_DEVICE bool is_whole(const BackwardState& state, int first_col) {
   return first_col >= state.whole.begin && first_col + Traits::kCols <= state.whole.end;
 }
 
-// Calls `work` with what the rows see.
-template <class Traits, class Work>
-BROADHEAD_DEVICE void with_mask(const BackwardState& state, int first_col, const WarpPlace& place, const Work& work) {
+// Calls `work` with what the rows see in a step, `placed` by position.
+template <class Traits, class Placed, class Work>
+BROADHEAD_DEVICE void with_mask(const BackwardState& state, int first_col, const Placed& placed, const Work& work) {
   if (is_whole<Traits>(state, first_col)) {
     work(WholeStep{});
+  } else if (__builtin_expect(meets_given<Traits>(state, first_col), 0)) {
+    work(GivenStep<Traits, Placed>{placed});
   } else {
-    work(MaskedStep<Traits>{state, place, first_col + tile_col<Traits>(place, 0)});
+    work(placed);
   }
+}
+template <class Traits, class Work>
+BROADHEAD_DEVICE void with_mask(const BackwardState& state, int first_col, const WarpPlace& place, const Work& work) {
+  with_mask<Traits>(state, first_col, MaskedStep<Traits>{state, place, first_col + tile_col<Traits>(place, 0)}, work);
 }
 
 // P of a score, and the derivative of its softcap. `lse` in units of log2(e).
@@ -109,12 +155,13 @@ BROADHEAD_DEVICE void differentiate(const Scores<Traits>& s, Scores<Traits>& dp,
   for (int m = 0; m < Traits::kRowTiles; ++m) {
     BROADHEAD_UNROLL
     for (int half = 0; half < 2; ++half) {
+      const auto of_row = step.row(m, half);
       std::uint32_t seen = 0;
       const int row = tile_row<Traits>(place, m, 2 * half);
       const float of_lse = weigh_lse(lse[row]), of_delta = delta[row];
       BROADHEAD_UNROLL
       for (int n = 0; n < Traits::kColTiles; ++n) {
-        if (n % 4 == 0) seen = step.word(m, half, n);
+        if (n % 4 == 0) seen = of_row.word(n);
         BROADHEAD_UNROLL
         for (int c = 0; c < 2; ++c) {
           float& element = dp[m][n][2 * half + c];
@@ -160,6 +207,11 @@ BROADHEAD_DEVICE void weigh_scores(Scores<Traits>& s, const Step& step, const W&
   using Element = typename Traits::Element;
   using Fragment = OwnFragment<Traits>;
   constexpr int kTiles = Fragment::kTiles;
+  struct {
+    decltype(step.row(0, 0)) half[2];
+  } rows[Traits::kRowTiles];
+  BROADHEAD_UNROLL
+  for (int m = 0; m < Traits::kRowTiles; ++m) rows[m] = {{step.row(m, 0), step.row(m, 1)}};
   std::uint32_t seen[Traits::kRowTiles][2];
   float2 next[kTiles];  // LSE of what comes next: on its way while this is worked on
   const auto load_next = [&](int n) {
@@ -175,7 +227,7 @@ BROADHEAD_DEVICE void weigh_scores(Scores<Traits>& s, const Step& step, const W&
     if (n + kTiles < Traits::kColTiles) load_next(n + kTiles);
     BROADHEAD_UNROLL
     for (int m = 0; m < Traits::kRowTiles; ++m) {
-      if (n % 4 == 0) seen[m][0] = step.word(m, 0, n), seen[m][1] = step.word(m, 1, n);
+      if (n % 4 == 0) seen[m][0] = rows[m].half[0].word(n), seen[m][1] = rows[m].half[1].word(n);
       std::uint32_t p[2 * kTiles], with_slope[2 * kTiles];
       BROADHEAD_UNROLL
       for (int i = 0; i < 2 * kTiles; ++i) {
@@ -207,10 +259,11 @@ BROADHEAD_DEVICE void differentiate_scores(Scores<Traits>& dp, const Step& step,
   constexpr int kTiles = Fragment::kTiles;
   BROADHEAD_UNROLL
   for (int m = 0; m < Traits::kRowTiles; ++m) {
+    const decltype(step.row(0, 0)) rows[2] = {step.row(m, 0), step.row(m, 1)};
     std::uint32_t seen[2];
     BROADHEAD_UNROLL
     for (int n = 0; n < Traits::kColTiles; n += kTiles) {
-      if (n % 4 == 0) seen[0] = step.word(m, 0, n), seen[1] = step.word(m, 1, n);
+      if (n % 4 == 0) seen[0] = rows[0].word(n), seen[1] = rows[1].word(n);
       std::uint32_t words[2 * kTiles];
       Fragment::load(handed, place, m, n, words);
       BROADHEAD_UNROLL

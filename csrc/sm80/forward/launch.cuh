@@ -25,11 +25,9 @@ int launch_forward(const char* kernel_id, const AttnParams& given, cudaStream_t 
   KernelLimits limits;
   if (prepared.prepare(forward_kernel<Traits>, Traits::kThreads, report, limits)) return 1;
 
-  const int rows_per_token = params.pack_gqa ? params.num_heads_q / params.num_heads_kv : 1;
-  const int heads = params.pack_gqa ? params.num_heads_kv : params.num_heads_q;
-  const long long rows = static_cast<long long>(params.seqlen_q) * rows_per_token;
+  const long long rows = static_cast<long long>(params.seqlen_q) * params.rows_per_token;
   const int m_blocks = static_cast<int>((rows + Traits::kTileM - 1) / Traits::kTileM);
-  const long long ctas = static_cast<long long>(m_blocks) * heads * params.batch;
+  const long long ctas = static_cast<long long>(m_blocks) * params.heads_in_grid * params.batch;
   if (ctas == 0) return 0;
   if (params.head_dim > Traits::kHeadDim || params.head_dim_v > Traits::kHeadDim) {
     return report.fail("head_dim", cudaErrorInvalidValue);

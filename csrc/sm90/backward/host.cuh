@@ -59,7 +59,7 @@ int make_backward_maps(BackwardArgs& args) {
 // Heads of a section, of whose tiles of rows `ctas` run at a time.
 template <class Traits>
 int section_heads(const AttnBwdParams& params, int tiles, int ctas) {
-  const int group = params.num_heads_q / params.num_heads_kv;
+  const int group = params.heads_per_kv;
   const long long of_row = 2LL * (params.head_dim + params.head_dim_v);
   const long long of_kv_head = Traits::kKeys ? of_row * params.seqlen_q * group : of_row * params.seqlen_k;
   const long long tiles_of_kv_head = static_cast<long long>(tiles) * (Traits::kKeys ? 1 : group);

@@ -14,13 +14,13 @@ namespace broadhead::sm90 {
 
 using namespace tma;
 
-// Ones in the bytes of this lane whose keys a query of the tile sees; keys from `key` on are one group of 16.
-template <class Element>
-BROADHEAD_DEVICE std::uint32_t live_bytes(const KvSource<Element>& source, int key) {
+// Ones in the bytes of this lane whose keys are live. `live`: a bit for each of 16 keys and more.
+BROADHEAD_DEVICE std::uint32_t live_bytes(std::uint32_t live) {
+  live >>= fresh_thread() % 4 * 2;
   std::uint32_t mask = 0;
   BROADHEAD_UNROLL
   for (int i = 0; i < 4; ++i) {
-    if (source.live.contains(key + i / 2 * 8 + static_cast<int>(threadIdx.x % 4) * 2 + i % 2)) mask |= 0xffu << (8 * i);
+    if ((live >> (i / 2 * 8 + i % 2)) & 1) mask |= 0xffu << (8 * i);
   }
   return mask;
 }
@@ -54,46 +54,58 @@ struct Transposer {
 
   // What ldmatrix_x4_trans read of 16 keys, key group `group` of the stage, but for the bytes that `mask`
   // clears.
-  BROADHEAD_DEVICE void store(std::uint32_t to, int group, const std::uint32_t (&x)[4], std::uint32_t mask) const {
+  BROADHEAD_DEVICE void store(std::uint32_t result, int group, const std::uint32_t (&x)[4], std::uint32_t mask) const {
     constexpr int kParts = Layout::kRowBytes / 16;
     const std::uint32_t y[4] = {
         __byte_perm(x[0], x[1], selector) & mask, __byte_perm(x[0], x[1], selector ^ 0x1111) & mask,
         __byte_perm(x[2], x[3], selector) & mask, __byte_perm(x[2], x[3], selector ^ 0x1111) & mask};
-    stmatrix_x4((to + group / kParts * Layout::kAtomBytes) ^ (group % kParts * 16), y);
+    stmatrix_x4((result + group / kParts * Layout::kAtomBytes) ^ (group % kParts * 16), y);
   }
 
-  template <bool kMasked>
-  BROADHEAD_DEVICE void run(const KvSource<Element>& source, int key0, std::uint32_t v, std::uint32_t target,
-                            int warp) const {
+  // Where this lane reads and writes `columns`, of key group 0.
+  BROADHEAD_DEVICE std::uint32_t from(std::uint32_t v, int columns) const {
     constexpr int kParts = VLayout::kRowBytes / 16;
+    const int lane = fresh_thread() % 32;
+    const int part = columns / 16 + lane / 16;
+    const int swizzle = VLayout::kRowBytes == 128 ? lane % 8 : lane % 8 / 2;
+    return v + source_row + part / kParts * VLayout::kSubtileStride + ((part % kParts ^ swizzle) * 16);
+  }
+  BROADHEAD_DEVICE std::uint32_t to(std::uint32_t target, int columns) const {
+    return target + target_row + columns / 8 * Layout::kSlabBytes;
+  }
+
+  BROADHEAD_DEVICE void run(std::uint32_t v, std::uint32_t target, int warp) const {
 #pragma unroll 1
     for (int columns = warp * 32; columns < Traits::kHeadDimV; columns += Traits::kTransposeWarps * 32) {
-      const int lane = fresh_thread() % 32;
-      const int part = columns / 16 + lane / 16;
-      const int swizzle = VLayout::kRowBytes == 128 ? lane % 8 : lane % 8 / 2;
-      const std::uint32_t from =
-          v + source_row + part / kParts * VLayout::kSubtileStride + ((part % kParts ^ swizzle) * 16);
-      const std::uint32_t to = target + target_row + columns / 8 * Layout::kSlabBytes;
-      if constexpr (kMasked) {
+      const std::uint32_t source = from(v, columns), result = to(target, columns);
+      constexpr int kAhead = 3;  // loads in flight
+      std::uint32_t x[kAhead + 1][4];
+      BROADHEAD_UNROLL
+      for (int group = 0; group < kAhead; ++group) {
+        ldmatrix_x4_trans(x[group], source + group * 2 * VLayout::kSlabStride);
+      }
+      BROADHEAD_UNROLL
+      for (int group = 0; group < kKeyGroups; ++group) {
+        const int next = group + kAhead;
+        if (next < kKeyGroups) ldmatrix_x4_trans(x[next % (kAhead + 1)], source + next * 2 * VLayout::kSlabStride);
+        store(result, group, x[group % (kAhead + 1)], ~0u);
+      }
+    }
+  }
+
+  // Likewise, but for what no query sees. PERF: whether a key is live is asked once a key, not for each of its columns.
+  BROADHEAD_DEVICE void run_masked(const KvSource<Element>& source, int key0, std::uint32_t v, std::uint32_t target,
+                                   int warp) const {
+    std::uint32_t live = 0;  // of 32 keys
 #pragma unroll 1
-        for (int group = 0; group < kKeyGroups; ++group) {
-          std::uint32_t x[4];
-          ldmatrix_x4_trans(x, from + group * 2 * VLayout::kSlabStride);
-          store(to, group, x, live_bytes(source, key0 + group * 16));
-        }
-      } else {
-        constexpr int kAhead = 3;  // loads in flight
-        std::uint32_t x[kAhead + 1][4];
-        BROADHEAD_UNROLL
-        for (int group = 0; group < kAhead; ++group) {
-          ldmatrix_x4_trans(x[group], from + group * 2 * VLayout::kSlabStride);
-        }
-        BROADHEAD_UNROLL
-        for (int group = 0; group < kKeyGroups; ++group) {
-          const int next = group + kAhead;
-          if (next < kKeyGroups) ldmatrix_x4_trans(x[next % (kAhead + 1)], from + next * 2 * VLayout::kSlabStride);
-          store(to, group, x[group % (kAhead + 1)], ~0u);
-        }
+    for (int group = 0; group < kKeyGroups; ++group) {
+      live = group % 2 == 0 ? live_word(source.live, key0 + group * 16) : live >> 16;
+      const std::uint32_t mask = live_bytes(live);
+#pragma unroll 1
+      for (int columns = warp * 32; columns < Traits::kHeadDimV; columns += Traits::kTransposeWarps * 32) {
+        std::uint32_t x[4];
+        ldmatrix_x4_trans(x, from(v, columns) + group * 2 * VLayout::kSlabStride);
+        store(to(target, columns), group, x, mask);
       }
     }
   }
@@ -121,9 +133,9 @@ BROADHEAD_DEVICE void transpose_tiles(const KernelArgs& args, typename Traits::S
       const std::uint32_t target = smem_address(smem.transposed_v[stage]);
       const int key0 = tile.state.first_key(block, Traits::kTileN);
       if (source.live.all(key0, Traits::kTileN)) {
-        transposer.template run<false>(source, key0, v, target, warp);
+        transposer.run(v, target, warp);
       } else {
-        transposer.template run<true>(source, key0, v, target, warp);
+        transposer.run_masked(source, key0, v, target, warp);
       }
       cutlass::arch::fence_view_async_shared();  // ordinary writes, read by wgmma
       __syncwarp();
