@@ -66,7 +66,8 @@ def test_operators_positional(operators: Any) -> None:
     assert len(rest) == 2
     dq, dk, dv = (torch.full_like(x, torch.nan) for x in (q, k, v))
     five = operators.bwd(
-        s.grad_out, q, k, v, out, lse, dq, dk, dv, s.cu_q, s.cu_k, None, None, 16, 16, 0.125, True, -1, -1, 0.0, False, 0
+        s.grad_out, q, k, v, out, lse, dq, dk, dv, s.cu_q, s.cu_k, None, None, 16, 16, 0.125, True, -1, -1, 0.0,
+        False, 0,
     )  # fmt: skip
     assert len(five) == 5
     s.check(CAUSAL, out, lse, (dq, dk, dv))
