@@ -15,6 +15,7 @@ from surface_modules import SOURCES
 from torch import Tensor
 
 VLLM: Any = SOURCES["vllm_flash_attn"]
+OWN: Any = SOURCES["vllm.vllm_flash_attn"]
 SGL: Any = SOURCES["sgl_kernel.flash_attn"]
 CAUSAL = oracle.Rule(64**-0.5, (-1, 0))
 
@@ -69,6 +70,23 @@ def test_vllm_takes_metadata_of_another_call(monkeypatch: pytest.MonkeyPatch) ->
         )  # fmt: skip
     assert [each.category for each in caught] == [broadhead.CompatWarning]
     s.check(CAUSAL, out)
+
+
+def test_vllm_causality_by_sequence() -> None:
+    """vLLM's own module: dynamic_causal, int32, one number a sequence."""
+    s = Sequences((5, 12, 3), (37, 12, 20))
+    k, v, table = cache_of(s, 16)
+    out = OWN["flash_attn_varlen_func"](
+        q=s.q.detach(), k=k, v=v, max_seqlen_q=12, cu_seqlens_q=s.cu_q, max_seqlen_k=37, seqused_k=int32(*s.seqlens_k),
+        causal=True, window_size=None, block_table=table, fa_version=4, dynamic_causal=int32(1, 0, 1), mask_mod=None,
+        aux_tensors=None, output_scale=None, num_splits=0,
+    )  # fmt: skip
+    s.check([CAUSAL, oracle.Rule(64**-0.5), CAUSAL], out)
+    assert OWN["compile_flash_attn_varlen_func_from_specs"](
+        q_shape=(1, 2, 64), k_shape=(1, 2, 64), v_shape=(1, 2, 64), q_dtype=torch.bfloat16, fa_version=4
+    ) is None  # fmt: skip
+    x, cu = torch.randn(4, 2, 64, device=DEVICE).bfloat16(), int32(0, 4)
+    raises_by_name(lambda: OWN["flash_attn_varlen_func"](x, x, x, 4, cu, 4, cu, output_scale=x), "output_scale must be")
 
 
 def test_vllm_refuses_by_name() -> None:

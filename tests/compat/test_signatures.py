@@ -59,6 +59,9 @@ ABSENT: dict[str, dict[str, str]] = {
         "num_splits_heuristic": _KERNELS,
     },
     "vllm_flash_attn": {"_is_fa?_supported": "is_fa_version_supported asks them; here one question answers for all"},
+    "vllm.vllm_flash_attn": {
+        "_is_fa?_supported": "is_fa_version_supported asks them; here one question answers for all"
+    },
     "sgl_kernel.flash_attn": {},
 }
 #: Results that differ, and why; the tests of calls hold the others to the number that is recorded.
@@ -142,7 +145,7 @@ def test_the_page_names_every_argument() -> None:
         for name in re.findall(r"`(\w+)`", row.split("|")[1]):
             releases[name] = releases.get(name, "") + row.split("|")[2]
     marks = {"flash_attn.flash_attn_interface": "2", "flash_attn_interface": "3", "flash_attn.cute.interface": "4"}
-    marks |= {"vllm_flash_attn": "v", "sgl_kernel.flash_attn": "s"}
+    marks |= {"vllm_flash_attn": "v", "vllm.vllm_flash_attn": "v", "sgl_kernel.flash_attn": "s"}
     checked = 0
     for module, mark in marks.items():
         for name in RECORDED[module]["functions"]:

@@ -40,12 +40,12 @@ class Surface(NamedTuple):
 _FA2, _FA3, _FA4 = "flash_attn_2", "flash_attn_3", "flash_attn_4"
 
 
-def _forks(name: str, inside: str | None) -> Surface:
+def _of_vllm(name: str, functions: str, inside: str | None) -> Surface:
     modules = (
-        SurfaceModule(name, "vllm_flash_attn", "PACKAGE_NAMES", is_package=True),
-        SurfaceModule(f"{name}.flash_attn_interface", "vllm_flash_attn", "INTERFACE_NAMES"),
+        SurfaceModule(name, functions, "PACKAGE_NAMES", is_package=True),
+        SurfaceModule(f"{name}.flash_attn_interface", functions, "INTERFACE_NAMES"),
     )
-    return Surface(modules, probe=name, version_of="vllm_flash_attn", inside=inside)
+    return Surface(modules, probe=name, inside=inside)
 
 
 SURFACES = {
@@ -81,8 +81,8 @@ SURFACES = {
         distribution="flash-attn-4",
         version_of=_FA4,
     ),
-    "vllm_flash_attn": _forks("vllm_flash_attn", None),
-    "vllm.vllm_flash_attn": _forks("vllm.vllm_flash_attn", "vllm"),
+    "vllm_flash_attn": _of_vllm("vllm_flash_attn", "vllm_flash_attn", None),
+    "vllm.vllm_flash_attn": _of_vllm("vllm.vllm_flash_attn", "vllm_0_33", "vllm"),
     "sgl_kernel.flash_attn": Surface(
         (SurfaceModule("sgl_kernel.flash_attn", "sgl_kernel", "NAMES"),),
         probe="sgl_kernel.flash_attn",

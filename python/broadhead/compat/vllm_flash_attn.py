@@ -18,10 +18,11 @@ from .obstacle import device_obstacle
 __version__ = "2.7.2.post1"
 _SURFACE = "vllm_flash_attn"
 _MODULE = __name__
-_VERSIONS = (2, 3, 4)
+#: The versions that there are; all run the same kernels here.
+VERSIONS = (2, 3, 4)
 
 
-def _varlen(
+def run_varlen(
     *,
     q: Tensor,
     k: Tensor,
@@ -40,7 +41,7 @@ def _varlen(
 
 
 def _check_version(fa_version: int) -> None:
-    if fa_version not in _VERSIONS:
+    if fa_version not in VERSIONS:
         raise AssertionError(f"fa_version must be 2, 3 or 4, got {fa_version!r}")
 
 
@@ -67,7 +68,7 @@ flash_attn_varlen_func = declare(
     " return_attn_probs=False, block_table=None, return_softmax_lse=False, out=None, scheduler_metadata=None,"
     " q_descale=None, k_descale=None, v_descale=None, num_splits=0, fa_version=2, s_aux=None, cp_world_size=1,"
     " cp_rank=0, cp_tot_seqused_k=None",
-    _varlen,
+    run_varlen,
     doc="Attention of vLLM's fork: max_seqlen_q stands before cu_seqlens_q; fa_version selects nothing here.",
     renamed={"q_v": "qv", "block_table": "page_table", "s_aux": "sinks"},
 )
