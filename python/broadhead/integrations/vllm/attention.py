@@ -144,7 +144,7 @@ class BroadheadImpl(vllm_flash_attn.FlashAttentionImpl):  # type: ignore[misc,na
         v_cache: Tensor,
         out: Tensor,
         step: BroadheadMetadata,
-        factors: dict[str, Tensor],
+        factors: dict[str, Any],
     ) -> None:
         """Prefill, chunked prefill, decode and mixtures of them, of one rank."""
         ranges = step.mm_prefix_query_range_tensor
@@ -176,7 +176,7 @@ class BroadheadImpl(vllm_flash_attn.FlashAttentionImpl):  # type: ignore[misc,na
         v_cache: Tensor,
         out: Tensor,
         step: BroadheadMetadata,
-        factors: dict[str, Tensor],
+        factors: dict[str, Any],
     ) -> None:
         """All requests begin with the same tokens, which are read once."""
         if self.sliding_window != (-1, -1):
@@ -211,9 +211,9 @@ class BroadheadImpl(vllm_flash_attn.FlashAttentionImpl):  # type: ignore[misc,na
         v_cache: Tensor,
         out: Tensor,
         step: BroadheadMetadata,
-        factors: dict[str, Tensor],
+        factors: dict[str, Any],
     ) -> None:
-        """Decode context parallelism: all heads over the keys of this rank, merged over ranks, and then the new keys."""
+        """Decode context parallelism: all heads over the keys of this rank, merged over ranks, then the new keys."""
         if self.sliding_window != (-1, -1) or self.sinks is not None:
             raise UnsupportedError(
                 "broadhead's vLLM backend: decode context parallelism takes no window and no sinks, got window"
@@ -288,7 +288,7 @@ class BroadheadImpl(vllm_flash_attn.FlashAttentionImpl):  # type: ignore[misc,na
             k_cache, v_cache = k_cache.view(torch.float8_e4m3fn), v_cache.view(torch.float8_e4m3fn)
         return k_cache, v_cache
 
-    def _factors(self, layer: Any, step: BroadheadMetadata) -> dict[str, Tensor]:
+    def _factors(self, layer: Any, step: BroadheadMetadata) -> dict[str, Any]:
         """The factors of an FP8 cache, and of queries where they are FP8: each ``(requests, Hkv)``, not copied."""
         if not self.fp8_cache:
             return {}

@@ -41,12 +41,17 @@ class Layer(NamedTuple):
 
 
 def read_mode() -> Mode:
-    """The mode that the environment asks for.
+    """The mode that the environment asks for. Errors as for parse_mode."""
+    return parse_mode(os.environ.get(VARIABLE))
+
+
+def parse_mode(value: str | None) -> Mode:
+    """The mode that a value of BROADHEAD_VLLM asks for; None: it is not set.
 
     Raises:
-        InvalidArgumentError: the variable has another value than "auto", "on" or nothing.
+        InvalidArgumentError: it is not "auto", "on" or nothing.
     """
-    text = os.environ.get(VARIABLE, "").strip().lower()
+    text = (value or "").strip().lower()
     if not text:
         return Mode.FLAG
     for mode in (Mode.AUTO, Mode.ON):
