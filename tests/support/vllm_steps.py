@@ -181,15 +181,17 @@ def empty_cache(blocks: int, step: Step) -> tuple[Tensor, Tensor, Tensor]:
 
     dtype = torch.float8_e4m3fn if step.fp8 else step.dtype
     size, heads, columns = step.block_size, step.heads_kv, step.head_dim
-    if hasattr(BroadheadBackend, "get_kv_cache_shape"):  # vLLM 0.24: the backend says the shape
+    shape: tuple[int, ...] = (blocks, heads, size, 2 * columns)
+    if hasattr(BroadheadBackend, "get_kv_cache_shape"):  # older versions ask the backend
         shape = BroadheadBackend.get_kv_cache_shape(blocks, size, heads, columns)
+    if len(shape) == 5:  # vLLM 0.24: (blocks, 2, block_size, Hkv, D)
         order = (0, 1, 3, 2, 4) if step.heads_first else (0, 1, 2, 3, 4)
-        memory = torch.empty([shape[i] for i in order], dtype=dtype, device=DEVICE)
-        cache = memory.permute(order)
+    else:
+        order = (0, 1, 2, 3) if step.heads_first else (0, 2, 1, 3)
+    memory = torch.empty([shape[i] for i in order], dtype=dtype, device=DEVICE)
+    cache = memory.permute(order)  # these orders are their own inverses
+    if len(shape) == 5:
         return cache, cache[:, 0], cache[:, 1]
-    order = (0, 1, 2, 3) if step.heads_first else (0, 2, 1, 3)
-    shape = (blocks, heads, size, 2 * columns)
-    cache = torch.empty([shape[i] for i in order], dtype=dtype, device=DEVICE).permute(order)
     return cache, cache[..., :columns].transpose(1, 2), cache[..., columns:].transpose(1, 2)
 
 

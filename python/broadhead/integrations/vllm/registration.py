@@ -124,7 +124,14 @@ def _takes_all(mode: Mode, vllm_config: Any) -> bool:
     if device is None:
         return False
     model = vllm_config.model_config
-    text = model.hf_text_config
-    sizes = {size for name in ("head_dim", "global_head_dim") if (size := getattr(text, name, None)) is not None}
-    layers = [Layer(size, model.dtype, vllm_config.cache_config.cache_dtype, model.is_mm_prefix_lm) for size in sizes]
-    return bool(layers) and all(decide(mode, layer, (device.major, device.minor))[0] for layer in layers)
+    cache = vllm_config.cache_config.cache_dtype
+    layers = [Layer(size, model.dtype, cache, model.is_mm_prefix_lm) for size in _head_sizes(model)]
+    return all(decide(mode, layer, (device.major, device.minor))[0] for layer in layers)
+
+
+def _head_sizes(model: Any) -> set[int]:
+    """Those of the layers of a Gemma 4. Newer versions of vLLM have them by layer."""
+    layers = model.model_arch_config
+    if hasattr(layers, "__getitem__"):
+        return {layers[i].head_size for i in range(layers.total_num_hidden_layers)}
+    return {model.hf_text_config.head_dim, model.hf_text_config.global_head_dim}
