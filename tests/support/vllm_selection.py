@@ -110,10 +110,11 @@ def main(requests: list[dict[str, Any]]) -> list[list[str | None]]:
     leave_out_compiled()
     describe_platform((9, 0))
     from broadhead.api import explain
+    from broadhead.integrations.vllm import policy
     from broadhead.plan import dispatch
     from vllm.config import vllm as current
 
-    for module in (explain, dispatch):
+    for module in (explain, dispatch, policy):
         module.build_description = lambda: FULL  # type: ignore[attr-defined]
     current._current_vllm_config = SimpleNamespace(
         model_config=None,

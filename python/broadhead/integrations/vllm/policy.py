@@ -10,7 +10,7 @@ import torch
 
 import broadhead
 from broadhead.errors import InvalidArgumentError
-from broadhead.plan.native import BuildDescription
+from broadhead.plan.native import BuildDescription, build_description, build_help
 
 #: The environment variable that says which layers are taken without --attention-backend.
 VARIABLE = "BROADHEAD_VLLM"
@@ -125,5 +125,8 @@ def decide(
         wanted, why = where_ahead(layer, capability)
     if not wanted:
         return False, why
+    hopper = (build_description() if build is None else build).family("sm90")
+    if mode is Mode.AUTO and capability == HOPPER and (hopper is None or not hopper.covers(capability)):
+        return False, f"this build has no kernels made for Hopper, and others are not ahead; {build_help('90a')}"
     lacking = missing(layer, capability, build)
     return (True, why) if lacking is None else (False, lacking)
