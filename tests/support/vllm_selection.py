@@ -9,6 +9,7 @@ results are what vLLM sets for a Gemma 4, with FlashAttention 4 and without.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import sys
@@ -63,7 +64,8 @@ def gemma_config(fa4: bool) -> Any:
     class Layers:
         total_num_hidden_layers = 2
 
-    if hasattr(models, "EmbeddingGemma2ModelConfig"):  # newer: head sizes by layer
+    # Newer versions read head sizes by layer, older ones from the text config.
+    if "model_arch_config" in inspect.getsource(models.Gemma4Config):
         Layers.__getitem__ = lambda self, i: SimpleNamespace(head_size=(256, 512)[i])  # type: ignore[attr-defined]
     text = SimpleNamespace(head_dim=256, global_head_dim=512, layer_types=["sliding_attention", "full_attention"])
     config = SimpleNamespace(
