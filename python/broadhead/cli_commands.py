@@ -1,4 +1,4 @@
-"""The commands `broadhead demo`, `explain` and `matrix`."""
+"""The commands `broadhead demo`, `explain`, `matrix` and `vllm-check`."""
 
 from __future__ import annotations
 
@@ -151,6 +151,16 @@ def matrix() -> None:
         )
     Console(width=132).print(table)
     typer.echo(f"{sum(entry.in_build for entry in entries)} of {len(entries)} kernels are in this installation")
+
+
+@app.command("vllm-check")
+def vllm_check() -> None:
+    """Say whether vLLM on this machine would take broadhead, and what is missing if not."""
+    from broadhead.integrations.vllm.check import look, report
+
+    usable, text = report(look())
+    typer.echo(text)
+    raise typer.Exit(0 if usable else 1)
 
 
 def _parse_dtype(option: str, name: str) -> torch.dtype:

@@ -1,0 +1,228 @@
+"""What a step of vLLM hands to the attention of its layers, and the builder that makes it for a group of layers."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder
+from vllm.v1.attention.backends.utils import get_dcp_local_seq_lens
+
+import broadhead
+
+from .policy import is_fp8
+from .ranges import query_ranges
+
+#: Query rows, which are tokens times the query heads of a KV head, up to which kernels are those of decode.
+_DECODE_ROWS = 32
+
+
+class Kind(NamedTuple):
+    """Layers of one group that share scheduler metadata."""
+
+    num_heads_q: int
+    num_heads_kv: int
+    head_size: int
+    window: tuple[int, int]
+    quantized_query: bool
+
+
+@dataclasses.dataclass
+class BroadheadMetadata:
+    """A step. Names are those of vLLM's FlashAttentionMetadata, which models and connectors of vLLM read."""
+
+    num_actual_tokens: int  # rows of q, with padding
+    max_query_len: int
+    query_start_loc: Tensor  # int32 (requests + 1,)
+    max_seq_len: int
+    seq_lens: Tensor  # int32 (requests,)
+    block_table: Tensor  # int32 (requests, max_blocks)
+    slot_mapping: Tensor
+    causal: bool | Tensor = True  # a tensor is int32 (requests,)
+    common_prefix_len: int = 0  # tokens that all requests share, read once; 0: none
+    dcp_context_kv_lens: Tensor | None = None  # int32 (requests,): this rank's keys before the queries
+    #: int32 (num_actual_tokens, 2): begin, and one past the end, as query_ranges has them. vLLM's own buffer holds
+    #: inclusive ends. Models of vLLM set it to None for layers that do not see images whole.
+    mm_prefix_query_range_tensor: Tensor | None = None
+    scheduler_metadata: dict[Kind, Tensor] = dataclasses.field(default_factory=dict)
+
+    @property
+    def mm_prefix_range_tensor(self) -> Tensor | None:
+        """The name by which models of vLLM 0.24 clear the ranges."""
+        return self.mm_prefix_query_range_tensor
+
+    @mm_prefix_range_tensor.setter
+    def mm_prefix_range_tensor(self, value: Tensor | None) -> None:
+        self.mm_prefix_query_range_tensor = value
+
+    @property
+    def use_cascade(self) -> bool:
+        """Whether the first tokens of all requests are read once."""
+        return self.common_prefix_len > 0
+
+
+class BroadheadMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc,unused-ignore]
+    """Makes the metadata of a group of layers. What kernels read from it keeps its address from step to step."""
+
+    supports_update_block_table: bool = True
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Every batch can be captured, but one that may hold images: a graph without ranges would run for it."""
+        model = vllm_config.model_config
+        if model is not None and model.is_mm_prefix_lm:
+            return AttentionCGSupport.UNIFORM_BATCH
+        return AttentionCGSupport.ALWAYS
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        scheduler = vllm_config.scheduler_config
+        compilation = vllm_config.compilation_config
+        self.page_size: int = kv_cache_spec.block_size
+        self.model_dtype: torch.dtype = vllm_config.model_config.dtype
+        self.fp8_cache = is_fp8(vllm_config.cache_config.cache_dtype)
+        self.max_requests = max(scheduler.max_num_seqs, compilation.max_cudagraph_capture_size or 0)
+        self.dcp_world_size, self.dcp_rank = _dcp(kv_cache_spec)
+        self.interleave: int = vllm_config.parallel_config.cp_kv_cache_interleave_size
+        self._kinds: tuple[Kind, ...] | None = None
+        self._plans: dict[Kind, Tensor] = {}
+        self._context_lens: Tensor | None = None
+        if self.dcp_world_size > 1:
+            self._context_lens = torch.zeros(self.max_requests, dtype=torch.int32, device=device)
+        self._ranges: Tensor | None = None
+        if vllm_config.model_config.is_mm_prefix_lm:
+            self._ranges = torch.zeros(scheduler.max_num_batched_tokens, 2, dtype=torch.int32, device=device)
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> BroadheadMetadata:
+        """The metadata of a step. ``fast_build`` plans no splits: the kernels then divide the keys by themselves."""
+        common = common_attn_metadata
+        causal = common.causal
+        if isinstance(causal, Tensor) and causal.dtype != torch.int32:
+            causal = causal.to(torch.int32)
+        metadata = BroadheadMetadata(
+            num_actual_tokens=common.num_actual_tokens,
+            max_query_len=common.max_query_len,
+            query_start_loc=common.query_start_loc,
+            max_seq_len=common.max_seq_len,
+            seq_lens=common.seq_lens,
+            block_table=common.block_table_tensor,
+            slot_mapping=common.slot_mapping,
+            causal=causal,
+            common_prefix_len=common_prefix_len,
+        )
+        if self.dcp_world_size > 1:
+            metadata.dcp_context_kv_lens = self._context_of_this_rank(common)
+        elif not fast_build and not common_prefix_len:
+            self._plan(metadata)
+        if common.mm_req_doc_ranges and causal is not False:
+            metadata.mm_prefix_query_range_tensor = self._image_ranges(common)
+        return metadata
+
+    def update_block_table(self, metadata: BroadheadMetadata, blk_table: Tensor, slot_mapping: Tensor) -> Any:
+        """The same step over the pages of another group."""
+        updated = copy.copy(metadata)
+        updated.block_table = blk_table
+        updated.slot_mapping = slot_mapping
+        if blk_table.shape[1] != metadata.block_table.shape[1]:
+            updated.scheduler_metadata = {}  # planned for sequences of another greatest length
+        return updated
+
+    def use_cascade_attention(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether the tokens that all requests share are read once: by the rule of vLLM versions that ask it."""
+        from vllm.v1.attention.backends import flash_attn
+
+        rule = getattr(flash_attn, "use_cascade_attention", None)
+        return rule is not None and bool(rule(*args, **kwargs))
+
+    def _kinds_of_layers(self) -> tuple[Kind, ...]:
+        """The layers are there at the first step, not when the builder is made."""
+        if self._kinds is None:
+            layers = self.vllm_config.compilation_config.static_forward_context
+            impls = [impl for name in self.layer_names if hasattr(impl := layers[name].impl, "kind")]
+            self._kinds = tuple(dict.fromkeys(impl.kind for impl in impls))
+        return self._kinds
+
+    def _plan(self, metadata: BroadheadMetadata) -> None:
+        """Scheduler metadata of each kind of layer whose batch runs on decode kernels, in a buffer that stays."""
+        requests = metadata.seq_lens.shape[0]
+        for kind in self._kinds_of_layers():
+            if metadata.max_query_len * (kind.num_heads_q // kind.num_heads_kv) > _DECODE_ROWS:
+                continue
+            buffer = self._plans.get(kind)
+            size = _metadata_size(requests)
+            if buffer is None or buffer.numel() < size:
+                buffer = torch.zeros(
+                    _metadata_size(max(requests, self.max_requests)), dtype=torch.int32, device=self.device
+                )
+                self._plans[kind] = buffer
+            kv_dtype = torch.float8_e4m3fn if self.fp8_cache else self.model_dtype
+            metadata.scheduler_metadata[kind] = broadhead.get_scheduler_metadata(
+                requests,
+                metadata.max_query_len,
+                metadata.max_seq_len,
+                kind.num_heads_q,
+                kind.num_heads_kv,
+                kind.head_size,
+                metadata.seq_lens,
+                qkv_dtype=kv_dtype if kind.quantized_query else self.model_dtype,
+                kv_dtype=kv_dtype,
+                cu_seqlens_q=metadata.query_start_loc,
+                page_size=self.page_size,
+                causal=metadata.causal,
+                window_size=window_of(kind.window, metadata.causal),
+                page_table=metadata.block_table,
+                out=buffer[:size],
+            )
+
+    def _image_ranges(self, common: Any) -> Tensor | None:
+        """Ranges of the queries inside images, copied into the buffer of this builder."""
+        seq_lens = common.seq_lens_cpu_upper_bound
+        if seq_lens is None:
+            seq_lens = common.seq_lens.cpu()
+        found = query_ranges(common.mm_req_doc_ranges, common.query_start_loc_cpu, seq_lens, common.num_actual_tokens)
+        if found is None:
+            return None
+        if self._ranges is None or len(self._ranges) < len(found):
+            self._ranges = torch.zeros(len(found), 2, dtype=torch.int32, device=self.device)
+        if self.device.type == "cuda":
+            found = found.pin_memory()
+        return self._ranges[: len(found)].copy_(found, non_blocking=True)
+
+    def _context_of_this_rank(self, common: Any) -> Tensor:
+        """Keys before the queries of each request that this rank of decode context parallelism holds."""
+        assert self._context_lens is not None
+        requests = common.num_reqs
+        context = common.seq_lens - common.query_start_loc.diff()
+        mine = get_dcp_local_seq_lens(context, self.dcp_world_size, self.dcp_rank, self.interleave)
+        self._context_lens[:requests] = mine
+        self._context_lens[requests:] = 0
+        return self._context_lens[:requests]
+
+
+def window_of(window: tuple[int, int], causal: bool | Tensor) -> tuple[int, int]:
+    """The window of a layer in a step: of queries that are not causal it has two sides, as in vLLM."""
+    left, right = window
+    if left >= 0 and right == 0 and (isinstance(causal, Tensor) or not causal):
+        return left, left
+    return window
+
+
+def _metadata_size(requests: int) -> int:
+    return 1 + 4 * ((requests + 3) // 4 * 4)
+
+
+def _dcp(kv_cache_spec: Any) -> tuple[int, int]:
+    """``(ranks, rank)`` of decode context parallelism over the cache; ``(1, 0)`` where there is none."""
+    from vllm.distributed import parallel_state
+
+    if not getattr(kv_cache_spec, "dcp_sharded", True):
+        return 1, 0
+    try:
+        group = parallel_state.get_dcp_group()
+    except AssertionError:  # not initialised
+        return 1, 0
+    return group.world_size, group.rank_in_group

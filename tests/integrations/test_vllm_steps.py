@@ -1,0 +1,217 @@
+"""Steps of vLLM through the builder and the attention of its backend, by vLLM's own classes, against fp64."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import broadhead
+import pytest
+import torch
+from clients import need
+
+need("vllm")
+need("vllm", "vllm.v1.attention.backends.flash_attn")
+
+from broadhead.integrations.vllm.policy import is_fp8  # noqa: E402
+from oracle import Rule, attention  # noqa: E402
+from tolerance import OUT_FACTOR, assert_close  # noqa: E402
+from vllm.v1.attention.backend import AttentionType  # noqa: E402
+from vllm_steps import DEVICE, NAN, Run, Step, execute, make_builder, make_impl  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::broadhead.FallbackWarning")
+
+
+def lengths(kind: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Ragged ``(seqlens_q, seqlens_k)`` of a batch of a kind."""
+    draw = random.randint
+    if kind == "prefill":
+        q = tuple(draw(1, 70) for _ in range(3))
+        return q, q
+    if kind == "chunked prefill":
+        q = (draw(17, 40), draw(2, 30))
+        return q, tuple(n + draw(1, 90) for n in q)
+    if kind == "decode":
+        return (1, 1, 1, 1), tuple(draw(1, 150) for _ in range(4))
+    assert kind == "mixed"
+    first = draw(20, 60)
+    return (first, 1, 5, 1), (first, draw(2, 120), 5 + draw(1, 60), draw(2, 120))
+
+
+KINDS = ("prefill", "chunked prefill", "decode", "mixed")
+LAYERS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "fp16": {"dtype": torch.float16},
+    "one KV head": {"heads_q": 8, "heads_kv": 1, "heads_first": True},
+    "head_dim 256, window, scale 1": {"head_dim": 256, "window": 24, "scale": 1.0, "block_size": 32},
+    "head_dim 512": {"head_dim": 512, "heads_q": 4, "heads_kv": 1, "block_size": 64},
+    "sinks and window": {"sinks": True, "window": 16},
+    "softcap": {"softcap": 5.0, "heads_first": True},
+    "fp8": {"fp8": True},
+    "fp8, head_dim 512, sinks": {"fp8": True, "head_dim": 512, "sinks": True, "heads_first": True},
+    "padding of a graph": {"padding": 3, "padded_requests": 2},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_steps(layer: str, kind: str) -> None:
+    step = Step(*lengths(kind), **LAYERS[layer])
+    run, _, output = execute(step)
+    run.judge(output, f"{layer}, {kind}")
+    if DEVICE == "cuda":
+        backend, kernel, _ = broadhead.last_dispatch()
+        assert backend == "cuda" and kernel
+
+
+@pytest.mark.parametrize("clamped", [False, True])
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_images(fp8: bool, window: int | None, clamped: bool) -> None:
+    """A whole prompt, a chunk that begins inside an image, an image that is not all there yet, and a decode step."""
+    images = (((3, 14), (20, 41)), ((5, 30),), ((30, 60),), ((2, 9),))
+    step = Step((50, 20, 40, 1), (50, 33, 45, 77), window=window, images=images, clamped=clamped, fp8=fp8, padding=2)
+    run, metadata, output = execute(step)
+    assert metadata.mm_prefix_query_range_tensor.shape == (113, 2)
+    run.judge(output, "images")
+
+
+def test_models_clear_the_ranges_by_either_name() -> None:
+    step = Step((30,), (30,), images=(((4, 20),),))
+    for name in ("mm_prefix_range_tensor", "mm_prefix_query_range_tensor"):
+        _, metadata, _ = execute(step)
+        assert getattr(metadata, name) is not None
+        setattr(metadata, name, None)
+        assert metadata.mm_prefix_query_range_tensor is None
+
+
+@pytest.mark.parametrize("window", [None, 12])
+@pytest.mark.parametrize("causal", [False, (1, 0, 1)])
+def test_batches_that_are_not_causal(causal: Any, window: int | None) -> None:
+    step = Step((20, 30, 1), (50, 30, 44), causal=causal, window=window)
+    run, _, output = execute(step)
+    run.judge(output, f"causal {causal}")
+
+
+@pytest.mark.parametrize("kind", ["decode", "mixed"])
+def test_cascade(kind: str) -> None:
+    prefix = 48
+    seqlens_q, seqlens_k = lengths(kind)
+    own = tuple(max(n, m) for n, m in zip(seqlens_q, seqlens_k))
+    step = Step(seqlens_q, tuple(prefix + n for n in own), common_prefix=prefix, sinks=kind == "mixed")
+    run, metadata, output = execute(step)
+    assert metadata.use_cascade
+    run.judge(output, "cascade")
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_encoder(window: int | None) -> None:
+    seqlens, _ = lengths("prefill")
+    run = Run(Step(seqlens, seqlens, window=window))
+    impl = make_impl(run, attn_type=AttentionType.ENCODER_ONLY)
+    layer = run.layer(impl)
+    metadata = make_builder(run, layer).build(0, run.common())
+    q = run.packed(run.q)
+    output = torch.full_like(q, NAN)
+    impl.forward(layer, q, run.packed(run.k), run.packed(run.v), torch.empty(0), metadata, output=output)
+    run.step = dataclasses.replace(run.step, causal=False)
+    run.judge(output, "encoder", encoder=True)
+
+
+def test_scheduler_metadata_keeps_its_address() -> None:
+    """A graph reads the buffer that the first step filled."""
+    run = Run(Step((1, 1, 1), (40, 3, 90)))
+    impl = make_impl(run)
+    builder = make_builder(run, run.layer(impl))
+    first, second = (builder.build(0, run.common()).scheduler_metadata[impl.kind] for _ in range(2))
+    assert first.data_ptr() == second.data_ptr()
+    assert first.shape == (1 + 4 * 4,)
+    assert builder.build(0, run.common(), fast_build=True).scheduler_metadata == {}
+
+
+def test_profiling_gives_zeros() -> None:
+    run = Run(Step((4,), (4,)))
+    impl = make_impl(run)
+    output = torch.full_like(run.packed(run.q), NAN)
+    impl.forward(run.layer(impl), run.q[0], None, None, run.cache, None, output=output)
+    assert torch.equal(output, torch.zeros_like(output))
+
+
+class Ranks:
+    """Both ranks of decode context parallelism in one process: what vLLM's group and its merge of LSEs give."""
+
+    world_size = 2
+
+    def __init__(self, other_query: torch.Tensor, partials: tuple[torch.Tensor, torch.Tensor]) -> None:
+        self.other_query = other_query
+        self.partials = partials
+
+    def all_gather(self, query: torch.Tensor, dim: int) -> torch.Tensor:
+        return torch.cat((query, self.other_query), dim=dim)
+
+    def combine(self, out: torch.Tensor, lse: torch.Tensor, group: Any, return_lse: bool) -> Any:
+        """Merge with the other rank's part; keep the heads of this rank."""
+        assert group is self and return_lse
+        other, other_lse = self.partials
+        heads = out.shape[1] // 2
+        both = torch.stack((lse.double(), other_lse.T.double()))
+        total = both.logsumexp(0)
+        weights = (both - total).exp().nan_to_num(0.0)[..., None]
+        merged = weights[0] * out.double() + weights[1] * other.double()
+        return merged[:, :heads].to(out.dtype), total[:, :heads].float().contiguous()
+
+
+def test_decode_context_parallelism(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache of a rank has every other token of the context. Ranks share the KV head and have other query heads."""
+    from vllm.v1.attention.backends import flash_attn
+
+    q_lens, context = (3, 1), (41, 60)
+    local = tuple(-(-n // 2) for n in context)
+    run = Run(Step(q_lens, local, heads_q=2, heads_kv=1))  # the cache of this rank: context only
+    others = Run(Step(q_lens, tuple(n // 2 for n in context), heads_q=2, heads_kv=1))
+    new = Run(Step(q_lens, q_lens, heads_q=2, heads_kv=1))
+    scale = run.step.head_dim**-0.5
+    parts = []
+    for b in range(2):  # what the other rank finds for the heads of both
+        heads = torch.cat((run.q[b], others.q[b]), dim=1).double()
+        k, v = (x[b].double() for x in (others.k, others.v))
+        parts.append(attention(heads, k, v, Rule(scale)))
+    ranks = Ranks(others.packed(others.q), (torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts], dim=1)))
+    monkeypatch.setattr(flash_attn, "get_dcp_group", lambda: ranks)
+    impl = make_impl(run)
+    impl.dcp_world_size, impl.dcp_combine = 2, ranks.combine
+    layer = run.layer(impl)
+    metadata = make_builder(run, layer).build(0, run.common())
+    metadata.dcp_context_kv_lens = metadata.seq_lens
+    q = run.packed(run.q)
+    output = torch.full_like(q, NAN)
+    impl.forward(layer, q, new.packed(new.k), new.packed(new.v), run.cache, metadata, output=output)
+    row = 0
+    for b, n in enumerate(q_lens):
+        results = []
+        for dtype in (torch.float64, run.step.dtype):
+            k = torch.cat((run.k[b], others.k[b], new.k[b])).to(dtype)
+            v = torch.cat((run.v[b], others.v[b], new.v[b])).to(dtype)
+            results.append(attention(run.q[b].to(dtype), k, v, Rule(scale, (-1, 0)))[0])
+        assert_close("out", output[row : row + n], *results, run.step.dtype, OUT_FACTOR, f"request {b}")
+        row += n
+
+
+def test_refusals_name_the_argument() -> None:
+    run = Run(Step((2,), (2,)))
+    impl = make_impl(run)
+    with pytest.raises(broadhead.UnsupportedError, match="alibi_slopes must be None"):
+        type(impl)(4, 64, 1.0, 2, [0.5] * 4)
+    with pytest.raises(broadhead.InvalidArgumentError, match=r"sinks must have shape \(4,\)"):
+        type(impl)(4, 64, 1.0, 2, sinks=torch.zeros(3))
+    output = torch.empty_like(run.q[0])
+    metadata = make_builder(run, run.layer(impl)).build(0, run.common())
+    with pytest.raises(broadhead.UnsupportedError, match="output_scale"):
+        impl.forward(None, run.q[0], None, None, run.cache, metadata, output=output, output_scale=torch.ones(1))
+    with pytest.raises(broadhead.UnsupportedError, match="kv_cache must have shape"):
+        impl.forward(
+            SimpleNamespace(), run.q[0], None, None, run.cache.flatten(0, 1).unsqueeze(0)[0], metadata, output=output
+        )
+    assert not is_fp8("auto")
