@@ -1,9 +1,9 @@
-"""Calls in the layouts of torch's attention functions, judged by the oracle: heads before tokens, packed, in pages."""
+"""Calls in the layouts of torch's attention functions, judged by the oracle: heads before tokens, and packed."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import oracle
 import torch
@@ -11,74 +11,84 @@ from tolerance import GRADIENT_FACTOR, OUT_FACTOR, assert_close, assert_lse
 from torch import Tensor
 
 Triple = tuple[Tensor, Tensor, Tensor]
+#: ``(out, softmax_lse)`` of leaves by the oracle.
+Judge = Callable[[Triple], tuple[Tensor, Tensor]]
 
 
-def make(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32, device: str = "cpu") -> Triple:
-    """q, k and v that require gradients, of the shapes; one shape stands for k and v."""
-    q, k, v = shapes if len(shapes) == 3 else (shapes[0], shapes[1], shapes[1])
-    a, b, c = (torch.randn(shape, device=device).to(dtype).requires_grad_() for shape in (q, k, v))
-    return a, b, c
+def make(
+    shape_q: tuple[int, ...], shape_k: tuple[int, ...], dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> Triple:
+    """q, k and v that require gradients."""
+    q, k, v = (torch.randn(s, device=device).to(dtype).requires_grad_() for s in (shape_q, shape_k, shape_k))
+    return q, k, v
 
 
-def truths(q: Tensor, k: Tensor, v: Tensor, rule: oracle.Rule, dtype: torch.dtype) -> tuple[Triple, Tensor, Tensor]:
-    """Leaves ``(B, H, S, D)`` in ``dtype``, and the oracle's out and LSE of them, ``(B, H, S, Dv)`` and ``(B, H, S)``."""
-    a, b, c = (x.detach().to(dtype).requires_grad_() for x in (q, k, v))
-    out, lse = oracle.dense(*(x.transpose(1, 2) for x in (a, b, c)), rule)
-    return (a, b, c), out.transpose(1, 2), lse
+def offsets(lengths: Sequence[int], device: str = "cpu") -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
 
 
 def check(
-    inputs: Triple, out: Tensor, rule: oracle.Rule, *, lse: Tensor | None = None, grads: Sequence[Tensor] | None = None,
+    inputs: Triple,
+    out: Tensor,
+    rule: oracle.Rule,
+    *,
+    lse: Tensor | None = None,
+    grads: Sequence[Tensor] | None = None,
     dout: Tensor | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Results of a call on ``(B, H, S, D)`` tensors are those of the oracle, by the tolerance of their dtype.
 
     grads: gradients of the inputs where out had ``dout``; None: ``out`` is differentiated here.
     """
-    dtype = inputs[0].dtype
-    leaves, truth, right_lse = truths(*inputs, rule, torch.float64)
-    naive_leaves, naive, _ = truths(*inputs, rule, dtype)
-    assert out.dtype == dtype
-    assert_close("out", out.detach(), truth.detach(), naive.detach(), dtype, OUT_FACTOR, "attention")
-    if lse is not None:
-        assert lse.dtype == torch.float32
-        assert_lse(lse.detach(), right_lse.detach(), 1e-5 if dtype == torch.float32 else 1e-2, "attention")
-    if dout is None:
-        dout = torch.randn_like(out)
-    if grads is None:
-        grads = torch.autograd.grad(out, inputs, dout)
-    right = torch.autograd.grad(truth, leaves, dout.double())
-    near = torch.autograd.grad(naive, naive_leaves, dout)
-    for name, got, true, other, given in zip(("dq", "dk", "dv"), grads, right, near, inputs):
-        assert got.shape == given.shape and got.dtype == dtype
-        assert_close(name, got, true, other, dtype, GRADIENT_FACTOR, "attention")
 
+    def judge(leaves: Triple) -> tuple[Tensor, Tensor]:
+        q, k, v = (x.transpose(1, 2) for x in leaves)
+        right, right_lse = oracle.dense(q, k, v, rule)
+        return right.transpose(1, 2), right_lse
 
-def offsets(lengths: Sequence[int]) -> Tensor:
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-
-
-def as_dense(x: Tensor, cu_seqlens: Tensor, b: int) -> Tensor:
-    """Sequence ``b`` of a packed ``(T, H, D)`` as ``(1, H, S, D)``."""
-    begin, end = int(cu_seqlens[b]), int(cu_seqlens[b + 1])
-    return x[begin:end].transpose(0, 1)[None]
+    _compare(inputs, judge, out, lse, grads, dout)
 
 
 def check_packed(
-    inputs: Triple, cu_q: Tensor, cu_k: Tensor, out: Tensor, rule: oracle.Rule, lse: Tensor | None = None,
-) -> None:  # fmt: skip
-    """Likewise of packed tensors ``(T, H, D)``, sequence by sequence; lse ``(H, T)``."""
-    dout = torch.randn_like(out)
-    grads = torch.autograd.grad(out, inputs, dout)
-    for b in range(len(cu_q) - 1):
-        q = as_dense(inputs[0], cu_q, b)
-        k, v = (as_dense(x, cu_k, b) for x in inputs[1:])
-        begin, end = int(cu_q[b]), int(cu_q[b + 1])
-        check(
-            (q, k, v),
-            as_dense(out, cu_q, b),
-            rule,
-            lse=None if lse is None else lse[None, :, begin:end],
-            grads=[as_dense(grads[0], cu_q, b), *(as_dense(x, cu_k, b) for x in grads[1:])],
-            dout=as_dense(dout, cu_q, b),
-        )
+    inputs: Triple, cu_q: Tensor, cu_k: Tensor, out: Tensor, rule: oracle.Rule, lse: Tensor | None = None
+) -> None:
+    """Likewise of packed tensors ``(T, H, D)``; lse is ``(H, T)``."""
+    queries, keys = (list(itertools.pairwise(cu.tolist())) for cu in (cu_q, cu_k))
+
+    def judge(leaves: Triple) -> tuple[Tensor, Tensor]:
+        q, k, v = leaves
+        found = [
+            oracle.attention(q[a:b], k[c:d], v[c:d], rule) for (a, b), (c, d) in zip(queries, keys, strict=True)
+        ]
+        return torch.cat([x for x, _ in found]), torch.cat([x for _, x in found], dim=1)
+
+    _compare(inputs, judge, out, lse, None, None)
+
+
+def _compare(
+    inputs: Triple,
+    judge: Judge,
+    out: Tensor,
+    lse: Tensor | None,
+    grads: Sequence[Tensor] | None,
+    dout: Tensor | None,
+) -> None:
+    dtype = inputs[0].dtype
+    assert out.dtype == dtype
+    dout = torch.randn_like(out) if dout is None else dout
+    grads = torch.autograd.grad(out, inputs, dout) if grads is None else grads
+    truth, naive = (_results(inputs, judge, dout, of) for of in (torch.float64, dtype))
+    assert_close("out", out.detach(), truth[0], naive[0], dtype, OUT_FACTOR, "attention")
+    if lse is not None:
+        assert lse.dtype == torch.float32
+        assert_lse(lse.detach(), truth[1], 1e-5 if dtype == torch.float32 else 1e-2, "attention")
+    for name, got, right, near, given in zip(("dq", "dk", "dv"), grads, truth[2:], naive[2:], inputs, strict=True):
+        assert got.shape == given.shape and got.dtype == dtype
+        assert_close(name, got, right, near, dtype, GRADIENT_FACTOR, "attention")
+
+
+def _results(inputs: Triple, judge: Judge, dout: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """out, softmax_lse, dq, dk and dv by the oracle in ``dtype``."""
+    q, k, v = (x.detach().to(dtype).requires_grad_() for x in inputs)
+    out, lse = judge((q, k, v))
+    return [out.detach(), lse.detach(), *torch.autograd.grad(out, (q, k, v), dout.to(dtype))]
