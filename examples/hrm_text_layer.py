@@ -127,7 +127,9 @@ def run(options: argparse.Namespace) -> int:
         found = results(attend, drawn, batch)
         errors = [float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(found, truth)]
         backend, row, _ = broadhead.last_dispatch()
-        print(f"  {name:10} out {errors[0]:.1e}, dq {errors[1]:.1e}, dk {errors[2]:.1e}, dv {errors[3]:.1e} ({row or backend})")
+        print(
+            f"  {name:10} out {errors[0]:.1e}, dq {errors[1]:.1e}, dk {errors[2]:.1e}, dv {errors[3]:.1e} ({row or backend})"
+        )
         if not max(errors) <= TOLERANCES[dtype]:
             print(f"  differs from attention in fp64 by more than {TOLERANCES[dtype]}")
             status = FAILED

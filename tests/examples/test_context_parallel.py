@@ -13,6 +13,7 @@ import loss_curves
 import pytest
 import torch
 from ranks import run_ranks
+
 from scripts import ROOT
 
 HAS_REGISTRY = hasattr(torch.nn.attention, "register_flash_attention_impl")

@@ -105,7 +105,7 @@ def test_a_build_without_kernels_does_not_replace_torchs(monkeypatch: pytest.Mon
     registration = importlib.import_module(PACKAGE + ".registration")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(registration, "is_supported", lambda **_: (False, "this build has no kernels for sm_75"))
-    with pytest.raises(broadhead.UnsupportedError, match="no kernels for sm_75.*torch keeps its own"):
+    with pytest.raises(broadhead.UnsupportedError, match=r"no kernels for sm_75.*torch keeps its own"):
         torch.nn.attention.activate_flash_attention_impl("broadhead")
     assert torch.nn.attention.current_flash_attention_impl() is None
 

@@ -57,9 +57,7 @@ def check_packed(
 
     def judge(leaves: Triple) -> tuple[Tensor, Tensor]:
         q, k, v = leaves
-        found = [
-            oracle.attention(q[a:b], k[c:d], v[c:d], rule) for (a, b), (c, d) in zip(queries, keys, strict=True)
-        ]
+        found = [oracle.attention(q[a:b], k[c:d], v[c:d], rule) for (a, b), (c, d) in zip(queries, keys, strict=True)]
         return torch.cat([x for x, _ in found]), torch.cat([x for _, x in found], dim=1)
 
     _compare(inputs, judge, out, lse, None, None)

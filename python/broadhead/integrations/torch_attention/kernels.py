@@ -71,7 +71,17 @@ def flash_attention_forward(
     lengths = (cum_seq_q, cum_seq_k, max_q, max_k)
     window = (window_size_left, window_size_right)
     out, lse = _attend(
-        query, key, value, lengths, is_causal, scale, window, seqused_k, block_table, num_splits, _made_like(query, value)
+        query,
+        key,
+        value,
+        lengths,
+        is_causal,
+        scale,
+        window,
+        seqused_k,
+        block_table,
+        num_splits,
+        _made_like(query, value),
     )
     return out, lse, *_no_dropout(query)
 
@@ -211,9 +221,14 @@ def sdpa_backward(
         UnsupportedError: dropout was asked for.
     """
     _refuse("_scaled_dot_product_flash_attention_backward", query, dropout_p)
+    dout, q, k, v, o = (x.transpose(1, 2) for x in (grad_out, query, key, value, out))
     with torch.no_grad():
         dq, dk, dv, _ = mha_bwd(
-            *(x.transpose(1, 2) for x in (grad_out, query, key, value, out)),
+            dout,
+            q,
+            k,
+            v,
+            o,
             logsumexp,
             softmax_scale=scale,
             causal=is_causal,
@@ -278,8 +293,8 @@ def _refuse(
         raise UnsupportedError(f"{where}: alibi_slopes must be None, got a tensor; leave it away, {_REMEDY}")
     if query.dtype.itemsize == 1:
         raise UnsupportedError(
-            f"{where}: query must be bf16 or fp16, got {query.dtype}; call broadhead.flash_attn_func, which takes float8"
-            f" with its factors, {_REMEDY}"
+            f"{where}: query must be bf16 or fp16, got {query.dtype}; call broadhead.flash_attn_func, which takes"
+            f" float8 with its factors, {_REMEDY}"
         )
 
 
