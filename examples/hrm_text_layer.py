@@ -127,9 +127,8 @@ def run(options: argparse.Namespace) -> int:
         found = results(attend, drawn, batch)
         errors = [float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(found, truth)]
         backend, row, _ = broadhead.last_dispatch()
-        print(
-            f"  {name:10} out {errors[0]:.1e}, dq {errors[1]:.1e}, dk {errors[2]:.1e}, dv {errors[3]:.1e} ({row or backend})"
-        )
+        shown = ", ".join(f"{what} {error:.1e}" for what, error in zip(("out", "dq", "dk", "dv"), errors))
+        print(f"  {name:10} {shown} ({row or backend})")
         if not max(errors) <= TOLERANCES[dtype]:
             print(f"  differs from attention in fp64 by more than {TOLERANCES[dtype]}")
             status = FAILED
@@ -139,8 +138,8 @@ def run(options: argparse.Namespace) -> int:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="hrm_text_layer.py",
-        description="Compare HRM-Text's attention in two passes and in one pass with attention in fp64. The exit status "
-        "is 0 when both are right, 1 when not, 2 when the example can not run.",
+        description="Compare HRM-Text's attention in two passes and in one pass with attention in fp64. The exit "
+        "status is 0 when both are right, 1 when not, 2 when the example can not run.",
     )
     parser.add_argument("--device", help="a device of torch (default: cuda where there is one, else cpu)")
     parser.add_argument("--sequences", type=positive, default=6)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import broadhead
+import generate_continuous_batching as example
 import loss_curves
 import pytest
 
@@ -11,9 +13,6 @@ transformers = pytest.importorskip("transformers", minversion="5.0")
 if not hasattr(transformers, "ContinuousBatchingConfig"):
     pytest.skip(f"transformers {transformers.__version__} has no ContinuousBatchingConfig", allow_module_level=True)
 pytest.importorskip("accelerate")
-
-import broadhead
-import generate_continuous_batching as example
 
 OPTIONS = ["--device", "cpu", "--new-tokens", "3"]
 

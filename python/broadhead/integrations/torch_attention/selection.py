@@ -1,4 +1,4 @@
-"""Which calls of scaled_dot_product_attention go to the flash operators that torch's own selection would not send there.
+"""Which calls of SDPA go to the flash operators that torch's own selection would not send there.
 
 torch selects a kernel in C++: on CUDA it sends nothing beyond head_dim 256 to the flash operators, and on a CPU it has
 others. What is not taken here goes on to that selection.
