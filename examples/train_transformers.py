@@ -136,9 +136,8 @@ def run(options: argparse.Namespace) -> int:
     need_packages("transformers", "accelerate", "matplotlib")
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
-    import broadhead.integrations.transformers as integration
+    import broadhead.integrations.transformers  # noqa: F401
 
-    integration.register()
     size = choose_size(options, SIZES)
     curves: dict[str, list[float]] = {}
     curves["broadhead"], ran = train("broadhead", size, options, device, dtype)

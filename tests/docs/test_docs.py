@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.attention
 from pages import tables_of, without_code
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,6 +18,8 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").g
 MAPS = [ROOT / name / "README.md" for name in ("benchmarks", "csrc", "csrc/decode", "packages")]
 #: Pages whose Python blocks run one after the other.
 EXAMPLES = ("README.md", "docs/guide.md", "docs/training.md", "docs/coming-from-flash-attention.md")
+#: Likewise, where torch has a registry of flash attention implementations.
+TORCH_PAGE = "docs/torch.md"
 #: Columns of the tables of numbers, and the names that the result files have for them.
 COLUMNS = {
     "broadhead": "broadhead",
@@ -81,9 +85,11 @@ def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
-@pytest.mark.parametrize("page", EXAMPLES)
+@pytest.mark.parametrize("page", [*EXAMPLES, TORCH_PAGE])
 @pytest.mark.filterwarnings("ignore::broadhead.FallbackWarning")
 def test_examples_run(page: str) -> None:
+    if page == TORCH_PAGE and not hasattr(torch.nn.attention, "register_flash_attention_impl"):
+        pytest.skip(f"torch {torch.__version__} has no registry of flash attention")
     blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     assert blocks
     scope: dict[str, object] = {"__name__": "__example__"}

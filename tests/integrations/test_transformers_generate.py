@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import broadhead
@@ -124,9 +126,12 @@ def test_prefix_under_compile() -> None:
             compiled(input_ids=tokens, token_type_ids=types, use_cache=False)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral"])
-def test_continuous_batching(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """generate_batch takes the flash name, runs broadhead's attention, and gives the tokens of eager attention."""
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [("llama", "broadhead_flash_3"), ("mistral", "broadhead"), ("gemma2", "broadhead"), ("gpt_oss", "broadhead")],
+)
+def test_continuous_batching(name: str, asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """generate_batch takes both names, runs broadhead's attention, and gives the tokens of eager attention."""
     calls = []
     varlen = broadhead.flash_attn_varlen_func
 
@@ -140,7 +145,7 @@ def test_continuous_batching(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     model.set_attn_implementation("eager")
     options = {"max_new_tokens": 4, "do_sample": False}
     expected = [model.generate(torch.tensor([p]), eos_token_id=None, **options)[0, len(p) :].tolist() for p in prompts]
-    model.set_attn_implementation("broadhead_flash_3")
+    model.set_attn_implementation(asked)
     config = transformers.GenerationConfig(eos_token_id=-1, pad_token_id=0, **options)
     batching = transformers.ContinuousBatchingConfig(page_size=4, num_blocks=32, max_batch_tokens=64)
     results = model.generate_batch(
@@ -148,6 +153,35 @@ def test_continuous_batching(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     )
     assert [result.generated_tokens for result in results.values()] == expected
     assert len(calls) >= model.config.num_hidden_layers * 4
+    assert model.config._attn_implementation == asked
+
+
+def test_continuous_batching_of_others_is_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of another implementation is chosen for by transformers, which is asked once."""
+    from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager as Manager
+
+    chosen = Manager.switch_to_cb_friendly_attn
+    integration.register()
+    assert Manager.switch_to_cb_friendly_attn is chosen, "register wraps what it has wrapped"
+    model, manager = make("llama"), Manager.__new__(Manager)
+    model.set_attn_implementation("eager")
+    chosen(manager, model, auto_switch_to_flash=False)
+    assert model.config._attn_implementation == "paged|eager"
+
+
+def test_the_import_registers() -> None:
+    program = (
+        "import broadhead.integrations.transformers\n"
+        "from transformers import AutoModelForCausalLM, LlamaConfig\n"
+        "config = LlamaConfig(vocab_size=8, hidden_size=16, intermediate_size=8, num_hidden_layers=1,"
+        " num_attention_heads=1)\n"
+        "model = AutoModelForCausalLM.from_config(config, attn_implementation='broadhead')\n"
+        "import torch, broadhead\n"
+        "model(torch.arange(5)[None])\n"
+        "assert broadhead.last_dispatch()[0] == 'torch', broadhead.last_dispatch()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_flash_functions_of_the_registered_name() -> None:

@@ -1,13 +1,13 @@
 """Registers broadhead as an attention implementation of Hugging Face transformers, for models on its interface.
 
-    import broadhead.integrations.transformers as broadhead_transformers
+    import broadhead.integrations.transformers  # makes the name known, changes no other implementation
 
-    broadhead_transformers.register()
     model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="broadhead")
 
+transformers finds implementations in a table of its own, which no entry point of a package fills: this import does.
 A padded batch runs with the lengths of its rows: no key is copied, and rows of padding give zeros. Static caches run
-inside ``torch.compile(fullgraph=True)``. Continuous batching (``generate_batch``) takes only names with "flash" in
-them: it finds the same attention as ``attn_implementation="broadhead_flash_3"``.
+inside ``torch.compile(fullgraph=True)``. Continuous batching (``generate_batch``) runs it over a paged cache; it takes
+only names with "flash" in them, and finds the same attention as "broadhead_flash_3" by itself.
 
 Blocks of tokens that see each other, such as images (Gemma 3, Gemma 4) or a prefix (PaliGemma), become ranges of keys
 or prefixes. They are read from what the mask functions hold: no mask of queries times keys is made.
@@ -23,3 +23,5 @@ from .masks import attention_mask
 from .registration import register
 
 __all__ = ["attention_forward", "attention_mask", "register"]
+
+register()

@@ -15,13 +15,15 @@ from .masks import attention_mask
 _FLASH_SUFFIX = "_flash_3"
 #: The names whose flash functions are broadhead's.
 _flash_names: set[str] = set()
+#: The name that continuous batching takes, of each name that models ask for.
+_names_for_batching: dict[str, str] = {}
 
 
 def register(name: str = "broadhead") -> None:
     """Make ``attn_implementation=name`` available to transformers, and ``name + "_flash_3"`` for continuous batching.
 
-    ``generate_batch`` takes only names with "flash" in them. A name that has it is registered alone. A model class that
-    lists ``_compatible_flash_implementations`` (gpt-oss) replaces all other flash names: add this one to its list.
+    The import of this package does it for "broadhead". ``generate_batch`` takes only names with "flash" in them: a
+    model that asked for ``name`` has the other one while it runs. A name with "flash" in it is registered alone.
 
     Args:
         name: how models ask for it.
@@ -45,6 +47,9 @@ def register(name: str = "broadhead") -> None:
         AttentionInterface.register(each, attention_forward)
         AttentionMaskInterface.register(each, attention_mask)
     _register_flash_functions(flash_name)
+    if name != flash_name:
+        _names_for_batching[name] = flash_name
+        _serve_continuous_batching()
 
 
 def _register_flash_functions(name: str) -> None:
@@ -71,3 +76,35 @@ def _register_flash_functions(name: str) -> None:
 
     answer.answers_for_broadhead = True  # type: ignore[attr-defined]
     utils._lazy_imports = answer
+
+
+def _serve_continuous_batching() -> None:
+    """Have ``generate_batch`` take the flash name of a model that asked for a name without "flash".
+
+    It would refuse that name, or take a FlashAttention that it finds installed. As with its own changes of the
+    implementation, the model gets the name back that it had.
+    """
+    try:
+        from transformers.generation.continuous_batching import continuous_api
+    except ImportError:  # transformers before it had continuous batching
+        return
+    manager: Any = getattr(continuous_api, "ContinuousBatchingManager", None)
+    choose: Callable[..., Any] | None = getattr(manager, "switch_to_cb_friendly_attn", None)
+    if choose is None or getattr(choose, "answers_for_broadhead", False):
+        return
+
+    def switch_to_cb_friendly_attn(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        asked = model.config._attn_implementation
+        flash_name = _names_for_batching.get(asked) if isinstance(asked, str) else None
+        if flash_name is None:
+            return choose(self, model, *args, **kwargs)
+        # Models that list the flash implementations which know their sinks would replace this one.
+        compatible = getattr(model, "_compatible_flash_implementations", None)
+        if compatible is not None and flash_name not in compatible:
+            model._compatible_flash_implementations = [*compatible, flash_name]
+        model.set_attn_implementation(flash_name)
+        self._original_attn_impl = asked
+        return None
+
+    switch_to_cb_friendly_attn.answers_for_broadhead = True  # type: ignore[attr-defined]
+    manager.switch_to_cb_friendly_attn = switch_to_cb_friendly_attn

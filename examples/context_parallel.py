@@ -1,0 +1,230 @@
+"""torch's context_parallel on broadhead: attention over a long sequence on several GPUs, beside the same on one.
+
+usage: torchrun --nproc-per-node 2 examples/context_parallel.py [--size tiny|real] [--rotate allgather|alltoall]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from kernels_ran import KernelsRan
+from loss_curves import CANNOT_RUN, FAILED, OK, CannotRunError
+from torch import Tensor
+
+
+class Case(NamedTuple):
+    """One attention, of one sequence."""
+
+    seqlen: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+class Size(NamedTuple):
+    """What ``--size`` chooses."""
+
+    cases: tuple[Case, ...]
+    repeats: int  # runs that are timed, of which the median counts
+
+
+SIZES = {
+    "tiny": Size((Case(256, 4, 2, 32), Case(192, 2, 1, 64)), 2),
+    "real": Size((Case(131072, 32, 8, 128), Case(131072, 16, 2, 256)), 5),
+}
+#: |parallel - alone| / |alone| may be so much. Each part of a sum is rounded to the dtype before they are added: a few
+#: roundings of 2^-9 in bf16.
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+#: A part of the work that is twice as fast on two GPUs, less what they tell each other.
+BAR = 0.85
+
+Results = list[Tensor]  # out, and the gradients of q, k and v
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="context_parallel.py",
+        description="Run causal attention, forward and backward, through torch's context_parallel on broadhead, "
+        "compare it with one GPU that has the whole sequence, and print how much faster it is. Start it with torchrun. "
+        "The exit status is 0 when the results agree and, at --size real, two GPUs are at least 1.7 times as fast as "
+        "one; 1 when not, 2 when the example can not run.",
+    )
+    parser.add_argument("--size", choices=SIZES, default="tiny", help="tiny: a CPU does; real: 128k tokens on GPUs")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one, else cpu")
+    parser.add_argument("--seqlen", type=int, help="tokens, in place of those of the size")
+    parser.add_argument(
+        "--rotate",
+        choices=("allgather", "alltoall"),
+        default="allgather",
+        help="how torch hands keys and values round (default: allgather)",
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def choose_device(options: argparse.Namespace) -> torch.device:
+    """The device of this process.
+
+    Raises:
+        CannotRunError: the text says what is missing.
+    """
+    if not hasattr(torch.nn.attention, "register_flash_attention_impl"):
+        raise CannotRunError(f"torch >= 2.10 is needed, got {torch.__version__}: its SDPA takes no other kernels")
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        raise CannotRunError("one process has nothing to share; start it with torchrun --nproc-per-node 2")
+    kind = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind == "cpu":
+        if options.size == "real":
+            raise CannotRunError("--size real is for GPUs; use --size tiny on a CPU")
+        torch.set_num_threads(1)
+        return torch.device("cpu")
+    rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if rank >= count:
+        raise CannotRunError(f"each process needs a GPU of its own: process {rank} of this host, and {count} GPUs")
+    torch.cuda.set_device(rank)
+    return torch.device("cuda", rank)
+
+
+def draw(case: Case, device: torch.device, seed: int) -> Results:
+    """q, k, v and the gradient of out, ``(1, H, S, D)``, the same in every process."""
+    torch.manual_seed(seed)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    shapes = [
+        (1, heads, case.seqlen, case.head_dim) for heads in (case.heads, case.kv_heads, case.kv_heads, case.heads)
+    ]
+    drawn = [torch.randn(shape, device=device, dtype=dtype) for shape in shapes]
+    for x in drawn:
+        torch.distributed.broadcast(x, 0)
+    return drawn
+
+
+def attend(inputs: Results, ran: KernelsRan) -> Results:
+    """One forward and backward pass; ``ran`` counts the kernels of both."""
+    q, k, v = (x.requires_grad_() for x in inputs[:3])
+    head_dim = q.shape[3]
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    ran.note("forward", head_dim)
+    hook = q.register_hook(lambda _: ran.note("backward", head_dim))
+    grads = torch.autograd.grad(out, (q, k, v), inputs[3])
+    hook.remove()
+    return [out.detach(), *grads]
+
+
+def timed(run: Callable[[], Results], repeats: int, device: torch.device) -> tuple[Results, float]:
+    """The results, and the median of the seconds that the slowest process took."""
+    results = run()  # also warms up
+    seconds = []
+    for _ in range(repeats):
+        del results
+        synchronize(device)
+        torch.distributed.barrier()
+        begin = time.perf_counter()
+        results = run()
+        synchronize(device)
+        spent = torch.tensor(time.perf_counter() - begin, device=device)
+        torch.distributed.all_reduce(spent, torch.distributed.ReduceOp.MAX)
+        seconds.append(float(spent))
+    return results, statistics.median(seconds)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def attend_in_parallel(whole: Results, repeats: int, device: torch.device, ran: KernelsRan) -> tuple[Results, float]:
+    """The same over all processes; the results are put together again, which is not timed."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.experimental import context_parallel
+    from torch.distributed.tensor.experimental._attention import context_parallel_unshard
+
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    parts = [x.detach().clone() for x in whole]
+    # The parts take the place of the whole in these tensors, which nobody needs afterwards.
+    with context_parallel(mesh, buffers=parts, buffer_seq_dims=[2] * 4, no_restore_buffers=set(parts)):
+        found, seconds = timed(lambda: attend(parts, ran), repeats, device)
+        return context_parallel_unshard(mesh, found, [2] * 4), seconds
+
+
+def differences(alone: Results, parallel: Results) -> dict[str, float]:
+    """``|parallel - alone| / |alone|`` of each result."""
+    norm = torch.linalg.vector_norm
+    return {
+        name: float(norm(b - a, dtype=torch.float32) / norm(a, dtype=torch.float32))
+        for name, a, b in zip(("out", "dq", "dk", "dv"), alone, parallel)
+    }
+
+
+def teraflops(case: Case) -> float:
+    """Of both passes under a causal mask: two products forward, five backward, each over half of the pairs."""
+    return 7 * case.seqlen**2 * case.heads * case.head_dim / 1e12
+
+
+def compare(case: Case, options: argparse.Namespace, device: torch.device) -> bool:
+    """Run a case both ways and print it; whether it is as it must be."""
+    ranks, repeats = torch.distributed.get_world_size(), SIZES[options.size].repeats
+    whole, ran = draw(case, device, options.seed), KernelsRan()
+    alone, seconds_alone = timed(lambda: attend(whole, KernelsRan()), repeats, device)
+    parallel, seconds = attend_in_parallel(whole, repeats, device, ran)
+    worst = differences(alone, parallel)
+    speedup, bound = seconds_alone / seconds, TOLERANCES[whole[0].dtype]
+    agrees = all(value <= bound for value in worst.values())
+    fast = options.size != "real" or speedup >= BAR * ranks
+    on_kernels = device.type == "cpu" or all("reference" not in kernel for _, _, kernel in ran.calls)
+    if torch.distributed.get_rank() == 0:
+        rates = [teraflops(case) / s for s in (seconds_alone, seconds)]
+        print(f"{case.seqlen} tokens, {case.heads}/{case.kv_heads} heads, head_dim {case.head_dim}, {whole[0].dtype}")
+        print(f"  alone      {seconds_alone * 1e3:10.2f} ms {rates[0]:8.1f} TFLOP/s")
+        print(f"  {ranks} parallel {seconds * 1e3:10.2f} ms {rates[1]:8.1f} TFLOP/s, {speedup:.2f} times as fast")
+        print("  difference " + ", ".join(f"{name} {value:.1e}" for name, value in worst.items()) + f" (up to {bound})")
+        for line in ran.report():
+            print(f"  {line}")
+        if not agrees:
+            print("  the results do not agree")
+        if not fast:
+            print(f"  at least {BAR * ranks:.2f} times as fast was expected")
+        if not on_kernels:
+            print("  a pass ran on the torch reference")
+    verdict = torch.tensor(int(agrees and fast and on_kernels), device=device)
+    torch.distributed.all_reduce(verdict, torch.distributed.ReduceOp.MIN)
+    return bool(verdict)
+
+
+def run(options: argparse.Namespace) -> int:
+    device = choose_device(options)
+    from broadhead.integrations import torch_attention
+    from torch.distributed.tensor.experimental._attention import set_rotate_method
+
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        set_rotate_method(options.rotate)
+        cases = SIZES[options.size].cases
+        if options.seqlen:
+            cases = tuple(case._replace(seqlen=options.seqlen) for case in cases)
+        with torch_attention.activate(device.type):
+            passed = [compare(case, options, device) for case in cases]
+    finally:
+        torch.distributed.destroy_process_group()
+    return OK if all(passed) else FAILED
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = make_parser().parse_args(arguments)
+    try:
+        return run(options)
+    except CannotRunError as error:
+        print(f"context_parallel.py: {error}", file=sys.stderr)
+        return CANNOT_RUN
+
+
+if __name__ == "__main__":
+    sys.exit(main())
