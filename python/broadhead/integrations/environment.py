@@ -1,4 +1,4 @@
-"""Says why a client's environment can not run it on kernels of broadhead: no GPU, no kernels, an old CUDA, another package."""
+"""Says what keeps a client from running on kernels here: no GPU, no kernels, an old driver, another package."""
 
 from __future__ import annotations
 
