@@ -139,8 +139,8 @@ class BroadheadCoreAttention(torch.nn.Module):
         if name == "no_mask" or (name in _FULL and attention_mask is None):
             return False
         raise UnsupportedError(
-            f"{_CLASS}: attn_mask_type must be one of {', '.join((*_CAUSAL, *_FULL))}, without attention_mask unless it is"
-            f" causal, got {name}: pack the sequences (thd), whose lengths then say what a mask of padding would"
+            f"{_CLASS}: attn_mask_type must be one of {', '.join((*_CAUSAL, *_FULL))}, without attention_mask unless it"
+            f" is causal, got {name}: pack the sequences (thd), whose lengths then say what a mask of padding would"
         )
 
     def forward(
@@ -177,19 +177,19 @@ class BroadheadCoreAttention(torch.nn.Module):
         for name, given in unused.items():
             if given is not None and given is not False:
                 raise UnsupportedError(f"{_CLASS}: {name} must be None, got {type(given).__name__}: leave it out")
-        options: dict[str, Any] = dict(
-            softmax_scale=self.softmax_scale,
-            causal=self._is_causal(attn_mask_type, attention_mask),
-            window_size=self.window_size,
-            softcap=self.softcap,
-            deterministic=bool(getattr(self.config, "deterministic_mode", False)),
-            sinks=self.softmax_offset,
-        )
+        options: dict[str, Any] = {
+            "softmax_scale": self.softmax_scale,
+            "causal": self._is_causal(attn_mask_type, attention_mask),
+            "window_size": self.window_size,
+            "softcap": self.softcap,
+            "deterministic": bool(getattr(self.config, "deterministic_mode", False)),
+            "sinks": self.softmax_offset,
+        }
         if packed_seq_params is not None and packed_seq_params.qkv_format == "thd":
             return self._packed(query, key, value, packed_seq_params, options)
         batch_first = (x.transpose(0, 1) for x in (query, key, value))
-        out = flash_attn_func(*batch_first, **options)
-        return out.transpose(0, 1).flatten(2)  # type: ignore[union-attr]
+        out: Tensor = flash_attn_func(*batch_first, **options)
+        return out.transpose(0, 1).flatten(2)
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: Any, options: dict[str, Any]) -> Tensor:
         # Some versions of Megatron keep a batch of one around packed tokens.
@@ -202,7 +202,7 @@ class BroadheadCoreAttention(torch.nn.Module):
             lengths["seqused_q"] = (cu_q[1:] - cu_q[:-1]).to(torch.int32)
         if padded_k is not None:
             lengths["seqused_k"] = (cu_k[1:] - cu_k[:-1]).to(torch.int32)
-        out = flash_attn_varlen_func(
+        out: Tensor = flash_attn_varlen_func(
             query,
             key,
             value,
@@ -213,4 +213,4 @@ class BroadheadCoreAttention(torch.nn.Module):
             **lengths,
             **options,
         )
-        return out.flatten(1)  # type: ignore[union-attr]
+        return out.flatten(1)

@@ -1,4 +1,4 @@
-"""What the entry point runs in every process of SGLang: registers the backend, and enters its name in SGLang's lists."""
+"""What the entry point runs in every process of SGLang: registers the backend, and enters its name in lists."""
 
 from __future__ import annotations
 
