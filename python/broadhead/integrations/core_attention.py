@@ -197,11 +197,10 @@ class BroadheadCoreAttention(torch.nn.Module):
         cu_q, cu_k = packed.cu_seqlens_q, packed.cu_seqlens_kv
         padded_q = getattr(packed, "cu_seqlens_q_padded", None)
         padded_k = getattr(packed, "cu_seqlens_kv_padded", None)
-        lengths: dict[str, Tensor] = {}
         if padded_q is not None:
-            lengths["seqused_q"] = (cu_q[1:] - cu_q[:-1]).to(torch.int32)
+            options["seqused_q"] = (cu_q[1:] - cu_q[:-1]).to(torch.int32)
         if padded_k is not None:
-            lengths["seqused_k"] = (cu_k[1:] - cu_k[:-1]).to(torch.int32)
+            options["seqused_k"] = (cu_k[1:] - cu_k[:-1]).to(torch.int32)
         out: Tensor = flash_attn_varlen_func(
             query,
             key,
@@ -210,7 +209,6 @@ class BroadheadCoreAttention(torch.nn.Module):
             cu_k if padded_k is None else padded_k,
             packed.max_seqlen_q,
             packed.max_seqlen_kv,
-            **lengths,
             **options,
         )
         return out.flatten(1)

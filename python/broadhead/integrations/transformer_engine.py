@@ -55,7 +55,7 @@ def _validate_head_dims(
 ) -> None:
     """Assert that kernels of this installation run attention of these head dims, as Transformer Engine asks it.
 
-    Transformer Engine asks without saying whether it trains, so a backward kernel is needed unless is_training is False.
+    It asks without saying whether it trains, so backward needs a kernel, too, unless is_training is False.
 
     Args:
         head_dim: columns of q and k.

@@ -117,10 +117,10 @@ def flash_attn_with_kvcache(
         raise InvalidArgumentError("sglang flash_attn_with_kvcache: k_cache must be a tensor without only_qv, got None")
     return kvcache(
         q, k_cache, v_cache, k, v, qv, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad,
-        page_table, cu_seqlens_q, cu_seqlens_k_new, max_seqlen_q, rotary_seqlens, q_descale, k_descale, v_descale, softmax_scale,
-        causal, window_size, attention_chunk or 0, softcap or 0.0, rotary_interleaved, scheduler_metadata, num_splits,
-        pack_gqa, sm_margin, return_softmax_lse, sinks=sinks, out=out, query_ranges=query_ranges,
-        ranges_in_window=query_ranges is not None,
+        page_table, cu_seqlens_q, cu_seqlens_k_new, max_seqlen_q, rotary_seqlens, q_descale, k_descale, v_descale,
+        softmax_scale, causal, window_size, attention_chunk or 0, softcap or 0.0, rotary_interleaved,
+        scheduler_metadata, num_splits, pack_gqa, sm_margin, return_softmax_lse, sinks=sinks, out=out,
+        query_ranges=query_ranges, ranges_in_window=query_ranges is not None,
     )  # fmt: skip
 
 
