@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,8 +14,11 @@ from torch import Tensor
 
 
 def _start() -> None:
-    from megatron.core import parallel_state
+    from megatron.core import parallel_state, tensor_parallel
 
+    if not torch.cuda.is_available():
+        # Megatron's own attention saves the state of the CUDA generator around its dropout, of which there is none.
+        tensor_parallel.get_cuda_rng_tracker = lambda: SimpleNamespace(fork=contextlib.nullcontext)
     if not torch.distributed.is_initialized():
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
         store = torch.distributed.HashStore()
