@@ -15,10 +15,13 @@ from torch import Tensor
 
 def _start() -> None:
     from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.utils import GlobalMemoryBuffer
 
     if not torch.cuda.is_available():
-        # Megatron's own attention saves the state of the CUDA generator around its dropout, of which there is none.
+        # Megatron's own attention makes its buffer on the GPU, and saves the state of the GPU's generator around its
+        # dropout, of which there is none here.
         tensor_parallel.get_cuda_rng_tracker = lambda: SimpleNamespace(fork=contextlib.nullcontext)
+        GlobalMemoryBuffer.get_tensor = lambda self, shape, dtype, *names, **others: torch.empty(shape, dtype=dtype)
     if not torch.distributed.is_initialized():
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
         store = torch.distributed.HashStore()

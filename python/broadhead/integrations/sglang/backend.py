@@ -68,13 +68,22 @@ def backend_classes() -> BackendClasses:
 
     Raises:
         ImportError: SGLang or sgl_kernel is not installed.
+        UnsupportedError: this version of SGLang calls its attention in another way.
     """
     from sglang.srt.layers.attention import flashattention_backend as theirs
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    before = {name: getattr(theirs, name) for name in _GLOBALS}
     for name in _GLOBALS:
         HookRegistry.register(f"{_MODULE}.{name}", _around(name), HookType.AROUND)
     HookRegistry.apply_hooks()
+    for name, function in before.items():
+        # The registry logs a hook that fails, and goes on: the model would then run on other kernels than it says.
+        if getattr(theirs, name) is function:
+            raise UnsupportedError(
+                f"sglang: {_MODULE}.{name} could not be hooked; SGLang's log says why. This integration is written for"
+                " SGLang 0.5.23: take that version, or another --attention-backend"
+            )
 
     class BroadheadAttentionBackend(theirs.FlashAttentionBackend):  # type: ignore[misc,name-defined,unused-ignore]
         """SGLang's FlashAttention backend, run by broadhead: paging, speculation and CUDA graphs are SGLang's."""
