@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as _installed_version
 
-from . import ops, reference, support
+from . import compat, ops, reference, support
 from .api.attention import flash_attn_func, flash_attn_varlen_func, maybe_contiguous, mha_fwd
 from .api.backward import mha_bwd
 from .api.combine import flash_attn_combine
@@ -19,6 +19,7 @@ from .api.query_ranges import make_query_ranges
 from .api.shared_prefix import flash_attn_with_shared_prefix
 from .errors import (
     BroadheadError,
+    CompatWarning,
     FallbackWarning,
     InvalidArgumentError,
     InvalidTypeError,
@@ -34,6 +35,7 @@ except PackageNotFoundError:  # a source tree that was not installed
 
 __all__ = [
     "BroadheadError",
+    "CompatWarning",
     "FallbackWarning",
     "InvalidArgumentError",
     "InvalidTypeError",
@@ -42,6 +44,7 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "_validate_head_dims",
+    "compat",
     "explain",
     "flash_attn_combine",
     "flash_attn_func",

@@ -25,3 +25,7 @@ class KernelError(BroadheadError, RuntimeError):
 
 class FallbackWarning(UserWarning):
     """A call on a CUDA device ran on the torch fallback; issued once per kind of reason."""
+
+
+class CompatWarning(UserWarning):
+    """A surface of broadhead.compat ignored an argument, or runs where another package has faster kernels."""

@@ -121,12 +121,12 @@ def warn_fallback(function: str, device_name: str, reason: str) -> None:
         f"{function}: runs on the torch fallback, slower and with more memory, on {device_name}: {reason}"
         " (warned once per kind of reason; backend='cuda' or BROADHEAD_STRICT=1 raises instead)",
         FallbackWarning,
-        stacklevel=_callers_level(),
+        stacklevel=callers_level(),
     )
 
 
-def _callers_level() -> int:
-    """The stacklevel of the first frame outside this package, as seen from warn_fallback."""
+def callers_level() -> int:
+    """The stacklevel of the first frame outside this package, as seen from the function that calls this one."""
     package = os.path.dirname(os.path.dirname(__file__)) + os.sep
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
