@@ -74,11 +74,14 @@ def _as_held(before: Any) -> Any:
     return BroadheadCoreAttention
 
 
-def enable(override: bool = False) -> None:
+def enable(override: bool = False) -> Any:
     """Give Megatron's inference the module ``flash_attn_3.flash_attn_interface``. Call it before it imports it.
 
     Args:
         override: also where FlashAttention-3 is installed.
+
+    Returns:
+        The installation of broadhead.compat, whose uninstall() takes the module away again.
 
     Raises:
         UnsupportedError: this installation has no broadhead.compat.
@@ -94,4 +97,4 @@ def enable(override: bool = False) -> None:
             f"megatron: {_ATTENTION} is already imported, and looked for FlashAttention-3 then: call"
             " broadhead.integrations.megatron.enable() before the first import of megatron.core"
         )
-    install_surface("megatron", "flash_attn_interface", override)
+    return install_surface("megatron", "flash_attn_interface", override)

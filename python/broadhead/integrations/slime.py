@@ -8,6 +8,8 @@ spec = broadhead_slime.use_core_attention(spec)  # or: sinks inside the kernel, 
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..errors import InvalidArgumentError
 from .core_attention import BroadheadCoreAttention
 from .environment import Obstacle, conflict, kernel_obstacle, package_obstacle
@@ -25,11 +27,14 @@ def obstacle() -> Obstacle | None:
     return missing or kernel_obstacle("slime")
 
 
-def enable(override: bool = False) -> None:
+def enable(override: bool = False) -> Any:
     """Give slime the module ``flash_attn.flash_attn_interface``. Call it before slime's models are imported.
 
     Args:
         override: also where FlashAttention-2 is installed.
+
+    Returns:
+        The installation of broadhead.compat, whose uninstall() takes the module away again.
 
     Raises:
         UnsupportedError: this installation has no broadhead.compat.
@@ -38,4 +43,4 @@ def enable(override: bool = False) -> None:
     taken = None if override else conflict("slime", "flash_attn", _FLASH_ATTN_2)
     if taken is not None:
         raise InvalidArgumentError(taken.text)
-    install_surface("slime", "flash_attn", override)
+    return install_surface("slime", "flash_attn", override)
