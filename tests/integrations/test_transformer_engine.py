@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -45,9 +46,9 @@ def part(section: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> lis
 
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("head_dim", [64, 512])
-def test_ring(monkeypatch: pytest.MonkeyPatch, surface: Any, ranks: int, head_dim: int) -> None:
+def test_ring(surface: Any, ranks: int, head_dim: int) -> None:
     """Every tile of a causal ring, merged by Transformer Engine; its backward from the merged out and softmax_lse."""
-    te = load(monkeypatch)
+    te = load()
     length = 2 * ranks * 6
     q, k, v = (torch.randn(2, length, heads, head_dim) for heads in (4, 2, 2))
     dout, scale = torch.randn(2, length, 4, head_dim), head_dim**-0.5
@@ -108,9 +109,9 @@ def test_ring(monkeypatch: pytest.MonkeyPatch, surface: Any, ranks: int, head_di
         torch.testing.assert_close(torch.cat(whole, dim=1).double(), truth, rtol=1e-3, atol=1e-4)
 
 
-def test_packed_with_padding(monkeypatch: pytest.MonkeyPatch, surface: Any) -> None:
+def test_packed_with_padding(surface: Any) -> None:
     """Transformer Engine's seqused under padded offsets, forward and backward; padding gives no gradient."""
-    te = load(monkeypatch)
+    te = load()
     lengths, places = [5, 9, 2], [8, 12, 4]
     offsets, starts = (torch.tensor([0, *each]).cumsum(0).int() for each in (lengths, places))
     q, k, v, dout = (torch.randn(24, heads, 64) for heads in (4, 2, 2, 4))
@@ -165,8 +166,6 @@ def fake_engine(monkeypatch: pytest.MonkeyPatch, v3: bool) -> tuple[Any, Any]:
 
     backends = ModuleType("backends")
     utils = SimpleNamespace(FlashAttentionUtils=Utils)
-    import importlib
-
     real = importlib.import_module
     known = {f"{integration._DOT_PRODUCT}.backends": backends, f"{integration._DOT_PRODUCT}.utils": utils}
     monkeypatch.setattr(

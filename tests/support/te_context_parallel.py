@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -50,7 +51,8 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         """A stub has nothing to run."""
 
 
-def load(monkeypatch: pytest.MonkeyPatch) -> Any:
+@functools.cache
+def load() -> Any:
     """The module, from its source in the installed package; skips or fails where that is absent."""
     found = importlib.util.find_spec("transformer_engine")
     roots = [Path(root) for root in (found.submodule_search_locations or ())] if found else []
@@ -62,15 +64,18 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Any:
         if "transformer_engine" in required():
             pytest.fail(f"BROADHEAD_REQUIRE_CLIENTS asks for it: {text}")
         pytest.skip(text)
-    for name in [each for each in sys.modules if each.partition(".")[0].startswith("transformer_engine")]:
-        monkeypatch.delitem(sys.modules, name)
+    before = dict(sys.modules)
     finder = _Finder()
-    monkeypatch.setattr(sys, "meta_path", [finder, *sys.meta_path])
-    spec = importlib.util.spec_from_file_location(_TARGET, source)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    before = set(sys.modules)
-    spec.loader.exec_module(module)
-    for name in set(sys.modules) - before:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    return module
+    sys.meta_path.insert(0, finder)
+    try:
+        spec = importlib.util.spec_from_file_location(_TARGET, source)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    finally:
+        sys.meta_path.remove(finder)
+        # The stubs must not be what another test finds.
+        for name in set(sys.modules) - set(before):
+            if name.partition(".")[0].startswith("transformer_engine"):
+                del sys.modules[name]
