@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import enum
+import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from broadhead.errors import InvalidArgumentError, UnsupportedError
+from broadhead.integrations import megatron
 from broadhead.integrations.core_attention import BroadheadCoreAttention
 from broadhead.integrations.megatron import use_core_attention
 from clients import client
 from oracle import Rule, attention
+from sglang_batch import assert_near, make_requests
 
 
 class Mask(enum.Enum):
@@ -139,3 +142,57 @@ def test_megatron_layer() -> None:
     x = torch.randn(19, 2, theirs.config.hidden_size)
     for mine, other in zip(run_layer(ours, x), run_layer(theirs, x)):
         torch.testing.assert_close(mine, other, rtol=2e-4, atol=2e-5)
+
+
+@pytest.fixture
+def inference() -> Any:
+    """Megatron's module of attention, imported anew while broadhead gives flash_attn_3."""
+    import importlib.util
+
+    source = client("megatron", "megatron.core.transformer.attention").__file__
+    client("compat")
+    installation = broadhead_surface()
+    spec = importlib.util.spec_from_file_location("megatron_attention_on_broadhead", source)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        installation.uninstall()
+
+
+def broadhead_surface() -> Any:
+    from broadhead.integrations.surfaces import install_surface
+
+    return install_surface("megatron", "flash_attn_interface", override=True)
+
+
+@pytest.mark.parametrize("head_dim", [64, 512])
+def test_megatron_inference(inference: Any, head_dim: int) -> None:
+    """Its wrapper, which builds the call of paged prefill from our signature, and its paged decode call."""
+    assert inference.HAVE_FA3
+    requests = make_requests(64, [7, 1, 30], head_dims=(head_dim, head_dim))
+    pages = requests.paged(requests.k_pool), requests.paged(requests.v_pool)
+    options = (30, 200, requests.cu_seqlens_q, requests.cache_seqlens, requests.page_table, head_dim**-0.5)
+    out = inference.Attention._flash_attention_3_forward_wrapper(
+        SimpleNamespace(batch_invariant_mode=False), requests.q, *pages, *options
+    )
+    assert_near(out, requests, Rule(head_dim**-0.5, (-1, 0)))
+    requests = make_requests(64, [1] * 4, head_dims=(head_dim, head_dim))
+    out = inference.flash_attn3_with_kvcache(
+        q=requests.q[:, None], k_cache=requests.paged(requests.k_pool), v_cache=requests.paged(requests.v_pool),
+        cache_seqlens=requests.cache_seqlens, softmax_scale=head_dim**-0.5, causal=True, page_table=requests.page_table,
+        num_splits=0,
+    )  # fmt: skip
+    assert_near(out, requests, Rule(head_dim**-0.5, (-1, 0)))
+
+
+def test_enable_comes_before_megatron(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, megatron._ATTENTION, SimpleNamespace(HAVE_FA3=False))  # type: ignore[arg-type]
+    monkeypatch.setattr(megatron, "_FLASH_ATTN_3", ())
+    with pytest.raises(InvalidArgumentError, match=r"already imported.*before the first import"):
+        megatron.enable()
+    monkeypatch.setattr(megatron, "_FLASH_ATTN_3", ("torch",))
+    with pytest.raises(InvalidArgumentError, match=r"megatron: torch \S+ is installed"):
+        megatron.enable()
