@@ -13,9 +13,9 @@ from pages import tables_of, without_code
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 #: Pages beside the code.
-MAPS = [ROOT / name / "README.md" for name in ("benchmarks", "csrc", "csrc/decode")]
+MAPS = [ROOT / name / "README.md" for name in ("benchmarks", "csrc", "csrc/decode", "packages")]
 #: Pages whose Python blocks run one after the other.
-EXAMPLES = ("README.md", "docs/guide.md", "docs/training.md")
+EXAMPLES = ("README.md", "docs/guide.md", "docs/training.md", "docs/coming-from-flash-attention.md")
 #: Columns of the tables of numbers, and the names that the result files have for them.
 COLUMNS = {
     "broadhead": "broadhead",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import importlib.util
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -147,18 +148,19 @@ def test_megatron_layer() -> None:
 @pytest.fixture
 def inference() -> Any:
     """Megatron's module of attention, imported anew while broadhead gives flash_attn_3."""
-    import importlib.util
 
     source = client("megatron", "megatron.core.transformer.attention").__file__
     client("compat")
     installation = broadhead_surface()
-    spec = importlib.util.spec_from_file_location("megatron_attention_on_broadhead", source)
+    spec = importlib.util.spec_from_file_location("megatron.core.transformer.attention_again", source)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
         yield module
     finally:
+        del sys.modules[spec.name]
         installation.uninstall()
 
 

@@ -154,18 +154,35 @@ def test_registration(registered: Any) -> None:
     assert type(made) is backend_classes().backend
 
 
-def test_models_accept_the_name(registered: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The checks of SGLang that hold lists of names run with one that they hold, and are left as they were."""
+@pytest.mark.parametrize("architecture", ["Gemma4ForCausalLM", "Gemma4ForConditionalGeneration", "GptOssForCausalLM"])
+def test_models_accept_the_name(registered: Any, monkeypatch: pytest.MonkeyPatch, architecture: str) -> None:
+    """SGLang's own check of the model, with its list of names, which leaves its module as it was."""
     from sglang.srt.arg_groups import model_hook
 
-    monkeypatch.setattr(model_hook, "attention_backends_of", lambda config: config)
-    before = model_hook.attention_backends_of
-    asked = []
-    plugin.accept_model(lambda args: asked.append(model_hook.attention_backends_of(args)), (NAME, "triton"))
-    assert asked == [("fa4", "triton")]
-    assert model_hook.attention_backends_of is before
-    source = model_hook.handle_model_specific_adjustments
-    assert hasattr(source, "__wrapped__"), "SGLang's hook registry has put ours around it"
+    def ask(config: Any) -> tuple[str, str]:
+        return config.backend, "triton"
+
+    settings = SimpleNamespace(
+        backend=NAME,
+        enable_deterministic_inference=False,
+        model_path="here",
+        dcp_size=1,
+        dtype="bfloat16",
+        quantization=None,
+    )
+    config = SimpleNamespace(architectures=[architecture], quantization_config=None, layer_types=None)
+    for name in ("resolving_view", "resolved_view"):
+        monkeypatch.setattr(model_hook, name, lambda args: args)
+    for name in ("declare_resolution", "handle_mamba_radix_cache", "run_post_process_pass", "apply_model_spec"):
+        monkeypatch.setattr(model_hook, name, lambda *args, **fields: None, raising=False)
+    monkeypatch.setattr(model_hook, "model_config_of", lambda args: SimpleNamespace(hf_config=config))
+    monkeypatch.setattr(model_hook, "parse_connector_type", lambda path: None)
+    monkeypatch.setattr(model_hook, "attention_backends_of", ask)
+    model_hook.handle_model_specific_adjustments(settings)
+    assert model_hook.attention_backends_of is ask
+    settings.backend = "flex_attention"
+    with pytest.raises(AssertionError, match="flex_attention"):
+        model_hook.handle_model_specific_adjustments(settings)
 
 
 def test_drafts(registered: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,17 +63,19 @@ def declare(
     renamed = renamed or {}
     neutral = [each for each in _parameters(name, signature) if each in NEUTRAL and each not in counterparts]
     passed = [each for each in _parameters(name, signature) if each not in neutral]
-    lines = [f"def {name}({signature}):"]
+    # What it calls is in its closure, not in globals: torch.compile looks globals up in the module of that name.
+    lines = ["def _enclosed(_run, _refuse):", f"    def {name}({signature}):"]
     for each in neutral:
         if NEUTRAL[each].values is not None:
-            lines += [f"    if {_check(each)}:", f"        _refuse({name!r}, {each!r}, {each})"]
-    lines.append(f"    return _run({', '.join(f'{renamed.get(each, each)}={each}' for each in passed)})")
-    source = "\n".join(lines) + "\n"
+            lines += [f"        if {_check(each)}:", f"            _refuse({name!r}, {each!r}, {each})"]
+    lines.append(f"        return _run({', '.join(f'{renamed.get(each, each)}={each}' for each in passed)})")
+    source = "\n".join([*lines, f"    return {name}"]) + "\n"
     # A path in this package: warnings are then told of the frame that called the function.
     filename = os.path.join(os.path.dirname(__file__), f"<{module.rpartition('.')[2]}.{name}>")
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
-    namespace: dict[str, Any] = {"torch": torch, "_refuse": refuse, "_run": run, "__name__": module}
+    namespace: dict[str, Any] = {"torch": torch, "__name__": module}
     exec(compile(source, filename, "exec"), namespace)
-    function: Callable[..., Any] = namespace[name]
+    function: Callable[..., Any] = namespace["_enclosed"](run, refuse)
+    function.__qualname__ = name
     function.__doc__ = doc
     return function

@@ -149,6 +149,7 @@ flash_attn_varlen_qkvpacked_func = declare(
     f"qkv, cu_seqlens, max_seqlen, {_TAIL}",
     _varlen_qkv,
     doc="flash_attn_varlen_func of ``(T, 3, H, D)``.",
+    counterparts=("cu_seqlens",),
 )
 flash_attn_varlen_kvpacked_func = declare(
     _MODULE,

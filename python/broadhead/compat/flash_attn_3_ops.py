@@ -18,14 +18,16 @@ _WINDOW = "int window_size_left = -1, int window_size_right = -1"
 SCHEMAS = {
     "fwd": (
         "fwd(Tensor q, Tensor k, Tensor v, Tensor(k_new!)? k_new = None, Tensor(v_new!)? v_new = None,"
-        " Tensor? q_v = None, Tensor(out!)? out = None, Tensor? cu_seqlens_q = None, Tensor? cu_seqlens_k = None,"
-        " Tensor? cu_seqlens_k_new = None, Tensor? seqused_q = None, Tensor? seqused_k = None,"
-        " int? max_seqlen_q = None, int? max_seqlen_k = None, Tensor? page_table = None, Tensor? kv_batch_idx = None, Tensor? leftpad_k = None,"
+        " Tensor? q_v = None, Tensor(out!)? out = None, Tensor? cu_seqlens_q = None,"
+        " Tensor? cu_seqlens_k = None, Tensor? cu_seqlens_k_new = None, Tensor? seqused_q = None,"
+        " Tensor? seqused_k = None, int? max_seqlen_q = None, int? max_seqlen_k = None,"
+        " Tensor? page_table = None, Tensor? kv_batch_idx = None, Tensor? leftpad_k = None,"
         " Tensor? rotary_cos = None, Tensor? rotary_sin = None, Tensor? seqlens_rotary = None,"
-        " Tensor? q_descale = None, Tensor? k_descale = None, Tensor? v_descale = None, float? softmax_scale = None, bool is_causal = False,"
-        f" {_WINDOW}, int attention_chunk = 0, float softcap = 0.0, bool is_rotary_interleaved = False,"
-        " Tensor? scheduler_metadata = None, int num_splits = 0, bool? pack_gqa = None, int sm_margin = 0)"
-        " -> (Tensor(out!), Tensor, Tensor, Tensor)"
+        " Tensor? q_descale = None, Tensor? k_descale = None, Tensor? v_descale = None,"
+        f" float? softmax_scale = None, bool is_causal = False, {_WINDOW}, int attention_chunk = 0,"
+        " float softcap = 0.0, bool is_rotary_interleaved = False, Tensor? scheduler_metadata = None,"
+        " int num_splits = 0, bool? pack_gqa = None, int sm_margin = 0) -> (Tensor(out!), Tensor, Tensor,"
+        " Tensor)"
     ),
     "bwd": (
         "bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor(dq!)? dq = None,"
@@ -67,9 +69,9 @@ def _bound(operator: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict
     return {**_ARGUMENTS[operator], **dict(zip(_ARGUMENTS[operator], args)), **kwargs}
 
 
-def _fwd(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+def _fwd(*args: Any, **kwargs: Any) -> Any:
     given = {_FWD_NAMES.get(name, name): value for name, value in _bound("fwd", args, kwargs).items()}
-    return flash_attn_3.run_forward(**given)  # type: ignore[no-any-return]
+    return flash_attn_3.run_forward(**given)
 
 
 def _bwd(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
@@ -104,10 +106,8 @@ _IMPLEMENTATIONS = {
 
 
 def are_defined() -> bool:
-    """Whether somebody has defined operators of this namespace."""
-    return torch._C._dispatch_has_kernel(f"{NAMESPACE}::fwd") or bool(
-        [name for name in torch._C._dispatch_get_all_op_names() if name.startswith(f"{NAMESPACE}::")]
-    )
+    """Whether somebody has defined the operators."""
+    return f"{NAMESPACE}::fwd" in torch._C._dispatch_get_all_op_names()
 
 
 def define() -> Library:
@@ -123,3 +123,14 @@ def define() -> Library:
             warnings.simplefilter("ignore")
             library.impl(name, implementation, "CUDA")
     return library
+
+
+#: What defined the operators for the life of the process, for modules on the path.
+_kept: list[Library] = []
+
+
+def define_once() -> Library:
+    """define, for a module that is never taken away: later calls return the same library."""
+    if not _kept:
+        _kept.append(define())
+    return _kept[0]

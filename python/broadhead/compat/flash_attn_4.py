@@ -118,8 +118,10 @@ def _bwd(
     seqused_k: Any,
     dk: Any,
     dv: Any,
+    pack_gqa: bool,
     **others: Any,
 ) -> tuple[Tensor, ...]:
+    """The gradients; pack_gqa is a matter of FlashAttention-4's tiles."""
     window: Window = resolve("_flash_attn_bwd", bool(causal), window_size_left, window_size_right)
     given = (dk, dv)
     if window.cut:

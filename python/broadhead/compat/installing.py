@@ -6,7 +6,7 @@ import importlib.util
 import sys
 import threading
 import types
-from importlib.abc import Loader
+from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from typing import Any
 
@@ -32,6 +32,30 @@ class _Holder(Loader):
 
     def exec_module(self, module: types.ModuleType) -> None:
         """Nothing is left to run."""
+
+
+class _Finder(MetaPathFinder):
+    """Finds our modules below packages that nobody has imported yet: the import sets the attribute of the package."""
+
+    def __init__(self) -> None:
+        self.modules: dict[str, types.ModuleType] = {}
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        module = self.modules.get(fullname)
+        return None if module is None else module.__spec__
+
+    def show(self, modules: dict[str, types.ModuleType]) -> None:
+        """Find these from now on. Packages forget those that they hold of the others."""
+        for name, module in self.modules.items():
+            parent, _, child = name.rpartition(".")
+            held = vars(sys.modules[parent]) if parent in sys.modules else {}
+            if held.get(child) is module:
+                del held[child]
+        self.modules = modules
+        if modules and self not in sys.meta_path:
+            sys.meta_path.insert(0, self)
+        elif not modules and self in sys.meta_path:
+            sys.meta_path.remove(self)
 
 
 class _Active:
@@ -66,6 +90,7 @@ _known: set[str] = set()
 #: Attributes of packages that are not ours, as they were: (package, name) -> value.
 _attributes: dict[tuple[int, str], tuple[types.ModuleType, Any]] = {}
 _distributions = Distributions()
+_finder = _Finder()
 #: What defines torch.ops.flash_attn_3, if anything of ours does.
 _libraries: list[torch.library.Library] = []
 
@@ -192,10 +217,9 @@ def _remember(active: _Active) -> None:
 
 def _rebuild() -> None:
     """Put everything back as it was, then the surfaces that are left in their order."""
-    for prefix in _known:
-        for name in _below(prefix):
-            if name not in _before:
-                del sys.modules[name]
+    # What was imported beside ours stays: some packages can not be imported twice.
+    for name in [name for prefix in _known for name in _below(prefix) if name not in _before and _is_below_ours(name)]:
+        del sys.modules[name]
     sys.modules.update(_before)
     for (_, attribute), (package, value) in _attributes.items():
         if value is _MISSING:
@@ -203,8 +227,10 @@ def _rebuild() -> None:
         else:
             setattr(package, attribute, value)
     _attributes.clear()
+    waiting: dict[str, types.ModuleType] = {}
     for active in _active.values():
-        _place(active)
+        waiting |= _place(active)
+    _finder.show(waiting)
     _distributions.show({a.surface.distribution: a.surface for a in _active.values() if a.surface.distribution})
     _settle_operators()
     if not _active:
@@ -213,21 +239,36 @@ def _rebuild() -> None:
     importlib.invalidate_caches()
 
 
-def _place(active: _Active) -> None:
+def _is_below_ours(name: str) -> bool:
+    """Whether the module, or a package that it lies in, is one of ours."""
+    parts = name.split(".")
+    modules = [sys.modules.get(".".join(parts[:end])) for end in range(1, len(parts) + 1)]
+    return any(isinstance(getattr(module, "__loader__", None), _Holder) for module in modules)
+
+
+def _place(active: _Active) -> dict[str, types.ModuleType]:
+    """Put the modules in place; returns those that wait for the import of the package that they are below."""
+    waiting = {}
     for described, module in active.modules:
-        if described.is_package and not described.source:
-            # A parent without names gives way to one that is installed, or that another surface has put there.
-            if described.name in sys.modules or locate(described.name) is not None:
-                continue
-        sys.modules[described.name] = module
+        # A parent without names gives way to one that is installed, or that another surface has put there.
+        is_parent = described.is_package and not described.source
+        if is_parent and (described.name in sys.modules or locate(described.name) is not None):
+            continue
         parent, _, child = described.name.rpartition(".")
-        if parent in sys.modules:
+        if parent and parent not in sys.modules:
+            waiting[described.name] = module
+            sys.modules.pop(described.name, None)
+            continue
+        sys.modules[described.name] = module
+        if parent:
             _set_attribute(sys.modules[parent], child, module)
     # A package that takes the place of another surface's parent holds that surface's modules, too.
+    placed = {described.name for described, module in active.modules if sys.modules.get(described.name) is module}
     for name in list(sys.modules):
         parent, _, child = name.rpartition(".")
-        if parent in {described.name for described, _ in active.modules} and child not in vars(sys.modules[parent]):
+        if parent in placed and child not in vars(sys.modules[parent]):
             _set_attribute(sys.modules[parent], child, sys.modules[name])
+    return waiting
 
 
 def _set_attribute(package: types.ModuleType, name: str, value: Any) -> None:

@@ -125,3 +125,16 @@ def contents(module: SurfaceModule) -> dict[str, Any]:
     if module.is_package and "__version__" in names:
         found["__version__"] = names["__version__"]
     return found
+
+
+def fill(namespace: dict[str, Any], surface: str) -> None:
+    """Give a module of a distribution what the foreign module of its name holds, and its ``__all__``.
+
+    Args:
+        namespace: the ``globals()`` of the module.
+        surface: a name in SURFACES.
+    """
+    (module,) = [each for each in SURFACES[surface].modules if each.name == namespace["__name__"]]
+    held = contents(module)
+    namespace.update(held)
+    namespace["__all__"] = [name for name in held if not name.startswith("_")]
