@@ -162,21 +162,24 @@ def test_models_accept_the_name(registered: Any, monkeypatch: pytest.MonkeyPatch
     def ask(config: Any) -> tuple[str, str]:
         return config.backend, "triton"
 
-    settings = SimpleNamespace(
-        backend=NAME,
-        enable_deterministic_inference=False,
-        model_path="here",
-        dcp_size=1,
-        dtype="bfloat16",
-        quantization=None,
+    class Settings(SimpleNamespace):
+        """Settings of a server or of a model: those that are not given are None."""
+
+        def __getattr__(self, name: str) -> None:
+            return None
+
+    settings = Settings(
+        backend=NAME, model_path="here", dcp_size=1, nnodes=1, device="cuda", dtype="bfloat16", _resolved_overrides=[]
     )
-    config = SimpleNamespace(architectures=[architecture], quantization_config=None, layer_types=None)
+    config = Settings(architectures=[architecture], quantization_config=None)
     for name in ("resolving_view", "resolved_view"):
         monkeypatch.setattr(model_hook, name, lambda args: args)
-    for name in ("declare_resolution", "handle_mamba_radix_cache", "run_post_process_pass", "apply_model_spec"):
-        monkeypatch.setattr(model_hook, name, lambda *args, **fields: None, raising=False)
-    monkeypatch.setattr(model_hook, "model_config_of", lambda args: SimpleNamespace(hf_config=config))
+    for name in ("declare_resolution", "handle_mamba_radix_cache", "run_post_process_pass", "validate_declarations"):
+        monkeypatch.setattr(model_hook, name, lambda *args, **fields: None)
+    monkeypatch.setattr(model_hook, "collect_model_override_declarations", lambda *args: [])
+    monkeypatch.setattr(model_hook, "model_config_of", lambda args: Settings(hf_config=config))
     monkeypatch.setattr(model_hook, "parse_connector_type", lambda path: None)
+    monkeypatch.setattr(model_hook, "attn_dp_enabled_of", lambda args: False)
     monkeypatch.setattr(model_hook, "attention_backends_of", ask)
     model_hook.handle_model_specific_adjustments(settings)
     assert model_hook.attention_backends_of is ask
