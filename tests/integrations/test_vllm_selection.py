@@ -10,10 +10,10 @@ from typing import Any
 
 import broadhead
 import pytest
-from clients import need
+from clients import client
 
-need("vllm")
-need("vllm", "vllm.v1.attention.backends.flash_attn")
+client("vllm")
+client("vllm", "vllm.v1.attention.backends.flash_attn")
 
 from broadhead.integrations.vllm import BACKEND, BroadheadBackend  # noqa: E402
 

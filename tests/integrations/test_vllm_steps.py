@@ -10,10 +10,10 @@ from typing import Any
 import broadhead
 import pytest
 import torch
-from clients import need
+from clients import client
 
-need("vllm")
-need("vllm", "vllm.v1.attention.backends.flash_attn")
+client("vllm")
+client("vllm", "vllm.v1.attention.backends.flash_attn")
 
 from broadhead.integrations.vllm.policy import is_fp8  # noqa: E402
 from oracle import Rule, attention  # noqa: E402

@@ -1,4 +1,4 @@
-"""Packages of clients whose own code the tests run. Without one its tests skip, or fail where it was asked for."""
+"""Packages of clients: a test skips where one is absent, or fails where BROADHEAD_REQUIRE_CLIENTS names it."""
 
 from __future__ import annotations
 
@@ -8,25 +8,33 @@ from types import ModuleType
 
 import pytest
 
-#: Names, separated by commas, of clients that must be there: CI of the clients sets it.
-REQUIRED = "BROADHEAD_REQUIRE_CLIENTS"
+#: Names for BROADHEAD_REQUIRE_CLIENTS, a list with commas, and the module that shows a client to be there.
+MODULES = {
+    "compat": "broadhead.compat",
+    "lmdeploy": "lmdeploy",
+    "megatron": "megatron.core",
+    "sglang": "sglang.srt",
+    "slime": "slime_plugins",
+    "transformer_engine": "transformer_engine",
+    "vllm": "vllm",
+}
 
 
-def is_required(client: str) -> bool:
-    return client in os.environ.get(REQUIRED, "").replace(" ", "").split(",")
+def required() -> set[str]:
+    """The clients whose absence is a failure."""
+    names = {name.strip() for name in os.environ.get("BROADHEAD_REQUIRE_CLIENTS", "").split(",")} - {""}
+    unknown = names - set(MODULES)
+    if unknown:
+        raise pytest.UsageError(f"BROADHEAD_REQUIRE_CLIENTS: unknown {sorted(unknown)}, known: {sorted(MODULES)}")
+    return names
 
 
-def need(client: str, module: str | None = None) -> ModuleType:
-    """The module of a client. For the first lines of a test module, which skips as a whole without it.
-
-    Raises:
-        pytest.UsageError: it can not be imported, and BROADHEAD_REQUIRE_CLIENTS names the client.
-    """
-    name = module or client
+def client(name: str, module: str | None = None) -> ModuleType:
+    """A module of a client; None: the one that shows it to be there. A test module may call it in its first lines."""
     try:
-        return importlib.import_module(name)
+        return importlib.import_module(module or MODULES[name])
     except ImportError as error:
-        text = f"{name} can not be imported ({error}); scripts/client_sources.py {client} DIR fetches it"
-        if is_required(client):
-            raise pytest.UsageError(f"{REQUIRED} asks for {client}: {text}") from error
+        if name in required():
+            pytest.fail(f"BROADHEAD_REQUIRE_CLIENTS asks for {name}, which does not import: {error!r}")
+        text = f"the client {name} does not import: {error}"
         pytest.skip(text, allow_module_level=True)
