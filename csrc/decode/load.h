@@ -164,8 +164,8 @@ class Loader {
   // Whether some query sees a key of the item that is copied.
   BROADHEAD_DEVICE bool contains(int key) const {
     if (source().live.contains(key)) return true;
+    if (!gives_masks(params_)) return false;
     const DecodeParams& params = fresh(params_);  // 32 rows leave no registers for its fields
-    if (!gives_masks(params)) return false;
     const WorkItem& item = smem_.queue[warp()].items[(item_ - 1) % kQueueItems];
     const SequenceMask& mask = params.sequence_masks[item.batch];
     return key >= mask.within.begin && key < mask.within.end && key < item.seqlen.seqlen_k &&
