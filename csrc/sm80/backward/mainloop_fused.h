@@ -16,26 +16,35 @@ BROADHEAD_DEVICE void find_seen(typename Traits::SharedStorage& smem) {
   }
 }
 
-// What the lane's rows see in a step, as MaskedStep tells it.
-template <class Traits>
+// What the lane's rows see in a step, as MaskedStep and GivenStep tell it.
+template <class Traits, bool kGiven>
 struct FoundStep {
   const BackwardState& state;
   const QueryInterval* seen;
   const WarpPlace& place;
   int lane_col;
 
-  BROADHEAD_DEVICE PlacedRow row(int m, int half) const {
-    const QueryInterval of_row = seen[tile_row<Traits>(place, m, 2 * half)];
-    return {of_row.begin - lane_col, of_row.end - lane_col, -lane_col};
+  BROADHEAD_DEVICE std::uint32_t word(int m, int half, int n) const {
+    if constexpr (kGiven) compile_barrier();
+    const int row = tile_row<Traits>(place, m, 2 * half), col = lane_col + n * 8;
+    if constexpr (kGiven) return key_word<Traits>(state, seen[row], state.first_row + row, col);
+    return bits_between(seen[row].begin - col, seen[row].end - col);
   }
+  BROADHEAD_DEVICE LateRow<FoundStep> row(int m, int half) const { return {this, m, half}; }
 };
 
 // Calls `work` with what the rows see.
 template <class Traits, class Work>
 BROADHEAD_DEVICE void with_found_mask(const typename Traits::SharedStorage& smem, int first_col, const WarpPlace& place,
                                       const Work& work) {
-  with_mask<Traits>(smem.state, first_col,
-                    FoundStep<Traits>{smem.state, smem.seen, place, first_col + tile_col<Traits>(place, 0)}, work);
+  const BackwardState& state = smem.state;
+  if (is_whole<Traits>(state, first_col)) {
+    work(WholeStep{});
+  } else if (!Traits::kGivenApart || __builtin_expect(meets_given<Traits>(state, first_col), 0)) {
+    work(FoundStep<Traits, true>{state, smem.seen, place, first_col + tile_col<Traits>(place, 0)});
+  } else {
+    work(FoundStep<Traits, false>{state, smem.seen, place, first_col + tile_col<Traits>(place, 0)});
+  }
 }
 
 // Where unit `unit` (8 queries) of key `row` of row tile `row_tile` lies in a tile of dS, in bytes.
@@ -70,13 +79,12 @@ BROADHEAD_DEVICE void differentiate_and_store(const Scores<Traits>& dp, Weights<
     __syncwarp();  // all lanes have read what is overwritten
     const int row_tile = place.warp_r * Traits::kRowTiles + m;
     const int of_row = ds_offset<Traits>(row_tile, row, place.warp_c * Traits::kColTiles) + place.lane % 4 * 4;
-    const decltype(step.row(0, 0)) rows[2] = {step.row(m, 0), step.row(m, 1)};
     std::uint32_t seen[2];
     const float* of_col = delta + tile_col<Traits>(place, 0);
     float2 next = *reinterpret_cast<const float2*>(of_col);
     BROADHEAD_UNROLL
     for (int n = 0; n < Traits::kColTiles; ++n) {
-      if (n % 4 == 0) seen[0] = rows[0].word(n), seen[1] = rows[1].word(n);
+      if (n % 4 == 0) seen[0] = step.row(m, 0).word(n), seen[1] = step.row(m, 1).word(n);
       const float2 of_query = next;
       if (n + 1 < Traits::kColTiles) next = *reinterpret_cast<const float2*>(of_col + (n + 1) * 8);
       BROADHEAD_UNROLL

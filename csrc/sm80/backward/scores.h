@@ -19,15 +19,30 @@ struct WholeStep {
   BROADHEAD_DEVICE Row row(int, int) const { return {}; }
 };
 
-// Columns relative to the lane's first one: those below `prefix`, and those of [begin, end).
-struct PlacedRow {
+// Columns [begin, end), relative to the lane's first one.
+struct ColumnRow {
   int begin;
   int end;
+
+  BROADHEAD_DEVICE std::uint32_t word(int n) const { return bits_between(begin - n * 8, end - n * 8); }
+};
+
+// And those below `prefix`.
+struct PrefixRow {
+  ColumnRow columns;
   int prefix;
 
-  BROADHEAD_DEVICE std::uint32_t word(int n) const {
-    return bits_between(begin - n * 8, end - n * 8) | bits_below(prefix - n * 8);
-  }
+  BROADHEAD_DEVICE std::uint32_t word(int n) const { return columns.word(n) | bits_below(prefix - n * 8); }
+};
+
+// A row whose words the step makes where they are used.
+template <class Step>
+struct LateRow {
+  const Step* step;
+  int m;
+  int half;
+
+  BROADHEAD_DEVICE std::uint32_t word(int n) const { return step->word(m, half, n); }
 };
 
 // Whether a word shows column `c` of column tile `n`: a constant place.
@@ -40,45 +55,48 @@ struct MaskedStep {
   const WarpPlace& place;
   int lane_col;
 
-  BROADHEAD_DEVICE PlacedRow row(int m, int half) const {
+  BROADHEAD_DEVICE auto row(int m, int half) const {
     compile_barrier();  // what is known of all rows at once takes too many registers
     const int row = state.first_row + tile_row<Traits>(place, m, 2 * half);
     if constexpr (Traits::kKeys) {
       const QueryInterval seen = state.mask.query_interval(row, row);  // it knows of the prefix
-      return {seen.begin - lane_col, seen.end - lane_col, -lane_col};
+      return ColumnRow{seen.begin - lane_col, seen.end - lane_col};
     } else {
       const KeyInterval seen = state.mask.row_interval(row);
-      return {seen.begin - lane_col, seen.end - lane_col, state.mask.prefix_len - lane_col};
+      return PrefixRow{{seen.begin - lane_col, seen.end - lane_col}, state.mask.prefix_len - lane_col};
     }
   }
 };
 
+// The word of key `row` of the sequence with ranges: `seen` are the queries that see it by their positions.
+template <class Traits>
+BROADHEAD_DEVICE std::uint32_t key_word(const BackwardState& state, const QueryInterval& seen, int row, int col) {
+  std::uint32_t word = bits_between(seen.begin - col, seen.end - col);
+  const int lane = fresh_thread() % 32, first_col = col - lane % 4 * 2;
+  if (first_col < state.given_queries.end && first_col + 32 > state.given_queries.begin) {
+    word |= given_bits(state.mask, first_col, row - lane / 4) >> (lane % 4 * 2);
+  }
+  return word;
+}
+
 // And by ranges. PERF: a word is made where it is used, as a warp has no registers for all of them; steps that no range
 // touches have none of this code.
-template <class Traits, class Placed>
+template <class Traits>
 struct GivenStep {
-  Placed placed;
+  const BackwardState& state;
+  const WarpPlace& place;
+  int lane_col;
 
-  struct Row {
-    const Placed* placed;
-    int m;
-    int half;
-
-    BROADHEAD_DEVICE std::uint32_t word(int n) const {
-      compile_barrier();
-      const std::uint32_t by_position = placed->row(m, half).word(n);
-      const int row = placed->state.first_row + tile_row<Traits>(placed->place, m, 2 * half);
-      const int col = placed->lane_col + n * 8;
-      if constexpr (Traits::kKeys) {
-        const int lane = fresh_thread() % 32;
-        return by_position |
-               given_bits(placed->state.mask, col - lane % 4 * 2, row - lane / 4) >> (lane % 4 * 2);
-      } else {
-        return by_position | placed->state.mask.given_word(row, col);
-      }
+  BROADHEAD_DEVICE std::uint32_t word(int m, int half, int n) const {
+    compile_barrier();
+    const int row = state.first_row + tile_row<Traits>(place, m, 2 * half), col = lane_col + n * 8;
+    if constexpr (Traits::kKeys) {
+      return key_word<Traits>(state, state.mask.query_interval(row, row), row, col);
+    } else {
+      return state.mask.row_word(row, state.mask.row_interval(row), col);
     }
-  };
-  BROADHEAD_DEVICE Row row(int m, int half) const { return {&placed, m, half}; }
+  }
+  BROADHEAD_DEVICE LateRow<GivenStep> row(int m, int half) const { return {this, m, half}; }
 };
 
 // Whether some row may see a column of the step that begins at `first_col` by a range.
@@ -94,20 +112,16 @@ BROADHEAD_DEVICE bool is_whole(const BackwardState& state, int first_col) {
   return first_col >= state.whole.begin && first_col + Traits::kCols <= state.whole.end;
 }
 
-// Calls `work` with what the rows see in a step, `placed` by position.
-template <class Traits, class Placed, class Work>
-BROADHEAD_DEVICE void with_mask(const BackwardState& state, int first_col, const Placed& placed, const Work& work) {
+// Calls `work` with what the rows see.
+template <class Traits, class Work>
+BROADHEAD_DEVICE void with_mask(const BackwardState& state, int first_col, const WarpPlace& place, const Work& work) {
   if (is_whole<Traits>(state, first_col)) {
     work(WholeStep{});
   } else if (__builtin_expect(meets_given<Traits>(state, first_col), 0)) {
-    work(GivenStep<Traits, Placed>{placed});
+    work(GivenStep<Traits>{state, place, first_col + tile_col<Traits>(place, 0)});
   } else {
-    work(placed);
+    work(MaskedStep<Traits>{state, place, first_col + tile_col<Traits>(place, 0)});
   }
-}
-template <class Traits, class Work>
-BROADHEAD_DEVICE void with_mask(const BackwardState& state, int first_col, const WarpPlace& place, const Work& work) {
-  with_mask<Traits>(state, first_col, MaskedStep<Traits>{state, place, first_col + tile_col<Traits>(place, 0)}, work);
 }
 
 // P of a score, and the derivative of its softcap. `lse` in units of log2(e).
