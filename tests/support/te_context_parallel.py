@@ -6,6 +6,7 @@ import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import os
 import sys
 import types
 from pathlib import Path
@@ -16,6 +17,8 @@ from clients import required
 
 _PACKAGE = "transformer_engine.pytorch.attention.dot_product_attention"
 _TARGET = f"{_PACKAGE}.context_parallel"
+#: Names a checkout of Transformer Engine, which then need not be installed.
+SOURCE = "BROADHEAD_TRANSFORMER_ENGINE_SOURCE"
 
 
 class _Stub(types.ModuleType):
@@ -56,6 +59,9 @@ def load() -> Any:
     """The module, from its source in the installed package; skips or fails where that is absent."""
     found = importlib.util.find_spec("transformer_engine")
     roots = [Path(root) for root in (found.submodule_search_locations or ())] if found else []
+    if SOURCE in os.environ:
+        # A checkout on the import path would break Megatron, which imports Transformer Engine where it finds it.
+        roots = [Path(os.environ[SOURCE]) / "transformer_engine"]
     source = next(
         (path for root in roots if (path := root.joinpath(*_TARGET.split(".")[1:]).with_suffix(".py")).is_file()), None
     )
