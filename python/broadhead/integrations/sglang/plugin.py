@@ -81,7 +81,7 @@ def _named(module: ModuleType, name: str, value: Any) -> Iterator[None]:
 
 
 def accept_model(original: Callable[..., Any], server_args: Any) -> Any:
-    """Around SGLang's checks of a model: those of Gemma 4, gpt-oss and Llama 4 then accept our name."""
+    """Around SGLang's checks of a model: those of Gemma 4 and gpt-oss then accept our name."""
     from sglang.srt.arg_groups import model_hook
 
     ask = model_hook.attention_backends_of
