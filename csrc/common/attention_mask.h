@@ -179,8 +179,8 @@ struct AttentionMask {
   }
 };
 
-// Sets what a tile of queries sees by its ranges or by the tree_mask: it lies within `given`, a given_interval. Where no
-// query has a range, as in most tiles, the mask is one without ranges.
+// Sets what a tile of queries sees by its ranges or by the tree_mask: it lies within `given`, a given_interval. Where
+// no query has a range, as in most tiles, the mask is one without ranges.
 BROADHEAD_HOST_DEVICE void narrow_given(AttentionMask& mask, const KeyInterval& given) {
   if (given.end <= given.begin) mask.kind = Given::kNone;
 }
@@ -197,8 +197,8 @@ BROADHEAD_HOST_DEVICE KeyInterval given_interval(const AttentionMask& mask, cons
   if (mask.kind == Given::kNone || q_last < q_first) return {0, 0};
   if (mask.kind == Given::kTree) return {max_int(0, mask.seqlen_k - kTreeKeys), mask.seqlen_k};
   KeyInterval all{0, 0};
-BROADHEAD_NO_UNROLL  // PERF: head_dim 192 of e4m3 has no registers for more
-  for (int i = max_int(q_first, 0) / kExtentQueries; i <= q_last / kExtentQueries; ++i) {
+  BROADHEAD_NO_UNROLL  // PERF: head_dim 192 of e4m3 has no registers for more
+      for (int i = max_int(q_first, 0) / kExtentQueries; i <= q_last / kExtentQueries; ++i) {
     all = hull(all, existing_keys(mask, extents.of_queries[i]));
   }
   return all;

@@ -8,9 +8,9 @@ namespace broadhead::decode {
 
 // AttnParams with what the kernel would otherwise have to compute by divisions.
 struct DecodeParams : AttnParams {
-  int tile_cost;       // what a tile costs besides its n_blocks (Q, the merge of the warps, the output), in n_blocks
-  unsigned pages;      // page ids below this exist; 1 when not paged
-  int sees_all;  // every query sees all keys, so no mask is computed: code before the first copies is cold and slow
+  int tile_cost;   // what a tile costs besides its n_blocks (Q, the merge of the warps, the output), in n_blocks
+  unsigned pages;  // page ids below this exist; 1 when not paged
+  int sees_all;    // every query sees all keys, so no mask is computed: code before the first copies is cold and slow
   // Bytes of q and of the page tables that the grid prefetches into the L2 before it knows what it needs; 0 when the
   // tensor is not one piece of memory.
   unsigned q_bytes;

@@ -45,8 +45,8 @@ int prepare_extents(Params& params, const char* kernel_id, void* stream, char* e
   const std::int64_t bytes = mask_extent_bytes(params);
   char* const workspace = static_cast<char*>(workspace_of(params));
   if (bytes > 0 && (workspace == nullptr || params.workspace_bytes < bytes)) {
-    std::snprintf(error, error_size, "%s: the workspace has %lld bytes, what it learns of its masks takes %lld", kernel_id,
-                  static_cast<long long>(params.workspace_bytes), static_cast<long long>(bytes));
+    std::snprintf(error, error_size, "%s: the workspace has %lld bytes, what it learns of its masks takes %lld",
+                  kernel_id, static_cast<long long>(params.workspace_bytes), static_cast<long long>(bytes));
     return 1;
   }
   const int status = launch_mask_extents(params, workspace, static_cast<cudaStream_t>(stream));

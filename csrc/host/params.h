@@ -86,14 +86,14 @@ struct AttnParams {
   DescaleStrides k_descale_strides;
   DescaleStrides v_descale_strides;
 
-  const std::int32_t* cu_seqlens_q;  // [B + 1], nullable: dense q
-  const std::int32_t* cu_seqlens_k;  // [B + 1], nullable: dense or paged k
-  const std::int32_t* seqused_q;     // [B], nullable
-  const std::int32_t* seqused_k;     // [B], nullable
-  const std::int32_t* leftpad_k;     // [B], nullable: keys [leftpad, seqused) of the cache are the sequence
-  const std::int32_t* kv_batch_idx;  // [B], nullable: row of the cache (or of the page table) for sequence b
-  const std::int32_t* page_table;    // [B or more, max_pages], nullable
-  const std::int32_t* prefix_lens;   // [B], nullable
+  const std::int32_t* cu_seqlens_q;        // [B + 1], nullable: dense q
+  const std::int32_t* cu_seqlens_k;        // [B + 1], nullable: dense or paged k
+  const std::int32_t* seqused_q;           // [B], nullable
+  const std::int32_t* seqused_k;           // [B], nullable
+  const std::int32_t* leftpad_k;           // [B], nullable: keys [leftpad, seqused) of the cache are the sequence
+  const std::int32_t* kv_batch_idx;        // [B], nullable: row of the cache (or of the page table) for sequence b
+  const std::int32_t* page_table;          // [B or more, max_pages], nullable
+  const std::int32_t* prefix_lens;         // [B], nullable
   const void* sinks;                       // [Hq] fp32, or dtype of q when sinks_are_fp32 == 0; nullable
   const std::int32_t* scheduler_metadata;  // nullable; layout in common/scheduler_metadata.h
   std::int64_t page_table_batch_stride;
@@ -117,20 +117,20 @@ struct AttnParams {
   float softcap;  // 0: off
   std::int32_t sinks_are_fp32;
 
-  std::int32_t num_splits;         // >= 1; the grid's bound. With metadata a sequence uses min(metadata, num_splits);
-                                   // decode kernels: at most so many splits of a tile, 0: any number
-  std::int32_t pack_gqa;           // 1: the query heads of one KV head share a tile
+  std::int32_t num_splits;  // >= 1; the grid's bound. With metadata a sequence uses min(metadata, num_splits);
+                            // decode kernels: at most so many splits of a tile, 0: any number
+  std::int32_t pack_gqa;    // 1: the query heads of one KV head share a tile
   // Derived by the library (host/derived.h).
-  std::int32_t rows_per_token;     // query rows of a token in a tile: heads of a KV head when packed, else 1
-  std::int32_t heads_in_grid;      // KV heads when packed
-  std::int32_t heads_per_kv;       // heads in the grid that share a KV head
+  std::int32_t rows_per_token;         // query rows of a token in a tile: heads of a KV head when packed, else 1
+  std::int32_t heads_in_grid;          // KV heads when packed
+  std::int32_t heads_per_kv;           // heads in the grid that share a KV head
   const SequenceMask* sequence_masks;  // [B], what mask_values gives each sequence: kernels read nothing else of it.
                                        // Null: it gives nothing. It is the first part of the workspace
                                        // (kernels/mask_extents.h), and kernels get the rest
-  std::int32_t metadata_tag;       // what scheduler_metadata must carry for its split counts to be used
-  std::int32_t heads_per_section;  // heads whose K/V share the L2 at a time; 0: all
-  std::int32_t max_blocks;         // persistent kernels: the most CTAs that sm_margin allows; 0: no limit
-  std::int32_t cell_blocks;        // decode kernels: fixed splits of so many times 64 keys; 0: stream-K
+  std::int32_t metadata_tag;           // what scheduler_metadata must carry for its split counts to be used
+  std::int32_t heads_per_section;      // heads whose K/V share the L2 at a time; 0: all
+  std::int32_t max_blocks;             // persistent kernels: the most CTAs that sm_margin allows; 0: no limit
+  std::int32_t cell_blocks;            // decode kernels: fixed splits of so many times 64 keys; 0: stream-K
   DataType q_dtype;              // read by kernels of 8-bit K and V, which take any; out is fp16 for fp16 q, else bf16
   std::int64_t workspace_bytes;  // as broadhead_forward_workspace says
 
@@ -202,7 +202,7 @@ struct AttnBwdParams {
   std::int32_t sinks_are_fp32;
 
   // Derived by the library (host/derived.h).
-  std::int32_t heads_per_kv;  // query heads that share a KV head
+  std::int32_t heads_per_kv;           // query heads that share a KV head
   const SequenceMask* sequence_masks;  // as AttnParams'
 
   std::int32_t deterministic;  // 1: every sum in an order that is the same in every run

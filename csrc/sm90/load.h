@@ -51,8 +51,8 @@ BROADHEAD_DEVICE void load_tiles(const KernelArgs& args, typename Traits::Shared
     const int box_rows = args.maps.k.box_rows;  // V's, too
     const BlockGap gap = state.gap;
     const auto place_of = [&](int block) {
-      return paged && block >= range.begin ? box_place(state.source, gap.place(block) * Traits::kTileN,
-                                                       Traits::kTileN, box_rows, params.page_size)
+      return paged && block >= range.begin ? box_place(state.source, gap.place(block) * Traits::kTileN, Traits::kTileN,
+                                                       box_rows, params.page_size)
                                            : BoxPlace{0, -1};
     };
     BoxPlace place = place_of(range.end - 1);

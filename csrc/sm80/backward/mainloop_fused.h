@@ -38,9 +38,14 @@ template <class Traits, class Work>
 BROADHEAD_DEVICE void with_found_mask(const typename Traits::SharedStorage& smem, int first_col, const WarpPlace& place,
                                       const Work& work) {
   const BackwardState& state = smem.state;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 100 == 10
+  constexpr bool kGivenApart = Traits::kHeadDim > 64;  // PERF: code of its own for steps without ranges would spill
+#else
+  constexpr bool kGivenApart = true;
+#endif
   if (is_whole<Traits>(state, first_col)) {
     work(WholeStep{});
-  } else if (!Traits::kGivenApart || __builtin_expect(meets_given<Traits>(state, first_col), 0)) {
+  } else if (!kGivenApart || __builtin_expect(meets_given<Traits>(state, first_col), 0)) {
     work(FoundStep<Traits, true>{state, smem.seen, place, first_col + tile_col<Traits>(place, 0)});
   } else {
     work(FoundStep<Traits, false>{state, smem.seen, place, first_col + tile_col<Traits>(place, 0)});

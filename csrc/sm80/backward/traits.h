@@ -146,8 +146,6 @@ struct FusedSide
   using Base = SideTraits<Element_, Side::kKeys, kHeadDim_, kRows_, kCols_, kWarpsR_, kWarpsC_, kStages_, kMinBlocks_>;
   using Element = Element_;
   static constexpr bool kFused = true;
-  // Steps that no range touches have code of their own. PERF: with head_dim 64 that would spill on 10.0.
-  static constexpr bool kGivenApart = kHeadDim_ > 64;
 
   // dQ of a step: warp (r, c) owns 32 queries, or 16 where the columns of head_dim cannot be divided otherwise.
   static constexpr int kWarps = Base::kThreads / 32;
