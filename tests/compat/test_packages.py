@@ -66,7 +66,10 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
             source = tmp_path_factory.mktemp("source") / folder
             shutil.copytree(PACKAGES / folder, source)
             pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
-            run(*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(source / "dist"), str(source))
+            # setuptools of this environment where it is new enough; else pip fetches one.
+            new = int(importlib.metadata.version("setuptools").split(".")[0]) >= 77
+            isolation = ["--no-build-isolation"] if new else []
+            run(*pip, "wheel", "--no-deps", *isolation, "-w", str(source / "dist"), str(source))
             wheels += map(str, (source / "dist").glob("*.whl"))
         assert len(wheels) == len(folders)
         run(*pip, "install", "--no-deps", "--target", str(there), *wheels)

@@ -52,7 +52,11 @@ def passes(prefix: Tensor, response: Tensor, cu: Tensor, prefix_word: str) -> tu
     return first, second
 
 
-@torch.library.custom_op("broadhead_tests::prefix_lm", mutates_args=())
+@torch.library.custom_op(
+    "broadhead_tests::prefix_lm",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor prefix, Tensor response, Tensor cu) -> Tensor[]",  # list[Tensor]: 2.7
+)
 def prefix_lm(q: Tensor, k: Tensor, v: Tensor, prefix: Tensor, response: Tensor, cu: Tensor) -> list[Tensor]:
     """``[out, lse of the prefixes, lse of the others]``."""
     out = torch.empty_like(q)
@@ -69,7 +73,12 @@ def _(q: Tensor, k: Tensor, v: Tensor, prefix: Tensor, response: Tensor, cu: Ten
     return [torch.empty_like(q), lse, torch.empty_like(lse)]
 
 
-@torch.library.custom_op("broadhead_tests::prefix_lm_backward", mutates_args=())
+@torch.library.custom_op(
+    "broadhead_tests::prefix_lm_backward",
+    mutates_args=(),
+    schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse_1, Tensor lse_2, Tensor prefix, "
+    "Tensor response, Tensor cu) -> Tensor[]",
+)
 def prefix_lm_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse_1: Tensor, lse_2: Tensor, prefix: Tensor,
     response: Tensor, cu: Tensor,

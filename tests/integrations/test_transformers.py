@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import broadhead
-import broadhead.integrations.transformers as integration
 import pytest
 import torch
 from transformers_models import (
@@ -13,6 +12,7 @@ from transformers_models import (
     assert_same_gradients,
     assert_same_tokens,
     ids,
+    integration,
     make,
     output_of,
     padding,

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import broadhead
-import broadhead.integrations.transformers as integration
 import pytest
 import torch
-from transformers_models import VOCABULARY, ids, make, output_of, padding, transformers
+from transformers_models import VOCABULARY, ids, integration, make, output_of, padding, transformers
 
 VARIABLE = "FLASH_ATTENTION_DETERMINISTIC"
 FUNCTIONS = ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache", "mha_fwd")

@@ -7,13 +7,11 @@ import sys
 from typing import Any
 
 import broadhead
-import broadhead.integrations.transformers as integration
 import pytest
 import torch
 import torch._dynamo
-from broadhead.integrations.transformers import registration
 from torch._dynamo.testing import CompileCounter
-from transformers_models import ids, make, output_of, padding, transformers
+from transformers_models import ids, integration, make, output_of, padding, transformers
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -194,6 +192,6 @@ def test_flash_functions_of_the_registered_name() -> None:
     assert utils._lazy_imports is wrapper
     for name in ("broadhead_flash_3", "other_flash_3", "my_flash_2"):
         assert utils._lazy_imports(name)[:2] == (broadhead.flash_attn_func, broadhead.flash_attn_varlen_func)
-        assert name in registration._flash_names
+        assert name in integration.registration._flash_names
     with pytest.raises((ImportError, ValueError)):
         utils._lazy_imports("flash_of_nobody")

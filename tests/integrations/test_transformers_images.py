@@ -6,13 +6,20 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import broadhead
-import broadhead.integrations.transformers as integration
 import pytest
 import torch
 from broadhead.demo.paged_cache import PAGED_ATTENTION, PagedKVCache
 from broadhead.demo.paged_cache import register as register_paged
 from transformers_images import IMAGE, make, padding_of, prompt, spans_of, types_of, without_images
-from transformers_models import Waits, assert_same, assert_same_gradients, assert_same_tokens, output_of, transformers
+from transformers_models import (
+    Waits,
+    assert_same,
+    assert_same_gradients,
+    assert_same_tokens,
+    integration,
+    output_of,
+    transformers,
+)
 
 SIDES = [None, "left", "right"]
 #: What the layer with a window and the layer without one get besides the causal mask.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import broadhead
-import broadhead.integrations.transformers as integration
 import pytest
 import torch
 from transformers_models import (
@@ -15,6 +14,7 @@ from transformers_models import (
     assert_same_gradients,
     assert_same_tokens,
     ids,
+    integration,
     make,
     output_of,
     padding,

@@ -11,6 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
+#: It imports transformers, so that tests take it from here, behind the skip.
+integration = pytest.importorskip("broadhead.integrations.transformers")
 
 VOCABULARY = 97
 COMMON = {
