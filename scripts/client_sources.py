@@ -52,8 +52,8 @@ CLIENTS = {
         "uvicorn", "uvloop", "xgrammar", "xxhash", "yarl",
     ), ("--no-deps",)),
     "lmdeploy": Client("lmdeploy", "0.18.0", (
-        "addict", "einops", "fire", "mmengine-lite", "pillow", "platformdirs", "psutil", "pybase64", "pyzmq", "requests",
-        "rich",
+        "addict", "einops", "fire", "mmengine-lite", "pillow", "platformdirs", "psutil", "pybase64", "pyzmq",
+        "requests", "rich",
         "sentencepiece", "shortuuid", "termcolor", "tiktoken", "triton", "yapf",
     ), ("--no-deps",)),
     "megatron": Client("megatron-core", "0.16.1", ()),
