@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from broadhead.integrations import transformer_engine as integration
+from broadhead.plan.native import NO_KERNELS
 from clients import client
 from oracle import Rule, attention
 from te_context_parallel import load
@@ -136,11 +137,12 @@ def test_packed_with_padding(surface: Any) -> None:
         assert not got[dead].any()
 
 
-def test_head_dims_are_those_of_this_build() -> None:
-    """This installation has no kernels: nothing runs, forward or backward, and the reason says what lacks."""
-    if torch.cuda.is_available():
-        pytest.skip("kernels may run here")
-    with pytest.raises(AssertionError, match=r"head_dim 128.*forward"):
+def test_head_dims_are_those_of_this_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reason says what lacks: of any build, and of one without kernels."""
+    with pytest.raises(AssertionError, match=r"head_dim 520.*forward"):
+        integration._validate_head_dims(520, 520, 9, 8)
+    monkeypatch.setattr("broadhead.api.head_dims.build_description", lambda: NO_KERNELS)
+    with pytest.raises(AssertionError, match=r"head_dim 128.*forward.*left out of this build"):
         integration._validate_head_dims(128, 128, 9, 8)
 
 
