@@ -6,7 +6,7 @@
 
 namespace broadhead::decode {
 
-// AttnParams with what the kernel would otherwise have to compute by divisions.
+// AttnParams with what the host works out of a decode call, since code before the first copies is cold and slow.
 struct DecodeParams : AttnParams {
   int tile_cost;   // what a tile costs besides its n_blocks (Q, the merge of the warps, the output), in n_blocks
   unsigned pages;  // page ids below this exist; 1 when not paged

@@ -1,5 +1,4 @@
-// What the library derives from an argument block before a kernel has it, so that kernels neither divide for it nor
-// read fields that few calls set.
+// What the library derives from an argument block before a kernel has it, so that kernels do not divide for it.
 #pragma once
 
 #include "host/params.h"
