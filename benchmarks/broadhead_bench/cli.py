@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from broadhead_bench.cases import AREAS, GROUPS
+from broadhead_bench.cases import AREAS, DRAWN_AREAS, GROUPS
+from broadhead_bench.landscape import report
 from broadhead_bench.records import IMPLEMENTATIONS, UNITS, describe_run
 from broadhead_bench.result_file import read_records, write_records
-from broadhead_bench.runner import BUDGET, SHORT_BUDGET, Options, run_area
+from broadhead_bench.runner import BUDGET, LANDSCAPE_BUDGET, SHORT_BUDGET, Options, run_area
 from broadhead_bench.summary import means, summarize, table
 
 #: Exit status: everything measured is right; broadhead was wrong or raised; the options make no sense here.
@@ -47,10 +48,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--budget",
         type=float,
         metavar="SECONDS",
-        help=f"seconds a measurement, default {BUDGET:g}, of decode, sweeps and masks {SHORT_BUDGET:g}",
+        help=f"seconds a measurement, default {BUDGET:g}, of decode, sweeps and masks {SHORT_BUDGET:g}, "
+        f"of the landscape {LANDSCAPE_BUDGET:g}",
     )
-    parser.add_argument("--cases", type=int, metavar="N", help="only the first N of each area's cases")
-    parser.add_argument("--seed", type=int, metavar="N", help="draws backward-sweep; default: a new one, which is told")
+    parser.add_argument(
+        "--cases", type=int, metavar="N", help="only the first N of each area's cases; landscape: so many"
+    )
+    parser.add_argument(
+        "--seed", type=int, metavar="N", help=f"draws {', '.join(DRAWN_AREAS)}; default: a new one, which is told"
+    )
     parser.add_argument("--device", default=None, help="default: cuda if there is one")
     return parser
 
@@ -73,12 +79,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"benchmarks/run.py: {error}", file=sys.stderr)
         return BAD_USAGE
     areas = dict.fromkeys(area for name in parsed.areas for area in GROUPS.get(name, (name,)))
-    if "backward-sweep" in areas and parsed.seed is None:
+    drawn = [area for area in areas if area in DRAWN_AREAS]
+    if drawn and parsed.seed is None:
         arguments = [*arguments, "--seed", str(options.seed)]  # so that the command in the records repeats the run
     run = describe_run(options.device, arguments)
     print(f"{run.device}, torch {run.versions['torch']}", flush=True)
-    if "backward-sweep" in areas:
-        print(f"backward-sweep: --seed {options.seed}", flush=True)
+    for area in drawn:
+        print(f"{area}: --seed {options.seed}", flush=True)
 
     records: list[dict[str, Any]] = []
     broken = 0
@@ -140,7 +147,7 @@ def print_tables(records: list[dict[str, Any]]) -> None:
                 for i, (cell, width) in enumerate(zip(words, widths))
             ]
             print("  ".join(cells))
-        for line in means(records, area):
+        for line in means(records, area) + (report(records) if area == "landscape" else []):
             print(line)
     rows = summarize(records)
     missed = [row.label for row in rows if row.met is False]

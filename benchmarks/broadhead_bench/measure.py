@@ -7,11 +7,13 @@ import torch
 from broadhead_bench import accuracy
 from broadhead_bench.cases import CascadeCase, Case, DecodeCase, DenseCase, HostCase, PagedCase, VarlenCase
 from broadhead_bench.cases_backward import TRAINING_AREAS, StepCase
+from broadhead_bench.cases_landscape import LandscapeCase
 from broadhead_bench.cases_masks import MaskCase
 from broadhead_bench.cases_prefill import BACKWARD_AREAS
 from broadhead_bench.inputs import dense_inputs, fp8_inputs, paged_inputs, varlen_inputs
 from broadhead_bench.measure_backward import BackwardTask, LayerTask
 from broadhead_bench.measure_decode import STEP_TASKS, CascadeTask, DecodeTask, HostTask
+from broadhead_bench.measure_landscape import LandscapeTask
 from broadhead_bench.measure_masks import task_of_masks
 from broadhead_bench.measure_model import StepTask
 from broadhead_bench.peers.base import Peer
@@ -83,6 +85,8 @@ def task_of(case: Case, device: torch.device) -> Task:
         return CascadeTask(case, device)
     if isinstance(case, StepCase):
         return StepTask(case, device)
+    if isinstance(case, LandscapeCase):
+        return LandscapeTask(case, device)
     if isinstance(case, MaskCase):
         return task_of_masks(case, device)
     if case.area in TRAINING_AREAS:

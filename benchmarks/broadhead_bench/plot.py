@@ -6,6 +6,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from broadhead_bench.landscape import ratios
 from broadhead_bench.records import IMPLEMENTATIONS, UNITS
 
 #: One colour an implementation in every figure (Okabe and Ito's palette, told apart by colour-blind readers).
@@ -13,6 +14,8 @@ COLOURS = {
     "broadhead": "#d55e00",
     "broadhead-det": "#a04000",
     "broadhead-sm80": "#f5b78a",
+    "broadhead-sm80-fwd": "#f5b78a",
+    "broadhead-best": "#a04000",
     "baseline": "#000000",
     "fa2": "#999999",
     "fa3": "#0072b2",
@@ -48,7 +51,13 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    areas = [area for area in UNITS if any(r["area"] == area for r in records)]
+    if records and all(r["area"] == "landscape" for r in records):
+        figure = draw_landscape(pyplot, records)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=130)
+        pyplot.close(figure)
+        return
+    areas = [area for area in UNITS if area != "landscape" and any(r["area"] == area for r in records)]
     if not areas:
         raise ValueError("there are no records to plot")
     panels = []
@@ -91,3 +100,21 @@ def _draw_panel(axes: Any, area: str, cases: list[str], records: list[dict[str, 
     )
     axes.set_xlim(-0.6, len(cases) - 0.4)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_landscape(pyplot: Any, records: list[dict[str, Any]]) -> Any:
+    """A figure of points, one a case: how many times as fast as the best peer, over the operations of the case."""
+    figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
+    found = ratios(records)
+    for kind in dict.fromkeys(ratio.kind for ratio in found):
+        mine = [ratio for ratio in found if ratio.kind == kind]
+        axes.scatter([ratio.flops for ratio in mine], [ratio.value for ratio in mine], s=14, alpha=0.8, label=kind)
+    axes.set_xscale("log")
+    axes.set_yscale("log", base=2)
+    axes.axhline(1.0, color="#000000", linewidth=0.8)
+    axes.set_xlabel("floating-point operations of the call")
+    axes.set_ylabel("speed, of the best peer")
+    axes.set_title(f"landscape, {records[-1]['device']}", fontsize=10, loc="left")
+    axes.legend(fontsize=8, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure

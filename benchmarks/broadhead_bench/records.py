@@ -15,12 +15,12 @@ import torch
 from broadhead_bench.cases import AREAS
 
 #: broadhead, and it with other arguments or kernels.
-OWN = ("broadhead", "broadhead-det", "broadhead-sm80")
+OWN = ("broadhead", "broadhead-det", "broadhead-sm80", "broadhead-sm80-fwd", "broadhead-best")
 IMPLEMENTATIONS = (*OWN, "baseline", "fa2", "fa3", "fa4", "ffpa", "cudnn", "memeff", "sdpa", "flex", "flashinfer")
 UNITS = (
     dict.fromkeys(AREAS, "TFLOP/s")
     | {area: "GB/s" for area in AREAS if area.startswith("decode")}
-    | dict.fromkeys(("cascade", "append", "latency", "host", "prefix-lm", "masks"), "us")
+    | dict.fromkeys(("cascade", "append", "latency", "host", "prefix-lm", "masks", "landscape"), "us")
     | {"training": "tokens/s"}
 )
 
@@ -76,6 +76,7 @@ def make_record(
     kernel: str | None = None,
     versions: dict[str, str] | None = None,
     peak_bytes: int | None = None,
+    details: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """One result.
 
@@ -85,6 +86,7 @@ def make_record(
         kernel: the table row that ran, for broadhead; "(composed)" behind it: over a prefix, with a call for the rest.
         versions: of the peer, and notes on how it was called.
         peak_bytes: memory of one call beyond its inputs and outputs, where that is measured.
+        details: what else the area keeps of a case.
     """
     return {
         "area": area,
@@ -100,4 +102,5 @@ def make_record(
         "versions": {**run.versions, **(versions or {})},
         "command": run.command,
         "date": run.date,
+        **(details or {}),
     }

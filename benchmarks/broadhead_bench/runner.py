@@ -12,6 +12,7 @@ import torch
 
 from broadhead_bench.cases import Case, cases_of
 from broadhead_bench.cases_decode import DECODE_AREAS
+from broadhead_bench.cases_landscape import LandscapeCase
 from broadhead_bench.measure import task_of
 from broadhead_bench.peers.base import Peer, Skip
 from broadhead_bench.peers.registry import all_peers
@@ -20,7 +21,7 @@ from broadhead_bench.task import Measurement, Prepared
 
 #: Seconds a measurement. A decode step repeats to within a percent in a CUDA graph, and there are many cases; in a
 #: sweep many cases make up for a noisy one; masks stand beside the same call without them, in turns.
-BUDGET, SHORT_BUDGET = 0.5, 0.2
+BUDGET, SHORT_BUDGET, LANDSCAPE_BUDGET = 0.5, 0.2, 0.05
 SHORT_AREAS = (*DECODE_AREAS, "backward-sweep", "masks")
 
 
@@ -31,16 +32,19 @@ class Options(NamedTuple):
     implementations: tuple[str, ...] = ()  # empty: all
     case_filter: str = ""
     budget: float | None = None  # None: what suits the area
-    seed: int = 0  # of the cases of backward-sweep
+    seed: int = 0  # of the cases that are drawn
     most_cases: int | None = None  # of each area; None: all
 
     def budget_of(self, area: str) -> float:
         """Seconds a measurement."""
+        if area == "landscape":
+            return self.budget or LANDSCAPE_BUDGET
         return self.budget or (SHORT_BUDGET if area in SHORT_AREAS else BUDGET)
 
     def cases_of(self, area: str) -> list[Case]:
         """The selected cases of an area."""
-        cases = cases_of(area, self.device.type == "cpu", self.seed)
+        count = self.most_cases if area == "landscape" else None
+        cases = cases_of(area, self.device.type == "cpu", self.seed, count)
         return [case for case in cases if self.case_filter in case.name][: self.most_cases]
 
 
@@ -93,6 +97,7 @@ def run_area(
                 prepared.kernel,
                 prepared.versions,
                 prepared.peak_bytes,
+                _details(case, options),
             )
             outcome.records.append(record)
             on_record(record)
@@ -104,6 +109,13 @@ def run_area(
         if options.device.type == "cuda":
             torch.cuda.empty_cache()
     return outcome
+
+
+def _details(case: Case, options: Options) -> dict[str, Any] | None:
+    """What a record keeps of a drawn case besides its name."""
+    if not isinstance(case, LandscapeCase):
+        return None
+    return {"seed": options.seed, "flops": case.flops, "bytes": case.bytes}
 
 
 def _one_line(error: Exception) -> str:

@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from broadhead_bench.cases import AREAS, CascadeCase, DecodeCase, DenseCase, PagedCase, VarlenCase
+from broadhead_bench.cases_landscape import LandscapeCase
 from broadhead_bench.cases_masks import CausalityCase, ChunkCase, ImagesCase, MaskCase, TreeCase
 from broadhead_bench.inputs import DenseInputs, Fp8Inputs, PagedInputs, VarlenInputs
 from broadhead_bench.inputs_decode import AppendInputs, CascadeInputs, Fp8PagedInputs, LatentInputs
+from broadhead_bench.inputs_landscape import LandscapeInputs
 from broadhead_bench.inputs_masks import ChunkInputs, ImagesInputs, TreeInputs
 
 
@@ -39,6 +41,9 @@ class Peer:
     name = ""
     #: The areas in which it has anything to say; elsewhere it is not even skipped.
     areas: tuple[str, ...] = tuple(a for a in AREAS if a not in ("decode-invariant", "training", "prefix-lm", "masks"))
+
+    #: Whether it compiles what it runs at the first call, for seconds.
+    compiles_calls = False
 
     def why_unavailable(self, device: torch.device) -> str | None:
         """Why it cannot run here at all, or None."""
@@ -95,6 +100,43 @@ class Peer:
     def decode_mla(self, case: DecodeCase, inputs: LatentInputs) -> Callable[[], Tensor]:
         """A call that returns ``(B, Sq, H, Dv)``, of absorbed MLA; plans and metadata are made here, once."""
         raise Skip("has no decode of absorbed MLA")
+
+    def landscape(self, case: LandscapeCase, inputs: LandscapeInputs) -> Callable[[], Tensor]:
+        """A call that returns the output in the layout of q; plans and metadata are made here, once. What is said of a
+        case by the cases of other areas is run as one of them."""
+        return self._as_other_area(case, inputs)
+
+    def _as_other_area(self, case: LandscapeCase, inputs: LandscapeInputs) -> Callable[[], Tensor]:
+        heads = (case.num_heads_q, case.num_heads_kv, case.head_dim)
+        if case.sinks or case.dtype == "e4m3":
+            raise Skip("is measured without sinks, and on 16 bits")
+        q, k, v = inputs[:3]
+        if case.page_size:
+            assert inputs.page_table is not None and inputs.cache_seqlens is not None
+            paged = PagedInputs(q, k, v, inputs.page_table, inputs.cache_seqlens)
+            context = max(case.seqlens_k)
+            if case.window is not None:
+                raise Skip("is measured without a window over pages")
+            if case.kind == "decode":
+                lengths = case.seqlens_k
+                step = DecodeCase(case.batch, context, *heads, case.page_size, lengths=lengths)
+                return self.decode(step._replace(seqlen_q=case.seqlens_q[0]), paged)
+            if len(set(case.seqlens_k)) > 1:
+                raise Skip("is measured over pages of sequences of one length")
+            chunk = PagedCase("chunked", case.batch, case.seqlens_q[0], context, *heads, case.page_size, case.causal)
+            return self.paged(chunk, paged)
+        if not case.is_self_attention:
+            raise Skip("is measured on as many queries as keys")
+        if case.kind == "varlen":
+            assert inputs.cu_seqlens_q is not None
+            if case.head_dim != case.head_dim_v:
+                raise Skip("is measured with one head_dim on packed sequences")
+            packed = VarlenInputs(q, k, v, inputs.cu_seqlens_q, max(case.seqlens_q))
+            return self.varlen(VarlenCase(case.seqlens_q, *heads, case.causal, window=case.window), packed)
+        value_dim = None if case.head_dim == case.head_dim_v else case.head_dim_v
+        tokens = (case.batch, case.seqlens_q[0])
+        dense = DenseCase("forward", *tokens, *heads, case.causal, value_dim, case.window)
+        return self.forward(dense, q, k, v)
 
     def append(self, case: DecodeCase, inputs: AppendInputs) -> Callable[[], Tensor]:
         """A call that rotates q and the new k, writes k and v to the cache, and returns ``(B, 1, H, D)``."""
@@ -224,6 +266,25 @@ def arguments_of_plan(case: DecodeCase, cache_seqlens: Tensor) -> tuple[Any, ...
     """The positional arguments of get_scheduler_metadata, which FlashAttention-3 has as well."""
     seqlen_k = case.pages_per_sequence * case.page_size
     return case.batch, case.seqlen_q, seqlen_k, case.num_heads_q, case.num_heads_kv, case.head_dim, cache_seqlens
+
+
+def plan_of_landscape(case: LandscapeCase, inputs: LandscapeInputs) -> dict[str, Any]:
+    """The arguments of get_scheduler_metadata by name, which FlashAttention-3 has as well."""
+    assert inputs.page_table is not None
+    return {
+        "batch_size": case.batch,
+        "max_seqlen_q": max(case.seqlens_q),
+        "max_seqlen_k": inputs.page_table.shape[1] * case.page_size,
+        "num_heads_q": case.num_heads_q,
+        "num_heads_kv": case.num_heads_kv,
+        "headdim": case.head_dim,
+        "headdim_v": case.head_dim_v,
+        "cache_seqlens": inputs.cache_seqlens,
+        "qkv_dtype": inputs.q.dtype,
+        "page_size": case.page_size,
+        "causal": case.causal,
+        "window_size": case.window_size,
+    }
 
 
 def images_blocks(case: ImagesCase, inputs: ImagesInputs, block_size: int | tuple[int, int] = 128) -> BlockMask:

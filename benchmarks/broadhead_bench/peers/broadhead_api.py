@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from broadhead_bench.cases import AREAS, CascadeCase, DecodeCase, DenseCase, PagedCase, VarlenCase
+from broadhead_bench.cases_landscape import LandscapeCase
 from broadhead_bench.cases_masks import CausalityCase, ChunkCase, ImagesCase, MaskCase, TreeCase
 from broadhead_bench.inputs import DenseInputs, Fp8Inputs, PagedInputs, VarlenInputs
 from broadhead_bench.inputs_decode import AppendInputs, CascadeInputs, Fp8PagedInputs, LatentInputs
+from broadhead_bench.inputs_landscape import LandscapeInputs
 from broadhead_bench.inputs_masks import ChunkInputs, ImagesInputs, TreeInputs
-from broadhead_bench.peers.base import Peer, Skip, arguments_of_plan
+from broadhead_bench.peers.base import Peer, Skip, arguments_of_plan, plan_of_landscape
 
 
 class Broadhead(Peer):
@@ -126,6 +128,20 @@ class Broadhead(Peer):
             cache_seqlens=inputs.cache_seqlens,
             **options,
         )
+
+    def landscape(self, case: LandscapeCase, inputs: LandscapeInputs) -> Callable[[], Tensor]:
+        q, k, v = inputs[:3]
+        options: dict[str, Any] = {"causal": case.causal, "window_size": case.window_size, "backend": self._backend}
+        options |= inputs.descale_options() | ({} if inputs.sinks is None else {"sinks": inputs.sinks})
+        if case.kind == "varlen":
+            lengths = (inputs.cu_seqlens_q, inputs.cu_seqlens_k, max(case.seqlens_q), max(case.seqlens_k))
+            return lambda: broadhead.flash_attn_varlen_func(q, k, v, *lengths, **options)
+        if not case.page_size:
+            return lambda: broadhead.flash_attn_func(q, k, v, **options)
+        options |= {"cache_seqlens": inputs.cache_seqlens, "page_table": inputs.page_table}
+        if case.kind == "decode":
+            options["scheduler_metadata"] = broadhead.get_scheduler_metadata(**plan_of_landscape(case, inputs))
+        return lambda: broadhead.flash_attn_with_kvcache(q, k, v, **options)
 
     def images(self, case: ImagesCase, inputs: ImagesInputs) -> Callable[[], Tensor]:
         options: dict[str, Any] = {"window_size": case.plain.window_size, "backend": self._backend}

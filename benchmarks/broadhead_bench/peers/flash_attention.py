@@ -10,11 +10,20 @@ import torch
 from torch import Tensor
 
 from broadhead_bench.cases import DecodeCase, DenseCase, PagedCase, VarlenCase
+from broadhead_bench.cases_landscape import LandscapeCase
 from broadhead_bench.cases_masks import ImagesCase
 from broadhead_bench.inputs import Fp8Inputs, PagedInputs, VarlenInputs
 from broadhead_bench.inputs_decode import AppendInputs, Fp8PagedInputs, LatentInputs
+from broadhead_bench.inputs_landscape import LandscapeInputs
 from broadhead_bench.inputs_masks import ImagesInputs
-from broadhead_bench.peers.base import PackagePeer, Skip, arguments_of_plan, first_output, images_blocks
+from broadhead_bench.peers.base import (
+    PackagePeer,
+    Skip,
+    arguments_of_plan,
+    first_output,
+    images_blocks,
+    plan_of_landscape,
+)
 
 #: Queries and keys of a block that FlashAttention-4 skips on Hopper at head_dim 256.
 FA4_BLOCK_SIZE = (128, 64)
@@ -58,6 +67,24 @@ class FlashAttention3(PackagePeer):
 
     def plan(self, case: DecodeCase, inputs: PagedInputs) -> Callable[[], Any]:
         return self._plan(case, inputs.cache_seqlens, inputs.q.dtype)
+
+    def landscape(self, case: LandscapeCase, inputs: LandscapeInputs) -> Callable[[], Tensor]:
+        module = self._module
+        q, k, v = inputs[:3]
+        options: dict[str, Any] = {"causal": case.causal, "window_size": case.window_size, **inputs.descale_options()}
+        if case.sinks:
+            if "sinks" not in inspect.signature(module.flash_attn_with_kvcache).parameters:
+                raise Skip("this build takes no sinks")
+            options["sinks"] = inputs.sinks
+        if case.kind == "varlen":
+            lengths = (inputs.cu_seqlens_q, inputs.cu_seqlens_k, max(case.seqlens_q), max(case.seqlens_k))
+            return lambda: first_output(module.flash_attn_varlen_func(q, k, v, *lengths, **options))
+        if not case.page_size:
+            return lambda: first_output(module.flash_attn_func(q, k, v, **options))
+        options |= {"cache_seqlens": inputs.cache_seqlens, "page_table": inputs.page_table}
+        if case.kind == "decode" and hasattr(module, "get_scheduler_metadata"):
+            options["scheduler_metadata"] = module.get_scheduler_metadata(**plan_of_landscape(case, inputs))
+        return lambda: first_output(module.flash_attn_with_kvcache(q, k, v, **options))
 
     def decode_fp8(self, case: DecodeCase, inputs: Fp8PagedInputs) -> Callable[[], Tensor]:
         """Its queries must be e4m3 as well."""
@@ -122,6 +149,7 @@ class FlashAttention4(PackagePeer):
     """FlashAttention-4, the CuTe DSL implementation."""
 
     name = "fa4"
+    compiles_calls = True
     areas = (*PackagePeer.areas, "training", "prefix-lm", "masks")
     module_names = ("flash_attn.cute", "vllm.vllm_flash_attn.cute.interface")
     distributions = ("flash-attn-4", "vllm")
@@ -189,7 +217,8 @@ class Ffpa(PackagePeer):
     """FFPA, for head_dim above 256."""
 
     name = "ffpa"
-    areas = ("forward", "chunked", "varlen", "paged", "window", "backward", "backward-sweep", "training")
+    compiles_calls = True
+    areas = ("forward", "chunked", "landscape", "varlen", "paged", "window", "backward", "backward-sweep", "training")
     module_names = ("ffpa_attn",)
     distributions = ("ffpa-attn",)
 

@@ -22,6 +22,7 @@ class FlashInfer(PackagePeer):
     calls run one after the other."""
 
     name = "flashinfer"
+    compiles_calls = True
     areas = tuple(area for area in PackagePeer.areas if area not in BACKWARD_AREAS)  # it has no backward
     module_names = ("flashinfer",)
     distributions = ("flashinfer-python",)

@@ -6,6 +6,7 @@ from torch.nn.attention import SDPBackend
 
 from broadhead_bench.peers.base import Peer
 from broadhead_bench.peers.broadhead_api import Baseline, Broadhead
+from broadhead_bench.peers.broadhead_rows import BestRow, PortableForward
 from broadhead_bench.peers.broadhead_variants import Deterministic, Portable
 from broadhead_bench.peers.flash_attention import Ffpa, FlashAttention3, FlashAttention4
 from broadhead_bench.peers.flashinfer_wrappers import FlashInfer
@@ -19,6 +20,8 @@ def all_peers() -> list[Peer]:
         Broadhead(),
         Deterministic(),
         Portable(),
+        PortableForward(),
+        BestRow(),
         Baseline(),
         TorchFlash("fa2", SDPBackend.FLASH_ATTENTION),
         FlashAttention3(),

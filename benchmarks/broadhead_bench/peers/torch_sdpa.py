@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from broadhead_bench.cases import DenseCase, VarlenCase
+from broadhead_bench.cases_landscape import LandscapeCase
 from broadhead_bench.inputs import VarlenInputs
+from broadhead_bench.inputs_landscape import LandscapeInputs
 from broadhead_bench.peers.base import Peer, Skip
 
 #: The backends that hold no scores in memory.
@@ -22,7 +24,7 @@ FUSED = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFI
 class TorchSdpa(Peer):
     """One backend of torch.nn.functional.scaled_dot_product_attention."""
 
-    areas: tuple[str, ...] = ("forward", "odd", "window", "backward", "backward-sweep", "host")
+    areas: tuple[str, ...] = ("forward", "odd", "window", "landscape", "backward", "backward-sweep", "host")
 
     def __init__(self, name: str, backend: SDPBackend) -> None:
         self.name = name
@@ -42,14 +44,29 @@ class TorchSdpa(Peer):
         self._notes = {}
         if case.window is not None:
             raise Skip("takes no window")
-        if case.num_heads_q == case.num_heads_kv:
-            return _sdpa_call(q, k, v, case.causal, enable_gqa=False)
-        call = _sdpa_call(q, k, v, case.causal, enable_gqa=True)
+        return self._on_backend(q, k, v, case.causal)
+
+    def landscape(self, case: LandscapeCase, inputs: LandscapeInputs) -> Callable[[], Tensor]:
+        """Memory-efficient attention is what torch has above head_dim 256, and is measured there alone."""
+        self._notes = {}
+        if case.kind != "dense" or case.window is not None or case.sinks or case.dtype == "e4m3":
+            raise Skip("takes dense 16-bit tensors alone, without window and sinks")
+        if case.causal and not case.is_self_attention:
+            raise Skip("aligns the causal mask to the first key")
+        if self._backend == SDPBackend.EFFICIENT_ATTENTION and case.head_dim <= 256:
+            raise Skip("is measured above head_dim 256")
+        return self._on_backend(inputs.q, inputs.k, inputs.v, case.causal)
+
+    def _on_backend(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Callable[[], Tensor]:
+        """The call, with K and V repeated beforehand where the backend takes no GQA."""
+        group = q.shape[2] // k.shape[2]
+        if group == 1:
+            return _sdpa_call(q, k, v, causal, enable_gqa=False)
+        call = _sdpa_call(q, k, v, causal, enable_gqa=True)
         if not _runs(call):
-            group = case.num_heads_q // case.num_heads_kv
             self._notes = {"note": f"K and V repeated {group} times beforehand: this backend takes no GQA"}
             call = _sdpa_call(
-                q, k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2), case.causal, enable_gqa=False
+                q, k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2), causal, enable_gqa=False
             )
         return call
 
@@ -65,12 +82,20 @@ class TorchFlash(TorchSdpa):
             return self.two_passes(case, q, k, v)
         if case.window is None and q.shape[1] == k.shape[1]:
             return super().forward(case, q, k, v)
-        return _flash_call(q, k, v, None, q.shape[1], k.shape[1], case.causal, case.window_size)
+        return _flash_call(q, k, v, (None, None), (q.shape[1], k.shape[1]), case.causal, case.window_size)
+
+    def landscape(self, case: LandscapeCase, inputs: LandscapeInputs) -> Callable[[], Tensor]:
+        self._notes = {}
+        if case.page_size or case.sinks or case.dtype == "e4m3" or case.head_dim != case.head_dim_v:
+            raise Skip("takes no pages, no sinks, no e4m3, and one head_dim")
+        q, k, v = inputs[:3]
+        longest = (max(case.seqlens_q), max(case.seqlens_k))
+        return _flash_call(q, k, v, (inputs.cu_seqlens_q, inputs.cu_seqlens_k), longest, case.causal, case.window_size)
 
     def varlen(self, case: VarlenCase, inputs: VarlenInputs) -> Callable[[], Tensor]:
         self._notes = {}
         q, k, v, offsets, longest = inputs
-        return _flash_call(q, k, v, offsets, longest, longest, case.causal, case.window_size)
+        return _flash_call(q, k, v, (offsets, offsets), (longest, longest), case.causal, case.window_size)
 
 
 class TorchDefault(Peer):
@@ -136,11 +161,12 @@ def _sdpa_call(
 
 
 def _flash_call(
-    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor | None, longest_q: int, longest_k: int, causal: bool,
-    window_size: tuple[int, int],
+    q: Tensor, k: Tensor, v: Tensor, offsets: tuple[Tensor | None, Tensor | None], longest: tuple[int, int],
+    causal: bool, window_size: tuple[int, int],
 ) -> Callable[[], Tensor]:  # fmt: skip
-    """FlashAttention-2's operator, whose masks are aligned to the bottom right."""
+    """FlashAttention-2's operator, whose masks are aligned to the bottom right. ``offsets`` and ``longest`` are those
+    of queries and of keys; dense tensors have no offsets."""
     left, right = window_size
     window = {} if left < 0 else {"window_size_left": left, "window_size_right": right}
-    lengths = (offsets, offsets, longest_q, longest_k)
+    lengths = (*offsets, *longest)
     return lambda: torch.ops.aten._flash_attention_forward(q, k, v, *lengths, 0.0, causal, False, **window)[0]
