@@ -31,7 +31,7 @@ REQUESTS: dict[str, tuple[str, tuple[int, int], list[dict[str, Any]]]] = {
     "unset before Hopper": ("", (8, 0), [PLAIN]),
     "auto": (
         "auto", (9, 0),
-        [{"head_size": 512}, GEMMA_GLOBAL, {**GEMMA_LOCAL, "kv_cache_dtype": "fp8"},
+        [{"head_size": 512}, GEMMA_GLOBAL, {**GEMMA_LOCAL, "kv_cache_dtype": "fp8"}, GEMMA_LOCAL,
          PLAIN, {"head_size": 256}, {"head_size": 512, "selected": "TRITON_ATTN"}],
     ),
     "auto before Hopper": ("auto", (8, 0), [GEMMA_LOCAL, GEMMA_GLOBAL, {"head_size": 256}, PLAIN]),
@@ -70,11 +70,11 @@ def test_without_the_variable_only_the_flag_takes_it(selected: dict[str, list[An
 
 
 def test_auto_on_hopper(selected: dict[str, list[Any]]) -> None:
-    """Head sizes above 256, and images over an FP8 cache. A backend that a flag names stays."""
+    """Head sizes above 256, images at 256, and images over an FP8 cache. A backend that a flag names stays."""
     taken = selected["auto"]
-    assert taken[:3] == ["BroadheadBackend"] * 3
-    assert "BroadheadBackend" not in taken[3:]
-    assert taken[5] == "TritonAttentionBackend"
+    assert taken[:4] == ["BroadheadBackend"] * 4
+    assert "BroadheadBackend" not in taken[4:]
+    assert taken[6] == "TritonAttentionBackend"
 
 
 def test_auto_before_hopper(selected: dict[str, list[Any]]) -> None:

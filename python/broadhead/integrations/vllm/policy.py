@@ -75,6 +75,9 @@ def where_ahead(layer: Layer, capability: tuple[int, int]) -> tuple[bool, str]:
         return True, "image ranges over an FP8 cache, for which vLLM has no FlashAttention"
     if capability == HOPPER and layer.head_size > 256:
         return True, f"head size {layer.head_size} on {on}, above the 256 of FlashAttention 3"
+    if capability == HOPPER and layer.use_mm_prefix and layer.head_size == 256:
+        # FlashAttention 4 of vLLM 0.24 also loses the window, and the positions of chunks, where it gets a mask.
+        return True, f"image ranges of head size 256 on {on}, which FlashAttention 4 runs as a mask over all keys"
     if capability < HOPPER and layer.head_size >= 256:
         return True, f"head size {layer.head_size} on {on}, where FlashAttention 2 and Triton are behind"
     return False, f"head size {layer.head_size} on {on} is left to the backend that vLLM chooses"
