@@ -50,7 +50,9 @@ def generate_batch(model: Any, prompts: list[list[int]], new_tokens: int, eos: i
     import transformers
 
     config = transformers.GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=eos, pad_token_id=0)
-    pages = {"page_size": 4, "num_blocks": 64, "max_batch_tokens": 64} if model.device.type == "cpu" else {}
+    # Older versions of transformers call pages blocks.
+    size = "page_size" if "page_size" in transformers.ContinuousBatchingConfig.__dataclass_fields__ else "block_size"
+    pages = {size: 4, "num_blocks": 64, "max_batch_tokens": 64} if model.device.type == "cpu" else {}
     results = model.generate_batch(
         inputs=prompts,
         generation_config=config,
