@@ -21,11 +21,11 @@ PROMPT_LENGTHS = (5, 19, 3, 11, 8)
 
 
 def make_tiny(seed: int) -> Any:
-    """A random Mistral with GQA and a window of 7 tokens, its weights large enough that a wrong mask shows."""
+    """A random Qwen 3 with GQA and a layer whose window is 7 tokens, its weights large enough that a wrong mask shows."""
     import transformers
 
     torch.manual_seed(seed)
-    config = transformers.MistralConfig(
+    config = transformers.Qwen3Config(
         vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=96,
@@ -33,7 +33,9 @@ def make_tiny(seed: int) -> Any:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
+        use_sliding_window=True,
         sliding_window=7,
+        layer_types=["sliding_attention", "full_attention"],
         pad_token_id=0,
         eos_token_id=None,
     )

@@ -166,7 +166,7 @@ def test_compiled_decoding_over_a_static_cache(name: str) -> None:
 )
 def test_continuous_batching(name: str, asked: str) -> None:
     """generate_batch over pages of a cache, requests of several lengths."""
-    pages = batching(16, num_blocks=32, max_batch_tokens=64)
+    pages = batching(name, 16, num_blocks=32, max_batch_tokens=64)
     model = narrow(make(name))
     prompts = [ids(1, length) for length in (5, 21, 3)]
     model.set_attn_implementation(asked)

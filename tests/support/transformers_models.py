@@ -114,6 +114,8 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"encoder": _T5GEMMA_HALF, "decoder": {**_T5GEMMA_HALF, "cross_attention_hidden_size": 32}},
     ),
 }
+#: Continuous batching of this transformers is a function of its own, by names that begin with "paged|".
+PAGES_BY_NAME = transformers.AttentionInterface().get("paged|flash_attention_3") is not None
 
 
 def make(name: str) -> Any:
@@ -181,10 +183,12 @@ def assert_same_tokens(model: Any, prompt: torch.Tensor, **options: Any) -> None
     assert torch.equal(*tokens)
 
 
-def batching(page_size: int, **options: Any) -> Any:
-    """Options of continuous batching, under the names of this transformers; skips where it has none."""
+def batching(model: str, page_size: int, **options: Any) -> Any:
+    """Options of continuous batching, under the names of this transformers; skips where it can not batch the model."""
     if not hasattr(transformers, "ContinuousBatchingConfig"):
         pytest.skip(f"transformers {transformers.__version__} has no ContinuousBatchingConfig")
+    if PAGES_BY_NAME and model in ("mistral", "gemma2"):
+        pytest.skip(f"continuous batching of transformers {transformers.__version__} leaves out a mask of {model}")
     fields = transformers.ContinuousBatchingConfig.__dataclass_fields__
     return transformers.ContinuousBatchingConfig(
         **{"page_size" if "page_size" in fields else "block_size": page_size}, **options
