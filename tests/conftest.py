@@ -34,7 +34,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Register the markers and fix the session's seed (worker processes inherit it through the environment)."""
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped with a reason where there is none")
     config.addinivalue_line(
-        "markers", "attends(*directions): attention on any device; with a GPU a gpu test, on kernels of these directions"
+        "markers",
+        "attends(*directions): attention on any device; with a GPU a gpu test, on kernels of these directions",
     )
     config.addinivalue_line("markers", "full: the long GPU set, on top of the curated one")
     config.addinivalue_line("markers", "curated: the few small GPU cases that also run under compute-sanitizer")

@@ -165,7 +165,7 @@ def test_megatron_layer() -> None:
     x = torch.randn(19, 2, theirs.config.hidden_size, device=DEVICE).to(WIDE)
     results = (run_layer(layer, x.to(dtype)) for layer, dtype in ((ours, WIDE), (exact, torch.float32), (theirs, WIDE)))
     for i, (mine, truth, naive) in enumerate(zip(*results)):
-        noise = 2e-4 * float(truth.abs().max()) if WIDE == torch.float32 else 0.0
+        noise = 2e-4 * float(truth.abs().max()) if WIDE.itemsize == 4 else 0.0
         assert_close(f"result {i}", mine, truth, naive, WIDE, GRADIENT_FACTOR, "layer", noise)
 
 

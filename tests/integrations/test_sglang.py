@@ -125,7 +125,9 @@ def test_images_see_each_other() -> None:
         ends = tuple((max(begin, 0), end + 1) for begin, end in each.tolist())
         rule = Rule(64**-0.5, (6, 0), ranges=ends, ranges_in_window=True)
         for dtype, parts in wanted.items():
-            parts.append(attention(*(x.to(dtype) for x in (q, requests.k_pool[slots], requests.v_pool[slots])), rule)[0])
+            parts.append(
+                attention(*(x.to(dtype) for x in (q, requests.k_pool[slots], requests.v_pool[slots])), rule)[0]
+            )
     assert_close("out", out, *(torch.cat(x).flatten(1) for x in wanted.values()), WIDE, OUT_FACTOR, "images")
 
 

@@ -152,7 +152,9 @@ def test_images() -> None:
         ends = tuple((max(begin, 0), end + 1) for begin, end in images.tolist())
         rule = Rule(64**-0.5, (4, 0), ranges=ends, ranges_in_window=True)
         for dtype, parts in wanted.items():
-            parts.append(attention(*(x.to(dtype) for x in (q, requests.k_pool[slots], requests.v_pool[slots])), rule)[0])
+            parts.append(
+                attention(*(x.to(dtype) for x in (q, requests.k_pool[slots], requests.v_pool[slots])), rule)[0]
+            )
     assert_close("out", got, *(torch.cat(x) for x in wanted.values()), WIDE, OUT_FACTOR, "images")
 
 

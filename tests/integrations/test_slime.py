@@ -31,9 +31,7 @@ def installed() -> Any:
     surface.uninstall()
 
 
-def judge(
-    out: torch.Tensor, gradients: Any, leaves: list[torch.Tensor], rule: Rule, dout: torch.Tensor
-) -> None:
+def judge(out: torch.Tensor, gradients: Any, leaves: list[torch.Tensor], rule: Rule, dout: torch.Tensor) -> None:
     """Output and gradients of q, k, v and the offsets against the oracle."""
     results = []
     for dtype in (torch.float64, WIDE):

@@ -1,7 +1,7 @@
 """Models of transformers in bf16, on a GPU where there is one: logits, gradients and tokens against eager attention.
 
-The truth is the same model in fp32, whose own error is nothing beside that of bf16: in fp64 the masks of eager attention
-hold numbers that its softmax in fp32 makes infinite.
+The truth is the same model in fp32, whose own error is nothing beside that of bf16: in fp64 the masks of eager
+attention hold numbers that its softmax in fp32 makes infinite.
 """
 
 from __future__ import annotations

@@ -180,7 +180,11 @@ def test_continuous_batching_of_others_is_theirs(monkeypatch: pytest.MonkeyPatch
     assert Manager.switch_to_cb_friendly_attn is chosen, "register wraps what it has wrapped"
     model, manager = make("llama"), Manager.__new__(Manager)
     model.set_attn_implementation("eager")
-    asked = {"auto_switch_to_flash": False} if "auto_switch_to_flash" in transformers.ContinuousBatchingConfig.__dataclass_fields__ else {}
+    asked = (
+        {"auto_switch_to_flash": False}
+        if "auto_switch_to_flash" in transformers.ContinuousBatchingConfig.__dataclass_fields__
+        else {}
+    )
     chosen(manager, model, **asked)
     assert model.config._attn_implementation == "paged|eager"
 

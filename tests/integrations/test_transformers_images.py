@@ -210,7 +210,11 @@ def test_chunks_between_images_give_the_logits_of_the_whole() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param("gemma3", marks=cuts_blocks_by_sequence), "gemma4", pytest.param("paligemma", marks=cuts_blocks_by_sequence)],
+    [
+        pytest.param("gemma3", marks=cuts_blocks_by_sequence),
+        "gemma4",
+        pytest.param("paligemma", marks=cuts_blocks_by_sequence),
+    ],
 )
 def test_packed_sequences(name: str, calls: list[dict[str, Any]]) -> None:
     """Several sequences in a row, told by positions that start again: one call of packed keys, with what they see."""

@@ -60,4 +60,6 @@ class Dispatches:
         assert not others, f"{len(others)} of {len(calls)} calls ran on no kernel: {others[0]}"
         found = {rows[row].direction for _, row, _ in calls if row is not None}
         missing = set(directions) - found
-        assert not missing, f"no kernel ran {sorted(missing)}; {len(calls)} calls ran {sorted({c[1] or '' for c in calls})}"
+        assert not missing, (
+            f"no kernel ran {sorted(missing)}; {len(calls)} calls ran {sorted({c[1] or '' for c in calls})}"
+        )

@@ -62,7 +62,9 @@ def make_requests(
     lengths = [length + random.randrange(most) for length in q_lens]
     pages = [-(-length // page_size) for length in lengths]
     order = torch.randperm(sum(pages) + 3, device=DEVICE).int()
-    table = torch.full((len(q_lens), max(pages) + 2), 2**30, dtype=torch.int32, device=DEVICE)  # garbage past what is needed
+    table = torch.full(
+        (len(q_lens), max(pages) + 2), 2**30, dtype=torch.int32, device=DEVICE
+    )  # garbage past what is needed
     slots, used = [], 0
     for row, (count, length) in enumerate(zip(pages, lengths)):
         ids = order[used : used + count]

@@ -20,6 +20,7 @@ import torch
 from described import FULL
 from vllm_compiled import leave_out_compiled
 
+
 def describe_platform(capability: tuple[int, int]) -> Any:
     """A CUDA platform of vLLM with that capability, in the place of the one that was found."""
     import vllm.platforms
