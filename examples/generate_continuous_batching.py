@@ -21,7 +21,7 @@ PROMPT_LENGTHS = (5, 19, 3, 11, 8)
 
 
 def make_tiny(seed: int) -> Any:
-    """A random Qwen 3 with GQA and a layer whose window is 7 tokens, its weights large enough that a wrong mask shows."""
+    """A random Qwen 3 with GQA and a window of 7 in one layer, its weights large enough that a wrong mask shows."""
     import transformers
 
     torch.manual_seed(seed)

@@ -30,7 +30,7 @@ def test_kernels_of_each_direction_pass() -> None:
 
 @pytest.mark.parametrize("seen", [[], [("cuda", ROWS["forward"])]])
 def test_a_direction_without_a_kernel_fails(seen: list[tuple[str, str | None]]) -> None:
-    with pytest.raises(AssertionError, match="no kernel ran.*backward"):
+    with pytest.raises(AssertionError, match=r"no kernel ran.*backward"):
         dispatches(*seen).check("forward", "backward")
 
 
