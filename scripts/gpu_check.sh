@@ -4,10 +4,11 @@
 # usage: scripts/gpu_check.sh OUT [STAGE...]
 #   OUT     a folder for logs and results
 #   STAGE   fast full edges clients memcheck racecheck synccheck stress demo gemma4 bench compare; default: all but edges
-#           (in full), clients, stress and compare. `clients` runs what PYTHONPATH has of them. `bench` takes BENCH_ARGS and BENCH_AREAS; `stress` STRESS_CALLS, the random calls
-#           of each of its tests, and STRESS_REPLAYS, the replays of each graph; the sanitizer's stages
-#           SANITIZER_SELECT, a `-k` expression over the curated set ("sm90"), and SANITIZER_JOBS, how many run side by
-#           side; `compare` COMPARE_BASE, a folder with another installation of broadhead, and COMPARE_ARGS.
+#           (in full), clients, stress and compare. `clients` runs those that PYTHONPATH has; `bench` takes BENCH_ARGS
+#           and BENCH_AREAS; `stress` STRESS_CALLS, the random calls of each of its tests, and STRESS_REPLAYS, the
+#           replays of each graph; the sanitizer's stages SANITIZER_SELECT, a `-k` expression over the curated set
+#           ("sm90"), and SANITIZER_JOBS, how many run side by side; `compare` COMPARE_BASE, a folder with another
+#           installation of broadhead, and COMPARE_ARGS.
 # Environment: BROADHEAD_KERNEL_DIR (kernel libraries built before) or BROADHEAD_CUDA_ARCHS, as for pip install.
 # The current Python must have torch, pybind11, scikit-build-core, pytest with pytest-xdist; demo its extra.
 set -euo pipefail
