@@ -6,13 +6,19 @@ usage: torchrun --nproc-per-node 2 examples/context_parallel.py [--size tiny|rea
 from __future__ import annotations
 
 import argparse
+import datetime
+import json
 import os
+import platform
+import shlex
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import broadhead
 import torch
 import torch.nn.functional as F
 from kernels_ran import KernelsRan
@@ -67,6 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="how torch hands keys and values round (default: allgather)",
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="a JSON file for one record of each case")
     return parser
 
 
@@ -169,8 +176,26 @@ def teraflops(case: Case) -> float:
     return 7 * case.seqlen**2 * case.heads * case.head_dim / 1e12
 
 
-def compare(case: Case, options: argparse.Namespace, device: torch.device) -> bool:
-    """Run a case both ways and print it; whether it is as it must be."""
+def describe_run(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """What all records of a run share: devices, versions and the command."""
+    versions = {"broadhead": broadhead.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        versions |= {"cuda": str(torch.version.cuda), "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
+    ranks = torch.distributed.get_world_size()
+    words = [f"--{key}={value}" for key, value in vars(options).items() if value is not None and key != "out"]
+    return {
+        "device": name,
+        "processes": ranks,
+        "versions": versions,
+        "command": shlex.join(["torchrun", f"--nproc-per-node={ranks}", "examples/context_parallel.py", *words]),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def compare(case: Case, options: argparse.Namespace, device: torch.device) -> tuple[bool, dict[str, Any]]:
+    """Run a case both ways and print it; whether it is as it must be, and its record."""
     ranks, repeats = torch.distributed.get_world_size(), SIZES[options.size].repeats
     whole, ran = draw(case, device, options.seed), KernelsRan()
     alone, seconds_alone = timed(lambda: attend(whole, KernelsRan()), repeats, device)
@@ -196,7 +221,22 @@ def compare(case: Case, options: argparse.Namespace, device: torch.device) -> bo
             print("  a pass ran on the torch reference")
     verdict = torch.tensor(int(agrees and fast and on_kernels), device=device)
     torch.distributed.all_reduce(verdict, torch.distributed.ReduceOp.MIN)
-    return bool(verdict)
+    passed = bool(verdict)
+    return passed, {
+        "case": {**case._asdict(), "dtype": str(whole[0].dtype), "causal": True, "passes": "forward and backward"},
+        "rotate": options.rotate,
+        "repeats": repeats,
+        "seconds_alone": seconds_alone,
+        "seconds_parallel": seconds,
+        "speedup": speedup,
+        "speedup_expected": BAR * ranks if options.size == "real" else None,
+        "tflops_alone": teraflops(case) / seconds_alone,
+        "tflops_parallel": teraflops(case) / seconds,
+        "differences": worst,
+        "difference_allowed": bound,
+        "kernels": ran.report(),
+        "passed": passed,
+    }
 
 
 def run(options: argparse.Namespace) -> int:
@@ -211,10 +251,13 @@ def run(options: argparse.Namespace) -> int:
         if options.seqlen:
             cases = tuple(case._replace(seqlen=options.seqlen) for case in cases)
         with torch_attention.activate(device.type):
-            passed = [compare(case, options, device) for case in cases]
+            results = [compare(case, options, device) for case in cases]
+        if options.out and torch.distributed.get_rank() == 0:
+            shared = describe_run(options, device)
+            options.out.write_text(json.dumps([record | shared for _, record in results], indent=1) + "\n", "utf-8")
     finally:
         torch.distributed.destroy_process_group()
-    return OK if all(passed) else FAILED
+    return OK if all(passed for passed, _ in results) else FAILED
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -21,11 +21,11 @@ PROMPT_LENGTHS = (5, 19, 3, 11, 8)
 
 
 def make_tiny(seed: int) -> Any:
-    """A random Mistral with GQA and a window of 7 tokens, its weights large enough that a wrong mask shows."""
+    """A random Qwen 3 with GQA and a window of 7 in one layer, its weights large enough that a wrong mask shows."""
     import transformers
 
     torch.manual_seed(seed)
-    config = transformers.MistralConfig(
+    config = transformers.Qwen3Config(
         vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=96,
@@ -33,7 +33,9 @@ def make_tiny(seed: int) -> Any:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
+        use_sliding_window=True,
         sliding_window=7,
+        layer_types=["sliding_attention", "full_attention"],
         pad_token_id=0,
         eos_token_id=None,
     )
@@ -50,7 +52,9 @@ def generate_batch(model: Any, prompts: list[list[int]], new_tokens: int, eos: i
     import transformers
 
     config = transformers.GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=eos, pad_token_id=0)
-    pages = {"page_size": 4, "num_blocks": 64, "max_batch_tokens": 64} if model.device.type == "cpu" else {}
+    # Older versions of transformers call pages blocks.
+    size = "page_size" if "page_size" in transformers.ContinuousBatchingConfig.__dataclass_fields__ else "block_size"
+    pages = {size: 4, "num_blocks": 64, "max_batch_tokens": 64} if model.device.type == "cpu" else {}
     results = model.generate_batch(
         inputs=prompts,
         generation_config=config,

@@ -3,11 +3,12 @@
 #
 # usage: scripts/gpu_check.sh OUT [STAGE...]
 #   OUT     a folder for logs and results
-#   STAGE   fast full edges memcheck racecheck synccheck stress demo gemma4 bench compare; default: all but edges (in
-#           full), stress and compare. `bench` takes BENCH_ARGS and BENCH_AREAS; `stress` STRESS_CALLS, the random calls
-#           of each of its tests, and STRESS_REPLAYS, the replays of each graph; the sanitizer's stages
-#           SANITIZER_SELECT, a `-k` expression over the curated set ("sm90"), and SANITIZER_JOBS, how many run side by
-#           side; `compare` COMPARE_BASE, a folder with another installation of broadhead, and COMPARE_ARGS.
+#   STAGE   fast full edges clients memcheck racecheck synccheck stress demo gemma4 bench compare; default: all but edges
+#           (in full), clients, stress and compare. `clients` runs those that PYTHONPATH has; `bench` takes BENCH_ARGS
+#           and BENCH_AREAS; `stress` STRESS_CALLS, the random calls of each of its tests, and STRESS_REPLAYS, the
+#           replays of each graph; the sanitizer's stages SANITIZER_SELECT, a `-k` expression over the curated set
+#           ("sm90"), and SANITIZER_JOBS, how many run side by side; `compare` COMPARE_BASE, a folder with another
+#           installation of broadhead, and COMPARE_ARGS.
 # Environment: BROADHEAD_KERNEL_DIR (kernel libraries built before) or BROADHEAD_CUDA_ARCHS, as for pip install.
 # The current Python must have torch, pybind11, scikit-build-core, pytest with pytest-xdist; demo its extra.
 set -euo pipefail
@@ -60,6 +61,10 @@ for stage in "${stages[@]}"; do
     edges)
       python3 -m pytest "$root/tests/gpu/test_gpu_edges.py" -c "$root/pyproject.toml" -n "$workers" -q -p no:cacheprovider \
         >"$log" 2>&1
+      ;;
+    clients)
+      python3 -m pytest "$root"/tests/{compat,integrations} -c "$root/pyproject.toml" -m gpu -n "$workers" -q \
+        -p no:cacheprovider >"$log" 2>&1
       ;;
     memcheck)
       : >"$log"

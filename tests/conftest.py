@@ -6,7 +6,7 @@ import importlib.util
 import os
 import random
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import broadhead
 import pytest
@@ -14,6 +14,7 @@ import torch
 from broadhead import support
 from broadhead.call.problem import DTYPE_NAMES
 from broadhead.plan import dispatch as dispatch_module
+from on_device import Dispatches
 
 #: One process of many: each takes a GPU of its own among this many, before CUDA is asked for anything.
 GPUS = int(os.environ.get("BROADHEAD_TEST_GPUS", "1"))
@@ -32,6 +33,10 @@ DEMO_PACKAGES = ("transformers", "gguf", "typer")
 def pytest_configure(config: pytest.Config) -> None:
     """Register the markers and fix the session's seed (worker processes inherit it through the environment)."""
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped with a reason where there is none")
+    config.addinivalue_line(
+        "markers",
+        "attends(*directions): attention on any device; with a GPU a gpu test, on kernels of these directions",
+    )
     config.addinivalue_line("markers", "full: the long GPU set, on top of the curated one")
     config.addinivalue_line("markers", "curated: the few small GPU cases that also run under compute-sanitizer")
     os.environ.setdefault(SEED_VARIABLE, str(random.SystemRandom().randrange(2**31)))
@@ -49,9 +54,10 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     ]
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep one shard if one is asked for. Skip the GPU tests where no device is visible; a device with no working
-    kernels fails them: it never skips."""
+    kernels fails them: it never skips. With a device, tests that attend are GPU tests, before -m chooses."""
     shard = os.environ.get(SHARD_VARIABLE)
     if shard:
         index, count = map(int, shard.split("/"))
@@ -59,11 +65,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % count != index])
         items[:] = items[index::count]
     if torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("attends"):
+                item.add_marker(pytest.mark.gpu)
         return
     reason = pytest.mark.skip(reason="torch.cuda.is_available() is False: this test needs a CUDA device")
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(reason)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """With a GPU, a test that attends fails unless kernels ran all of its attention."""
+    mark = pyfuncitem.get_closest_marker("attends")
+    if mark is None or not torch.cuda.is_available():
+        return (yield)
+    with Dispatches() as ran:
+        result = yield
+    ran.check(*mark.args)
+    return result
 
 
 @pytest.hookimpl(hookwrapper=True)

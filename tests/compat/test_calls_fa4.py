@@ -7,7 +7,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from foreign import DEVICE, Sequences, assert_kernel_ran, int32, paged, raises_by_name
+from foreign import DEVICE, Sequences, int32, paged, raises_by_name
 from surface_modules import SOURCES
 from torch import Tensor
 
@@ -15,13 +15,14 @@ FA4: Any = SOURCES["flash_attn.cute.interface"]
 CAUSAL = oracle.Rule(64**-0.5, (-1, 0))
 
 
+@pytest.mark.attends("forward", "backward")
 def test_dense_returns_out_and_lse() -> None:
     s = Sequences((20, 20), (33, 33))
     out, lse = FA4["flash_attn_func"](*map(s.dense, (s.q, s.k, s.v)), causal=True, return_lse=True)
-    assert_kernel_ran()
     s.check(CAUSAL, out.flatten(0, 1), lse.transpose(0, 1).flatten(1), s.gradients(out))
 
 
+@pytest.mark.attends("forward")
 def test_lse_is_none_where_nobody_needs_it() -> None:
     s = Sequences((8, 8), (8, 8))
     q, k, v = map(s.dense, (s.q, s.k, s.v))
@@ -32,6 +33,7 @@ def test_lse_is_none_where_nobody_needs_it() -> None:
     assert lse is not None and not lse.requires_grad and out.requires_grad
 
 
+@pytest.mark.attends("forward", "backward")
 def test_varlen_positional_with_sink() -> None:
     """qv is the fourth argument, cu_seqlens_q the fifth; the sink has a gradient."""
     s = Sequences((5, 33, 1), (9, 40, 17))
@@ -42,12 +44,14 @@ def test_varlen_positional_with_sink() -> None:
     s.check(CAUSAL, out, lse, s.gradients(out, sink), sink)
 
 
+@pytest.mark.attends("forward", "backward")
 def test_varlen_without_bounds() -> None:
     s = Sequences((5, 33, 1), (9, 40, 17))
     out, _ = FA4["flash_attn_varlen_func"](s.q, s.k, s.v, cu_seqlens_q=s.cu_q, cu_seqlens_k=s.cu_k, causal=True)
     s.check(CAUSAL, out, None, s.gradients(out))
 
 
+@pytest.mark.attends("forward", "backward")
 def test_padded_batch_with_seqused() -> None:
     """No cu_seqlens_q: q is (B, S, H, D)."""
     s = Sequences((8, 8), (21, 21))
@@ -57,6 +61,7 @@ def test_padded_batch_with_seqused() -> None:
     s.check(CAUSAL, out.flatten(0, 1), None, s.gradients(out))
 
 
+@pytest.mark.attends("forward")
 def test_pages() -> None:
     s = Sequences((5, 12), (37, 12))
     together, table = paged(torch.cat((s.k, s.v), dim=-1), s.seqlens_k, 16)
@@ -67,6 +72,7 @@ def test_pages() -> None:
     s.check(CAUSAL, out)
 
 
+@pytest.mark.attends("forward", "backward")
 @pytest.mark.parametrize(
     ("window", "causal", "rule"),
     [
@@ -109,6 +115,7 @@ def masked(s: Sequences, left: int | None, right: int) -> tuple[Tensor, Tensor, 
     return out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, s.grad_out.double())  # type: ignore[return-value]
 
 
+@pytest.mark.attends("forward", "backward")
 @pytest.mark.parametrize("window", [(None, -3), (6, -3), (3, -3)])
 @pytest.mark.parametrize("form", ["dense", "varlen", "low"])
 def test_a_negative_right_side_is_an_offset(window: tuple[int | None, int], form: str) -> None:
@@ -140,6 +147,7 @@ def test_a_negative_right_side_is_an_offset(window: tuple[int | None, int], form
         torch.testing.assert_close(found.double(), expected.double(), **tolerance)
 
 
+@pytest.mark.attends("forward")
 def test_absorbed_mla_has_the_heads_last_in_its_lse() -> None:
     q, qv, k, v = (torch.randn(6, h, d, device=DEVICE).bfloat16() for h, d in ((4, 64), (4, 512), (1, 64), (1, 512)))
     cu = int32(0, 2, 6)
@@ -152,6 +160,7 @@ def test_absorbed_mla_has_the_heads_last_in_its_lse() -> None:
     torch.testing.assert_close(lse[rows].double().T, expected_lse, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.attends("forward")
 def test_one_tensor_for_k_and_v_of_512() -> None:
     q, kv = torch.randn(1, 5, 4, 512, device=DEVICE).bfloat16(), torch.randn(1, 9, 1, 512, device=DEVICE).bfloat16()
     out, lse = FA4["flash_attn_func"](q, kv, kv, causal=True, return_lse=True)
@@ -160,6 +169,7 @@ def test_one_tensor_for_k_and_v_of_512() -> None:
     torch.testing.assert_close(out[0].double(), expected, atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.attends()
 def test_combine() -> None:
     parts, lses = torch.randn(3, 5, 2, 8, device=DEVICE), torch.randn(3, 5, 2, device=DEVICE)
     out, lse = FA4["flash_attn_combine"](parts, lses)

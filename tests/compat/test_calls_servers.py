@@ -10,7 +10,7 @@ import oracle
 import pytest
 import torch
 from broadhead.compat import leniency
-from foreign import DEVICE, Sequences, assert_kernel_ran, int32, offsets, paged, raises_by_name
+from foreign import DEVICE, Sequences, int32, offsets, paged, raises_by_name
 from surface_modules import SOURCES
 from torch import Tensor
 
@@ -25,6 +25,7 @@ def cache_of(s: Sequences, page_size: int) -> tuple[Tensor, Tensor, Tensor]:
     return (*together.split([64, 64], dim=-1), table)
 
 
+@pytest.mark.attends("forward")
 @pytest.mark.parametrize("version", [2, 3])
 def test_vllm_mixed_batch(version: int) -> None:
     """Keywords of vLLM's backend: prefill and decode in one call, expanded descales that 16-bit tensors do not need."""
@@ -44,10 +45,10 @@ def test_vllm_mixed_batch(version: int) -> None:
         v_descale=descale, num_splits=0, s_aux=None, return_softmax_lse=True,
     )  # fmt: skip
     assert returned is out
-    assert_kernel_ran()
     s.check(CAUSAL, out, lse)
 
 
+@pytest.mark.attends("forward")
 def test_vllm_positional_without_pages() -> None:
     """max_seqlen_q stands before cu_seqlens_q; window_size=None is no window."""
     s = Sequences((5, 33), (9, 40))
@@ -58,6 +59,7 @@ def test_vllm_positional_without_pages() -> None:
     s.check(CAUSAL, out.detach(), sinks=sinks)
 
 
+@pytest.mark.attends("forward")
 def test_vllm_takes_metadata_of_another_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leniency, "_told", set())
     s = Sequences((1, 1), (33, 70))
@@ -72,6 +74,7 @@ def test_vllm_takes_metadata_of_another_call(monkeypatch: pytest.MonkeyPatch) ->
     s.check(CAUSAL, out)
 
 
+@pytest.mark.attends("forward")
 def test_vllm_causality_by_sequence() -> None:
     """vLLM's own module: dynamic_causal, int32, one number a sequence."""
     s = Sequences((5, 12, 3), (37, 12, 20))
@@ -110,6 +113,7 @@ def test_availability_is_what_runs_here() -> None:
         VLLM["is_fa_version_supported"](1)
 
 
+@pytest.mark.attends("forward")
 @pytest.mark.parametrize("page_size", [1, 16])
 def test_sglang_extend_and_decode(page_size: int) -> None:
     """Ragged q over a paged cache; cu_seqlens_k_new without new keys; attention_chunk=None."""
@@ -130,6 +134,7 @@ def test_sglang_extend_and_decode(page_size: int) -> None:
     s.check(CAUSAL, out, lse)
 
 
+@pytest.mark.attends("forward")
 def test_sglang_chunked_prefix_and_padded_batch() -> None:
     s = Sequences((5, 33), (9, 40))
     out, lse, *_ = SGL["flash_attn_varlen_func"](

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import context_parallel
@@ -21,14 +23,21 @@ needs_registry = pytest.mark.skipif(not HAS_REGISTRY, reason=f"torch {torch.__ve
 
 
 @needs_registry
-def test_torchrun_starts_it() -> None:
+def test_torchrun_starts_it(tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    options = ["--device", "cpu", "--seqlen", "64", "--rotate", "alltoall"]
+    options = ["--device", "cpu", "--seqlen", "64", "--rotate", "alltoall", "--out", str(tmp_path / "out.json")]
     result = subprocess.run(
         [*launcher, str(ROOT / "examples/context_parallel.py"), *options], capture_output=True, text=True, timeout=200
     )
     assert result.returncode == loss_curves.OK, result.stdout + result.stderr
     assert "64 tokens, 4/2 heads, head_dim 32, torch.float32" in result.stdout
+    records = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert [record["case"]["head_dim"] for record in records] == [32, 64]
+    for record in records:
+        assert record["processes"] == 2 and record["rotate"] == "alltoall" and record["passed"]
+        assert record["versions"]["torch"] == torch.__version__ and "--seqlen=64" in record["command"]
+        assert record["speedup"] == pytest.approx(record["seconds_alone"] / record["seconds_parallel"])
+        assert set(record["differences"]) == {"out", "dq", "dk", "dv"} and len(record["kernels"]) == 2
     assert result.stdout.count("2 parallel") == 2 and result.stdout.count("calls of the torch reference") == 4
 
 
@@ -43,10 +52,11 @@ def check_wrong_results(rank: int) -> None:
         return [results[0] + 0.01 * rank, *results[1:]], seconds
 
     context_parallel.attend_in_parallel = wrong  # type: ignore[assignment]
-    options = argparse.Namespace(size="tiny", seed=0)
+    options = argparse.Namespace(size="tiny", seed=0, rotate="allgather")
     case = context_parallel.Case(32, 2, 1, 16)
     with torch_attention.activate("cpu"):
-        assert not context_parallel.compare(case, options, torch.device("cpu"))
+        passed, record = context_parallel.compare(case, options, torch.device("cpu"))
+        assert not passed and not record["passed"]
 
 
 @needs_registry

@@ -44,6 +44,7 @@ def test_library_that_does_not_load() -> None:
     broken = BuildDescription(True, (), (("sm90", "libcudart.so.13: cannot open"),))
     found = kernel_obstacle("megatron", HOPPER, broken)
     assert found is not None and found.lacks == "build" and "libcudart.so.13" in found.text
+    assert "install broadhead anew" in found.text
     found = kernel_obstacle("megatron", HOPPER._replace(cuda_version=(12, 4)), broken)
     assert found is not None and found.lacks == "cuda" and "update the NVIDIA driver" in found.text
 

@@ -10,6 +10,7 @@ import torch
 from broadhead.errors import InvalidArgumentError
 from broadhead.integrations import lmdeploy as integration
 from clients import client
+from on_device import DEVICE
 from oracle import Rule
 from sglang_batch import Requests, assert_near, make_requests
 
@@ -39,13 +40,14 @@ def metadata(requests: Requests, decoding: bool) -> SimpleNamespace:
     lengths = requests.cache_seqlens
     return SimpleNamespace(
         is_decoding=decoding, block_offsets=requests.page_table, kv_seqlens=lengths.long(),
-        q_seqlens=torch.tensor(requests.q_lens), kv_start_loc=lengths.cumsum(0) - lengths,
+        q_seqlens=torch.tensor(requests.q_lens, device=DEVICE), kv_start_loc=lengths.cumsum(0) - lengths,
         kv_flatten_size=int(lengths.sum()), quant_policy=0, cu_seqlens_q=requests.cu_seqlens_q,
         cu_seqlens_k=torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)),
         max_kv_seqlen=int(lengths.max()), scheduler_metadata=None, kernel_metadata=(),
     )  # fmt: skip
 
 
+@pytest.mark.attends("forward")
 @pytest.mark.parametrize("head_dim", [64, 256, 512])
 @pytest.mark.parametrize("window, softcap", [(None, 0.0), (7, 0.0), (None, 20.0)])
 def test_prefill(theirs: Any, head_dim: int, window: int | None, softcap: float) -> None:
@@ -64,6 +66,7 @@ def test_prefill(theirs: Any, head_dim: int, window: int | None, softcap: float)
     assert_near(out, requests, Rule(head_dim**-0.5, (left, 0), softcap=softcap))
 
 
+@pytest.mark.attends("forward")
 @pytest.mark.parametrize("head_dim", [64, 512])
 @pytest.mark.parametrize("with_metadata", [False, True])
 def test_speculative_decoding(theirs: Any, head_dim: int, with_metadata: bool) -> None:
@@ -73,7 +76,7 @@ def test_speculative_decoding(theirs: Any, head_dim: int, with_metadata: bool) -
     if with_metadata:
         step = SimpleNamespace(
             model_config=SimpleNamespace(block_size=64, dtype=torch.bfloat16),
-            input_ids=torch.zeros(1, 12),
+            input_ids=torch.zeros(1, 12, device=DEVICE),
             is_decoding=True,
         )
         theirs.update_fa3_metadata(

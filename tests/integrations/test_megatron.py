@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import importlib.util
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,8 +16,10 @@ from broadhead.integrations import megatron
 from broadhead.integrations.core_attention import BroadheadCoreAttention
 from broadhead.integrations.megatron import use_core_attention
 from clients import client
+from on_device import DEVICE, WIDE
 from oracle import Rule, attention
 from sglang_batch import assert_near, make_requests
+from tolerance import GRADIENT_FACTOR, OUT_FACTOR, assert_close
 
 
 class Mask(enum.Enum):
@@ -31,50 +34,63 @@ class Mask(enum.Enum):
 
 def config(**changes: Any) -> SimpleNamespace:
     fields = {
-        "num_attention_heads": 4, "kv_channels": 32, "attention_dropout": 0.0, "params_dtype": torch.float64,
+        "num_attention_heads": 4, "kv_channels": 32, "attention_dropout": 0.0, "params_dtype": WIDE,
         "init_method": torch.nn.init.normal_, "softmax_type": "vanilla", "use_cpu_initialization": True,
     }  # fmt: skip
     return SimpleNamespace(**{**fields, **changes})
 
 
 def core(mask: Mask = Mask.causal, layer: int = 1, **changes: Any) -> BroadheadCoreAttention:
-    return BroadheadCoreAttention(config(**changes), layer, mask, "self")
+    return BroadheadCoreAttention(config(**changes), layer, mask, "self").to(DEVICE)
 
 
-def inputs(*sizes: tuple[int, int, int]) -> list[torch.Tensor]:
-    return [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes]
+def inputs(*sizes: tuple[int, ...]) -> list[torch.Tensor]:
+    return [torch.randn(size, device=DEVICE).to(WIDE).requires_grad_() for size in sizes]
 
 
-def check(got: torch.Tensor, want: torch.Tensor, leaves: list[torch.Tensor]) -> None:
-    """The same output and gradients, of inputs in fp64."""
-    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
-    seed = torch.randn_like(want)
-    for mine, other in zip(torch.autograd.grad(got, leaves, seed), torch.autograd.grad(want, leaves, seed)):
-        torch.testing.assert_close(mine, other, rtol=1e-8, atol=1e-9)
+def check(got: torch.Tensor, want: Callable[..., torch.Tensor], leaves: list[torch.Tensor]) -> None:
+    """Output and gradients are those of ``want(*leaves)`` by the oracle."""
+    seed, results = torch.randn_like(got), []
+    for dtype in (torch.float64, WIDE):
+        given = [x.detach().to(dtype).requires_grad_() for x in leaves]
+        out = want(*given)
+        results.append([out.detach(), *torch.autograd.grad(out, given, seed.to(dtype))])
+    found = [got.detach(), *torch.autograd.grad(got, leaves, seed)]
+    for i, (mine, truth, naive) in enumerate(zip(found, *results)):
+        assert_close(f"result {i}", mine, truth, naive, WIDE, GRADIENT_FACTOR if i else OUT_FACTOR, "core attention")
 
 
+@pytest.mark.attends("forward", "backward")
 @pytest.mark.parametrize("mask", [Mask.causal, Mask.no_mask, Mask.padding])
 @pytest.mark.parametrize("softmax", ["vanilla", "learnable", "off-by-one"])
 def test_dense(mask: Mask, softmax: str) -> None:
     length, batch = 13, 2
-    q, k, v = (torch.randn(length, batch, heads, 32, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
+    q, k, v = inputs(*((length, batch, heads, 32) for heads in (4, 2, 2)))
     module = core(mask, softmax_type=softmax)
     out = module(q, k, v, None)
     assert out.shape == (length, batch, 4 * 32)
     rule = Rule(32**-0.5, (-1, 0) if mask is Mask.causal else (-1, -1))
-    sinks = module.softmax_offset
-    want = [attention(q[:, b], k[:, b], v[:, b], rule, sinks=sinks)[0].flatten(1) for b in range(batch)]
+    fixed = module.softmax_offset
+
+    def want(*leaves: torch.Tensor) -> torch.Tensor:
+        q, k, v, *learnt = leaves
+        sinks = learnt[0] if learnt else None if fixed is None else fixed.to(q.dtype)
+        return torch.stack(
+            [attention(q[:, b], k[:, b], v[:, b], rule, sinks=sinks)[0].flatten(1) for b in range(batch)], dim=1
+        )
+
     leaves = [q, k, v, *module.parameters()]
     assert len(leaves) == (4 if softmax == "learnable" else 3)
-    check(out, torch.stack(want, dim=1), leaves)
+    check(out, want, leaves)
 
 
+@pytest.mark.attends("forward", "backward")
 @pytest.mark.parametrize("padded", [False, True])
 def test_packed(padded: bool) -> None:
     """Sequences in places that are longer than they are: what lies between is not read, and takes no gradient."""
     lengths, places = [5, 0, 17, 3], [8, 4, 17, 6] if padded else [5, 0, 17, 3]
-    starts = torch.tensor([0, *places]).cumsum(0).int()
-    cu = torch.tensor([0, *lengths]).cumsum(0).int()
+    starts = torch.tensor([0, *places], device=DEVICE).cumsum(0).int()
+    cu = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
     q, k, v = inputs((sum(places), 4, 32), (sum(places), 4, 32), (sum(places), 4, 16))
     packed = SimpleNamespace(
         qkv_format="thd", cu_seqlens_q=cu, cu_seqlens_kv=cu, max_seqlen_q=17, max_seqlen_kv=17,
@@ -84,18 +100,21 @@ def test_packed(padded: bool) -> None:
     assert out.shape == (sum(places), 4 * 16)
     rule = Rule(32**-0.5, (-1, 0))
     rows = [slice(int(start), int(start) + length) for start, length in zip(starts, lengths)]
-    want = torch.cat([attention(q[row], k[row], v[row], rule)[0].flatten(1) for row in rows])
+
+    def want(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return torch.cat([attention(q[row], k[row], v[row], rule)[0].flatten(1) for row in rows])
+
     check(torch.cat([out[row] for row in rows]), want, [q, k, v])
 
 
+@pytest.mark.attends("forward", "backward")
 @pytest.mark.parametrize("skip, windowed", [(None, [1, 2]), (2, [1, 3]), ([1, 0, 1], [1, 3])])
 def test_window_of_a_layer(skip: Any, windowed: list[int]) -> None:
-    q, k, v = (torch.randn(24, 1, 4, 32, dtype=torch.float64) for _ in range(3))
+    leaves = inputs(*[(24, 1, 4, 32)] * 3)
     for layer in (1, 2, 3):
-        got = core(layer=layer, window_size=(5, 0), window_attn_skip_freq=skip)(q, k, v, None)
-        window = (5, 0) if layer in windowed or skip is None else (-1, 0)
-        want = attention(q[:, 0], k[:, 0], v[:, 0], Rule(32**-0.5, window))[0]
-        torch.testing.assert_close(got[:, 0], want.flatten(1))
+        got = core(layer=layer, window_size=(5, 0), window_attn_skip_freq=skip)(*leaves, None)
+        rule = Rule(32**-0.5, (5, 0) if layer in windowed or skip is None else (-1, 0))
+        check(got[:, 0], lambda *given: attention(*(x[:, 0] for x in given), rule)[0].flatten(1), leaves)  # noqa: B023
 
 
 def test_scale() -> None:
@@ -131,18 +150,23 @@ def test_spec_without_attention() -> None:
         use_core_attention(SimpleNamespace(submodules=SimpleNamespace(mlp=object)))
 
 
+@pytest.mark.attends("forward", "backward")
 def test_megatron_layer() -> None:
     """A layer of Megatron's local spec gives the outputs and gradients of its own unfused attention."""
     client("megatron")
     from megatron_model import make_layer, run_layer
 
-    theirs, ours = make_layer(replaced=False), make_layer(replaced=True)
+    ours, theirs = make_layer(replaced=True, dtype=WIDE), make_layer(replaced=False, dtype=WIDE)
+    exact = make_layer(replaced=False, dtype=torch.float32)
     assert type(ours.self_attention.core_attention) is BroadheadCoreAttention
     assert type(theirs.self_attention.core_attention) is not BroadheadCoreAttention
-    ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(19, 2, theirs.config.hidden_size)
-    for mine, other in zip(run_layer(ours, x), run_layer(theirs, x)):
-        torch.testing.assert_close(mine, other, rtol=2e-4, atol=2e-5)
+    for layer in (ours, exact):
+        layer.load_state_dict(theirs.state_dict())
+    x = torch.randn(19, 2, theirs.config.hidden_size, device=DEVICE).to(WIDE)
+    results = (run_layer(layer, x.to(dtype)) for layer, dtype in ((ours, WIDE), (exact, torch.float32), (theirs, WIDE)))
+    for i, (mine, truth, naive) in enumerate(zip(*results)):
+        noise = 2e-4 * float(truth.abs().max()) if WIDE.itemsize == 4 else 0.0
+        assert_close(f"result {i}", mine, truth, naive, WIDE, GRADIENT_FACTOR, "layer", noise)
 
 
 @pytest.fixture
@@ -170,6 +194,7 @@ def broadhead_surface() -> Any:
     return install_surface("megatron", "flash_attn_interface", override=True)
 
 
+@pytest.mark.attends("forward")
 @pytest.mark.parametrize("head_dim", [64, 512])
 def test_megatron_inference(inference: Any, head_dim: int) -> None:
     """Its wrapper, which builds the call of paged prefill from our signature, and its paged decode call."""

@@ -11,9 +11,11 @@ import torch
 from broadhead.errors import UnsupportedError
 from broadhead.integrations.sglang import NAME, plugin
 from broadhead.integrations.sglang.backend import backend_classes
+from on_device import DEVICE, WIDE
 from oracle import Rule, attention
 from sglang_batch import Requests, assert_near, make_requests
 from sglang_server import batch, layer, load, metadata, publish, runner
+from tolerance import OUT_FACTOR, assert_close
 
 theirs: Any = None
 
@@ -39,6 +41,7 @@ def new_rows(requests: Requests) -> tuple[torch.Tensor, torch.Tensor]:
     return k, v
 
 
+@pytest.mark.attends("forward")
 @pytest.mark.parametrize("page_size", [1, 16, 64])
 @pytest.mark.parametrize("head_dim", [64, 512])
 @pytest.mark.parametrize("window", [-1, 9])
@@ -55,12 +58,13 @@ def test_decode(page_size: int, head_dim: int, window: int) -> None:
     assert_near(out, requests, Rule(head_dim**-0.5, (window, 0)))
 
 
+@pytest.mark.attends("forward")
 @pytest.mark.parametrize("page_size", [1, 16, 64])
 @pytest.mark.parametrize("window", [-1, 9])
 def test_extend(page_size: int, window: int) -> None:
     requests = make_requests(page_size, [7, 1, 30, 12])
     k, v = new_rows(requests)
-    sinks = torch.randn(4, dtype=torch.bfloat16)
+    sinks = torch.randn(4, dtype=torch.bfloat16, device=DEVICE)
     backend = serving(requests)
     out = backend.forward_extend(
         requests.q, k, v, layer(requests, window, softcap=15.0), batch(requests, decode=False), sinks=sinks
@@ -68,6 +72,7 @@ def test_extend(page_size: int, window: int) -> None:
     assert_near(out, requests, Rule(64**-0.5, (window, 0), softcap=15.0), sinks)
 
 
+@pytest.mark.attends("forward")
 @pytest.mark.parametrize("page_size", [1, 16, 64])
 def test_verify_in_a_cascade(page_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """EAGLE's tree of drafts: the prefix in one call, the branches on pages of one in another, and SGLang's merge."""
@@ -79,10 +84,10 @@ def test_verify_in_a_cascade(page_size: int, monkeypatch: pytest.MonkeyPatch) ->
     prefix.cache_seqlens_int32 = requests.cache_seqlens - 4
     # Draft i sees itself and draft 0.
     drafts = torch.stack([torch.stack((slots[-4 + i], slots[-4])) for slots in requests.slots for i in range(4)]).int()
-    seen = torch.tensor([1, 2, 2, 2] * 3, dtype=torch.int32)
+    seen = torch.tensor([1, 2, 2, 2] * 3, dtype=torch.int32, device=DEVICE)
     expand = backend.forward_metadata_spec_decode_expand = theirs.FlashAttentionMetadata()
     expand.page_table, expand.cache_seqlens_int32, expand.max_seq_len_q = drafts, seen, 1
-    expand.cu_seqlens_q = torch.arange(13, dtype=torch.int32)
+    expand.cu_seqlens_q = torch.arange(13, dtype=torch.int32, device=DEVICE)
     expand.cu_seqlens_k = torch.nn.functional.pad(seen.cumsum(0, dtype=torch.int32), (1, 0))
     out = backend.forward_extend(requests.q, k, v, layer(requests), batch(requests, decode=False, verify=True))
     rows = [torch.cat((requests.slots[i // 4][:-4], drafts[i, : seen[i]].long())) for i in range(12)]
@@ -90,6 +95,7 @@ def test_verify_in_a_cascade(page_size: int, monkeypatch: pytest.MonkeyPatch) ->
     assert_near(out, alone, Rule(64**-0.5))
 
 
+@pytest.mark.attends("forward")
 @pytest.mark.parametrize("head_dim", [64, 512])
 def test_cache_of_8_bits(head_dim: int) -> None:
     """The scale of the layer counts at every head_dim, and q keeps its 16 bits."""
@@ -104,21 +110,25 @@ def test_cache_of_8_bits(head_dim: int) -> None:
     torch.testing.assert_close(out.view_as(truth).double(), truth, rtol=3e-2, atol=3e-2)
 
 
+@pytest.mark.attends("forward")
 def test_images_see_each_other() -> None:
-    requests = make_requests(16, [20, 9], most=1, dtype=torch.float32)
+    requests = make_requests(16, [20, 9], most=1, dtype=WIDE)
     backend = serving(requests)
     assert backend.fa_impl_ver == 4, "Gemma 4's model fills image_token_ranges for that version only"
-    images = torch.full((29, 2), -1, dtype=torch.int32)
-    images[3:9] = torch.tensor([3, 8])
+    images = torch.full((29, 2), -1, dtype=torch.int32, device=DEVICE)
+    images[3:9] = torch.tensor([3, 8], device=DEVICE)
     backend.forward_metadata.image_token_ranges = images
     out = backend.forward_extend(requests.q, None, None, layer(requests, 6), batch(requests, decode=False))
     assert backend.forward_metadata.image_token_ranges is images
-    wanted = []
+    wanted: dict[torch.dtype, list[torch.Tensor]] = {torch.float64: [], WIDE: []}
     for q, slots, each in zip(requests.q.split([20, 9]), requests.slots, images.split([20, 9])):
         ends = tuple((max(begin, 0), end + 1) for begin, end in each.tolist())
         rule = Rule(64**-0.5, (6, 0), ranges=ends, ranges_in_window=True)
-        wanted.append(attention(q.double(), requests.k_pool[slots].double(), requests.v_pool[slots].double(), rule)[0])
-    torch.testing.assert_close(out.double(), torch.cat(wanted).flatten(1), rtol=1e-4, atol=1e-5)
+        for dtype, parts in wanted.items():
+            parts.append(
+                attention(*(x.to(dtype) for x in (q, requests.k_pool[slots], requests.v_pool[slots])), rule)[0]
+            )
+    assert_close("out", out, *(torch.cat(x).flatten(1) for x in wanted.values()), WIDE, OUT_FACTOR, "images")
 
 
 def test_other_backends_keep_their_functions() -> None:

@@ -10,8 +10,10 @@ import torch
 from broadhead.errors import BroadheadError, InvalidArgumentError, UnsupportedError
 from broadhead.integrations.sglang import calls
 from broadhead.integrations.sglang.backend import exclusive_ranges
+from on_device import DEVICE, WIDE
 from oracle import Rule, attention
 from sglang_batch import Requests, assert_near, make_requests
+from tolerance import OUT_FACTOR, assert_close
 
 PAGES = [1, 16, 64]
 
@@ -39,6 +41,7 @@ def call(requests: Requests, **changes: Any) -> Any:
     return calls.flash_attn_with_kvcache(**given)
 
 
+@pytest.mark.attends("forward")
 @pytest.mark.parametrize("page_size", PAGES)
 @pytest.mark.parametrize("head_dim", [64, 512])
 @pytest.mark.parametrize("window", [-1, 9])
@@ -50,21 +53,23 @@ def test_decode(page_size: int, head_dim: int, window: int) -> None:
     assert_near(got, requests, Rule(head_dim**-0.5, (window, 0)))
 
 
+@pytest.mark.attends("forward")
 @pytest.mark.parametrize("page_size", PAGES)
 def test_extend(page_size: int) -> None:
     requests = make_requests(page_size, [7, 1, 30, 12])
-    sinks = torch.randn(4, dtype=torch.bfloat16)
+    sinks = torch.randn(4, dtype=torch.bfloat16, device=DEVICE)
     got, lse, *rest = call(requests, softcap=20.0, sinks=sinks, return_softmax_lse=True)
     assert rest == [] and lse.shape == (4, 50)
     assert_near(got, requests, Rule(64**-0.5, (-1, 0), softcap=20.0), sinks)
 
 
+@pytest.mark.attends("forward")
 @pytest.mark.parametrize("page_size", PAGES)
 def test_cascade(page_size: int) -> None:
     """A prefix without a mask, a token of its own for each branch on pages of one, and their merge: as one call."""
     requests = make_requests(page_size, [4, 4, 4])
     prefix = [slots[:-4] for slots in requests.slots]
-    prefix_lens = torch.tensor([len(each) for each in prefix], dtype=torch.int32)
+    prefix_lens = torch.tensor([len(each) for each in prefix], dtype=torch.int32, device=DEVICE)
     first, lse_first = call(requests, cache_seqlens=prefix_lens, causal=False, return_softmax_lse=True)
     branches = torch.cat([slots[-4:] for slots in requests.slots]).int()
     second, lse_second = calls.flash_attn_with_kvcache(
@@ -72,9 +77,9 @@ def test_cascade(page_size: int) -> None:
         k_cache=requests.k_pool[:, None],
         v_cache=requests.v_pool[:, None],
         page_table=branches[:, None],
-        cache_seqlens=torch.ones(12, dtype=torch.int32),
-        cu_seqlens_q=torch.arange(13, dtype=torch.int32),
-        cu_seqlens_k_new=torch.arange(13, dtype=torch.int32),
+        cache_seqlens=torch.ones(12, dtype=torch.int32, device=DEVICE),
+        cu_seqlens_q=torch.arange(13, dtype=torch.int32, device=DEVICE),
+        cu_seqlens_k_new=torch.arange(13, dtype=torch.int32, device=DEVICE),
         max_seqlen_q=1,
         softmax_scale=64**-0.5,
         causal=False,
@@ -89,9 +94,10 @@ def test_cascade(page_size: int) -> None:
     torch.testing.assert_close(lse.T.double(), alone.judge(Rule(64**-0.5))[1], rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.attends()
 def test_merge_writes_what_is_given() -> None:
-    a, b = torch.randn(2, 5, 3, 16)
-    lse_a, lse_b = torch.randn(2, 5, 3)
+    a, b = torch.randn(2, 5, 3, 16, device=DEVICE)
+    lse_a, lse_b = torch.randn(2, 5, 3, device=DEVICE)
     want, lse = calls.merge_state_v2(a, lse_a, b, lse_b)
     out, merged = torch.empty_like(a), torch.empty_like(lse_a)
     got = calls.merge_state_v2(a, lse_a, b, lse_b, out, merged)
@@ -101,27 +107,30 @@ def test_merge_writes_what_is_given() -> None:
     torch.testing.assert_close(lse, merged)
 
 
+@pytest.mark.attends("forward")
 @pytest.mark.parametrize("only_qv", [False, True])
 def test_absorbed_mla(only_qv: bool) -> None:
-    requests = make_requests(16, [1, 3], heads=(4, 1), head_dims=(64, 128), dtype=torch.float32)
-    qv = torch.randn(4, 4, 128)
+    requests = make_requests(16, [1, 3], heads=(4, 1), head_dims=(64, 512), dtype=WIDE)
+    qv = torch.randn(4, 4, 512, dtype=WIDE, device=DEVICE)
     keys = {"k_cache": None, "only_qv": True} if only_qv else {}
     got = call(requests, qv=qv, softmax_scale=0.1, **keys)
-    rows = []
+    rows: dict[torch.dtype, list[torch.Tensor]] = {torch.float64: [], WIDE: []}
     for slots, q, latent in zip(requests.slots, requests.q.split([1, 3]), qv.split([1, 3])):
-        k, v = requests.k_pool[slots].double(), requests.v_pool[slots].double()
         rope = torch.zeros_like(q) if only_qv else q
-        rows.append(attention(rope.double(), k, v, Rule(0.1, (-1, 0)), qv=latent.double())[0])
-    torch.testing.assert_close(got.double(), torch.cat(rows), rtol=1e-4, atol=1e-5)
+        for dtype, parts in rows.items():
+            given = (x.to(dtype) for x in (rope, requests.k_pool[slots], requests.v_pool[slots]))
+            parts.append(attention(*given, Rule(0.1, (-1, 0)), qv=latent.to(dtype))[0])
+    assert_close("out", got, *(torch.cat(x) for x in rows.values()), WIDE, OUT_FACTOR, "absorbed")
 
 
+@pytest.mark.attends("forward")
 def test_scales_of_another_batch() -> None:
     """A scale of the layer is expanded for the requests; a cascade's second call has more sequences."""
     requests = make_requests(16, heads=(4, 2), dtype=torch.float32)
     wide = requests.k_pool.clone(), requests.v_pool.clone()
     requests.k_pool, requests.v_pool = (pool.to(torch.float8_e4m3fn) for pool in wide)
     requests.q = requests.q.bfloat16()
-    scale = torch.tensor([2.0])
+    scale = torch.tensor([2.0], device=DEVICE)
     got = call(requests, k_descale=scale.expand(2, 2), v_descale=scale.expand(2, 2))
     requests.k_pool, requests.v_pool = (pool.float() * 2 for pool in (requests.k_pool, requests.v_pool))
     requests.q = requests.q.float()
@@ -129,33 +138,40 @@ def test_scales_of_another_batch() -> None:
     torch.testing.assert_close(got.double(), truth, rtol=5e-2, atol=5e-2)
 
 
+@pytest.mark.attends("forward")
 def test_images() -> None:
     """SGLang's inclusive ends, -1 for text, within the window of the layer."""
-    requests = make_requests(16, [20, 9], most=1, dtype=torch.float32)
+    requests = make_requests(16, [20, 9], most=1, dtype=WIDE)
     requests.slots = [slots[-length:] for slots, length in zip(requests.slots, requests.q_lens)]
-    ranges = torch.full((29, 2), -1, dtype=torch.int32)
-    ranges[3:9] = torch.tensor([3, 8])
-    ranges[20 + 2 : 20 + 5] = torch.tensor([2, 4])
+    ranges = torch.full((29, 2), -1, dtype=torch.int32, device=DEVICE)
+    ranges[3:9] = torch.tensor([3, 8], device=DEVICE)
+    ranges[20 + 2 : 20 + 5] = torch.tensor([2, 4], device=DEVICE)
     got = call(requests, window_size=(4, 0), query_ranges=exclusive_ranges(ranges))
-    wanted = []
+    wanted: dict[torch.dtype, list[torch.Tensor]] = {torch.float64: [], WIDE: []}
     for q, slots, images in zip(requests.q.split([20, 9]), requests.slots, ranges.split([20, 9])):
         ends = tuple((max(begin, 0), end + 1) for begin, end in images.tolist())
         rule = Rule(64**-0.5, (4, 0), ranges=ends, ranges_in_window=True)
-        wanted.append(attention(q.double(), requests.k_pool[slots].double(), requests.v_pool[slots].double(), rule)[0])
-    torch.testing.assert_close(got.double(), torch.cat(wanted), rtol=1e-4, atol=1e-5)
+        for dtype, parts in wanted.items():
+            parts.append(
+                attention(*(x.to(dtype) for x in (q, requests.k_pool[slots], requests.v_pool[slots])), rule)[0]
+            )
+    assert_close("out", got, *(torch.cat(x) for x in wanted.values()), WIDE, OUT_FACTOR, "images")
 
 
+@pytest.mark.attends("forward")
 def test_varlen() -> None:
     lengths = [5, 1, 17]
-    offsets = torch.tensor([0, *lengths]).cumsum(0).int()
-    q, k, v = (torch.randn(23, heads, 64) for heads in (4, 2, 2))
+    offsets = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
+    q, k, v = (torch.randn(23, heads, 64, dtype=WIDE, device=DEVICE) for heads in (4, 2, 2))
     got = calls.flash_attn_varlen_func(
         q=q, k=k, v=v, cu_seqlens_q=offsets, cu_seqlens_k=offsets, max_seqlen_q=17, max_seqlen_k=17,
         softmax_scale=0.2, causal=True, window_size=(-1, -1), softcap=0.0, num_splits=0, attention_chunk=None, ver=3,
     )  # fmt: skip
-    parts = [x.double().split(lengths) for x in (q, k, v)]
-    want = torch.cat([attention(*each, Rule(0.2, (-1, 0)))[0] for each in zip(*parts)])
-    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
+    want = []
+    for dtype in (torch.float64, WIDE):
+        parts = zip(*(x.to(dtype).split(lengths) for x in (q, k, v)))
+        want.append(torch.cat([attention(*each, Rule(0.2, (-1, 0)))[0] for each in parts]))
+    assert_close("out", got, *want, WIDE, OUT_FACTOR, "varlen")
 
 
 @pytest.mark.parametrize("name", ["score_mod", "mask_mod", "aux_tensors", "rel_bias", "sfq", "sfk", "sfv"])

@@ -11,7 +11,9 @@ import torch
 from broadhead.errors import InvalidArgumentError
 from broadhead.integrations import slime as integration
 from clients import client
+from on_device import DEVICE, WIDE
 from oracle import Rule, attention
+from tolerance import GRADIENT_FACTOR, OUT_FACTOR, assert_close
 
 LENGTHS = [7, 1, 24, 3]
 
@@ -29,6 +31,19 @@ def installed() -> Any:
     surface.uninstall()
 
 
+def judge(out: torch.Tensor, gradients: Any, leaves: list[torch.Tensor], rule: Rule, dout: torch.Tensor) -> None:
+    """Output and gradients of q, k, v and the offsets against the oracle."""
+    results = []
+    for dtype in (torch.float64, WIDE):
+        given = [x.detach().to(dtype).requires_grad_() for x in leaves]
+        parts = zip(*(x.split(LENGTHS) for x in given[:3]))
+        made = torch.cat([attention(*each, rule, sinks=given[3])[0] for each in parts])
+        results.append([made.detach(), *torch.autograd.grad(made, given, dout.to(dtype))])
+    for name, got, truth, naive in zip(("out", "dq", "dk", "dv", "doffset"), (out.detach(), *gradients), *results):
+        assert_close(name, got, truth, naive, WIDE, OUT_FACTOR if name == "out" else GRADIENT_FACTOR, "slime")
+
+
+@pytest.mark.attends("forward", "backward")
 @pytest.mark.parametrize("window", [(-1, -1), (5, 0)])
 @pytest.mark.parametrize("head_dim", [32, 256])
 def test_learnable_softmax(installed: Any, window: tuple[int, int], head_dim: int) -> None:
@@ -36,36 +51,30 @@ def test_learnable_softmax(installed: Any, window: tuple[int, int], head_dim: in
     theirs = client("slime", "slime_plugins.models.learnable_softmax_attention")
     assert theirs.flash_attn_varlen_func.__module__.startswith("broadhead.")
     total = sum(LENGTHS)
-    offsets = torch.tensor([0, *LENGTHS]).cumsum(0).int()
-    q, k, v = (torch.randn(total, heads, head_dim, requires_grad=True) for heads in (4, 2, 2))
-    offset = torch.randn(4, requires_grad=True)
+    offsets = torch.tensor([0, *LENGTHS], device=DEVICE).cumsum(0).int()
+    q, k, v = (torch.randn(total, heads, head_dim, device=DEVICE).to(WIDE).requires_grad_() for heads in (4, 2, 2))
+    offset = torch.randn(4, device=DEVICE).requires_grad_()
     leaves = [q, k, v, offset]
     out = theirs.learnable_softmax_flash_attn_varlen(
         q, k, v, offsets, offsets, max(LENGTHS), max(LENGTHS), offset, causal=True, window_size=window
     )
-    rule = Rule(head_dim**-0.5, (window[0], 0))
-    parts = [x.double().split(LENGTHS) for x in (q, k, v)]
-    want = torch.cat([attention(*each, rule, sinks=offset.double())[0] for each in zip(*parts)])
-    torch.testing.assert_close(out.double(), want, rtol=1e-4, atol=1e-5)
     seed = torch.randn_like(out)
-    wanted = torch.autograd.grad(want, leaves, seed.double())
-    for got, truth in zip(torch.autograd.grad(out, leaves, seed), wanted):
-        torch.testing.assert_close(got, truth, rtol=2e-4, atol=2e-5)
+    judge(out, torch.autograd.grad(out, leaves, seed), leaves, Rule(head_dim**-0.5, (window[0], 0)), seed)
 
     config = SimpleNamespace(
-        num_attention_heads=4, kv_channels=head_dim, attention_dropout=0.0, params_dtype=torch.float32,
+        num_attention_heads=4, kv_channels=head_dim, attention_dropout=0.0, params_dtype=WIDE,
         init_method=torch.nn.init.zeros_, softmax_type="learnable", use_cpu_initialization=True, window_size=window,
         window_attn_skip_freq=None,
     )  # fmt: skip
-    ours = integration.BroadheadCoreAttention(config, 1, Mask.padding_causal, "self")
+    ours = integration.BroadheadCoreAttention(config, 1, Mask.padding_causal, "self").to(DEVICE)
     ours.load_state_dict({"softmax_offset": offset.detach()})
+    leaves = [q, k, v, ours.softmax_offset]
     packed = SimpleNamespace(
         qkv_format="thd", cu_seqlens_q=offsets, cu_seqlens_kv=offsets, max_seqlen_q=24, max_seqlen_kv=24
     )
     mine = ours(q, k, v, None, packed_seq_params=packed)
-    torch.testing.assert_close(mine.view_as(want).double(), want, rtol=1e-4, atol=1e-5)
-    for got, truth in zip(torch.autograd.grad(mine, [q, k, v, ours.softmax_offset], seed.flatten(1)), wanted):
-        torch.testing.assert_close(got, truth, rtol=2e-4, atol=2e-5)
+    gradients = torch.autograd.grad(mine, leaves, seed.flatten(1))
+    judge(mine.view_as(seed), gradients, leaves, Rule(head_dim**-0.5, (window[0], 0)), seed)
 
 
 def test_enable_leaves_another_package_in_place(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,10 @@ import torch
 from broadhead.integrations import transformer_engine as integration
 from broadhead.plan.native import NO_KERNELS
 from clients import client
+from on_device import DEVICE, WIDE
 from oracle import Rule, attention
 from te_context_parallel import load
+from tolerance import GRADIENT_FACTOR, OUT_FACTOR, assert_close
 
 
 @pytest.fixture
@@ -45,17 +47,33 @@ def part(section: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> lis
     return [x.flatten(1, 2).contiguous() for x in (q, k, v)]
 
 
+def judge(
+    found: dict[str, torch.Tensor], inputs: list[torch.Tensor], dout: torch.Tensor, rules: list[Rule], parts: int
+) -> None:
+    """out, dq, dk and dv of sequences against the oracle; each of ``parts`` of a sum may be rounded once."""
+    results = []
+    for dtype in (torch.float64, WIDE):
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        out = torch.stack([attention(*(x[b] for x in leaves), rule)[0] for b, rule in enumerate(rules)])
+        results.append([out.detach(), *torch.autograd.grad(out, leaves, dout.to(dtype))])
+    for name, truth, naive in zip(("out", "dq", "dk", "dv"), *results):
+        noise = parts * torch.finfo(WIDE).eps * float(truth.abs().max())
+        factor = OUT_FACTOR if name == "out" else GRADIENT_FACTOR
+        assert_close(name, found[name], truth, naive, WIDE, factor, "context parallelism", noise)
+
+
+@pytest.mark.attends("forward", "backward")
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("head_dim", [64, 512])
 def test_ring(surface: Any, ranks: int, head_dim: int) -> None:
     """Every tile of a causal ring, merged by Transformer Engine; its backward from the merged out and softmax_lse."""
     te = load()
     length = 2 * ranks * 6
-    q, k, v = (torch.randn(2, length, heads, head_dim) for heads in (4, 2, 2))
-    dout, scale = torch.randn(2, length, 4, head_dim), head_dim**-0.5
+    q, k, v, dout = (torch.randn(2, length, heads, head_dim, device=DEVICE).to(WIDE) for heads in (4, 2, 2, 4))
+    scale = head_dim**-0.5
     lengths = [None] * ranks
     got: dict[str, list[torch.Tensor]] = {name: [torch.empty(0)] * (2 * ranks) for name in ("out", "dq")}
-    grads = [[torch.zeros_like(chunks(x, rank, ranks)) for x in (k, v)] for rank in range(ranks)]
+    grads = [[torch.zeros_like(chunks(x.float(), rank, ranks)) for x in (k, v)] for rank in range(ranks)]
     for rank in range(ranks):
         mine = chunks(q, rank, ranks)
         tiles = []
@@ -82,7 +100,7 @@ def test_ring(surface: Any, ranks: int, head_dim: int) -> None:
             else:
                 te.flash_attn_fwd_out_correction(total.flatten(1, 2), out, merged, lse, 1)
         given = chunks(dout, rank, ranks)
-        dq = torch.zeros_like(mine)
+        dq = torch.zeros_like(mine, dtype=torch.float32)
         for keys, section in sections(rank, ranks):
             each = part(section, mine, chunks(k, keys, ranks), chunks(v, keys, ranks))
             rows = slice(1, None) if section == "upper-triangle" else slice(None)
@@ -98,24 +116,22 @@ def test_ring(surface: Any, ranks: int, head_dim: int) -> None:
                 grad[:, cut] += new.unflatten(1, (-1, mine.shape[2]))
         for name, value in (("out", total), ("dq", dq)):
             got[name][rank], got[name][2 * ranks - 1 - rank] = value.unbind(1)
-    leaves = [x.double().requires_grad_() for x in (q, k, v)]
-    want = torch.stack([attention(*(x[b] for x in leaves), Rule(scale, (-1, 0)))[0] for b in range(2)])
-    torch.testing.assert_close(torch.cat(got["out"], dim=1).double(), want, rtol=1e-4, atol=1e-5)
-    wanted = torch.autograd.grad(want, leaves, dout.double())
-    torch.testing.assert_close(torch.cat(got["dq"], dim=1).double(), wanted[0], rtol=1e-3, atol=1e-4)
-    for index, truth in enumerate(wanted[1:]):
+    found = {name: torch.cat(parts, dim=1) for name, parts in got.items()}
+    for index, name in enumerate(("dk", "dv")):
         whole = [torch.empty(0)] * (2 * ranks)
         for rank in range(ranks):
             whole[rank], whole[2 * ranks - 1 - rank] = grads[rank][index].unbind(1)
-        torch.testing.assert_close(torch.cat(whole, dim=1).double(), truth, rtol=1e-3, atol=1e-4)
+        found[name] = torch.cat(whole, dim=1)
+    judge(found, [q, k, v], dout, [Rule(scale, (-1, 0))] * 2, ranks)
 
 
+@pytest.mark.attends("forward", "backward")
 def test_packed_with_padding(surface: Any) -> None:
     """Transformer Engine's seqused under padded offsets, forward and backward; padding gives no gradient."""
     te = load()
     lengths, places = [5, 9, 2], [8, 12, 4]
-    offsets, starts = (torch.tensor([0, *each]).cumsum(0).int() for each in (lengths, places))
-    q, k, v, dout = (torch.randn(24, heads, 64) for heads in (4, 2, 2, 4))
+    offsets, starts = (torch.tensor([0, *each], device=DEVICE).cumsum(0).int() for each in (lengths, places))
+    q, k, v, dout = (torch.randn(24, heads, 64, device=DEVICE).to(WIDE) for heads in (4, 2, 2, 4))
     options = {"softmax_scale": 0.1, "window_size_left": -1, "window_size_right": -1}
     out, lse, _ = te.cp_p2p_fwd_flash_attn(
         True, "thd", options, surface._flash_attn_forward, 12, 12, True, starts, starts, q, k, v, offsets, offsets,
@@ -126,15 +142,13 @@ def test_packed_with_padding(surface: Any) -> None:
         True, "thd", 12, 12, [offsets], [offsets], 0, 1, {"softmax_scale": 0.1, "deterministic": True},
         surface._flash_attn_backward, None, lse, None, True, starts, starts, q, k, v, out, dout, "diagonal",
     )  # fmt: skip
-    live = torch.cat([torch.arange(start, start + length) for start, length in zip(starts.tolist(), lengths)])
-    dead = torch.ones(24, dtype=torch.bool).index_fill(0, live, False)
-    leaves = [x[live].double().requires_grad_() for x in (q, k, v)]
-    parts = [x.split(lengths) for x in leaves]
-    want = torch.cat([attention(*each, Rule(0.1, (-1, 0)))[0] for each in zip(*parts)])
-    torch.testing.assert_close(out[live].double(), want, rtol=1e-4, atol=1e-5)
-    for got, truth in zip(found, torch.autograd.grad(want, leaves, dout[live].double())):
-        torch.testing.assert_close(got[live].double(), truth, rtol=1e-3, atol=1e-4)
-        assert not got[dead].any()
+    dead = torch.ones(24, dtype=torch.bool, device=DEVICE)
+    for start, length in zip(starts.tolist(), lengths):
+        rows = slice(start, start + length)
+        dead[rows] = False
+        results = {name: x[None, rows] for name, x in zip(("out", "dq", "dk", "dv"), (out, *found))}
+        judge(results, [x[None, rows] for x in (q, k, v)], dout[None, rows], [Rule(0.1, (-1, 0))], 1)
+    assert not any(got[dead].any() for got in found)
 
 
 def test_head_dims_are_those_of_this_build(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch._dynamo
 from torch._dynamo.testing import CompileCounter
-from transformers_models import ids, integration, make, output_of, padding, transformers
+from transformers_models import PAGES_BY_NAME, batching, ids, integration, make, output_of, padding, transformers
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -120,8 +120,15 @@ def test_prefix_under_compile() -> None:
         got = compiled(input_ids=tokens, attention_mask=mask, token_type_ids=types, use_cache=False).logits
         live = mask.bool()
         torch.testing.assert_close(got[live], expected[live], rtol=0, atol=2e-4 * expected.abs().max().item())
-        with pytest.raises(RuntimeError, match="cannot find a prefix"):
-            compiled(input_ids=tokens, token_type_ids=types, use_cache=False)
+        # What versions do whose models make the mask in the graph is right, too.
+        unpadded = output_of(model, "eager", input_ids=tokens, token_type_ids=types, use_cache=False)
+        model.set_attn_implementation("broadhead")
+        try:
+            got = compiled(input_ids=tokens, token_type_ids=types, use_cache=False).logits
+        except RuntimeError as error:
+            assert "cannot find a prefix" in str(error)
+        else:
+            torch.testing.assert_close(got, unpadded, rtol=0, atol=2e-4 * unpadded.abs().max().item())
 
 
 @pytest.mark.parametrize(
@@ -138,6 +145,8 @@ def test_continuous_batching(name: str, asked: str, monkeypatch: pytest.MonkeyPa
         return varlen(*args, **kwargs)
 
     monkeypatch.setattr(broadhead, "flash_attn_varlen_func", counted)
+    # transformers keeps the functions of the last name that it imported.
+    monkeypatch.setattr(transformers.modeling_flash_attention_utils, "_loaded_implementation", None, raising=False)
     model = make(name)
     prompts = [ids(1, length)[0].tolist() for length in (5, 11, 3)]
     model.set_attn_implementation("eager")
@@ -145,13 +154,21 @@ def test_continuous_batching(name: str, asked: str, monkeypatch: pytest.MonkeyPa
     expected = [model.generate(torch.tensor([p]), eos_token_id=None, **options)[0, len(p) :].tolist() for p in prompts]
     model.set_attn_implementation(asked)
     config = transformers.GenerationConfig(eos_token_id=-1, pad_token_id=0, **options)
-    batching = transformers.ContinuousBatchingConfig(page_size=4, num_blocks=32, max_batch_tokens=64)
+    pages = batching(name, 4, num_blocks=32, max_batch_tokens=64)
     results = model.generate_batch(
-        inputs=prompts, generation_config=config, continuous_batching_config=batching, progress_bar=False
+        inputs=prompts, generation_config=config, continuous_batching_config=pages, progress_bar=False
     )
     assert [result.generated_tokens for result in results.values()] == expected
     assert len(calls) >= model.config.num_hidden_layers * 4
     assert model.config._attn_implementation == asked
+
+
+@pytest.mark.skipif(not PAGES_BY_NAME, reason="continuous batching runs the attention function of the model")
+@pytest.mark.parametrize("left_out", ["softcap", "sliding_window"])
+def test_continuous_batching_that_leaves_a_mask_out_is_refused(left_out: str) -> None:
+    attend = transformers.AttentionInterface()["paged|broadhead_flash_3"]
+    with pytest.raises(broadhead.UnsupportedError, match=f"{left_out} of Module is left out"):
+        attend(torch.nn.Module(), **{left_out: 5})
 
 
 def test_continuous_batching_of_others_is_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +180,12 @@ def test_continuous_batching_of_others_is_theirs(monkeypatch: pytest.MonkeyPatch
     assert Manager.switch_to_cb_friendly_attn is chosen, "register wraps what it has wrapped"
     model, manager = make("llama"), Manager.__new__(Manager)
     model.set_attn_implementation("eager")
-    chosen(manager, model, auto_switch_to_flash=False)
+    asked = (
+        {"auto_switch_to_flash": False}
+        if "auto_switch_to_flash" in transformers.ContinuousBatchingConfig.__dataclass_fields__
+        else {}
+    )
+    chosen(manager, model, **asked)
     assert model.config._attn_implementation == "paged|eager"
 
 

@@ -16,6 +16,7 @@ from transformers_models import (
     assert_same,
     assert_same_gradients,
     assert_same_tokens,
+    cuts_blocks_by_sequence,
     integration,
     output_of,
     transformers,
@@ -207,7 +208,14 @@ def test_chunks_between_images_give_the_logits_of_the_whole() -> None:
     torch.testing.assert_close(got, whole, rtol=0, atol=2e-4 * whole.abs().max().item())
 
 
-@pytest.mark.parametrize("name", ["gemma3", "gemma4", "paligemma"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("gemma3", marks=cuts_blocks_by_sequence),
+        "gemma4",
+        pytest.param("paligemma", marks=cuts_blocks_by_sequence),
+    ],
+)
 def test_packed_sequences(name: str, calls: list[dict[str, Any]]) -> None:
     """Several sequences in a row, told by positions that start again: one call of packed keys, with what they see."""
     inputs = without_images(prompt(name, 40))

@@ -13,6 +13,7 @@ from transformers_models import (
     assert_same,
     assert_same_gradients,
     assert_same_tokens,
+    cuts_blocks_by_sequence,
     ids,
     integration,
     make,
@@ -170,6 +171,7 @@ def test_generate_after_a_prefix(cache: str | None) -> None:
     )
 
 
+@cuts_blocks_by_sequence
 def test_prefix_of_packed_sequences() -> None:
     """Every sequence of a packed row has its own prefix, or none."""
     types = torch.zeros(1, 19, dtype=torch.long)
@@ -180,6 +182,7 @@ def test_prefix_of_packed_sequences() -> None:
     assert_same_gradients("hrm_text", labels=tokens, **inputs)
 
 
+@cuts_blocks_by_sequence
 def test_prefix_of_packed_sequences_whose_offsets_are_given() -> None:
     """Offsets alone tell no prefix: the mask does, or the call is refused."""
     types = torch.zeros(1, 19, dtype=torch.long)

@@ -1,6 +1,6 @@
 """Ragged sequences for calls spelt as other packages spell them, and the judge of what comes back, gradients included.
 
-The device is a GPU where there is one: then a kernel must have run.
+The device is a GPU where there is one: tests that are marked ``attends`` then run kernels.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import broadhead
 import oracle
 import tolerance
 import torch
+from on_device import DEVICE
 from torch import Tensor
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LSE_ATOL = {"cpu": 1e-5, "cuda": 2e-4}
 
 
@@ -25,12 +25,6 @@ def int32(*values: int) -> Tensor:
 def offsets(lengths: tuple[int, ...]) -> Tensor:
     """cu_seqlens of sequences of these lengths."""
     return int32(0, *torch.tensor(lengths).cumsum(0).tolist())
-
-
-def assert_kernel_ran() -> None:
-    """On a GPU the last call of this thread ran a row of the table."""
-    backend, row, reason = broadhead.last_dispatch()
-    assert DEVICE.type != "cuda" or (backend == "cuda" and row), f"{backend}: {reason}"
 
 
 class Sequences:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from typing import Any
 
 import torch
+from on_device import DEVICE
 from oracle import Rule, attention
+from tolerance import OUT_FACTOR, assert_close
 from torch import Tensor
 
 
@@ -24,11 +27,11 @@ class Requests:
 
     @property
     def cache_seqlens(self) -> Tensor:
-        return torch.tensor([len(each) for each in self.slots], dtype=torch.int32)
+        return torch.tensor([len(each) for each in self.slots], dtype=torch.int32, device=DEVICE)
 
     @property
     def cu_seqlens_q(self) -> Tensor:
-        return torch.tensor([0, *self.q_lens]).cumsum(0).int()
+        return torch.tensor([0, *self.q_lens], device=DEVICE).cumsum(0).int()
 
     def paged(self, pool: Tensor) -> Tensor:
         return pool.view(-1, self.page_size, *pool.shape[1:])
@@ -58,20 +61,23 @@ def make_requests(
     q_lens = [1] * 5 if q_lens is None else q_lens
     lengths = [length + random.randrange(most) for length in q_lens]
     pages = [-(-length // page_size) for length in lengths]
-    order = torch.randperm(sum(pages) + 3).int()
-    table = torch.full((len(q_lens), max(pages) + 2), 2**30, dtype=torch.int32)  # garbage past what is needed
+    order = torch.randperm(sum(pages) + 3, device=DEVICE).int()
+    table = torch.full(
+        (len(q_lens), max(pages) + 2), 2**30, dtype=torch.int32, device=DEVICE
+    )  # garbage past what is needed
     slots, used = [], 0
     for row, (count, length) in enumerate(zip(pages, lengths)):
         ids = order[used : used + count]
         table[row, :count] = ids
-        slots.append((ids.long()[:, None] * page_size + torch.arange(page_size)).flatten()[:length])
+        slots.append((ids.long()[:, None] * page_size + torch.arange(page_size, device=DEVICE)).flatten()[:length])
         used += count
     total = len(order) * page_size
-    k_pool, v_pool = (torch.full((total, heads[1], size), float("nan"), dtype=dtype) for size in head_dims)
+    made: dict[str, Any] = {"dtype": dtype, "device": DEVICE}
+    k_pool, v_pool = (torch.full((total, heads[1], size), float("nan"), **made) for size in head_dims)
     for pool in (k_pool, v_pool):
         owned = torch.cat(slots)
-        pool[owned] = torch.randn(len(owned), *pool.shape[1:], dtype=dtype)
-    q = torch.randn(sum(q_lens), heads[0], head_dims[0], dtype=dtype)
+        pool[owned] = torch.randn(len(owned), *pool.shape[1:], **made)
+    q = torch.randn(sum(q_lens), heads[0], head_dims[0], **made)
     return Requests(q, k_pool, v_pool, slots, q_lens, page_size, table)
 
 
@@ -79,6 +85,4 @@ def assert_near(got: Tensor, requests: Requests, rule: Rule, sinks: Tensor | Non
     """At most twice the error of attention in the dtype of the inputs."""
     truth, _ = requests.judge(rule, sinks=sinks)
     naive, _ = requests.judge(rule, requests.q.dtype, sinks)
-    bound = 2 * (naive.double() - truth).abs().max() + 1e-5
-    error = (got.reshape(truth.shape).double() - truth).abs().max()
-    assert error <= bound, f"error {error:.2e}, at most {bound:.2e}"
+    assert_close("out", got.reshape(truth.shape), truth, naive, requests.q.dtype, OUT_FACTOR, "attention")

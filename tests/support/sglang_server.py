@@ -1,4 +1,4 @@
-"""SGLang's own backend on a CPU: compiled packages that it imports and that do not load here are stubbed."""
+"""SGLang's own backend: compiled packages that it imports and that do not load here are stubbed."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from clients import client
+from on_device import DEVICE
 from sglang_batch import Requests
 
 #: Compiled packages that SGLang imports at its top, and that have no build for a CPU.
@@ -91,7 +92,7 @@ def runner(requests: Requests, kv_cache_dtype: str = "auto") -> Any:
         hf_text_config=SimpleNamespace(num_attention_heads=heads_q),
     )  # fmt: skip
     return SimpleNamespace(
-        sliding_window_size=None, model_config=config, device="cpu",
+        sliding_window_size=None, model_config=config, device=str(DEVICE),
         req_to_token_pool=SimpleNamespace(req_to_token=None), token_to_kv_pool=Pool(requests.k_pool, requests.v_pool),
         kv_cache_dtype=requests.k_pool.dtype,
         kv_cache_dtype_str=kv_cache_dtype, page_size=requests.page_size, is_draft_worker=False,
@@ -120,7 +121,7 @@ def layer(requests: Requests, window: int = -1, softcap: float = 0.0, scale: flo
 
     head_dim, head_dim_v = requests.q.shape[-1], requests.v_pool.shape[-1]
     heads_q, heads_kv = requests.q.shape[1], requests.k_pool.shape[1]
-    scales = None if scale is None else torch.tensor([scale])
+    scales = None if scale is None else torch.tensor([scale], device=DEVICE)
     return SimpleNamespace(
         layer_id=0, is_cross_attention=False, attn_type=AttentionType.DECODER, sliding_window_size=window,
         logit_cap=softcap, scaling=head_dim**-0.5, head_dim=head_dim, v_head_dim=head_dim_v, tp_q_head_num=heads_q,

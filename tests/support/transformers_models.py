@@ -15,6 +15,11 @@ transformers = pytest.importorskip("transformers", minversion="5.0")
 integration = pytest.importorskip("broadhead.integrations.transformers")
 
 VOCABULARY = 97
+#: Until then blocks of tokens that see each other were joined last, across the sequences of a row, which is refused.
+cuts_blocks_by_sequence = pytest.mark.skipif(
+    not hasattr(transformers.masking_utils, "remap_positions_for_packed_sequence"),
+    reason=f"transformers {transformers.__version__} joins blocks across the sequences of a row",
+)
 COMMON = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -109,6 +114,8 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"encoder": _T5GEMMA_HALF, "decoder": {**_T5GEMMA_HALF, "cross_attention_hidden_size": 32}},
     ),
 }
+#: Continuous batching of this transformers is a function of its own, by names that begin with "paged|".
+PAGES_BY_NAME = transformers.AttentionInterface().get("paged|flash_attention_3") is not None
 
 
 def make(name: str) -> Any:
@@ -174,6 +181,18 @@ def assert_same_tokens(model: Any, prompt: torch.Tensor, **options: Any) -> None
         model.set_attn_implementation(attention)
         tokens.append(model.generate(prompt, **options))
     assert torch.equal(*tokens)
+
+
+def batching(model: str, page_size: int, **options: Any) -> Any:
+    """Options of continuous batching, under the names of this transformers; skips where it can not batch the model."""
+    if not hasattr(transformers, "ContinuousBatchingConfig"):
+        pytest.skip(f"transformers {transformers.__version__} has no ContinuousBatchingConfig")
+    if PAGES_BY_NAME and model in ("mistral", "gemma2"):
+        pytest.skip(f"continuous batching of transformers {transformers.__version__} leaves out a mask of {model}")
+    fields = transformers.ContinuousBatchingConfig.__dataclass_fields__
+    return transformers.ContinuousBatchingConfig(
+        **{"page_size" if "page_size" in fields else "block_size": page_size}, **options
+    )
 
 
 def ids(batch: int, length: int) -> torch.Tensor:

@@ -13,28 +13,12 @@ import inspect
 import json
 import os
 import sys
-import types
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from described import FULL
-
-COMPILED = (
-    "_C", "_C_stable_libtorch", "_moe_C_stable_libtorch", "_qutlass_C",
-    "vllm_flash_attn._vllm_fa2_C", "vllm_flash_attn._vllm_fa3_C",
-)  # fmt: skip
-
-
-def leave_out_compiled() -> None:
-    """Compiled modules that are not there are empty: nothing of them runs."""
-    import vllm
-
-    root = Path(vllm.__file__).parent
-    for name in COMPILED:
-        if not list(root.glob(f"{name.replace('.', '/')}*.so")):
-            sys.modules[f"vllm.{name}"] = types.ModuleType(f"vllm.{name}")
+from vllm_compiled import leave_out_compiled
 
 
 def describe_platform(capability: tuple[int, int]) -> Any:

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from on_device import DEVICE
 from oracle import Rule, attention
 from tolerance import OUT_FACTOR, assert_close
 from torch import Tensor
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAN = float("nan")
 LAYER = "model.layers.0.self_attn.attn"
 
@@ -232,7 +232,7 @@ def make_builder(run: Run, layer: Any) -> Any:
         dtype=torch.uint8 if step.fp8 else step.dtype,
     )  # fmt: skip
     builder = BroadheadBackend.get_builder_cls()
-    return builder(spec, [LAYER], config_of(step, {LAYER: layer}), torch.device(DEVICE))
+    return builder(spec, [LAYER], config_of(step, {LAYER: layer}), DEVICE)
 
 
 def execute(step: Step) -> tuple[Run, Any, Tensor]:

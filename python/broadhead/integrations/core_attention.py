@@ -106,10 +106,11 @@ class BroadheadCoreAttention(torch.nn.Module):
         on_cpu = getattr(config, "use_cpu_initialization", False) or not torch.cuda.is_available()
         device = "cpu" if on_cpu else torch.cuda.current_device()
         zeros = torch.zeros(config.num_attention_heads // ranks, device=device, dtype=config.params_dtype)
-        if kind == "off-by-one":
-            self.softmax_offset = zeros
-            return
         del self.softmax_offset
+        if kind == "off-by-one":
+            # A buffer follows the module to its device; checkpoints have none.
+            self.register_buffer("softmax_offset", zeros, persistent=False)
+            return
         self.softmax_offset = torch.nn.Parameter(zeros)
         if getattr(config, "perform_initialization", True):
             config.init_method(self.softmax_offset)

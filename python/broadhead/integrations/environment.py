@@ -89,7 +89,9 @@ def kernel_obstacle(
             # A library that does not load is most often newer than the driver.
             old = cuda_obstacle(client, device.cuda_version)
             return old or Obstacle(
-                "build", f"{client}: the kernel libraries of this installation do not load: {errors}"
+                "build",
+                f"{client}: the kernel libraries of this installation do not load: {errors}; install broadhead anew in"
+                " the environment of this torch, which has the CUDA runtime that they want",
             )
         return Obstacle(
             "build",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 import broadhead
 
+from ...errors import UnsupportedError
 from .attention import attention_forward
 from .masks import attention_mask
 
@@ -47,8 +49,9 @@ def register(name: str = "broadhead") -> None:
         AttentionInterface.register(each, attention_forward)
         AttentionMaskInterface.register(each, attention_mask)
     _register_flash_functions(flash_name)
-    if name != flash_name:
-        _names_for_batching[name] = flash_name
+    batching_name = _register_paged(flash_name) or flash_name
+    if name != batching_name:
+        _names_for_batching[name] = batching_name
         _serve_continuous_batching()
 
 
@@ -72,10 +75,51 @@ def _register_flash_functions(name: str) -> None:
         functions: tuple[Any, ...] = (broadhead.flash_attn_func, broadhead.flash_attn_varlen_func)
         if hasattr(utils, "_flash_with_kvcache_fn"):
             functions += (broadhead.flash_attn_with_kvcache,)
+        if str(implementation).startswith("paged|"):
+            functions = tuple(map(_with_sinks, functions))
         return (*functions, utils._pad_input, utils._unpad_input)
 
     answer.answers_for_broadhead = True  # type: ignore[attr-defined]
     utils._lazy_imports = answer
+
+
+def _register_paged(flash_name: str) -> str | None:
+    """The name that an older transformers takes for continuous batching, which runs its own function by our kernels.
+
+    None: this transformers runs the attention function of the model there.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    theirs = AttentionInterface().get("paged|flash_attention_3")
+    if theirs is None:
+        return None
+
+    def paged_attention(module: Any, *args: Any, **kwargs: Any) -> Any:
+        # It reads the window of the layer itself, and no softcap.
+        lost = [name for name in ("softcap", "sliding_window") if kwargs.get(name) and not getattr(module, name, None)]
+        if lost or kwargs.get("softcap"):
+            raise UnsupportedError(
+                f"broadhead.integrations.transformers: {lost[0] if lost else 'softcap'} of {type(module).__name__} is"
+                " left out by the continuous batching of this transformers, whose tokens would be wrong; install a"
+                " newer one with: pip install 'transformers>=5.24'"
+            )
+        return theirs(module, *args, **kwargs)
+
+    name = f"paged|{flash_name}"
+    AttentionInterface.register(name, paged_attention)
+    AttentionMaskInterface.register(name, attention_mask)
+    _register_flash_functions(name)
+    return name
+
+
+def _with_sinks(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, with the sinks by the name that transformers has for them."""
+
+    @functools.wraps(function)
+    def call(*args: Any, s_aux: Any = None, **kwargs: Any) -> Any:
+        return function(*args, **kwargs, **({} if s_aux is None else {"sinks": s_aux}))
+
+    return call
 
 
 def _serve_continuous_batching() -> None:
@@ -99,9 +143,9 @@ def _serve_continuous_batching() -> None:
         if flash_name is None:
             return choose(self, model, *args, **kwargs)
         # Models that list the flash implementations which know their sinks would replace this one.
-        compatible = getattr(model, "_compatible_flash_implementations", None)
-        if compatible is not None and flash_name not in compatible:
-            model._compatible_flash_implementations = [*compatible, flash_name]
+        compatible, base = getattr(model, "_compatible_flash_implementations", None), flash_name.removeprefix("paged|")
+        if compatible is not None and base not in compatible:
+            model._compatible_flash_implementations = [*compatible, base]
         model.set_attn_implementation(flash_name)
         self._original_attn_impl = asked
         return None

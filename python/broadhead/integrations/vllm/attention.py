@@ -238,25 +238,16 @@ class BroadheadImpl(vllm_flash_attn.FlashAttentionImpl):  # type: ignore[misc,na
         )
         # vLLM merges (T, H).
         context, context_lse = self.dcp_combine(context, context_lse.transpose(0, 1), group, return_lse=True)
-        own, own_lse = broadhead.flash_attn_varlen_func(
-            q,
-            key,
-            value,
-            step.query_start_loc,
-            step.query_start_loc,
-            step.max_query_len,
-            step.max_query_len,
-            softmax_scale=self.scale,
-            causal=step.causal,
-            softcap=self.logits_soft_cap,
-            num_splits=0,
-            return_softmax_lse=True,
-        )
+        own, own_lse = self._attend_packed(q, key, value, step, causal=step.causal, return_softmax_lse=True)
         broadhead.merge_attn_states(context, context_lse.transpose(0, 1).contiguous(), own, own_lse, out)
 
     def _encode(self, q: Tensor, key: Tensor, value: Tensor, out: Tensor, step: BroadheadMetadata) -> None:
         """An encoder: every token sees all tokens of its sequence, in both directions, and nothing is cached."""
-        broadhead.flash_attn_varlen_func(
+        self._attend_packed(q, key, value, step, window_size=self.sliding_window, sinks=self.sinks, out=out)
+
+    def _attend_packed(self, q: Tensor, key: Tensor, value: Tensor, step: BroadheadMetadata, **options: Any) -> Any:
+        """Among the tokens of this step alone, whose keys are not read from pages."""
+        return broadhead.flash_attn_varlen_func(
             q,
             key,
             value,
@@ -265,11 +256,9 @@ class BroadheadImpl(vllm_flash_attn.FlashAttentionImpl):  # type: ignore[misc,na
             step.max_query_len,
             step.max_query_len,
             softmax_scale=self.scale,
-            window_size=self.sliding_window,
             softcap=self.logits_soft_cap,
             num_splits=0,
-            sinks=self.sinks,
-            out=out,
+            **options,
         )
 
     def _pages(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
