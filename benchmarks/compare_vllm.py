@@ -20,7 +20,13 @@ the positions of a batch with images.
 from __future__ import annotations
 
 import argparse
+import datetime
+import importlib.metadata
 import json
+import os
+import platform
+import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -187,25 +193,40 @@ def main(arguments: list[str] | None = None) -> int:
                 results = serve(backend, Path(folder), rest, options.limit, logs)
                 failed |= results["failed"]
                 rounds.setdefault(backend, []).append(results)
-                _write(options, rest, rounds)
+                _write(options, rounds)
     fine, lines = summarise(rounds, options.reference, options.margin)
     print("\n".join(lines))
-    _write(options, rest, rounds, lines)
+    _write(options, rounds, lines)
     return int(failed or not fine)
 
 
 def _write(
-    options: argparse.Namespace,
-    rest: list[str],
-    rounds: dict[str, list[dict[str, Any]]],
-    lines: list[str] | None = None,
+    options: argparse.Namespace, rounds: dict[str, list[dict[str, Any]]], lines: list[str] | None = None
 ) -> None:
     """After each run, so that what was measured stays where a later one is stopped."""
     if options.out:
         kept = {
             name: [{k: v for k, v in one.items() if k != "requests"} for one in runs] for name, runs in rounds.items()
         }
-        Path(options.out).write_text(json.dumps({"options": rest, "summary": lines, "rounds": kept}, indent=1) + "\n")
+        written = {**environment(), "summary": lines, "rounds": kept}
+        Path(options.out).write_text(json.dumps(written, indent=1) + "\n")
+
+
+def environment() -> dict[str, Any]:
+    """Device, versions, command and date. It makes no CUDA context, as the servers want the memory."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    told = subprocess.run(query, capture_output=True, text=True).stdout.splitlines() if shutil.which(query[0]) else []
+    device, driver = (told[0].split(", ") if told else ["unknown", "unknown"])[:2]
+    versions = {"python": platform.python_version(), "driver": driver}
+    for name in ("broadhead", "torch", "vllm", "triton", "transformers", "nvidia-cutlass-dsl"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    words = [os.path.basename(word) if os.sep in word else word for word in sys.argv[1:]]
+    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    command = shlex.join(["python", "benchmarks/compare_vllm.py", *words])
+    return {"device": device, "versions": versions, "command": command, "date": date}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Random cases over everything that forward calls are made of, drawn anew for each seed, so that nobody tunes to them."""
+"""Random cases over everything that forward calls are made of, other ones for each seed: nobody can tune to them."""
 
 from __future__ import annotations
 
