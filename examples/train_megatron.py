@@ -65,7 +65,7 @@ def make_model(spec: str) -> Any:
     )
 
 
-def make_batch(spec: str) -> tuple[torch.Tensor, torch.Tensor, Any]:
+def make_batch(spec: str, device: str) -> tuple[torch.Tensor, torch.Tensor, Any]:
     """Tokens that count up from a random start, their positions, and for slime where the sequences lie."""
     if spec == "megatron":
         start = torch.randint(VOCABULARY, (2, 1))
@@ -75,7 +75,7 @@ def make_batch(spec: str) -> tuple[torch.Tensor, torch.Tensor, Any]:
 
     positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
     start = torch.cat([torch.randint(VOCABULARY, (1,)).expand(length) for length in LENGTHS])
-    offsets = torch.tensor([0, *LENGTHS]).cumsum(0).int()
+    offsets = torch.tensor([0, *LENGTHS]).cumsum(0).int().to(device)
     longest = max(LENGTHS)
     packed = PackedSeqParams("thd", offsets, offsets, max_seqlen_q=longest, max_seqlen_kv=longest)
     return (start + positions) % VOCABULARY, positions, packed
@@ -85,16 +85,19 @@ def main(arguments: list[str] | None = None) -> int:
     options = make_own_parser().parse_args(arguments)
     torch.manual_seed(options.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = make_model(options.spec).to(device)
+    # Kernels take 16 bits.
+    model = make_model(options.spec).to(device, torch.bfloat16 if device == "cuda" else torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     layers = [module for module in model.modules() if isinstance(module, BroadheadCoreAttention)]
     print(f"{len(layers)} layers run {type(layers[0]).__name__}, on {device}")
     first = loss = torch.zeros(())
     for step in range(options.steps):
-        tokens, positions, packed = make_batch(options.spec)
+        tokens, positions, packed = make_batch(options.spec, device)
         logits = model(tokens.to(device), positions.to(device), None, packed_seq_params=packed)
         follows = positions[:, 1:] > positions[:, :-1]  # the next token is of the same sequence
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1][follows.to(device)], tokens[:, 1:][follows].to(device))
+        loss = torch.nn.functional.cross_entropy(
+            logits[:, :-1][follows.to(device)].float(), tokens[:, 1:][follows].to(device)
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -1,7 +1,7 @@
 """Which calls of SDPA go to the flash operators that torch's own selection would not send there.
 
-torch selects a kernel in C++: on CUDA it sends nothing beyond head_dim 256 to the flash operators, and on a CPU it has
-others. What is not taken here goes on to that selection.
+torch selects a kernel in C++: on CUDA it sends nothing beyond head_dim 256 to the flash operators, and below, on some
+GPUs, goes to cuDNN first; on a CPU it has others. What is not taken here goes on to that selection.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from torch._C import DispatchKey
 
 from ...api.explain import is_supported
 
-#: The largest head_dim that torch's selection sends to the flash operators by itself.
-_TORCH_HEAD_DIM = 256
 _CUDA_DTYPES = (torch.bfloat16, torch.float16)
 _CPU_DTYPES = (*_CUDA_DTYPES, torch.float32, torch.float64)
 
@@ -63,9 +61,9 @@ def scaled_dot_product_attention(
 def takes(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enable_gqa: bool) -> bool:
     """Whether a call without a mask and without dropout goes to the flash operator here.
 
-    So it does where the flash backend is enabled (``torch.nn.attention.sdpa_kernel``), broadhead gives what SDPA
-    promises, and torch's selection would not send it there: on CUDA head_dim 264 to 512 where a kernel of broadhead
-    runs it; on a CPU every head_dim.
+    So it does where the flash backend is enabled (``torch.nn.attention.sdpa_kernel``), and broadhead gives what SDPA
+    promises; on CUDA where a kernel of broadhead runs it. Who activates broadhead asks for it, and would not get it
+    from torch's own order: torch 2.11 prefers cuDNN on an H200.
     """
     tensors = (query, key, value)
     if not torch.backends.cuda.flash_sdp_enabled() or any(x.dim() != 4 or x.is_nested for x in tensors):
@@ -89,7 +87,7 @@ def takes(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enable_gqa
     if not on_cuda:
         return True
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    return head_dim > _TORCH_HEAD_DIM and _has_kernel(int(head_dim), query.dtype, needs_grad, query.device.index or 0)
+    return _has_kernel(int(head_dim), query.dtype, needs_grad, query.device.index or 0)
 
 
 @functools.cache
