@@ -29,6 +29,8 @@ BROADHEAD_DEVICE int fresh_thread() {
 }
 
 // CUTLASS has the exponential to base e alone.
+BROADHEAD_DEVICE float log_approx(float x) { return __logf(x); }
+
 BROADHEAD_DEVICE float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -14,9 +14,9 @@ struct PlacedKeys {
   KeyInterval interval;  // besides the prefix
   int prefix_len;
 
-  BROADHEAD_DEVICE bool contains(int key) const {
-    return (key >= interval.begin && key < interval.end) || key < prefix_len;
-  }
+  BROADHEAD_DEVICE bool in_interval(int key) const { return key >= interval.begin && key < interval.end; }
+
+  BROADHEAD_DEVICE bool contains(int key) const { return in_interval(key) || key < prefix_len; }
 
   // Whether any of keys [key, key + count) is live.
   BROADHEAD_DEVICE bool any(int key, int count) const {

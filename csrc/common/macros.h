@@ -6,8 +6,10 @@
 #define BROADHEAD_DEVICE __device__ __forceinline__
 #define BROADHEAD_UNROLL _Pragma("unroll")
 #define BROADHEAD_NO_UNROLL _Pragma("unroll 1")
+#define BROADHEAD_ASSUME(condition) __builtin_assume(condition)
 #else
 #define BROADHEAD_HOST_DEVICE inline
 #define BROADHEAD_UNROLL
 #define BROADHEAD_NO_UNROLL
+#define BROADHEAD_ASSUME(condition) static_cast<void>(condition)
 #endif

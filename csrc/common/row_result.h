@@ -22,7 +22,6 @@ struct RowPlace {
 
 BROADHEAD_DEVICE RowPlace place_row(const OutputRows& output, int row) {
   const int rows_per_token = output.rows.rows_per_token;
-  if (rows_per_token == 1) return {output.live(row), output.head, output.rows.first_row + row};
   const int token = output.rows.token(row);
   return {output.live(row), output.head * rows_per_token + output.rows.first_row + row - token * rows_per_token, token};
 }
@@ -44,16 +43,19 @@ BROADHEAD_DEVICE RowResult finish_row(const AttnParams& params, const RowPlace& 
                                       const ScoreScale& scale, int split) {
   // A row of NaN scores has no maximum either, but its sum is NaN: no sink makes it a number.
   const bool empty = stats.max == -INFINITY && stats.sum == 0.f;
-  if (params.sinks != nullptr && split < 0 && row.live && stats.sum > 0.f) {
+  float sink = -INFINITY;
+  if (params.sinks != nullptr && split < 0 && row.live) sink = load_sink<Element>(params, row.head);
+  if (stats.sum > 0.f) {
     // The sink's term relative to the running reference; it is far out of range only when it dominates the row.
-    const float sink = load_sink<Element>(params, row.head);
     const float reference = stats.max * scale.scale;
     // Where exp overflows fp32 the row is all sink.
     stats.sum = sink - reference > 80.f ? INFINITY : stats.sum + exp2f((sink - reference) * kLog2e);
     if (stats.sum == INFINITY) return {0.f, sink};
   }
   if (empty) return {0.f, -INFINITY};
-  return {1.f / stats.sum, stats.max * scale.scale + (stats.sum == INFINITY ? 0.f : logf(stats.sum))};
+  // PERF: each row has this code, and the exact functions take 60 instructions. The sum is not below 1, or NaN; its
+  // logarithm is off by 4e-7 at most.
+  return {__fdividef(1.f, stats.sum), stats.max * scale.scale + (stats.sum == INFINITY ? 0.f : log_approx(stats.sum))};
 }
 
 // Index of a row among all rows of a head.

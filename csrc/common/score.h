@@ -134,6 +134,24 @@ class RowWords {
   }
 };
 
+// apply_mask for a plain call: each row sees one interval of keys.
+template <int kMmaM, int kMmaN>
+BROADHEAD_DEVICE void apply_plain_mask(float (&s)[kMmaM][kMmaN][4], const AttentionMask& mask, const RowMap& rows,
+                                       int warp_row, int key0, int lane) {
+  const int first_key = key0 + (lane % 4) * 2;
+  BROADHEAD_UNROLL
+  for (int i = 0; i < 2 * kMmaM; ++i) {
+    const int m = i / 2, c = (i % 2) * 2;
+    const KeyInterval row = mask.row_interval(rows.token(warp_row + m * 16 + (i % 2) * 8 + lane / 4));
+    const int begin = row.begin - first_key, end = row.end - first_key;
+    BROADHEAD_UNROLL
+    for (int n = 0; n < kMmaN; ++n) {
+      if (n * 8 < begin || n * 8 >= end) s[m][n][c] = -INFINITY;
+      if (n * 8 + 1 < begin || n * 8 + 1 >= end) s[m][n][c + 1] = -INFINITY;
+    }
+  }
+}
+
 // Sets the scores of keys that a query does not see to -inf. The warp holds 8 * kMmaN keys from key0 on, in the lane
 // layout of OnlineSoftmax. `unmasked` are the keys that every row of the tile sees.
 template <int kMmaM, int kMmaN>

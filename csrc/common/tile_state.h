@@ -5,6 +5,7 @@
 #include "common/attention_mask.h"
 #include "common/device.h"
 #include "common/kv_source.h"
+#include "common/plain_call.h"
 #include "common/rows.h"
 #include "common/scheduler_metadata.h"
 #include "common/score.h"
@@ -30,6 +31,21 @@ struct TileState {
   BROADHEAD_DEVICE int first_key(int block, int keys) const { return gap.place(block) * keys; }
 };
 
+// What kernels with Traits ask of a tile, of which the compiler knows more in those for plain calls.
+
+// The first key of n_block `block`.
+template <class Traits, class State>
+BROADHEAD_DEVICE int first_key_of(const State& state, int block) {
+  return Traits::kPlainCall ? block * Traits::kTileN : state.first_key(block, Traits::kTileN);
+}
+
+// Whether all of keys [key, key + count) are live.
+template <class Traits>
+BROADHEAD_DEVICE bool all_live(const LiveKeys& live, int key, int count) {
+  if constexpr (Traits::kPlainCall) return key >= live.interval.begin && key + count <= live.interval.end;
+  return live.all(key, count);
+}
+
 // The tile shape of a kernel.
 struct TileShape {
   int rows;      // query rows that a tile holds
@@ -37,6 +53,7 @@ struct TileShape {
   int head_dim;  // the kernel's buckets
   int head_dim_v;
   int cluster;  // how many neighbouring tiles visit the same n_blocks together
+  bool plain;   // the call is plain (common/plain_call.h); a constant, like the others
 };
 
 // Reads everything that another stream could change and that warps must agree on, once for each tile: they wait for
@@ -65,7 +82,7 @@ BROADHEAD_DEVICE void set_lengths(TileState<Element>& state, const TileLengths& 
 template <class Element>
 BROADHEAD_DEVICE void set_tile_rows(TileState<Element>& state, const AttnParams& params, const WorkTile& tile,
                                     int split, const TileShape& shape) {
-  const int rows_per_token = params.rows_per_token;
+  const Divisor& rows_per_token = params.rows_per_token;
   const int num_rows = state.seqlen.seqlen_q * rows_per_token;
   const int first_row = tile.m_block * shape.rows;
   state.output = {{first_row, rows_per_token, min_int(first_row + shape.rows, num_rows)}, tile.head};
@@ -96,7 +113,7 @@ BROADHEAD_DEVICE void set_tile_keys(TileState<Element>& state, const AttnParams&
   state.source.live.given = {0, 0};
   state.source.live.extents = nullptr;
   state.gap = {0, 0};
-  const int rows_per_token = state.output.rows.rows_per_token;
+  const Divisor& rows_per_token = params.rows_per_token;
   const int cluster_row = tile.m_block / shape.cluster * shape.cluster * shape.rows;
   const RowMap cluster_rows{cluster_row, rows_per_token, 0};
   const int q_first = cluster_rows.token(0);
@@ -112,6 +129,18 @@ BROADHEAD_DEVICE void set_tile_keys(TileState<Element>& state, const AttnParams&
   // A tile past the sequence's end has such keys, too: its rows are never written.
   const RowMap& rows = state.output.rows;
   state.unmasked = mask.unmasked_interval(rows.token(0), min_int(rows.token(shape.rows - 1), q_last));
+}
+
+template <class Element>
+BROADHEAD_DEVICE void set_tile_scale(TileState<Element>& state, const AttnParams& params, int batch, int kv_head) {
+  if constexpr (sizeof(Element) == 1) {
+    state.scale.set(params.softmax_scale * descale(params.q_descale, params.q_descale_strides, batch, kv_head) *
+                        descale(params.k_descale, params.k_descale_strides, batch, kv_head),
+                    params.softcap);
+    state.scale.v_factor = descale(params.v_descale, params.v_descale_strides, batch, kv_head);
+  } else {
+    state.scale.set(params.softmax_scale, params.softcap);
+  }
 }
 
 // Where K and V lie.
@@ -136,14 +165,7 @@ BROADHEAD_DEVICE void set_tile_source(TileState<Element>& state, const AttnParam
   source.live.prefix_len = state.mask.prefix_len;
   source.head_dim = params.head_dim;
   source.head_dim_v = params.head_dim_v;
-  if constexpr (sizeof(Element) == 1) {
-    state.scale.set(params.softmax_scale * descale(params.q_descale, params.q_descale_strides, tile.batch, kv_head) *
-                        descale(params.k_descale, params.k_descale_strides, tile.batch, kv_head),
-                    params.softcap);
-    state.scale.v_factor = descale(params.v_descale, params.v_descale_strides, tile.batch, kv_head);
-  } else {
-    state.scale.set(params.softmax_scale, params.softcap);
-  }
+  set_tile_scale(state, params, tile.batch, kv_head);
   state.whole = {0, 0};
   if (!paged && params.head_dim == shape.head_dim && params.head_dim_v == shape.head_dim_v && state.gap.blocks == 0) {
     const KeyInterval keys = source.live.interval;
@@ -153,11 +175,55 @@ BROADHEAD_DEVICE void set_tile_source(TileState<Element>& state, const AttnParam
   }
 }
 
-// Behind set_lengths. The warps that make tile states have few registers: barriers keep the steps apart, and for the
-// same reason each step takes what it needs from `state` again.
+// All of it for a plain call: what is worked out stays in registers, and each field is written once.
+template <class Element>
+BROADHEAD_DEVICE void make_plain_state(TileState<Element>& state, const AttnParams& params, const WorkTile& tile,
+                                       const SeqlenInfo& seqlen, const TileShape& shape) {
+  const Divisor& rows_per_token = params.rows_per_token;
+  const int num_rows = seqlen.seqlen_q * rows_per_token;
+  const int first_row = tile.m_block * shape.rows;
+  const int cluster_row = tile.m_block / shape.cluster * shape.cluster * shape.rows;
+  state.splits = cluster_row < num_rows ? 1 : 0;
+  state.seqlen = seqlen;
+  state.gap = {0, 0};
+  const RowMap rows{first_row, rows_per_token, min_int(first_row + shape.rows, num_rows)};
+  state.output = {rows, tile.head};
+
+  const AttentionMask mask = plain_mask(seqlen.seqlen_q, seqlen.seqlen_k, params.mask_rule);
+  const RowMap cluster_rows{cluster_row, rows_per_token, 0};
+  const int q_last = min_int(cluster_rows.token(shape.rows * shape.cluster - 1), seqlen.seqlen_q - 1);
+  const KeyInterval placed = mask.tile_interval(cluster_rows.token(0), q_last);
+  state.mask = mask;
+  state.range = blocks_of(placed, shape.keys);
+  state.unmasked = mask.unmasked_interval(rows.token(0), min_int(rows.token(shape.rows - 1), q_last));
+
+  const int kv_head = kv_head_of(params, tile.head);
+  const std::int64_t row_k = seqlen.row_k, batch_k = seqlen.batch_k;
+  KvSource<Element>& source = state.source;
+  source.leftpad = static_cast<int>(row_k);
+  source.table = nullptr;
+  source.k = static_cast<const Element*>(params.k) + kv_head * params.k_strides.head +
+             batch_k * params.k_strides.batch + row_k * params.k_strides.row;
+  source.v = static_cast<const Element*>(params.v) + kv_head * params.v_strides.head +
+             batch_k * params.v_strides.batch + row_k * params.v_strides.row;
+  source.k_row_stride = params.k_strides.row;
+  source.v_row_stride = params.v_strides.row;
+  source.live = LiveKeys(placed, 0);
+  source.head_dim = params.head_dim;
+  source.head_dim_v = params.head_dim_v;
+  const bool all_columns = params.head_dim == shape.head_dim && params.head_dim_v == shape.head_dim_v;
+  state.whole =
+      all_columns ? BlockRange{ceil_div(placed.begin, shape.keys), placed.end / shape.keys} : BlockRange{0, 0};
+  set_tile_scale(state, params, tile.batch, kv_head);
+}
+
+// The warps that make tile states have few registers: barriers keep the steps apart, and for the same reason each step
+// takes what it needs from `state` again.
 template <class Element>
 BROADHEAD_DEVICE void make_tile_state(TileState<Element>& state, const AttnParams& params, const WorkTile& tile,
-                                      int split, const TileShape& shape) {
+                                      const TileLengths& lengths, int split, const TileShape& shape) {
+  if (shape.plain) return make_plain_state(state, params, tile, lengths.seqlen, shape);
+  set_lengths(state, lengths);
   set_tile_rows(state, params, tile, split, shape);
   compile_barrier();
   set_tile_keys(state, params, tile, split, shape);

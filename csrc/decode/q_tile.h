@@ -14,10 +14,10 @@ namespace broadhead::decode {
 template <class Traits, bool kQv>
 BROADHEAD_DEVICE std::int64_t q_row_offset(const DecodeParams& params, const WorkItem& item, int tile_row) {
   const SeqlenInfo& seqlen = item.seqlen;
-  const int per_token = params.rows_per_token;
+  const Divisor& per_token = params.rows_per_token;
   const int row = item.m_block * Traits::kTileM + tile_row;
   if (row >= sequence_rows(params, seqlen, item.batch)) return -1;
-  const int token = per_token == 1 ? row : seqlen.seqlen_q == 1 ? 0 : row / per_token;
+  const int token = per_token.quotient(row);
   const int head = item.head * per_token + row - token * per_token;
   const TensorStrides& strides = kQv ? params.qv_strides : params.q_strides;
   return seqlen.batch_q * strides.batch + (seqlen.row_q + token) * strides.row + head * strides.head;

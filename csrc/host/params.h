@@ -8,10 +8,12 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "common/divisor.h"
+
 namespace broadhead {
 
 // Raised whenever a field below is added, removed or changes meaning; libraries of another version are refused.
-constexpr std::uint32_t kAbiVersion = 9;
+constexpr std::uint32_t kAbiVersion = 10;
 
 // The element types of tensors whose type is not fixed by the kernel.
 enum class DataType : std::int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat8E4M3 = 3 };
@@ -121,7 +123,7 @@ struct AttnParams {
                             // decode kernels: at most so many splits of a tile, 0: any number
   std::int32_t pack_gqa;    // 1: the query heads of one KV head share a tile
   // Derived by the library (host/derived.h).
-  std::int32_t rows_per_token;         // query rows of a token in a tile: heads of a KV head when packed, else 1
+  Divisor rows_per_token;              // query rows of a token in a tile: heads of a KV head when packed, else 1
   std::int32_t heads_in_grid;          // KV heads when packed
   std::int32_t heads_per_kv;           // heads in the grid that share a KV head
   const SequenceMask* sequence_masks;  // [B], what mask_values gives each sequence: kernels read nothing else of it.

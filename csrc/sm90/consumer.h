@@ -6,6 +6,7 @@
 #include <cutlass/arch/barrier.h>
 
 #include "common/online_softmax.h"
+#include "common/plain_call.h"
 #include "common/row_result.h"
 #include "common/score.h"
 
@@ -29,21 +30,30 @@ struct BlockKinds {
   float scale_log2;
 
   template <class Element>
-  BROADHEAD_DEVICE BlockKinds(const TileState<Element>& state, int keys)
-      : plain_begin(state.gap.count(ceil_div(state.unmasked.begin, keys))),
-        plain_end(state.scale.transform ? 0 : state.gap.count(state.unmasked.end / keys)),
-        scale_log2(state.scale.scale_log2) {}
+  BROADHEAD_DEVICE BlockKinds(const TileState<Element>& state, int keys, bool plain_call = false)
+      : scale_log2(state.scale.scale_log2) {
+    const int begin = ceil_div(state.unmasked.begin, keys), end = state.unmasked.end / keys;
+    plain_begin = plain_call ? begin : state.gap.count(begin);
+    plain_end = plain_call ? end : state.scale.transform ? 0 : state.gap.count(end);
+  }
 
   BROADHEAD_DEVICE bool plain(int block) const { return block >= plain_begin && block < plain_end; }
 };
 
 // Scale, softcap and mask of an n_block's raw scores. `warp_row`: the warp's first row in the tile.
-template <int kKeyTiles, class Element>
+// Traits::kMaskByWords: the kernel has no registers for another mask than that of apply_mask.
+template <class Traits, int kKeyTiles, class Element>
 BROADHEAD_DEVICE void finish_scores(float (&s)[1][kKeyTiles][4], const TileState<Element>& state, int key0,
                                     int warp_row) {
-  if (state.scale.transform) transform_scores(s, state.scale);
-  if (key0 < state.unmasked.begin || key0 + 8 * kKeyTiles > state.unmasked.end) {
-    apply_mask(s, state.mask, state.unmasked, state.output.rows, warp_row, key0, fresh_thread() % 32);
+  if (!Traits::kPlainCall && state.scale.transform) transform_scores(s, state.scale);
+  if (key0 >= state.unmasked.begin && key0 + 8 * kKeyTiles <= state.unmasked.end) return;
+  const int lane = fresh_thread() % 32;
+  if constexpr (!Traits::kPlainCall) {
+    apply_mask(s, state.mask, state.unmasked, state.output.rows, warp_row, key0, lane);
+  } else if constexpr (Traits::kMaskByWords) {
+    apply_mask(s, plain_mask(state), state.unmasked, state.output.rows, warp_row, key0, lane);
+  } else {
+    apply_plain_mask(s, plain_mask(state), state.output.rows, warp_row, key0, lane);
   }
 }
 
@@ -71,12 +81,12 @@ BROADHEAD_DEVICE void clear_row(char* stage, int row, const ClearShare& share) {
 // and meet before any of them lets wgmma read the stage.
 // PERF: it is the first and the last n_block of nearly every masked tile. A row a thread, its parts one after the
 // other, would have 32 lanes in the same banks.
-template <class Layout, class Element>
+template <class Layout, bool kPlainCall = false, class Element>
 BROADHEAD_DEVICE void clear_dead_rows(const KvSource<Element>& source, char* v, int key0, int keys,
                                       const ClearShare& share) {
   const LiveKeys& live = source.live;
-  const bool given = live.given.begin < live.given.end;
-  int begin = max_int(live.prefix_len - key0, 0), end = min_int(live.interval.begin - key0, keys);
+  const bool given = !kPlainCall && live.given.begin < live.given.end;
+  int begin = kPlainCall ? 0 : max_int(live.prefix_len - key0, 0), end = min_int(live.interval.begin - key0, keys);
 #pragma unroll 1
   for (int side = 0; side < 2; ++side) {  // one copy of the code for both, as it stands in the midst of the mainloop
 #pragma unroll 1

@@ -103,7 +103,7 @@ BROADHEAD_DEVICE void consume_tiles(Consumer& consumer) {
     const auto& tile = smem.tiles[slot.stage()];
     if (!tile.valid) break;
     consumer.run_tile(tile.state);
-    consumer.write_tile(tile.state, tile.split);
+    consumer.write_tile(tile.state, split_of<Traits>(tile));
     slot.forget();
     __syncwarp();
     consumer.release(smem.tile_empty[slot.stage()]);

@@ -49,7 +49,7 @@ BROADHEAD_DEVICE void load_tiles(const KernelArgs& args, typename Traits::Shared
     BoxLoader<typename Traits::VLayout, Traits::kTileN, Traits::kTileN, 1, Traits::kTail> v_boxes(
         args.maps.v, kv_coordinates(args.maps.v, params, state), paged, 0);
     const int box_rows = args.maps.k.box_rows;  // V's, too
-    const BlockGap gap = state.gap;
+    const BlockGap gap = Traits::kPlainCall ? BlockGap{0, 0} : state.gap;
     const auto place_of = [&](int block) {
       return paged && block >= range.begin ? box_place(state.source, gap.place(block) * Traits::kTileN, Traits::kTileN,
                                                        box_rows, params.page_size)

@@ -1,6 +1,7 @@
 // The one argument of a persistent kernel: the call, the division of its work, its tensor maps.
 #pragma once
 
+#include "common/plain_call.h"
 #include "host/params.h"
 #include "tma/tensor_maps.h"
 #include "tma/work_source.h"
@@ -12,5 +13,10 @@ struct KernelArgs {
   WorkPlan plan;
   TensorMaps maps;
 };
+
+BROADHEAD_DEVICE void assume_plain(const KernelArgs& args) {
+  assume_plain(args.params);
+  BROADHEAD_ASSUME(args.maps.gather == 0);
+}
 
 }  // namespace broadhead::tma

@@ -99,12 +99,12 @@ inline WorkPlan make_plan(const AttnParams& params, int tile_m, int cluster) {
   WorkPlan plan;
   // A tile holds whole tokens, or an equal part of the rows of one.
   plan.rows_per_tile = rows_per_token % tile_m == 0 ? tile_m : tile_m / rows_per_token * rows_per_token;
-  plan.heads = params.heads_in_grid;
   const long long rows = static_cast<long long>(params.seqlen_q) * rows_per_token;
   const long long per_cluster = static_cast<long long>(plan.rows_per_tile) * cluster;
-  plan.m_blocks = per_cluster > 0 ? static_cast<std::int32_t>((rows + per_cluster - 1) / per_cluster) : 0;
+  const int m_blocks = per_cluster > 0 ? static_cast<int>((rows + per_cluster - 1) / per_cluster) : 0;
+  plan.grid = TileGrid(m_blocks, params.heads_in_grid, params.batch, params.heads_per_section);
   plan.ragged = params.cu_seqlens_q != nullptr || params.seqused_q != nullptr || params.scheduler_metadata != nullptr;
-  const long long tiles = static_cast<long long>(plan.m_blocks) * plan.heads * params.batch * params.num_splits;
+  const long long tiles = static_cast<long long>(m_blocks) * plan.grid.total_heads * params.num_splits;
   plan.tiles = tiles < 0x7fff0000LL ? static_cast<std::int32_t>(tiles) : -1;
   return plan;
 }
@@ -157,8 +157,11 @@ int launch_persistent(void (*kernel)(const KernelArgs), const char* kernel_id, c
     blocks = max_int(1, params.max_blocks / Traits::kCluster) * Traits::kCluster;
   }
   if (wanted < blocks) blocks = static_cast<int>(wanted);
-  if (const int status = launch_clear_counter(args.params.tile_counter, stream)) {
-    return report.fail("clear_counter", static_cast<cudaError_t>(status));
+  args.plan.one_wave = blocks == wanted;
+  if (!args.plan.one_wave) {
+    if (const int status = launch_clear_counter(args.params.tile_counter, stream)) {
+      return report.fail("clear_counter", static_cast<cudaError_t>(status));
+    }
   }
   const LaunchShape shape{.grid = dim3(static_cast<unsigned>(blocks)),
                           .threads = Traits::kThreads,
@@ -166,9 +169,33 @@ int launch_persistent(void (*kernel)(const KernelArgs), const char* kernel_id, c
                           .dependent = Traits::kDependentLaunch,
                           .cluster = Traits::kCluster};
   if (const cudaError_t status = launch_kernel(kernel, shape, stream, args)) return report.fail("launch", status);
-  if (params.num_splits == 1) return 0;
+  if (Traits::kPlainCall || params.num_splits == 1) return 0;
   constexpr bool kIsFp16 = std::is_same_v<typename Traits::Element, cutlass::half_t>;
   return launch_split_combine(args.params, !kIsFp16, true, stream, error, error_size);
+}
+
+// The same with the kernel for plain calls, which `Kernel` has as well, where the call is one. Kernel<Traits>::get() is
+// the kernel of Traits.
+template <template <class> class Kernel, class Traits>
+int launch_either(const char* kernel_id, const AttnParams& params, cudaStream_t stream, char* error,
+                  std::size_t error_size) {
+  using Plain = PlainCall<Traits>;
+  if (is_plain(params)) {
+    return launch_persistent<Plain>(Kernel<Plain>::get(), kernel_id, params, stream, error, error_size);
+  }
+  return launch_persistent<Traits>(Kernel<Traits>::get(), kernel_id, params, stream, error, error_size);
+}
+
+// The same with the kernel for head dims that end within a subtile of columns, where the call has such ones.
+template <template <class> class Kernel, class Traits>
+int launch_with_tail(const char* kernel_id, const AttnParams& params, cudaStream_t stream, char* error,
+                     std::size_t error_size) {
+  if constexpr (kCanHaveTail<Traits>) {
+    if (has_column_tail<Traits>(params)) {
+      return launch_either<Kernel, typename Traits::WithTail>(kernel_id, params, stream, error, error_size);
+    }
+  }
+  return launch_either<Kernel, Traits>(kernel_id, params, stream, error, error_size);
 }
 
 }  // namespace broadhead::tma

@@ -11,14 +11,15 @@
 namespace broadhead::tma {
 
 constexpr int kTileSlots = 2;
+constexpr int kNoTile = 0x7fffffff;  // an index behind all tiles
 
 // How the launcher divides a call; constant for all of its tiles.
 struct WorkPlan {
   std::int32_t rows_per_tile;  // query rows a tile holds: whole tokens, or a part of one
-  std::int32_t m_blocks;       // tiles of the longest sequence, in clusters
-  std::int32_t heads;          // in the grid: KV heads when GQA is packed
+  TileGrid grid;               // m_blocks in clusters; KV heads when GQA is packed
   std::int32_t ragged;         // sequences differ in query length or in splits
   std::int32_t tiles;          // of the grid when not ragged, all splits
+  std::int32_t one_wave;       // each CTA, or cluster, has one tile at most
 };
 
 template <class Element>
@@ -27,6 +28,12 @@ struct TileSlot {
   std::int32_t split;  // -1: the tile's result is final
   std::int32_t valid;  // 0: no more work
 };
+
+// TileSlot::split; of a plain call no tile is split, and the compiler knows it.
+template <class Traits, class Slot>
+BROADHEAD_DEVICE int split_of(const Slot& tile) {
+  return Traits::kPlainCall ? -1 : tile.split;
+}
 
 // Posts and barriers that every kernel has in its shared memory.
 template <class Element>
@@ -57,19 +64,19 @@ struct WorkCursor {
   }
 
   BROADHEAD_DEVICE WorkItem find(const AttnParams& params, const WorkPlan& plan, int index, int cluster) {
+    if (index == kNoTile) return {{0, 0, 0}, 0, false};
     if (!plan.ragged) {
       if (index >= plan.tiles) return {{0, 0, 0}, 0, false};
-      const int tiles = plan.m_blocks * plan.heads * params.batch;
+      const int tiles = plan.grid.m_blocks * plan.grid.total_heads;
       const int split = index < tiles ? 0 : index / tiles;
-      return {work_tile(index - split * tiles, plan.m_blocks, plan.heads, params.batch, params.heads_per_section),
-              split, true};
+      return {plan.grid.tile(index - split * tiles), split, true};
     }
     const int lane = threadIdx.x % 32;
     for (; group < params.batch; group += 32) {
       const int batch = group + lane;
       const int m_blocks = sequence_tiles(params, plan, batch, cluster);
       const int splits = batch < params.batch ? sequence_splits(params, batch) : 0;
-      const int tiles = m_blocks * splits * plan.heads;
+      const int tiles = m_blocks * splits * plan.grid.heads;
       int sum = tiles;
       BROADHEAD_UNROLL
       for (int i = 1; i < 32; i *= 2) {
@@ -184,15 +191,15 @@ BROADHEAD_DEVICE void post_tiles(const Args& args, SharedStorage& smem) {
       posted.valid = work.valid;
       if (work.valid) {
         posted.split = work.split;
-        set_lengths(posted.state, lengths);
-        make_tile_state(posted.state, params, {m_block, work.tile.head, work.tile.batch}, work.split,
+        make_tile_state(posted.state, params, {m_block, work.tile.head, work.tile.batch}, lengths, work.split,
                         {.rows = plan.rows_per_tile,
                          .keys = Traits::kTileN,
                          .head_dim = Traits::kHeadDim,
                          .head_dim_v = Traits::kHeadDimV,
-                         .cluster = kCluster});
+                         .cluster = kCluster,
+                         .plain = Traits::kPlainCall});
         splits = posted.state.splits;
-        if (splits == 1) posted.split = -1;
+        if (Traits::kPlainCall || splits == 1) posted.split = -1;
       }
       // A tile without rows, or a split that its sequence does not use, is not posted.
       if (!work.valid || splits > 0) smem.tile_full[slot.stage()].arrive();
@@ -207,6 +214,10 @@ BROADHEAD_DEVICE void post_tiles(const Args& args, SharedStorage& smem) {
     }
 
     if (rank != 0) continue;
+    if (plan.one_wave) {  // there is no counter: the next round finds no tile
+      index = kNoTile;
+      continue;
+    }
     unsigned next = 0;
     if (lane == 0) next = atomicAdd(reinterpret_cast<unsigned*>(params.tile_counter), 1u);
     index = static_cast<int>(__shfl_sync(0xffffffffu, next, 0)) + gridDim.x / kCluster;

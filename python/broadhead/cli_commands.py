@@ -8,6 +8,7 @@ import torch
 import typer
 
 import broadhead
+from broadhead.api.explain import MANY_KEYS
 from broadhead.demo.run import DEFAULT_PROMPT
 from broadhead.demo.run import run as run_demo
 
@@ -67,7 +68,7 @@ def explain(
     num_heads_kv: Annotated[int | None, typer.Option(help="Key and value heads; default: num_heads_q.")] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences.")] = 1,
     seqlen_q: Annotated[int, typer.Option(help="Longest query.")] = 1,
-    seqlen_k: Annotated[int, typer.Option(help="Longest key sequence.")] = 8192,
+    seqlen_k: Annotated[int, typer.Option(help="Longest key sequence.")] = MANY_KEYS,
     causal: Annotated[bool, typer.Option(help="Causal mask.")] = False,
     window: Annotated[
         str | None,

@@ -107,6 +107,7 @@ class KernelRow(NamedTuple):
     kv_dtype: str = ""  # of k and v where it is not dtype
     min_rows: int = DECODE_MAX_ROWS + 1  # of a prefill kernel: query rows from which it goes before decode kernels
     max_rows: int = 0  # and above which it comes last; 0: never. Below, the table's order decides
+    few_keys: int = 0  # of a prefill kernel: up to so many keys a sequence it comes first
 
     @property
     def id(self) -> str:
@@ -138,6 +139,12 @@ class KernelRow(NamedTuple):
         return TEMPLATES[type(self.tile)]
 
 
+#: Keys of a sequence up to which the smallest tile is the fastest, on Hopper as well: others are mostly empty, or take
+#: longer to begin than to compute. PERF(H200, 9 x 985 queries, 3 keys, 48/3 heads of 128, us: sm90 187, tiles of 64
+#: keys 126, of 32 keys 108; 146 queries, 30 keys, 5/1 heads: 13.2, 10.9, 10.0)
+FEW_KEYS = 64
+
+
 def _sm80_rows() -> tuple[KernelRow, ...]:
     """The portable prefill kernels (mma.sync, cp.async): of rows that serve a request, the best one first.
 
@@ -165,7 +172,7 @@ def _sm80_rows() -> tuple[KernelRow, ...]:
     return tuple(
         KernelRow(
             f"sm80_fwd_{name}", "sm80", "forward", phase, caps, dtype, head_dim, head_dim, limit,
-            tile, FEATURES,
+            tile, FEATURES, few_keys=FEW_KEYS if name == "d128_n32" else 0,
         )
         for name, phase, caps, head_dim, limit, tile in shapes
         for dtype in DTYPES

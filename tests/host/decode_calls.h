@@ -55,10 +55,10 @@ struct Call {
     std::snprintf(text, sizeof(text),
                   "seed %u: batch %d, seqlen_q %d, seqlen_k %d, heads in grid %d x %d rows, window (%d, %d), chunk %d, "
                   "prefix %d, num_splits %d, cell_blocks %d, tile %d x %d, tile_cost %d, %d CTAs of at least %d",
-                  seed, params.batch, params.seqlen_q, params.seqlen_k, params.heads_in_grid, params.rows_per_token,
-                  params.mask_rule.window_left, params.mask_rule.window_right, params.mask_rule.attention_chunk,
-                  params.prefix_lens != nullptr, params.num_splits, params.cell_blocks, tile_m, tile_n,
-                  params.tile_cost, available, least);
+                  seed, params.batch, params.seqlen_q, params.seqlen_k, params.heads_in_grid,
+                  static_cast<int>(params.rows_per_token), params.mask_rule.window_left, params.mask_rule.window_right,
+                  params.mask_rule.attention_chunk, params.prefix_lens != nullptr, params.num_splits,
+                  params.cell_blocks, tile_m, tile_n, params.tile_cost, available, least);
     return text;
   }
 };

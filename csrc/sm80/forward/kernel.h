@@ -7,6 +7,7 @@
 
 #include "common/accumulator.h"
 #include "common/online_softmax.h"
+#include "common/plain_call.h"
 #include "common/scheduler_metadata.h"
 #include "common/score.h"
 #include "common/tile_scheduler.h"
@@ -20,43 +21,44 @@ using namespace mma_sync;
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
-    forward_kernel(const __grid_constant__ AttnParams params, const int m_blocks) {
+    forward_kernel(const __grid_constant__ AttnParams params, const __grid_constant__ TileGrid grid) {
   using Element = typename Traits::Element;
   extern __shared__ __align__(1024) char smem_bytes[];
   auto& smem = *reinterpret_cast<typename Traits::SharedStorage*>(smem_bytes);
 
+  if constexpr (Traits::kPlainCall) assume_plain(params);
+
   // ---- the tile
   const int thread = threadIdx.x;
-  const int split = blockIdx.y;
+  const int split = Traits::kPlainCall ? 0 : blockIdx.y;
   const TileState<Element>& state = smem.state;
   const KvSource<Element>& source = state.source;
   if (thread == 0) {
-    const WorkTile tile = work_tile(blockIdx.x, m_blocks, params.pack_gqa ? params.num_heads_kv : params.num_heads_q,
-                                    params.batch, params.heads_per_section);
+    const WorkTile tile = grid.tile(blockIdx.x);
     smem.any_missing = 0;
-    set_lengths(smem.state, read_lengths(params, tile.batch));
-    make_tile_state(smem.state, params, tile, split,
+    make_tile_state(smem.state, params, tile, read_lengths(params, tile.batch), split,
                     {.rows = Traits::kTileM,
                      .keys = Traits::kTileN,
                      .head_dim = Traits::kHeadDim,
                      .head_dim_v = Traits::kHeadDim,
-                     .cluster = 1});
+                     .cluster = 1,
+                     .plain = Traits::kPlainCall});
   }
   __syncthreads();
   if (state.splits == 0) return;
   const BlockRange range = state.range;
-  const bool paged = params.page_table != nullptr;
+  const bool paged = !Traits::kPlainCall && params.page_table != nullptr;
 
   // Thread t resolves key t of an n_block: its page-table entry is loaded early, and its offsets are stored at the end
   // of the n_block before.
   const auto page_buffer = [&](int n_block) { return smem.pages[n_block % Traits::kPageBuffers]; };
   const auto load_page = [&](int n_block) {
-    const int key = state.first_key(n_block, Traits::kTileN) + thread;
+    const int key = first_key_of<Traits>(state, n_block) + thread;
     // Entries of keys that are not live are never read, since they may be garbage.
     return source.live.contains(key) ? source.table[(source.leftpad + key) / params.page_size] : 0;
   };
   const auto store_page = [&](int n_block, int page) {
-    const int key = state.first_key(n_block, Traits::kTileN) + thread;
+    const int key = first_key_of<Traits>(state, n_block) + thread;
     const int slot = (source.leftpad + key) % params.page_size;
     const bool live = source.live.contains(key);
     if (live && page_exists(params, page)) {
@@ -93,7 +95,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
       const bool is_whole = n_block >= whole.begin && n_block < whole.end;
       if (chunk < Traits::kKChunks) {
         const int col0 = chunk * Traits::kKChunk;
-        const int key0 = state.first_key(n_block, Traits::kTileN);
+        const int key0 = first_key_of<Traits>(state, n_block);
         const std::uint32_t target = write_stage + KCopier::target_offset();
         if (is_whole) {
           const Element* pointer = Traits::kWalkingPointers ? k_next : KCopier::first_element(source, key0);
@@ -106,7 +108,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
         const int v_chunk = chunk - Traits::kKChunks;
         const int row0 = (v_chunk / Traits::kVColChunks) * Traits::kVChunk;
         const int col0 = (v_chunk % Traits::kVColChunks) * Traits::kVCols;
-        const int key0 = state.first_key(n_block, Traits::kTileN) + row0;
+        const int key0 = first_key_of<Traits>(state, n_block) + row0;
         const std::uint32_t target = write_stage + VCopier::target_offset();
         if (is_whole) {
           const Element* pointer = Traits::kWalkingPointers ? v_next : VCopier::first_element(source, key0);
@@ -174,15 +176,19 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
       }
     }
 
-    if (scale.transform) transform_scores(s, scale);
+    if (!Traits::kPlainCall && scale.transform) transform_scores(s, scale);
     if (paged && smem.any_missing != 0) {  // this also hides keys that are not live, as the mask does
       const typename Traits::PagedRow* rows = page_buffer(n_block) + warp_n * Traits::kKeysPerWarp + lane % 4 * 2;
       hide_missing(s, [&](int n) { return rows[n * 8].unread() | rows[n * 8 + 1].unread() << 1; });
     }
-    const int key0 = state.first_key(n_block, Traits::kTileN);
+    const int key0 = first_key_of<Traits>(state, n_block);
     if (key0 < state.unmasked.begin || key0 + Traits::kTileN > state.unmasked.end) {
-      apply_mask(s, state.mask, state.unmasked, state.output.rows, warp_row, key0 + warp_n * Traits::kKeysPerWarp,
-                 lane);
+      const int warp_key = key0 + warp_n * Traits::kKeysPerWarp;
+      if constexpr (Traits::kPlainCall) {
+        apply_plain_mask(s, plain_mask(state), state.output.rows, warp_row, warp_key, lane);
+      } else {
+        apply_mask(s, state.mask, state.unmasked, state.output.rows, warp_row, warp_key, lane);
+      }
     }
 
     float block_max[2 * Traits::kMmaM];
@@ -226,7 +232,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
 
   cp_async_wait<0>();
   __syncthreads();
-  write_tile<Traits>(params, smem, o, softmax, scale, state.splits > 1 ? split : -1, warp_m, warp_n, lane);
+  write_tile<Traits>(params, smem, o, softmax, scale, !Traits::kPlainCall && state.splits > 1 ? split : -1, warp_m,
+                     warp_n, lane);
 }
 
 }  // namespace broadhead::sm80

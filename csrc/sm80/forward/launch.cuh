@@ -16,9 +16,8 @@ std::int64_t forward_workspace(const AttnParams& params) {
 }
 
 template <class Traits>
-int launch_forward(const char* kernel_id, const AttnParams& given, cudaStream_t stream, char* error,
-                   std::size_t error_size) {
-  AttnParams params = given;
+int launch_forward_kernel(const char* kernel_id, AttnParams& params, cudaStream_t stream, char* error,
+                          std::size_t error_size) {
   constexpr int kSmemBytes = sizeof(typename Traits::SharedStorage);
   const CallReport report{kernel_id, params, kSmemBytes, error, error_size};
   static PreparedKernel prepared;
@@ -36,12 +35,20 @@ int launch_forward(const char* kernel_id, const AttnParams& given, cudaStream_t 
     return report.fail("grid", cudaErrorInvalidValue);
   if (!place_split_workspace(params, false)) return report.fail("workspace", cudaErrorInvalidValue);
   forward_kernel<Traits>
-      <<<dim3(static_cast<unsigned>(ctas), params.num_splits), Traits::kThreads, kSmemBytes, stream>>>(params,
-                                                                                                       m_blocks);
+      <<<dim3(static_cast<unsigned>(ctas), params.num_splits), Traits::kThreads, kSmemBytes, stream>>>(
+          params, TileGrid(m_blocks, params.heads_in_grid, params.batch, params.heads_per_section));
   if (const cudaError_t status = cudaGetLastError()) return report.fail("launch", status);
   if (params.num_splits == 1) return 0;
   constexpr bool kIsBf16 = std::is_same_v<typename Traits::Element, cutlass::bfloat16_t>;
   return launch_split_combine(params, kIsBf16, false, stream, error, error_size);
+}
+
+template <class Traits>
+int launch_forward(const char* kernel_id, const AttnParams& given, cudaStream_t stream, char* error,
+                   std::size_t error_size) {
+  AttnParams params = given;
+  const auto launch = is_plain(params) ? launch_forward_kernel<PlainCall<Traits>> : launch_forward_kernel<Traits>;
+  return launch(kernel_id, params, stream, error, error_size);
 }
 
 }  // namespace broadhead::sm80

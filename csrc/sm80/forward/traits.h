@@ -14,6 +14,7 @@ template <class Element_, int kHeadDim_, int kTileM_, int kTileN_, int kWarpsM_,
           int kKChunk_, int kVChunk_, int kVCols_, int kMinBlocks_, int kSmemLimit_>
 struct ForwardTraits {
   using Element = Element_;
+  static constexpr bool kPlainCall = false;  // common/plain_call.h
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kTileM = kTileM_;
   static constexpr int kTileN = kTileN_;

@@ -9,15 +9,14 @@ namespace broadhead::sm90 {
 using namespace tma;
 
 template <class Traits>
+struct ForwardKernel {
+  static constexpr auto get() { return forward_kernel<Traits>; }
+};
+
+template <class Traits>
 int launch_forward(const char* kernel_id, const AttnParams& params, cudaStream_t stream, char* error,
                    std::size_t error_size) {
-  if constexpr (kCanHaveTail<Traits>) {
-    using WithTail = typename Traits::WithTail;
-    if (has_column_tail<Traits>(params)) {
-      return launch_persistent<WithTail>(forward_kernel<WithTail>, kernel_id, params, stream, error, error_size);
-    }
-  }
-  return launch_persistent<Traits>(forward_kernel<Traits>, kernel_id, params, stream, error, error_size);
+  return launch_with_tail<ForwardKernel, Traits>(kernel_id, params, stream, error, error_size);
 }
 
 }  // namespace broadhead::sm90

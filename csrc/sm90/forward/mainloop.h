@@ -48,17 +48,18 @@ struct Consumer final : ConsumerBase<Traits> {
   // Clears what no query sees of that V, together with the other warpgroups. It must not stand between ping_pong_wait
   // and ping_pong_pass, for which the others may wait.
   BROADHEAD_DEVICE void prepare_v(const TileState<Element>& state, int block) {
-    const int key0 = state.first_key(block, Traits::kTileN);
-    if (state.source.live.all(key0, Traits::kTileN)) return;
+    const int key0 = first_key_of<Traits>(state, block);
+    if (all_live<Traits>(state.source.live, key0, Traits::kTileN)) return;
     wait_v();
     const ClearShare share{fresh_thread() / 32 - 4, Traits::kConsumerWarps, 0, VLayout::kBytes / 16};
-    clear_dead_rows<VLayout>(state.source, reinterpret_cast<char*>(smem.v[ring.stage(1)]), key0, Traits::kTileN, share);
+    clear_dead_rows<VLayout, Traits::kPlainCall>(state.source, reinterpret_cast<char*>(smem.v[ring.stage(1)]), key0,
+                                                 Traits::kTileN, share);
     cutlass::arch::fence_view_async_shared();
     NamedBarrier::sync(32 * Traits::kConsumerWarps, hardware_id(kClearBarrier));
   }
 
   BROADHEAD_DEVICE void mask_scores(const Slot& tile, int block) {
-    finish_scores(s, tile.state, tile.state.first_key(block, Traits::kTileN), warp_row());
+    finish_scores<Traits>(s, tile.state, first_key_of<Traits>(tile.state, block), warp_row());
   }
 
   // Computes P of the n_block from S. True when O must be multiplied by `factor` before this n_block's P V is added.
@@ -152,14 +153,14 @@ struct Consumer final : ConsumerBase<Traits> {
     if (range.begin == range.end - 1) release(smem.q_empty);
     ring.advance();
     float factor[2];
-    const BlockKinds kinds(tile.state, Traits::kTileN);
+    const BlockKinds kinds(tile.state, Traits::kTileN, Traits::kPlainCall);
     exponentiate<false>(even_p, tile, kinds, range.end - 1, factor, true);
   }
 
   // The n_blocks after the first.
   BROADHEAD_DEVICE void run_blocks(P& even_p, P& odd_p, const Slot& tile) {
     const BlockRange range = tile.state.range;
-    const BlockKinds kinds(tile.state, Traits::kTileN);
+    const BlockKinds kinds(tile.state, Traits::kTileN, Traits::kPlainCall);
     int block = range.end - 2;
     // n_blocks of this range that step<true> may do: the one above must be plain, too.
     const int plain_begin = max_int(range.begin + 1, kinds.plain_begin);
@@ -246,7 +247,7 @@ struct Consumer final : ConsumerBase<Traits> {
     BROADHEAD_UNROLL
     for (int i = 0; i < 2; ++i) {
       const RowResult result = finish_row<Element>(args.params, rows[i], {softmax.row_max[i], softmax.row_sum[i]},
-                                                   tile.state.scale, tile.split);
+                                                   tile.state.scale, split_of<Traits>(tile));
       inverse[i] = result.inverse;
       lse[i] = result.lse;
     }
@@ -260,10 +261,10 @@ struct Consumer final : ConsumerBase<Traits> {
     find_rows(rows, tile);
     BROADHEAD_UNROLL
     for (int i = 0; i < 2; ++i) {
-      if (fresh_thread() % 4 == 0) write_lse(args.params, tile.state.seqlen, rows[i], lse[i], tile.split);
+      if (fresh_thread() % 4 == 0) write_lse(args.params, tile.state.seqlen, rows[i], lse[i], split_of<Traits>(tile));
     }
-    drop_empty(rows, lse[0] == -INFINITY, lse[1] == -INFINITY, tile.split);
-    write_rows<Element>(args.params, tile.state.seqlen, rows, o, 0, tile.split);
+    drop_empty(rows, lse[0] == -INFINITY, lse[1] == -INFINITY, split_of<Traits>(tile));
+    write_rows<Element>(args.params, tile.state.seqlen, rows, o, 0, split_of<Traits>(tile));
     __syncwarp();
     release(smem.tile_empty[slot.stage(1)]);
   }

@@ -27,6 +27,8 @@ struct ForwardTraits {
   static constexpr bool kTwoP = kOverlap_ == 2;
   static constexpr int kCluster = 1;
   static constexpr ColumnTail kTail = kTail_;
+  static constexpr bool kPlainCall = false;  // common/plain_call.h
+  static constexpr bool kMaskByWords = false;
   // The kernel for head dims that end within a subtile. Strides known at run time would cost registers that it has not.
   using WithTail = ForwardTraits<Element_, kHeadDim_, kHeadDimV_, kTileM_, kTileN_, kStages_, kOverlap_, kSmemLimit_,
                                  ColumnTail::kSubtiles>;

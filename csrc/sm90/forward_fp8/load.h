@@ -35,7 +35,7 @@ BROADHEAD_DEVICE void gather_fp8_tiles(const KernelArgs& args, typename Traits::
         using KLayout = typename Traits::KLayout;
         using VLayout = typename Traits::VLayout;
         GatheredRows<kKeys, 1> rows;
-        rows.read(source, state.first_key(block, Traits::kTileN) + piece * kKeys, params.page_size, 0);
+        rows.read(source, first_key_of<Traits>(state, block) + piece * kKeys, params.page_size, 0);
         if (rows.changes(params, smem.missing[stage], piece)) {
           rows.note(params, smem.missing[stage], piece * (kKeys / 8), 0, piece);
         }

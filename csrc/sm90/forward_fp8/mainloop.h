@@ -59,7 +59,7 @@ struct Fp8Consumer final : ConsumerBase<Traits> {
     if (some_missing) Base::hide_missing_keys(ring.stage());
     release(smem.k_empty[ring.stage()]);
     ring.advance();
-    if (!kinds.plain(block)) finish_scores(s, state, state.first_key(block, Traits::kTileN), warp_row());
+    if (!kinds.plain(block)) finish_scores<Traits>(s, state, first_key_of<Traits>(state, block), warp_row());
     softmax.template compute_p_exactly<Element>(p, s, kinds.scale_log2, factor);
     fence_registers(p);  // or the compiler would move the exponentials behind ping_pong_wait
     barrier_wait(smem.transposed_full[ring.stage(1)], ring.parity(1));
@@ -89,7 +89,7 @@ struct Fp8Consumer final : ConsumerBase<Traits> {
     clear_accumulators(o);
     const BlockRange range = state.range;
     if (range.begin >= range.end) return;
-    const BlockKinds kinds(state, Traits::kTileN);
+    const BlockKinds kinds(state, Traits::kTileN, Traits::kPlainCall);
     barrier_wait(smem.q_full, q_parity);
     q_parity ^= 1;
     wait_full(smem.k_full[ring.stage()], ring.parity());

@@ -26,6 +26,8 @@ struct Fp8Traits {
   static constexpr int kTileN = kTileN_;
   static constexpr int kStages = 2;
   static constexpr int kCluster = 1;
+  static constexpr bool kPlainCall = false;  // common/plain_call.h
+  static constexpr bool kMaskByWords = false;
   static constexpr ColumnTail kTail = kTail_;
   using WithTail = Fp8Traits<Element_, kHeadDim_, kHeadDimV_, kTileM_, kTileN_, kSmemLimit_, ColumnTail::kSubtiles>;
   // ptxas 13.0 serialises the wgmma of head_dim 192 wherever griddepcontrol stands in the kernel.

@@ -131,8 +131,8 @@ BROADHEAD_DEVICE void transpose_tiles(const KernelArgs& args, typename Traits::S
       barrier_wait(smem.transposed_empty[stage], ring.parity() ^ 1);
       const std::uint32_t v = smem_address(smem.v[stage]);
       const std::uint32_t target = smem_address(smem.transposed_v[stage]);
-      const int key0 = tile.state.first_key(block, Traits::kTileN);
-      if (source.live.all(key0, Traits::kTileN)) {
+      const int key0 = first_key_of<Traits>(tile.state, block);
+      if (all_live<Traits>(source.live, key0, Traits::kTileN)) {
         transposer.run(v, target, warp);
       } else {
         transposer.run_masked(source, key0, v, target, warp);

@@ -10,12 +10,17 @@ namespace broadhead::sm90 {
 using namespace tma;
 
 template <class Traits>
+struct WideKernel {
+  static constexpr auto get() { return wide_kernel<Traits>; }
+};
+
+template <class Traits>
 int launch_wide(const char* kernel_id, const AttnParams& params, cudaStream_t stream, char* error,
                 std::size_t error_size) {
   if (Traits::kWithQv && params.qv == nullptr) {
     return check_cuda(cudaErrorInvalidValue, kernel_id, "qv", "none given", error, error_size);
   }
-  return launch_persistent<Traits>(wide_kernel<Traits>, kernel_id, params, stream, error, error_size);
+  return launch_either<WideKernel, Traits>(kernel_id, params, stream, error, error_size);
 }
 
 }  // namespace broadhead::sm90

@@ -95,7 +95,7 @@ struct WideLoader {
   BROADHEAD_DEVICE BoxPlace place_of(const TileState<Element>& state, const KvMap& map, int block) const {
     const AttnParams& params = args.params;
     return params.page_table != nullptr && block >= state.range.begin
-               ? box_place(state.source, state.first_key(block, Traits::kTileN), Traits::kTileN, map.box_rows,
+               ? box_place(state.source, first_key_of<Traits>(state, block), Traits::kTileN, map.box_rows,
                            params.page_size)
                : BoxPlace{0, -1};
   }
@@ -116,7 +116,7 @@ struct WideLoader {
     if constexpr (!Traits::kWithQv) load_q(state, leader);
     auto boxes = boxes_of<Layout, Traits::kTileN>(state, map);
     for (int block = range.end - 1; block >= range.begin; --block) {
-      boxes.take(existing_place(args.params, place), state.first_key(block, Traits::kTileN));
+      boxes.take(existing_place(args.params, place), first_key_of<Traits>(state, block));
       boxes.prepare(0);
       auto& missing_keys = smem.missing[Traits::kWithQv ? 0 : k_ring.stage()];
       const bool note = paged && missing_keys.changes(boxes.is_missing(args.params), 0);
@@ -145,7 +145,7 @@ struct WideLoader {
     if constexpr (Traits::kWithQv) load_q(state, leader);
     auto boxes = boxes_of<Layout, Traits::kVKeys>(state, map);
     for (int block = range.end - 1; block >= range.begin; --block) {
-      boxes.take(existing_place(args.params, place), state.first_key(block, Traits::kTileN));
+      boxes.take(existing_place(args.params, place), first_key_of<Traits>(state, block));
       place = place_of(state, map, block - 1);
 #pragma unroll 1
       for (int chunk = 0; chunk < Traits::kVChunks; ++chunk) {
@@ -226,7 +226,7 @@ struct WideLoader {
       if (range.begin >= range.end) return;
       const auto read = [&](Rows& rows, int block) {
         if (block >= range.begin)
-          rows.read(state.source, state.first_key(block, Traits::kTileN), args.params.page_size, warp);
+          rows.read(state.source, first_key_of<Traits>(state, block), args.params.page_size, warp);
       };
       Rows rows, above, next;
       read(rows, range.end - 1);

@@ -64,14 +64,15 @@ struct OutputWarpgroup {
       barrier_wait(smem.full[ring.stage()], ring.parity());
       if (args.maps.gather) cutlass::arch::fence_view_async_shared();
       const int first = Traits::kWithQv ? 0 : chunk * Traits::kVKeys;  // key of the n_block
-      const int key0 = state.first_key(block, Traits::kTileN) + first;
-      if (!kinds.plain(block) && !state.source.live.all(key0, Traits::kVKeys)) {
+      const int key0 = first_key_of<Traits>(state, block) + first;
+      if (!kinds.plain(block) && !all_live<Traits>(state.source.live, key0, Traits::kVKeys)) {
         // Each warpgroup its own columns.
         constexpr int kUnits = Traits::kPartCols * static_cast<int>(sizeof(Element)) / 16;  // of a part
         const ClearShare share = Traits::kWithQv
                                      ? ClearShare{warp, 4, 0, kUnits}
                                      : ClearShare{warp, 4, half * Traits::kLeftParts * kUnits, kParts * kUnits};
-        clear_dead_rows<VLayout>(state.source, smem.ring[ring.stage()], key0, Traits::kVKeys, share);
+        clear_dead_rows<VLayout, Traits::kPlainCall>(state.source, smem.ring[ring.stage()], key0, Traits::kVKeys,
+                                                     share);
         cutlass::arch::fence_view_async_shared();
         NamedBarrier::sync(128, hardware_id(kClearBarrier + half));
       }
@@ -107,7 +108,7 @@ struct OutputWarpgroup {
     clear_accumulators(o);
     const BlockRange range = state.range;
     if (range.begin >= range.end) return;
-    const BlockKinds kinds(state, Traits::kTileN);
+    const BlockKinds kinds(state, Traits::kTileN, Traits::kPlainCall);
     if constexpr (Traits::kWithQv) {
       // The ring's order: Q, V of the first n_block (left, right), V of the second, ...
       ring.skip(Traits::kQRegisterChunks + half * kChunks);
@@ -146,7 +147,7 @@ struct OutputWarpgroup {
       const TileSlot<Element>& tile = smem.tiles[slot.stage()];
       if (!tile.valid) break;
       run_tile(tile.state);
-      write_tile(tile.state, tile.split);
+      write_tile(tile.state, tile.split);  // PERF: a constant, of a plain call, makes ptxas spill
       __syncwarp();
       if (leader()) smem.tile_empty[slot.stage()].arrive();
       slot.advance();

@@ -177,7 +177,7 @@ struct ScoreWarpgroup {
 
   // Softmax of S; P and the factors of O into the next slot, which the O warpgroups are not told of yet.
   BROADHEAD_DEVICE void store_p(const TileState<Element>& state, const BlockKinds& kinds, int block, bool first) {
-    if (!kinds.plain(block)) finish_scores(s, state, state.first_key(block, Traits::kTileN), warp_row);
+    if (!kinds.plain(block)) finish_scores<Traits>(s, state, first_key_of<Traits>(state, block), warp_row);
     std::uint32_t p[Traits::kKeyTiles / 2][4];
     float factor[2];
     const bool raised = softmax.compute_p<Element>(p, s, kinds.scale_log2, factor, first);
@@ -210,7 +210,7 @@ struct ScoreWarpgroup {
     softmax = LazySoftmax();
     const BlockRange range = state.range;
     if (range.begin >= range.end) return;
-    const BlockKinds kinds(state, Traits::kTileN);
+    const BlockKinds kinds(state, Traits::kTileN, Traits::kPlainCall);
     load_q_registers();
     barrier_wait(smem.q_full, q_parity);
     q_parity ^= 1;
@@ -252,7 +252,7 @@ struct ScoreWarpgroup {
       const TileSlot<Element>& tile = smem.tiles[slot.stage()];
       if (!tile.valid) break;
       run_tile(tile.state);
-      finish_tile(tile.state, tile.split);
+      finish_tile(tile.state, split_of<Traits>(tile));
       __syncwarp();
       if (leader()) smem.tile_empty[slot.stage()].arrive();
       slot.advance();

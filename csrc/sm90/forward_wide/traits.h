@@ -34,6 +34,8 @@ struct WideShape {
   static constexpr int kTileM = kTileM_;
   static constexpr int kTileN = kTileN_;
   static constexpr int kCluster = kCluster_;
+  static constexpr bool kPlainCall = false;  // common/plain_call.h
+  static constexpr bool kMaskByWords = true;
   static constexpr ColumnTail kTail = ColumnTail::kGroups;
   static constexpr bool kDependentLaunch = true;
   static_assert(kTileM == 64 && kTileN == 64 && (kCluster == 1 || kCluster == 2));

@@ -19,6 +19,9 @@ from ..plan.dispatch import Plan, Refusal, dtypes_text, refusals, resolve
 from ..plan.native import BuildDescription, build_description
 from ..support import ROWS
 
+#: Keys of a sequence where a question does not say: few keys have kernels of their own.
+MANY_KEYS = 8192
+
 #: Kernels that a line of refusals names.
 _MAX_SHOWN = 2
 #: Masks that a call gives as tensors, of which only whether they are there matters.
@@ -173,7 +176,7 @@ def is_supported(
     num_heads_kv: int | None = None,
     batch_size: int = 1,
     seqlen_q: int = 1,
-    seqlen_k: int = 1,
+    seqlen_k: int = MANY_KEYS,
     causal: bool | Tensor = False,
     window_size: Any = (-1, -1),
     attention_chunk: int | None = 0,
@@ -210,7 +213,7 @@ def is_supported(
         num_heads_kv: KV heads; None: num_heads_q.
         batch_size: sequences.
         seqlen_q: query tokens of the longest sequence.
-        seqlen_k: keys of the longest sequence.
+        seqlen_k: keys of the longest sequence; 8192 where it is not given.
         page_size: keys of a page; None: not paged.
         varlen: whether q is packed.
         sinks: whether the call has them, or the tensor itself.
@@ -260,7 +263,7 @@ def explain(
     num_heads_kv: int | None = None,
     batch_size: int = 1,
     seqlen_q: int = 1,
-    seqlen_k: int = 1,
+    seqlen_k: int = MANY_KEYS,
     causal: bool | Tensor = False,
     window_size: Any = (-1, -1),
     attention_chunk: int | None = 0,
