@@ -41,6 +41,7 @@ def _run(
     )
     try:
         function(rank, *arguments)
+        torch.distributed.barrier()  # a process that ends while another still talks to it may abort
     finally:
         torch.distributed.destroy_process_group()
 
