@@ -28,9 +28,9 @@ BROADHEAD_DEVICE int fresh_thread() {
   return thread;
 }
 
-// CUTLASS has the exponential to base e alone.
 BROADHEAD_DEVICE float log_approx(float x) { return __logf(x); }
 
+// CUTLASS has the exponential to base e alone.
 BROADHEAD_DEVICE float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
