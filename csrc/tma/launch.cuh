@@ -125,6 +125,12 @@ std::int64_t persistent_workspace(const AttnParams& params) {
   return split_workspace_bytes(params, true);
 }
 
+// CTAs of a multiprocessor that persist.
+template <class Traits, class = void>
+constexpr int blocks_of = 1;
+template <class Traits>
+constexpr int blocks_of<Traits, std::void_t<decltype(Traits::kMinBlocks)>> = Traits::kMinBlocks;
+
 // Launches `kernel`, the one of Traits, and what belongs in front of it and behind it.
 template <class Traits>
 int launch_persistent(void (*kernel)(const KernelArgs), const char* kernel_id, const AttnParams& params,
@@ -137,7 +143,7 @@ int launch_persistent(void (*kernel)(const KernelArgs), const char* kernel_id, c
   static PreparedKernel prepared;
   KernelLimits limits;
   if (prepared.prepare(kernel, Traits::kThreads, report, limits)) return 1;
-  int blocks = limits.multiprocessors / Traits::kCluster * Traits::kCluster;  // whole clusters that run at a time
+  int blocks = limits.multiprocessors * blocks_of<Traits> / Traits::kCluster * Traits::kCluster;  // whole clusters that run at a time
 
   KernelArgs args{};
   args.params = params;

@@ -48,10 +48,7 @@ class HopperTile(NamedTuple):
     tile_n: int  # keys of an n_block
     stages: int  # stages of K, and as many of V
     overlap: int  # 1 or 2: how many P the registers hold
-
-    @property
-    def min_blocks(self) -> int:
-        return 1
+    min_blocks: int = 1  # as for Tile
 
 
 class WideTile(NamedTuple):

@@ -13,7 +13,7 @@ namespace broadhead::sm90 {
 using namespace tma;
 
 template <class Element_, int kHeadDim_, int kHeadDimV_, int kTileM_, int kTileN_, int kStages_, int kOverlap_,
-          int kSmemLimit_, ColumnTail kTail_ = ColumnTail::kNone>
+          int kMinBlocks_, int kSmemLimit_, ColumnTail kTail_ = ColumnTail::kNone>
 struct ForwardTraits {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
@@ -25,23 +25,27 @@ struct ForwardTraits {
   // softmax need not look for the maximum first.
   static_assert(kOverlap_ == 1 || kOverlap_ == 2);
   static constexpr bool kTwoP = kOverlap_ == 2;
+  static constexpr int kMinBlocks = kMinBlocks_;  // CTAs of a multiprocessor
   static constexpr int kCluster = 1;
   static constexpr ColumnTail kTail = kTail_;
   static constexpr bool kPlainCall = false;  // common/plain_call.h
   static constexpr bool kMaskByWords = false;
   // The kernel for head dims that end within a subtile. Strides known at run time would cost registers that it has not.
-  using WithTail = ForwardTraits<Element_, kHeadDim_, kHeadDimV_, kTileM_, kTileN_, kStages_, kOverlap_, kSmemLimit_,
-                                 ColumnTail::kSubtiles>;
+  using WithTail = ForwardTraits<Element_, kHeadDim_, kHeadDimV_, kTileM_, kTileN_, kStages_, kOverlap_, kMinBlocks_,
+                                 kSmemLimit_, ColumnTail::kSubtiles>;
   static constexpr bool kDependentLaunch = true;  // the kernel waits for what is in front of it
 
   static constexpr int kConsumers = kTileM / 64;  // warpgroups of 64 rows
   static constexpr int kConsumerWarps = 4 * kConsumers;
   static constexpr int kThreads = 128 * (kConsumers + 1);
   // Registers of a thread. Their sum over the warpgroups must not exceed what the CTA got at launch: 504 for three
-  // warpgroups (168 each), 512 for four (128 each); setmaxnreg would wait for ever.
-  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
-  static constexpr int kConsumerRegisters = kConsumers == 1 ? 240 : kConsumers == 2 ? 232 : 160;
-  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 65536 / kThreads / 8 * 8 * (kConsumers + 1));
+  // warpgroups (168 each), 512 for four (128 each), 256 or 160 for each of two or three CTAs of two; setmaxnreg would
+  // wait for ever.
+  static constexpr int kLaunchRegisters = min_int(65536 / (kThreads * kMinBlocks) / 8 * 8, 248);
+  static constexpr int kProducerRegisters = kMinBlocks > 2 || kConsumers == 3 ? 32 : 40;
+  static constexpr int kConsumerRegisters =
+      min_int(240, (kLaunchRegisters * (kConsumers + 1) - kProducerRegisters) / kConsumers / 8 * 8);
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= kLaunchRegisters * (kConsumers + 1));
   // Warpgroups ping-pong. With 256 columns of O the tensor cores are kept busy without.
   static constexpr bool kPingPong = kConsumers > 1 && kHeadDim <= 128;
 
