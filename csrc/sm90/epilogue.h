@@ -3,6 +3,7 @@
 // The lane layout is that of consumer.h.
 #pragma once
 
+#include "common/quad.h"
 #include "common/row_result.h"
 
 namespace broadhead::sm90 {
@@ -24,17 +25,9 @@ BROADHEAD_DEVICE void write_output(const AttnParams& params, const SeqlenInfo& s
       std::uint32_t w[4];
       BROADHEAD_UNROLL
       for (int u = 0; u < 4; ++u) w[u] = pack_pair<Element>(o[t + u][2 * i], o[t + u][2 * i + 1]);
-      // A 4 x 4 transposition over the quad: afterwards lane q holds the four words of tile t + q.
-      const bool odd = quad & 1;
-      const bool upper = quad & 2;
-      const std::uint32_t a = __shfl_xor_sync(0xffffffffu, odd ? w[0] : w[1], 1);
-      const std::uint32_t b = __shfl_xor_sync(0xffffffffu, odd ? w[2] : w[3], 1);
-      const std::uint32_t x0 = odd ? a : w[0], x1 = odd ? w[1] : a;
-      const std::uint32_t y0 = odd ? b : w[2], y1 = odd ? w[3] : b;
-      const std::uint32_t c = __shfl_xor_sync(0xffffffffu, upper ? x0 : y0, 2);
-      const std::uint32_t d = __shfl_xor_sync(0xffffffffu, upper ? x1 : y1, 2);
+      const uint4 value = transpose_quad(w);
       if (live && col0 + t * 8 + quad * 8 < params.head_dim_v) {
-        *reinterpret_cast<uint4*>(target + t * 8) = upper ? uint4{c, d, y0, y1} : uint4{x0, x1, c, d};
+        *reinterpret_cast<uint4*>(target + t * 8) = value;
       }
     }
   }
