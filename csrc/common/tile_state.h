@@ -46,6 +46,12 @@ BROADHEAD_DEVICE bool all_live(const LiveKeys& live, int key, int count) {
   return live.all(key, count);
 }
 
+// Whether some query of the tile sees the key.
+template <class Traits>
+BROADHEAD_DEVICE bool is_live(const LiveKeys& live, int key) {
+  return Traits::kPlainCall ? live.in_interval(key) : live.contains(key);
+}
+
 // The tile shape of a kernel.
 struct TileShape {
   int rows;      // query rows that a tile holds
@@ -54,6 +60,7 @@ struct TileShape {
   int head_dim_v;
   int cluster;  // how many neighbouring tiles visit the same n_blocks together
   bool plain;   // the call is plain (common/plain_call.h); a constant, like the others
+  bool pages;   // keys may lie in pages
 };
 
 // Reads everything that another stream could change and that warps must agree on, once for each tile: they wait for
@@ -201,19 +208,20 @@ BROADHEAD_DEVICE void make_plain_state(TileState<Element>& state, const AttnPara
   const std::int64_t row_k = seqlen.row_k, batch_k = seqlen.batch_k;
   KvSource<Element>& source = state.source;
   source.leftpad = static_cast<int>(row_k);
-  source.table = nullptr;
+  source.table = shape.pages ? params.page_table + batch_k * params.page_table_batch_stride : nullptr;
   source.k = static_cast<const Element*>(params.k) + kv_head * params.k_strides.head +
-             batch_k * params.k_strides.batch + row_k * params.k_strides.row;
+             (shape.pages ? 0 : batch_k * params.k_strides.batch + row_k * params.k_strides.row);
   source.v = static_cast<const Element*>(params.v) + kv_head * params.v_strides.head +
-             batch_k * params.v_strides.batch + row_k * params.v_strides.row;
+             (shape.pages ? 0 : batch_k * params.v_strides.batch + row_k * params.v_strides.row);
   source.k_row_stride = params.k_strides.row;
   source.v_row_stride = params.v_strides.row;
   source.live = LiveKeys(placed, 0);
   source.head_dim = params.head_dim;
   source.head_dim_v = params.head_dim_v;
-  const bool all_columns = params.head_dim == shape.head_dim && params.head_dim_v == shape.head_dim_v;
+  const bool whole =
+      !shape.pages && params.head_dim == shape.head_dim && params.head_dim_v == shape.head_dim_v;
   state.whole =
-      all_columns ? BlockRange{ceil_div(placed.begin, shape.keys), placed.end / shape.keys} : BlockRange{0, 0};
+      whole ? BlockRange{ceil_div(placed.begin, shape.keys), placed.end / shape.keys} : BlockRange{0, 0};
   set_tile_scale(state, params, tile.batch, kv_head);
 }
 

@@ -81,7 +81,7 @@ struct ConsumerBase {
 
   // Whether keys of the stage do not exist. Asked once its K is there, ahead of ping_pong_wait.
   BROADHEAD_DEVICE bool some_missing(std::uint32_t stage) const {
-    return args.params.page_table != nullptr && smem.missing[stage].any();
+    return is_paged<Traits>(args.params) && smem.missing[stage].any();
   }
 
   // Hides the keys of the stage that do not exist from its finished S, before its K is released.

@@ -29,7 +29,7 @@ BROADHEAD_DEVICE void load_tiles(const KernelArgs& args, typename Traits::Shared
                                  bool loads_v) {
   using Element = typename Traits::Element;
   const AttnParams& params = args.params;
-  const bool paged = params.page_table != nullptr;
+  const bool paged = is_paged<Traits>(params);
   const bool leader = threadIdx.x % 32 == 0;
   if (leader && loads_k) {
     cute::prefetch_tma_descriptor(&args.maps.q.map);

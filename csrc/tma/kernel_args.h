@@ -14,9 +14,10 @@ struct KernelArgs {
   TensorMaps maps;
 };
 
-BROADHEAD_DEVICE void assume_plain(const KernelArgs& args) {
-  assume_plain(args.params);
-  BROADHEAD_ASSUME(args.maps.gather == 0);
+template <class Traits>
+BROADHEAD_DEVICE void assume_call(const KernelArgs& args) {
+  assume_call<Traits>(args.params);
+  if constexpr (!Traits::kPages) BROADHEAD_ASSUME(args.maps.gather == 0);
 }
 
 }  // namespace broadhead::tma

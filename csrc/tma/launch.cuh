@@ -103,7 +103,8 @@ inline WorkPlan make_plan(const AttnParams& params, int tile_m, int cluster) {
   const long long per_cluster = static_cast<long long>(plan.rows_per_tile) * cluster;
   const int m_blocks = per_cluster > 0 ? static_cast<int>((rows + per_cluster - 1) / per_cluster) : 0;
   plan.grid = TileGrid(m_blocks, params.heads_in_grid, params.batch, params.heads_per_section);
-  plan.ragged = params.cu_seqlens_q != nullptr || params.seqused_q != nullptr || params.scheduler_metadata != nullptr;
+  plan.ragged = params.cu_seqlens_q != nullptr || params.seqused_q != nullptr ||
+                (params.scheduler_metadata != nullptr && params.num_splits > 1);
   const long long tiles = static_cast<long long>(m_blocks) * plan.grid.total_heads * params.num_splits;
   plan.tiles = tiles < 0x7fff0000LL ? static_cast<std::int32_t>(tiles) : -1;
   return plan;
@@ -180,16 +181,20 @@ int launch_persistent(void (*kernel)(const KernelArgs), const char* kernel_id, c
   return launch_split_combine(args.params, !kIsFp16, true, stream, error, error_size);
 }
 
-// The same with the kernel for plain calls, which `Kernel` has as well, where the call is one. Kernel<Traits>::get() is
-// the kernel of Traits.
+// The same with a kernel for plain calls, which `Kernel` has as well, where the call is one. Kernel<Traits>::get() is the
+// kernel of Traits.
 template <template <class> class Kernel, class Traits>
 int launch_either(const char* kernel_id, const AttnParams& params, cudaStream_t stream, char* error,
                   std::size_t error_size) {
   using Plain = PlainCall<Traits>;
-  if (is_plain(params)) {
+  using Paged = PagedCall<Traits>;
+  if (!is_plain(params)) {
+    return launch_persistent<Traits>(Kernel<Traits>::get(), kernel_id, params, stream, error, error_size);
+  }
+  if (params.page_table == nullptr) {
     return launch_persistent<Plain>(Kernel<Plain>::get(), kernel_id, params, stream, error, error_size);
   }
-  return launch_persistent<Traits>(Kernel<Traits>::get(), kernel_id, params, stream, error, error_size);
+  return launch_persistent<Paged>(Kernel<Paged>::get(), kernel_id, params, stream, error, error_size);
 }
 
 // The same with the kernel for head dims that end within a subtile of columns, where the call has such ones.

@@ -197,7 +197,8 @@ BROADHEAD_DEVICE void post_tiles(const Args& args, SharedStorage& smem) {
                          .head_dim = Traits::kHeadDim,
                          .head_dim_v = Traits::kHeadDimV,
                          .cluster = kCluster,
-                         .plain = Traits::kPlainCall});
+                         .plain = Traits::kPlainCall,
+                         .pages = Traits::kPages});
         splits = posted.state.splits;
         if (Traits::kPlainCall || splits == 1) posted.split = -1;
       }

@@ -154,12 +154,12 @@ def _sm80_rows() -> tuple[KernelRow, ...]:
         # name, phase, capabilities, head_dim, smem_limit, tile
         ("d64", "prefill", CAPABILITIES, 64, SMEM_99KB, Tile(128, 96, 4, 1, 3, 64, 96, 64, 2)),
         ("d64_m64", "prefill", CAPABILITIES, 64, SMEM_99KB, Tile(64, 64, 4, 1, 3, 64, 64, 64, 3)),
-        ("d64_m32", "prefill", CAPABILITIES, 64, SMEM_99KB, Tile(32, 32, 2, 1, 3, 64, 32, 64, 4)),
+        ("d64_m32", "prefill", CAPABILITIES, 64, SMEM_99KB, Tile(32, 32, 2, 1, 3, 64, 32, 64, 7)),
         ("d128_m64", "prefill", CAPABILITIES, 128, SMEM_99KB, Tile(64, 32, 4, 1, 4, 128, 32, 128, 2)),
-        ("d128_m32", "prefill", CAPABILITIES, 128, SMEM_99KB, Tile(32, 32, 2, 1, 4, 128, 32, 128, 4)),
+        ("d128_m32", "prefill", CAPABILITIES, 128, SMEM_99KB, Tile(32, 32, 2, 1, 4, 128, 32, 128, 5)),
         ("d192_m64", "prefill", CAPABILITIES, 192, SMEM_99KB, Tile(64, 32, 4, 1, 3, 192, 32, 192, 2)),
         ("d256_m64", "prefill", CAPABILITIES, 256, SMEM_99KB, Tile(64, 32, 4, 1, 3, 256, 32, 256, 2)),
-        ("d256_m32", "prefill", CAPABILITIES, 256, SMEM_99KB, Tile(32, 32, 2, 1, 3, 256, 32, 256, 4)),
+        ("d256_m32", "prefill", CAPABILITIES, 256, SMEM_99KB, Tile(32, 32, 2, 1, 2, 256, 32, 256, 4)),
         ("d96", "prefill", CAPABILITIES, 96, SMEM_99KB, Tile(128, 64, 4, 1, 3, 128, 64, 128, 2)),
         # ptxas spills the widest tile on 10.x and 12.x. The next one spills on 10.0 or takes all registers there, as
         # the code around it happens to be; the smallest has some to spare. Code for 10.0 may serve 10.3.
@@ -337,12 +337,11 @@ def _sm90_rows() -> tuple[KernelRow, ...]:
     shapes = (
         # name, head_dim, head_dim_v, tile
         ("d64", 64, 64, HopperTile(192, 96, 2, 2)),
-        ("d64_m64b3", 64, 64, HopperTile(64, 64, 2, 1, 3)),
-        ("d64_m64b2", 64, 64, HopperTile(64, 128, 2, 2, 2)),
-        ("d96_m64b2", 96, 96, HopperTile(64, 96, 2, 2, 2)),
-        ("d128_m64b2", 128, 128, HopperTile(64, 80, 2, 2, 2)),
-        ("d128_m64s", 128, 128, HopperTile(64, 48, 2, 1, 2)),
-        ("d192_m64b2", 192, 192, HopperTile(64, 48, 2, 1, 2)),
+        ("d64_m64", 64, 64, HopperTile(64, 64, 2, 1, 3)),
+        ("d128_m64", 128, 128, HopperTile(64, 80, 2, 2, 2)),
+        ("d128_m64_n48", 128, 128, HopperTile(64, 48, 2, 1, 2)),
+        ("d256_m64", 256, 256, HopperTile(64, 32, 2, 1, 2)),
+        ("d192_m64", 192, 192, HopperTile(64, 48, 2, 1, 2)),
         ("d96", 96, 96, HopperTile(128, 128, 2, 2)),
         ("d128", 128, 128, HopperTile(128, 128, 2, 2)),
         ("d192_v128", 192, 128, HopperTile(128, 128, 2, 2)),

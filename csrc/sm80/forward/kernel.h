@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   extern __shared__ __align__(1024) char smem_bytes[];
   auto& smem = *reinterpret_cast<typename Traits::SharedStorage*>(smem_bytes);
 
-  if constexpr (Traits::kPlainCall) assume_plain(params);
+  assume_call<Traits>(params);
 
   // ---- the tile
   const int thread = threadIdx.x;
@@ -42,12 +42,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
                      .head_dim = Traits::kHeadDim,
                      .head_dim_v = Traits::kHeadDim,
                      .cluster = 1,
-                     .plain = Traits::kPlainCall});
+                     .plain = Traits::kPlainCall,
+                     .pages = Traits::kPages});
   }
   __syncthreads();
   if (state.splits == 0) return;
   const BlockRange range = state.range;
-  const bool paged = !Traits::kPlainCall && params.page_table != nullptr;
+  const bool paged = is_paged<Traits>(params);
 
   // Thread t resolves key t of an n_block: its page-table entry is loaded early, and its offsets are stored at the end
   // of the n_block before.
@@ -55,12 +56,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   const auto load_page = [&](int n_block) {
     const int key = first_key_of<Traits>(state, n_block) + thread;
     // Entries of keys that are not live are never read, since they may be garbage.
-    return source.live.contains(key) ? source.table[(source.leftpad + key) / params.page_size] : 0;
+    return is_live<Traits>(source.live, key) ? source.table[(source.leftpad + key) / params.page_size] : 0;
   };
   const auto store_page = [&](int n_block, int page) {
     const int key = first_key_of<Traits>(state, n_block) + thread;
     const int slot = (source.leftpad + key) % params.page_size;
-    const bool live = source.live.contains(key);
+    const bool live = is_live<Traits>(source.live, key);
     if (live && page_exists(params, page)) {
       page_buffer(n_block)[thread] = {page * params.k_strides.batch + slot * params.k_strides.row,
                                       page * params.v_strides.batch + slot * params.v_strides.row};

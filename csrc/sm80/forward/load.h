@@ -78,12 +78,12 @@ struct ChunkCopier {
       const int row = row_slot() + i * Plan::kRowSlots;
       bool readable;
       long long offset = 0;
-      if (!Traits::kPlainCall && source.table != nullptr) {
+      if (Traits::kPages && (Traits::kPlainCall || source.table != nullptr)) {
         const long long place = kIsK ? pages[row0 + row].k : pages[row0 + row].v;
         readable = place >= 0;
         if (readable) offset = place;
       } else {
-        readable = Traits::kPlainCall ? source.live.in_interval(key0 + row) : source.live.contains(key0 + row);
+        readable = is_live<Traits>(source.live, key0 + row);
         if (readable) offset = (key0 + row) * (kIsK ? source.k_row_stride : source.v_row_stride);
       }
       copy_row(i, target, base + offset, readable, col0 + first_col(), columns);

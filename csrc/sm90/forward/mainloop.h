@@ -36,7 +36,14 @@ struct Consumer final : ConsumerBase<Traits> {
     cute::warpgroup_arrive();
     BROADHEAD_UNROLL
     for (int step = 0; step < Traits::kTileN / 16; ++step) {
-      wgmma_rs<Element, Traits::kHeadDimV, Major::MN>(o, p[step], b + (step * 2 * VLayout::kSlabStride >> 4), true);
+      BROADHEAD_UNROLL
+      for (int part = 0; part < Traits::kOParts; ++part) {
+        constexpr int kTiles = Traits::kOTiles / Traits::kOParts;
+        auto& columns = reinterpret_cast<float(&)[kTiles][4]>(o[part * kTiles]);
+        constexpr int kPartBytes = kTiles * 8 / VLayout::kSubtileCols * VLayout::kSubtileStride;
+        wgmma_rs<Element, 8 * kTiles, Major::MN>(
+            columns, p[step], b + (step * 2 * VLayout::kSlabStride + part * kPartBytes >> 4), true);
+      }
     }
     cute::warpgroup_commit_batch();
     fence_registers(o);

@@ -29,6 +29,7 @@ struct ForwardTraits {
   static constexpr int kCluster = 1;
   static constexpr ColumnTail kTail = kTail_;
   static constexpr bool kPlainCall = false;  // common/plain_call.h
+  static constexpr bool kPages = true;
   static constexpr bool kMaskByWords = false;
   // The kernel for head dims that end within a subtile. Strides known at run time would cost registers that it has not.
   using WithTail = ForwardTraits<Element_, kHeadDim_, kHeadDimV_, kTileM_, kTileN_, kStages_, kOverlap_, kMinBlocks_,
@@ -60,6 +61,8 @@ struct ForwardTraits {
   static constexpr int kVKeys = kTileN;  // keys in a stage of V
   static constexpr int kKeyTiles = kTileN / 8;
   static constexpr int kOTiles = kHeadDimV / 8;
+  // ptxas wants more registers at launch for an instruction with 256 columns of O than two CTAs have.
+  static constexpr int kOParts = kMinBlocks > 1 && kHeadDimV > 192 ? 2 : 1;
   static constexpr int kLoaderWarps = 3;  // producer warps that load when they gather; with TMA two do
   static constexpr int kSchedulerWarp = 3;
 

@@ -16,7 +16,7 @@ using namespace tma;
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1) wide_kernel(const __grid_constant__ KernelArgs args) {
-  if constexpr (Traits::kPlainCall) assume_plain(args);
+  assume_call<Traits>(args);
   extern __shared__ __align__(1024) char smem_bytes[];
   auto& smem = *reinterpret_cast<typename Traits::SharedStorage*>(smem_bytes);
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
