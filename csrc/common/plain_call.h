@@ -6,6 +6,8 @@
 // waiting for instructions, while all of FlashAttention-2's call took 7.
 #pragma once
 
+#include <type_traits>
+
 #include "common/attention_mask.h"
 #include "common/macros.h"
 #include "host/params.h"
@@ -31,6 +33,12 @@ template <class Traits>
 struct PagedCall : Traits {
   static constexpr bool kPlainCall = true;
 };
+
+// Whether there is a kernel for the latter.
+template <class Traits, class = void>
+constexpr bool kHasPagedCall = true;
+template <class Traits>
+constexpr bool kHasPagedCall<Traits, std::void_t<decltype(Traits::kNoPagedCall)>> = !Traits::kNoPagedCall;
 
 // Tells the compiler what calls Traits are for, so that what it reads of these fields are constants.
 template <class Traits>

@@ -9,8 +9,7 @@ namespace broadhead {
 
 // Transposes 4 x 4 words over the quad: afterwards lane q holds what word q of the four lanes was, so that it stores 16
 // bytes of a row.
-BROADHEAD_DEVICE uint4 transpose_quad(const std::uint32_t (&w)[4]) {
-  const int quad = threadIdx.x % 4;
+BROADHEAD_DEVICE uint4 transpose_quad(const std::uint32_t (&w)[4], int quad) {
   const bool odd = quad & 1;
   const bool upper = quad & 2;
   const std::uint32_t a = __shfl_xor_sync(0xffffffffu, odd ? w[0] : w[1], 1);

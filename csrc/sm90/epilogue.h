@@ -25,7 +25,7 @@ BROADHEAD_DEVICE void write_output(const AttnParams& params, const SeqlenInfo& s
       std::uint32_t w[4];
       BROADHEAD_UNROLL
       for (int u = 0; u < 4; ++u) w[u] = pack_pair<Element>(o[t + u][2 * i], o[t + u][2 * i + 1]);
-      const uint4 value = transpose_quad(w);
+      const uint4 value = transpose_quad(w, quad);
       if (live && col0 + t * 8 + quad * 8 < params.head_dim_v) {
         *reinterpret_cast<uint4*>(target + t * 8) = value;
       }

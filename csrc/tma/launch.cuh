@@ -194,7 +194,11 @@ int launch_either(const char* kernel_id, const AttnParams& params, cudaStream_t 
   if (params.page_table == nullptr) {
     return launch_persistent<Plain>(Kernel<Plain>::get(), kernel_id, params, stream, error, error_size);
   }
-  return launch_persistent<Paged>(Kernel<Paged>::get(), kernel_id, params, stream, error, error_size);
+  if constexpr (kHasPagedCall<Traits>) {
+    return launch_persistent<Paged>(Kernel<Paged>::get(), kernel_id, params, stream, error, error_size);
+  } else {
+    return launch_persistent<Traits>(Kernel<Traits>::get(), kernel_id, params, stream, error, error_size);
+  }
 }
 
 // The same with the kernel for head dims that end within a subtile of columns, where the call has such ones.

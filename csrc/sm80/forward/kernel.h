@@ -232,6 +232,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   }
 
   cp_async_wait<0>();
+  __syncthreads();
   write_tile<Traits>(params, smem, o, softmax, scale, !Traits::kPlainCall && state.splits > 1 ? split : -1, warp_m,
                      warp_n, lane);
 }

@@ -86,7 +86,7 @@ struct ForwardTraits {
   };
 
   struct SharedStorage {
-    alignas(1024) Element q[kTileM * kQCols];
+    alignas(1024) Element q[kTileM * kQCols];  // O on its way out, of wide warps
     alignas(1024) Element ring[kStages][kStageElems];
     alignas(1024) Element p[kSharedP ? kTileM * kPCols : 8];
     float row_stats[kSharedP ? kWarpsN * kTileM : 1];  // partial row max, later partial row sum
