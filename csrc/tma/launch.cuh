@@ -187,18 +187,14 @@ template <template <class> class Kernel, class Traits>
 int launch_either(const char* kernel_id, const AttnParams& params, cudaStream_t stream, char* error,
                   std::size_t error_size) {
   using Plain = PlainCall<Traits>;
-  using Paged = PagedCall<Traits>;
+  using Paged = std::conditional_t<kHasPagedCall<Traits>, PagedCall<Traits>, Traits>;
   if (!is_plain(params)) {
     return launch_persistent<Traits>(Kernel<Traits>::get(), kernel_id, params, stream, error, error_size);
   }
   if (params.page_table == nullptr) {
     return launch_persistent<Plain>(Kernel<Plain>::get(), kernel_id, params, stream, error, error_size);
   }
-  if constexpr (kHasPagedCall<Traits>) {
-    return launch_persistent<Paged>(Kernel<Paged>::get(), kernel_id, params, stream, error, error_size);
-  } else {
-    return launch_persistent<Traits>(Kernel<Traits>::get(), kernel_id, params, stream, error, error_size);
-  }
+  return launch_persistent<Paged>(Kernel<Paged>::get(), kernel_id, params, stream, error, error_size);
 }
 
 // The same with the kernel for head dims that end within a subtile of columns, where the call has such ones.

@@ -157,7 +157,6 @@ def _sm80_rows() -> tuple[KernelRow, ...]:
         ("d64_m32", "prefill", CAPABILITIES, 64, SMEM_99KB, Tile(32, 32, 2, 1, 3, 64, 32, 64, 7)),
         ("d128_m64", "prefill", CAPABILITIES, 128, SMEM_99KB, Tile(64, 32, 4, 1, 4, 128, 32, 128, 2)),
         ("d128_m32", "prefill", CAPABILITIES, 128, SMEM_99KB, Tile(32, 32, 2, 1, 4, 128, 32, 128, 5)),
-        ("d192_m64", "prefill", CAPABILITIES, 192, SMEM_99KB, Tile(64, 32, 4, 1, 3, 192, 32, 192, 2)),
         ("d256_m64", "prefill", CAPABILITIES, 256, SMEM_99KB, Tile(64, 32, 4, 1, 3, 256, 32, 256, 2)),
         ("d256_m32", "prefill", CAPABILITIES, 256, SMEM_99KB, Tile(32, 32, 2, 1, 2, 256, 32, 256, 4)),
         ("d96", "prefill", CAPABILITIES, 96, SMEM_99KB, Tile(128, 64, 4, 1, 3, 128, 64, 128, 2)),
@@ -338,8 +337,7 @@ def _sm90_rows() -> tuple[KernelRow, ...]:
         # name, head_dim, head_dim_v, tile
         ("d64", 64, 64, HopperTile(192, 96, 2, 2)),
         ("d64_m64", 64, 64, HopperTile(64, 64, 2, 1, 3)),
-        ("d128_m64", 128, 128, HopperTile(64, 80, 2, 2, 2)),
-        ("d128_m64_n48", 128, 128, HopperTile(64, 48, 2, 1, 2)),
+        ("d128_m64", 128, 128, HopperTile(64, 48, 2, 1, 2)),
         ("d256_m64", 256, 256, HopperTile(64, 32, 2, 1, 2)),
         ("d192_m64", 192, 192, HopperTile(64, 48, 2, 1, 2)),
         ("d96", 96, 96, HopperTile(128, 128, 2, 2)),

@@ -47,9 +47,10 @@ template <class Traits>
 int launch_forward(const char* kernel_id, const AttnParams& given, cudaStream_t stream, char* error,
                    std::size_t error_size) {
   AttnParams params = given;
-  const auto launch = !is_plain(params)        ? launch_forward_kernel<Traits>
+  using Paged = std::conditional_t<kHasPagedCall<Traits>, PagedCall<Traits>, Traits>;
+  const auto launch = !is_plain(params)              ? launch_forward_kernel<Traits>
                       : params.page_table == nullptr ? launch_forward_kernel<PlainCall<Traits>>
-                                               : launch_forward_kernel<PagedCall<Traits>>;
+                                                     : launch_forward_kernel<Paged>;
   return launch(kernel_id, params, stream, error, error_size);
 }
 

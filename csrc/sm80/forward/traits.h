@@ -71,6 +71,9 @@ struct ForwardTraits {
   static constexpr int kAhead = (kChunks + kStages - 2) / kChunks;
   static constexpr int kPageBuffers = kAhead + 1;
 
+  // Code of its own for plain calls over pages is for tiles of short work, where the code that is not run costs time.
+  static constexpr bool kNoPagedCall = kMmaM > 1 || kSharedP;
+
   static_assert(kRowsPerWarp % 16 == 0 && kKeysPerWarp % 8 == 0 && kTileN % kVChunk == 0 && kVChunk % 16 == 0);
   static_assert(kKChunk % kSubtileCols == 0 && kVCols % kSubtileCols == 0 && kHeadDim % 16 == 0);
   static_assert(kMmaN % 2 == 0 || kKChunk % 32 == 0);

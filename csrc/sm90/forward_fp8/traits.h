@@ -28,7 +28,7 @@ struct Fp8Traits {
   static constexpr int kCluster = 1;
   static constexpr bool kPlainCall = false;  // common/plain_call.h
   static constexpr bool kPages = true;
-  static constexpr bool kNoPagedCall = kHeadDimV_ == 192;  // ptxas 13.0 serialises its wgmma (C7511)
+  static constexpr bool kNoPagedCall = true;  // ptxas 13.0 serialises the wgmma of head_dim 192 in it (C7511)
   static constexpr bool kMaskByWords = false;
   static constexpr ColumnTail kTail = kTail_;
   using WithTail = Fp8Traits<Element_, kHeadDim_, kHeadDimV_, kTileM_, kTileN_, kSmemLimit_, ColumnTail::kSubtiles>;
