@@ -107,7 +107,7 @@ class KernelRow(NamedTuple):
     kv_dtype: str = ""  # of k and v where it is not dtype
     min_rows: int = DECODE_MAX_ROWS + 1  # of a prefill kernel: query rows from which it goes before decode kernels
     max_rows: int = 0  # and above which it comes last; 0: never. Below, the table's order decides
-    few_keys: int = 0  # of a prefill kernel: up to so many keys a sequence it comes first
+    by_cost: bool = False  # it comes last but where it takes the least time (plan/cost.py)
 
     @property
     def id(self) -> str:
@@ -137,12 +137,6 @@ class KernelRow(NamedTuple):
     @property
     def template(self) -> Template:
         return TEMPLATES[type(self.tile)]
-
-
-#: Keys of a sequence up to which the smallest tile is the fastest, on Hopper as well: others are mostly empty, or take
-#: longer to begin than to compute. PERF(H200, 9 x 985 queries, 3 keys, 48/3 heads of 128, us: sm90 187, tiles of 64
-#: keys 126, of 32 keys 108; 146 queries, 30 keys, 5/1 heads: 13.2, 10.9, 10.0)
-FEW_KEYS = 64
 
 
 def _sm80_rows() -> tuple[KernelRow, ...]:
@@ -178,7 +172,7 @@ def _sm80_rows() -> tuple[KernelRow, ...]:
     return tuple(
         KernelRow(
             f"sm80_fwd_{name}", "sm80", "forward", phase, caps, dtype, head_dim, head_dim, limit,
-            tile, FEATURES, few_keys=FEW_KEYS if name == "d128_n32" else 0,
+            tile, FEATURES, by_cost=tile.warps_n == 1 and tile.tile_m <= 64,
         )
         for name, phase, caps, head_dim, limit, tile in shapes
         for dtype in DTYPES
@@ -327,7 +321,7 @@ def _sm90_row(
     """A Hopper forward kernel (wgmma, TMA, warp specialisation), on 9.0."""
     return KernelRow(
         f"sm90_fwd_{name}", "sm90", "forward", "prefill", ((9, 0),), dtype, head_dim, head_dim_v,
-        SMEM_227KB, tile, FEATURES,
+        SMEM_227KB, tile, FEATURES, by_cost=isinstance(tile, HopperTile) and tile.min_blocks > 1,
     )  # fmt: skip
 
 

@@ -48,7 +48,7 @@ def problem(**changes: Any) -> AttentionProblem:
         "direction": "forward", "dtype": "bf16", "batch": 2, "seqlen_q": 1024, "seqlen_k": 1024, "num_heads_q": 8,
         "num_heads_kv": 2, "head_dim": 128, "head_dim_v": None, "page_size": 0, "window_left": -1, "window_right": -1,
         "attention_chunk": 0, "features": ("gqa", "lse"), "num_splits": 0, "pack_gqa": None, "has_metadata": False,
-        "sm_margin": 0, "obstacles": (), "kv_dtype": "", "tokens_per_split": 0, "shared_tokens": 0,
+        "sm_margin": 0, "obstacles": (), "kv_dtype": "", "tokens_per_split": 0, "shared_tokens": 0, "mean_q": 0, "mean_k": 0,
     }  # fmt: skip
     assert changes.keys() <= values.keys()
     values.update(changes)

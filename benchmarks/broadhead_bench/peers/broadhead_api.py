@@ -133,6 +133,7 @@ class Broadhead(Peer):
         q, k, v = inputs[:3]
         options: dict[str, Any] = {"causal": case.causal, "window_size": case.window_size, "backend": self._backend}
         options |= inputs.descale_options() | ({} if inputs.sinks is None else {"sinks": inputs.sinks})
+        options |= self.landscape_options()
         if case.kind == "varlen":
             lengths = (inputs.cu_seqlens_q, inputs.cu_seqlens_k, max(case.seqlens_q), max(case.seqlens_k))
             return lambda: broadhead.flash_attn_varlen_func(q, k, v, *lengths, **options)
@@ -142,6 +143,10 @@ class Broadhead(Peer):
         if case.kind == "decode":
             options["scheduler_metadata"] = broadhead.get_scheduler_metadata(**plan_of_landscape(case, inputs))
         return lambda: broadhead.flash_attn_with_kvcache(q, k, v, **options)
+
+    def landscape_options(self) -> dict[str, Any]:
+        """The default of some functions, 1, does not divide the keys of a few queries."""
+        return {"num_splits": 0}
 
     def images(self, case: ImagesCase, inputs: ImagesInputs) -> Callable[[], Tensor]:
         options: dict[str, Any] = {"window_size": case.plain.window_size, "backend": self._backend}
@@ -216,6 +221,10 @@ class Baseline(Broadhead):
         if isinstance(case, (ImagesCase, ChunkCase)):
             return case._replace(images=0)
         return case._replace(chain=True) if isinstance(case, TreeCase) else case
+
+    def landscape_options(self) -> dict[str, Any]:
+        """The default of some functions, 1, does not divide the keys of a few queries."""
+        return {"num_splits": 0}
 
     def images(self, case: ImagesCase, inputs: ImagesInputs) -> Callable[[], Tensor]:
         return super().images(case._replace(images=0), inputs)

@@ -76,6 +76,8 @@ class FlashAttention3(PackagePeer):
             if "sinks" not in inspect.signature(module.flash_attn_with_kvcache).parameters:
                 raise Skip("this build takes no sinks")
             options["sinks"] = inputs.sinks
+        if not case.page_size and "num_splits" in inspect.signature(module.flash_attn_func).parameters:
+            options["num_splits"] = 0  # as broadhead's
         if case.kind == "varlen":
             lengths = (inputs.cu_seqlens_q, inputs.cu_seqlens_k, max(case.seqlens_q), max(case.seqlens_k))
             return lambda: first_output(module.flash_attn_varlen_func(q, k, v, *lengths, **options))

@@ -109,6 +109,8 @@ def check_forward(function: str, args: AttentionArgs, deterministic: bool = Fals
         descale=args.q_descale is not None or args.k_descale is not None or args.v_descale is not None,
         gradients=gradients,
         of_gradients=gradient_features(deterministic, batch, total_q) if gradients else (),
+        total_q=total_q if args.cu_seqlens_q is not None else 0,
+        total_k=args.k.shape[0] if args.cu_seqlens_k is not None else 0,
     )
     if problem.is_decode and num_splits != 1:
         rows = batch * seqlen_q * num_heads_q

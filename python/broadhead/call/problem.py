@@ -52,6 +52,10 @@ class _Fields(NamedTuple):
     kv_dtype: str = ""  # of k and v where it is not that of q, never equal to dtype
     tokens_per_split: int = 0  # every sequence's keys are cut at multiples of it, whatever the batch; 0: off
     shared_tokens: int = 0  # query tokens of all sequences, over keys that these share, in the same launch; 0: none
+    #: Queries and keys of a packed sequence in the mean, about; 0: as many as the longest. They decide nothing but
+    #: which of several kernels takes less time.
+    mean_q: int = 0
+    mean_k: int = 0
 
 
 class AttentionProblem(_Fields):
@@ -83,6 +87,8 @@ class AttentionProblem(_Fields):
         obstacles: tuple[str, ...] = (),
         tokens_per_split: int = 0,
         of_gradients: tuple[str, ...] = (),
+        total_q: int = 0,
+        total_k: int = 0,
         **features: bool,
     ) -> AttentionProblem:
         """The one way to a problem.
@@ -91,6 +97,7 @@ class AttentionProblem(_Fields):
             window: ``(left, right)``, normalised.
             kv_dtype: dtype of k and v; None: dtype.
             of_gradients: gradient_features of a problem that is differentiated.
+            total_q, total_k: rows of packed q and k; 0: they are not packed.
             features: what the call has of support.FEATURES and EXTRA_FEATURES that no other argument tells, and
                 "gradients".
         """
@@ -129,6 +136,8 @@ class AttentionProblem(_Fields):
             obstacles=obstacles,
             kv_dtype="" if kv_dtype is None or kv_dtype == dtype else DTYPE_NAMES[kv_dtype],
             tokens_per_split=tokens_per_split,
+            mean_q=_rounded(total_q, batch),
+            mean_k=_rounded(total_k, batch),
         )
 
     @property
@@ -147,6 +156,13 @@ class AttentionProblem(_Fields):
         return self.query_rows <= DECODE_MAX_ROWS
 
 
+def _rounded(total: int, batch: int) -> int:
+    """``total / batch`` with two bits behind the first one, so that a few problems stand for all totals."""
+    mean = total // max(1, batch)
+    drop = max(0, mean.bit_length() - 3)
+    return mean >> drop << drop
+
+
 def backward_of(problem: AttentionProblem, extra: tuple[str, ...] = ()) -> AttentionProblem:
     """The problem of the gradients of a forward problem: how its keys were divided does not matter to them.
 
@@ -161,6 +177,8 @@ def backward_of(problem: AttentionProblem, extra: tuple[str, ...] = ()) -> Atten
         pack_gqa=None,
         has_metadata=False,
         tokens_per_split=0,
+        mean_q=0,
+        mean_k=0,
     )
 
 

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from ..call.problem import ALIGNMENT_BYTES, DQ_SUM_ROWS, AttentionProblem, backward_of, canonical_right
 from ..capabilities import arch_for
-from ..support import ELEMENT_BYTES, EXTRA_FEATURES, FEATURES, FEW_KEYS, ROWS, KernelRow
+from ..support import ELEMENT_BYTES, EXTRA_FEATURES, FEATURES, ROWS, KernelRow
+from .cost import estimate
 from .device import DeviceDescription
 from .native import BuildDescription, build_description, build_help
 from .schedule import Schedule, plan_schedule
@@ -24,6 +25,10 @@ MAX_BACKWARD_BATCH = 65535
 #: in the L2 beat those of 32. PERF(H200, 4 sequences sharing 8k, us with 16 and 32 rows: 32/8 heads of 128 26.5, 30.9;
 #: 16/2 of 256 23.3, 26.5; 32/4 of 512 55.0, 49.3)
 SHARED_TILES_ABOVE = 256
+
+
+#: A row takes the place of the first one if the estimate of its time is below this share. Estimates err by a fifth.
+CLEARLY_FASTER = 0.95
 
 
 class Refusal(NamedTuple):
@@ -78,8 +83,8 @@ def _preference(row: KernelRow, problem: AttentionProblem) -> int:
 
     It depends on nothing but what get_scheduler_metadata knows as well, and on has_metadata.
     """
-    if 0 < problem.seqlen_k <= row.few_keys and _is_plain(problem) and _fills(row, problem):
-        return -1
+    if row.by_cost:
+        return 4
     if row.phase == "decode":
         return 1
     if row.max_rows and problem.query_rows > row.max_rows:
@@ -87,28 +92,15 @@ def _preference(row: KernelRow, problem: AttentionProblem) -> int:
     return 0 if problem.query_rows >= row.min_rows and not _needs_decode_kernel(problem) else 2
 
 
-def _is_plain(problem: AttentionProblem) -> bool:
-    """Whether all keys of a sequence are one piece of memory whose length bounds the work of a tile."""
-    return "paged" not in problem.features and not problem.has_metadata and problem.tokens_per_split == 0
-
-
-def _fills(row: KernelRow, problem: AttentionProblem) -> bool:
-    """Whether more than half of the row's columns are the problem's."""
-    return 2 * max(problem.head_dim, problem.head_dim_v) > max(row.head_dim, row.head_dim_v)
-
-
-def _tile_fit(row: KernelRow, problem: AttentionProblem) -> tuple[int, int, int]:
+def _tile_fit(row: KernelRow, problem: AttentionProblem) -> tuple[int, int]:
     """Orders rows that are alike but for their tiles: the preferred phase comes first, then the least padded columns of
-    both products, then this, then the table's order. Decode: the fewest tiles, then the smallest; over few keys, where
-    nothing streams, the least shared memory, of which a multiprocessor holds two blocks. PERF(H200, 155 to 397
-    sequences of 1 to 5 queries and keys: 0.53 to 0.67 of the time)"""
+    both products, then this, then the table's order. Decode: the fewest tiles, then the smallest."""
     if row.phase != "decode":
-        return 0, 0, 0
+        return 0, 0
     rows = problem.query_rows
     if max(problem.head_dim, problem.head_dim_v) > SHARED_TILES_ABOVE:
         rows = max(rows, problem.shared_rows)
-    few_keys = 0 < problem.seqlen_k <= FEW_KEYS and _is_plain(problem)
-    return -(-rows // row.tile.tile_m), row.tile.tile_m, row.smem_limit if few_keys else 0
+    return -(-rows // row.tile.tile_m), row.tile.tile_m
 
 
 def dtypes_text(dtype: str, kv_dtype: str) -> str:
@@ -286,25 +278,63 @@ def _decide(problem: AttentionProblem, device: DeviceDescription, build: BuildDe
         key=lambda row: (_preference(row, problem), row.head_dim + row.head_dim_v, _tile_fit(row, problem)),
     )
     left_out: dict[str, str] = {}  # why the build has not what would be better: reason -> the best such kernel
-    chosen: KernelRow | None = None
+    held: list[KernelRow] = []
     for row in running:
         reason = _build_refusal(row, device, build)
         if not reason:
-            chosen = row
-            break
-        left_out.setdefault(reason, row.id)
+            held.append(row)
+        elif not held and not row.by_cost:
+            left_out.setdefault(reason, row.id)
     missing = "; ".join(f"kernel {row_id} {reason}" for reason, row_id in left_out.items())
-    if chosen is None:
+    if not held:
         why = missing or (_device_reason(device, able, problem) if able else _nothing_computes(problem))
         return _no_plan(problem, why, bool(missing))
-    schedule = plan_schedule(problem, chosen, device)
-    why = f"{chosen.id}: the first {chosen.phase} row for {_head_dims(problem)}"
+    first = held[0]
+    first_schedule = plan_schedule(problem, first, device)
+    # Metadata is for the first row alone: whichever runs, and whatever else either call knows, they agree on it.
+    tag, config = metadata_identity(problem, first, first_schedule.pack_gqa)
+    chosen, schedule = _fastest(problem, device, held, first_schedule)
+    if chosen is first:
+        why = f"{chosen.id}: the first {chosen.phase} row for {_head_dims(problem)}"
+    else:
+        why = f"{chosen.id}: takes less time than {first.id}, the first {first.phase} row for {_head_dims(problem)}"
     if missing:
         why += f" that this build holds: {missing}"
     if problem.shared_tokens:
         why += "; the shared prefix in the same launch"
-    tag, config = metadata_identity(problem, chosen, schedule.pack_gqa)
     return Plan(chosen, schedule, tag, config, sys.intern(why), False)
+
+
+def _fastest(
+    problem: AttentionProblem, device: DeviceDescription, rows: list[KernelRow], first_schedule: Schedule
+) -> tuple[KernelRow, Schedule]:
+    """The row that takes the least time, about, and its schedule: the first one unless another is clearly faster.
+
+    Of calls that say how their keys are divided, and whose results must not depend on the batch, it is the first row.
+    """
+    best = rows[0], first_schedule
+    bound = estimate(problem, rows[0], first_schedule, device) if _may_run_on_any(problem) else None
+    if bound is None:
+        return best
+    bound *= CLEARLY_FASTER
+    asked = undivided(problem)
+    for row in rows[1:]:
+        schedule = plan_schedule(asked, row, device)
+        time = estimate(problem, row, schedule, device)
+        if time is not None and time < bound:
+            best, bound = (row, schedule), time
+    return best
+
+
+def undivided(problem: AttentionProblem) -> AttentionProblem:
+    """The problem as a row in place of the first one takes it: metadata plans the splits of the first row alone."""
+    return problem._replace(num_splits=1) if problem.has_metadata else problem
+
+
+def _may_run_on_any(problem: AttentionProblem) -> bool:
+    """Whether the call leaves open how its keys are divided."""
+    asked = problem.tokens_per_split or problem.shared_tokens or problem.num_splits > 1
+    return problem.direction == "forward" and not asked and "qv" not in problem.features
 
 
 def _no_plan(problem: AttentionProblem, reason: str, left_out: bool) -> Plan:

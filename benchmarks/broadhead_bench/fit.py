@@ -1,0 +1,141 @@
+"""Fits the costs of kernels to the times of rows, and says how good the choice by them would be.
+
+A cost has four numbers, none of them negative (``broadhead/plan/cost.py``). They are fitted to the logarithm of the
+times, in steps of a weighted least-squares problem, so that short and long calls count alike.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from broadhead import costs, support
+from broadhead.call.problem import AttentionProblem
+from broadhead.plan import dispatch
+from broadhead.plan.cost import terms
+from broadhead.plan.device import DeviceDescription
+from broadhead.plan.native import BuildDescription
+from broadhead.plan.schedule import plan_schedule
+from scipy.optimize import nnls
+
+from broadhead_bench.cases_landscape import LandscapeCase, landscape_cases
+from broadhead_bench.inputs_landscape import TORCH_DTYPES
+from broadhead_bench.landscape import geomean, percentile
+
+ROWS = {row.id: row for row in support.ROWS}
+#: Times of a kernel that a fit needs.
+FEWEST = 12
+STEPS = 8
+#: Cases of a seed that are drawn to find one by its name.
+MOST_CASES = 400
+
+
+class Timed(NamedTuple):
+    """A case, and the microseconds of each row that computes it."""
+
+    problem: AttentionProblem
+    us: dict[str, float]
+    name: str
+
+
+def read(paths: Iterable[Path]) -> list[Timed]:
+    """Files of ``time_rows.py``."""
+    found, cases = [], {}
+    for path in paths:
+        for record in json.loads(path.read_text(encoding="utf-8"))["cases"]:
+            seed = record["seed"]
+            if seed not in cases:
+                cases[seed] = {case.name: case for case in landscape_cases(seed, MOST_CASES)}
+            us = {name: time for name, time in record["us"].items() if name in ROWS and name not in record["wrong"]}
+            found.append(Timed(problem_of(cases[seed][record["case"]]), us, record["case"]))
+    return found
+
+
+def problem_of(case: LandscapeCase) -> AttentionProblem:
+    """What dispatch sees of a case."""
+    packed = case.kind == "varlen"
+    longest = max(case.seqlens_k)
+    return AttentionProblem(
+        dtype=TORCH_DTYPES[case.dtype],
+        batch=case.batch,
+        seqlen_q=max(case.seqlens_q),
+        seqlen_k=-(-longest // case.page_size) * case.page_size if case.page_size else longest,
+        num_heads_q=case.num_heads_q,
+        num_heads_kv=case.num_heads_kv,
+        head_dim=case.head_dim,
+        head_dim_v=case.head_dim_v,
+        page_size=case.page_size,
+        window=(case.window_size[0], 0 if case.causal else -1),
+        has_metadata=case.kind == "decode",
+        varlen=packed,
+        seqused=case.page_size > 0,
+        sinks=case.sinks,
+        descale=case.dtype == "e4m3",
+        total_q=sum(case.seqlens_q) if packed else 0,
+        total_k=sum(case.seqlens_k) if packed else 0,
+    )
+
+
+def fit(timed: list[Timed], device: DeviceDescription) -> dict[str, costs.Cost]:
+    """The cost of each kernel that has times enough, by the rows' name."""
+    by_name: dict[str, list[tuple[tuple[float, ...], float]]] = defaultdict(list)
+    for problem, us, _ in timed:
+        for row_id, time in us.items():
+            row = ROWS[row_id]
+            asked = dispatch.undivided(problem) if row.phase != "decode" else problem
+            by_name[row.name].append((terms(problem, row, plan_schedule(asked, row, device), device), time))
+    return {name: _fit_one(pairs) for name, pairs in sorted(by_name.items()) if len(pairs) >= FEWEST}
+
+
+def _fit_one(pairs: list[tuple[tuple[float, ...], float]]) -> costs.Cost:
+    matrix, times = np.array([x for x, _ in pairs]), np.array([time for _, time in pairs])
+    weights = 1 / times
+    for _ in range(STEPS):
+        numbers, _ = nnls(matrix * weights[:, None], times * weights)
+        estimates = np.maximum(matrix @ numbers, 1e-3)
+        weights = 1 / np.sqrt(estimates * times) / (1 + abs(np.log(estimates / times)))
+    return costs.Cost(*(round(float(number), 3) for number in numbers))
+
+
+def judge(timed: list[Timed], device: DeviceDescription, build: BuildDescription) -> str:
+    """How much longer the rows that dispatch chooses take than the fastest ones."""
+    dispatch._decided.cache_clear()
+    shares, worst = [], (0.0, "")
+    for problem, us, name in timed:
+        row = dispatch.resolve(problem, device, build).row
+        if row is None or row.id not in us:
+            continue
+        share = us[row.id] / min(us.values())
+        shares.append(share)
+        worst = max(worst, (share, f"{name}: {row.id}, {min(us, key=lambda row_id: us[row_id])} is the fastest"))
+    dispatch._decided.cache_clear()
+    return (
+        f"{len(shares)} cases, the chosen row takes {geomean(shares):.3f} of the fastest one's time in the mean, "
+        f"{percentile(shares, 90):.3f} in one case of ten, {worst[0]:.2f} at worst ({worst[1]})"
+    )
+
+
+def write(fitted: dict[str, costs.Cost], path: Path, sources: str) -> None:
+    """Rewrites the table of ``costs.py``."""
+    text = path.read_text(encoding="utf-8")
+    head = text[: text.index("#: Fitted to")]
+    lines = [f"    {json.dumps(name)}: Cost({', '.join(f'{x:g}' for x in cost)})," for name, cost in fitted.items()]
+    body = "\n".join([f"#: Fitted to {sources}.", "COSTS: dict[str, Cost] = {", *lines, "}", ""])
+    path.write_text(head + body, encoding="utf-8")
+
+
+def described(run: dict[str, Any]) -> tuple[DeviceDescription, BuildDescription]:
+    """The device that was measured, and a build of all rows."""
+    from broadhead.capabilities import SMEM_BY_CAPABILITY
+    from broadhead.plan.native import FamilyBuild
+
+    device = DeviceDescription("cuda", run["device"], (9, 0), SMEM_BY_CAPABILITY[9, 0], 132, 50 << 20, None)
+    families = tuple(
+        FamilyBuild(name, ("90a",), (), frozenset(row.id for row in support.ROWS if row.family == name))
+        for name in dict.fromkeys(row.family for row in support.ROWS)
+    )
+    return device, BuildDescription(True, families, ())
