@@ -158,6 +158,7 @@ def test_continuous_batching(name: str, asked: str, monkeypatch: pytest.MonkeyPa
     results = model.generate_batch(
         inputs=prompts, generation_config=config, continuous_batching_config=pages, progress_bar=False
     )
+    assert not [result.error for result in results.values() if result.error]
     assert [result.generated_tokens for result in results.values()] == expected
     assert len(calls) >= model.config.num_hidden_layers * 4
     assert model.config._attn_implementation == asked
