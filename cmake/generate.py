@@ -273,8 +273,8 @@ def execution_text(support: ModuleType) -> list[str]:
         "",
         f"Kernels have been executed on compute capability {capability_text(executed)} alone.",
         f"On {capability_text(others)} they are **compiled, never executed**.",
-        "A later capability that the table does not know, such as 11.0, runs the rows for all capabilities, within 99 KB",
-        "of shared memory, from PTX where the build holds it: compiled, never executed, either.",
+        "A later capability that the table does not know, such as 11.0, runs the rows for all capabilities within 99",
+        "KB of shared memory, from PTX where the build holds it: compiled, never executed, either.",
     ]
 
 

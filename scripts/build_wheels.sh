@@ -3,13 +3,13 @@
 #
 # usage: scripts/build_wheels.sh LABEL [--out DIR] [--python P]... [--archs LIST]
 #   LABEL        a build of .github/cuda-matrix.json: cu130 is of CUDA 13.0
-#   --out DIR    where the wheels come to lie, default: dist. The kernel libraries go to DIR/kernels/broadhead; what goes
-#                to PyPI, wheels without a label and the sdist, to DIR/pypi where the build is the one for it
+#   --out DIR    where the wheels come to lie, default: dist. The kernel libraries go to DIR/kernels/broadhead. Of the
+#                build that goes to PyPI, wheels without a label and the sdist go to DIR/pypi
 #   --python P   an interpreter to build a wheel for, as often as wanted; default: python3
 #   --archs LIST other architectures than the release's ("80;90a"): such wheels are not fit to ship
 # nvcc is that of CUDACXX, which must be of that version, else that of PATH if it is, else (CUDA 13) one from PyPI. Every
 # wheel is repaired by auditwheel and checked by scripts/check_wheel.py. `python3` must be 3.10 or newer, with venv.
-# BROADHEAD_KERNEL_DIR names kernel libraries of this very build that were compiled before: they are taken instead.
+# BROADHEAD_KERNEL_DIR names libraries of this build's kernels that were compiled before: they are taken instead.
 set -euo pipefail
 start="$PWD"
 cd "$(dirname "$0")/.."

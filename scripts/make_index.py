@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Writes a package index of static files (PEP 503 pages, PEP 691 JSON) with one index for each version label.
 
-``make_index.py OUT FILE...`` copies wheels to OUT/LABEL/broadhead/ beside the pages; wheels without a label go to
-OUT/pypi. ``make_index.py OUT --releases FILE.json`` links the wheels of GitHub releases where they lie; the file is what
-``gh api --paginate --slurp repos/OWNER/NAME/releases`` prints. ``--prereleases`` takes those of pre-releases alone, else those of
-releases alone. Each index is used by ``pip install broadhead --index-url .../LABEL``, also from a ``file://`` folder.
+``make_index.py OUT FILE...`` copies wheels to OUT/LABEL/broadhead/ beside the pages; those without one go to OUT/pypi.
+``make_index.py OUT --releases FILE.json`` links the wheels of GitHub releases where they lie; the file is what
+``gh api --paginate --slurp repos/OWNER/NAME/releases`` prints. ``--prereleases`` takes the wheels of pre-releases, else
+those of releases. pip takes an index by ``--index-url .../LABEL``, which may be a ``file://`` folder.
 """
 
 from __future__ import annotations
