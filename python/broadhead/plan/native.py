@@ -79,8 +79,12 @@ def extension() -> ModuleType | None:
 
 
 def build_help(arch: str) -> str:
-    """What to do about a kernel that this installation lacks. No package index has broadhead with kernels yet."""
-    return f'build broadhead where its source is, with nvcc: BROADHEAD_CUDA_ARCHS="{arch}" pip install .'
+    """What to do about a kernel that this installation lacks: a source tree builds what it is asked for, and the wheels
+    of a release hold kernels."""
+    return (
+        f'build broadhead where its source is, with nvcc: BROADHEAD_CUDA_ARCHS="{arch}" pip install .; or install a'
+        " release: pip install --force-reinstall --no-deps broadhead; `broadhead info` shows what is missing"
+    )
 
 
 @functools.lru_cache(maxsize=1)
