@@ -11,6 +11,7 @@ import broadhead
 import pytest
 import torch
 from broadhead.api.explain import explain_in_parts
+from broadhead.api.explanation import HEADINGS
 from broadhead.plan.device import hypothetical
 from broadhead.plan.native import NO_KERNELS
 from broadhead.support import ROWS
@@ -152,3 +153,32 @@ def test_the_command_asks_all_that_explain_does() -> None:
     assert len(result.output.splitlines()) < 25
     result = runner.invoke(app, ["explain", "--window", "wide"])
     assert result.exit_code == 2 and "--window must be" in result.output
+
+
+def test_the_command_in_json_and_as_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = pytest.importorskip("typer.testing").CliRunner()
+    from broadhead import cli_commands, cli_tables
+    from rich.console import Console
+
+    question = ["explain", "--head-dim", "192", "--head-dim-v", "128", "--device", "9.0"]
+    plain = runner.invoke(cli_commands.app, question).output
+    values = json.loads(runner.invoke(cli_commands.app, [*question, "--json"]).output)
+    assert plain.startswith(f"runs on: {values['answer']}\n") and values["device"] in plain
+    assert values["asked"].startswith("forward, head_dim 192, head_dim_v 128, dtype bf16, ")
+    assert values["refusals"][0]["by"] in HEADINGS and isinstance(values["refusals"][-1]["kernels"], list)
+
+    defaults = {name: p.default for name, p in inspect.signature(broadhead.explain).parameters.items()}
+    answers = ({"build": FULL}, {"build": NO_KERNELS}, {"build": FULL, "head_dim": 100})
+    for options, colour in zip(answers, ("32m", "33m", "31m"), strict=True):
+        found = explain_in_parts(**defaults | {"head_dim": 512, "device": (9, 0)} | options)
+        for no_colour in (False, True):
+            console = Console(width=100, force_terminal=True, no_color=no_colour, color_system="standard")
+            with console.capture() as captured:
+                cli_tables.print_explanation(found, console)
+            shown = captured.get()
+            text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", shown).split())
+            assert text.startswith(f"runs on: {found.answer}") and (colour in shown) != no_colour
+            assert all(heading in text for heading in found.grouped())
+            assert not found.remedy or found.remedy in text
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert Console(force_terminal=True).no_color

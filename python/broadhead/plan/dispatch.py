@@ -414,4 +414,5 @@ def refusal_text(function: str, problem: AttentionProblem, device: DeviceDescrip
     return (
         f"{function}: {head}: {plan.reason}. Asked: {asked}. Device: {device.label()}."
         " Remedy: leave backend and BROADHEAD_STRICT unset to run on the torch fallback"
+        + ("; `broadhead info` shows what this installation holds" if plan.left_out else "")
     )
