@@ -9,7 +9,19 @@ from typing import Any
 import broadhead
 import pytest
 import torch
-from broadhead_bench import accuracy, cases, cases_prefill, cli, inputs, measure_model, plot, records, summary, timing
+from broadhead_bench import (
+    accuracy,
+    cases,
+    cases_prefill,
+    cli,
+    inputs,
+    measure_inference,
+    measure_model,
+    plot,
+    records,
+    summary,
+    timing,
+)
 from broadhead_bench.peers import broadhead_api, registry
 
 FIELDS = {
@@ -71,6 +83,7 @@ def test_case_names() -> None:
         "append": 6,
         "latency": 6,
         "host": 4,
+        "model": 3,
         "landscape": 200,
     }
     for area, of_area in names.items():
@@ -124,7 +137,7 @@ def test_turns_are_even() -> None:
 @pytest.mark.parametrize("area", cases.AREAS)
 def test_quick_on_cpu(area: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "results.json"
-    if area == "training":
+    if area in ("training", "model"):
         pytest.importorskip("transformers")
     arguments = [area, "--quick", "--device", "cpu", "--budget", "0.01", "--out", str(out), "--seed", "3"]
     assert cli.main(arguments) == cli.OK
@@ -137,7 +150,7 @@ def test_quick_on_cpu(area: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
         "broadhead": True,
         "broadhead-det": area in cases_prefill.BACKWARD_AREAS,
         "baseline": area in broadhead_api.Baseline.areas,
-        "sdpa": area in LAYERS,
+        "sdpa": area in (*LAYERS, "model"),
     }
     assert measured == {impl: names for impl, there in expected.items() if there}
     for record in written:
@@ -147,8 +160,12 @@ def test_quick_on_cpu(area: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert record["value"] > 0
         assert record["seconds"] > 0
         assert record["unit"] == records.UNITS[area]
-        is_step = record["case"].startswith("step")
-        assert record["rel_error"] < (measure_model.MAX_STEP_ERROR if is_step else accuracy.MAX_ERROR[area])
+        most = accuracy.MAX_ERROR[area]
+        if record["case"].startswith("step"):
+            most = measure_model.MAX_STEP_ERROR
+        elif area == "model":
+            most = measure_inference.MAX_LOGITS_ERROR
+        assert record["rel_error"] < most
         assert record["versions"]["torch"] == torch.__version__
         assert str(tmp_path) not in record["command"]
     printed = capsys.readouterr().out
