@@ -16,6 +16,7 @@ import torch
 
 import broadhead
 
+from .capabilities import execution_note
 from .integrations.environment import kernel_obstacle
 from .plan.device import DeviceDescription, describe
 from .plan.dispatch import row_refusals
@@ -317,10 +318,19 @@ def _device_lines(device: Device) -> list[str]:
     for family, rows in device.kernels.items():
         backward = len(_BACKWARD.intersection(rows))
         lines.append(f"{'':13}{family}: {len(rows)} kernels run ({len(rows) - backward} forward, {backward} backward)")
+    note = _note(device)
+    if note:
+        lines.append(f"{'':13}{note}")
     left_out = sum(map(len, device.left_out.values()))
     if left_out:
         lines.append(f"{'':13}{left_out} kernels for this device do not run, see above")
     return lines
+
+
+def _note(device: Device) -> str:
+    """What must be known of kernels that run on a device of which nobody has tried one."""
+    capability = device.description.capability
+    return execution_note(capability) if capability is not None and any(device.kernels.values()) else ""
 
 
 def _device_values(device: Device) -> dict[str, Any]:
@@ -334,6 +344,7 @@ def _device_values(device: Device) -> dict[str, Any]:
         "memory_bytes": device.memory_bytes,
         "multiprocessors": found.sm_count,
         "smem_per_block": found.smem_per_block,
+        "note": _note(device) or None,
         "kernels": {family: list(rows) for family, rows in device.kernels.items()},
         "left_out": {reason: list(rows) for reason, rows in device.left_out.items()},
     }

@@ -52,7 +52,10 @@ def test_all_is_well() -> None:
         "serves CUDA 13.0", "cuda:1", "NVIDIA H200", "compute capability 9.0", "141 GiB", "BROADHEAD_STRICT=1",
     ):  # fmt: skip
         assert words in found.text(), words
-    assert "missing" not in found.text()
+    assert "missing" not in found.text() and "never executed" not in found.text()
+    untried = machine(FULL, hypothetical((8, 9)))
+    assert "compiled, never executed" in untried.text() and untried.problems == ()
+    assert "never executed" in untried.as_json()["devices"][0]["note"] and found.as_json()["devices"][0]["note"] is None
     of_hopper = {row.id for row in ROWS if (9, 0) in row.capabilities}
     values = json.loads(json.dumps(found.as_json()))
     assert (

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ..call.layout import is_strided
 from ..call.problem import AttentionProblem, backward_of
-from ..capabilities import arch_for
+from ..capabilities import arch_for, execution_note
 from ..plan.device import DeviceDescription
 from ..plan.dispatch import Plan, Refusal, dtypes_text, refusals, resolve
 from ..plan.native import BuildDescription, build_help
@@ -111,6 +111,8 @@ def explanation(
         backend, answer = "refused", f"nothing, the call is refused: {'; '.join(refused)}"
     elif plan.row is not None:
         backend, kernel, answer = "cuda", plan.row.id, f"cuda, kernel {short(plan.reason)}"
+        note = "" if device.capability is None else execution_note(device.capability)
+        facts += [("note", note)] if note else []
         facts.append(("plan", _plan_text(problem, plan)))
     else:
         answer = f"the torch fallback, because {short(plan.reason)}"
