@@ -11,6 +11,7 @@ import typer
 
 import broadhead
 from broadhead.api.explain import MANY_KEYS, explain_in_parts
+from broadhead.capabilities import EXECUTED, capability_text
 from broadhead.cli_tables import on_terminal, print_explanation
 from broadhead.demo.run import DEFAULT_PROMPT
 from broadhead.demo.run import run as run_demo
@@ -171,6 +172,8 @@ def matrix() -> None:
         )
     Console(width=132).print(table)
     typer.echo(f"{sum(entry.in_build for entry in entries)} of {len(entries)} kernels are in this installation")
+    executed = ", ".join(map(capability_text, EXECUTED))
+    typer.echo(f"Kernels have been executed on compute capability {executed} alone; for others they are compiled only")
 
 
 @app.command("vllm-check")
