@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class Squares:
 
     def add(self, queries: Tensor, keys: Tensor, values: Tensor, got: Tensor, visible: Tensor | None) -> None:
         """Check ``got (R, Hq, Dv)``, of queries ``(R, Hq, D)`` over keys and values ``(S, Hkv, D)``."""
-        reference = _attention_of_heads(queries, keys, values, visible)
+        reference = attention(queries, keys, values, visible)
         self._sums[0] += (got.float() - reference).square().sum()
         self._sums[1] += reference.square().sum()
 
@@ -51,22 +51,47 @@ class Squares:
         return (self._sums[0] / self._sums[1]).sqrt().item()
 
 
-def _attention_of_heads(queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None) -> Tensor:
-    """fp32 attention of queries ``(R, Hq, D)`` over keys and values ``(S, Hkv, D)``, a KV head at a time."""
+def attention(
+    queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, sinks: Tensor | None = None
+) -> Tensor:
+    """Attention in fp32, one KV head at a time.
+
+    Args:
+        queries: ``(R, Hq, D)``.
+        keys: ``(S, Hkv, D)``.
+        values: ``(S, Hkv, Dv)``.
+        visible: bool ``(R, S)``, which keys a query sees; None: all.
+        sinks: ``(Hq,)``, one more logit of each query head.
+
+    Returns:
+        fp32 ``(R, Hq, Dv)``.
+    """
     group = queries.shape[1] // keys.shape[1]
-    heads = [
-        _attention(queries[:, head * group : (head + 1) * group].float(), keys[:, head], values[:, head], visible)
-        for head in range(keys.shape[1])
-    ]
+    heads = []
+    for head in range(keys.shape[1]):
+        mine = slice(head * group, (head + 1) * group)
+        own_sinks = None if sinks is None else sinks[mine].float()
+        heads.append(_attention_of_head(queries[:, mine].float(), keys[:, head], values[:, head], visible, own_sinks))
     return torch.cat(heads, dim=1)
 
 
-def _attention(queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None) -> Tensor:
-    """fp32 attention of queries ``(R, G, D)`` over keys and values ``(S, D)``, where ``visible (R, S)`` if given."""
+def _attention_of_head(
+    queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, sinks: Tensor | None
+) -> Tensor:
+    """fp32 attention of queries ``(R, G, D)`` over the keys and values ``(S, D)`` of one KV head."""
     scores = torch.einsum("rgd,sd->rgs", queries, keys.float()) * queries.shape[-1] ** -0.5
     if visible is not None:
         scores.masked_fill_(~visible[:, None, :], float("-inf"))
-    return torch.einsum("rgs,sd->rgd", scores.softmax(-1), values.float())
+    if sinks is not None:
+        scores = torch.cat((scores, sinks[None, :, None].expand(*scores.shape[:2], 1)), dim=-1)
+    return torch.einsum("rgs,sd->rgd", scores.softmax(-1)[..., : len(keys)], values.float())
+
+
+def checked_sequences(seqlens: Sequence[int]) -> list[int]:
+    """Indices of sequences of all lengths between the shortest and the longest."""
+    by_length = sorted(range(len(seqlens)), key=lambda index: seqlens[index])
+    places = torch.linspace(0, len(seqlens) - 1, min(CHECKED_SEQUENCES, len(seqlens))).long().tolist()
+    return [by_length[place] for place in places]
 
 
 def checked_rows(count: int, device: torch.device) -> Tensor:
@@ -120,15 +145,13 @@ class PagedReference:
     ) -> None:
         self._rows = checked_rows(case.seqlen_q, inputs.q.device)
         self._expected: dict[int, Tensor] = {}
-        by_length = sorted(range(case.batch), key=lambda index: case.seqlens[index])
-        for place in torch.linspace(0, case.batch - 1, min(CHECKED_SEQUENCES, case.batch)).long().tolist():
-            index = by_length[place]
+        for index in checked_sequences(case.seqlens):
             length = case.seqlens[index]
             pages = inputs.page_table[index, : -(-length // case.page_size)].long()
             keys = inputs.k_cache[pages].flatten(0, 1)[:length]
             values = inputs.v_cache[pages].flatten(0, 1)[:length]
             seen = visible(index, self._rows) if visible else _visible_of(case, self._rows, length)
-            self._expected[index] = _attention_of_heads(inputs.q[index, self._rows], keys, values, seen)
+            self._expected[index] = attention(inputs.q[index, self._rows], keys, values, seen)
 
     def error(self, out: Tensor) -> float:
         """Of ``out (B, Sq, H, D)``: the largest of a sequence. Together the outputs of short ones, which are larger,

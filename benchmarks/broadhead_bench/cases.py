@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from broadhead_bench.cases_backward import TRAINING_AREAS, StepCase, training_cases
 from broadhead_bench.cases_decode import DECODE_AREAS, CascadeCase, DecodeCase, decode_cases
-from broadhead_bench.cases_landscape import LandscapeCase, landscape_cases
+from broadhead_bench.cases_landscape import LandscapeCase, default_count, landscape_cases
 from broadhead_bench.cases_masks import MaskCase, mask_cases
+from broadhead_bench.cases_model import InferenceCase, model_cases
 from broadhead_bench.cases_prefill import DenseCase, PagedCase, VarlenCase
 
 
@@ -21,7 +22,18 @@ class HostCase(NamedTuple):
     inner: DecodeCase | DenseCase
 
 
-Case = DenseCase | DecodeCase | CascadeCase | PagedCase | VarlenCase | HostCase | StepCase | MaskCase | LandscapeCase
+Case = (
+    DenseCase
+    | DecodeCase
+    | CascadeCase
+    | PagedCase
+    | VarlenCase
+    | HostCase
+    | StepCase
+    | InferenceCase
+    | MaskCase
+    | LandscapeCase
+)
 
 #: Batch, tokens, query heads, KV heads, head_dim, head_dim_v where it differs.
 FORWARD_SHAPES: tuple[tuple[int, int, int, int, int, int | None], ...] = (
@@ -66,11 +78,11 @@ AREAS = (
     *TRAINING_AREAS,
     *DECODE_AREAS,
     "host",
+    "model",
     "landscape",
 )
 #: Areas whose cases are drawn from a seed.
 DRAWN_AREAS = ("backward-sweep", "landscape")
-LANDSCAPE_CASES, CPU_LANDSCAPE_CASES = 200, 12
 #: Names that stand for several areas on the command line.
 GROUPS = {"decode-all": (*DECODE_AREAS, "host"), "odd-all": ODD_AREAS, "training-all": TRAINING_AREAS}
 
@@ -81,26 +93,23 @@ def ragged_lengths(count: int, shortest: int, longest: int, seed: int = 0) -> tu
     return tuple(round(math.exp(draw.uniform(math.log(shortest), math.log(longest)))) for _ in range(count))
 
 
-def cases_of(area: str, on_cpu: bool = False, seed: int = 0, count: int | None = None) -> list[Case]:
+def cases_of(area: str, on_cpu: bool = False, seed: int = 0) -> list[Case]:
     """The cases of an area, in the order of the published tables.
 
     Args:
         area: one of AREAS.
         on_cpu: the tiny set that the torch fallback can run.
         seed: draws the cases of DRAWN_AREAS.
-        count: the first so many; None: all, of `landscape` LANDSCAPE_CASES.
     """
     if area == "landscape":
-        return [*landscape_cases(seed, count or (CPU_LANDSCAPE_CASES if on_cpu else LANDSCAPE_CASES), on_cpu)]
-    return _fixed_cases(area, on_cpu, seed)[:count]
-
-
-def _fixed_cases(area: str, on_cpu: bool, seed: int) -> list[Case]:
+        return [*landscape_cases(seed, default_count(on_cpu), on_cpu)]
     if area == "forward":
         shapes = CPU_FORWARD_SHAPES if on_cpu else FORWARD_SHAPES
         return [DenseCase(area, *shape[:5], causal, shape[5]) for shape in shapes for causal in (False, True)]
     if area in TRAINING_AREAS:
         return list(training_cases(area, on_cpu, seed))
+    if area == "model":
+        return list(model_cases(on_cpu))
     if area == "masks":
         return list(mask_cases(on_cpu))
     if area in ODD_AREAS:

@@ -30,8 +30,10 @@ CHUNK_TOKENS = (16, 4096)
 SHORTEST_WINDOW = 16
 #: What a case may do and hold: the batch is cut, then heads, then tokens.
 MOST_FLOPS, MOST_BYTES = 1.5e12, 3e9
+#: Cases of a seed where nobody says how many.
+CASES = 200
 #: On a CPU.
-CPU_FLOPS, CPU_LONGEST = 2e7, 96
+CPU_CASES, CPU_FLOPS, CPU_LONGEST = 12, 2e7, 96
 #: One case in so many also runs on the peers that compile what they run.
 COMPILED_SHARE = 10
 
@@ -101,6 +103,11 @@ class LandscapeCase(NamedTuple):
     @property
     def element_bytes(self) -> int:
         return ELEMENT_BYTES[self.dtype]
+
+
+def default_count(on_cpu: bool) -> int:
+    """How many cases of a seed run where nobody says how many."""
+    return CPU_CASES if on_cpu else CASES
 
 
 def landscape_cases(seed: int, count: int, on_cpu: bool = False) -> list[LandscapeCase]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from broadhead_bench.cases import AREAS, DRAWN_AREAS, GROUPS
+from broadhead_bench.cases_landscape import KINDS
 from broadhead_bench.landscape import report
 from broadhead_bench.records import IMPLEMENTATIONS, UNITS, describe_run
 from broadhead_bench.result_file import read_records, write_records
@@ -53,6 +54,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--cases", type=int, metavar="N", help="only the first N of each area's cases; landscape: so many"
+    )
+    parser.add_argument(
+        "--kinds", default="", metavar="NAMES", help=f"landscape: only these, separated by commas: {', '.join(KINDS)}"
+    )
+    parser.add_argument(
+        "--only", default="", metavar="NUMBERS", help="landscape: only these cases of the seed: 3,17 (names begin so)"
     )
     parser.add_argument(
         "--seed", type=int, metavar="N", help=f"draws {', '.join(DRAWN_AREAS)}; default: a new one, which is told"
@@ -129,8 +136,20 @@ def _options(parsed: argparse.Namespace) -> Options:
         raise ValueError(f"--budget must be positive, got {budget}")
     if parsed.cases is not None and parsed.cases < 1:
         raise ValueError(f"--cases must be at least 1, got {parsed.cases}")
+    kinds = tuple(name for name in parsed.kinds.split(",") if name)
+    unknown = sorted(set(kinds) - set(KINDS))
+    if unknown:
+        raise ValueError(f"--kinds: unknown {', '.join(unknown)}; accepted are {', '.join(KINDS)}")
+    words = tuple(word for word in parsed.only.split(",") if word)
+    if not all(word.isdecimal() for word in words):
+        raise ValueError(f"--only takes numbers of cases, separated by commas, got {parsed.only!r}")
+    if (kinds or words) and "landscape" not in parsed.areas:
+        raise ValueError("--kinds and --only select cases of the landscape, which is not among the areas")
+    numbers = tuple(map(int, words))
+    if parsed.cases is not None and numbers and max(numbers) >= parsed.cases:
+        raise ValueError(f"--only {max(numbers)} is not among the first {parsed.cases} cases (--cases)")
     seed = secrets.randbelow(10**9) if parsed.seed is None else parsed.seed
-    return Options(device, implementations, parsed.case, budget, seed, parsed.cases)
+    return Options(device, implementations, parsed.case, budget, seed, parsed.cases, kinds, numbers)
 
 
 def print_tables(records: list[dict[str, Any]]) -> None:

@@ -74,26 +74,41 @@ def percentile(values: list[float], percent: float) -> float:
 
 
 def report(records: list[dict[str, Any]]) -> list[str]:
-    """Lines: means and percentiles of all and of each kind, the worst cases, and what the table chose badly."""
+    """Lines: what the ratios of all cases, of each kind and of each kernel come to, the worst cases, and what the table
+    chose badly."""
     found = ratios(records)
-    lines = []
     fused = [ratio for ratio in found if ratio.rival != "memeff"]
+    portable = ratios(records, "broadhead-sm80-fwd", "fa2")
     groups: dict[str, list[Ratio]] = {"all": fused}
     for ratio in fused:
         groups.setdefault(ratio.kind, []).append(ratio)
         groups.setdefault(f"bound by {ratio.bound}", []).append(ratio)
     groups["torch's memory-efficient attention, where nobody else runs"] = [r for r in found if r.rival == "memeff"]
-    groups["portable kernels of prefill, beside fa2"] = ratios(records, "broadhead-sm80-fwd", "fa2")
-    for name, members in groups.items():
-        if members:
-            values = [ratio.value for ratio in members]
-            lines.append(
-                f"{name}: {len(values)} cases, geometric mean {geomean(values):.3f}, tenth percentile "
-                f"{percentile(values, 10):.3f}, fifth {percentile(values, 5):.3f}, worst {min(values):.3f}"
-            )
+    groups["portable kernels of prefill, beside fa2"] = portable
+    lines = [_distribution(name, members) for name, members in groups.items() if members]
+    lines += _by_kernel(fused)
     lines += _worst("worst cases", fused)
-    lines += _worst("worst of the portable kernels", groups["portable kernels of prefill, beside fa2"])
+    lines += _worst("worst of the portable kernels", portable)
     return lines + _misfits(records)
+
+
+def _distribution(name: str, members: list[Ratio]) -> str:
+    values = [ratio.value for ratio in members]
+    level = sum(value >= 1.0 for value in values)
+    return (
+        f"{name}: {len(values)} cases, geometric mean {geomean(values):.3f}, tenth percentile "
+        f"{percentile(values, 10):.3f}, fifth {percentile(values, 5):.3f}, worst {min(values):.3f}, "
+        f"{100 * level / len(values):.0f} % at 1.0 or above"
+    )
+
+
+def _by_kernel(found: list[Ratio]) -> list[str]:
+    """A line for each kernel that ran, the slowest beside its peers first."""
+    kernels: dict[str, list[Ratio]] = {}
+    for ratio in found:
+        kernels.setdefault(str(ratio.kernel), []).append(ratio)
+    worst_first = sorted(kernels, key=lambda kernel: geomean([ratio.value for ratio in kernels[kernel]]))
+    return [_distribution(f"kernel {kernel}", kernels[kernel]) for kernel in worst_first]
 
 
 def _worst(title: str, found: list[Ratio]) -> list[str]:

@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from broadhead_bench import timing
-from broadhead_bench.accuracy import CHECKED_SEQUENCES, causal_visible, checked_rows, relative_error, worst
+from broadhead_bench.accuracy import (
+    attention,
+    causal_visible,
+    checked_rows,
+    checked_sequences,
+    relative_error,
+    worst,
+)
 from broadhead_bench.cases_landscape import LandscapeCase
 from broadhead_bench.inputs_landscape import landscape_inputs
 from broadhead_bench.peers.base import Peer, Skip
@@ -53,9 +60,7 @@ class LandscapeTask(Task):
     def _expected(self) -> dict[int, tuple[Tensor, Tensor]]:
         """Of sequences of all lengths: rows spread over the queries, and what they are in fp32."""
         case, found = self.case, {}
-        by_length = sorted(range(case.batch), key=lambda index: case.seqlens_k[index])
-        for place in torch.linspace(0, case.batch - 1, min(CHECKED_SEQUENCES, case.batch)).long().tolist():
-            index = by_length[place]
+        for index in checked_sequences(case.seqlens_k):
             q, k, v = self.inputs.of_sequence(case, index)
             rows = checked_rows(case.seqlens_q[index], self.device)
             visible = None
@@ -63,20 +68,3 @@ class LandscapeTask(Task):
                 visible = causal_visible(rows + len(k) - len(q), len(k), case.window)
             found[index] = rows, attention(q[rows], k, v, visible, self.inputs.sinks)
         return found
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, sinks: Tensor | None) -> Tensor:
-    """fp32 attention of queries ``(R, Hq, D)`` over k and v ``(S, Hkv, D)``, where ``visible (R, S)`` if given; a sink
-    is one more logit of its head."""
-    group, heads = q.shape[1] // k.shape[1], []
-    for head in range(k.shape[1]):
-        mine = slice(head * group, (head + 1) * group)
-        scores = torch.einsum("rgd,sd->rgs", q[:, mine], k[:, head]) * q.shape[-1] ** -0.5
-        if visible is not None:
-            scores.masked_fill_(~visible[:, None, :], float("-inf"))
-        if sinks is not None:
-            logits = sinks[mine].float()[None, :, None].expand(len(q), group, 1)
-            scores = torch.cat((scores, logits), dim=-1)
-        weights = scores.softmax(-1)[..., : len(k)]
-        heads.append(torch.einsum("rgs,sd->rgd", weights, v[:, head]))
-    return torch.cat(heads, dim=1)

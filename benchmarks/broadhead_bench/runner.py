@@ -12,7 +12,7 @@ import torch
 
 from broadhead_bench.cases import Case, cases_of
 from broadhead_bench.cases_decode import DECODE_AREAS
-from broadhead_bench.cases_landscape import LandscapeCase
+from broadhead_bench.cases_landscape import LandscapeCase, default_count, landscape_cases
 from broadhead_bench.measure import task_of
 from broadhead_bench.peers.base import Peer, Skip
 from broadhead_bench.peers.registry import all_peers
@@ -34,6 +34,8 @@ class Options(NamedTuple):
     budget: float | None = None  # None: what suits the area
     seed: int = 0  # of the cases that are drawn
     most_cases: int | None = None  # of each area; None: all
+    kinds: tuple[str, ...] = ()  # of the landscape; empty: all
+    numbers: tuple[int, ...] = ()  # of cases of the landscape; empty: all
 
     def budget_of(self, area: str) -> float:
         """Seconds a measurement."""
@@ -43,8 +45,18 @@ class Options(NamedTuple):
 
     def cases_of(self, area: str) -> list[Case]:
         """The selected cases of an area."""
-        count = self.most_cases if area == "landscape" else None
-        cases = cases_of(area, self.device.type == "cpu", self.seed, count)
+        on_cpu = self.device.type == "cpu"
+        cases: list[Case]
+        if area == "landscape":
+            behind = max(self.numbers, default=-1) + 1
+            drawn = landscape_cases(self.seed, self.most_cases or max(behind, default_count(on_cpu)), on_cpu)
+            cases = [
+                case
+                for case in drawn
+                if (not self.kinds or case.kind in self.kinds) and (not self.numbers or case.number in self.numbers)
+            ]
+        else:
+            cases = cases_of(area, on_cpu, self.seed)
         return [case for case in cases if self.case_filter in case.name][: self.most_cases]
 
 
@@ -77,7 +89,7 @@ def run_area(
             log(f"skip {peer.name}: {reason}")
     cases = options.cases_of(area)
     if not cases:
-        log(f"no case of {area} contains {options.case_filter!r}")
+        log(f"no case of {area} is selected by --case {options.case_filter!r}, --kinds and --only")
     for case in cases:
         for peer, measured in _measure_case(area, case, available, options):
             if isinstance(measured, Exception):

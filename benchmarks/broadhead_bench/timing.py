@@ -49,6 +49,7 @@ def time_interleaved(
     flush: Callable[[], None],
     budget: float,
     least: int = MIN_REPETITIONS,
+    warm_up: float = WARM_UP_SECONDS,
 ) -> list[float | Exception]:
     """Median seconds of each function on the device, each run after a flushed L2.
 
@@ -60,6 +61,7 @@ def time_interleaved(
         flush: overwrites the L2.
         budget: seconds to spend on the timed runs of one function, as far as ``least`` allows.
         least: timed runs of one function.
+        warm_up: seconds that each function runs before it is timed, in at most three runs where this is 0.
 
     Returns:
         For each function its seconds, or what it raised while warming up.
@@ -68,7 +70,7 @@ def time_interleaved(
     repetitions = [0] * len(functions)
     for index, function in enumerate(functions):
         try:
-            repetitions[index] = _repetitions(function, flush, budget, least)
+            repetitions[index] = _repetitions(function, flush, budget, least, warm_up)
         except Exception as error:  # any implementation may fail in any way; the others are timed all the same
             results[index] = error
     events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in functions]
@@ -86,12 +88,14 @@ def time_interleaved(
     return results
 
 
-def _repetitions(function: Callable[[], Any], flush: Callable[[], None], budget: float, least: int) -> int:
+def _repetitions(
+    function: Callable[[], Any], flush: Callable[[], None], budget: float, least: int, warm_up: float
+) -> int:
     """Warm up, and say how many runs fit the budget."""
     function()
     torch.cuda.synchronize()
     start, runs = time.perf_counter(), 0
-    while runs < min(3, least) or time.perf_counter() - start < WARM_UP_SECONDS:
+    while runs < min(3, least) or time.perf_counter() - start < warm_up:
         flush()
         function()
         torch.cuda.synchronize()

@@ -10,8 +10,12 @@ from typing import Any
 import pytest
 import torch
 from broadhead import support
+from broadhead.plan import dispatch
 from broadhead_bench import cases, cli, landscape
+from broadhead_bench.accuracy import attention
 from broadhead_bench.cases_landscape import (
+    CASES,
+    CPU_CASES,
     DTYPES,
     KINDS,
     LONGEST,
@@ -22,9 +26,10 @@ from broadhead_bench.cases_landscape import (
     landscape_cases,
 )
 from broadhead_bench.inputs_landscape import landscape_inputs
-from broadhead_bench.measure_landscape import LandscapeTask, attention
+from broadhead_bench.measure_landscape import LandscapeTask
 from broadhead_bench.peers.broadhead_api import Broadhead
-from broadhead_bench.peers.broadhead_rows import candidates
+from broadhead_bench.peers.broadhead_rows import ForcedRow, candidates
+from broadhead_bench.runner import Options
 
 CPU = torch.device("cpu")
 
@@ -32,8 +37,36 @@ CPU = torch.device("cpu")
 def test_a_seed_draws_the_same_cases_and_more_of_them() -> None:
     assert landscape_cases(5, 40) == landscape_cases(5, 60)[:40]
     assert landscape_cases(5, 40) != landscape_cases(6, 40)
-    assert len(cases.cases_of("landscape", seed=1)) == cases.LANDSCAPE_CASES
-    assert len(cases.cases_of("landscape", seed=1, count=7)) == 7
+    assert len(cases.cases_of("landscape", seed=1)) == CASES
+    assert len(cases.cases_of("landscape", on_cpu=True, seed=1)) == CPU_CASES
+
+
+def test_a_part_of_a_seed_is_selected_from_the_same_cases() -> None:
+    options = Options(torch.device("cuda"), seed=9)
+    drawn = landscape_cases(9, CASES)
+    assert options.cases_of("landscape") == drawn
+    assert options._replace(most_cases=7).cases_of("landscape") == drawn[:7]
+    steps = options._replace(kinds=("decode", "chunk")).cases_of("landscape")
+    assert steps == [case for case in drawn if case.kind in ("decode", "chunk")]
+    far = CASES + 30
+    picked = options._replace(numbers=(far, 3)).cases_of("landscape")
+    assert picked == [drawn[3], landscape_cases(9, far + 1)[far]]
+    kind = drawn[3].kind
+    assert options._replace(numbers=(3,), kinds=tuple(set(KINDS) - {kind})).cases_of("landscape") == []
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["landscape", "--kinds", "decode,paging"], "--kinds: unknown paging; accepted are dense, varlen"),
+        (["landscape", "--only", "3,x"], "--only takes numbers of cases, separated by commas, got '3,x'"),
+        (["landscape", "--only", "12", "--cases", "12"], "--only 12 is not among the first 12 cases"),
+        (["forward", "--only", "3"], "which is not among the areas"),
+    ],
+)
+def test_selections_that_make_no_sense(options: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*options, "--quick", "--device", "cpu"]) == cli.BAD_USAGE
+    assert text in capsys.readouterr().err
 
 
 def test_the_cases_are_spread_over_what_calls_are_made_of() -> None:
@@ -137,6 +170,9 @@ def test_the_report() -> None:
     assert found == {"a": (1.5, "cudnn"), "b": (0.5, "fa2"), "c": (8.0, "memeff"), "e": (1.0, "fa3")}
     lines = landscape.report(records)
     assert lines[0].startswith(f"all: 3 cases, geometric mean {0.75 ** (1 / 3):.3f}, tenth percentile 0.500")
+    assert lines[0].endswith("fifth 0.500, worst 0.500, 67 % at 1.0 or above")
+    ran = [line for line in lines if line.startswith("kernel ")]
+    assert len(ran) == 1 and ran[0].startswith("kernel row_of_broadhead: 3 cases, geometric mean 0.909")
     assert any("where nobody else runs: 1 cases, geometric mean 8.000" in line for line in lines)
     assert any("beside fa2: 1 cases, geometric mean 2.000" in line for line in lines)
     assert "  0.900 row_of_broadhead ran, row_of_broadhead_best is faster  a dense B1 x" in lines
@@ -179,3 +215,30 @@ def test_the_plot(tmp_path: Path) -> None:
     records = [{**r, "device": "GPU"} for r in _records(a={"broadhead": 1.0, "fa3": 2.0}, b={"broadhead": 1.0})]
     plot(records, tmp_path / "l.png")
     assert (tmp_path / "l.png").stat().st_size > 1000
+
+
+def test_a_forced_row_is_alone_when_metadata_is_made_and_when_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Metadata that was planned for another row is refused."""
+    everything, row = dispatch.ROWS, next(row for row in support.ROWS if row.phase == "decode")
+    seen = []
+
+    def landscape_of(self: Broadhead, case: LandscapeCase, inputs: object) -> Any:
+        seen.append(dispatch.ROWS)
+        return lambda: seen.append(dispatch.ROWS)
+
+    monkeypatch.setattr(Broadhead, "landscape", landscape_of)
+    call = ForcedRow().forced((row,), FP8, landscape_inputs(FP8, CPU))
+    assert seen == [(row,)] and dispatch.ROWS is everything
+    call()
+    assert seen == [(row,), (row,)] and dispatch.ROWS is everything
+
+
+def test_kernels_are_reported_slowest_first() -> None:
+    records = _records(
+        a={"broadhead": 2.0, "fa3": 1.0}, b={"broadhead": 1.0, "fa3": 3.0}, c={"broadhead": 1.0, "fa3": 3.0}
+    )
+    for record, kernel in zip((r for r in records if r["impl"] == "broadhead"), ("slow", "fast", "fast")):
+        record["kernel"] = kernel
+    ran = [line for line in landscape.report(records) if line.startswith("kernel ")]
+    assert [line[: line.index(",")] for line in ran] == ["kernel slow: 1 cases", "kernel fast: 2 cases"]
+    assert "geometric mean 0.500" in ran[0] and ran[1].endswith("100 % at 1.0 or above")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -49,7 +49,14 @@ class ForcedRow(Broadhead):
     def why_unavailable(self, device: torch.device) -> str | None:
         return super().why_unavailable(device) if device.type == "cuda" else "needs a CUDA device, to have kernels"
 
-    def forced(self, rows: tuple[support.KernelRow, ...], call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def forced(
+        self, rows: tuple[support.KernelRow, ...], case: LandscapeCase, inputs: LandscapeInputs
+    ) -> Callable[[], Tensor]:
+        """The call on these rows. It is prepared among them as well: scheduler metadata is made for one kernel, and
+        another refuses it."""
+        with only(rows):
+            call = super().landscape(case, inputs)
+
         def run() -> Tensor:
             with only(rows):
                 return call()
@@ -64,17 +71,21 @@ class BestRow(ForcedRow):
 
     def landscape(self, case: LandscapeCase, inputs: LandscapeInputs) -> Callable[[], Tensor]:
         device = inputs.q.device
-        flush = timing.L2Flusher(device)
-        found: dict[float, Callable[[], Tensor]] = {}
+        calls, graphs = [], []
         for row in candidates(case, torch.cuda.get_device_capability(device)):
             try:
-                call = self.forced((row,), super().landscape(case, inputs))
-                found[statistics.median(_seconds(timing.captured(call, device), flush))] = call
+                call = self.forced((row,), case, inputs)
+                graphs.append(timing.captured(call, device))
+                calls.append(call)
             except (broadhead.UnsupportedError, broadhead.InvalidTypeError):
                 continue
-        if not found:
+            except broadhead.BroadheadError as error:
+                raise RuntimeError(f"row {row.id}: {error}") from error
+        if not calls:
             raise Skip("no row computes this call by itself")
-        return found[min(found)]
+        times = timing.time_interleaved(graphs, timing.L2Flusher(device), budget=0.0, least=TRIES, warm_up=0.0)
+        seconds = [math.inf if isinstance(time, Exception) else time for time in times]
+        return calls[seconds.index(min(seconds))]
 
 
 class PortableForward(ForcedRow):
@@ -86,7 +97,7 @@ class PortableForward(ForcedRow):
         if case.kind not in ("dense", "varlen") or case.head_dim > 256 or case.dtype == "e4m3":
             raise Skip("is measured on what FlashAttention-2 does")
         rows = tuple(row for row in support.ROWS if row.family == "sm80" and row.direction == "forward")
-        return self.forced(rows, super().landscape(case, inputs))
+        return self.forced(rows, case, inputs)
 
 
 def candidates(case: LandscapeCase, capability: tuple[int, int]) -> list[support.KernelRow]:
@@ -103,16 +114,3 @@ def candidates(case: LandscapeCase, capability: tuple[int, int]) -> list[support
         and not row.kv_dtype
         and "qv" not in row.requires
     ]
-
-
-def _seconds(call: Callable[[], object], flush: Callable[[], None]) -> list[float]:
-    events = []
-    for _ in range(TRIES):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        flush()
-        begin.record()
-        call()
-        end.record()
-        events.append((begin, end))
-    torch.cuda.synchronize()
-    return [begin.elapsed_time(end) for begin, end in events]

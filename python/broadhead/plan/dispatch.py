@@ -31,6 +31,7 @@ class Refusal(NamedTuple):
 
     row_id: str
     reason: str
+    by: str  # what stands in the way: the "arguments" of the call, the "device", or this "build"
 
 
 class MetadataConfig(NamedTuple):
@@ -188,7 +189,7 @@ def _build_refusal(row: KernelRow, device: DeviceDescription, build: BuildDescri
     return ""
 
 
-def _gradient_refusals(problem: AttentionProblem, device: DeviceDescription, build: BuildDescription) -> list[str]:
+def _gradient_refusals(problem: AttentionProblem, device: DeviceDescription, build: BuildDescription) -> list[Refusal]:
     """Why no kernel computes the gradients of a forward problem, if it asks for them."""
     if "gradients" not in problem.features:
         return []
@@ -198,17 +199,21 @@ def _gradient_refusals(problem: AttentionProblem, device: DeviceDescription, bui
     if plan.row is not None:
         return []
     kernel = "deterministic CUDA kernel" if "deterministic" in problem.features else "CUDA kernel"
-    return [f"an input requires grad, and no {kernel} differentiates: {plan.reason}"]
+    reason = f"an input requires grad, and no {kernel} differentiates: {plan.reason}"
+    return [Refusal("", reason, "build" if plan.left_out else "arguments")]
 
 
-def _general_refusals(problem: AttentionProblem, device: DeviceDescription, build: BuildDescription) -> list[str]:
+def _general_refusals(problem: AttentionProblem, device: DeviceDescription, build: BuildDescription) -> list[Refusal]:
     """Reasons that hold for every row."""
-    reasons = []
+    found = []
     if device.type != "cuda":
-        reasons.append(f"the tensors are on a {device.type} device; kernels run on NVIDIA CUDA devices")
+        text = f"the tensors are on a {device.type} device; kernels run on NVIDIA CUDA devices"
+        found.append(Refusal("", text, "device"))
     if problem.direction == "backward" and problem.batch > MAX_BACKWARD_BATCH:
-        reasons.append(f"backward kernels take up to {MAX_BACKWARD_BATCH} sequences, not {problem.batch}")
-    return reasons + _gradient_refusals(problem, device, build) + _short_rows(problem) + list(problem.obstacles)
+        text = f"backward kernels take up to {MAX_BACKWARD_BATCH} sequences, not {problem.batch}"
+        found.append(Refusal("", text, "arguments"))
+    found += _gradient_refusals(problem, device, build)
+    return found + [Refusal("", text, "arguments") for text in (*_short_rows(problem), *problem.obstacles)]
 
 
 def _short_rows(problem: AttentionProblem) -> list[str]:
@@ -281,7 +286,7 @@ _rows_by_dtypes: tuple[tuple[KernelRow, ...], dict[tuple[str, str, str], list[Ke
 def _decide(problem: AttentionProblem, device: DeviceDescription, build: BuildDescription) -> Plan:
     general = _general_refusals(problem, device, build)
     if general:
-        return _no_plan(problem, "; ".join(general), False)
+        return _no_plan(problem, "; ".join(refusal.reason for refusal in general), False)
     needed = _needed_features(problem)
     able = [row for row in _rows_of(problem) if not _request_refusal(row, problem, needed)]
     running = sorted(
@@ -325,14 +330,23 @@ def refusals(
     """
     build = build_description() if build is None else build
     needed = _needed_features(problem)
-    found = [Refusal("", reason) for reason in _general_refusals(problem, device, build)]
+    found = _general_refusals(problem, device, build)
     for row in ROWS:
         reason = _request_refusal(row, problem, needed)
-        if not reason and device.type == "cuda":
-            reason = _device_refusal(row, device) or _build_refusal(row, device, build)
         if reason:
-            found.append(Refusal(row.id, reason))
+            found.append(Refusal(row.id, reason, "arguments"))
+        elif device.type == "cuda":
+            found += row_refusals(row, device, build)
     return tuple(found)
+
+
+def row_refusals(row: KernelRow, device: DeviceDescription, build: BuildDescription) -> list[Refusal]:
+    """Why a row runs no call at all on a CUDA device with what this installation holds; empty: it does run some."""
+    reason = _device_refusal(row, device)
+    if reason:
+        return [Refusal(row.id, reason, "device")]
+    reason = _build_refusal(row, device, build)
+    return [Refusal(row.id, reason, "build")] if reason else []
 
 
 def _device_reason(device: DeviceDescription, able: list[KernelRow], problem: AttentionProblem) -> str:
@@ -404,4 +418,5 @@ def refusal_text(function: str, problem: AttentionProblem, device: DeviceDescrip
     return (
         f"{function}: {head}: {plan.reason}. Asked: {asked}. Device: {device.label()}."
         " Remedy: leave backend and BROADHEAD_STRICT unset to run on the torch fallback"
+        + ("; `broadhead info` shows what this installation holds" if plan.left_out else "")
     )

@@ -83,8 +83,12 @@ def extension() -> ModuleType | None:
 
 
 def build_help(arch: str) -> str:
-    """What to do about a kernel that this installation lacks. No package index has broadhead with kernels yet."""
-    return f'build broadhead where its source is, with nvcc: BROADHEAD_CUDA_ARCHS="{arch}" pip install .'
+    """What to do about a kernel that this installation lacks: a source tree builds what it is asked for, and the wheels
+    of a release hold kernels."""
+    return (
+        f'build broadhead where its source is, with nvcc: BROADHEAD_CUDA_ARCHS="{arch}" pip install .; or install a'
+        " release: pip install --force-reinstall --no-deps broadhead"
+    )
 
 
 @functools.lru_cache(maxsize=1)
@@ -106,7 +110,8 @@ def _note_missing_kernels() -> None:
     warnings.warn(
         "broadhead: torch sees a CUDA device, but this installation holds no kernels (they were left out when it was "
         "built): calls on CUDA tensors run on the torch fallback. To have kernels "
-        + build_help(arch_for(torch.cuda.get_device_capability())),
+        + build_help(arch_for(torch.cuda.get_device_capability()))
+        + ". `broadhead info` shows what is missing",
         FallbackWarning,
         stacklevel=3,
     )
