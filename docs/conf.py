@@ -7,13 +7,14 @@ import sys
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent
-sys.path.insert(0, str(DOCS / "_site"))
+# The docstrings are those of this tree; the compiled module is not needed to read them.
+sys.path[:0] = [str(DOCS / "_site"), str(DOCS.parent / "python")]
 
 project = "broadhead"
 author = "The broadhead authors"
 copyright = author
-release = re.search(r'^version = "(.+)"$', (DOCS.parent / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)[1]
-version = release
+_pyproject = (DOCS.parent / "pyproject.toml").read_text(encoding="utf-8")
+version = release = re.search(r'^version = "(.+)"$', _pyproject, re.MULTILINE)[1]
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton", "repository_pages"]
 root_doc = "index"

@@ -119,8 +119,8 @@ def test_blocks_are_of_a_known_kind(page: Path) -> None:
 
 
 def test_the_commands_of_explain_run() -> None:
-    lines = [line for page in PAGES for block in blocks_of(page) if block.info == "sh" for line in block.text.splitlines()]
-    commands = [line.split()[1:] for line in lines if line.startswith("broadhead explain")]
+    shell = [block.text for page in PAGES for block in blocks_of(page) if block.info == "sh"]
+    commands = [line.split()[1:] for line in "".join(shell).splitlines() if line.startswith("broadhead explain")]
     assert commands
     for command in commands:
         result = subprocess.run([sys.executable, "-m", "broadhead", *command], capture_output=True, text=True)
