@@ -20,6 +20,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 root_doc = "index"
 exclude_patterns = ["_site"]
 html_theme = "furo"
+pygments_style, pygments_dark_style = "default", "monokai"
 html_title = f"broadhead {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
