@@ -119,6 +119,8 @@ def test_blocks_are_of_a_known_kind(page: Path) -> None:
 
 
 def test_the_commands_of_explain_run() -> None:
+    pytest.importorskip("typer", reason="the command needs typer and rich, of the extra demo")
+    pytest.importorskip("rich", reason="the command needs typer and rich, of the extra demo")
     shell = [block.text for page in PAGES for block in blocks_of(page) if block.info == "sh"]
     commands = [line.split()[1:] for line in "".join(shell).splitlines() if line.startswith("broadhead explain")]
     assert commands

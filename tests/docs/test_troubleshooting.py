@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import sys
 import warnings
 from pathlib import Path
 
 import broadhead
 import pytest
 import torch
-from broadhead import errors
+from broadhead import cli, errors
 from broadhead.plan import native
 from broadhead.run import fallback
 from pages import Block, Page, blocks_of
@@ -57,7 +58,9 @@ def test_blocks_say_what_stands_below_them(capsys: pytest.CaptureFixture[str]) -
                 assert is_said(said, below.text), f"{block.text}says\n{said}\nand the page\n{below.text}"
                 compared += 1
         else:
-            assert block.info in ("text", "text cpu"), f"the test does not know blocks of {block.info!r}"
+            assert block.info in ("text", "text cpu", "text torch", "text command"), (
+                f"the test does not know blocks of {block.info!r}"
+            )
     assert compared >= 20
 
 
@@ -74,6 +77,17 @@ def test_the_warnings_are_those_of_the_code(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(said) == len(on_page) == 2
     for text in on_page:
         assert any(is_said(warning, text) for warning in said), f"{said} and the page\n{text}"
+
+
+def test_the_command_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def without_typer() -> None:
+        raise ModuleNotFoundError("No module named 'typer'", name="typer")
+
+    monkeypatch.setattr(cli, "build_app", without_typer)
+    monkeypatch.setattr(sys, "argv", ["broadhead", "explain"])
+    assert cli.main() == 2
+    (on_page,) = (block.text for block in blocks_of(PAGE) if block.info == "text command")
+    assert is_said(capsys.readouterr().err, on_page)
 
 
 def test_the_page_knows_every_class() -> None:
