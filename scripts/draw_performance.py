@@ -108,9 +108,9 @@ PLOTS = (
     ),
 )
 
-WIDTH, LABELS, NUMBERS = 760, 236, 74  # of the picture, of the labels at its left, of the numbers behind the bars
+WIDTH, LABELS, NUMBERS = 780, 262, 74  # of the picture, of the labels at its left, of the numbers behind the bars
 BAR, GAP, GROUP_GAP, HEAD, FOOT = 15, 3, 14, 64, 30
-LEGEND = 146  # from one name of the legend to the next
+LEGEND = 150  # from one name of the legend to the next
 
 
 def values_of(plot: Plot) -> dict[tuple[str, str], float]:
