@@ -13,6 +13,7 @@ from ..call.layout import is_strided
 from ..call.mask_values import MaskRule, check_tree
 from ..call.masking import normalize_chunk, normalize_window, split_causal
 from ..call.problem import DTYPE_NAMES, AttentionProblem, backward_of, gradient_features, refuse_tree_gradient
+from ..capabilities import execution_note
 from ..errors import InvalidArgumentError, InvalidTypeError
 from ..plan.device import DeviceDescription, default_device, describe, hypothetical
 from ..plan.dispatch import Plan, Refusal, dtypes_text, refusals, resolve
@@ -314,6 +315,9 @@ def explain(
         splits = f"{schedule.num_splits} splits"
         if schedule.tokens_per_split:
             splits = f"a split of every {schedule.tokens_per_split} keys"
+        note = execution_note(where.capability) if where.capability is not None else ""
+        if note:
+            lines.append(f"note: {note}")
         lines.append(
             f"plan: {splits}, GQA {'packed' if schedule.pack_gqa else 'not packed'},"
             f" {schedule.m_blocks} query tiles x {schedule.heads_in_grid} heads x {problem.batch} sequences"

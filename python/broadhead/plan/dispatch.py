@@ -8,7 +8,7 @@ import zlib
 from typing import NamedTuple
 
 from ..call.problem import ALIGNMENT_BYTES, DQ_SUM_ROWS, AttentionProblem, backward_of, canonical_right
-from ..capabilities import arch_for
+from ..capabilities import arch_for, capability_text
 from ..support import ELEMENT_BYTES, EXTRA_FEATURES, FEATURES, FEW_KEYS, ROWS, KernelRow
 from .device import DeviceDescription
 from .native import BuildDescription, build_description, build_help
@@ -117,7 +117,7 @@ def dtypes_text(dtype: str, kv_dtype: str) -> str:
 
 
 def _capability_text(capability: tuple[int, int] | None) -> str:
-    return "none" if capability is None else f"{capability[0]}.{capability[1]}"
+    return "none" if capability is None else capability_text(capability)
 
 
 def _needed_features(problem: AttentionProblem) -> tuple[str, ...]:
@@ -153,7 +153,7 @@ def _request_refusal(row: KernelRow, problem: AttentionProblem, needed: tuple[st
 
 def _device_refusal(row: KernelRow, device: DeviceDescription) -> str:
     """Why the row's kernel does not run on the device ("" if it does)."""
-    if device.capability not in row.capabilities:
+    if not row.runs_on(device.capability):
         known = ", ".join(map(_capability_text, row.capabilities))
         return f"runs on compute capability {known}, not {_capability_text(device.capability)}"
     if row.smem_limit > device.smem_per_block:
@@ -178,10 +178,13 @@ def _build_refusal(row: KernelRow, device: DeviceDescription, build: BuildDescri
             f"is left out of this build for compute capability {_capability_text(device.capability)}: it was built for"
             f' "{";".join(family.archs)}"; {build_help(arch)}'
         )
-    needed = (*family.cuda_version[:1], 0) if family.cuda_version else ()
+    # Machine code runs with every driver of its CUDA major version. PTX is compiled by drivers as new as its compiler.
+    by_ptx = family.needs_ptx(device.capability)
+    needed = (family.cuda_version[:2] if by_ptx else (*family.cuda_version[:1], 0)) if family.cuda_version else ()
     if needed and device.cuda_version is not None and device.cuda_version < needed:
         found = ".".join(map(str, device.cuda_version))
-        return f"needs CUDA {needed[0]}.{needed[1]} or newer, the driver serves {found}; update the driver"
+        asked = f"CUDA {needed[0]}.{needed[1]} or newer{' to compile its PTX' if by_ptx else ''}"
+        return f"needs {asked}, the driver serves {found}; update the driver"
     return ""
 
 
@@ -334,11 +337,12 @@ def refusals(
 
 def _device_reason(device: DeviceDescription, able: list[KernelRow], problem: AttentionProblem) -> str:
     """Kernels compute the problem, but none on this device."""
-    capabilities = sorted({capability for row in able for capability in row.capabilities})
-    if device.capability not in capabilities:
+    there = [row for row in able if row.runs_on(device.capability)]
+    if not there:
+        capabilities = sorted({capability for row in able for capability in row.capabilities})
         known = ", ".join(map(_capability_text, capabilities))
         return f"no {_kind(problem)} on compute capability {_capability_text(device.capability)}; there are for {known}"
-    smallest = min(row.smem_limit for row in able if device.capability in row.capabilities)
+    smallest = min(row.smem_limit for row in there)
     return f"every CUDA kernel needs {smallest} bytes of shared memory a block; the device has {device.smem_per_block}"
 
 

@@ -7,12 +7,12 @@ import warnings
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from ..capabilities import arch_covers, arch_for
+from ..capabilities import arch_covers, arch_for, is_ptx
 from ..errors import FallbackWarning
 
 
 class FamilyBuild(NamedTuple):
-    """One kernel library: its arch targets ("80", "90a"), the CUDA it was compiled with and the rows it holds."""
+    """One kernel library: its arch targets ("80", "90a", "103-virtual"), its compiler's CUDA and the rows it holds."""
 
     name: str
     archs: tuple[str, ...]
@@ -21,6 +21,10 @@ class FamilyBuild(NamedTuple):
 
     def covers(self, capability: tuple[int, int]) -> bool:
         return any(arch_covers(arch, capability) for arch in self.archs)
+
+    def needs_ptx(self, capability: tuple[int, int]) -> bool:
+        """Whether nothing but PTX serves a capability: the driver compiles it at the first launch."""
+        return not any(arch_covers(arch, capability) for arch in self.archs if not is_ptx(arch))
 
 
 class BuildDescription(NamedTuple):
