@@ -179,3 +179,12 @@ def test_the_readme_has_six_numbers_of_the_results() -> None:
         claimed = [float(ratio) for ratio in re.findall(r"([\d.]+) of", ratios)]
         found = sorted(peer / ours if numbers.endswith(" us") else ours / peer for peer in peers)
         assert claimed == pytest.approx(found, abs=0.05 if numbers.endswith(" us") else 0.006), ratios
+
+
+def test_the_glossary_has_the_terms_of_the_page_for_newcomers() -> None:
+    page = without_code((ROOT / "docs/kernels.md").read_text(encoding="utf-8"))
+    glossary = (ROOT / "docs/glossary.md").read_text(encoding="utf-8").lower()
+    defined = set(re.findall(r"^- \*\*(.+?)\*\*", glossary, re.MULTILINE))
+    defined |= {part for term in defined for part in re.split(r", | and ", term)}
+    for term in re.findall(r"\*\*(.+?)\*\*", page):
+        assert {term.lower(), term.lower().removesuffix("s")} & defined, f"docs/glossary.md does not define {term}"
