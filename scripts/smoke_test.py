@@ -48,7 +48,7 @@ def main() -> int:
             for length, heads in ((33, 4), (97, 2), (97, 2))
         ]
         asked = broadhead.explain(*made, causal=True, device=device)
-        print(asked.splitlines()[2])
+        print(next(line for line in asked.splitlines() if line.startswith("runs on")))
         with warnings.catch_warnings():
             if options.kernel:
                 warnings.simplefilter("error", broadhead.FallbackWarning)
