@@ -92,8 +92,9 @@ def _devices(compute_capability: Any) -> tuple[DeviceDescription, ...]:
     if here.type == "cuda" and here.capability is not None and here.capability[: len(wanted)] == wanted:
         return (here,)
     known = tuple(hypothetical(capability) for capability in CAPABILITIES if capability[: len(wanted)] == wanted)
-    if not known and isinstance(compute_capability, tuple) and len(wanted) == 2 and is_later(compute_capability):
-        known = (hypothetical(compute_capability),)
+    if not known and len(wanted) == 2:
+        capability = (wanted[0], wanted[1])
+        known = (hypothetical(capability),) if is_later(capability) else ()
     _require(bool(known), f"no kernel for compute capability {'.'.join(map(str, wanted))}")
     return known
 
