@@ -93,7 +93,7 @@ def _devices(compute_capability: Any) -> tuple[DeviceDescription, ...]:
         return (here,)
     known = tuple(hypothetical(capability) for capability in CAPABILITIES if capability[: len(wanted)] == wanted)
     if not known and len(wanted) == 2:
-        capability = (wanted[0], wanted[1])
+        capability = (wanted[0], wanted[-1])
         known = (hypothetical(capability),) if is_later(capability) else ()
     _require(bool(known), f"no kernel for compute capability {'.'.join(map(str, wanted))}")
     return known
