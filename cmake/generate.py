@@ -79,26 +79,27 @@ def family_archs(family: str, archs: list[str]) -> list[str]:
     if family in SPECIFIC_ARCHS:
         names = [name for name in names if name in SPECIFIC_ARCHS[family]]
     else:
-        names = [name.rstrip("af") for name in names]
+        names = [re.sub("[af](?=$|-)", "", name) for name in names]
     return list(dict.fromkeys(names))
 
 
 def capability_of(arch: str) -> tuple[int, int]:
-    digits = arch.rstrip("af")
-    return int(digits[:-1]), int(digits[-1])
+    return load_module("capabilities.py").capability_of(arch)
 
 
 def row_archs(row, archs: list[str]) -> list[str]:
-    """The architectures to compile a row for: those whose own device class is in the row, and, for a capability of the
-    row that none of these serves, the closest one that can (code for 80 serves 8.6 in a build without 86)."""
-    arch_covers = load_module("capabilities.py").arch_covers
-    chosen = {arch for arch in archs if capability_of(arch) in row.capabilities}
+    """The architectures to compile a row for: those whose own device class it is meant for; for a capability of the row
+    that none of these serves, the closest one that can (code for 80 serves 8.6 in a build without 86), machine code
+    rather than PTX; and PTX where the row also runs on capabilities that the table does not know."""
+    known = load_module("capabilities.py")
+    is_ptx, arch_covers = known.is_ptx, known.arch_covers
+    chosen = {arch for arch in archs if (row.portable if is_ptx(arch) else row.runs_on(capability_of(arch)))}
     for capability in row.capabilities:
         if any(arch_covers(arch, capability) for arch in chosen):
             continue
         able = [arch for arch in archs if arch_covers(arch, capability)]
         if able:
-            chosen.add(max(able, key=capability_of))
+            chosen.add(max(able, key=lambda arch: (not is_ptx(arch), capability_of(arch))))
     return [arch for arch in archs if arch in chosen]
 
 
@@ -224,6 +225,7 @@ def write_if_changed(path: Path, text: str) -> None:
 def write_sources(archs: list[str], pattern: str, out: Path) -> int:
     """Writes all families below `out`; returns the number of kernels."""
     support = load_table()
+    is_ptx = load_module("capabilities.py").is_ptx
     kernels = 0
     families = []
     lines = ["# Sources by family and architecture set. Written by cmake/generate.py from the table."]
@@ -247,9 +249,10 @@ def write_sources(archs: list[str], pattern: str, out: Path) -> int:
         groups[tuple(names)] += [(ROOT / source).as_posix() for source in COMMON_SOURCES]
         labels = []
         for targets, sources in groups.items():
-            label = f"{family}_{'_'.join(targets)}"
+            label = f"{family}_{'_'.join(targets)}".replace("-virtual", "ptx")
             labels.append(label)
-            lines.append(f'set(BROADHEAD_ARCHS_{label} "{";".join(f"{target}-real" for target in targets)}")')
+            spelled = ";".join(target if is_ptx(target) else f"{target}-real" for target in targets)
+            lines.append(f'set(BROADHEAD_ARCHS_{label} "{spelled}")')
             lines += [f"set(BROADHEAD_SOURCES_{label}", *(f'  "{source}"' for source in sources), ")"]
         lines.append(f'set(BROADHEAD_GROUPS_{family} "{";".join(labels)}")')
         lines.append(f'set(BROADHEAD_REGISTRY_{family} "{(out / family / "registry.cpp").as_posix()}")')
@@ -260,6 +263,19 @@ def write_sources(archs: list[str], pattern: str, out: Path) -> int:
 
 def capability_text(capabilities) -> str:
     return ", ".join(f"{major}.{minor}" for major, minor in capabilities)
+
+
+def execution_text(support: ModuleType) -> list[str]:
+    """Where kernels have been executed, and what serves capabilities that the table does not know."""
+    executed = load_module("capabilities.py").EXECUTED
+    others = [capability for capability in support.CAPABILITIES if capability not in executed]
+    return [
+        "",
+        f"Kernels have been executed on compute capability {capability_text(executed)} alone.",
+        f"On {capability_text(others)} they are **compiled, never executed**.",
+        "A later capability that the table does not know, such as 11.0, runs the rows for all capabilities within 99",
+        "KB of shared memory, from PTX where the build holds it: compiled, never executed, either.",
+    ]
 
 
 def special_text(support: ModuleType, row) -> str:
@@ -288,6 +304,7 @@ def support_matrix() -> str:
     lines = [
         "Every kernel has every mask, layout and option of the public functions, unless its row says otherwise.",
         f'"All" compute capabilities are {capability_text(support.CAPABILITIES)}.',
+        *execution_text(support),
         "",
         f"| {' | '.join(columns)} |",
         "|---" * len(columns) + "|",
@@ -342,7 +359,7 @@ def main() -> int:
         return 0
     archs = [arch for arch in re.split(r"[;, ]+", options.archs) if arch]
     for arch in archs:
-        if not re.fullmatch(r"\d{2,3}[af]?(-real)?", arch):
+        if not re.fullmatch(r"\d{2,3}[af]?(-real|-virtual)?", arch):
             parser.error(f'--archs: "{arch}" is not an architecture; write for example "80;90a;100a"')
     if write_sources(archs, options.filter, options.out.resolve()) == 0:
         parser.error(f'no kernel of the table fits --archs "{options.archs}" and --filter "{options.filter}"')

@@ -1,6 +1,7 @@
 """Puts a local version label ("0.1.0" -> "0.1.0+cu130") into a built wheel or into prepared metadata.
 
 Wheels of several CUDA versions must differ in name, and the version in pyproject.toml stays the one of the source.
+``version_label.py cu130 WHEEL...`` labels built wheels in place.
 """
 
 from __future__ import annotations
@@ -11,20 +12,24 @@ import hashlib
 import io
 import os
 import re
+import sys
 import zipfile
 from pathlib import Path
 
 VARIABLE = "BROADHEAD_VERSION_LABEL"
 
 
+def checked_label(label: str, source: str) -> str:
+    """`label`, if it is one; `source` says in an error where it came from."""
+    if not re.fullmatch(r"[a-z0-9]+(\.[a-z0-9]+)*", label):
+        raise SystemExit(f'{source}="{label}" is no version label; accepted: letters a-z and digits, for example cu130')
+    return label
+
+
 def wanted_label() -> str:
     """The label that the environment asks for, or an empty string."""
     label = os.environ.get(VARIABLE, "")
-    if label and not re.fullmatch(r"[a-z0-9]+(\.[a-z0-9]+)*", label):
-        raise SystemExit(
-            f'{VARIABLE}="{label}" is no version label; accepted: letters a-z and digits, for example cu130'
-        )
-    return label
+    return checked_label(label, VARIABLE) if label else ""
 
 
 def label_metadata(text: str, label: str) -> str:
@@ -78,3 +83,8 @@ def label_wheel(wheel: Path, label: str) -> str:
         out.writestr(record, text.getvalue())
     wheel.unlink()
     return target.name
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[2:]:
+        label_wheel(Path(argument), checked_label(sys.argv[1], "version_label.py: the label"))

@@ -1,11 +1,14 @@
 """torch's context_parallel on broadhead: attention over a long sequence on several GPUs, beside the same on one.
 
-usage: torchrun --nproc-per-node 2 examples/context_parallel.py [--size tiny|real] [--rotate allgather|alltoall]
+usage: torchrun --nproc-per-node 2 examples/context_parallel.py [--size tiny|middle|real] [--rotate allgather|alltoall]
+
+With ``--share-gpu`` all processes of a host run on its first GPU: that shows whether results are right, and no speed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -14,7 +17,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +47,7 @@ class Size(NamedTuple):
 
 SIZES = {
     "tiny": Size((Case(256, 4, 2, 32), Case(192, 2, 1, 64)), 2),
+    "middle": Size((Case(16384, 32, 8, 128), Case(8192, 16, 2, 256)), 2),
     "real": Size((Case(131072, 32, 8, 128), Case(131072, 16, 2, 256)), 5),
 }
 #: |parallel - alone| / |alone| may be so much. Each part of a sum is rounded to the dtype before they are added: a few
@@ -63,7 +67,9 @@ def make_parser() -> argparse.ArgumentParser:
         "The exit status is 0 when the results agree and, at --size real, two GPUs are at least 1.7 times as fast as "
         "one; 1 when not, 2 when the example can not run.",
     )
-    parser.add_argument("--size", choices=SIZES, default="tiny", help="tiny: a CPU does; real: 128k tokens on GPUs")
+    parser.add_argument(
+        "--size", choices=SIZES, default="tiny", help="tiny: a CPU does; middle: up to 16k tokens; real: 128k on GPUs"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one, else cpu")
     parser.add_argument("--seqlen", type=int, help="tokens, in place of those of the size")
     parser.add_argument(
@@ -71,6 +77,11 @@ def make_parser() -> argparse.ArgumentParser:
         choices=("allgather", "alltoall"),
         default="allgather",
         help="how torch hands keys and values round (default: allgather)",
+    )
+    parser.add_argument(
+        "--share-gpu",
+        action="store_true",
+        help="all processes take the first GPU and tell each other by gloo, through the CPU; not for --size real",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="a JSON file for one record of each case")
@@ -88,16 +99,52 @@ def choose_device(options: argparse.Namespace) -> torch.device:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         raise CannotRunError("one process has nothing to share; start it with torchrun --nproc-per-node 2")
     kind = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if options.share_gpu and (kind == "cpu" or options.size == "real"):
+        raise CannotRunError("--share-gpu is for a GPU, and for --size tiny or middle: it shows no speed")
     if kind == "cpu":
-        if options.size == "real":
-            raise CannotRunError("--size real is for GPUs; use --size tiny on a CPU")
+        if options.size != "tiny":
+            raise CannotRunError(f"--size {options.size} is for GPUs; use --size tiny on a CPU")
         torch.set_num_threads(1)
         return torch.device("cpu")
+    if options.share_gpu:
+        torch.cuda.set_device(0)
+        return torch.device("cuda", 0)
     rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if rank >= count:
-        raise CannotRunError(f"each process needs a GPU of its own: process {rank} of this host, and {count} GPUs")
+        raise CannotRunError(
+            f"each process needs a GPU of its own: process {rank} of this host, and {count} GPUs; see --share-gpu"
+        )
     torch.cuda.set_device(rank)
     return torch.device("cuda", rank)
+
+
+@contextlib.contextmanager
+def staged_through_cpu() -> Iterator[None]:
+    """Have torch's context_parallel hand tensors round by way of the CPU.
+
+    NCCL takes no two processes of one GPU. gloo does, but of what context_parallel uses, its all-gather into one tensor
+    reads and writes the addresses as if they were the host's.
+    """
+    import torch.distributed._functional_collectives as collectives
+
+    # The first name is that of torch 2.13, the second that of 2.11.
+    names = ("all_gather_single", "all_gather_tensor", "permute_tensor")
+    originals = {name: getattr(collectives, name) for name in names if hasattr(collectives, name)}
+
+    def staged(name: str) -> Callable[..., Tensor]:
+        def call(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            arrived = collectives.wait_tensor(originals[name](x.cpu(), *args, **kwargs))
+            return arrived.to(x.device)
+
+        return call
+
+    for name in originals:
+        setattr(collectives, name, staged(name))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(collectives, name, original)
 
 
 def draw(case: Case, device: torch.device, seed: int) -> Results:
@@ -109,7 +156,9 @@ def draw(case: Case, device: torch.device, seed: int) -> Results:
     ]
     drawn = [torch.randn(shape, device=device, dtype=dtype) for shape in shapes]
     for x in drawn:
-        torch.distributed.broadcast(x, 0)
+        shared = x if torch.distributed.get_backend() == "nccl" else x.cpu()
+        torch.distributed.broadcast(shared, 0)
+        x.copy_(shared)
     return drawn
 
 
@@ -184,10 +233,16 @@ def describe_run(options: argparse.Namespace, device: torch.device) -> dict[str,
         name = torch.cuda.get_device_name(device)
         versions |= {"cuda": str(torch.version.cuda), "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
     ranks = torch.distributed.get_world_size()
-    words = [f"--{key}={value}" for key, value in vars(options).items() if value is not None and key != "out"]
+    given = {key.replace("_", "-"): value for key, value in vars(options).items() if key != "out"}
+    words = [
+        f"--{key}" if value is True else f"--{key}={value}"
+        for key, value in given.items()
+        if value not in (None, False)
+    ]
     return {
         "device": name,
         "processes": ranks,
+        "processes_of_a_gpu": ranks if options.share_gpu else 1,
         "versions": versions,
         "command": shlex.join(["torchrun", f"--nproc-per-node={ranks}", "examples/context_parallel.py", *words]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -244,13 +299,15 @@ def run(options: argparse.Namespace) -> int:
     from broadhead.integrations import torch_attention
     from torch.distributed.tensor.experimental._attention import set_rotate_method
 
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    by_nccl = device.type == "cuda" and not options.share_gpu
+    torch.distributed.init_process_group("nccl" if by_nccl else "gloo")
     try:
         set_rotate_method(options.rotate)
         cases = SIZES[options.size].cases
         if options.seqlen:
             cases = tuple(case._replace(seqlen=options.seqlen) for case in cases)
-        with torch_attention.activate(device.type):
+        staged = staged_through_cpu() if options.share_gpu else contextlib.nullcontext()
+        with torch_attention.activate(device.type), staged:
             results = [compare(case, options, device) for case in cases]
         if options.out and torch.distributed.get_rank() == 0:
             shared = describe_run(options, device)

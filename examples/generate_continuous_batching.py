@@ -8,6 +8,7 @@ Without ``--model`` it is a tiny random model, and the tokens are compared with 
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 import time
 from typing import Any
@@ -47,14 +48,17 @@ def make_tiny(seed: int) -> Any:
     return model.eval()
 
 
-def generate_batch(model: Any, prompts: list[list[int]], new_tokens: int, eos: int) -> list[list[int]]:
-    """The greedy tokens of each prompt, by continuous batching."""
+def generate_batch(
+    model: Any, prompts: list[list[int]], new_tokens: int, eos: int, pages: dict[str, int]
+) -> list[list[int]]:
+    """The greedy tokens of each prompt, by continuous batching; ``pages`` has sizes of the cache.
+
+    Raises:
+        RuntimeError: a request failed; the text says why.
+    """
     import transformers
 
     config = transformers.GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=eos, pad_token_id=0)
-    # Older versions of transformers call pages blocks.
-    size = "page_size" if "page_size" in transformers.ContinuousBatchingConfig.__dataclass_fields__ else "block_size"
-    pages = {size: 4, "num_blocks": 64, "max_batch_tokens": 64} if model.device.type == "cpu" else {}
     results = model.generate_batch(
         inputs=prompts,
         generation_config=config,
@@ -62,7 +66,19 @@ def generate_batch(model: Any, prompts: list[list[int]], new_tokens: int, eos: i
         progress_bar=False,
     )
     by_id = sorted(results.values(), key=lambda result: int(result.request_id.rpartition("_")[2]))
+    failed = [f"{result.request_id}: {result.error}" for result in by_id if result.error]
+    if failed or len(by_id) < len(prompts):  # transformers only logs what its thread raised
+        raise RuntimeError(f"{len(by_id)} of {len(prompts)} requests came back; " + "; ".join(failed))
     return [list(result.generated_tokens) for result in by_id]
+
+
+def pages_of_a_tiny_cache() -> dict[str, int]:
+    """Sizes of the cache for the tiny model, which would otherwise take nine tenths of a GPU's memory."""
+    import transformers
+
+    # Older versions of transformers call pages blocks.
+    size = "page_size" if "page_size" in transformers.ContinuousBatchingConfig.__dataclass_fields__ else "block_size"
+    return {size: 4, "num_blocks": 64, "max_batch_tokens": 64}
 
 
 def generate_one_by_one(model: Any, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
@@ -73,22 +89,43 @@ def generate_one_by_one(model: Any, prompts: list[list[int]], new_tokens: int) -
     return [model.generate(x, **options)[0, x.shape[1] :].tolist() for x in inputs]
 
 
+def are_likeliest(model: Any, prompts: list[list[int]], found: list[list[int]]) -> bool:
+    """Whether eager attention in fp32 holds each token of ``found`` for the likeliest, up to the rounding of 16 bits.
+
+    The rounding of a logit is that which eager attention in 16 bits has; two logits may be off by twice as much.
+    """
+    exact = copy.deepcopy(model).float()
+    for each in (model, exact):
+        each.set_attn_implementation("eager")
+    for prompt, tokens in zip(prompts, found):
+        whole = torch.tensor([prompt + tokens], device=model.device)
+        with torch.no_grad():
+            rounded, truth = (each(whole).logits[0, len(prompt) - 1 : -1].float() for each in (model, exact))
+        lost = truth.amax(1) - truth.gather(1, whole[0, len(prompt) :, None])[:, 0]
+        if not bool((lost <= 4 * (rounded - truth).abs().max()).all()):
+            return False
+    return True
+
+
 def run_tiny(options: argparse.Namespace, device: torch.device) -> int:
     """Generate with the random model and compare."""
     # Kernels take 16 bits; the torch reference, which takes others, can not be in a CUDA graph.
     model = make_tiny(options.seed).to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     prompts = [torch.randint(3, VOCABULARY, (length,)).tolist() for length in PROMPT_LENGTHS]
     begin = time.perf_counter()
-    found = generate_batch(model, prompts, options.new_tokens, -1)
+    found = generate_batch(model, prompts, options.new_tokens, -1, pages_of_a_tiny_cache())
     seconds = time.perf_counter() - begin
     print(f"{len(prompts)} requests, {sum(map(len, found))} new tokens in {seconds:.1f} s by continuous batching")
     for prompt, tokens in zip(prompts, found):
         print(f"  {len(prompt):2} tokens -> {' '.join(map(str, tokens))}")
-    if found != generate_one_by_one(model, prompts, options.new_tokens):
-        print("eager attention gives other tokens")
-        return FAILED
-    print("eager attention gives the same tokens")
-    return OK
+    if found == generate_one_by_one(model, prompts, options.new_tokens):
+        print("eager attention gives the same tokens")
+        return OK
+    if device.type == "cuda" and are_likeliest(model, prompts, found):
+        print("eager attention gives other tokens, which in fp32 are as likely: the logits of 16 bits are rounded")
+        return OK
+    print("eager attention gives other tokens")
+    return FAILED
 
 
 def run_model(options: argparse.Namespace, device: torch.device) -> int:
@@ -100,7 +137,8 @@ def run_model(options: argparse.Namespace, device: torch.device) -> int:
         options.model, attn_implementation="broadhead", dtype=torch.bfloat16, device_map=device
     )
     prompts = [tokenizer(text)["input_ids"] for text in options.prompt]
-    for text, tokens in zip(options.prompt, generate_batch(model, prompts, options.new_tokens, tokenizer.eos_token_id)):
+    found = generate_batch(model, prompts, options.new_tokens, tokenizer.eos_token_id, {})
+    for text, tokens in zip(options.prompt, found):
         print(f"{text!r} -> {tokenizer.decode(tokens, skip_special_tokens=True)!r}")
     return OK
 

@@ -19,6 +19,7 @@ check clang-format --dry-run -Werror "${cpp[@]}"
 check gersemi --check "${cmake[@]}"
 check python3 cmake/generate.py matrix docs/support.md --check
 check python3 scripts/draw_masks.py docs/masks.md --check
+check python3 scripts/draw_performance.py --check
 check python3 scripts/cuda_matrix.py check
 if command -v actionlint >/dev/null; then
   check actionlint -color

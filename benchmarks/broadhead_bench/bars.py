@@ -67,6 +67,9 @@ def comparisons(area: str, case: str, values: dict[str, float]) -> list[Comparis
         return [Comparison("broadhead", "baseline", {"paged": BAR_PAGED, "fp8": BAR_FP8}.get(area, BAR_PREFIX))]
     if area in BACKWARD_AREAS:
         return _of_backward(area, case, values, best)
+    if area == "model":
+        others = [Comparison("broadhead", name) for name in ("fa3", "fa2") if name in values]
+        return [Comparison("broadhead", "sdpa"), *others]
     if area == "training":
         return _of_training(case, values)
     if area not in PEER_AREAS:

@@ -10,6 +10,7 @@ from broadhead_bench.cases_backward import TRAINING_AREAS, StepCase, training_ca
 from broadhead_bench.cases_decode import DECODE_AREAS, CascadeCase, DecodeCase, decode_cases
 from broadhead_bench.cases_landscape import LandscapeCase, default_count, landscape_cases
 from broadhead_bench.cases_masks import MaskCase, mask_cases
+from broadhead_bench.cases_model import InferenceCase, model_cases
 from broadhead_bench.cases_prefill import DenseCase, PagedCase, VarlenCase
 
 
@@ -21,7 +22,18 @@ class HostCase(NamedTuple):
     inner: DecodeCase | DenseCase
 
 
-Case = DenseCase | DecodeCase | CascadeCase | PagedCase | VarlenCase | HostCase | StepCase | MaskCase | LandscapeCase
+Case = (
+    DenseCase
+    | DecodeCase
+    | CascadeCase
+    | PagedCase
+    | VarlenCase
+    | HostCase
+    | StepCase
+    | InferenceCase
+    | MaskCase
+    | LandscapeCase
+)
 
 #: Batch, tokens, query heads, KV heads, head_dim, head_dim_v where it differs.
 FORWARD_SHAPES: tuple[tuple[int, int, int, int, int, int | None], ...] = (
@@ -66,6 +78,7 @@ AREAS = (
     *TRAINING_AREAS,
     *DECODE_AREAS,
     "host",
+    "model",
     "landscape",
 )
 #: Areas whose cases are drawn from a seed.
@@ -95,6 +108,8 @@ def cases_of(area: str, on_cpu: bool = False, seed: int = 0) -> list[Case]:
         return [DenseCase(area, *shape[:5], causal, shape[5]) for shape in shapes for causal in (False, True)]
     if area in TRAINING_AREAS:
         return list(training_cases(area, on_cpu, seed))
+    if area == "model":
+        return list(model_cases(on_cpu))
     if area == "masks":
         return list(mask_cases(on_cpu))
     if area in ODD_AREAS:

@@ -9,10 +9,12 @@ from broadhead_bench.cases import CascadeCase, Case, DecodeCase, DenseCase, Host
 from broadhead_bench.cases_backward import TRAINING_AREAS, StepCase
 from broadhead_bench.cases_landscape import LandscapeCase
 from broadhead_bench.cases_masks import MaskCase
+from broadhead_bench.cases_model import InferenceCase
 from broadhead_bench.cases_prefill import BACKWARD_AREAS
 from broadhead_bench.inputs import dense_inputs, fp8_inputs, paged_inputs, varlen_inputs
 from broadhead_bench.measure_backward import BackwardTask, LayerTask
 from broadhead_bench.measure_decode import STEP_TASKS, CascadeTask, DecodeTask, HostTask
+from broadhead_bench.measure_inference import task_of_inference
 from broadhead_bench.measure_landscape import LandscapeTask
 from broadhead_bench.measure_masks import task_of_masks
 from broadhead_bench.measure_model import StepTask
@@ -85,6 +87,8 @@ def task_of(case: Case, device: torch.device) -> Task:
         return CascadeTask(case, device)
     if isinstance(case, StepCase):
         return StepTask(case, device)
+    if isinstance(case, InferenceCase):
+        return task_of_inference(case, device)
     if isinstance(case, LandscapeCase):
         return LandscapeTask(case, device)
     if isinstance(case, MaskCase):

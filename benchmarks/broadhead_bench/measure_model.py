@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -13,13 +14,11 @@ import torch
 from torch import Tensor
 
 from broadhead_bench.accuracy import relative_error, worst
-from broadhead_bench.accuracy_backward import Mask, gradients_of_group, probabilities
 from broadhead_bench.cases_backward import ModelShape, StepCase
+from broadhead_bench.model_attention import REFERENCE, register_reference
 from broadhead_bench.peers.base import Peer, Skip
 from broadhead_bench.task import Prepared, Task
 
-#: transformers knows the attention that computes the reference by this name.
-REFERENCE = "broadhead_bench_fp32"
 #: Largest relative error of a weight's gradient. In bf16 the layers around attention add their own rounding: six small
 #: ones were off by 0.06 to 0.09 with torch's SDPA, against a model in fp32.
 MAX_STEP_ERROR = 0.2
@@ -35,13 +34,11 @@ class StepTask(Task):
 
     def __init__(self, case: StepCase, device: torch.device) -> None:
         super().__init__(case.area, device)
-        if importlib.util.find_spec("transformers") is None:
-            raise Skip("transformers is not installed: pip install transformers")
         self.case = case
         self.max_error = MAX_STEP_ERROR
-        self.model = random_model(case.model, case.tokens, device).to(torch.bfloat16)
+        self.model = bf16_model(case.model, case.tokens, device)
         self.tokens = torch.randint(case.model.vocabulary, (1, case.tokens), device=device)
-        _register_reference()
+        register_reference()
         with torch.enable_grad():
             exact = _step(copy.deepcopy(self.model).float(), self.tokens, REFERENCE)()
         self.reference = exact[: 2 * (case.model.window_layers + 1)]
@@ -54,11 +51,51 @@ class StepTask(Task):
                 return step()
 
         # transformers names no backend: this makes a fallback on a CUDA device an error all the same.
-        with mock.patch.dict(os.environ, BROADHEAD_STRICT="1"):
-            return self.checked(peer, call, self._error, self.case.tokens)
+        with mock.patch.dict(os.environ, BROADHEAD_STRICT="1"), kernels_of(self.model, peer) as kernels:
+            item = self.checked(peer, call, self._error, self.case.tokens)
+        return item._replace(kernel=kernels.text())
 
     def _error(self, gradients: list[Tensor]) -> float:
         return worst([relative_error(found, expected) for found, expected in zip(gradients, self.reference)])
+
+
+class Kernels:
+    """The kernels that ran, each once, in the order of their first calls."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, None] = {}
+
+    def text(self) -> str | None:
+        return ", ".join(self.names) or None
+
+
+@contextmanager
+def kernels_of(model: Any, peer: Peer) -> Iterator[Kernels]:
+    """Note the kernel of each layer's attention; on a GPU a layer of broadhead that ran none is an error."""
+    found = Kernels()
+
+    def note(*_: Any) -> None:
+        name = peer.kernel()
+        if name is not None:
+            found.names[name] = None
+
+    hooks = [layer.self_attn.register_forward_hook(note) for layer in model.model.layers]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def bf16_model(shape: ModelShape, tokens: int, device: torch.device) -> Any:
+    """random_model in bf16.
+
+    Raises:
+        Skip: transformers is not installed.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise Skip("transformers is not installed: pip install transformers")
+    return random_model(shape, tokens, device).to(torch.bfloat16)
 
 
 def random_model(shape: ModelShape, tokens: int, device: torch.device) -> Any:
@@ -113,49 +150,3 @@ def _step(model: Any, tokens: Tensor, attention: str) -> Callable[[], list[Tenso
         return gradients
 
     return step
-
-
-class _Exact(torch.autograd.Function):
-    """Causal attention of ``(B, H, S, D)`` in fp32 whose scores are held a block of queries at a time, both ways."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
-        ctx.save_for_backward(q, k, v)
-        ctx.mask, ctx.scale = mask, scale
-        out = torch.empty_like(q)
-        for batch, head, group in _groups(q, k):
-            query, key = q[batch, group].transpose(0, 1), k[batch, head]
-            for rows, keys, p in probabilities(query, key, mask, scale):
-                out[batch, group, rows] = torch.einsum("rgs,sd->grd", p, v[batch, head, keys])
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (dout,) = gradients
-        q, k, v = ctx.saved_tensors
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        for batch, head, group in _groups(q, k):
-            query, upstream = (t[batch, group].transpose(0, 1) for t in (q, dout))
-            found = gradients_of_group(query, k[batch, head], v[batch, head], upstream, ctx.mask, ctx.scale)
-            dq[batch, group], dk[batch, head], dv[batch, head] = found[0].transpose(0, 1), found[1], found[2]
-        return dq, dk, dv, None, None
-
-
-def _groups(q: Tensor, k: Tensor) -> list[tuple[int, int, slice]]:
-    """Each KV head of each sequence, with its query heads."""
-    size = q.shape[1] // k.shape[1]
-    return [(b, h, slice(h * size, (h + 1) * size)) for b in range(k.shape[0]) for h in range(k.shape[1])]
-
-
-def _register_reference() -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    def attention(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float,
-        sliding_window: int | None = None, **_: Any,
-    ) -> tuple[Tensor, None]:  # fmt: skip
-        out = _Exact.apply(query, key, value, Mask(True, sliding_window), scaling)
-        return out.transpose(1, 2).contiguous(), None
-
-    AttentionInterface.register(REFERENCE, attention)
-    AttentionMaskInterface.register(REFERENCE, lambda *_, **__: None)

@@ -21,7 +21,7 @@ UNITS = (
     dict.fromkeys(AREAS, "TFLOP/s")
     | {area: "GB/s" for area in AREAS if area.startswith("decode")}
     | dict.fromkeys(("cascade", "append", "latency", "host", "prefix-lm", "masks", "landscape"), "us")
-    | {"training": "tokens/s"}
+    | dict.fromkeys(("training", "model"), "tokens/s")
 )
 
 

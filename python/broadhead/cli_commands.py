@@ -1,14 +1,18 @@
-"""The commands `broadhead demo`, `explain`, `matrix` and `vllm-check`."""
+"""The commands `broadhead info`, `demo`, `explain`, `matrix` and `vllm-check`."""
 
 from __future__ import annotations
 
+import inspect
+import json
 from typing import Annotated, Any
 
 import torch
 import typer
 
 import broadhead
-from broadhead.api.explain import MANY_KEYS
+from broadhead.api.explain import MANY_KEYS, explain_in_parts
+from broadhead.capabilities import EXECUTED, capability_text
+from broadhead.cli_tables import on_terminal, print_explanation
 from broadhead.demo.run import DEFAULT_PROMPT
 from broadhead.demo.run import run as run_demo
 
@@ -37,6 +41,14 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
     if version:
         typer.echo(broadhead.__version__)
         raise typer.Exit
+
+
+@app.command()
+def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Say what is installed, which kernels run on which device, what is missing and how to get it."""
+    from broadhead.info import report
+
+    typer.echo(report(as_json))
 
 
 @app.command()
@@ -93,42 +105,50 @@ def explain(
     device: Annotated[
         str | None, typer.Option(help="cuda, cpu, or a compute capability such as 8.9; default: this machine.")
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say which kernel a call runs, and why others refuse it."""
+    """Say which kernel runs a call, or why none does and what to do; then why others refuse it."""
+    not_asked = {name: p.default for name, p in inspect.signature(broadhead.explain).parameters.items()}
     try:
-        text = broadhead.explain(
-            head_dim=head_dim,
-            head_dim_v=head_dim_v,
-            dtype=_parse_dtype("--dtype", dtype),
-            kv_dtype=None if kv_dtype is None else _parse_dtype("--kv-dtype", kv_dtype),
-            num_heads_q=num_heads_q,
-            num_heads_kv=num_heads_kv,
-            batch_size=batch_size,
-            seqlen_q=seqlen_q,
-            seqlen_k=seqlen_k,
-            causal=torch.empty(batch_size) if causal_by_sequence else causal,
-            window_size=_parse_window(window),
-            attention_chunk=attention_chunk,
-            softcap=softcap,
-            page_size=page_size,
-            varlen=varlen,
-            sinks=sinks,
-            prefix_lens=prefix_lens,
-            query_ranges=query_ranges,
-            tree_mask=tree_mask,
-            qv=qv,
-            descale=descale,
-            requires_grad=requires_grad,
-            deterministic=deterministic,
-            num_splits=num_splits,
-            tokens_per_split=tokens_per_split,
-            direction=direction,
-            device=device,
-        )
+        asked = {
+            "head_dim": head_dim,
+            "head_dim_v": head_dim_v,
+            "dtype": _parse_dtype("--dtype", dtype),
+            "kv_dtype": None if kv_dtype is None else _parse_dtype("--kv-dtype", kv_dtype),
+            "num_heads_q": num_heads_q,
+            "num_heads_kv": num_heads_kv,
+            "batch_size": batch_size,
+            "seqlen_q": seqlen_q,
+            "seqlen_k": seqlen_k,
+            "causal": torch.empty(batch_size) if causal_by_sequence else causal,
+            "window_size": _parse_window(window),
+            "attention_chunk": attention_chunk,
+            "softcap": softcap,
+            "page_size": page_size,
+            "varlen": varlen,
+            "sinks": sinks,
+            "prefix_lens": prefix_lens,
+            "query_ranges": query_ranges,
+            "tree_mask": tree_mask,
+            "qv": qv,
+            "descale": descale,
+            "requires_grad": requires_grad,
+            "deterministic": deterministic,
+            "num_splits": num_splits,
+            "tokens_per_split": tokens_per_split,
+            "direction": direction,
+            "device": device,
+        }
+        found = explain_in_parts(**not_asked | asked)
     except (broadhead.BroadheadError, ValueError) as error:
         typer.echo(f"broadhead explain: {error}", err=True)
         raise typer.Exit(2) from error
-    typer.echo(text)
+    if as_json:
+        typer.echo(json.dumps(found.as_json(), indent=2))
+    elif on_terminal():
+        print_explanation(found)
+    else:
+        typer.echo(found.text())
 
 
 @app.command()
@@ -152,6 +172,8 @@ def matrix() -> None:
         )
     Console(width=132).print(table)
     typer.echo(f"{sum(entry.in_build for entry in entries)} of {len(entries)} kernels are in this installation")
+    executed = ", ".join(map(capability_text, EXECUTED))
+    typer.echo(f"Kernels have been executed on compute capability {executed} alone; for others they are compiled only")
 
 
 @app.command("vllm-check")

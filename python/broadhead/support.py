@@ -18,6 +18,7 @@ from .capabilities import (
     SMEM_99KB,
     SMEM_163KB,
     SMEM_227KB,
+    is_later,
 )
 from .tiles import (
     TEMPLATES,
@@ -128,6 +129,17 @@ class KernelRow(NamedTuple):
     @property
     def kv_element_bytes(self) -> int:
         return ELEMENT_BYTES[self.kv_dtype or self.dtype]
+
+    @property
+    def portable(self) -> bool:
+        """Whether it runs on every capability of the table, so that it serves those that the table does not know."""
+        return set(self.capabilities) == set(CAPABILITIES)
+
+    def runs_on(self, capability: tuple[int, int] | None) -> bool:
+        """Whether the kernel is meant for devices of a compute capability; None: devices without one."""
+        if capability in self.capabilities:
+            return True
+        return capability is not None and self.portable and is_later(capability)
 
     @property
     def cluster(self) -> int:

@@ -36,7 +36,7 @@ def test_is_supported_and_explain() -> None:
     assert "kernel sm90_fwd_d192_v128_bf16: the first prefill row for head_dim 192, head_dim_v 128" in text
     assert "sm90_fwd_d64_v256_bf16 and " in text and ": takes head_dim up to 64, not 192" in text
     text = broadhead.explain(head_dim=256, device="cpu")
-    assert "torch fallback" in text and "refused: every kernel" in text
+    assert "torch fallback" in text and "refused by the device:\n  every kernel: " in text
 
 
 def test_questions_about_tensors() -> None:

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
+import json
+import re
+from typing import Any
+
 import broadhead
 import pytest
 import torch
+from broadhead.api.explain import explain_in_parts
+from broadhead.api.explanation import HEADINGS
+from broadhead.plan.device import hypothetical
+from broadhead.plan.native import NO_KERNELS
+from broadhead.support import ROWS
+from described import FULL, build_of, h200, without_family
 from spelled_calls import int32, randn
 
 
@@ -62,14 +73,67 @@ def test_a_capability_as_text() -> None:
 def test_reasons_are_grouped() -> None:
     for device in ("cpu", "8.9", "9.0"):
         lines = broadhead.explain(head_dim=128, device=device).splitlines()
-        reasons = [line.rpartition(": ")[2] for line in lines if line.startswith("refused: ")]
+        reasons = [line.rpartition(": ")[2] for line in lines if line.startswith("  ")]
         assert len(lines) < 25 and len(set(reasons)) == len(reasons) > 3
+
+
+def test_the_answer_comes_first_and_what_to_do_second() -> None:
+    command = 'BROADHEAD_CUDA_ARCHS="90a" pip install .'
+    asked: dict[str, Any] = {"head_dim": 128, "seqlen_q": 1000}
+    for options, answer, remedy in (
+        ({"device": h200(), "build": FULL}, "cuda, kernel sm90_fwd_d128_bf16: ", None),
+        ({"device": h200(), "build": NO_KERNELS}, "the torch fallback, because kernel sm90_fwd_d128_bf16 is", command),
+        ({"device": h200(), "build": without_family("sm90")}, "cuda, kernel sm80_fwd_d128_bf16: ", "this runs; "),
+        ({"device": "cpu"}, "the torch fallback, because the tensors", "use a CUDA device; `broadhead info`"),
+        ({"device": "7.5", "build": FULL}, "the torch fallback, because no CUDA", "use a device that the answer names"),
+        ({"device": "9.0", "build": FULL, "head_dim": 520}, "the torch fallback, because head_dim 520 ", "change "),
+        ({"device": "9.0", "build": FULL, "head_dim": 100}, "nothing, the call is refused: head_dim must be a multiple",
+         "change what the answer names: the call raises InvalidArgumentError"),
+    ):  # fmt: skip
+        lines = broadhead.explain(**asked | options).splitlines()
+        assert lines[0].startswith(f"runs on: {answer}"), lines[0]
+        assert command not in lines[0]
+        if remedy is None:
+            assert not any(line.startswith("what to do") for line in lines)
+        else:
+            assert lines[1].startswith("what to do: ") and remedy in lines[1], lines[1]
+
+
+def test_a_call_of_which_explain_says_that_it_is_refused_is_refused() -> None:
+    q = randn(1, 4, 2, 12)
+    assert broadhead.explain(q, q, q).startswith("runs on: nothing, the call is refused: head_dim must be")
+    with pytest.raises(broadhead.InvalidArgumentError, match="multiple of 8"):
+        broadhead.flash_attn_func(q, q, q)
+
+
+def test_reasons_stand_below_what_they_are_about() -> None:
+    """A device of 8.0 and a build without one of its rows: each row of the direction stands under one heading."""
+    left_out = "sm80_fwd_d128_bf16"
+    device, build = hypothetical((8, 0)), build_of("80", "90a", without=(left_out,))
+    text = broadhead.explain(head_dim=128, seqlen_q=1000, device=device, build=build)
+    parts = re.split(r"refused by (this build|the device|the arguments):\n", text)
+    assert parts[1::2] == ["this build", "the device", "the arguments"]
+    assert f"  {left_out}: is left out of this build" in parts[2] and "takes" not in parts[2]
+    assert "runs on compute capability 9.0, not 8.0" in parts[4] and "takes" not in parts[4]
+    assert "takes head_dim up to 64, not 128" in parts[6] and "runs on" not in parts[6]
+
+
+def test_the_parts_name_every_kernel_of_the_direction_once() -> None:
+    defaults = {name: p.default for name, p in inspect.signature(broadhead.explain).parameters.items()}
+    for direction in ("forward", "backward"):
+        asked = defaults | {"head_dim": 96, "direction": direction, "device": (8, 9), "build": FULL}
+        found = explain_in_parts(**asked)
+        named = [kernel for reason in found.reasons for kernel in reason.kernels]
+        able = {row.id for row in ROWS if row.direction == direction} - set(named)
+        assert len(named) == len(set(named)) and found.backend == "cuda" and found.kernel in able
+        assert found.text() == broadhead.explain(**asked)
+        values = json.loads(json.dumps(found.as_json()))
+        assert values["kernel"] == found.kernel and values["remedy"] is None and values["device"].endswith("unknown)")
+        assert sum(len(refusal["kernels"]) for refusal in values["refusals"]) == len(named)
 
 
 def test_the_command_asks_all_that_explain_does() -> None:
     runner = pytest.importorskip("typer.testing").CliRunner()
-    import inspect
-
     from broadhead.cli_commands import app
 
     text = runner.invoke(app, ["explain", "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).output
@@ -89,3 +153,32 @@ def test_the_command_asks_all_that_explain_does() -> None:
     assert len(result.output.splitlines()) < 25
     result = runner.invoke(app, ["explain", "--window", "wide"])
     assert result.exit_code == 2 and "--window must be" in result.output
+
+
+def test_the_command_in_json_and_as_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = pytest.importorskip("typer.testing").CliRunner()
+    from broadhead import cli_commands, cli_tables
+    from rich.console import Console
+
+    question = ["explain", "--head-dim", "192", "--head-dim-v", "128", "--device", "9.0"]
+    plain = runner.invoke(cli_commands.app, question).output
+    values = json.loads(runner.invoke(cli_commands.app, [*question, "--json"]).output)
+    assert plain.startswith(f"runs on: {values['answer']}\n") and values["device"] in plain
+    assert values["asked"].startswith("forward, head_dim 192, head_dim_v 128, dtype bf16, ")
+    assert values["refusals"][0]["by"] in HEADINGS and isinstance(values["refusals"][-1]["kernels"], list)
+
+    defaults = {name: p.default for name, p in inspect.signature(broadhead.explain).parameters.items()}
+    answers = ({"build": FULL}, {"build": NO_KERNELS}, {"build": FULL, "head_dim": 100})
+    for options, colour in zip(answers, ("32m", "33m", "31m"), strict=True):
+        found = explain_in_parts(**defaults | {"head_dim": 512, "device": (9, 0)} | options)
+        for no_colour in (False, True):
+            console = Console(width=100, force_terminal=True, no_color=no_colour, color_system="standard")
+            with console.capture() as captured:
+                cli_tables.print_explanation(found, console)
+            shown = captured.get()
+            text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", shown).split())
+            assert text.startswith(f"runs on: {found.answer}") and (colour in shown) != no_colour
+            assert all(heading in text for heading in found.grouped())
+            assert not found.remedy or found.remedy in text
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert Console(force_terminal=True).no_color

@@ -9,7 +9,7 @@ from broadhead.plan import native
 from broadhead.plan.device import CPU
 from broadhead.plan.native import NO_KERNELS
 from broadhead.support import CAPABILITIES, ROWS
-from described import FULL, build_of, h200, without_family
+from described import ALL_ARCHS, FULL, build_of, h200, without_family
 
 validate = broadhead._validate_head_dims
 
@@ -32,7 +32,8 @@ def test_arguments() -> None:
     refused("head_dim_v must be a positive multiple of 8, got 0", 64, 0, 9, 8, build=FULL)
     refused("head_dim must be a positive multiple of 16, got 72", 72, 72, 9, 16, build=FULL)
     refused("no kernel for compute capability 7$", 64, 64, 7, 8, build=FULL)
-    refused("no kernel for compute capability 11.0", 64, 64, (11, 0), 8, build=FULL)
+    refused("no kernel for compute capability 7.5$", 64, 64, (7, 5), 8, build=FULL)
+    refused("no kernel for compute capability 11$", 64, 64, 11, 8, build=FULL)
     refused("compute_capability must be a major version", 64, 64, "9", 8, build=FULL)
     refused("direction must be", 64, 64, 9, direction="sideways", build=FULL)
     refused("dtype must be", 64, 64, 9, dtype="bf16", build=FULL)
@@ -52,6 +53,14 @@ def test_a_build_for_other_devices_has_none() -> None:
     refused("left out of this build for compute capability 9.0", 128, 128, 9, build=build_of("80"))
     validate(128, 128, (8, 6), build=build_of("86"))
     refused('was built for "86"', 128, 128, 8, build=build_of("86"))  # a major version: also 8.0
+
+
+def test_a_later_capability_has_what_ptx_serves() -> None:
+    refused("left out of this build for compute capability 11.0", 64, 64, (11, 0), build=FULL)
+    validate(512, 512, (11, 0), build=build_of(*ALL_ARCHS, "103-virtual"))
+    refused(
+        "no kernel written for compute capability 11.0", 64, 64, (11, 0), native=True, build=build_of("103-virtual")
+    )
 
 
 def test_backward_kernels_take_what_the_table_says() -> None:

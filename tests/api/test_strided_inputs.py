@@ -124,4 +124,5 @@ def test_explain_tells_the_copy() -> None:
     text = broadhead.explain(strided(q), k, strided(v))
     assert "copied: q, in every call: its last dimension is not contiguous, it has strides (768, 128, 32, 2)" in text
     assert "copied: v" in text and "copied: k" not in text
-    assert "refused: k is a cache, which is never copied" in broadhead.explain(q, strided(k), v, page_size=9)
+    first = broadhead.explain(q, strided(k), v, page_size=9).splitlines()[0]
+    assert first.startswith("runs on: nothing, the call is refused: k is a cache, which is never copied")

@@ -9,7 +9,9 @@ from typing import Any
 import broadhead
 import pytest
 import torch
-from broadhead_bench import accuracy, cases, cases_prefill, cli, inputs, measure_model, plot, records, summary, timing
+from broadhead_bench import accuracy, cases, cases_prefill, cli, inputs, plot, records, summary, timing
+from broadhead_bench.measure_inference import MAX_LOGITS_ERROR
+from broadhead_bench.measure_model import MAX_STEP_ERROR
 from broadhead_bench.peers import broadhead_api, registry
 
 FIELDS = {
@@ -71,6 +73,7 @@ def test_case_names() -> None:
         "append": 6,
         "latency": 6,
         "host": 4,
+        "model": 3,
         "landscape": 200,
     }
     for area, of_area in names.items():
@@ -124,7 +127,7 @@ def test_turns_are_even() -> None:
 @pytest.mark.parametrize("area", cases.AREAS)
 def test_quick_on_cpu(area: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "results.json"
-    if area == "training":
+    if area in ("training", "model"):
         pytest.importorskip("transformers")
     arguments = [area, "--quick", "--device", "cpu", "--budget", "0.01", "--out", str(out), "--seed", "3"]
     assert cli.main(arguments) == cli.OK
@@ -137,18 +140,17 @@ def test_quick_on_cpu(area: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
         "broadhead": True,
         "broadhead-det": area in cases_prefill.BACKWARD_AREAS,
         "baseline": area in broadhead_api.Baseline.areas,
-        "sdpa": area in LAYERS,
+        "sdpa": area in (*LAYERS, "model"),
     }
     assert measured == {impl: names for impl, there in expected.items() if there}
     for record in written:
         assert set(record) == FIELDS | ({"seed", "flops", "bytes"} if area == "landscape" else set())
         assert record["peak_bytes"] is None, "there is no device whose memory could be asked"
         assert record["kernel"] is None  # the fallback is no row
-        assert record["value"] > 0
-        assert record["seconds"] > 0
+        assert record["value"] > 0 and record["seconds"] > 0
         assert record["unit"] == records.UNITS[area]
-        is_step = record["case"].startswith("step")
-        assert record["rel_error"] < (measure_model.MAX_STEP_ERROR if is_step else accuracy.MAX_ERROR[area])
+        own = {"step": MAX_STEP_ERROR, "prefill": MAX_LOGITS_ERROR, "generate": MAX_LOGITS_ERROR}
+        assert record["rel_error"] < own.get(record["case"].split()[0], accuracy.MAX_ERROR[area])
         assert record["versions"]["torch"] == torch.__version__
         assert str(tmp_path) not in record["command"]
     printed = capsys.readouterr().out

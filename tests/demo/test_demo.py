@@ -166,7 +166,7 @@ def test_matrix_and_explain_commands() -> None:
     app = cli.build_app()
     result = CliRunner().invoke(app, ["matrix"])
     assert result.exit_code == 0, result.output
-    assert "512" in result.output
+    assert "512" in result.output and "executed on compute capability 9.0 alone" in result.output
     result = CliRunner().invoke(app, ["explain", "--head-dim", "512", "--page-size", "16"])
     assert result.exit_code == 0, result.output
     assert broadhead.__version__

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
-import linecache
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.attention
-from pages import tables_of, without_code
+from pages import Page, blocks_of, tables_of, without_code
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+#: Sphinx copies pages of the repository to docs/_repository.
+GUIDES = sorted(path for path in (ROOT / "docs").rglob("*.md") if "_repository" not in path.parts)
+PAGES = sorted([*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY", "CODE_OF_CONDUCT")), *GUIDES])
 #: Pages beside the code.
 MAPS = [ROOT / name / "README.md" for name in ("benchmarks", "csrc", "csrc/decode", "packages")]
-#: Pages whose Python blocks run one after the other.
-EXAMPLES = ("README.md", "docs/guide.md", "docs/training.md", "docs/coming-from-flash-attention.md")
-#: Likewise, where torch has a registry of flash attention implementations.
+#: Its Python blocks run where torch has a registry of flash attention implementations.
 TORCH_PAGE = "docs/torch.md"
+#: Its blocks raise: test_troubleshooting.py.
+ERRORS_PAGE = "docs/troubleshooting.md"
+#: What may stand behind the fence of a block, so that no Python is left out by a slip.
+FENCES = {"", "bash", "python", "python no-test", "sh", "text", "{eval-rst}", "{toctree}"}
 #: Columns of the tables of numbers, and the names that the result files have for them.
 COLUMNS = {
     "broadhead": "broadhead",
@@ -76,28 +81,52 @@ def test_tables_have_one_shape(page: Path) -> None:
 
 
 def test_the_index_names_every_page() -> None:
-    index = (ROOT / "docs/README.md").read_text(encoding="utf-8")
-    for page in (ROOT / "docs").glob("*.md"):
-        assert page.name == "README.md" or f"({page.name})" in index, f"docs/README.md does not link to {page.name}"
+    """Those who read it in the repository by a link, those who read the site in the bar at its side."""
+    index = (ROOT / "docs/index.md").read_text(encoding="utf-8")
+    trees = {line for block in blocks_of(ROOT / "docs/index.md") for line in block.text.splitlines()}
+    for page in GUIDES:
+        name = page.relative_to(ROOT / "docs").as_posix()
+        if name != "index.md":
+            assert f"({name})" in index, f"docs/index.md does not link to {name}"
+            assert name.removesuffix(".md") in trees, f"docs/index.md has no toctree with {name}"
 
 
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
-@pytest.mark.parametrize("page", [*EXAMPLES, TORCH_PAGE])
+def examples() -> list[str]:
+    """The pages with Python blocks that run."""
+    pages = [page for page in PAGES if any(block.info == "python" for block in blocks_of(page))]
+    return [page_id(page) for page in pages if page_id(page) != ERRORS_PAGE]
+
+
+@pytest.mark.parametrize("page", examples())
 @pytest.mark.filterwarnings("ignore::broadhead.FallbackWarning")
 def test_examples_run(page: str) -> None:
     if page == TORCH_PAGE and not hasattr(torch.nn.attention, "register_flash_attention_impl"):
         pytest.skip(f"torch {torch.__version__} has no registry of flash attention")
-    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    assert blocks
-    scope: dict[str, object] = {"__name__": "__example__"}
-    for number, block in enumerate(blocks):
-        name = f"{page}, block {number}"
-        # torch.compile and tracebacks read the source of what they meet.
-        linecache.cache[name] = (len(block), None, block.splitlines(keepends=True), name)
-        exec(compile(block, name, "exec"), scope)
+    run = Page(page)
+    for block in blocks_of(ROOT / page):
+        if block.info == "python":
+            run.run(block)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page_id(page) != ERRORS_PAGE], ids=page_id)
+def test_blocks_are_of_a_known_kind(page: Path) -> None:
+    for block in blocks_of(page):
+        assert block.info in FENCES, f"{page_id(page)} has a block of {block.info!r}:\n{block.text}"
+
+
+def test_the_commands_of_explain_run() -> None:
+    pytest.importorskip("typer", reason="the command needs typer and rich, of the extra demo")
+    pytest.importorskip("rich", reason="the command needs typer and rich, of the extra demo")
+    shell = [block.text for page in PAGES for block in blocks_of(page) if block.info == "sh"]
+    commands = [line.split()[1:] for line in "".join(shell).splitlines() if line.startswith("broadhead explain")]
+    assert commands
+    for command in commands:
+        result = subprocess.run([sys.executable, "-m", "broadhead", *command], capture_output=True, text=True)
+        assert result.returncode == 0, f"broadhead {' '.join(command)}: {result.stderr}"
 
 
 def results() -> dict[tuple[str, str], list[float]]:
@@ -150,3 +179,12 @@ def test_the_readme_has_six_numbers_of_the_results() -> None:
         claimed = [float(ratio) for ratio in re.findall(r"([\d.]+) of", ratios)]
         found = sorted(peer / ours if numbers.endswith(" us") else ours / peer for peer in peers)
         assert claimed == pytest.approx(found, abs=0.05 if numbers.endswith(" us") else 0.006), ratios
+
+
+def test_the_glossary_has_the_terms_of_the_page_for_newcomers() -> None:
+    page = without_code((ROOT / "docs/kernels.md").read_text(encoding="utf-8"))
+    glossary = (ROOT / "docs/glossary.md").read_text(encoding="utf-8").lower()
+    defined = set(re.findall(r"^- \*\*(.+?)\*\*", glossary, re.MULTILINE))
+    defined |= {part for term in defined for part in re.split(r", | and ", term)}
+    for term in re.findall(r"\*\*(.+?)\*\*", page):
+        assert {term.lower(), term.lower().removesuffix("s")} & defined, f"docs/glossary.md does not define {term}"

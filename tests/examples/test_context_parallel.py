@@ -59,6 +59,45 @@ def check_wrong_results(rank: int) -> None:
         assert not passed and not record["passed"]
 
 
+def check_staging(rank: int) -> None:
+    """What processes of one GPU do: everything goes through the CPU, and the results are the same."""
+    import torch.distributed._functional_collectives as collectives
+    from broadhead.integrations import torch_attention
+    from torch.distributed.tensor.experimental._attention import set_rotate_method
+
+    options = argparse.Namespace(size="tiny", seed=rank, rotate="allgather")  # the drawn tensors are those of process 0
+    gathers = "all_gather_single" if hasattr(collectives, "all_gather_single") else "all_gather_tensor"
+    plain = getattr(collectives, gathers)
+    told: list[str] = []
+    for rotate, name in (("allgather", gathers), ("alltoall", "permute_tensor")):
+        set_rotate_method(rotate)
+        with torch_attention.activate("cpu"), context_parallel.staged_through_cpu():
+            staged = getattr(collectives, name)
+            assert staged is not plain
+            setattr(
+                collectives, name, lambda *args, staged=staged, **kwargs: told.append("") or staged(*args, **kwargs)
+            )
+            passed, _ = context_parallel.compare(context_parallel.Case(64, 2, 1, 16), options, torch.device("cpu"))
+        assert passed and told, rotate
+        told.clear()
+    assert getattr(collectives, gathers) is plain
+
+
+@needs_registry
+def test_processes_of_one_gpu_go_through_the_cpu() -> None:
+    run_ranks(check_staging)
+
+
+@needs_registry
+@pytest.mark.parametrize("words", [["--device", "cpu"], ["--device", "cuda", "--size", "real"]])
+def test_a_shared_gpu_shows_no_speed(
+    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert context_parallel.main(["--share-gpu", *words]) == loss_curves.CANNOT_RUN
+    assert "--share-gpu is for a GPU, and for --size tiny or middle" in capsys.readouterr().err
+
+
 @needs_registry
 def test_wrong_results_are_told() -> None:
     run_ranks(check_wrong_results)

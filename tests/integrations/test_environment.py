@@ -49,6 +49,15 @@ def test_library_that_does_not_load() -> None:
     assert found is not None and found.lacks == "cuda" and "update the NVIDIA driver" in found.text
 
 
+def test_a_driver_of_an_older_major_than_the_kernels() -> None:
+    """12.9 loads kernels of CUDA 12, but none of CUDA 13."""
+    old = HOPPER._replace(cuda_version=(12, 9))
+    assert kernel_obstacle("slime", old, BuildDescription(True, (SM90,), ())) is None
+    newer = BuildDescription(True, (SM90._replace(cuda_version=(13, 2)),), ())
+    found = kernel_obstacle("slime", old, newer)
+    assert found is not None and found.lacks == "cuda" and "serves CUDA 12.9, and kernels need CUDA 13.0" in found.text
+
+
 @pytest.mark.parametrize("capability, name", [((7, 5), "NVIDIA T4")])
 def test_old_gpu(capability: tuple[int, int], name: str) -> None:
     found = kernel_obstacle(

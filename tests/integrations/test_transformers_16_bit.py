@@ -175,6 +175,9 @@ def test_continuous_batching(name: str, asked: str) -> None:
         inputs=[prompt[0].tolist() for prompt in prompts], generation_config=config,
         continuous_batching_config=pages, progress_bar=False,
     )  # fmt: skip
+    # What the thread of transformers raises is caught there, and only told by the results.
+    failed = {request: result.error for request, result in results.items() if result.error}
+    assert not failed and len(results) == len(prompts), f"{len(results)} of {len(prompts)} came back, failed: {failed}"
     by_length = {len(result.prompt_ids): result.generated_tokens for result in results.values()}
     for prompt in prompts:
         assert_greedy(model, prompt, torch.tensor([list(by_length[prompt.shape[1]])]))

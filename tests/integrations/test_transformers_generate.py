@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 import torch._dynamo
 from torch._dynamo.testing import CompileCounter
-from transformers_models import PAGES_BY_NAME, batching, ids, integration, make, output_of, padding, transformers
+from transformers_models import PAGES_BY_NAME, Waits, batching, ids, integration, make, output_of, padding, transformers
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -158,9 +159,53 @@ def test_continuous_batching(name: str, asked: str, monkeypatch: pytest.MonkeyPa
     results = model.generate_batch(
         inputs=prompts, generation_config=config, continuous_batching_config=pages, progress_bar=False
     )
+    assert not [result.error for result in results.values() if result.error]
     assert [result.generated_tokens for result in results.values()] == expected
     assert len(calls) >= model.config.num_hidden_layers * 4
     assert model.config._attn_implementation == asked
+
+
+@pytest.mark.parametrize("asked", ["broadhead_flash_3", "broadhead"])
+def test_continuous_batching_waits_for_nothing(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU captures forward passes in CUDA graphs, where nothing may be read back, in prefill or in decode."""
+    from transformers.generation.continuous_batching import initialization
+
+    runner = pytest.importorskip("transformers.generation.continuous_batching.model_runner").ModelRunner
+    for name in ("flash_attn_varlen_func", "flash_attn_with_kvcache"):  # the reference reads the lengths
+
+        def attend(q: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return torch.zeros_like(q)
+
+        monkeypatch.setattr(broadhead, name, functools.wraps(getattr(broadhead, name))(attend))
+    monkeypatch.setattr(transformers.modeling_flash_attention_utils, "_loaded_implementation", None, raising=False)
+    # As on a GPU: pages are read in decode, and inputs are padded to the sizes of graphs.
+    monkeypatch.setattr(initialization, "ensure_decode_fast_path_is_available", lambda *args: None)
+    start, step = runner.__init__, runner._forward_process_and_sample
+    waits: dict[bool, list[str]] = {}
+
+    def padded(self: Any, *args: Any, **kwargs: Any) -> None:
+        start(self, *args, **kwargs)
+        self.pad_inputs = True
+
+    def counted(self: Any, *args: Any) -> None:
+        with Waits() as seen:
+            step(self, *args)
+        waits.setdefault(self.inputs_and_outputs.use_block_table, []).extend(seen.seen)
+
+    monkeypatch.setattr(runner, "__init__", padded)
+    monkeypatch.setattr(runner, "_forward_process_and_sample", counted)
+    model = make("llama")
+    model.set_attn_implementation(asked)
+    results = model.generate_batch(
+        inputs=[ids(1, length)[0].tolist() for length in (5, 11, 3)],
+        generation_config=transformers.GenerationConfig(
+            eos_token_id=-1, pad_token_id=0, max_new_tokens=4, do_sample=False
+        ),
+        continuous_batching_config=batching("llama", 4, num_blocks=32, max_batch_tokens=64),
+        progress_bar=False,
+    )
+    assert not [result.error for result in results.values() if result.error]
+    assert waits == {False: [], True: []}
 
 
 @pytest.mark.skipif(not PAGES_BY_NAME, reason="continuous batching runs the attention function of the model")

@@ -11,6 +11,7 @@ import broadhead
 import pytest
 import torch
 from clients import client
+from torch.utils._python_dispatch import TorchDispatchMode
 from vllm_compiled import leave_out_compiled
 
 client("vllm")
@@ -18,6 +19,8 @@ leave_out_compiled()
 client("vllm", "vllm.v1.attention.backends.flash_attn")
 
 from broadhead.integrations.vllm.policy import is_fp8  # noqa: E402
+from broadhead.plan import dispatch  # noqa: E402
+from on_device import DEVICE  # noqa: E402
 from oracle import Rule, attention  # noqa: E402
 from tolerance import OUT_FACTOR, assert_close  # noqa: E402
 from vllm.v1.attention.backend import AttentionType  # noqa: E402
@@ -125,16 +128,35 @@ def test_encoder(window: int | None) -> None:
     run.judge(output, "encoder", encoder=True)
 
 
-@pytest.mark.attends()
-def test_scheduler_metadata_keeps_its_address() -> None:
-    """A graph reads the buffer that the first step filled."""
+class Operators(TorchDispatchMode):
+    """Notes the operators that run; views launch nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.attends("forward")
+def test_a_decode_step_prepares_nothing() -> None:
+    """Its builder launches nothing, and the kernel that runs it divides the keys by itself: it is one of decode."""
     run = Run(Step((1, 1, 1), (40, 3, 90)))
     impl = make_impl(run)
-    builder = make_builder(run, run.layer(impl))
-    first, second = (builder.build(0, run.common()).scheduler_metadata[impl.kind] for _ in range(2))
-    assert first.data_ptr() == second.data_ptr()
-    assert first.shape == (1 + 4 * 4,)
-    assert builder.build(0, run.common(), fast_build=True).scheduler_metadata == {}
+    layer, common = run.layer(impl), run.common()
+    builder = make_builder(run, layer)
+    with Operators() as ran:
+        step = builder.build(0, common)
+        again = builder.update_block_table(step, common.block_table_tensor, common.slot_mapping)
+    assert not ran.seen and again.seq_lens is step.seq_lens
+    q = run.packed(run.q)
+    impl.forward(layer, q, None, None, run.cache, step, output=torch.empty_like(q))
+    if DEVICE.type == "cuda":
+        rows = {row.id: row for row in dispatch.ROWS}
+        assert rows[str(broadhead.last_dispatch()[1])].phase == "decode"
 
 
 @pytest.mark.attends()

@@ -144,9 +144,9 @@ def test_prefill_on_decode_kernels_is_not_cut(dtypes: dict[str, str]) -> None:
 def test_explain_and_refusals_tell_it() -> None:
     asked = {"head_dim": 128, "seqlen_k": 65536, "device": h200(), "build": FULL}
     text = broadhead.explain(**asked, tokens_per_split=512)
-    assert "tokens_per_split 512" in text.splitlines()[0] and "plan: a split of every 512 keys, GQA" in text
+    assert ", tokens_per_split 512\n" in text and "plan: a split of every 512 keys, GQA" in text
     text = broadhead.explain(**asked, seqlen_q=4096, tokens_per_split=512)
-    assert "tokens_per_split 512" in text.splitlines()[0] and "plan: 1 splits, GQA" in text
+    assert ", tokens_per_split 512\n" in text and "plan: 1 splits, GQA" in text
     assert "tokens_per_split" not in broadhead.explain(**asked)
     assert broadhead.is_supported(**asked, tokens_per_split=512)[0]
     with pytest.raises(InvalidArgumentError, match=r"explain: tokens_per_split=512 .* num_splits=2"):

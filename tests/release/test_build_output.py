@@ -41,7 +41,8 @@ def test_no_spills_and_no_local_memory() -> None:
 @needs_kernels
 def test_the_report_covers_every_kernel_and_architecture() -> None:
     for name, family in FAMILIES.items():
-        archs = {f"sm_{arch}" for arch in family["archs"].split(";")}
+        # ptxas, whose report it is, never sees PTX.
+        archs = {f"sm_{arch}" for arch in family["archs"].split(";") if not capabilities.is_ptx(arch)}
         report = report_of(family)
         assert {function["arch"] for function in report} == archs
         sources = {function["source"] for function in report if function["entry"]}

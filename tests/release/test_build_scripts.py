@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+WHEELS = ROOT / "scripts/build_wheels.sh"
 SCRIPT = ROOT / "scripts/cuda_from_pypi.sh"
 
 #: A pip that unpacks what the packages of CUDA 13 hold: no lib64, no libcudart.so, an nvcc that links by one folder.
@@ -83,6 +84,32 @@ def test_a_compiler_that_does_not_link_is_not_handed_out(tmp_path: Path, version
 def test_another_version_is_refused(tmp_path: Path) -> None:
     result = run_script(tmp_path, "12.9", str(tmp_path / "cuda"))
     assert result.returncode == 2 and "12.9 is not offered; accepted: 13.0 13.2" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ("--out", "x"), ("cu130", "--out"), ("cu130", "out"), ("cu130", "--pythons", "python3")]
+)
+def test_build_wheels_says_how_it_is_called(arguments: tuple[str, ...]) -> None:
+    result = subprocess.run([str(WHEELS), *arguments], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr == "usage: scripts/build_wheels.sh LABEL [--out DIR] [--python P]... [--archs LIST]\n"
+
+
+def test_build_wheels_refuses_a_label_that_no_build_has(tmp_path: Path) -> None:
+    result = subprocess.run([str(WHEELS), "13.0", "--out", str(tmp_path / "out")], capture_output=True, text=True)
+    assert result.returncode == 1 and "label 13.0; accepted: cu129, cu130, cu132" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_build_wheels_refuses_a_compiler_of_another_version(tmp_path: Path) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.9, V12.9.86'\n")
+    nvcc.chmod(0o755)
+    env = {**os.environ, "CUDACXX": str(nvcc)}
+    command = [str(WHEELS), "cu130", "--out", str(tmp_path / "out")]
+    result = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "CUDA 13.0 is asked for, but CUDACXX names another" in result.stderr and "12.9" in result.stderr
 
 
 def cmake_version() -> tuple[int, ...]:

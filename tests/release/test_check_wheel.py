@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
+import platform
+import re
 import shutil
+import struct
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +24,9 @@ from broadhead import support
 from scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
-BUILD = json.loads((ROOT / ".github/cuda-matrix.json").read_text())[-1]
+(BUILD,) = (build for build in json.loads((ROOT / ".github/cuda-matrix.json").read_text()) if build["pypi"])
+(VERSION,) = re.findall(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+MACHINE = platform.machine()
 CUDA = [int(part) for part in BUILD["cuda"].split(".")]
 FAMILIES = tuple(dict.fromkeys(row.family for row in support.ROWS))
 
@@ -36,16 +43,50 @@ def archs_of(family: str) -> list[str]:
 
 
 def compile_library(path: Path, source: str, *options: str) -> bytes:
-    path.with_suffix(".c").write_text(source)
-    command = ["cc", "-shared", "-fPIC", "-o", str(path), str(path.with_suffix(".c")), *options]
-    subprocess.run(command, check=True)
+    """Compiles a library to `path`; one without options once for all tests."""
+    path.write_bytes(compiled(source) if not options else compile_in(path.parent, source, *options))
     return path.read_bytes()
 
 
-def library_source(family: str, version: int, archs: str, ids: list[str]) -> str:
-    """What a kernel library tells of itself."""
+@functools.lru_cache
+def compiled(source: str) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        return compile_in(Path(folder), source)
+
+
+def compile_in(folder: Path, source: str, *options: str) -> bytes:
+    (folder / "source.c").write_text(source)
+    command = ["cc", "-shared", "-fPIC", "-o", str(folder / "compiled.so"), str(folder / "source.c"), *options]
+    subprocess.run(command, check=True)
+    return (folder / "compiled.so").read_bytes()
+
+
+def fatbin(targets: list[str]) -> bytes:
+    """What nvcc puts into a library for a source: a header and, for each architecture, an entry with empty code."""
+    entries = b""
+    for target in targets:
+        kind = 1 if target.endswith("-virtual") else 2
+        entries += struct.pack("<HHIQ", kind, 0x101, 64, 8).ljust(28, b"\0")
+        entries += struct.pack("<I", int(re.sub(r"\D", "", target))).ljust(36, b"\0") + bytes(8)
+    return struct.pack("<IHHQ", 0xBA55ED50, 1, 16, len(entries)) + entries
+
+
+def code_of(family: str, archs: list[str]) -> list[list[str]]:
+    """The architectures of each source of a library."""
+    units = generate.make_units(generate.load_table(), family, archs, "")
+    return [list(unit.archs) for unit in units] + [archs] * len(generate.COMMON_SOURCES)
+
+
+def library_source(family: str, version: int, archs: str, ids: list[str], code: list[list[str]]) -> str:
+    """What a kernel library tells of itself, and its section with code."""
+    data = ",".join(map(str, b"".join(map(fatbin, code))))
+    section = (
+        f'__attribute__((section(".nv_fatbin"), used, aligned(8))) static const unsigned char fatbin[] = {{{data}}};\n'
+        if code
+        else ""
+    )
     quoted = ", ".join(f'{{0, 0, "{row_id}"}}' for row_id in ids)
-    return (
+    return section + (
         f'const char* broadhead_build_archs(void) {{ return "{archs}"; }}\n'
         f"int broadhead_cuda_version(void) {{ return {version}; }}\n"
         f"int broadhead_kernel_count(void) {{ return {len(ids)}; }}\n"
@@ -54,15 +95,18 @@ def library_source(family: str, version: int, archs: str, ids: list[str]) -> str
     )
 
 
+MODULE = f"broadhead/_C.cpython-311-{MACHINE}-linux-gnu.so"
+
+
 class Parts:
     """A wheel in parts, which a test may spoil: its file name and the bytes of its files."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.version = f"0.1.0+{BUILD['label']}"
-        self.tail = "cp311-cp311-manylinux_2_28_x86_64.whl"
+        self.version = f"{VERSION}+{BUILD['label']}"
+        self.tail = f"cp311-cp311-manylinux_2_28_{MACHINE}.whl"
         self.files: dict[str, bytes] = {"broadhead/__init__.py": b""}
-        self.files["broadhead/_C.cpython-311-x86_64-linux-gnu.so"] = compile_library(folder / "module.so", "int a;")
+        self.files[MODULE] = compile_library(folder / "module.so", "int a;")
         for family in FAMILIES:
             self.set_library(family)
             self.set_report(family)
@@ -72,6 +116,7 @@ class Parts:
         values: dict[str, Any] = {
             "version": CUDA[0] * 1000 + CUDA[1] * 10, "archs": ";".join(archs_of(family)),
             "ids": [row.id for row in support.ROWS if row.family == family],
+            "code": code_of(family, archs_of(family)),
         }  # fmt: skip
         source = library_source(family, **{**values, **changes})
         self.files[f"broadhead/libbroadhead_{family}.so"] = compile_library(
@@ -85,7 +130,7 @@ class Parts:
             for row in support.ROWS
             if row.family == family
             for arch in generate.row_archs(row, archs_of(family))
-            if (row.name, arch) != skip
+            if (row.name, arch) != skip and not arch.endswith("-virtual")
         ]  # fmt: skip
         self.files[f"broadhead/libbroadhead_{family}.json"] = json.dumps(functions).encode()
 
@@ -107,22 +152,22 @@ class Parts:
         return wheel
 
 
-def run(wheel: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "scripts/check_wheel.py"), str(wheel)]
+def run(wheel: Path, *options: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "scripts/check_wheel.py"), *options, str(wheel)]
     return subprocess.run(command, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("label", [True, False])
 def test_a_release_wheel_is_fit(tmp_path: Path, label: bool) -> None:
-    """With the label of its build; without one it is of the newest CUDA."""
+    """With the label of its build; without one it is the one for PyPI."""
     parts = Parts(tmp_path)
-    parts.version = parts.version if label else "0.1.0"
-    result = run(parts.write())
+    parts.version = parts.version if label else VERSION
+    result = run(parts.write(), "--glibc", "2.28", "--tag", f"v{VERSION}")
     assert result.returncode == 0 and "fit to ship" in result.stdout, result.stdout + result.stderr
 
 
 def plain_linux(parts: Parts) -> None:
-    parts.tail = "cp311-cp311-linux_x86_64.whl"
+    parts.tail = f"cp311-cp311-linux_{MACHINE}.whl"
 
 
 def no_kernels(parts: Parts) -> None:
@@ -135,7 +180,7 @@ def no_hopper_kernels(parts: Parts) -> None:
 
 
 def an_unknown_label(parts: Parts) -> None:
-    parts.version = "0.1.0+cu999"
+    parts.version = f"{VERSION}+cu999"
 
 
 def another_cuda(parts: Parts) -> None:
@@ -143,7 +188,34 @@ def another_cuda(parts: Parts) -> None:
 
 
 def an_architecture_less(parts: Parts) -> None:
+    """As told; the code is there."""
     parts.set_library("sm80", archs=";".join(archs_of("sm80")[:-1]))
+
+
+def no_code_at_all(parts: Parts) -> None:
+    parts.set_library("sm80", code=[])
+
+
+def a_source_without_one_architecture(parts: Parts) -> None:
+    code = code_of("sm80", archs_of("sm80"))
+    parts.set_library("sm80", code=[code[0][1:], *code[1:]])
+
+
+def no_ptx(parts: Parts) -> None:
+    code = code_of("sm80", archs_of("sm80"))
+    parts.set_library("sm80", code=[[arch for arch in archs if not arch.endswith("-virtual")] for archs in code])
+
+
+def another_version(parts: Parts) -> None:
+    parts.version = f"9.9.9+{BUILD['label']}"
+
+
+def another_machine(parts: Parts) -> None:
+    parts.files[MODULE] = parts.files[MODULE][:18] + b"\x08\0" + parts.files[MODULE][20:]  # MIPS
+
+
+def a_newer_glibc(parts: Parts) -> None:
+    parts.tail = f"cp311-cp311-manylinux_2_34_{MACHINE}.whl"
 
 
 def a_kernel_less(parts: Parts) -> None:
@@ -151,7 +223,7 @@ def a_kernel_less(parts: Parts) -> None:
 
 
 def no_code_for_one_architecture(parts: Parts) -> None:
-    parts.set_report("sm80", skip=("sm80_fwd_d64", archs_of("sm80")[-1]))
+    parts.set_report("sm80", skip=("sm80_fwd_d64", "120"))
 
 
 def a_spill(parts: Parts) -> None:
@@ -167,13 +239,11 @@ def no_report(parts: Parts) -> None:
 
 
 def no_module(parts: Parts) -> None:
-    del parts.files["broadhead/_C.cpython-311-x86_64-linux-gnu.so"]
+    del parts.files[MODULE]
 
 
 def a_module_of_another_python(parts: Parts) -> None:
-    parts.files["broadhead/_C.cpython-312-x86_64-linux-gnu.so"] = parts.files.pop(
-        "broadhead/_C.cpython-311-x86_64-linux-gnu.so"
-    )
+    parts.files[MODULE.replace("311", "312")] = parts.files.pop(MODULE)
 
 
 def no_notices(parts: Parts) -> None:
@@ -195,6 +265,27 @@ def a_library_that_does_not_load(parts: Parts) -> None:
     parts.set_library("sm80", f"-L{parts.folder}", "-Wl,--no-as-needed", "-lnowhere")
 
 
+def no_licence(parts: Parts) -> None:
+    del parts.notices["LICENSE"]
+
+
+def no_notice_of_the_runtime(parts: Parts) -> None:
+    notices = parts.notices["THIRD_PARTY_NOTICES.txt"]
+    parts.notices["THIRD_PARTY_NOTICES.txt"] = notices.replace(b"CUDA Runtime", b"")
+
+
+def no_notice_of_cutlass(parts: Parts) -> None:
+    notices = parts.notices["THIRD_PARTY_NOTICES.txt"]
+    parts.notices["THIRD_PARTY_NOTICES.txt"] = notices.replace(b"NVIDIA CUTLASS", b"")
+
+
+def a_link_to_torch(parts: Parts) -> None:
+    compile_library(parts.folder / "libtorch_cpu.so", "int b;")
+    parts.files[MODULE] = compile_library(
+        parts.folder / "module.so", "int a;", f"-L{parts.folder}", "-Wl,--no-as-needed", "-ltorch_cpu"
+    )
+
+
 def too_big(parts: Parts) -> None:
     parts.files["broadhead/data"] = bytes(100 * 1000 * 1000)
 
@@ -202,11 +293,17 @@ def too_big(parts: Parts) -> None:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (plain_linux, "platform is linux_x86_64, indexes take manylinux"),
+        (plain_linux, "platform is linux_"),
         (no_kernels, "holds no kernels: libbroadhead_sm80.so is missing"),
         (no_hopper_kernels, "holds no kernels: libbroadhead_sm90.so is missing"),
         (an_unknown_label, "no build of the release has the label cu999"),
         (another_cuda, "libbroadhead_sm80.so is of CUDA 12.9, the wheel's name is for 13.0"),
+        (another_version, "its version is 9.9.9, the release is "),
+        (another_machine, "_C.cpython-311-"),
+        (a_newer_glibc, "it needs glibc 2.34, newer than 2.28"),
+        (no_code_at_all, "sources with code for 80, 86, 89, 90, 100, 103, 120, 121, PTX of 103, expected "),
+        (a_source_without_one_architecture, "has 1 sources with code for 86, 89, 90, 100, "),
+        (no_ptx, "sources with code for 80, 86, 89, 90, 100, 103, 120, 121, PTX of 103, expected "),
         (an_architecture_less, 'libbroadhead_sm80.so is for "'),
         (a_kernel_less, "libbroadhead_sm80.so lacks 1 kernels: sm80_fwd_d64_bf16"),
         (no_code_for_one_architecture, "libbroadhead_sm80.json has no sm80_fwd_d64 for"),
@@ -217,6 +314,10 @@ def too_big(parts: Parts) -> None:
         (a_module_of_another_python, "holds no module broadhead/_C for cp311"),
         (no_notices, "holds no THIRD_PARTY_NOTICES.txt"),
         (a_notice_less, "THIRD_PARTY_NOTICES.txt does not name: pybind11"),
+        (no_licence, "holds no LICENSE"),
+        (no_notice_of_the_runtime, "THIRD_PARTY_NOTICES.txt does not name: CUDA Runtime"),
+        (no_notice_of_cutlass, "THIRD_PARTY_NOTICES.txt does not name: NVIDIA CUTLASS"),
+        (a_link_to_torch, "_C.cpython-311-"),
         (a_link_to_cuda, "libbroadhead_sm80.so links libcudart.so.99"),
         (a_library_that_does_not_load, "libbroadhead_sm80.so cannot be loaded: libnowhere.so.1"),
         (too_big, "more than 100000000"),
@@ -225,16 +326,37 @@ def too_big(parts: Parts) -> None:
 def test_one_wrong_thing_is_found(tmp_path: Path, spoil: Callable[[Parts], None], words: str) -> None:
     parts = Parts(tmp_path)
     spoil(parts)
-    result = run(parts.write())
+    result = run(parts.write(), "--glibc", "2.28")
     assert result.returncode == 1 and words in result.stdout, result.stdout + result.stderr
-    # Nothing that is right is called wrong: two libraries are missing, and one that links CUDA does not load without.
+    # Nothing that is right is called wrong. Code that is missing is so for every set of architectures.
     problems = result.stdout.split(" MB: ")[1].split("; ")
-    assert len(problems) == (2 if spoil in (no_kernels, a_link_to_cuda) else 1), problems
+    if spoil in (no_code_at_all, no_ptx, a_source_without_one_architecture):
+        assert all("sources with code for" in problem for problem in problems), problems
+    else:
+        assert len(problems) == (2 if spoil in (no_kernels, a_link_to_cuda) else 1), problems
+
+
+def test_other_architectures_are_fit_only_where_they_are_asked_for(tmp_path: Path) -> None:
+    parts = Parts(tmp_path)
+    archs = {"sm80": ["80", "90"], "sm90": ["90a"]}
+    for family, names in archs.items():
+        parts.set_library(family, archs=";".join(names), code=code_of(family, names))
+    wheel = parts.write()
+    assert run(wheel).returncode == 1
+    result = run(wheel, "--archs", "80-real;90a-real")
+    assert result.returncode == 0, result.stdout
+
+
+def test_a_tag_is_the_version_that_is_expected(tmp_path: Path) -> None:
+    wheel = Parts(tmp_path).write()
+    assert run(wheel, "--tag", f"v{VERSION}").returncode == 0
+    result = run(wheel, "--tag", "v8.8.8")
+    assert result.returncode == 1 and f"its version is {VERSION}, the release is 8.8.8" in result.stdout
 
 
 def test_a_version_that_differs_is_found(tmp_path: Path) -> None:
     result = run(Parts(tmp_path).write(metadata_version="0.2.0"))
-    assert result.returncode == 1 and "METADATA does not have the version 0.1.0+" in result.stdout
+    assert result.returncode == 1 and "METADATA does not have the version" in result.stdout
 
 
 def test_a_wrong_record_is_found(tmp_path: Path) -> None:
@@ -244,6 +366,6 @@ def test_a_wrong_record_is_found(tmp_path: Path) -> None:
 
 def test_a_foreign_name_is_found(tmp_path: Path) -> None:
     wheel = Parts(tmp_path).write()
-    other = wheel.rename(tmp_path / "broadhead-0.1.0-py3-none-any.whl")
+    other = wheel.rename(tmp_path / f"broadhead-{VERSION}-py3-none-any.whl")
     result = run(other)
     assert result.returncode == 1 and "its name is not broadhead-VERSION" in result.stdout

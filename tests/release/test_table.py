@@ -17,6 +17,8 @@ from installed import FAMILIES, needs_kernels
 ROOT = Path(__file__).resolve().parents[2]
 #: What releases are built for.
 (ALL_ARCHS,) = {build["archs"] for build in json.loads((ROOT / ".github/cuda-matrix.json").read_text())}
+#: PTX of the newest architecture that also serves 11.0.
+PTX = "103-virtual"
 #: Rows by the architectures where they have no register to spare, so that ptxas spills or may: then a build stops.
 SPILLS = {"sm80_fwd_d128": {"100", "103", "120", "121"}, "sm80_fwd_d128_n48": {"100"}}
 
@@ -118,6 +120,7 @@ def test_no_row_is_compiled_where_it_spills(archs: str) -> None:
         ("100a-real", {(10, 0)}),
         ("100f", {(10, 0), (10, 3)}),
         ("120", {(12, 0), (12, 1)}),
+        ("103-virtual", {(10, 3), (12, 0), (12, 1)}),
     ],
 )
 def test_arch_covers(arch: str, covered: set[tuple[int, int]]) -> None:
@@ -190,6 +193,8 @@ def test_the_registry_tells_what_a_row_is(tmp_path: Path) -> None:
     ("archs", "families"),
     [
         ("80", {"sm80": "80"}),
+        ("103-virtual", {"sm80": "103-virtual"}),
+        ("90a;103a-virtual", {"sm80": "90;103-virtual", "sm90": "90a"}),
         ("90", {"sm80": "90"}),  # code for plain 90 holds no wgmma
         ("90a", {"sm80": "90", "sm90": "90a"}),
         ("80;90a-real;120", {"sm80": "80;90;120", "sm90": "90a"}),
@@ -230,6 +235,26 @@ def test_rows_are_built_where_a_device_can_run_them(archs: str) -> None:
             assert own in row.capabilities or not any(
                 capabilities.arch_covers(a, c) for c in row.capabilities for a in set(chosen) - {arch}
             ), (row.id, arch)
+
+
+def test_ptx_is_of_the_rows_for_every_capability(tmp_path: Path) -> None:
+    """And of what every library holds: a device that the table does not know runs nothing else."""
+    assert run_generate("sources", "--archs", ALL_ARCHS, "--out", str(tmp_path)).returncode == 0
+    listing = (tmp_path / "instantiations.cmake").read_text()
+    groups = re.findall(
+        r'set\(BROADHEAD_ARCHS_(\w+) "(.*)"\)\nset\(BROADHEAD_SOURCES_\1\n(.*?)\n\)', listing, re.DOTALL
+    )
+    with_ptx = {name for _, archs, text in groups if PTX in archs.split(";") for name in re.findall(r"(\w+)\.cu", text)}
+    expected = {row.name for row in support.ROWS if row.portable}
+    assert with_ptx == expected | {Path(source).stem for source in load_generate().COMMON_SOURCES}
+    for _, archs, _ in groups:
+        assert all(arch == PTX or arch.endswith("-real") for arch in archs.split(";")), archs
+
+
+def test_an_arch_that_the_table_does_not_know_has_the_portable_rows(tmp_path: Path) -> None:
+    """What errors tell a user of such a device to build."""
+    assert run_generate("sources", "--archs", "110", "--out", str(tmp_path)).returncode == 0
+    assert sorted(generated_ids(tmp_path)) == sorted(row.id for row in support.ROWS if row.portable)
 
 
 def test_a_second_run_changes_no_file(tmp_path: Path) -> None:
@@ -274,6 +299,8 @@ def test_a_stale_matrix_is_found(tmp_path: Path) -> None:
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale" not in text
     common = [feature for feature in support.FEATURES if all(feature in row.features for row in support.ROWS)]
+    assert "executed on compute capability 9.0 alone" in text
+    assert "On 8.0, 8.6, 8.7, 8.9, 10.0, 10.3, 12.0, 12.1 they are **compiled, never executed**" in text
     for feature in common:
         assert f"no {feature}" not in text, f"a row says that it lacks {feature}"
     for row in support.ROWS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import hashlib
+import re
 import sys
 import tarfile
 import zipfile
@@ -15,35 +16,41 @@ import pytest
 from scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
-METADATA = "Metadata-Version: 2.2\nName: broadhead\nVersion: 0.1.0\nRequires-Dist: torch>=2.6\n\n# text\nVersion: 9\n"
+#: That of pyproject.toml.
+(VERSION,) = re.findall(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+METADATA = (
+    f"Metadata-Version: 2.2\nName: broadhead\nVersion: {VERSION}\nRequires-Dist: torch>=2.6\n\n# text\nVersion: 9\n"
+)
 
 
 label = load_script("cmake/version_label.py")
 
 
 def make_wheel(folder: Path) -> Path:
-    wheel = folder / "broadhead-0.1.0-cp311-cp311-linux_x86_64.whl"
+    wheel = folder / f"broadhead-{VERSION}-cp311-cp311-linux_x86_64.whl"
     with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("broadhead/__init__.py", "version = '0.1.0'\n")
+        archive.writestr("broadhead/__init__.py", f"version = '{VERSION}'\n")
         info = zipfile.ZipInfo("broadhead/_C.so", (2026, 1, 2, 3, 4, 6))
         info.external_attr = 0o100755 << 16
         archive.writestr(info, b"\x7fELF")
-        archive.writestr("broadhead-0.1.0.dist-info/METADATA", METADATA)
-        archive.writestr("broadhead-0.1.0.dist-info/RECORD", "broadhead/__init__.py,,\n")
+        archive.writestr(f"broadhead-{VERSION}.dist-info/METADATA", METADATA)
+        archive.writestr(f"broadhead-{VERSION}.dist-info/RECORD", "broadhead/__init__.py,,\n")
     return wheel
 
 
 def test_a_wheel_gets_the_label(tmp_path: Path) -> None:
     wheel = make_wheel(tmp_path)
     name = label.label_wheel(wheel, "cu130")
-    assert name == "broadhead-0.1.0+cu130-cp311-cp311-linux_x86_64.whl"
+    assert name == f"broadhead-{VERSION}+cu130-cp311-cp311-linux_x86_64.whl"
     assert [path.name for path in tmp_path.iterdir()] == [name], "the wheel without a label must be gone"
     with zipfile.ZipFile(tmp_path / name) as archive:
         files = {info.filename: archive.read(info) for info in archive.infolist()}
         mode = archive.getinfo("broadhead/_C.so").external_attr
-    folder = "broadhead-0.1.0+cu130.dist-info"
+    folder = f"broadhead-{VERSION}+cu130.dist-info"
     assert set(files) == {"broadhead/__init__.py", "broadhead/_C.so", f"{folder}/METADATA", f"{folder}/RECORD"}
-    assert files[f"{folder}/METADATA"].decode() == METADATA.replace("Version: 0.1.0\n", "Version: 0.1.0+cu130\n")
+    assert files[f"{folder}/METADATA"].decode() == METADATA.replace(
+        f"Version: {VERSION}\n", f"Version: {VERSION}+cu130\n"
+    )
     assert mode == 0o100755 << 16
     rows = {row[0]: row[1:] for row in csv.reader(files.pop(f"{folder}/RECORD").decode().splitlines())}
     assert rows.pop(f"{folder}/RECORD") == ["", ""] and rows.keys() == files.keys()
@@ -62,11 +69,11 @@ def test_wheels_of_two_cuda_versions_have_two_names(tmp_path: Path) -> None:
 
 def test_prepared_metadata_get_it_too(tmp_path: Path) -> None:
     """pip compares them with those of the wheel."""
-    (tmp_path / "broadhead-0.1.0.dist-info").mkdir()
-    (tmp_path / "broadhead-0.1.0.dist-info/METADATA").write_text(METADATA)
-    name = label.label_directory(tmp_path, "broadhead-0.1.0.dist-info", "cu129")
-    assert name == "broadhead-0.1.0+cu129.dist-info"
-    assert "\nVersion: 0.1.0+cu129\n" in (tmp_path / name / "METADATA").read_text()
+    (tmp_path / f"broadhead-{VERSION}.dist-info").mkdir()
+    (tmp_path / f"broadhead-{VERSION}.dist-info/METADATA").write_text(METADATA)
+    name = label.label_directory(tmp_path, f"broadhead-{VERSION}.dist-info", "cu129")
+    assert name == f"broadhead-{VERSION}+cu129.dist-info"
+    assert f"\nVersion: {VERSION}+cu129\n" in (tmp_path / name / "METADATA").read_text()
 
 
 @pytest.mark.parametrize("value", ["+cu130", "cu13 0", "CU130", "cu130."])
@@ -76,7 +83,7 @@ def test_a_bad_label_is_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> 
         label.wanted_label()
 
 
-@pytest.mark.parametrize(("value", "version"), [("", "0.1.0"), ("cu130", "0.1.0+cu130")])
+@pytest.mark.parametrize(("value", "version"), [("", VERSION), ("cu130", f"{VERSION}+cu130")])
 def test_the_backend_asks_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str, version: str
 ) -> None:

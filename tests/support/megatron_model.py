@@ -47,7 +47,8 @@ def make_layer(replaced: bool, dtype: torch.dtype, **changes: Any) -> Any:
     )  # fmt: skip
     spec = get_gpt_layer_local_spec()
     layer = build_module(use_core_attention(spec) if replaced else spec, config=config, layer_number=1)
-    return layer.to(DEVICE)
+    # Megatron makes norms in fp32 and casts whole models (Float16Module): LayerNorm of torch on CUDA mixes no dtypes.
+    return layer.to(DEVICE, dtype)
 
 
 def run_layer(layer: Any, x: Tensor) -> list[Tensor]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import linecache
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 
 def without_code(text: str) -> str:
@@ -19,3 +21,30 @@ def tables_of(path: Path) -> list[list[list[str]]]:
         elif tables[-1]:
             tables.append([])
     return [table for table in tables if table]
+
+
+class Block(NamedTuple):
+    """A fenced block of a page: what stands behind the fence, and the text."""
+
+    info: str
+    text: str
+
+
+def blocks_of(path: Path) -> list[Block]:
+    text = path.read_text(encoding="utf-8")
+    return [Block(*found) for found in re.findall(r"^```([^\n`]*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)]
+
+
+class Page:
+    """The Python blocks of a page, which run one after the other in one scope."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.count = name, 0
+        self.scope: dict[str, object] = {"__name__": "__example__"}
+
+    def run(self, block: Block) -> None:
+        name = f"{self.name}, block {self.count}"
+        self.count += 1
+        # torch.compile and tracebacks read the source of what they meet.
+        linecache.cache[name] = (len(block.text), None, block.text.splitlines(keepends=True), name)
+        exec(compile(block.text, name, "exec"), self.scope)

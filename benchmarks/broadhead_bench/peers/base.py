@@ -21,6 +21,9 @@ from broadhead_bench.inputs_decode import AppendInputs, CascadeInputs, Fp8PagedI
 from broadhead_bench.inputs_landscape import LandscapeInputs
 from broadhead_bench.inputs_masks import ChunkInputs, ImagesInputs, TreeInputs
 
+#: Areas of which few peers do anything.
+_SPECIAL_AREAS = ("decode-invariant", "training", "prefix-lm", "masks", "model")
+
 
 class Skip(Exception):
     """An implementation does not do a case; the text says why."""
@@ -40,7 +43,7 @@ class Peer:
 
     name = ""
     #: The areas in which it has anything to say; elsewhere it is not even skipped.
-    areas: tuple[str, ...] = tuple(a for a in AREAS if a not in ("decode-invariant", "training", "prefix-lm", "masks"))
+    areas: tuple[str, ...] = tuple(a for a in AREAS if a not in _SPECIAL_AREAS)
 
     #: Whether it compiles what it runs at the first call, for seconds.
     compiles_calls = False

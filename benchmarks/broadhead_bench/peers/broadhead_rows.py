@@ -79,6 +79,8 @@ class BestRow(ForcedRow):
                 calls.append(call)
             except (broadhead.UnsupportedError, broadhead.InvalidTypeError):
                 continue
+            except broadhead.BroadheadError as error:
+                raise RuntimeError(f"row {row.id}: {error}") from error
         if not calls:
             raise Skip("no row computes this call by itself")
         times = timing.time_interleaved(graphs, timing.L2Flusher(device), budget=0.0, least=TRIES, warm_up=0.0)

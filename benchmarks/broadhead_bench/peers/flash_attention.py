@@ -16,6 +16,7 @@ from broadhead_bench.inputs import Fp8Inputs, PagedInputs, VarlenInputs
 from broadhead_bench.inputs_decode import AppendInputs, Fp8PagedInputs, LatentInputs
 from broadhead_bench.inputs_landscape import LandscapeInputs
 from broadhead_bench.inputs_masks import ImagesInputs
+from broadhead_bench.model_attention import register_beside_sdpa
 from broadhead_bench.peers.base import (
     PackagePeer,
     Skip,
@@ -33,6 +34,7 @@ class FlashAttention3(PackagePeer):
     """FlashAttention-3, any build that has its module by one of these names."""
 
     name = "fa3"
+    areas = (*PackagePeer.areas, "model")
     module_names = ("flash_attn_interface", "fa3_fwd_interface")
     distributions = ("flash_attn_3", "tokenspeed-fa3", "fa3-fwd")
 
@@ -42,6 +44,15 @@ class FlashAttention3(PackagePeer):
     def versions(self) -> dict[str, str]:
         notes, self._notes = self._notes, {}
         return {**super().versions(), **notes}
+
+    def attention_of_transformers(self) -> str:
+        self._notes = {"note": "window layers alone; head_dim 512 by SDPA, as FlashAttention-3 ends at 256"}
+        function = self._module.flash_attn_func
+
+        def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window_size: tuple[int, int]) -> Tensor:
+            return first_output(function(q, k, v, softmax_scale=scale, causal=True, window_size=window_size))
+
+        return register_beside_sdpa("fa3", attention)
 
     def forward(self, case: DenseCase, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
         function = self._module.flash_attn_func

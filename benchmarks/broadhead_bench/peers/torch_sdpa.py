@@ -15,6 +15,7 @@ from broadhead_bench.cases import DenseCase, VarlenCase
 from broadhead_bench.cases_landscape import LandscapeCase
 from broadhead_bench.inputs import VarlenInputs
 from broadhead_bench.inputs_landscape import LandscapeInputs
+from broadhead_bench.model_attention import register_beside_sdpa
 from broadhead_bench.peers.base import Peer, Skip
 
 #: The backends that hold no scores in memory.
@@ -74,7 +75,15 @@ class TorchSdpa(Peer):
 class TorchFlash(TorchSdpa):
     """torch's FlashAttention-2. SDPA takes neither a window nor packed sequences; the operator below it does."""
 
-    areas = (*TorchSdpa.areas, "training", "prefix-lm")
+    areas = (*TorchSdpa.areas, "training", "prefix-lm", "model")
+
+    def attention_of_transformers(self) -> str:
+        self._notes = {"note": "window layers alone; head_dim 512 by SDPA, as FlashAttention-2 ends at 256"}
+
+        def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window_size: tuple[int, int]) -> Tensor:
+            return _flash_call(q, k, v, (None, None), (q.shape[1], k.shape[1]), True, window_size, scale)()
+
+        return register_beside_sdpa("fa2", attention)
 
     def forward(self, case: DenseCase, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
         self._notes = {}
@@ -103,7 +112,7 @@ class TorchDefault(Peer):
     fused backend takes GQA, K and V are repeated in each call."""
 
     name = "sdpa"
-    areas = ("training", "prefix-lm")
+    areas = ("training", "prefix-lm", "model")
 
     def __init__(self) -> None:
         self._notes: dict[str, str] = {}
@@ -162,11 +171,12 @@ def _sdpa_call(
 
 def _flash_call(
     q: Tensor, k: Tensor, v: Tensor, offsets: tuple[Tensor | None, Tensor | None], longest: tuple[int, int],
-    causal: bool, window_size: tuple[int, int],
+    causal: bool, window_size: tuple[int, int], scale: float | None = None,
 ) -> Callable[[], Tensor]:  # fmt: skip
     """FlashAttention-2's operator, whose masks are aligned to the bottom right. ``offsets`` and ``longest`` are those
     of queries and of keys; dense tensors have no offsets."""
     left, right = window_size
-    window = {} if left < 0 else {"window_size_left": left, "window_size_right": right}
+    options: dict[str, Any] = {} if left < 0 else {"window_size_left": left, "window_size_right": right}
+    options |= {} if scale is None else {"scale": scale}
     lengths = (*offsets, *longest)
-    return lambda: torch.ops.aten._flash_attention_forward(q, k, v, *lengths, 0.0, causal, False, **window)[0]
+    return lambda: torch.ops.aten._flash_attention_forward(q, k, v, *lengths, 0.0, causal, False, **options)[0]

@@ -9,21 +9,19 @@ import torch
 from torch import Tensor
 
 from ..call import validation as check
-from ..call.layout import is_strided
 from ..call.mask_values import MaskRule, check_tree
 from ..call.masking import normalize_chunk, normalize_window, split_causal
-from ..call.problem import DTYPE_NAMES, AttentionProblem, backward_of, gradient_features, refuse_tree_gradient
+from ..call.problem import DTYPE_NAMES, AttentionProblem, gradient_features, refuse_tree_gradient
 from ..errors import InvalidArgumentError, InvalidTypeError
 from ..plan.device import DeviceDescription, default_device, describe, hypothetical
-from ..plan.dispatch import Plan, Refusal, dtypes_text, refusals, resolve
+from ..plan.dispatch import Plan, resolve
 from ..plan.native import BuildDescription, build_description
 from ..support import ROWS
+from .explanation import Explanation, explanation
 
 #: Keys of a sequence where a question does not say: few keys have kernels of their own.
 MANY_KEYS = 8192
 
-#: Kernels that a line of refusals names.
-_MAX_SHOWN = 2
 #: Masks that a call gives as tensors, of which only whether they are there matters.
 _MASKS = ("prefix_lens", "query_ranges", "tree_mask")
 
@@ -284,75 +282,38 @@ def explain(
     query_ranges: bool | Tensor = False,
     tree_mask: bool | Tensor = False,
 ) -> str:
-    """Where a call runs and why, as text: the backend, the kernel and its plan, and why other kernels refuse it.
+    """Where a call runs and why, as text whose first line is the answer.
 
-    Of a call that needs a gradient it names the kernel of the backward pass, too. A line says which tensors are copied
-    because their last dimension is not contiguous; kernels that refuse for one reason share a line. Args and errors as
-    for is_supported.
+    Where no kernel runs the call, the next line says what to do. Then come the plan, the kernel of the backward pass if
+    a gradient is asked for, what was asked, the device, and which tensors are copied because their last dimension is
+    not contiguous. Last come the kernels that refuse the call, grouped by what stands in their way: this build, the
+    device or the arguments. Kernels with the same reason share a line.
+
+    Args and errors are those of is_supported.
     """
-    function = "explain"
-    where = _device(function, q.device if device is None and isinstance(q, Tensor) else device)
-    problem, plan = _plan(
-        function, where, build, q=q, k=k, v=v, head_dim=head_dim, head_dim_v=head_dim_v, dtype=dtype,
-        kv_dtype=kv_dtype, num_heads_q=num_heads_q, num_heads_kv=num_heads_kv, batch_size=batch_size,
-        seqlen_q=seqlen_q, seqlen_k=seqlen_k, causal=causal, window_size=window_size, attention_chunk=attention_chunk,
-        softcap=softcap, page_size=page_size, varlen=varlen, sinks=sinks, prefix_lens=prefix_lens, qv=qv,
-        descale=descale, requires_grad=requires_grad, deterministic=deterministic, num_splits=num_splits,
-        tokens_per_split=tokens_per_split, direction=direction, query_ranges=query_ranges, tree_mask=tree_mask,
-    )  # fmt: skip
-    dtypes = dtypes_text(problem.dtype, problem.kv_dtype)
-    lines = [
-        f"asked: {problem.direction}, head_dim {problem.head_dim}, head_dim_v {problem.head_dim_v},"
-        f" dtype {dtypes}, {problem.num_heads_q} query and {problem.num_heads_kv} key heads,"
-        f" features: {', '.join(problem.features)}"
-        + (f", tokens_per_split {problem.tokens_per_split}" if problem.tokens_per_split else ""),
-        f"device: {where.label()}",
-    ]
-    if plan.row is not None and plan.schedule is not None:
-        schedule = plan.schedule
-        lines.append(f"runs on: cuda, kernel {plan.reason}")
-        splits = f"{schedule.num_splits} splits"
-        if schedule.tokens_per_split:
-            splits = f"a split of every {schedule.tokens_per_split} keys"
-        lines.append(
-            f"plan: {splits}, GQA {'packed' if schedule.pack_gqa else 'not packed'},"
-            f" {schedule.m_blocks} query tiles x {schedule.heads_in_grid} heads x {problem.batch} sequences"
-        )
-    else:
-        lines.append(f"runs on: the torch fallback, because {plan.reason}")
-    if "gradients" in problem.features:
-        plan = resolve(backward_of(problem), where, build)
-        lines.append("gradients: " + ("the torch fallback" if plan.row is None else f"cuda, kernel {plan.reason}"))
-    lines += _copies(q, k, v, qv, page_size)
-    lines += _grouped(refusals(problem, where, build))
-    return "\n".join(lines)
+    return explain_in_parts(
+        q=q, k=k, v=v, head_dim=head_dim, head_dim_v=head_dim_v, dtype=dtype, kv_dtype=kv_dtype,
+        num_heads_q=num_heads_q, num_heads_kv=num_heads_kv, batch_size=batch_size, seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k, causal=causal, window_size=window_size, attention_chunk=attention_chunk, softcap=softcap,
+        page_size=page_size, varlen=varlen, sinks=sinks, prefix_lens=prefix_lens, qv=qv, descale=descale,
+        requires_grad=requires_grad, deterministic=deterministic, num_splits=num_splits,
+        tokens_per_split=tokens_per_split, direction=direction, device=device, build=build, query_ranges=query_ranges,
+        tree_mask=tree_mask,
+    ).text()  # fmt: skip
 
 
-def _copies(q: Any, k: Any, v: Any, qv: Any, page_size: Any) -> list[str]:
-    """Which tensors of the call are copied before it runs, and why."""
-    read = {"q": q, "k": k, "v": v, "qv": qv}
-    lines = []
-    for name, tensor in read.items():
-        if is_strided(tensor):
-            layout = f"its last dimension is not contiguous, it has strides {tensor.stride()}"
-            if page_size is not None and name in ("k", "v"):
-                lines.append(f"refused: {name} is a cache, which is never copied: {layout}")
-            else:
-                lines.append(f"copied: {name}, in every call: {layout}; a cache would be refused")
-    return lines
+def explain_in_parts(device: Any, build: BuildDescription | None, **asked: Any) -> Explanation:
+    """The answer of explain in parts, for whoever shows it in another form.
 
-
-def _grouped(found: tuple[Refusal, ...]) -> list[str]:
-    """A line for each reason with the kernels that have it."""
-    by_reason: dict[str, list[str]] = {}
-    for refusal in found:
-        by_reason.setdefault(refusal.reason, []).append(refusal.row_id or "every kernel")
-    lines = []
-    for reason, rows in by_reason.items():
-        shown = ", ".join(rows[:_MAX_SHOWN])
-        more = f" and {len(rows) - _MAX_SHOWN} more" if len(rows) > _MAX_SHOWN else ""
-        lines.append(f"refused: {shown}{more}: {reason}")
-    return lines
+    Args:
+        asked: the other arguments of explain, all of them.
+    """
+    q = asked["q"]
+    where = _device("explain", q.device if device is None and isinstance(q, Tensor) else device)
+    build = build_description() if build is None else build
+    tensors = {name: asked[name] for name in ("q", "k", "v", "qv")}
+    problem, plan = _plan("explain", where, build, **asked)
+    return explanation(problem, plan, where, build, tensors)
 
 
 class SupportEntry(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 
 from ..call.problem import DTYPE_NAMES, AttentionProblem
 from ..call.validation import describe_value
-from ..capabilities import CAPABILITIES
+from ..capabilities import CAPABILITIES, is_later
 from ..plan.device import DeviceDescription, default_device, hypothetical
 from ..plan.dispatch import resolve
 from ..plan.native import BuildDescription, build_description
@@ -92,6 +92,9 @@ def _devices(compute_capability: Any) -> tuple[DeviceDescription, ...]:
     if here.type == "cuda" and here.capability is not None and here.capability[: len(wanted)] == wanted:
         return (here,)
     known = tuple(hypothetical(capability) for capability in CAPABILITIES if capability[: len(wanted)] == wanted)
+    if not known and len(wanted) == 2:
+        capability = (wanted[0], wanted[-1])
+        known = (hypothetical(capability),) if is_later(capability) else ()
     _require(bool(known), f"no kernel for compute capability {'.'.join(map(str, wanted))}")
     return known
 

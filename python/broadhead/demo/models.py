@@ -24,7 +24,7 @@ def check_packages() -> None:
     missing = [name for name in ("transformers", "gguf") if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingPackageError(
-            f"the demo needs {' and '.join(missing)}; install with: pip install 'broadhead[demo]'"
+            f"the demo needs {' and '.join(missing)}; install with: pip install {' '.join(missing)}"
         )
 
 

@@ -105,7 +105,8 @@ def kernel_obstacle(
             f'{client}: this installation of broadhead was built for "{archs}", not for {device.label()}:'
             f" {build_help(arch_for(device.capability))}",
         )
-    return cuda_obstacle(client, device.cuda_version)
+    majors = [(family.cuda_version[0], 0) for family in build.families if family.cuda_version]
+    return cuda_obstacle(client, device.cuda_version, max([OLDEST_CUDA, *majors]))
 
 
 def package_obstacle(client: str, module: str, install: str) -> Obstacle | None:

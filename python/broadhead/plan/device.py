@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..capabilities import SMEM_BY_CAPABILITY
+from ..capabilities import smem_of
 from .native import build_description, parse_cuda_version
 
 
@@ -39,7 +39,7 @@ def hypothetical(capability: tuple[int, int], sm_count: int = 108, l2_bytes: int
         "cuda",
         "hypothetical GPU",
         capability,
-        SMEM_BY_CAPABILITY.get(capability, 48 * 1024),
+        smem_of(capability),
         sm_count,
         l2_bytes,
         None,
@@ -62,7 +62,7 @@ def _describe_cuda(index: int) -> DeviceDescription:
     capability = (properties.major, properties.minor)
     if torch.version.hip is not None:
         return DeviceDescription("hip", properties.name, None, 0, properties.multi_processor_count, 0, None)
-    smem = getattr(properties, "shared_memory_per_block_optin", 0) or SMEM_BY_CAPABILITY.get(capability, 48 * 1024)
+    smem = getattr(properties, "shared_memory_per_block_optin", 0) or smem_of(capability)
     l2_bytes = getattr(properties, "L2_cache_size", 0)
     return DeviceDescription(
         "cuda",

@@ -8,7 +8,7 @@ import zlib
 from typing import NamedTuple
 
 from ..call.problem import ALIGNMENT_BYTES, DQ_SUM_ROWS, AttentionProblem, backward_of, canonical_right
-from ..capabilities import arch_for
+from ..capabilities import arch_for, capability_text
 from ..support import ELEMENT_BYTES, EXTRA_FEATURES, FEATURES, ROWS, KernelRow
 from .cost import estimate
 from .device import DeviceDescription
@@ -36,6 +36,7 @@ class Refusal(NamedTuple):
 
     row_id: str
     reason: str
+    by: str  # what stands in the way: the "arguments" of the call, the "device", or this "build"
 
 
 class MetadataConfig(NamedTuple):
@@ -109,7 +110,7 @@ def dtypes_text(dtype: str, kv_dtype: str) -> str:
 
 
 def _capability_text(capability: tuple[int, int] | None) -> str:
-    return "none" if capability is None else f"{capability[0]}.{capability[1]}"
+    return "none" if capability is None else capability_text(capability)
 
 
 def _needed_features(problem: AttentionProblem) -> tuple[str, ...]:
@@ -145,7 +146,7 @@ def _request_refusal(row: KernelRow, problem: AttentionProblem, needed: tuple[st
 
 def _device_refusal(row: KernelRow, device: DeviceDescription) -> str:
     """Why the row's kernel does not run on the device ("" if it does)."""
-    if device.capability not in row.capabilities:
+    if not row.runs_on(device.capability):
         known = ", ".join(map(_capability_text, row.capabilities))
         return f"runs on compute capability {known}, not {_capability_text(device.capability)}"
     if row.smem_limit > device.smem_per_block:
@@ -170,14 +171,17 @@ def _build_refusal(row: KernelRow, device: DeviceDescription, build: BuildDescri
             f"is left out of this build for compute capability {_capability_text(device.capability)}: it was built for"
             f' "{";".join(family.archs)}"; {build_help(arch)}'
         )
-    needed = (*family.cuda_version[:1], 0) if family.cuda_version else ()
+    # Machine code runs with every driver of its CUDA major version. PTX is compiled by drivers as new as its compiler.
+    by_ptx = family.needs_ptx(device.capability)
+    needed = (family.cuda_version[:2] if by_ptx else (*family.cuda_version[:1], 0)) if family.cuda_version else ()
     if needed and device.cuda_version is not None and device.cuda_version < needed:
         found = ".".join(map(str, device.cuda_version))
-        return f"needs CUDA {needed[0]}.{needed[1]} or newer, the driver serves {found}; update the driver"
+        asked = f"CUDA {needed[0]}.{needed[1]} or newer{' to compile its PTX' if by_ptx else ''}"
+        return f"needs {asked}, the driver serves {found}; update the driver"
     return ""
 
 
-def _gradient_refusals(problem: AttentionProblem, device: DeviceDescription, build: BuildDescription) -> list[str]:
+def _gradient_refusals(problem: AttentionProblem, device: DeviceDescription, build: BuildDescription) -> list[Refusal]:
     """Why no kernel computes the gradients of a forward problem, if it asks for them."""
     if "gradients" not in problem.features:
         return []
@@ -187,17 +191,21 @@ def _gradient_refusals(problem: AttentionProblem, device: DeviceDescription, bui
     if plan.row is not None:
         return []
     kernel = "deterministic CUDA kernel" if "deterministic" in problem.features else "CUDA kernel"
-    return [f"an input requires grad, and no {kernel} differentiates: {plan.reason}"]
+    reason = f"an input requires grad, and no {kernel} differentiates: {plan.reason}"
+    return [Refusal("", reason, "build" if plan.left_out else "arguments")]
 
 
-def _general_refusals(problem: AttentionProblem, device: DeviceDescription, build: BuildDescription) -> list[str]:
+def _general_refusals(problem: AttentionProblem, device: DeviceDescription, build: BuildDescription) -> list[Refusal]:
     """Reasons that hold for every row."""
-    reasons = []
+    found = []
     if device.type != "cuda":
-        reasons.append(f"the tensors are on a {device.type} device; kernels run on NVIDIA CUDA devices")
+        text = f"the tensors are on a {device.type} device; kernels run on NVIDIA CUDA devices"
+        found.append(Refusal("", text, "device"))
     if problem.direction == "backward" and problem.batch > MAX_BACKWARD_BATCH:
-        reasons.append(f"backward kernels take up to {MAX_BACKWARD_BATCH} sequences, not {problem.batch}")
-    return reasons + _gradient_refusals(problem, device, build) + _short_rows(problem) + list(problem.obstacles)
+        text = f"backward kernels take up to {MAX_BACKWARD_BATCH} sequences, not {problem.batch}"
+        found.append(Refusal("", text, "arguments"))
+    found += _gradient_refusals(problem, device, build)
+    return found + [Refusal("", text, "arguments") for text in (*_short_rows(problem), *problem.obstacles)]
 
 
 def _short_rows(problem: AttentionProblem) -> list[str]:
@@ -270,7 +278,7 @@ _rows_by_dtypes: tuple[tuple[KernelRow, ...], dict[tuple[str, str, str], list[Ke
 def _decide(problem: AttentionProblem, device: DeviceDescription, build: BuildDescription) -> Plan:
     general = _general_refusals(problem, device, build)
     if general:
-        return _no_plan(problem, "; ".join(general), False)
+        return _no_plan(problem, "; ".join(refusal.reason for refusal in general), False)
     needed = _needed_features(problem)
     able = [row for row in _rows_of(problem) if not _request_refusal(row, problem, needed)]
     running = sorted(
@@ -352,23 +360,33 @@ def refusals(
     """
     build = build_description() if build is None else build
     needed = _needed_features(problem)
-    found = [Refusal("", reason) for reason in _general_refusals(problem, device, build)]
+    found = _general_refusals(problem, device, build)
     for row in ROWS:
         reason = _request_refusal(row, problem, needed)
-        if not reason and device.type == "cuda":
-            reason = _device_refusal(row, device) or _build_refusal(row, device, build)
         if reason:
-            found.append(Refusal(row.id, reason))
+            found.append(Refusal(row.id, reason, "arguments"))
+        elif device.type == "cuda":
+            found += row_refusals(row, device, build)
     return tuple(found)
+
+
+def row_refusals(row: KernelRow, device: DeviceDescription, build: BuildDescription) -> list[Refusal]:
+    """Why a row runs no call at all on a CUDA device with what this installation holds; empty: it does run some."""
+    reason = _device_refusal(row, device)
+    if reason:
+        return [Refusal(row.id, reason, "device")]
+    reason = _build_refusal(row, device, build)
+    return [Refusal(row.id, reason, "build")] if reason else []
 
 
 def _device_reason(device: DeviceDescription, able: list[KernelRow], problem: AttentionProblem) -> str:
     """Kernels compute the problem, but none on this device."""
-    capabilities = sorted({capability for row in able for capability in row.capabilities})
-    if device.capability not in capabilities:
+    there = [row for row in able if row.runs_on(device.capability)]
+    if not there:
+        capabilities = sorted({capability for row in able for capability in row.capabilities})
         known = ", ".join(map(_capability_text, capabilities))
         return f"no {_kind(problem)} on compute capability {_capability_text(device.capability)}; there are for {known}"
-    smallest = min(row.smem_limit for row in able if device.capability in row.capabilities)
+    smallest = min(row.smem_limit for row in there)
     return f"every CUDA kernel needs {smallest} bytes of shared memory a block; the device has {device.smem_per_block}"
 
 
@@ -430,4 +448,5 @@ def refusal_text(function: str, problem: AttentionProblem, device: DeviceDescrip
     return (
         f"{function}: {head}: {plan.reason}. Asked: {asked}. Device: {device.label()}."
         " Remedy: leave backend and BROADHEAD_STRICT unset to run on the torch fallback"
+        + ("; `broadhead info` shows what this installation holds" if plan.left_out else "")
     )

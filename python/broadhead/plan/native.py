@@ -7,12 +7,12 @@ import warnings
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from ..capabilities import arch_covers, arch_for
+from ..capabilities import arch_covers, arch_for, is_ptx
 from ..errors import FallbackWarning
 
 
 class FamilyBuild(NamedTuple):
-    """One kernel library: its arch targets ("80", "90a"), the CUDA it was compiled with and the rows it holds."""
+    """One kernel library: its arch targets ("80", "90a", "103-virtual"), its compiler's CUDA and the rows it holds."""
 
     name: str
     archs: tuple[str, ...]
@@ -21,6 +21,10 @@ class FamilyBuild(NamedTuple):
 
     def covers(self, capability: tuple[int, int]) -> bool:
         return any(arch_covers(arch, capability) for arch in self.archs)
+
+    def needs_ptx(self, capability: tuple[int, int]) -> bool:
+        """Whether nothing but PTX serves a capability: the driver compiles it at the first launch."""
+        return not any(arch_covers(arch, capability) for arch in self.archs if not is_ptx(arch))
 
 
 class BuildDescription(NamedTuple):
@@ -79,8 +83,12 @@ def extension() -> ModuleType | None:
 
 
 def build_help(arch: str) -> str:
-    """What to do about a kernel that this installation lacks. No package index has broadhead with kernels yet."""
-    return f'build broadhead where its source is, with nvcc: BROADHEAD_CUDA_ARCHS="{arch}" pip install .'
+    """What to do about a kernel that this installation lacks: a source tree builds what it is asked for, and the wheels
+    of a release hold kernels."""
+    return (
+        f'build broadhead where its source is, with nvcc: BROADHEAD_CUDA_ARCHS="{arch}" pip install .; or install a'
+        " release: pip install --force-reinstall --no-deps broadhead"
+    )
 
 
 @functools.lru_cache(maxsize=1)
@@ -102,7 +110,8 @@ def _note_missing_kernels() -> None:
     warnings.warn(
         "broadhead: torch sees a CUDA device, but this installation holds no kernels (they were left out when it was "
         "built): calls on CUDA tensors run on the torch fallback. To have kernels "
-        + build_help(arch_for(torch.cuda.get_device_capability())),
+        + build_help(arch_for(torch.cuda.get_device_capability()))
+        + ". `broadhead info` shows what is missing",
         FallbackWarning,
         stacklevel=3,
     )

@@ -88,7 +88,7 @@ def _register_paged(flash_name: str) -> str | None:
 
     None: this transformers runs the attention function of the model there.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers import AttentionInterface
 
     theirs = AttentionInterface().get("paged|flash_attention_3")
     if theirs is None:
@@ -106,8 +106,9 @@ def _register_paged(flash_name: str) -> str | None:
         return theirs(module, *args, **kwargs)
 
     name = f"paged|{flash_name}"
+    # Like their own paged names it has no mask function, so that none is made: the offsets say all, and a mask function
+    # waits for the device, which the CUDA graphs of continuous batching may not.
     AttentionInterface.register(name, paged_attention)
-    AttentionMaskInterface.register(name, attention_mask)
     _register_flash_functions(name)
     return name
 

@@ -13,7 +13,7 @@ from vllm.v1.attention.backends import flash_attn as vllm_flash_attn
 import broadhead
 from broadhead.errors import InvalidArgumentError, UnsupportedError
 
-from .metadata import BroadheadMetadata, Kind, window_of
+from .metadata import BroadheadMetadata, window_of
 from .policy import HOPPER, is_fp8
 
 _WITHOUT_CACHE = (AttentionType.ENCODER, AttentionType.ENCODER_ONLY)
@@ -69,7 +69,6 @@ class BroadheadImpl(vllm_flash_attn.FlashAttentionImpl):  # type: ignore[misc,na
         # vLLM's window counts the query; an encoder's has two sides.
         self.sliding_window = (left, left if attn_type == AttentionType.ENCODER_ONLY or left < 0 else 0)
         self.supports_quant_query_input = self.fp8_cache and self._takes_fp8_queries(config)
-        self.kind = Kind(num_heads, self.num_kv_heads, head_size, self.sliding_window, self.supports_quant_query_input)
         by_all_to_all = config is not None and config.parallel_config.dcp_comm_backend == "a2a"
         self.dcp_combine = vllm_flash_attn.dcp_a2a_lse_reduce if by_all_to_all else vllm_flash_attn.cp_lse_ag_out_rs
 
@@ -161,7 +160,6 @@ class BroadheadImpl(vllm_flash_attn.FlashAttentionImpl):  # type: ignore[misc,na
             softcap=self.logits_soft_cap,
             num_splits=0,
             page_table=step.block_table,
-            scheduler_metadata=step.scheduler_metadata.get(self.kind),
             sinks=self.sinks,
             query_ranges=ranges,
             ranges_in_window=ranges is not None and bool(getattr(layer, "mm_prefix_clamp_sliding_window", False)),

@@ -4,30 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder
 from vllm.v1.attention.backends.utils import get_dcp_local_seq_lens
 
-import broadhead
-
-from .policy import is_fp8
 from .ranges import query_ranges
-
-#: Query rows, which are tokens times the query heads of a KV head, up to which kernels are those of decode.
-_DECODE_ROWS = 32
-
-
-class Kind(NamedTuple):
-    """Layers of one group that share scheduler metadata."""
-
-    num_heads_q: int
-    num_heads_kv: int
-    head_size: int
-    window: tuple[int, int]
-    quantized_query: bool
 
 
 @dataclasses.dataclass
@@ -47,7 +31,6 @@ class BroadheadMetadata:
     #: int32 (num_actual_tokens, 2): begin, and one past the end, as query_ranges has them. vLLM's own buffer holds
     #: inclusive ends. Models of vLLM set it to None for layers that do not see images whole.
     mm_prefix_query_range_tensor: Tensor | None = None
-    scheduler_metadata: dict[Kind, Tensor] = dataclasses.field(default_factory=dict)
 
     @property
     def mm_prefix_range_tensor(self) -> Tensor | None:
@@ -82,23 +65,22 @@ class BroadheadMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc,u
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         scheduler = vllm_config.scheduler_config
         compilation = vllm_config.compilation_config
-        self.page_size: int = kv_cache_spec.block_size
-        self.model_dtype: torch.dtype = vllm_config.model_config.dtype
-        self.fp8_cache = is_fp8(vllm_config.cache_config.cache_dtype)
-        self.max_requests = max(scheduler.max_num_seqs, compilation.max_cudagraph_capture_size or 0)
+        max_requests = max(scheduler.max_num_seqs, compilation.max_cudagraph_capture_size or 0)
         self.dcp_world_size, self.dcp_rank = _dcp(kv_cache_spec)
         self.interleave: int = vllm_config.parallel_config.cp_kv_cache_interleave_size
-        self._kinds: tuple[Kind, ...] | None = None
-        self._plans: dict[Kind, Tensor] = {}
         self._context_lens: Tensor | None = None
         if self.dcp_world_size > 1:
-            self._context_lens = torch.zeros(self.max_requests, dtype=torch.int32, device=device)
+            self._context_lens = torch.zeros(max_requests, dtype=torch.int32, device=device)
         self._ranges: Tensor | None = None
         if vllm_config.model_config.is_mm_prefix_lm:
             self._ranges = torch.zeros(scheduler.max_num_batched_tokens, 2, dtype=torch.int32, device=device)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> BroadheadMetadata:
-        """The metadata of a step. ``fast_build`` plans no splits: the kernels then divide the keys by themselves."""
+        """The metadata of a step.
+
+        Scheduler metadata is not made, with ``fast_build`` or without: decode kernels divide the keys by the lengths on
+        the device and would not read it. A step of decode launches nothing here.
+        """
         common = common_attn_metadata
         causal = common.causal
         if isinstance(causal, Tensor) and causal.dtype != torch.int32:
@@ -116,8 +98,6 @@ class BroadheadMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc,u
         )
         if self.dcp_world_size > 1:
             metadata.dcp_context_kv_lens = self._context_of_this_rank(common)
-        elif not fast_build and not common_prefix_len:
-            self._plan(metadata)
         if common.mm_req_doc_ranges and causal is not False:
             metadata.mm_prefix_query_range_tensor = self._image_ranges(common)
         return metadata
@@ -127,8 +107,6 @@ class BroadheadMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc,u
         updated = copy.copy(metadata)
         updated.block_table = blk_table
         updated.slot_mapping = slot_mapping
-        if blk_table.shape[1] != metadata.block_table.shape[1]:
-            updated.scheduler_metadata = {}  # planned for sequences of another greatest length
         return updated
 
     def use_cascade_attention(self, *args: Any, **kwargs: Any) -> bool:
@@ -137,46 +115,6 @@ class BroadheadMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc,u
 
         rule = getattr(flash_attn, "use_cascade_attention", None)
         return rule is not None and bool(rule(*args, **kwargs))
-
-    def _kinds_of_layers(self) -> tuple[Kind, ...]:
-        """The layers are there at the first step, not when the builder is made."""
-        if self._kinds is None:
-            layers = self.vllm_config.compilation_config.static_forward_context
-            impls = [impl for name in self.layer_names if hasattr(impl := layers[name].impl, "kind")]
-            self._kinds = tuple(dict.fromkeys(impl.kind for impl in impls))
-        return self._kinds
-
-    def _plan(self, metadata: BroadheadMetadata) -> None:
-        """Scheduler metadata of each kind of layer whose batch runs on decode kernels, in a buffer that stays."""
-        requests = metadata.seq_lens.shape[0]
-        for kind in self._kinds_of_layers():
-            if metadata.max_query_len * (kind.num_heads_q // kind.num_heads_kv) > _DECODE_ROWS:
-                continue
-            buffer = self._plans.get(kind)
-            size = _metadata_size(requests)
-            if buffer is None or buffer.numel() < size:
-                buffer = torch.zeros(
-                    _metadata_size(max(requests, self.max_requests)), dtype=torch.int32, device=self.device
-                )
-                self._plans[kind] = buffer
-            kv_dtype = torch.float8_e4m3fn if self.fp8_cache else self.model_dtype
-            metadata.scheduler_metadata[kind] = broadhead.get_scheduler_metadata(
-                requests,
-                metadata.max_query_len,
-                metadata.max_seq_len,
-                kind.num_heads_q,
-                kind.num_heads_kv,
-                kind.head_size,
-                metadata.seq_lens,
-                qkv_dtype=kv_dtype if kind.quantized_query else self.model_dtype,
-                kv_dtype=kv_dtype,
-                cu_seqlens_q=metadata.query_start_loc,
-                page_size=self.page_size,
-                causal=metadata.causal,
-                window_size=window_of(kind.window, metadata.causal),
-                page_table=metadata.block_table,
-                out=buffer[:size],
-            )
 
     def _image_ranges(self, common: Any) -> Tensor | None:
         """Ranges of the queries inside images, copied into the buffer of this builder."""
@@ -209,10 +147,6 @@ def window_of(window: tuple[int, int], causal: bool | Tensor) -> tuple[int, int]
     if left >= 0 and right == 0 and (isinstance(causal, Tensor) or not causal):
         return left, left
     return window
-
-
-def _metadata_size(requests: int) -> int:
-    return 1 + 4 * ((requests + 3) // 4 * 4)
 
 
 def _dcp(kv_cache_spec: Any) -> tuple[int, int]:
