@@ -15,9 +15,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", required=True)
     parser.add_argument("--cases", type=int, default=200, help="cases of each seed, of which long ones are left out")
+    parser.add_argument("--budget", type=float, default=600.0, help="seconds to spend; cases of all seeds take turns")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
-    return 1 if run(given.seeds, given.cases, given.out, sys.argv[1:]) else 0
+    return 1 if run(given.seeds, given.cases, given.budget, given.out, sys.argv[1:]) else 0
 
 
 if __name__ == "__main__":

@@ -5,8 +5,10 @@ A call that is planned by metadata runs here as it would in place of its first r
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +30,7 @@ from broadhead_bench.records import describe_run
 #: Of each row and case: the median counts.
 RUNS = 9
 #: The least seconds of a case that is left out: costs need not tell rows apart that run for milliseconds.
-LONGEST = 1e-3
+LONGEST = 4e-4
 
 
 class RowTimes(NamedTuple):
@@ -95,21 +97,24 @@ def _microseconds(call: Callable[[], object], flush: Callable[[], None]) -> floa
     return statistics.median(begin.elapsed_time(end) for begin, end in events) * 1e3
 
 
-def run(seeds: list[int], count: int, out: Path, arguments: list[str]) -> int:
-    """Writes the times of ``count`` cases of each seed; the number of results that were wrong."""
+def run(seeds: list[int], count: int, budget: float, out: Path, arguments: list[str]) -> int:
+    """Writes the times of ``count`` cases of each seed, as ``budget`` seconds allow; returns the number of wrong ones."""
     device = torch.device("cuda")
     flush = timing.L2Flusher(device)
     found: list[RowTimes] = []
-    for seed in seeds:
-        for case in landscape_cases(seed, count):
-            if max(case.flops / FLOPS_PER_SECOND, case.bytes / BYTES_PER_SECOND) <= LONGEST:
-                found.append(time_rows(seed, case, device, flush))
+    end = time.monotonic() + budget
+    drawn = [[(seed, case) for case in landscape_cases(seed, count)] for seed in seeds]
+    for seed, case in itertools.chain.from_iterable(zip(*drawn, strict=True)):
+        if time.monotonic() > end:
+            break
+        if max(case.flops / FLOPS_PER_SECOND, case.bytes / BYTES_PER_SECOND) <= LONGEST:
+            found.append(time_rows(seed, case, device, flush))
     info = describe_run(device, arguments)
     about = info._replace(command=info.command.replace("run.py", "time_rows.py", 1))._asdict()
     lines = ",\n".join(json.dumps(times._asdict()) for times in found)
     out.write_text(f'{{"run": {json.dumps(about)},\n"cases": [\n{lines}\n]}}\n', encoding="utf-8")
     wrong = [(times.case, row, error) for times in found for row, error in times.wrong.items()]
-    for case, row, error in wrong:
-        print(f"wrong: {row} {error:.3g} {case}")
+    for case_name, row, error in wrong:
+        print(f"wrong: {row} {error:.3g} {case_name}")
     print(f"{len(found)} cases, {sum(len(times.us) for times in found)} times, {len(wrong)} wrong results")
     return len(wrong)
