@@ -28,7 +28,7 @@ from broadhead_bench.peers.broadhead_rows import candidates, only
 from broadhead_bench.records import describe_run
 
 #: Of each row and case: the median counts.
-RUNS = 9
+RUNS = 7
 #: The least seconds of a case that is left out: costs need not tell rows apart that run for milliseconds.
 LONGEST = 4e-4
 

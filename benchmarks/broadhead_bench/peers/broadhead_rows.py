@@ -23,6 +23,10 @@ from broadhead_bench.peers.broadhead_api import Broadhead
 TRIES = 5
 
 
+#: Query rows from which decode kernels are left out: they read all keys for each 16 or 32 rows.
+MOST_DECODE_ROWS = 512
+
+
 @contextmanager
 def only(rows: tuple[support.KernelRow, ...]) -> Iterator[None]:
     """Calls are decided among these rows alone."""
@@ -103,6 +107,7 @@ class PortableForward(ForcedRow):
 def candidates(case: LandscapeCase, capability: tuple[int, int]) -> list[support.KernelRow]:
     """Rows of the device whose tiles are at most twice as wide as the head, or 128 columns."""
     widest = max(case.head_dim, case.head_dim_v)
+    query_rows = max(case.seqlens_q) * (case.num_heads_q // case.num_heads_kv)
     return [
         row
         for row in support.ROWS
@@ -113,4 +118,5 @@ def candidates(case: LandscapeCase, capability: tuple[int, int]) -> list[support
         and max(row.head_dim, row.head_dim_v) <= max(2 * widest, 128)
         and not row.kv_dtype
         and "qv" not in row.requires
+        and (row.phase != "decode" or query_rows <= MOST_DECODE_ROWS)
     ]
