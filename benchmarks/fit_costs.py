@@ -1,5 +1,5 @@
 """Fits the costs of kernels to times of ``time_rows.py``, writes them into python/broadhead/costs.py, and says how good
-the choice by them is: ``python benchmarks/fit_costs.py FILE... [--judge FILE...]``. It needs numpy and scipy.
+the choice by them is: ``python benchmarks/fit_costs.py FILE... [--judge FILE...]``. It needs numpy.
 """
 
 from __future__ import annotations

@@ -6,7 +6,9 @@ times, in steps of a weighted least-squares problem, so that short and long call
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,12 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from broadhead import costs, support
 from broadhead.call.problem import AttentionProblem
+from broadhead.capabilities import SMEM_BY_CAPABILITY
 from broadhead.plan import dispatch
 from broadhead.plan.cost import terms
 from broadhead.plan.device import DeviceDescription
-from broadhead.plan.native import BuildDescription
+from broadhead.plan.native import BuildDescription, FamilyBuild
 from broadhead.plan.schedule import plan_schedule
-from scipy.optimize import nnls
 
 from broadhead_bench.cases_landscape import LandscapeCase, landscape_cases
 from broadhead_bench.inputs_landscape import TORCH_DTYPES
@@ -95,10 +97,24 @@ def _fit_one(pairs: list[tuple[tuple[float, ...], float]]) -> costs.Cost:
     matrix, times = np.array([x for x, _ in pairs]), np.array([time for _, time in pairs])
     weights = 1 / times
     for _ in range(STEPS):
-        numbers, _ = nnls(matrix * weights[:, None], times * weights)
+        numbers = least_squares(matrix * weights[:, None], times * weights)
         estimates = np.maximum(matrix @ numbers, 1e-3)
         weights = 1 / np.sqrt(estimates * times) / (1 + abs(np.log(estimates / times)))
     return costs.Cost(*(round(float(number), 3) for number in numbers))
+
+
+def least_squares(matrix: Any, wanted: Any) -> Any:
+    """The x without a negative number for which ``matrix @ x`` is closest to ``wanted``: of the solutions in which some
+    of the four are 0 the best one that is allowed."""
+    best, distance = np.zeros(matrix.shape[1]), math.inf
+    for count in range(1, matrix.shape[1] + 1):
+        for free in itertools.combinations(range(matrix.shape[1]), count):
+            solved = np.linalg.lstsq(matrix[:, free], wanted, rcond=None)[0]
+            off = float(np.linalg.norm(matrix[:, free] @ solved - wanted))
+            if (solved >= 0).all() and off < distance:
+                best, distance = np.zeros(matrix.shape[1]), off
+                best[list(free)] = solved
+    return best
 
 
 def judge(timed: list[Timed], device: DeviceDescription, build: BuildDescription) -> str:
@@ -130,9 +146,6 @@ def write(fitted: dict[str, costs.Cost], path: Path, sources: str) -> None:
 
 def described(run: dict[str, Any]) -> tuple[DeviceDescription, BuildDescription]:
     """The device that was measured, and a build of all rows."""
-    from broadhead.capabilities import SMEM_BY_CAPABILITY
-    from broadhead.plan.native import FamilyBuild
-
     device = DeviceDescription("cuda", run["device"], (9, 0), SMEM_BY_CAPABILITY[9, 0], 132, 50 << 20, None)
     families = tuple(
         FamilyBuild(name, ("90a",), (), frozenset(row.id for row in support.ROWS if row.family == name))

@@ -64,7 +64,7 @@ def _forced(row: support.KernelRow, case: LandscapeCase, inputs: LandscapeInputs
     measured = case if planned or case.kind != "decode" else case._replace(kind="chunk")
     divided = 1 if case.kind == "decode" and row.phase != "decode" else 0
     with only((row,)):
-        call = _Undivided(divided).landscape(measured, inputs)
+        call = _Divided(divided).landscape(measured, inputs)
 
     def run() -> Tensor:
         with only((row,)):
@@ -73,8 +73,10 @@ def _forced(row: support.KernelRow, case: LandscapeCase, inputs: LandscapeInputs
     return run
 
 
-class _Undivided(Broadhead):
-    """broadhead with a number of splits."""
+class _Divided(Broadhead):
+    """broadhead's kernels with a number of splits; 0: as the schedule finds best."""
+
+    _backend = "cuda"
 
     def __init__(self, num_splits: int) -> None:
         super().__init__()
@@ -98,7 +100,7 @@ def _microseconds(call: Callable[[], object], flush: Callable[[], None]) -> floa
 
 
 def run(seeds: list[int], count: int, budget: float, out: Path, arguments: list[str]) -> int:
-    """Writes the times of ``count`` cases of each seed, as ``budget`` seconds allow; returns the number of wrong ones."""
+    """Writes the times of ``count`` cases of each seed, as ``budget`` seconds allow; returns how many are wrong."""
     device = torch.device("cuda")
     flush = timing.L2Flusher(device)
     found: list[RowTimes] = []

@@ -23,6 +23,8 @@ from broadhead_bench.peers.broadhead_api import Broadhead
 TRIES = 5
 
 
+#: The dtypes of cases as the table names them.
+ROW_DTYPES = {"bf16": "bf16", "fp16": "fp16", "e4m3": "float8_e4m3fn"}
 #: Query rows from which decode kernels are left out: they read all keys for each 16 or 32 rows.
 MOST_DECODE_ROWS = 512
 
@@ -116,6 +118,7 @@ def candidates(case: LandscapeCase, capability: tuple[int, int]) -> list[support
         and row.head_dim >= case.head_dim
         and row.head_dim_v >= case.head_dim_v
         and max(row.head_dim, row.head_dim_v) <= max(2 * widest, 128)
+        and row.dtype == ROW_DTYPES[case.dtype]
         and not row.kv_dtype
         and "qv" not in row.requires
         and (row.phase != "decode" or query_rows <= MOST_DECODE_ROWS)
