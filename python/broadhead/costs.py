@@ -1,4 +1,4 @@
-"""What kernels cost, in microseconds of an H200, for ``plan/cost.py``. ``benchmarks/fit_costs.py`` writes the numbers."""
+"""What kernels cost, in microseconds of an H200, for ``plan/cost.py``; written by ``benchmarks/fit_costs.py``."""
 
 from __future__ import annotations
 
