@@ -46,8 +46,10 @@ def terms(
     else:
         blocks = ceil(blocks) if blocks <= FEW_BLOCKS else blocks + HALF_BLOCK
     blocks = max(1.0, blocks)
-    # Decode kernels divide all n_blocks evenly; others divide those of a tile where the schedule says so.
-    least = 1.0 if row.phase == "decode" else blocks / max(1, schedule.num_splits)
+    # Decode kernels divide all n_blocks evenly unless they are told not to; others divide those of a tile where the
+    # schedule says so.
+    evenly = row.phase == "decode" and schedule.num_splits != 1
+    least = 1.0 if evenly else blocks / max(1, schedule.num_splits)
     dims = problem.head_dim + problem.head_dim_v
     elements = seqlen_q * problem.num_heads_q * dims * ELEMENT_BYTES[problem.dtype]
     elements += seqlen_k * problem.num_heads_kv * dims * row.kv_element_bytes

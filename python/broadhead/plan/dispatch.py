@@ -325,9 +325,9 @@ def _fastest(
     if bound is None:
         return best
     bound *= CLEARLY_FASTER
-    asked = undivided(problem)
     for row in rows[1:]:
-        schedule = plan_schedule(asked, row, device)
+        # Decode kernels divide keys by the lengths that they read themselves, with metadata and without.
+        schedule = plan_schedule(problem if row.phase == "decode" else undivided(problem), row, device)
         time = estimate(problem, row, schedule, device)
         if time is not None and time < bound:
             best, bound = (row, schedule), time
