@@ -13,6 +13,8 @@ from broadhead.plan.dispatch import refusals, resolve
 from broadhead.support import CAPABILITIES, ROWS, SMEM_163KB, SMEM_227KB
 from described import ALL_ARCHS, CAUSAL, FULL, build_of, h200, problem, schedule, without_family
 
+pytestmark = pytest.mark.usefixtures("first_rows")
+
 
 @pytest.mark.parametrize(
     "head_dim, head_dim_v, row",
