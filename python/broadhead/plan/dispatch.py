@@ -10,7 +10,7 @@ from typing import NamedTuple
 from ..call.problem import ALIGNMENT_BYTES, DQ_SUM_ROWS, AttentionProblem, backward_of, canonical_right
 from ..capabilities import arch_for, capability_text
 from ..support import ELEMENT_BYTES, EXTRA_FEATURES, FEATURES, ROWS, KernelRow
-from .cost import estimate
+from .cost import estimate, least
 from .device import DeviceDescription
 from .native import BuildDescription, build_description, build_help
 from .schedule import Schedule, plan_schedule
@@ -326,6 +326,8 @@ def _fastest(
         return best
     bound *= CLEARLY_FASTER
     for row in rows[1:]:
+        if least(row) >= bound:
+            continue  # without a schedule, which takes longer to make
         # Decode kernels divide keys by the lengths that they read themselves, with metadata and without.
         schedule = plan_schedule(problem if row.phase == "decode" else undivided(problem), row, device)
         time = estimate(problem, row, schedule, device)
@@ -416,7 +418,7 @@ def metadata_identity(problem: AttentionProblem, row: KernelRow | None, pack_gqa
     return (zlib.crc32(text.encode()) & 0x7FFFFFFF) or 1, config
 
 
-#: A plan takes about 2 KB with its key, and about 0.1 ms to make again. Calls that kernels run are found in the table
+#: A plan takes about 2 KB with its key, and about 0.3 ms to make again. Calls that kernels run are found in the table
 #: of known calls (csrc/bindings/call_table.h) before anybody asks for a plan: these serve the fallback and gradients.
 MAX_PLANS = 512
 _decided = functools.lru_cache(maxsize=MAX_PLANS)(_decide)
