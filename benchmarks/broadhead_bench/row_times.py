@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import broadhead
 import torch
 from broadhead import support
+from broadhead.support import DECODE_MAX_ROWS
 from torch import Tensor
 
 from broadhead_bench import timing
@@ -62,7 +63,8 @@ def time_rows(seed: int, case: LandscapeCase, device: torch.device, flush: Calla
 def _forced(row: support.KernelRow, case: LandscapeCase, inputs: LandscapeInputs) -> Callable[[], Tensor]:
     planned = case.kind == "decode" and row.phase == "decode"
     measured = case if planned or case.kind != "decode" else case._replace(kind="chunk")
-    divided = 1 if case.kind == "decode" and row.phase != "decode" else 0
+    few = case.page_size > 0 and max(case.seqlens_q) * case.num_heads_q <= DECODE_MAX_ROWS * case.num_heads_kv
+    divided = 1 if few and row.phase != "decode" else 0
     with only((row,)):
         call = _Divided(divided).landscape(measured, inputs)
 

@@ -28,7 +28,10 @@ SHARED_TILES_ABOVE = 256
 
 
 #: A row takes the place of the first one if the estimate of its time is below this share. Estimates err by a fifth.
-CLEARLY_FASTER = 0.95
+CLEARLY_FASTER = 0.9
+#: Microseconds of the first row above which it keeps its place: costs are fitted to shorter calls, where what a call and
+#: a tile cost besides the products counts. Of long ones they tell too little.
+LONGEST_BY_COST = 400.0
 
 
 class Refusal(NamedTuple):
@@ -322,7 +325,7 @@ def _fastest(
     """
     best = rows[0], first_schedule
     bound = estimate(problem, rows[0], first_schedule, device) if _may_run_on_any(problem) else None
-    if bound is None:
+    if bound is None or bound > LONGEST_BY_COST:
         return best
     bound *= CLEARLY_FASTER
     for row in rows[1:]:
@@ -337,8 +340,9 @@ def _fastest(
 
 
 def undivided(problem: AttentionProblem) -> AttentionProblem:
-    """The problem as a row in place of the first one takes it: metadata plans the splits of the first row alone."""
-    return problem._replace(num_splits=1) if problem.has_metadata else problem
+    """The problem as a row in place of the first one takes it: metadata plans the splits of the first row alone, and
+    equal splits of lengths that the host does not know may leave all keys to one of them."""
+    return problem._replace(num_splits=1) if problem.has_metadata or _needs_decode_kernel(problem) else problem
 
 
 def _may_run_on_any(problem: AttentionProblem) -> bool:
