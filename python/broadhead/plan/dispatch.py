@@ -71,6 +71,7 @@ class Plan(NamedTuple):
     metadata_config: MetadataConfig
     reason: str  # why row is None, else why it was chosen; one text for all plans that it holds for
     left_out: bool  # a kernel exists, but this build leaves it out or can not load it
+    first: KernelRow | None = None  # the best by the table; row is another where that takes less time
 
 
 def _needs_decode_kernel(problem: AttentionProblem) -> bool:
@@ -313,7 +314,7 @@ def _decide(problem: AttentionProblem, device: DeviceDescription, build: BuildDe
         why += f" that this build holds: {missing}"
     if problem.shared_tokens:
         why += "; the shared prefix in the same launch"
-    return Plan(chosen, schedule, tag, config, sys.intern(why), False)
+    return Plan(chosen, schedule, tag, config, sys.intern(why), False, first)
 
 
 def _fastest(
