@@ -5,6 +5,8 @@ Like the table (``support.py``) this imports nothing outside the standard librar
 
 from __future__ import annotations
 
+import functools
+
 #: Bytes of shared memory one block may use, by device class (CUDA C++ Programming Guide, technical specifications).
 SMEM_99KB = 99 * 1024  # 8.6, 8.9, 12.0
 SMEM_163KB = 163 * 1024  # 8.0
@@ -58,6 +60,7 @@ def capability_of(arch: str) -> tuple[int, int]:
     return int(digits[:-1]), int(digits[-1])
 
 
+@functools.lru_cache(maxsize=1024)  # a decision asks it of every row
 def arch_covers(arch: str, capability: tuple[int, int]) -> bool:
     """Whether code of ``arch`` ("80", "90a", "100f-real", "103-virtual") runs on ``capability``.
 

@@ -15,6 +15,8 @@ from broadhead.run import fallback as fallback_notice
 from broadhead.support import EXTRA_FEATURES, FEATURES, ROWS
 from described import FULL, build_of, h200, problem
 
+pytestmark = pytest.mark.usefixtures("first_rows")
+
 
 def test_is_supported_and_explain() -> None:
     ok, reason = broadhead.is_supported(head_dim=512, device=(8, 9), build=FULL)
@@ -34,7 +36,7 @@ def test_is_supported_and_explain() -> None:
     assert "kernel sm80_fwd_decode_d256_bf16" in text and "splits" in text and "takes dtype fp16, not bf16" in text
     text = broadhead.explain(head_dim=192, head_dim_v=128, seqlen_q=4096, device=(9, 0), build=FULL)
     assert "kernel sm90_fwd_d192_v128_bf16: the first prefill row for head_dim 192, head_dim_v 128" in text
-    assert "sm90_fwd_d64_v256_bf16 and " in text and ": takes head_dim up to 64, not 192" in text
+    assert "sm90_fwd_d64_bf16, sm90_fwd_d64_m64_bf16 and " in text and ": takes head_dim up to 64, not 192" in text
     text = broadhead.explain(head_dim=256, device="cpu")
     assert "torch fallback" in text and "refused by the device:\n  every kernel: " in text
 

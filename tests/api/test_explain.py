@@ -18,6 +18,8 @@ from broadhead.support import ROWS
 from described import FULL, build_of, h200, without_family
 from spelled_calls import int32, randn
 
+pytestmark = pytest.mark.usefixtures("first_rows")
+
 
 def test_explain_takes_tensors_for_what_a_call_brings() -> None:
     asked = {"head_dim": 64, "head_dim_v": 512, "device": (9, 0)}

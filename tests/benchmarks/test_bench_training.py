@@ -25,6 +25,8 @@ from described import FULL, h200, problem
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
+pytestmark = pytest.mark.usefixtures("first_rows")
+
 CPU = torch.device("cpu")
 DENSE = cases.DenseCase("backward", 2, 40, 4, 2, 16, True)
 PACKED = cases.VarlenCase((5, 40, 17), 4, 2, 16, area="backward-sweep")

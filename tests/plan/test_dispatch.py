@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 from broadhead.capabilities import SMEM_BY_CAPABILITY
+from broadhead.costs import Cost
 from broadhead.plan import dispatch
 from broadhead.plan.device import DeviceDescription, hypothetical
 from broadhead.plan.dispatch import refusals, resolve
 from broadhead.plan.native import NO_KERNELS, BuildDescription, parse_build_info, parse_cuda_version
 from broadhead.support import CAPABILITIES, ROWS
-from described import ALL_ARCHS, CAUSAL, FULL, build_of, h200, problem, schedule, without_family
+from described import ALL_ARCHS, CAUSAL, FULL, build_of, h200, hand_in_costs, problem, schedule, without_family
+
+pytestmark = pytest.mark.usefixtures("first_rows")
 
 FP8 = {"dtype": "float8_e4m3fn"}
 HEAD_DIMS = (8, 64, 72, 96, 128, 136, 192, 256, 264, 512)
@@ -105,7 +108,21 @@ def test_every_row_is_reached() -> None:
     plans += [resolve(x, hypothetical(c), FULL) for x, c in itertools.product(special, capabilities)]
     # Portable rows for 9.0 alone are for builds without the Hopper kernels.
     plans += [resolve(x, hypothetical((9, 0)), without_family("sm90")) for x in special]
-    assert {plan.row.id for plan in plans if plan.row is not None} == {row.id for row in ROWS}
+    assert {plan.row.id for plan in plans if plan.row is not None} == {row.id for row in ROWS if not row.by_cost}
+
+
+def test_every_row_that_costs_may_choose_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it costs less than the first row, for the head dims and dtypes that it is for."""
+    rows = [row for row in ROWS if row.by_cost]
+    assert {row.family for row in rows} == {"sm80", "sm90"}
+    for row in rows:
+        asked = problem(head_dim=row.head_dim, dtype=row.dtype)
+        first = resolve(asked, h200(), FULL).row
+        assert first is not None and not first.by_cost
+        hand_in_costs(monkeypatch, {first.name: Cost(0, 0, 100, 0), row.name: Cost(0, 0, 1, 0)})
+        chosen = resolve(asked, h200(), FULL)
+        assert chosen.row == row and chosen.reason.startswith(f"{row.id}: takes less time than {first.id}, the first ")
+        hand_in_costs(monkeypatch, {})
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ from broadhead.plan.dispatch import resolve
 from broadhead.support import CAPABILITIES, DECODE_MAX_ROWS, HOPPER_MIN_ROWS_QV, ROWS, SMEM_227KB, KernelRow
 from described import ALL_ARCHS, CAUSAL, FULL, build_of, h200, problem, schedule, without_family
 
+pytestmark = pytest.mark.usefixtures("first_rows")
+
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
 #: Tokens and query heads of a KV head.
 FEW = ((1, 17), (1, 32), (17, 1), (32, 1), (4, 8), (8, 4), (5, 5), (6, 3))

@@ -11,6 +11,8 @@ from broadhead.plan.native import FamilyBuild
 from broadhead.support import CAPABILITIES, ROWS, SMEM_99KB
 from described import ALL_ARCHS, FULL, build_of, problem
 
+pytestmark = pytest.mark.usefixtures("first_rows")
+
 LATER = ((8, 8), (10, 1), (11, 0), (12, 5), (13, 0))
 #: A release: PTX of 10.3 is the newest that also serves 11.0.
 RELEASE = build_of(*ALL_ARCHS, "103-virtual")

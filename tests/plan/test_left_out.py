@@ -13,6 +13,8 @@ from broadhead.plan import native
 from broadhead.plan.dispatch import resolve
 from described import build_of, h200, problem
 
+pytestmark = pytest.mark.usefixtures("first_rows")
+
 EMPTY = {"families": {}, "errors": {}}
 COMMAND = 'BROADHEAD_CUDA_ARCHS="90a" pip install .'
 

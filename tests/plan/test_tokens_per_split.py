@@ -19,6 +19,8 @@ from broadhead.run import forward, known
 from described import FULL, h200, problem, schedule, without_family
 from torch import Tensor
 
+pytestmark = pytest.mark.usefixtures("first_rows")
+
 BF16 = torch.bfloat16
 FUNCTIONS = ("flash_attn_with_kvcache", "flash_attn_varlen_func", "mha_fwd", "get_scheduler_metadata")
 

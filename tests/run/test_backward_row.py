@@ -18,6 +18,8 @@ from generator import load_generate
 from stub_module import Module, install_module, row_of
 from torch import Tensor
 
+pytestmark = pytest.mark.usefixtures("first_rows")
+
 HEADER = "sm90/backward/launch.cuh"
 
 

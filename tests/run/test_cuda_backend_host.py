@@ -20,6 +20,8 @@ from broadhead.support import ROWS
 from recorder import Recorder, allocate
 from torch import Tensor
 
+pytestmark = pytest.mark.usefixtures("first_rows")
+
 BUILD = BuildDescription(True, (FamilyBuild("sm80", ("80", "90a"), (13, 0), frozenset(r.id for r in ROWS)),), ())
 #: With the Hopper kernels, whose launches take a counter.
 BUILD_90A = BuildDescription(

@@ -16,6 +16,8 @@ from described import ALL_ARCHS, FULL, build_of
 from stub_module import Module, install_module, row_of
 from torch import Tensor
 
+pytestmark = pytest.mark.usefixtures("first_rows")
+
 #: A build whose backward kernels are all fused.
 UNORDERED = build_of(*ALL_ARCHS, without=tuple(row.id for row in ROWS if "deterministic" in row.features))
 FUSED, ORDERED = "sm90_bwd_d64_fused_bf16", "sm90_bwd_d64_bf16"

@@ -18,6 +18,8 @@ from broadhead.run.metadata import describe_request, metadata_size
 from broadhead.support import ROWS
 from torch import Tensor
 
+pytestmark = pytest.mark.usefixtures("first_rows")
+
 IDS = frozenset(row.id for row in ROWS)
 BUILD = BuildDescription(True, tuple(FamilyBuild(f, ("80", "90a"), (13, 0), IDS) for f in ("sm80", "sm90")), ())
 H200 = DeviceDescription("cuda", "NVIDIA H200", (9, 0), 227 * 1024, 132, 50 << 20, (13, 0))

@@ -9,11 +9,13 @@ import pytest
 import torch
 from broadhead.call import validation as check
 from broadhead.call.arguments import AttentionArgs
+from broadhead.call.check import check_forward
+from broadhead.costs import Cost
 from broadhead.plan.dispatch import refusals, resolve
 from broadhead.run import cuda_backend
 from broadhead.run import shared_prefix as shared_launch
 from broadhead.run.shared_prefix import MAX_ELEMENTS, MAX_WORK, Composed, OneLaunch, decide
-from described import FULL, h200, problem, schedule
+from described import FULL, h200, hand_in_costs, problem, schedule
 from recorder import Recorder
 
 
@@ -53,6 +55,18 @@ def test_the_tile_follows_from_the_rows(args: AttentionArgs, row: str) -> None:
     assert decision.plan.row.id == f"sm80_fwd_decode_{row}_bf16"
     assert decision.plan.reason.endswith("; the shared prefix in the same launch")
     assert decision.call.problem.shared_tokens == args.q.shape[0] * args.q.shape[1]
+
+
+@pytest.mark.usefixtures("on_h200")
+def test_one_launch_whatever_takes_less_time_for_what_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another row may be faster behind the prefix, but reads none."""
+    hand_in_costs(monkeypatch, {"sm80_fwd_decode_d64": Cost(9, 0, 0, 0), "sm80_fwd_d64_m32": Cost(1, 0, 0, 0)})
+    args = step(2)
+    own = resolve(check_forward("mha_fwd", args).problem, h200(), FULL)
+    assert own.row is not None and own.row.id == "sm80_fwd_d64_m32_bf16"
+    assert own.first is not None and own.first.id == "sm80_fwd_decode_d64_bf16"
+    decision = decide(args, 40)
+    assert isinstance(decision, OneLaunch) and decision.plan.row == own.first, decision
 
 
 def declared(batch: int, max_seqlen_q: int, kv_dtype: torch.dtype = torch.bfloat16) -> AttentionArgs:
@@ -106,6 +120,7 @@ def test_queries_at_one_distance() -> None:
         assert isinstance(decide(args, 40), OneLaunch)
 
 
+@pytest.mark.usefixtures("first_rows")
 def test_other_rows_do_not_read_it() -> None:
     asked = problem(seqlen_q=1, shared_tokens=40)
     plan = resolve(asked, h200(), FULL)

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(broadhead.__file__).parent
 #: A module imports from its own layer and from those below. What is not named here is on top.
 LAYERS = {
-    "errors": 0, "capabilities": 0, "tiles": 0, "support": 0, "_C": 0,
+    "errors": 0, "capabilities": 0, "tiles": 0, "support": 0, "costs": 0, "_C": 0,
     "call": 1, "plan": 2, "reference": 2, "run": 3, "ops": 4, "api": 5,
 }  # fmt: skip
 TOP = 6

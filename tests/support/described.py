@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from broadhead.call.problem import AttentionProblem
 from broadhead.capabilities import SMEM_BY_CAPABILITY
-from broadhead.plan import dispatch
+from broadhead.costs import Cost
+from broadhead.plan import cost, dispatch
 from broadhead.plan.device import DeviceDescription
 from broadhead.plan.dispatch import resolve
 from broadhead.plan.native import BuildDescription, FamilyBuild
@@ -48,7 +49,8 @@ def problem(**changes: Any) -> AttentionProblem:
         "direction": "forward", "dtype": "bf16", "batch": 2, "seqlen_q": 1024, "seqlen_k": 1024, "num_heads_q": 8,
         "num_heads_kv": 2, "head_dim": 128, "head_dim_v": None, "page_size": 0, "window_left": -1, "window_right": -1,
         "attention_chunk": 0, "features": ("gqa", "lse"), "num_splits": 0, "pack_gqa": None, "has_metadata": False,
-        "sm_margin": 0, "obstacles": (), "kv_dtype": "", "tokens_per_split": 0, "shared_tokens": 0, "mean_q": 0, "mean_k": 0,
+        "sm_margin": 0, "obstacles": (), "kv_dtype": "", "tokens_per_split": 0, "shared_tokens": 0,
+        "mean_q": 0, "mean_k": 0,
     }  # fmt: skip
     assert changes.keys() <= values.keys()
     values.update(changes)
@@ -60,6 +62,12 @@ def problem(**changes: Any) -> AttentionProblem:
 def forget_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     """No plan is known, and what this test decides is forgotten after it."""
     monkeypatch.setattr(dispatch, "_decided", functools.lru_cache(maxsize=dispatch.MAX_PLANS)(dispatch._decide))
+
+
+def hand_in_costs(monkeypatch: pytest.MonkeyPatch, costs: dict[str, Cost]) -> None:
+    """From now on kernels cost that, by the rows' name, and nobody measured others. ``{}``: the first row runs."""
+    monkeypatch.setattr(cost, "COSTS", costs)
+    forget_plans(monkeypatch)
 
 
 def h200(**changes: Any) -> DeviceDescription:

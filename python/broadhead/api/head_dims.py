@@ -65,11 +65,11 @@ def _validate_head_dims(
             plan = resolve(_dense(head_dim, head_dim_v, each, direction), device, build)
             asked = f"head_dim {head_dim}, head_dim_v {head_dim_v}, {name}, {direction}, on {device.label()}"
             _require(plan.row is not None, f"no kernel of this installation runs {asked}: {plan.reason}")
-            if native and plan.row is not None and device.capability is not None:
+            if native and plan.first is not None and device.capability is not None:
                 _require(
-                    is_native(plan.row, device.capability),
+                    is_native(plan.first, device.capability),
                     f"no kernel written for compute capability {'.'.join(map(str, device.capability))} runs {asked};"
-                    f" the portable kernel {plan.row.id} does",
+                    f" the portable kernel {plan.first.id} does",
                 )
 
 

@@ -7,7 +7,7 @@ to memory. The four numbers of a kernel were fitted to measured times (``costs.p
 
 from __future__ import annotations
 
-from math import ceil
+from math import ceil, inf
 
 from ..call.problem import AttentionProblem
 from ..costs import COSTS
@@ -26,6 +26,12 @@ def estimate(problem: AttentionProblem, row: KernelRow, schedule: Schedule, devi
     """Microseconds of a forward call on an H200, about; None: nobody measured the row."""
     cost = COSTS.get(row.name)
     return None if cost is None else sum(a * b for a, b in zip(cost, terms(problem, row, schedule, device)))
+
+
+def least(row: KernelRow) -> float:
+    """Microseconds that the row takes for the shortest call: no estimate is below. Infinite: nobody measured it."""
+    cost = COSTS.get(row.name)
+    return inf if cost is None else cost.launch + cost.tile + cost.block
 
 
 def terms(
@@ -49,11 +55,11 @@ def terms(
     # Decode kernels divide all n_blocks evenly unless they are told not to; others divide those of a tile where the
     # schedule says so.
     evenly = row.phase == "decode" and schedule.num_splits != 1
-    least = 1.0 if evenly else blocks / max(1, schedule.num_splits)
+    longest = 1.0 if evenly else max(1.0, blocks / max(1, schedule.num_splits))
     dims = problem.head_dim + problem.head_dim_v
     elements = seqlen_q * problem.num_heads_q * dims * ELEMENT_BYTES[problem.dtype]
     elements += seqlen_k * problem.num_heads_kv * dims * row.kv_element_bytes
-    return 1.0, max(1.0, tiles / places), max(least, tiles * blocks / places), problem.batch * elements / 1e9
+    return 1.0, max(1.0, tiles / places), max(longest, tiles * blocks / places), problem.batch * elements / 1e9
 
 
 def _visible_keys(problem: AttentionProblem, seqlen_q: int, seqlen_k: int, tokens: int) -> float:

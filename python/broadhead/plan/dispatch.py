@@ -10,7 +10,7 @@ from typing import NamedTuple
 from ..call.problem import ALIGNMENT_BYTES, DQ_SUM_ROWS, AttentionProblem, backward_of, canonical_right
 from ..capabilities import arch_for, capability_text
 from ..support import ELEMENT_BYTES, EXTRA_FEATURES, FEATURES, ROWS, KernelRow
-from .cost import estimate
+from .cost import estimate, least
 from .device import DeviceDescription
 from .native import BuildDescription, build_description, build_help
 from .schedule import Schedule, plan_schedule
@@ -29,6 +29,9 @@ SHARED_TILES_ABOVE = 256
 
 #: A row takes the place of the first one if the estimate of its time is below this share. Estimates err by a fifth.
 CLEARLY_FASTER = 0.9
+#: Microseconds of the first row above which it keeps its place: costs are fitted to shorter calls, where what a call and
+#: a tile cost besides the products counts. Of long ones they tell too little.
+LONGEST_BY_COST = 400.0
 
 
 class Refusal(NamedTuple):
@@ -68,6 +71,7 @@ class Plan(NamedTuple):
     metadata_config: MetadataConfig
     reason: str  # why row is None, else why it was chosen; one text for all plans that it holds for
     left_out: bool  # a kernel exists, but this build leaves it out or can not load it
+    first: KernelRow | None = None  # the best by the table; row is another where that takes less time
 
 
 def _needs_decode_kernel(problem: AttentionProblem) -> bool:
@@ -310,7 +314,7 @@ def _decide(problem: AttentionProblem, device: DeviceDescription, build: BuildDe
         why += f" that this build holds: {missing}"
     if problem.shared_tokens:
         why += "; the shared prefix in the same launch"
-    return Plan(chosen, schedule, tag, config, sys.intern(why), False)
+    return Plan(chosen, schedule, tag, config, sys.intern(why), False, first)
 
 
 def _fastest(
@@ -322,10 +326,12 @@ def _fastest(
     """
     best = rows[0], first_schedule
     bound = estimate(problem, rows[0], first_schedule, device) if _may_run_on_any(problem) else None
-    if bound is None:
+    if bound is None or bound > LONGEST_BY_COST:
         return best
     bound *= CLEARLY_FASTER
     for row in rows[1:]:
+        if least(row) >= bound:
+            continue  # without a schedule, which takes longer to make
         # Decode kernels divide keys by the lengths that they read themselves, with metadata and without.
         schedule = plan_schedule(problem if row.phase == "decode" else undivided(problem), row, device)
         time = estimate(problem, row, schedule, device)
@@ -417,7 +423,7 @@ def metadata_identity(problem: AttentionProblem, row: KernelRow | None, pack_gqa
     return (zlib.crc32(text.encode()) & 0x7FFFFFFF) or 1, config
 
 
-#: A plan takes about 2 KB with its key, and about 0.1 ms to make again. Calls that kernels run are found in the table
+#: A plan takes about 2 KB with its key, and about 0.3 ms to make again. Calls that kernels run are found in the table
 #: of known calls (csrc/bindings/call_table.h) before anybody asks for a plan: these serve the fallback and gradients.
 MAX_PLANS = 512
 _decided = functools.lru_cache(maxsize=MAX_PLANS)(_decide)

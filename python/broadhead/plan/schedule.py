@@ -139,7 +139,9 @@ def _choose_splits(problem: AttentionProblem, row: KernelRow, ctas: int, target_
         return 1
     if problem.has_metadata:
         return min(limit, max(1, ceil(METADATA_WAVES * target_ctas / ctas)))
-    efficiencies = [_wave_efficiency(ctas * splits, target_ctas) for splits in range(1, limit + 1)]
+    # The share of the device that equal blocks keep busy: 1 when they fill whole waves. Of all counts of splits, for all
+    # rows that may run: without a call for each.
+    efficiencies = [blocks / (-(-blocks // target_ctas) * target_ctas) for blocks in range(ctas, ctas * limit + 1, ctas)]
     good = GOOD_ENOUGH_EFFICIENCY * max(efficiencies)
     return next(splits for splits, efficiency in enumerate(efficiencies, 1) if efficiency >= good)
 
@@ -157,12 +159,6 @@ def _equal_splits(key_tiles: int, limit: int, ctas: int, target_ctas: int) -> in
         return ceil(ctas * splits / target_ctas) * (ceil(key_tiles / splits) + STARTUP_TILES)
 
     return min(range(1, most + 1), key=cost)
-
-
-def _wave_efficiency(ctas: int, target_ctas: int) -> float:
-    """The share of the device that equal blocks keep busy: 1 when they fill whole waves."""
-    waves = ctas / target_ctas
-    return waves / ceil(waves)
 
 
 def _heads_per_section(problem: AttentionProblem, row: KernelRow, group: int, pack_gqa: bool, l2_bytes: int) -> int:

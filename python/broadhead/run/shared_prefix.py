@@ -76,7 +76,8 @@ def decide(args: AttentionArgs, length: int) -> OneLaunch | Composed:
     if not call.problem.is_decode:
         return Composed(f"no decode kernel is for {call.problem.query_rows} query rows of a KV head behind the prefix")
     own = resolve(call.problem, device)
-    if own.row is None or own.row.phase != "decode":
+    # Another row than the first may take less time for what follows, but not for the prefix as well.
+    if own.first is None or own.first.phase != "decode":
         return Composed(f"no decode kernel is for what follows the prefix: {own.reason}")
     if args.scheduler_metadata is not None:
         check_buffer(FUNCTION, "scheduler_metadata", args.scheduler_metadata, problem.batch, q.device)
