@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from broadhead import support
+from broadhead.costs import Cost
 from broadhead.plan import dispatch as dispatch_module
 from broadhead.run.cuda_backend import forget_calls
 from calls import Built, Call, build
 from checks import check_call
+from described import hand_in_costs
 from gpu_calls import expected_phase
 
 
@@ -36,6 +38,26 @@ def run_call(
 @pytest.fixture
 def capability(cuda: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(cuda)
+
+
+@pytest.fixture
+def first_rows(first_rows: None) -> Iterator[None]:
+    """What ran before is forgotten, and after the test what ran in it."""
+    forget_calls()
+    yield
+    forget_calls()
+
+
+@pytest.fixture
+def costs_are(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[dict[str, Cost]], None]]:
+    """`costs_are({name: cost})`: from now on kernels cost that, and what was decided before is forgotten."""
+
+    def hand_in(costs: dict[str, Cost]) -> None:
+        hand_in_costs(monkeypatch, costs)
+        forget_calls()
+
+    yield hand_in
+    forget_calls()
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from checks import check_call, check_equal
 from gpu_calls import DECODE_ROWS, EXTRAS, MASKS, MOST_DECODE, dims_within, row_call, row_cases, row_id
 from layouts import bytes_of, nan_of
 
-pytestmark = [pytest.mark.gpu, pytest.mark.full]
+pytestmark = [pytest.mark.gpu, pytest.mark.full, pytest.mark.usefixtures("first_rows")]
 
 HEAD_DIMS = (64, 96, 128, 192, 256, 320, 512)
 PAIRS = ((192, 128), (128, 192), (64, 256), (64, 512), (512, 64), (320, 256), (96, 40), (40, 96))

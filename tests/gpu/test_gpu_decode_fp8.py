@@ -19,7 +19,7 @@ from gpu_calls import capture, decode_call, shortened
 from layouts import E4M3_NAN, bytes_of, int32
 from server_flows import FLOWS, check_steps
 
-pytestmark = [pytest.mark.gpu, pytest.mark.full]
+pytestmark = [pytest.mark.gpu, pytest.mark.full, pytest.mark.usefixtures("first_rows")]
 
 E4M3 = torch.float8_e4m3fn
 HEAD_DIMS = (64, 96, 128, 192, 256, 320, 512)

@@ -16,7 +16,7 @@ from decode_lengths import PATTERNS, PLACES, lengths_of, place, sample_of
 from gpu_calls import DECODE_ROWS, decode_call, expected_phase, row_call, row_id
 from layouts import int32
 
-pytestmark = [pytest.mark.gpu, pytest.mark.full]
+pytestmark = [pytest.mark.gpu, pytest.mark.full, pytest.mark.usefixtures("first_rows")]
 
 REPEATS = 500
 BATCHES = (1, 3, 64, 992, 1000, 4097, 8192)

@@ -12,7 +12,7 @@ from calls import Call, build
 from checks import check_call, check_equal
 from gpu_calls import PREFILL_ROWS, decode_call, prefill_call, row_call, row_cases, row_id
 
-pytestmark = [pytest.mark.gpu, pytest.mark.full]
+pytestmark = [pytest.mark.gpu, pytest.mark.full, pytest.mark.usefixtures("first_rows")]
 
 MASKS = {"full": {}, "causal": {"causal": True}}
 

@@ -12,7 +12,7 @@ from calls import build
 from checks import check_against
 from gpu_calls import decode_call, prefill_call
 
-pytestmark = [pytest.mark.gpu, pytest.mark.full]
+pytestmark = [pytest.mark.gpu, pytest.mark.full, pytest.mark.usefixtures("first_rows")]
 
 PAGE_SIZES = (1, 3, 16, 32, 48, 64, 128, 256)
 STRIDES = ("plain", "rows", "interleaved", "heads_first", "overlapping")

@@ -16,7 +16,7 @@ from gpu_calls import capture, expected_phase
 from layouts import NAN
 from server_flows import FLOW_CASES, FLOWS, LONGEST, check_steps
 
-pytestmark = [pytest.mark.gpu, pytest.mark.full]
+pytestmark = [pytest.mark.gpu, pytest.mark.full, pytest.mark.usefixtures("first_rows")]
 
 REPLAYS = int(os.environ.get("BROADHEAD_REPLAYS", "2000"))
 #: The call, and its metadata: none, computed in the graph, or of the first lengths for ever.

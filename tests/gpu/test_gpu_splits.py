@@ -14,7 +14,7 @@ from checks import check_call, check_equal, check_split
 from gpu_calls import PREFILL_ROWS, decode_call, prefill_call, row_call, row_id
 from judge import judge
 
-pytestmark = [pytest.mark.gpu, pytest.mark.full]
+pytestmark = [pytest.mark.gpu, pytest.mark.full, pytest.mark.usefixtures("first_rows")]
 
 
 @pytest.mark.parametrize("num_splits", range(1, 33))

@@ -24,6 +24,11 @@ PARTS = {
     "test_gpu_qv": lambda row: "qv" in row.requires,
     # A prefix shared by the batch is no call with qv.
     "test_gpu_shared_prefix.test_every_row": lambda row: "qv" not in row.requires,
+    # Sequences are given to calls as q, k and v.
+    "test_gpu_plain_calls.test_all_forms_of_a_call_agree": lambda row: "qv" not in row.requires,
+    # Rows that nothing but costs chooses.
+    "test_gpu_plain_calls.test_steps_over_few_keys": lambda row: row.by_cost,
+    "test_gpu_plain_calls.test_metadata_is_not_for_them": lambda row: row.by_cost,
     # Rows of fp16 and bf16 differ in their numbers alone; test_curated.test_row takes them all.
     "test_gpu_graphs.test_prefill_in_a_graph": lambda row: row.dtype != "fp16",
     "test_curated.test_prefill_row": lambda row: row.dtype != "fp16" or bool(row.requires),

@@ -12,7 +12,7 @@ from calls import Built, Call
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float8_e4m3fn": torch.float8_e4m3fn}
 ROWS = tuple(row for row in support.ROWS if row.direction == "forward")
-#: Portable rows too: dispatch never chooses them on a device that has rows of its own; every other device runs them.
+#: Portable rows too: a device that has rows of its own runs them where they take less time, every other one always.
 PREFILL_ROWS = tuple(row for row in ROWS if row.phase == "prefill")
 DECODE_ROWS = tuple(row for row in ROWS if row.phase == "decode")
 #: The feature that a row must have for each mask of a Call.
