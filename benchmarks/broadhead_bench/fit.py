@@ -21,6 +21,7 @@ from broadhead.capabilities import SMEM_BY_CAPABILITY
 from broadhead.plan import dispatch
 from broadhead.plan.cost import terms
 from broadhead.plan.device import DeviceDescription
+from broadhead.plan.fastest import undivided
 from broadhead.plan.native import BuildDescription, FamilyBuild
 from broadhead.plan.schedule import plan_schedule
 
@@ -88,7 +89,7 @@ def fit(timed: list[Timed], device: DeviceDescription) -> dict[str, costs.Cost]:
     for problem, us, _ in timed:
         for row_id, time in us.items():
             row = ROWS[row_id]
-            asked = dispatch.undivided(problem) if row.phase != "decode" else problem
+            asked = undivided(problem) if row.phase != "decode" else problem
             by_name[row.name].append((terms(problem, row, plan_schedule(asked, row, device), device), time))
     return {name: _fit_one(pairs) for name, pairs in sorted(by_name.items()) if len(pairs) >= FEWEST}
 

@@ -15,7 +15,8 @@ from broadhead.call.problem import AttentionProblem
 from broadhead.costs import Cost
 from broadhead.plan import cost
 from broadhead.plan.device import hypothetical
-from broadhead.plan.dispatch import CLEARLY_FASTER, LONGEST_BY_COST, Plan, resolve
+from broadhead.plan.dispatch import Plan, resolve
+from broadhead.plan.fastest import CLEARLY_FASTER, LONGEST_BY_COST
 from broadhead.plan.schedule import plan_schedule
 from broadhead.support import CAPABILITIES, ROWS, KernelRow
 from described import CAUSAL, FULL, build_of, h200, hand_in_costs, problem, without_family

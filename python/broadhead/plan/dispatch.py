@@ -10,13 +10,10 @@ from typing import NamedTuple
 from ..call.problem import ALIGNMENT_BYTES, DQ_SUM_ROWS, AttentionProblem, backward_of, canonical_right
 from ..capabilities import arch_for, capability_text
 from ..support import ELEMENT_BYTES, EXTRA_FEATURES, FEATURES, ROWS, KernelRow
-from .cost import estimate, least
 from .device import DeviceDescription
+from .fastest import fastest, needs_decode_kernel
 from .native import BuildDescription, build_description, build_help
 from .schedule import Schedule, plan_schedule
-
-#: Features of calls whose sequences differ in length, or may: the host does not know the lengths.
-LENGTHS_ON_DEVICE = ("leftpad", "paged", "seqused", "varlen")
 
 #: Sequences of a backward call: the last dimension of a grid.
 MAX_BACKWARD_BATCH = 65535
@@ -25,13 +22,6 @@ MAX_BACKWARD_BATCH = 65535
 #: in the L2 beat those of 32. PERF(H200, 4 sequences sharing 8k, us with 16 and 32 rows: 32/8 heads of 128 26.5, 30.9;
 #: 16/2 of 256 23.3, 26.5; 32/4 of 512 55.0, 49.3)
 SHARED_TILES_ABOVE = 256
-
-
-#: A row takes the place of the first one if the estimate of its time is below this share. Estimates err by a fifth.
-CLEARLY_FASTER = 0.95
-#: Microseconds of the first row above which it keeps its place: costs are fitted to shorter calls, where what a call and
-#: a tile cost besides the products counts. Of long ones they tell too little.
-LONGEST_BY_COST = 2000.0
 
 
 class Refusal(NamedTuple):
@@ -74,15 +64,6 @@ class Plan(NamedTuple):
     first: KernelRow | None = None  # the best by the table; row is another where that takes less time
 
 
-def _needs_decode_kernel(problem: AttentionProblem) -> bool:
-    """Whether the keys are to be divided as only decode kernels do: at multiples of tokens_per_split; or evenly over
-    the device by lengths that are known there alone, without metadata made from them."""
-    if not problem.is_decode:
-        return False
-    unplanned = not problem.has_metadata and any(name in problem.features for name in LENGTHS_ON_DEVICE)
-    return problem.tokens_per_split > 0 or unplanned
-
-
 def _preference(row: KernelRow, problem: AttentionProblem) -> int:
     """What decides between the phases; of the rows that serve a problem those with the lowest number come first.
 
@@ -94,7 +75,7 @@ def _preference(row: KernelRow, problem: AttentionProblem) -> int:
         return 1
     if row.max_rows and problem.query_rows > row.max_rows:
         return 3
-    return 0 if problem.query_rows >= row.min_rows and not _needs_decode_kernel(problem) else 2
+    return 0 if problem.query_rows >= row.min_rows and not needs_decode_kernel(problem) else 2
 
 
 def _tile_fit(row: KernelRow, problem: AttentionProblem) -> tuple[int, int]:
@@ -305,7 +286,7 @@ def _decide(problem: AttentionProblem, device: DeviceDescription, build: BuildDe
     first_schedule = plan_schedule(problem, first, device)
     # Metadata is for the first row alone: whichever runs, and whatever else either call knows, they agree on it.
     tag, config = metadata_identity(problem, first, first_schedule.pack_gqa)
-    chosen, schedule = _fastest(problem, device, held, first_schedule)
+    chosen, schedule = fastest(problem, device, held, first_schedule)
     if chosen is first:
         why = f"{chosen.id}: the first {chosen.phase} row for {_head_dims(problem)}"
     else:
@@ -315,41 +296,6 @@ def _decide(problem: AttentionProblem, device: DeviceDescription, build: BuildDe
     if problem.shared_tokens:
         why += "; the shared prefix in the same launch"
     return Plan(chosen, schedule, tag, config, sys.intern(why), False, first)
-
-
-def _fastest(
-    problem: AttentionProblem, device: DeviceDescription, rows: list[KernelRow], first_schedule: Schedule
-) -> tuple[KernelRow, Schedule]:
-    """The row that takes the least time, about, and its schedule: the first one unless another is clearly faster.
-
-    Of calls that say how their keys are divided, and whose results must not depend on the batch, it is the first row.
-    """
-    best = rows[0], first_schedule
-    bound = estimate(problem, rows[0], first_schedule, device) if _may_run_on_any(problem) else None
-    if bound is None or bound > LONGEST_BY_COST:
-        return best
-    bound *= CLEARLY_FASTER
-    for row in rows[1:]:
-        if least(row) >= bound:
-            continue  # without a schedule, which takes longer to make
-        # Decode kernels divide keys by the lengths that they read themselves, with metadata and without.
-        schedule = plan_schedule(problem if row.phase == "decode" else undivided(problem), row, device)
-        time = estimate(problem, row, schedule, device)
-        if time is not None and time < bound:
-            best, bound = (row, schedule), time
-    return best
-
-
-def undivided(problem: AttentionProblem) -> AttentionProblem:
-    """The problem as a row in place of the first one takes it: metadata plans the splits of the first row alone, and
-    equal splits of lengths that the host does not know may leave all keys to one of them."""
-    return problem._replace(num_splits=1) if problem.has_metadata or _needs_decode_kernel(problem) else problem
-
-
-def _may_run_on_any(problem: AttentionProblem) -> bool:
-    """Whether the call leaves open how its keys are divided."""
-    asked = problem.tokens_per_split or problem.shared_tokens or problem.num_splits > 1
-    return problem.direction == "forward" and not asked and "qv" not in problem.features
 
 
 def _no_plan(problem: AttentionProblem, reason: str, left_out: bool) -> Plan:

@@ -1,0 +1,61 @@
+"""Which of the rows that compute a problem takes the least time: the first one unless another is clearly faster."""
+
+from __future__ import annotations
+
+from ..call.problem import AttentionProblem
+from ..support import KernelRow
+from .cost import estimate, least
+from .device import DeviceDescription
+from .schedule import Schedule, plan_schedule
+
+#: Features of calls whose sequences differ in length, or may: the host does not know the lengths.
+LENGTHS_ON_DEVICE = ("leftpad", "paged", "seqused", "varlen")
+#: A row takes the place of the first one if the estimate of its time is below this share. Estimates err by a fifth.
+CLEARLY_FASTER = 0.95
+#: Microseconds of the first row above which it keeps its place: costs are fitted to shorter calls, where what a call
+#: and a tile cost besides the products counts. Of long ones they tell too little.
+LONGEST_BY_COST = 2000.0
+
+
+def fastest(
+    problem: AttentionProblem, device: DeviceDescription, rows: list[KernelRow], first_schedule: Schedule
+) -> tuple[KernelRow, Schedule]:
+    """The row that takes the least time, about, and its schedule: the first one unless another is clearly faster.
+
+    Of calls that say how their keys are divided, and whose results must not depend on the batch, it is the first row.
+    """
+    best = rows[0], first_schedule
+    bound = estimate(problem, rows[0], first_schedule, device) if _may_run_on_any(problem) else None
+    if bound is None or bound > LONGEST_BY_COST:
+        return best
+    bound *= CLEARLY_FASTER
+    for row in rows[1:]:
+        if least(row) >= bound:
+            continue  # without a schedule, which takes longer to make
+        # Decode kernels divide keys by the lengths that they read themselves, with metadata and without.
+        schedule = plan_schedule(problem if row.phase == "decode" else undivided(problem), row, device)
+        time = estimate(problem, row, schedule, device)
+        if time is not None and time < bound:
+            best, bound = (row, schedule), time
+    return best
+
+
+def undivided(problem: AttentionProblem) -> AttentionProblem:
+    """The problem as a row in place of the first one takes it: metadata plans the splits of the first row alone, and
+    equal splits of lengths that the host does not know may leave all keys to one of them."""
+    return problem._replace(num_splits=1) if problem.has_metadata or needs_decode_kernel(problem) else problem
+
+
+def _may_run_on_any(problem: AttentionProblem) -> bool:
+    """Whether the call leaves open how its keys are divided."""
+    asked = problem.tokens_per_split or problem.shared_tokens or problem.num_splits > 1
+    return problem.direction == "forward" and not asked and "qv" not in problem.features
+
+
+def needs_decode_kernel(problem: AttentionProblem) -> bool:
+    """Whether the keys are to be divided as only decode kernels do: at multiples of tokens_per_split; or evenly over
+    the device by lengths that are known there alone, without metadata made from them."""
+    if not problem.is_decode:
+        return False
+    unplanned = not problem.has_metadata and any(name in problem.features for name in LENGTHS_ON_DEVICE)
+    return problem.tokens_per_split > 0 or unplanned
