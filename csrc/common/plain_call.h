@@ -1,5 +1,5 @@
-// Plain calls: what most calls are. Kernels have code of their own for them, without what other calls ask for: for those
-// whose keys lie side by side, and for those whose keys lie in pages.
+// Plain calls: what most calls are. Kernels have code of their own for them, without what other calls ask for: for
+// those whose keys lie side by side, and for those whose keys lie in pages.
 //
 // PERF(H200): a kernel begins with code that no cache holds. What a call does not run still lies between what it runs,
 // so that the instruction fetch runs ahead in vain: of the 24 us of a call of 146 queries and 30 keys, 14 were spent

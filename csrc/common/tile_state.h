@@ -218,10 +218,8 @@ BROADHEAD_DEVICE void make_plain_state(TileState<Element>& state, const AttnPara
   source.live = LiveKeys(placed, 0);
   source.head_dim = params.head_dim;
   source.head_dim_v = params.head_dim_v;
-  const bool whole =
-      !shape.pages && params.head_dim == shape.head_dim && params.head_dim_v == shape.head_dim_v;
-  state.whole =
-      whole ? BlockRange{ceil_div(placed.begin, shape.keys), placed.end / shape.keys} : BlockRange{0, 0};
+  const bool whole = !shape.pages && params.head_dim == shape.head_dim && params.head_dim_v == shape.head_dim_v;
+  state.whole = whole ? BlockRange{ceil_div(placed.begin, shape.keys), placed.end / shape.keys} : BlockRange{0, 0};
   set_tile_scale(state, params, tile.batch, kv_head);
 }
 

@@ -144,7 +144,8 @@ int launch_persistent(void (*kernel)(const KernelArgs), const char* kernel_id, c
   static PreparedKernel prepared;
   KernelLimits limits;
   if (prepared.prepare(kernel, Traits::kThreads, report, limits)) return 1;
-  int blocks = limits.multiprocessors * blocks_of<Traits> / Traits::kCluster * Traits::kCluster;  // whole clusters that run at a time
+  int blocks = limits.multiprocessors * blocks_of<Traits> / Traits::kCluster *
+               Traits::kCluster;  // whole clusters that run at a time
 
   KernelArgs args{};
   args.params = params;
@@ -181,8 +182,8 @@ int launch_persistent(void (*kernel)(const KernelArgs), const char* kernel_id, c
   return launch_split_combine(args.params, !kIsFp16, true, stream, error, error_size);
 }
 
-// The same with a kernel for plain calls, which `Kernel` has as well, where the call is one. Kernel<Traits>::get() is the
-// kernel of Traits.
+// The same with a kernel for plain calls, which `Kernel` has as well, where the call is one. Kernel<Traits>::get() is
+// the kernel of Traits.
 template <template <class> class Kernel, class Traits>
 int launch_either(const char* kernel_id, const AttnParams& params, cudaStream_t stream, char* error,
                   std::size_t error_size) {

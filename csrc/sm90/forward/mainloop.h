@@ -39,10 +39,10 @@ struct Consumer final : ConsumerBase<Traits> {
       BROADHEAD_UNROLL
       for (int part = 0; part < Traits::kOParts; ++part) {
         constexpr int kTiles = Traits::kOTiles / Traits::kOParts;
-        auto& columns = reinterpret_cast<float(&)[kTiles][4]>(o[part * kTiles]);
+        auto& columns = reinterpret_cast<float (&)[kTiles][4]>(o[part * kTiles]);
         constexpr int kPartBytes = kTiles * 8 / VLayout::kSubtileCols * VLayout::kSubtileStride;
-        wgmma_rs<Element, 8 * kTiles, Major::MN>(
-            columns, p[step], b + (step * 2 * VLayout::kSlabStride + part * kPartBytes >> 4), true);
+        wgmma_rs<Element, 8 * kTiles, Major::MN>(columns, p[step],
+                                                 b + (step * 2 * VLayout::kSlabStride + part * kPartBytes >> 4), true);
       }
     }
     cute::warpgroup_commit_batch();
