@@ -24,6 +24,7 @@ from broadhead_bench.cases_landscape import LandscapeCase, landscape_cases
 from broadhead_bench.inputs_landscape import landscape_inputs
 from broadhead_bench.peers.broadhead_api import Broadhead
 from described import FULL, h200, hand_in_costs
+
 from scripts import load_script
 
 CPU = torch.device("cpu")
@@ -59,7 +60,9 @@ def test_least_squares_gives_no_negative_number(rng: random.Random) -> None:
         found = fit.least_squares(matrix, wanted)
         assert (found >= 0).all()
         distance = np.linalg.norm(matrix @ found - wanted)
-        others = np.concatenate([draws.exponential(size=(500, 4)), np.maximum(0, found + draws.normal(size=(500, 4)) / 9)])
+        others = np.concatenate(
+            [draws.exponential(size=(500, 4)), np.maximum(0, found + draws.normal(size=(500, 4)) / 9)]
+        )
         assert (np.linalg.norm(others @ matrix.T - wanted, axis=1) >= distance - 1e-9).all()
     assert negative > 5, "the unbounded solutions would not do"
 
@@ -179,7 +182,8 @@ def test_what_is_written_is_what_was_fitted(tmp_path: Path) -> None:
     path.write_text(source, encoding="utf-8")
     numbers = {"sm80_fwd_d64": Cost(1.25, 0.0, 1e-3, 123.456), "sm90_fwd_d64": Cost(2.0, 3.0, 4.0, 5.0)}
     fit.write(numbers, path, "some.json")
-    assert imported(path).COSTS == numbers
+    written = imported(path).COSTS
+    assert written == numbers
     text = path.read_text(encoding="utf-8")
     assert "#: Fitted to some.json.\n" in text and text.split("#: Fitted to")[0] == source.split("#: Fitted to")[0]
     fit.write(costs.COSTS, path, "others.json")

@@ -29,8 +29,8 @@ SHARED_TILES_ABOVE = 256
 
 #: A row takes the place of the first one if the estimate of its time is below this share. Estimates err by a fifth.
 CLEARLY_FASTER = 0.9
-#: Microseconds of the first row above which it keeps its place: costs are fitted to shorter calls, where what a call and
-#: a tile cost besides the products counts. Of long ones they tell too little.
+#: Microseconds of the first row above which it keeps its place: costs are fitted to shorter calls, where what a call
+#: and a tile cost besides the products counts. Of long ones they tell too little.
 LONGEST_BY_COST = 400.0
 
 
