@@ -85,7 +85,13 @@ def run(folder: Path, *words: str, **environment: str) -> subprocess.CompletedPr
     )
 
 
-@pytest.mark.parametrize(("script", "option"), [("run.py", "--quick"), ("compare_installations.py", "--base DIR")])
+SCRIPTS = (
+    ("run.py", "--quick"), ("compare_installations.py", "--base DIR"), ("time_rows.py", "--seeds"),
+    ("fit_costs.py", "--judge"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("script", "option"), SCRIPTS)
 def test_scripts_start_by_path_from_anywhere(script: str, option: str, tmp_path: Path) -> None:
     """With a broadhead that is installed elsewhere on PYTHONPATH."""
     installed = str(Path(broadhead.__file__).resolve().parent.parent)
