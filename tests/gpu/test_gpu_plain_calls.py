@@ -131,14 +131,9 @@ STEPS = {
 def test_steps_over_few_keys(
     row: support.KernelRow, step: str, metadata: bool, run_by_cost: Callable, cuda: torch.device, rng: random.Random
 ) -> None:
-<<<<<<< HEAD
-    options = {"heads_q": 8, "page_size": 16, "causal": True, "metadata": metadata, "num_splits": 0}
-    call = row_call(row, "kvcache", **STEPS[step], **options)
-=======
     call = row_call(
         row, "kvcache", **STEPS[step], heads_q=8, page_size=16, causal=True, metadata=metadata, num_splits=0
     )
->>>>>>> k19t
     run_by_cost(row, build(call, cuda, rng))
 
 

@@ -24,16 +24,6 @@ MAX_BACKWARD_BATCH = 65535
 SHARED_TILES_ABOVE = 256
 
 
-<<<<<<< HEAD
-=======
-#: A row takes the place of the first one if the estimate of its time is below this share. Estimates err by a fifth.
-CLEARLY_FASTER = 0.9
-#: Microseconds of the first row above which it keeps its place: costs are fitted to shorter calls, where what a call
-#: and a tile cost besides the products counts. Of long ones they tell too little.
-LONGEST_BY_COST = 400.0
-
-
->>>>>>> k19t
 class Refusal(NamedTuple):
     """Why a row, or every row (``row_id`` empty), does not run a problem."""
 

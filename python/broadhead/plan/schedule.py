@@ -139,17 +139,10 @@ def _choose_splits(problem: AttentionProblem, row: KernelRow, ctas: int, target_
         return 1
     if problem.has_metadata:
         return min(limit, max(1, ceil(METADATA_WAVES * target_ctas / ctas)))
-<<<<<<< HEAD
     # The share of the device that equal blocks keep busy: 1 when they fill whole waves. Of all counts of splits, for
     # all rows that may run: without a call for each.
     grids = range(ctas, ctas * limit + 1, ctas)
     efficiencies = [blocks / (-(-blocks // target_ctas) * target_ctas) for blocks in grids]
-=======
-    # The share of the device that equal blocks keep busy: 1 when they fill whole waves. It is asked of all counts of
-    # splits and of all rows that may run, so it takes no call for each.
-    each = range(ctas, ctas * limit + 1, ctas)
-    efficiencies = [blocks / (-(-blocks // target_ctas) * target_ctas) for blocks in each]
->>>>>>> k19t
     good = GOOD_ENOUGH_EFFICIENCY * max(efficiencies)
     return next(splits for splits, efficiency in enumerate(efficiencies, 1) if efficiency >= good)
 
