@@ -74,7 +74,7 @@ def test_right_logits_pass_and_wrong_ones_do_not(case: InferenceCase) -> None:
         assert peer.why_unavailable(CPU) is None
         item = task.prepare(peer)
         assert item.error < task.max_error / 2 and item.work == case.measured_tokens
-    assert task.prepare(peer_of(forgetful())).error > 2 * task.max_error
+    assert task.prepare(peer_of(forgetful())).error > task.max_error
     with pytest.raises(base.Skip, match="no attention of transformers"):
         task.prepare(flash_attention.Ffpa())
     assert item.calls[0]().shape == (case.batch, case.new_tokens or 16, case.model.vocabulary)

@@ -222,10 +222,6 @@ class Baseline(Broadhead):
             return case._replace(images=0)
         return case._replace(chain=True) if isinstance(case, TreeCase) else case
 
-    def landscape_options(self) -> dict[str, Any]:
-        """The default of some functions, 1, does not divide the keys of a few queries."""
-        return {"num_splits": 0}
-
     def images(self, case: ImagesCase, inputs: ImagesInputs) -> Callable[[], Tensor]:
         return super().images(case._replace(images=0), inputs)
 

@@ -157,6 +157,8 @@ def _plan(function: str, device: DeviceDescription, build: BuildDescription | No
         descale=given["descale"],
         gradients=given["requires_grad"] and direction == "forward",
         of_gradients=gradient_features(given["deterministic"], batch, total_q) if differentiated else (),
+        total_q=total_q if varlen else 0,
+        total_k=k.shape[0] if varlen and k is not None else 0,
     )
     return problem, resolve(problem, device, build)
 
@@ -197,7 +199,8 @@ def is_supported(
 ) -> tuple[bool, str]:
     """Whether a CUDA kernel runs a call, and why: ``(supported, reason)``.
 
-    The call is taken to bring no scheduler metadata.
+    The call is taken to bring no scheduler metadata. Which of several kernels runs depends on the lengths, and on
+    num_splits: flash_attn_func and flash_attn_varlen_func pass 1 where they are given none, other functions 0.
 
     Args:
         q: the queries of the call; None: the arguments below describe it.

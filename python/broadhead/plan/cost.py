@@ -1,6 +1,6 @@
 """How long the kernel of a row takes for a problem, about: what decides between rows that all compute it.
 
-The estimate is ``launch + tile * waves + block * blocks + byte * gigabytes``: what a call costs at least, what a tile
+The estimate is ``launch + tile * waves + block * blocks + gigabyte * traffic``: what a call costs at least, what a tile
 costs besides its n_blocks for each wave of tiles, what an n_block costs for each that a CTA works on, and the traffic
 to memory. The four numbers of a kernel were fitted to measured times (``costs.py``).
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..call.problem import AttentionProblem
+from ..costs import MEASURED
 from ..support import KernelRow
 from .cost import estimate, least
 from .device import DeviceDescription
@@ -25,13 +26,14 @@ def fastest(
     Of calls that say how their keys are divided, and whose results must not depend on the batch, it is the first row.
     """
     best = rows[0], first_schedule
-    bound = estimate(problem, rows[0], first_schedule, device) if _may_run_on_any(problem) else None
+    known = device.capability == MEASURED and _may_run_on_any(problem)
+    bound = estimate(problem, rows[0], first_schedule, device) if known else None
     if bound is None or bound > LONGEST_BY_COST:
         return best
     bound *= CLEARLY_FASTER
     for row in rows[1:]:
-        if least(row) >= bound:
-            continue  # without a schedule, which takes longer to make
+        if row.tile == rows[0].tile or least(row) >= bound:
+            continue  # more columns in the same tile take no less time; nor does a schedule, to be made in vain
         # Decode kernels divide keys by the lengths that they read themselves, with metadata and without.
         schedule = plan_schedule(problem if row.phase == "decode" else undivided(problem), row, device)
         time = estimate(problem, row, schedule, device)
@@ -47,8 +49,9 @@ def undivided(problem: AttentionProblem) -> AttentionProblem:
 
 
 def _may_run_on_any(problem: AttentionProblem) -> bool:
-    """Whether the call leaves open how its keys are divided."""
-    asked = problem.tokens_per_split or problem.shared_tokens or problem.num_splits > 1
+    """Whether the call leaves open how its keys are divided, and how many multiprocessors it takes: of the portable
+    prefill kernels none leaves some free."""
+    asked = problem.tokens_per_split or problem.shared_tokens or problem.num_splits > 1 or problem.sm_margin
     return problem.direction == "forward" and not asked and "qv" not in problem.features
 
 
