@@ -1,4 +1,5 @@
-// The Hopper forward kernel for head_dim <= 256: persistent CTAs, one to three an SM, a producer warpgroup and consumers.
+// The Hopper forward kernel for head_dim <= 256: persistent CTAs, one to three an SM, a producer warpgroup and
+// consumers.
 //
 // Producer warpgroup: warp 0 loads Q and K and warp 1 V by TMA (warps 0 to 2 gather K and V where TMA can not), warp 3
 // takes tiles. Consumers: 64 query rows each.
