@@ -16,7 +16,7 @@ COSTS = Path(costs.__file__)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser("python benchmarks/fit_costs.py", description=__doc__)
     parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--judge", type=Path, nargs="*", default=[], help="times that nothing is fitted to")
     given = parser.parse_args()

@@ -12,7 +12,7 @@ from broadhead_bench.row_times import run
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser("python benchmarks/time_rows.py", description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", required=True)
     parser.add_argument("--cases", type=int, default=200, help="cases of each seed, of which long ones are left out")
     parser.add_argument("--budget", type=float, default=600.0, help="seconds to spend; cases of all seeds take turns")
