@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/device.h"
+#include "common/quad.h"
 #include "host/params.h"
 
 namespace broadhead {
@@ -20,21 +21,6 @@ BROADHEAD_DEVICE GradientRows<Element> gradient_rows(void* tensor, const TensorS
                                                      std::int64_t row, int head, int end_row, int columns) {
   Element* base = static_cast<Element*>(tensor) + batch * strides.batch + row * strides.row + head * strides.head;
   return {base, strides.row, end_row, columns};
-}
-
-// A 4 x 4 transposition over the lanes of a quad: lane `quad`, which brings word `quad` of four neighbouring tiles,
-// gets the four words of tile `quad`. The forward kernels write this out: with the function nvcc (13.0) makes other
-// code.
-BROADHEAD_DEVICE uint4 transpose_quad(const std::uint32_t (&w)[4], int quad) {
-  const bool odd = quad & 1;
-  const bool upper = quad & 2;
-  const std::uint32_t a = __shfl_xor_sync(0xffffffffu, odd ? w[0] : w[1], 1);
-  const std::uint32_t b = __shfl_xor_sync(0xffffffffu, odd ? w[2] : w[3], 1);
-  const std::uint32_t x0 = odd ? a : w[0], x1 = odd ? w[1] : a;
-  const std::uint32_t y0 = odd ? b : w[2], y1 = odd ? w[3] : b;
-  const std::uint32_t c = __shfl_xor_sync(0xffffffffu, upper ? x0 : y0, 2);
-  const std::uint32_t d = __shfl_xor_sync(0xffffffffu, upper ? x1 : y1, 2);
-  return upper ? uint4{c, d, y0, y1} : uint4{x0, x1, c, d};
 }
 
 // factor * gradient, of the lane's row `row` of the sequence and the one eight below; zeros where `keep` is false.

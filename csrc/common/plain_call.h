@@ -34,11 +34,9 @@ struct PagedCall : Traits {
   static constexpr bool kPlainCall = true;
 };
 
-// Whether there is a kernel for the latter.
-template <class Traits, class = void>
-constexpr bool kHasPagedCall = true;
+// The traits of the kernel that runs plain calls over pages.
 template <class Traits>
-constexpr bool kHasPagedCall<Traits, std::void_t<decltype(Traits::kNoPagedCall)>> = !Traits::kNoPagedCall;
+using PagedCallOr = std::conditional_t<Traits::kNoPagedCall, Traits, PagedCall<Traits>>;
 
 // Tells the compiler what calls Traits are for, so that what it reads of these fields are constants.
 template <class Traits>

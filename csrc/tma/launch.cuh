@@ -126,12 +126,6 @@ std::int64_t persistent_workspace(const AttnParams& params) {
   return split_workspace_bytes(params, true);
 }
 
-// CTAs of a multiprocessor that persist.
-template <class Traits, class = void>
-constexpr int blocks_of = 1;
-template <class Traits>
-constexpr int blocks_of<Traits, std::void_t<decltype(Traits::kMinBlocks)>> = Traits::kMinBlocks;
-
 // Launches `kernel`, the one of Traits, and what belongs in front of it and behind it.
 template <class Traits>
 int launch_persistent(void (*kernel)(const KernelArgs), const char* kernel_id, const AttnParams& params,
@@ -144,8 +138,8 @@ int launch_persistent(void (*kernel)(const KernelArgs), const char* kernel_id, c
   static PreparedKernel prepared;
   KernelLimits limits;
   if (prepared.prepare(kernel, Traits::kThreads, report, limits)) return 1;
-  int blocks = limits.multiprocessors * blocks_of<Traits> / Traits::kCluster *
-               Traits::kCluster;  // whole clusters that run at a time
+  // Whole clusters that run at a time.
+  int blocks = limits.multiprocessors * Traits::kMinBlocks / Traits::kCluster * Traits::kCluster;
 
   KernelArgs args{};
   args.params = params;
@@ -188,7 +182,7 @@ template <template <class> class Kernel, class Traits>
 int launch_either(const char* kernel_id, const AttnParams& params, cudaStream_t stream, char* error,
                   std::size_t error_size) {
   using Plain = PlainCall<Traits>;
-  using Paged = std::conditional_t<kHasPagedCall<Traits>, PagedCall<Traits>, Traits>;
+  using Paged = PagedCallOr<Traits>;
   if (!is_plain(params)) {
     return launch_persistent<Traits>(Kernel<Traits>::get(), kernel_id, params, stream, error, error_size);
   }

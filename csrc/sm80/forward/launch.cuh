@@ -47,7 +47,7 @@ template <class Traits>
 int launch_forward(const char* kernel_id, const AttnParams& given, cudaStream_t stream, char* error,
                    std::size_t error_size) {
   AttnParams params = given;
-  using Paged = std::conditional_t<kHasPagedCall<Traits>, PagedCall<Traits>, Traits>;
+  using Paged = PagedCallOr<Traits>;
   const auto launch = !is_plain(params)              ? launch_forward_kernel<Traits>
                       : params.page_table == nullptr ? launch_forward_kernel<PlainCall<Traits>>
                                                      : launch_forward_kernel<Paged>;

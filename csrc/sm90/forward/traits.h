@@ -30,6 +30,7 @@ struct ForwardTraits {
   static constexpr ColumnTail kTail = kTail_;
   static constexpr bool kPlainCall = false;  // common/plain_call.h
   static constexpr bool kPages = true;
+  static constexpr bool kNoPagedCall = false;
   static constexpr bool kMaskByWords = false;
   // The kernel for head dims that end within a subtile. Strides known at run time would cost registers that it has not.
   using WithTail = ForwardTraits<Element_, kHeadDim_, kHeadDimV_, kTileM_, kTileN_, kStages_, kOverlap_, kMinBlocks_,

@@ -28,6 +28,7 @@ struct Fp8Traits {
   static constexpr int kCluster = 1;
   static constexpr bool kPlainCall = false;  // common/plain_call.h
   static constexpr bool kPages = true;
+  static constexpr int kMinBlocks = 1;
   static constexpr bool kNoPagedCall = true;  // ptxas 13.0 serialises the wgmma of head_dim 192 in it (C7511)
   static constexpr bool kMaskByWords = false;
   static constexpr ColumnTail kTail = kTail_;

@@ -36,6 +36,7 @@ struct WideShape {
   static constexpr int kCluster = kCluster_;
   static constexpr bool kPlainCall = false;  // common/plain_call.h
   static constexpr bool kPages = true;
+  static constexpr int kMinBlocks = 1;
   static constexpr bool kNoPagedCall = true;
   static constexpr bool kMaskByWords = true;
   static constexpr ColumnTail kTail = ColumnTail::kGroups;
