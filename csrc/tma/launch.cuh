@@ -110,6 +110,20 @@ inline WorkPlan make_plan(const AttnParams& params, int tile_m, int cluster) {
   return plan;
 }
 
+// Tiles of each of `ctas` CTAs (clusters) at most where they take them in turn; 0: the call needs a counter, since its
+// tiles differ by more than the grid's order tells, or are so many that the differences add up.
+// PERF: clearing the counter is a launch of its own in front of the kernel.
+inline int static_rounds(const AttnParams& params, const WorkPlan& plan, int ctas) {
+  const int rounds = static_cast<int>((plan.tiles + ctas - 1ll) / ctas);
+  if (rounds <= 1) return rounds;
+  const MaskRule& rule = params.mask_rule;
+  const bool one_length = !plan.ragged && params.seqused_k == nullptr && params.cu_seqlens_k == nullptr &&
+                          params.prefix_lens == nullptr && params.sequence_masks == nullptr &&
+                          params.leftpad_k == nullptr && params.num_splits == 1;
+  const bool sees_all = rule.window_left < 0 && rule.window_right < 0 && rule.attention_chunk == 0;
+  return one_length && (sees_all || rounds == 2) ? rounds : 0;
+}
+
 template <class Traits>
 constexpr bool kCanHaveTail = Traits::KLayout::kSubtiles > 1 || Traits::VLayout::kSubtiles > 1;
 
@@ -159,8 +173,8 @@ int launch_persistent(void (*kernel)(const KernelArgs), const char* kernel_id, c
     blocks = max_int(1, params.max_blocks / Traits::kCluster) * Traits::kCluster;
   }
   if (wanted < blocks) blocks = static_cast<int>(wanted);
-  args.plan.one_wave = blocks == wanted;
-  if (!args.plan.one_wave) {
+  args.plan.rounds = static_rounds(params, args.plan, blocks / Traits::kCluster);
+  if (args.plan.rounds == 0) {
     if (const int status = launch_clear_counter(args.params.tile_counter, stream)) {
       return report.fail("clear_counter", static_cast<cudaError_t>(status));
     }

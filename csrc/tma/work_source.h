@@ -1,4 +1,7 @@
-// The scheduler warp: takes tiles from a global counter, works out what each is, and posts them to the other warps.
+// The scheduler warp: takes tiles in turn or from a global counter, works out what each is, and posts them to the other
+// warps.
+//
+// Tiles that take as long as each other, and those of at most two rounds, need no counter: see tile_of_round.
 //
 // Order: LPT within what shares the L2. Uniform batches follow common/tile_scheduler.h; ragged ones go sequence by
 // sequence, found by a warp-wide prefix sum over their tile counts, so that a short sequence costs nothing.
@@ -19,7 +22,8 @@ struct WorkPlan {
   TileGrid grid;               // m_blocks in clusters; KV heads when GQA is packed
   std::int32_t ragged;         // sequences differ in query length or in splits
   std::int32_t tiles;          // of the grid when not ragged, all splits
-  std::int32_t one_wave;       // each CTA, or cluster, has one tile at most
+  // Tiles of each CTA, or cluster, at most, where the grid's order gives them. 0: they are taken from a counter.
+  std::int32_t rounds;
 };
 
 template <class Element>
@@ -162,6 +166,12 @@ BROADHEAD_DEVICE void share_work(const AttnParams& params, Mailbox& mailbox, Slo
   mail.advance();
 }
 
+// The tile that CTA `cta` of `ctas` takes in a round. The longest tiles come first in the grid's order: who got a long
+// one in a round gets a short one in the next.
+BROADHEAD_DEVICE int tile_of_round(int round, int cta, int ctas) {
+  return round * ctas + (round % 2 == 0 ? cta : ctas - 1 - cta);
+}
+
 // Runs on one warp until the work ends; posts a slot with valid = 0 last.
 template <class Traits, class SharedStorage, class Args>
 BROADHEAD_DEVICE void post_tiles(const Args& args, SharedStorage& smem) {
@@ -174,6 +184,7 @@ BROADHEAD_DEVICE void post_tiles(const Args& args, SharedStorage& smem) {
   SlotState slot;
   SlotState mail;
   int index = blockIdx.x / kCluster;
+  int round = 0;
   while (true) {
     WorkItem work{};  // of a cluster: where rank is not 0 in one lane alone
     TileLengths lengths{};
@@ -198,7 +209,8 @@ BROADHEAD_DEVICE void post_tiles(const Args& args, SharedStorage& smem) {
                          .head_dim_v = Traits::kHeadDimV,
                          .cluster = kCluster,
                          .plain = Traits::kPlainCall,
-                         .pages = Traits::kPages});
+                         .pages = Traits::kPages,
+                         .whole_blocks = true});
         splits = posted.state.splits;
         if (Traits::kPlainCall || splits == 1) posted.split = -1;
       }
@@ -209,14 +221,15 @@ BROADHEAD_DEVICE void post_tiles(const Args& args, SharedStorage& smem) {
     if (!work.valid) return;
     if (splits > 0) {
       slot.advance();
-      // A tile taken now would wait in this CTA while others are idle. The barrier has as many phases as tiles were
-      // posted.
-      if (rank == 0) barrier_wait(smem.next_wanted, slot.stage() ^ 1);
+      // A tile taken now from the counter would wait in this CTA while others are idle. The barrier has as many phases
+      // as tiles were posted.
+      if (rank == 0 && plan.rounds == 0) barrier_wait(smem.next_wanted, slot.stage() ^ 1);
     }
 
     if (rank != 0) continue;
-    if (plan.one_wave) {  // there is no counter: the next round finds no tile
-      index = kNoTile;
+    if (plan.rounds > 0) {
+      ++round;
+      index = round < plan.rounds ? tile_of_round(round, blockIdx.x / kCluster, gridDim.x / kCluster) : kNoTile;
       continue;
     }
     unsigned next = 0;

@@ -333,7 +333,7 @@ def _sm90_row(
     """A Hopper forward kernel (wgmma, TMA, warp specialisation), on 9.0."""
     return KernelRow(
         f"sm90_fwd_{name}", "sm90", "forward", "prefill", ((9, 0),), dtype, head_dim, head_dim_v,
-        SMEM_227KB, tile, FEATURES, by_cost=isinstance(tile, HopperTile) and tile.min_blocks > 1,
+        SMEM_227KB, tile, FEATURES, by_cost=tile.min_blocks > 1,
     )  # fmt: skip
 
 
@@ -343,6 +343,7 @@ def _sm90_rows() -> tuple[KernelRow, ...]:
         # name, head_dim, head_dim_v, tile
         ("d64", 64, 64, HopperTile(192, 96, 2, 2)),
         ("d64_m64", 64, 64, HopperTile(64, 64, 2, 1, 3)),
+        ("d96_m64", 96, 96, HopperTile(64, 48, 2, 1, 3)),
         ("d128_m64", 128, 128, HopperTile(64, 48, 2, 1, 2)),
         ("d256_m64", 256, 256, HopperTile(64, 32, 2, 1, 2)),
         ("d192_m64", 192, 192, HopperTile(64, 48, 2, 1, 2)),
@@ -370,6 +371,10 @@ def _sm90_rows() -> tuple[KernelRow, ...]:
         ]
     fp8_shapes = (
         ("d64", 64, 64, Fp8Tile(192, 128)),
+        ("d64_m64", 64, 64, Fp8Tile(64, 64, 3)),
+        ("d128_m64", 128, 128, Fp8Tile(64, 128, 2)),
+        ("d192_m64", 192, 192, Fp8Tile(64, 64, 2)),
+        ("d256_m64", 256, 256, Fp8Tile(64, 64, 2)),
         ("d128", 128, 128, Fp8Tile(128, 192)),
         ("d192_v128", 192, 128, Fp8Tile(128, 192)),
         ("d192", 192, 192, Fp8Tile(128, 128)),

@@ -69,10 +69,7 @@ class Fp8Tile(NamedTuple):
 
     tile_m: int  # query rows, 64 for each consumer warpgroup
     tile_n: int  # keys of an n_block
-
-    @property
-    def min_blocks(self) -> int:
-        return 1
+    min_blocks: int = 1  # as for Tile
 
 
 class AbsorbedTile(WideTile):

@@ -1,4 +1,5 @@
-// The Hopper forward kernel for e4m3 q, k and v: one persistent CTA an SM, a producer warpgroup and consumers.
+// The Hopper forward kernel for e4m3 q, k and v: persistent CTAs, one to three an SM, a producer warpgroup and
+// consumers.
 //
 // Producer warpgroup: warp 0 loads (TMA, or gathers), warps 1 and 2 transpose V, warp 3 takes tiles. Consumers: 64
 // query rows each.
@@ -17,7 +18,7 @@ namespace broadhead::sm90 {
 using namespace tma;
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, 1) fp8_kernel(const __grid_constant__ KernelArgs args) {
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks) fp8_kernel(const __grid_constant__ KernelArgs args) {
   assume_call<Traits>(args);
   extern __shared__ __align__(1024) char smem_bytes[];
   auto& smem = *reinterpret_cast<typename Traits::SharedStorage*>(smem_bytes);

@@ -35,7 +35,7 @@ struct Fp8Consumer final : ConsumerBase<Traits> {
   BROADHEAD_DEVICE void issue_pv(float (&product)[kPartTiles][4], std::uint32_t stage, int part) {
     const std::uint64_t b = MatrixDescriptor<Layout::kRowBytes>::make(
         smem_address(smem.transposed_v[stage]) + part * kPartTiles * Layout::kSlabBytes, 0, Layout::kSlabBytes);
-    if constexpr (Traits::kParts > 1) {
+    if constexpr (Traits::kInScores) {
       fence_registers(product);  // those of S
     } else {
       clear_accumulators(product);  // as in issue_qk
@@ -65,13 +65,13 @@ struct Fp8Consumer final : ConsumerBase<Traits> {
     barrier_wait(smem.transposed_full[ring.stage(1)], ring.parity(1));
   }
 
-  // O = factor * O + P V, part by part. Several parts use the registers of S; ptxas finds those of one by itself.
+  // O = factor * O + P V, part by part. ptxas finds the registers of one part by itself.
   BROADHEAD_DEVICE void add_block() {
     const std::uint32_t stage = ring.stage(1);
     BROADHEAD_UNROLL
     for (int part = 0; part < Traits::kParts; ++part) {
       float own[kPartTiles][4];
-      auto& product = *(Traits::kParts > 1 ? reinterpret_cast<float (*)[kPartTiles][4]>(s[0]) : &own);
+      auto& product = *(Traits::kInScores ? reinterpret_cast<float (*)[kPartTiles][4]>(s[0]) : &own);
       issue_pv(product, stage, part);
       cute::warpgroup_wait<0>();
       fence_registers(product);
