@@ -1,5 +1,5 @@
 // Plain calls: what most calls are. Kernels have code of their own for them, without what other calls ask for: for
-// those whose keys lie side by side, and for those whose keys lie in pages.
+// those whose keys lie side by side, for those whose keys lie in pages, and on Hopper for those whose keys are divided.
 //
 // PERF(H200): a kernel begins with code that no cache holds. What a call does not run still lies between what it runs,
 // so that the instruction fetch runs ahead in vain: of the 24 us of a call of 146 queries and 30 keys, 14 were spent
@@ -14,29 +14,39 @@
 
 namespace broadhead {
 
-// A mask that follows from window_left and window_right, scores that are only scaled, and one CTA that sees all keys of
-// its tile.
+// A mask that follows from window_left and window_right, and scores that are only scaled.
 BROADHEAD_HOST_DEVICE bool is_plain(const AttnParams& params) {
   return params.prefix_lens == nullptr && params.sequence_masks == nullptr && params.mask_rule.attention_chunk == 0 &&
          params.softcap == 0.f && params.softmax_scale > 0.f && params.leftpad_k == nullptr &&
-         (params.kv_batch_idx == nullptr || params.page_table != nullptr) && params.num_splits == 1;
+         (params.kv_batch_idx == nullptr || params.page_table != nullptr);
 }
 
-// Traits of the kernel for plain calls of dense or packed sequences, and of the one for plain calls over pages.
+// Traits of the kernel for plain calls of dense or packed sequences, and of the one for plain calls over pages. One CTA
+// sees all keys of its tile.
 template <class Traits>
 struct PlainCall : Traits {
   static constexpr bool kPlainCall = true;
   static constexpr bool kPages = false;
+  static constexpr bool kSplits = false;
 };
 
 template <class Traits>
 struct PagedCall : Traits {
   static constexpr bool kPlainCall = true;
+  static constexpr bool kSplits = false;
 };
 
-// The traits of the kernel that runs plain calls over pages.
+// Of the one for plain calls in which several CTAs may share the keys of a tile, in pages or not.
+template <class Traits>
+struct SplitCall : Traits {
+  static constexpr bool kPlainCall = true;
+};
+
+// The traits of the kernels that run plain calls over pages, and divided ones.
 template <class Traits>
 using PagedCallOr = std::conditional_t<Traits::kNoPagedCall, Traits, PagedCall<Traits>>;
+template <class Traits>
+using SplitCallOr = std::conditional_t<Traits::kNoSplitCall, Traits, SplitCall<Traits>>;
 
 // Tells the compiler what calls Traits are for, so that what it reads of these fields are constants.
 template <class Traits>
@@ -47,14 +57,14 @@ BROADHEAD_DEVICE void assume_call(const AttnParams& params) {
     BROADHEAD_ASSUME(params.mask_rule.attention_chunk == 0);
     BROADHEAD_ASSUME(params.softcap == 0.f);
     BROADHEAD_ASSUME(params.leftpad_k == nullptr);
-    BROADHEAD_ASSUME(params.num_splits == 1);
-    if constexpr (Traits::kPages) {
-      BROADHEAD_ASSUME(params.page_table != nullptr);
-    } else {
+    if constexpr (!Traits::kPages) {
       BROADHEAD_ASSUME(params.page_table == nullptr);
       BROADHEAD_ASSUME(params.kv_batch_idx == nullptr);
+    } else if constexpr (!Traits::kSplits) {
+      BROADHEAD_ASSUME(params.page_table != nullptr);
     }
   }
+  if constexpr (!Traits::kSplits) BROADHEAD_ASSUME(params.num_splits == 1);
 }
 
 // Whether keys lie in pages.

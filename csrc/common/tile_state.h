@@ -64,6 +64,7 @@ struct TileShape {
   int cluster;  // how many neighbouring tiles visit the same n_blocks together
   bool plain;   // the call is plain (common/plain_call.h); a constant, like the others
   bool pages;   // keys may lie in pages
+  bool splits;  // CTAs may share the keys of a tile
   bool whole_blocks;  // TMA brings whole n_blocks, and zeros for what lies behind a tensor
 };
 
@@ -189,9 +190,9 @@ BROADHEAD_DEVICE void set_tile_source(TileState<Element>& state, const AttnParam
 // The keys of a plain call whose V needs no clearing where n_blocks are brought whole: what some query of the sequence
 // sees is there for all its tiles. Behind the keys of a dense tensor TMA writes zeros.
 // PERF(H200, 775 keys, head_dim 128: the clearing took a tenth of a call), and it waits for V and all warpgroups.
-BROADHEAD_DEVICE KeyInterval whole_block_keys(const AttnParams& params, const AttentionMask& mask, bool pages) {
+BROADHEAD_DEVICE KeyInterval whole_block_keys(const AttnParams& params, const AttentionMask& mask, bool paged) {
   KeyInterval keys = mask.tile_interval(0, mask.seqlen_q - 1);
-  const bool dense = !pages && params.cu_seqlens_k == nullptr && params.seqused_k == nullptr;
+  const bool dense = !paged && params.cu_seqlens_k == nullptr && params.seqused_k == nullptr;
   if (dense && keys.end == mask.seqlen_k) keys.end = kBehindAllKeys;
   return keys;
 }
@@ -199,12 +200,15 @@ BROADHEAD_DEVICE KeyInterval whole_block_keys(const AttnParams& params, const At
 // All of it for a plain call: what is worked out stays in registers, and each field is written once.
 template <class Element>
 BROADHEAD_DEVICE void make_plain_state(TileState<Element>& state, const AttnParams& params, const WorkTile& tile,
-                                       const SeqlenInfo& seqlen, const TileShape& shape) {
+                                       const TileLengths& lengths, int split, const TileShape& shape) {
+  const SeqlenInfo& seqlen = lengths.seqlen;
+  const bool paged = shape.pages && params.page_table != nullptr;
   const Divisor& rows_per_token = params.rows_per_token;
   const int num_rows = seqlen.seqlen_q * rows_per_token;
   const int first_row = tile.m_block * shape.rows;
   const int cluster_row = tile.m_block / shape.cluster * shape.cluster * shape.rows;
-  state.splits = cluster_row < num_rows ? 1 : 0;
+  const int splits = shape.splits ? lengths.splits : 1;
+  state.splits = cluster_row < num_rows && split < splits ? splits : 0;
   state.seqlen = seqlen;
   state.gap = {0, 0};
   const RowMap rows{first_row, rows_per_token, min_int(first_row + shape.rows, num_rows)};
@@ -216,28 +220,29 @@ BROADHEAD_DEVICE void make_plain_state(TileState<Element>& state, const AttnPara
   const KeyInterval placed = mask.tile_interval(cluster_rows.token(0), q_last);
   state.mask = mask;
   state.range = blocks_of(placed, shape.keys);
+  if (shape.splits) state.range = split_range(state.range, split, max_int(splits, 1));
   state.unmasked = mask.unmasked_interval(rows.token(0), min_int(rows.token(shape.rows - 1), q_last));
 
   const int kv_head = kv_head_of(params, tile.head);
   const std::int64_t row_k = seqlen.row_k, batch_k = seqlen.batch_k;
   KvSource<Element>& source = state.source;
   source.leftpad = static_cast<int>(row_k);
-  source.table = shape.pages ? params.page_table + batch_k * params.page_table_batch_stride : nullptr;
+  source.table = paged ? params.page_table + batch_k * params.page_table_batch_stride : nullptr;
   source.k = static_cast<const Element*>(params.k) + kv_head * params.k_strides.head +
-             (shape.pages ? 0 : batch_k * params.k_strides.batch + row_k * params.k_strides.row);
+             (paged ? 0 : batch_k * params.k_strides.batch + row_k * params.k_strides.row);
   source.v = static_cast<const Element*>(params.v) + kv_head * params.v_strides.head +
-             (shape.pages ? 0 : batch_k * params.v_strides.batch + row_k * params.v_strides.row);
+             (paged ? 0 : batch_k * params.v_strides.batch + row_k * params.v_strides.row);
   source.k_row_stride = params.k_strides.row;
   source.v_row_stride = params.v_strides.row;
   source.live = LiveKeys(placed, 0);
   source.head_dim = params.head_dim;
   source.head_dim_v = params.head_dim_v;
-  const bool whole = !shape.pages && params.head_dim == shape.head_dim && params.head_dim_v == shape.head_dim_v;
+  const bool whole = !paged && params.head_dim == shape.head_dim && params.head_dim_v == shape.head_dim_v;
   state.whole = whole ? BlockRange{ceil_div(placed.begin, shape.keys), placed.end / shape.keys} : BlockRange{0, 0};
   set_tile_scale(state, params, tile.batch, kv_head);
   if (shape.whole_blocks) {
     compile_barrier();
-    source.live.interval = whole_block_keys(params, plain_mask(state), shape.pages);
+    source.live.interval = whole_block_keys(params, plain_mask(state), paged);
   }
 }
 
@@ -246,7 +251,7 @@ BROADHEAD_DEVICE void make_plain_state(TileState<Element>& state, const AttnPara
 template <class Element>
 BROADHEAD_DEVICE void make_tile_state(TileState<Element>& state, const AttnParams& params, const WorkTile& tile,
                                       const TileLengths& lengths, int split, const TileShape& shape) {
-  if (shape.plain) return make_plain_state(state, params, tile, lengths.seqlen, shape);
+  if (shape.plain) return make_plain_state(state, params, tile, lengths, split, shape);
   set_lengths(state, lengths);
   set_tile_rows(state, params, tile, split, shape);
   compile_barrier();

@@ -185,20 +185,24 @@ int launch_persistent(void (*kernel)(const KernelArgs), const char* kernel_id, c
                           .dependent = Traits::kDependentLaunch,
                           .cluster = Traits::kCluster};
   if (const cudaError_t status = launch_kernel(kernel, shape, stream, args)) return report.fail("launch", status);
-  if (Traits::kPlainCall || params.num_splits == 1) return 0;
+  if (!Traits::kSplits || params.num_splits == 1) return 0;
   constexpr bool kIsFp16 = std::is_same_v<typename Traits::Element, cutlass::half_t>;
   return launch_split_combine(args.params, !kIsFp16, true, stream, error, error_size);
 }
 
-// The same with a kernel for plain calls, which `Kernel` has as well, where the call is one. Kernel<Traits>::get() is
+// The same with a kernel for plain calls, which `Kernel` has as well, where the call is one (common/plain_call.h). Kernel<Traits>::get() is
 // the kernel of Traits.
 template <template <class> class Kernel, class Traits>
 int launch_either(const char* kernel_id, const AttnParams& params, cudaStream_t stream, char* error,
                   std::size_t error_size) {
   using Plain = PlainCall<Traits>;
   using Paged = PagedCallOr<Traits>;
+  using Split = SplitCallOr<Traits>;
   if (!is_plain(params)) {
     return launch_persistent<Traits>(Kernel<Traits>::get(), kernel_id, params, stream, error, error_size);
+  }
+  if (params.num_splits > 1) {
+    return launch_persistent<Split>(Kernel<Split>::get(), kernel_id, params, stream, error, error_size);
   }
   if (params.page_table == nullptr) {
     return launch_persistent<Plain>(Kernel<Plain>::get(), kernel_id, params, stream, error, error_size);

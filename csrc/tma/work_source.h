@@ -33,10 +33,10 @@ struct TileSlot {
   std::int32_t valid;  // 0: no more work
 };
 
-// TileSlot::split; of a plain call no tile is split, and the compiler knows it.
+// TileSlot::split; where no tile is split the compiler knows it.
 template <class Traits, class Slot>
 BROADHEAD_DEVICE int split_of(const Slot& tile) {
-  return Traits::kPlainCall ? -1 : tile.split;
+  return Traits::kSplits ? tile.split : -1;
 }
 
 // Posts and barriers that every kernel has in its shared memory.
@@ -210,9 +210,10 @@ BROADHEAD_DEVICE void post_tiles(const Args& args, SharedStorage& smem) {
                          .cluster = kCluster,
                          .plain = Traits::kPlainCall,
                          .pages = Traits::kPages,
-                         .whole_blocks = true});
+                         .splits = Traits::kSplits,
+                         .whole_blocks = Traits::kWholeBlocks});
         splits = posted.state.splits;
-        if (Traits::kPlainCall || splits == 1) posted.split = -1;
+        if (!Traits::kSplits || splits == 1) posted.split = -1;
       }
       // A tile without rows, or a split that its sequence does not use, is not posted.
       if (!work.valid || splits > 0) smem.tile_full[slot.stage()].arrive();

@@ -48,7 +48,7 @@ int launch_forward(const char* kernel_id, const AttnParams& given, cudaStream_t 
                    std::size_t error_size) {
   AttnParams params = given;
   using Paged = PagedCallOr<Traits>;
-  const auto launch = !is_plain(params)              ? launch_forward_kernel<Traits>
+  const auto launch = !is_plain(params) || params.num_splits > 1 ? launch_forward_kernel<Traits>
                       : params.page_table == nullptr ? launch_forward_kernel<PlainCall<Traits>>
                                                      : launch_forward_kernel<Paged>;
   return launch(kernel_id, params, stream, error, error_size);

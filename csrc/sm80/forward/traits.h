@@ -15,6 +15,7 @@ template <class Element_, int kHeadDim_, int kTileM_, int kTileN_, int kWarpsM_,
 struct ForwardTraits {
   using Element = Element_;
   static constexpr bool kPlainCall = false;  // common/plain_call.h
+  static constexpr bool kSplits = true;
   static constexpr bool kPages = true;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kTileM = kTileM_;

@@ -29,8 +29,11 @@ struct ForwardTraits {
   static constexpr int kCluster = 1;
   static constexpr ColumnTail kTail = kTail_;
   static constexpr bool kPlainCall = false;  // common/plain_call.h
+  static constexpr bool kSplits = true;
+  static constexpr bool kWholeBlocks = true;  // TileShape
   static constexpr bool kPages = true;
   static constexpr bool kNoPagedCall = false;
+  static constexpr bool kNoSplitCall = kMinBlocks > 2;  // it would spill
   static constexpr bool kMaskByWords = false;
   // The kernel for head dims that end within a subtile. Strides known at run time would cost registers that it has not.
   using WithTail = ForwardTraits<Element_, kHeadDim_, kHeadDimV_, kTileM_, kTileN_, kStages_, kOverlap_, kMinBlocks_,

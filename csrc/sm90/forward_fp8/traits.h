@@ -27,9 +27,12 @@ struct Fp8Traits {
   static constexpr int kStages = 2;
   static constexpr int kCluster = 1;
   static constexpr bool kPlainCall = false;  // common/plain_call.h
+  static constexpr bool kSplits = true;
+  static constexpr bool kWholeBlocks = kHeadDim != 192;  // TileShape; C7511 as well
   static constexpr bool kPages = true;
   static constexpr int kMinBlocks = kMinBlocks_;  // CTAs of a multiprocessor
   static constexpr bool kNoPagedCall = kHeadDim == 192;  // ptxas 13.0 serialises its wgmma there (C7511)
+  static constexpr bool kNoSplitCall = kHeadDim == 192 || kMinBlocks > 2;  // it would spill
   static constexpr bool kMaskByWords = false;
   static constexpr ColumnTail kTail = kTail_;
   using WithTail = Fp8Traits<Element_, kHeadDim_, kHeadDimV_, kTileM_, kTileN_, kMinBlocks_, kSmemLimit_, ColumnTail::kSubtiles>;

@@ -35,9 +35,12 @@ struct WideShape {
   static constexpr int kTileN = kTileN_;
   static constexpr int kCluster = kCluster_;
   static constexpr bool kPlainCall = false;  // common/plain_call.h
+  static constexpr bool kSplits = true;
+  static constexpr bool kWholeBlocks = true;  // TileShape
   static constexpr bool kPages = true;
   static constexpr int kMinBlocks = 1;
   static constexpr bool kNoPagedCall = true;
+  static constexpr bool kNoSplitCall = true;
   static constexpr bool kMaskByWords = true;
   static constexpr ColumnTail kTail = ColumnTail::kGroups;
   static constexpr bool kDependentLaunch = true;
