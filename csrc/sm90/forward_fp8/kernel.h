@@ -9,6 +9,7 @@
 
 #include "sm90/forward_fp8/load.h"
 #include "sm90/forward_fp8/mainloop.h"
+#include "sm90/forward_fp8/mainloop_overlapped.h"
 #include "sm90/forward_fp8/traits.h"
 #include "sm90/forward_fp8/transpose.h"
 #include "sm90/load.h"
@@ -58,7 +59,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks) fp8_kern
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
-    Fp8Consumer<Traits> consumer(args, smem);
+    std::conditional_t<Traits::kOverlapped, OverlappedFp8Consumer<Traits>, Fp8Consumer<Traits>> consumer(args, smem);
     consume_tiles(consumer);
   }
 }

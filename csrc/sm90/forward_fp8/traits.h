@@ -15,7 +15,7 @@ namespace broadhead::sm90 {
 using namespace tma;
 
 template <class Element_, int kHeadDim_, int kHeadDimV_, int kTileM_, int kTileN_, int kMinBlocks_,
-          int kSmemLimit_, ColumnTail kTail_ = ColumnTail::kNone>
+          int kFlushBlocks_, int kSmemLimit_, ColumnTail kTail_ = ColumnTail::kNone>
 struct Fp8Traits {
   using Element = Element_;
   using OutElement = cutlass::bfloat16_t;
@@ -35,7 +35,7 @@ struct Fp8Traits {
   static constexpr bool kNoSplitCall = kHeadDim == 192 || kMinBlocks > 2;  // it would spill
   static constexpr bool kMaskByWords = false;
   static constexpr ColumnTail kTail = kTail_;
-  using WithTail = Fp8Traits<Element_, kHeadDim_, kHeadDimV_, kTileM_, kTileN_, kMinBlocks_, kSmemLimit_, ColumnTail::kSubtiles>;
+  using WithTail = Fp8Traits<Element_, kHeadDim_, kHeadDimV_, kTileM_, kTileN_, kMinBlocks_, kFlushBlocks_, kSmemLimit_, ColumnTail::kSubtiles>;
   // ptxas 13.0 serialises the wgmma of head_dim 192 wherever griddepcontrol stands in the kernel.
   static constexpr bool kDependentLaunch = false;
 
@@ -57,6 +57,10 @@ struct Fp8Traits {
   static constexpr int kPartCols = kHeadDimV / kParts;
   static_assert(kPartCols * kParts == kHeadDimV && kPartCols % 32 == 0 && (!kInScores || kPartCols <= kTileN));
   static constexpr bool kPingPong = kConsumers > 1;
+  // Where shared memory has room for the second level of O: S of the next n_block beside P V (mainloop_overlapped.h).
+  static constexpr bool kOverlapped = kFlushBlocks_ > 0;
+  static constexpr int kFlushBlocks = kFlushBlocks_;  // n_blocks whose products the tensor cores sum
+  static_assert(!kOverlapped || kHeadDimV <= 128);
 
   using QLayout = TileLayout<Element, kHeadDim>;
   static constexpr int kSubtileRows = kTail == ColumnTail::kSubtiles ? kTileN : 0;
@@ -85,6 +89,7 @@ struct Fp8Traits {
     alignas(1024) Element k[kStages][kTileN * kHeadDim];
     alignas(1024) Element v[kStages][kTileN * kHeadDimV];
     alignas(1024) Element transposed_v[kStages][kTileN * kHeadDimV];
+    alignas(16) float4 sums[kOverlapped ? kTileM * kHeadDimV / 4 : 1];  // of each thread, side by side
   };
   static_assert(kMinBlocks * (sizeof(SharedStorage) + 1024) <= 228 * 1024, "a multiprocessor has no room for the CTAs");
   static_assert(sizeof(SharedStorage) <= kSmemLimit_, "the tile does not fit the shared memory its row promises");
