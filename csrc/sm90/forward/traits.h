@@ -33,7 +33,8 @@ struct ForwardTraits {
   static constexpr bool kWholeBlocks = true;  // TileShape
   static constexpr bool kPages = true;
   static constexpr bool kNoPagedCall = false;
-  static constexpr bool kNoSplitCall = kMinBlocks > 2;  // it would spill
+  // It would spill.
+  static constexpr bool kNoSplitCall = kMinBlocks > 2 || kTileM_ > 128 || (kHeadDim_ == 192 && kHeadDimV_ == 128);
   static constexpr bool kMaskByWords = false;
   // The kernel for head dims that end within a subtile. Strides known at run time would cost registers that it has not.
   using WithTail = ForwardTraits<Element_, kHeadDim_, kHeadDimV_, kTileM_, kTileN_, kStages_, kOverlap_, kMinBlocks_,
