@@ -40,6 +40,7 @@ struct PagedCall : Traits {
 template <class Traits>
 struct SplitCall : Traits {
   static constexpr bool kPlainCall = true;
+  static constexpr bool kMaskByWords = true;
 };
 
 // The traits of the kernels that run plain calls over pages, and divided ones.

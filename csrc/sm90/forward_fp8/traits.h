@@ -14,6 +14,14 @@ namespace broadhead::sm90 {
 
 using namespace tma;
 
+// The second level of O, four sums a thread side by side; of kernels that keep it in registers nothing.
+template <int kCount>
+struct Fp8Sums {
+  float4 sums[kCount / 4];
+};
+template <>
+struct Fp8Sums<0> {};
+
 template <class Element_, int kHeadDim_, int kHeadDimV_, int kTileM_, int kTileN_, int kMinBlocks_,
           int kFlushBlocks_, int kSmemLimit_, ColumnTail kTail_ = ColumnTail::kNone>
 struct Fp8Traits {
@@ -32,7 +40,7 @@ struct Fp8Traits {
   static constexpr bool kPages = true;
   static constexpr int kMinBlocks = kMinBlocks_;  // CTAs of a multiprocessor
   static constexpr bool kNoPagedCall = kHeadDim == 192;  // ptxas 13.0 serialises its wgmma there (C7511)
-  static constexpr bool kNoSplitCall = kHeadDim == 192 || kMinBlocks > 2;  // it would spill
+  static constexpr bool kNoSplitCall = kNoPagedCall;
   static constexpr bool kMaskByWords = false;
   static constexpr ColumnTail kTail = kTail_;
   using WithTail = Fp8Traits<Element_, kHeadDim_, kHeadDimV_, kTileM_, kTileN_, kMinBlocks_, kFlushBlocks_, kSmemLimit_, ColumnTail::kSubtiles>;
@@ -75,7 +83,7 @@ struct Fp8Traits {
 
   static_assert(kTileM % 64 == 0 && kTileN % 64 == 0 && kHeadDimV % 32 == 0);
 
-  struct SharedStorage : WorkStorage<Element> {
+  struct SharedStorage : WorkStorage<Element>, Fp8Sums<kOverlapped ? kTileM * kHeadDimV : 0> {
     Barrier q_full;                        // 1 arrival + bytes
     Barrier q_empty;                       // each consumer warp
     Barrier k_full[kStages];               // 1 arrival + bytes, or every gathering thread
@@ -89,7 +97,6 @@ struct Fp8Traits {
     alignas(1024) Element k[kStages][kTileN * kHeadDim];
     alignas(1024) Element v[kStages][kTileN * kHeadDimV];
     alignas(1024) Element transposed_v[kStages][kTileN * kHeadDimV];
-    alignas(16) float4 sums[kOverlapped ? kTileM * kHeadDimV / 4 : 1];  // of each thread, side by side
   };
   static_assert(kMinBlocks * (sizeof(SharedStorage) + 1024) <= 228 * 1024, "a multiprocessor has no room for the CTAs");
   static_assert(sizeof(SharedStorage) <= kSmemLimit_, "the tile does not fit the shared memory its row promises");
