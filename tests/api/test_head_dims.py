@@ -83,7 +83,7 @@ def test_native_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
     That one of them takes less time for the call that is looked at is no reason to refuse.
     """
-    hand_in_costs(monkeypatch, {"sm90_fwd_d512": Cost(9, 0, 0, 0), "sm80_fwd_d512": Cost(1, 0, 0, 0)})
+    hand_in_costs(monkeypatch, {"sm90_fwd_d512": Cost(9), "sm80_fwd_d512": Cost(1)})
     validate(512, 512, 9, native=True, build=FULL)
     for capability in (8, 12):
         validate(512, 512, capability, native=True, build=FULL)

@@ -109,7 +109,7 @@ def run_by_cost(costs_are: Callable, row_ran: Callable, capability: tuple[int, i
         check_call(built, **overrides)
         first = row_ran(dtype=built.call.dtype)
         assert first.id != row.id
-        costs_are({first.name: Cost(9, 0, 0, 0), row.name: Cost(1, 0, 0, 0)})
+        costs_are({first.name: Cost(9), row.name: Cost(1)})
         built.out.fill_(float("nan"))
         check_call(built, **overrides)
         assert row_ran(dtype=built.call.dtype).id == row.id

@@ -25,7 +25,7 @@ BF16 = torch.bfloat16
 BY_ID = {row.id: row for row in ROWS}
 FORWARD = [row for row in ROWS if row.direction == "forward"]
 #: A kernel that nothing is faster than, and one that takes as long as a call may whose first row is not alone.
-FREE, DEAR = Cost(0, 0, 0, 0), Cost(LONGEST_BY_COST, 0, 0, 0)
+FREE, DEAR = Cost(0), Cost(LONGEST_BY_COST)
 #: What a call may be: one whose first row is a Hopper kernel, a decode kernel, and one of 8 bits.
 CALLS: dict[str, dict[str, Any]] = {
     "prefill": {"seqlen_q": 1024},
@@ -44,11 +44,6 @@ def row_of(**changes: Any) -> KernelRow:
     row = decide(**changes).row
     assert row is not None
     return row
-
-
-def terms_of(row_id: str, **changes: Any) -> tuple[float, float, float, float]:
-    asked, row = problem(**changes), BY_ID[row_id]
-    return cost.terms(asked, row, plan_schedule(asked, row, h200()), h200())
 
 
 def all_dear(**others: Cost) -> dict[str, Cost]:
@@ -118,7 +113,7 @@ def test_a_row_that_is_clearly_faster_runs(name: str, monkeypatch: pytest.Monkey
     others = {"prefill": "sm80_fwd_d128_m32", "decode": "sm80_fwd_d128_m64", "fp8": "sm80_fwd_decode_d128_kve4m3"}
     other = others[name]
     for share, runs in ((CLEARLY_FASTER - 0.01, other), (CLEARLY_FASTER + 0.01, first.name), (1.0, first.name)):
-        hand_in_costs(monkeypatch, all_dear(**{first.name: Cost(100, 0, 0, 0), other: Cost(100 * share, 0, 0, 0)}))
+        hand_in_costs(monkeypatch, all_dear(**{first.name: Cost(100), other: Cost(100 * share)}))
         plan = decide(**changes)
         assert plan.row is not None and plan.row.name == runs, share
         beside = "takes less time than" if runs == other else "the first"
@@ -129,15 +124,15 @@ def test_of_several_the_fastest_runs(monkeypatch: pytest.MonkeyPatch, rng: rando
     names = ["sm90_fwd_d128_m64", "sm80_fwd_d128_m64", "sm80_fwd_d128_m32", "sm80_fwd_d128", "sm80_fwd_decode_d128_m32"]
     for _ in range(20):
         rng.shuffle(names)
-        times = {name: Cost(10.0 + turn, 0, 0, 0) for turn, name in enumerate(names)}
-        hand_in_costs(monkeypatch, all_dear(sm90_fwd_d128=Cost(50, 0, 0, 0), **times))
+        times = {name: Cost(10.0 + turn) for turn, name in enumerate(names)}
+        hand_in_costs(monkeypatch, all_dear(sm90_fwd_d128=Cost(50), **times))
         assert row_of().name == names[0]
 
 
 def test_long_calls_run_on_the_first_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """Costs are those of shorter ones."""
     for time, runs in ((LONGEST_BY_COST - 1, "sm80_fwd_d128"), (LONGEST_BY_COST + 1, "sm90_fwd_d128")):
-        hand_in_costs(monkeypatch, {"sm90_fwd_d128": Cost(time, 0, 0, 0), "sm80_fwd_d128": FREE})
+        hand_in_costs(monkeypatch, {"sm90_fwd_d128": Cost(time), "sm80_fwd_d128": FREE})
         assert row_of().name == runs
 
 
@@ -156,7 +151,7 @@ def test_who_was_not_measured_takes_no_place(name: str, monkeypatch: pytest.Monk
 def test_a_row_that_does_not_compute_the_call_does_not_run(monkeypatch: pytest.MonkeyPatch, rng: random.Random) -> None:
     """However fast it is: random costs, and what the table says of the row that runs."""
     for _ in range(40):
-        hand_in_costs(monkeypatch, {row.name: Cost(*(rng.random() * 10 for _ in range(4))) for row in FORWARD})
+        hand_in_costs(monkeypatch, {row.name: Cost(*(rng.random() * 10 for _ in Cost._fields)) for row in FORWARD})
         head_dim, capability = rng.choice((8, 64, 96, 128, 200, 256, 320, 512)), rng.choice(CAPABILITIES)
         features = rng.choice((("lse",), ("causal", "lse"), ("lse", "paged", "seqused"), ("lse", "sinks", "varlen")))
         build = rng.choice((FULL, without_family("sm90"), build_of("80", "90a", "100", "120")))
@@ -216,7 +211,7 @@ def test_other_calls_are_decided_by_costs(monkeypatch: pytest.MonkeyPatch) -> No
 
 def random_costs(rng: random.Random) -> dict[str, Cost]:
     spread = rng.choice((1.0, 10.0))
-    return {row.name: Cost(*(rng.random() * spread for _ in range(4))) for row in FORWARD if rng.random() < 0.8}
+    return {row.name: Cost(*(rng.random() * spread for _ in Cost._fields)) for row in FORWARD if rng.random() < 0.8}
 
 
 @pytest.mark.parametrize("turn", range(30))
@@ -263,6 +258,21 @@ def test_metadata_plans_the_first_row_alone(monkeypatch: pytest.MonkeyPatch) -> 
         assert unplanned.schedule is not None and unplanned.schedule.num_splits != 1, "a call without it is divided"
 
 
+def test_keys_are_divided_where_that_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first row and others run undivided where the merge takes longer than the chain that it shortens."""
+    few = {"batch": 1, "seqlen_q": 64, "seqlen_k": 8192, "num_heads_q": 2, "num_heads_kv": 2}
+    for name in ("sm90_fwd_d128", "sm80_fwd_d128_m64"):
+        for merge, divided in ((1.0, True), (500.0, False)):
+            hand_in_costs(monkeypatch, all_dear(**{name: Cost(9, merge=merge, chain=1.0)}))
+            plan = decide(**few)
+            assert plan.row is not None and plan.schedule is not None and plan.row.name == name
+            assert (plan.schedule.num_splits > 1) == divided, (name, merge)
+            assert decide(**few, num_splits=7).schedule.num_splits == 7  # type: ignore[union-attr]
+            alone = resolve(problem(**few, has_metadata=True), h200(), FULL)
+            assert alone.schedule is not None
+            assert (alone.schedule.num_splits > 1) == (name == "sm90_fwd_d128"), "metadata plans the first row's splits"
+
+
 def test_a_decode_row_in_place_of_another_divides_keys_as_it_would(monkeypatch: pytest.MonkeyPatch) -> None:
     step = {"seqlen_q": 1, "seqlen_k": 8192, "has_metadata": True, "features": ("gqa", "lse", "paged", "seqused")}
     hand_in_costs(monkeypatch, {})
@@ -272,73 +282,6 @@ def test_a_decode_row_in_place_of_another_divides_keys_as_it_would(monkeypatch: 
     assert first.row is not None and other.row is not None and first.row != other.row
     assert first.schedule is not None and other.schedule is not None
     assert first.schedule.num_splits == other.schedule.num_splits == 0
-
-
-# --- the estimate -----------------------------------------------------------------------------------------------------
-
-
-def test_terms_of_a_full_device() -> None:
-    """2 x 8 heads x 8 m_blocks of 128 rows, 8 n_blocks of 128 keys and half of one, 132 places."""
-    launch, tiles, blocks, gigabytes = terms_of("sm90_fwd_d128_bf16")
-    assert launch == 1 and tiles == pytest.approx(128 / 132 if 128 > 132 else 1)
-    assert blocks == pytest.approx(max(8.5, 128 * 8.5 / 132))
-    assert gigabytes == pytest.approx(2 * (1024 * 8 * 256 * 2 + 1024 * 2 * 256 * 2) / 1e9)
-    _, tiles, blocks, _ = terms_of("sm90_fwd_d128_m64_bf16", batch=20)
-    assert tiles == pytest.approx(20 * 8 * 16 / 264), "two blocks run on a multiprocessor"
-    assert blocks == pytest.approx(20 * 8 * 16 * (1024 / 48 + 0.5) / 264)
-    assert terms_of("sm90_fwd_d128_m64_bf16", batch=20, sm_margin=66)[1] == pytest.approx(20 * 8 * 16 / 132)
-
-
-def test_masks_hide_n_blocks() -> None:
-    size = {"seqlen_q": 4096, "seqlen_k": 4096}
-    full, causal, window, tail, plain_tail = (
-        terms_of("sm90_fwd_d128_bf16", **{**size, "pack_gqa": False, **mask})[2]
-        for mask in (
-            {},
-            CAUSAL,
-            {"window_left": 127, "window_right": 0, "features": ("causal", "lse", "window")},
-            {**CAUSAL, "seqlen_q": 100},
-            {"seqlen_q": 100},
-        )
-    )
-    assert 0.45 < causal / full < 0.6 and window < causal / 4
-    assert tail == pytest.approx(plain_tail, rel=0.1), "the last queries see nearly all keys"
-
-
-def test_few_n_blocks_are_counted_whole() -> None:
-    for keys, blocks in ((1, 1), (128, 1), (129, 2), (512, 4), (513, 513 / 128 + 0.5)):
-        found = terms_of("sm90_fwd_d128_bf16", seqlen_k=keys, seqlen_q=64, num_splits=1)[2]
-        assert found == pytest.approx(blocks), keys
-
-
-def test_decode_rows_divide_n_blocks_evenly_unless_told_not_to() -> None:
-    step = {"batch": 1, "seqlen_q": 1, "seqlen_k": 65536, "num_heads_kv": 1, "num_heads_q": 1}
-    all_blocks = 65536 / 16 + 0.5
-    assert terms_of("sm80_fwd_decode_d128_bf16", **step)[2] == pytest.approx(all_blocks / 132)
-    assert terms_of("sm80_fwd_decode_d128_bf16", **step, num_splits=1)[2] == pytest.approx(all_blocks)
-    assert terms_of("sm90_fwd_d128_bf16", **step, num_splits=1)[2] == pytest.approx(65536 / 128 + 0.5)
-
-
-def test_mean_lengths_count_instead_of_the_longest() -> None:
-    """Packed sequences that differ: tiles, n_blocks and traffic are those of the mean one."""
-    packed = {"batch": 300, "seqlen_q": 4096, "seqlen_k": 4096, "features": ("gqa", "lse", "varlen")}
-    for row_id in ("sm90_fwd_d128_bf16", "sm80_fwd_d128_m32_bf16"):
-        longest, mean = terms_of(row_id, **packed), terms_of(row_id, **packed, mean_q=64, mean_k=64)
-        assert all(a < b / 20 for a, b in zip(mean[1:], longest[1:]))
-        assert mean[3] == pytest.approx(longest[3] / 64)
-
-
-def test_no_estimate_is_below_the_least(rng: random.Random) -> None:
-    for _ in range(300):
-        row = rng.choice([row for row in FORWARD if row.name in costs.COSTS])
-        q, k = rng.choice((0, 1, 70, 4000)), rng.choice((0, 1, 70, 4000, 100_000))
-        asked = problem(
-            batch=rng.choice((0, 1, 9)), seqlen_q=q, seqlen_k=k, num_splits=rng.choice((0, 1)),
-            window_left=rng.choice((-1, 30)), window_right=rng.choice((-1, 0)), mean_q=rng.choice((0, q // 2)),
-            mean_k=rng.choice((0, k // 2)), has_metadata=rng.random() < 0.5, features=("gqa", "lse"),
-        )  # fmt: skip
-        time = cost.estimate(asked, row, plan_schedule(asked, row, h200()), h200())
-        assert time is not None and time >= cost.least(row) > 0
 
 
 # --- mean lengths -----------------------------------------------------------------------------------------------------

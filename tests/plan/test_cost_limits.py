@@ -14,7 +14,7 @@ from broadhead.support import ROWS, KernelRow
 from described import FULL, h200, hand_in_costs, problem
 
 BY_ID = {row.id: row for row in ROWS}
-FREE = Cost(0, 0, 0, 0)
+FREE = Cost(0)
 
 
 def row_of(**changes: Any) -> KernelRow:
@@ -25,7 +25,7 @@ def row_of(**changes: Any) -> KernelRow:
 
 def test_calls_that_leave_multiprocessors_free_run_on_the_first_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """A portable prefill kernel fills all of them."""
-    hand_in_costs(monkeypatch, {"sm90_fwd_d128": Cost(100, 0, 0, 0), "sm80_fwd_d128_m64": FREE})
+    hand_in_costs(monkeypatch, {"sm90_fwd_d128": Cost(100), "sm80_fwd_d128_m64": FREE})
     assert row_of().name == "sm80_fwd_d128_m64"
     assert row_of(sm_margin=16).name == "sm90_fwd_d128"
 
@@ -35,7 +35,7 @@ def test_costs_decide_on_the_device_that_was_measured(
     capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = h200() if capability == costs.MEASURED else hypothetical(capability)
-    hand_in_costs(monkeypatch, {row.name: Cost(100, 0, 0, 0) for row in ROWS} | {"sm80_fwd_d128_m64": FREE})
+    hand_in_costs(monkeypatch, {row.name: Cost(100) for row in ROWS} | {"sm80_fwd_d128_m64": FREE})
     plan = resolve(problem(), device, FULL)
     assert plan.row is not None
     assert (plan.row.stem == "sm80_fwd_d128_m64") == (capability == costs.MEASURED) == (plan.row is not plan.first)
@@ -43,5 +43,5 @@ def test_costs_decide_on_the_device_that_was_measured(
 
 def test_the_same_tile_with_more_columns_is_no_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     assert BY_ID["sm90_fwd_d192_v128_bf16"].tile == BY_ID["sm90_fwd_d128_bf16"].tile
-    hand_in_costs(monkeypatch, {"sm90_fwd_d128": Cost(100, 0, 0, 0), "sm90_fwd_d192_v128": FREE})
+    hand_in_costs(monkeypatch, {"sm90_fwd_d128": Cost(100), "sm90_fwd_d192_v128": FREE})
     assert row_of().name == "sm90_fwd_d128"

@@ -119,7 +119,7 @@ def test_every_row_that_costs_may_choose_is_reached(monkeypatch: pytest.MonkeyPa
         asked = problem(head_dim=row.head_dim, dtype=row.dtype)
         first = resolve(asked, h200(), FULL).row
         assert first is not None and not first.by_cost
-        hand_in_costs(monkeypatch, {first.name: Cost(0, 0, 100, 0), row.name: Cost(0, 0, 1, 0)})
+        hand_in_costs(monkeypatch, {first.name: Cost(0, block=100), row.name: Cost(0, block=1)})
         chosen = resolve(asked, h200(), FULL)
         assert chosen.row == row and chosen.reason.startswith(f"{row.id}: takes less time than {first.id}, the first ")
         hand_in_costs(monkeypatch, {})

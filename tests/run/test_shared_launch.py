@@ -60,7 +60,7 @@ def test_the_tile_follows_from_the_rows(args: AttentionArgs, row: str) -> None:
 @pytest.mark.usefixtures("on_h200")
 def test_one_launch_whatever_takes_less_time_for_what_follows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another row may be faster behind the prefix, but reads none."""
-    hand_in_costs(monkeypatch, {"sm80_fwd_decode_d64": Cost(9, 0, 0, 0), "sm80_fwd_d64_m32": Cost(1, 0, 0, 0)})
+    hand_in_costs(monkeypatch, {"sm80_fwd_decode_d64": Cost(9), "sm80_fwd_d64_m32": Cost(1)})
     args = step(2)
     own = resolve(check_forward("mha_fwd", args).problem, h200(), FULL)
     assert own.row is not None and own.row.id == "sm80_fwd_d64_m32_bf16"

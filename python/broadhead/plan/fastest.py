@@ -23,22 +23,31 @@ def fastest(
 ) -> tuple[KernelRow, Schedule]:
     """The row that takes the least time, about, and its schedule: the first one unless another is clearly faster.
 
-    Of calls that say how their keys are divided, and whose results must not depend on the batch, it is the first row.
+    A prefill kernel that would divide keys may be faster without: it needs no second kernel that merges results. Of
+    calls that say how their keys are divided, and whose results must not depend on the batch, it is the first row.
     """
     best = rows[0], first_schedule
-    known = device.capability == MEASURED and _may_run_on_any(problem)
+    known = len(rows) > 1 and device.capability == MEASURED and _may_run_on_any(problem)
     bound = estimate(problem, rows[0], first_schedule, device) if known else None
     if bound is None or bound > LONGEST_BY_COST:
         return best
     bound *= CLEARLY_FASTER
-    for row in rows[1:]:
-        if row.tile == rows[0].tile or least(row) >= bound:
+    for row in rows:
+        if row is rows[0]:
+            schedule = first_schedule
+        elif row.tile == rows[0].tile or least(row) >= bound:
             continue  # more columns in the same tile take no less time; nor does a schedule, to be made in vain
-        # Decode kernels divide keys by the lengths that they read themselves, with metadata and without.
-        schedule = plan_schedule(problem if row.phase == "decode" else undivided(problem), row, device)
-        time = estimate(problem, row, schedule, device)
-        if time is not None and time < bound:
-            best, bound = (row, schedule), time
+        else:
+            # Decode kernels divide keys by the lengths that they read themselves, with metadata and without.
+            schedule = plan_schedule(problem if row.phase == "decode" else undivided(problem), row, device)
+            time = estimate(problem, row, schedule, device)
+            if time is not None and time < bound:
+                best, bound = (row, schedule), time
+        if schedule.num_splits > 1 and not problem.has_metadata:
+            schedule = schedule._replace(num_splits=1)
+            time = estimate(problem, row, schedule, device)
+            if time is not None and time < bound:
+                best, bound = (row, schedule), time
     return best
 
 
