@@ -111,11 +111,12 @@ struct BlockSoftmax : OnlineSoftmax<2> {
     }
   }
 
-  // Raises the references to the largest scores so far. O must be multiplied by `factor` before this n_block's P V is
+  // P of the n_block against the largest score so far. O must be multiplied by `factor` before this n_block's P V is
   // added.
-  template <int kKeyTiles>
-  BROADHEAD_DEVICE void raise_exactly(const float (&s)[1][kKeyTiles][4], float scale_log2, float (&factor)[2]) {
-    float found[2];
+  template <class Element, int kKeyTiles>
+  BROADHEAD_DEVICE void compute_p_exactly(Probabilities<Element, kKeyTiles>& p, const float (&s)[1][kKeyTiles][4],
+                                          float scale_log2, float (&factor)[2]) {
+    float found[2], sum[2];
     block_max(s, found);
     BROADHEAD_UNROLL
     for (int i = 0; i < 2; ++i) {
@@ -123,37 +124,10 @@ struct BlockSoftmax : OnlineSoftmax<2> {
       factor[i] = row_max[i] == -INFINITY ? 0.f : exp2_approx((row_max[i] - raised) * scale_log2);
       row_max[i] = raised;
     }
-  }
-
-  // P of the n_block against the largest score so far.
-  template <class Element, int kKeyTiles>
-  BROADHEAD_DEVICE void compute_p_exactly(Probabilities<Element, kKeyTiles>& p, const float (&s)[1][kKeyTiles][4],
-                                          float scale_log2, float (&factor)[2]) {
-    float sum[2];
-    raise_exactly(s, scale_log2, factor);
     const float offsets[2] = {offset(0, scale_log2), offset(1, scale_log2)};
     compute<Element>(p, s, scale_log2, offsets, sum);
     row_sum[0] = row_sum[0] * factor[0] + sum[0];
     row_sum[1] = row_sum[1] * factor[1] + sum[1];
-  }
-
-  // The same, left in S.
-  template <int kKeyTiles>
-  BROADHEAD_DEVICE void exponentiate_exactly(float (&s)[1][kKeyTiles][4], float scale_log2, float (&factor)[2]) {
-    raise_exactly(s, scale_log2, factor);
-    BROADHEAD_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      const float from = offset(i, scale_log2);
-      float sum = 0.f;
-      BROADHEAD_UNROLL
-      for (int n = 0; n < kKeyTiles; ++n) {
-        float(&pair)[4] = s[0][n];
-        pair[2 * i] = exp2_approx(fmaf(pair[2 * i], scale_log2, -from));
-        pair[2 * i + 1] = exp2_approx(fmaf(pair[2 * i + 1], scale_log2, -from));
-        sum += pair[2 * i] + pair[2 * i + 1];
-      }
-      row_sum[i] = row_sum[i] * factor[i] + sum;
-    }
   }
 };
 

@@ -172,31 +172,41 @@ BROADHEAD_DEVICE int tile_of_round(int round, int cta, int ctas) {
   return round * ctas + (round % 2 == 0 ? cta : ctas - 1 - cta);
 }
 
-// Runs on one warp until the work ends; posts a slot with valid = 0 last.
+// The scheduler of a CTA: one warp, all of whose lanes call everything.
 template <class Traits, class SharedStorage, class Args>
-BROADHEAD_DEVICE void post_tiles(const Args& args, SharedStorage& smem) {
-  constexpr int kCluster = Traits::kCluster;
-  const AttnParams& params = args.params;
-  const WorkPlan& plan = args.plan;
-  const int lane = threadIdx.x % 32;
-  const std::uint32_t rank = kCluster > 1 ? cute::block_rank_in_cluster() : 0;
-  WorkCursor cursor;
-  SlotState slot;
-  SlotState mail;
-  int index = blockIdx.x / kCluster;
-  int round = 0;
-  while (true) {
+class TilePoster {
+  static constexpr int kCluster = Traits::kCluster;
+  using Element = typename Traits::Element;
+
+  const Args& args_;
+  SharedStorage& smem_;
+  WorkCursor cursor_;
+  SlotState slot_;
+  SlotState mail_;
+  int index_ = static_cast<int>(blockIdx.x) / kCluster;
+  int round_ = 0;
+  bool valid_ = false;  // the tile that was made: whether there is one
+  int splits_ = 0;      // its splits; 0: a tile without rows, or a split that its sequence does not use
+
+  BROADHEAD_DEVICE static int rank() { return kCluster > 1 ? static_cast<int>(cute::block_rank_in_cluster()) : 0; }
+
+  // Writes the tile of the index into the slot. kFirst: the slot was never used, and no barrier is set up yet.
+  template <bool kFirst>
+  BROADHEAD_DEVICE void make() {
+    const AttnParams& params = args_.params;
+    const WorkPlan& plan = args_.plan;
+    const int lane = threadIdx.x % 32;
     WorkItem work{};  // of a cluster: where rank is not 0 in one lane alone
     TileLengths lengths{};
-    if (rank == 0) work = cursor.find(params, plan, index, kCluster);
+    if (rank() == 0) work = cursor_.find(params, plan, index_, kCluster);
     if (lane == 0) {
-      if (rank == 0 && work.valid) lengths = read_lengths(params, work.tile.batch);
-      if constexpr (kCluster > 1) share_work<kCluster>(params, smem.mailbox, mail, rank, work, lengths);
+      if (rank() == 0 && work.valid) lengths = read_lengths(params, work.tile.batch);
+      if constexpr (kCluster > 1) share_work<kCluster>(params, smem_.mailbox, mail_, rank(), work, lengths);
     }
     if constexpr (kCluster > 1) work.valid = __shfl_sync(0xffffffffu, static_cast<int>(work.valid), 0) != 0;
-    const int m_block = work.tile.m_block * kCluster + static_cast<int>(rank);
-    barrier_wait(smem.tile_empty[slot.stage()], slot.parity() ^ 1);
-    auto& posted = smem.tiles[slot.stage()];
+    const int m_block = work.tile.m_block * kCluster + rank();
+    if constexpr (!kFirst) barrier_wait(smem_.tile_empty[slot_.stage()], slot_.parity() ^ 1);
+    auto& posted = smem_.tiles[slot_.stage()];
     int splits = 0;
     if (lane == 0) {
       posted.valid = work.valid;
@@ -211,32 +221,53 @@ BROADHEAD_DEVICE void post_tiles(const Args& args, SharedStorage& smem) {
                          .plain = Traits::kPlainCall,
                          .pages = Traits::kPages,
                          .splits = Traits::kSplits,
-                         .whole_blocks = Traits::kWholeBlocks});
+                         .whole_blocks = true});
         splits = posted.state.splits;
         if (!Traits::kSplits || splits == 1) posted.split = -1;
       }
-      // A tile without rows, or a split that its sequence does not use, is not posted.
-      if (!work.valid || splits > 0) smem.tile_full[slot.stage()].arrive();
     }
-    splits = __shfl_sync(0xffffffffu, splits, 0);
-    if (!work.valid) return;
-    if (splits > 0) {
-      slot.advance();
-      // A tile taken now from the counter would wait in this CTA while others are idle. The barrier has as many phases
-      // as tiles were posted.
-      if (rank == 0 && plan.rounds == 0) barrier_wait(smem.next_wanted, slot.stage() ^ 1);
-    }
+    valid_ = work.valid;
+    splits_ = __shfl_sync(0xffffffffu, splits, 0);
+  }
 
-    if (rank != 0) continue;
-    if (plan.rounds > 0) {
-      ++round;
-      index = round < plan.rounds ? tile_of_round(round, blockIdx.x / kCluster, gridDim.x / kCluster) : kNoTile;
-      continue;
+ public:
+  BROADHEAD_DEVICE TilePoster(const Args& args, SharedStorage& smem) : args_(args), smem_(smem) {}
+
+  // Makes the first tile while other warps set up the barriers.
+  // PERF: a tile's state is several hundred instructions that no cache holds yet, and reads lengths.
+  BROADHEAD_DEVICE void make_first() { make<true>(); }
+
+  // Posts tiles until the work ends, and a slot with valid = 0 last. `made`: the first one is.
+  BROADHEAD_DEVICE void run(bool made) {
+    const int lane = threadIdx.x % 32;
+    while (true) {
+      if (!made) make<false>();
+      made = false;
+      if (lane == 0 && (!valid_ || splits_ > 0)) smem_.tile_full[slot_.stage()].arrive();
+      if (!valid_) return;
+      if (splits_ > 0) {
+        slot_.advance();
+        // A tile taken now from the counter would wait in this CTA while others are idle. The barrier has as many
+        // phases as tiles were posted.
+        if (rank() == 0 && args_.plan.rounds == 0) barrier_wait(smem_.next_wanted, slot_.stage() ^ 1);
+      }
+      if (rank() == 0) take_next();
+    }
+  }
+
+ private:
+  BROADHEAD_DEVICE void take_next() {
+    const int ctas = static_cast<int>(gridDim.x) / kCluster;
+    if (args_.plan.rounds > 0) {
+      ++round_;
+      index_ =
+          round_ < args_.plan.rounds ? tile_of_round(round_, static_cast<int>(blockIdx.x) / kCluster, ctas) : kNoTile;
+      return;
     }
     unsigned next = 0;
-    if (lane == 0) next = atomicAdd(reinterpret_cast<unsigned*>(params.tile_counter), 1u);
-    index = static_cast<int>(__shfl_sync(0xffffffffu, next, 0)) + gridDim.x / kCluster;
+    if (threadIdx.x % 32 == 0) next = atomicAdd(reinterpret_cast<unsigned*>(args_.params.tile_counter), 1u);
+    index_ = static_cast<int>(__shfl_sync(0xffffffffu, next, 0)) + ctas;
   }
-}
+};
 
 }  // namespace broadhead::tma

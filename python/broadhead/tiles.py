@@ -70,7 +70,6 @@ class Fp8Tile(NamedTuple):
     tile_m: int  # query rows, 64 for each consumer warpgroup
     tile_n: int  # keys of an n_block
     min_blocks: int = 1  # as for Tile
-    flush_blocks: int = 0  # n_blocks whose P V the tensor cores sum, beside the next S; 0: each is added in fp32
 
 
 class AbsorbedTile(WideTile):

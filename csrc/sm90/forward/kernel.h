@@ -45,12 +45,17 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     cutlass::arch::fence_barrier_init();
     wait_for_predecessor();  // nothing before reads or writes global memory
   }
+  TilePoster<Traits, typename Traits::SharedStorage, KernelArgs> poster(args, smem);
+  if (Traits::kFirstTileEarly && warp == Traits::kSchedulerWarp) {
+    wait_for_predecessor();
+    poster.make_first();
+  }
   __syncthreads();
 
   if (warp < 4) {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
     if (warp == Traits::kSchedulerWarp) {
-      post_tiles<Traits>(args, smem);
+      poster.run(Traits::kFirstTileEarly);
     } else if (args.maps.gather) {
       gather_tiles<Traits>(args, smem, warp);
     } else if (warp < 2) {

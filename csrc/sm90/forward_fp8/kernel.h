@@ -7,9 +7,9 @@
 
 #include <cutlass/arch/reg_reconfig.h>
 
+#include "common/dependent_launch.h"
 #include "sm90/forward_fp8/load.h"
 #include "sm90/forward_fp8/mainloop.h"
-#include "sm90/forward_fp8/mainloop_overlapped.h"
 #include "sm90/forward_fp8/traits.h"
 #include "sm90/forward_fp8/transpose.h"
 #include "sm90/load.h"
@@ -44,12 +44,17 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks) fp8_kern
     }
     cutlass::arch::fence_barrier_init();
   }
+  TilePoster<Traits, typename Traits::SharedStorage, KernelArgs> poster(args, smem);
+  if (Traits::kFirstTileEarly && warp == Traits::kSchedulerWarp) {
+    wait_for_predecessor();
+    poster.make_first();
+  }
   __syncthreads();
 
   if (warp < 4) {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
     if (warp == Traits::kSchedulerWarp) {
-      post_tiles<Traits>(args, smem);
+      poster.run(Traits::kFirstTileEarly);
     } else if (warp > 0) {
       transpose_tiles<Traits>(args, smem, warp - 1);
     } else if (args.maps.gather) {
@@ -59,7 +64,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks) fp8_kern
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
-    std::conditional_t<Traits::kOverlapped, OverlappedFp8Consumer<Traits>, Fp8Consumer<Traits>> consumer(args, smem);
+    Fp8Consumer<Traits> consumer(args, smem);
     consume_tiles(consumer);
   }
 }

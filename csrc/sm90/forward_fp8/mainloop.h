@@ -5,7 +5,7 @@
 
 #include "common/accumulator.h"
 #include "sm90/consumer_base.h"
-#include "sm90/forward_fp8/epilogue.h"
+#include "sm90/epilogue.h"
 #include "sm90/forward_fp8/traits.h"
 #include "sm90/softmax.h"
 
@@ -115,9 +115,20 @@ struct Fp8Consumer final : ConsumerBase<Traits> {
   }
 
   BROADHEAD_DEVICE void write_tile(const TileState<Element>& state, int split) {
-    float inverse[2];
+    const int thread = fresh_thread();
     RowPlace rows[2];
-    finish_fp8_rows<Traits>(args.params, state, softmax, rows, inverse, split);
+    place_rows(rows, state.output, (thread / 32 - 4) * 16 + thread % 32 / 4);
+    softmax.reduce_sum();
+    constexpr float kUnit = 1.f / 256.f;  // 2^-Softmax::kShift: P was that much larger
+    float inverse[2];
+    BROADHEAD_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const RowResult result = finish_row<OutElement>(
+          args.params, rows[i], {softmax.row_max[i], softmax.row_sum[i] * kUnit}, state.scale, split);
+      inverse[i] = result.inverse * (kUnit * state.scale.v_factor);
+      if (thread % 4 == 0) write_lse(args.params, state.seqlen, rows[i], result.lse, split);
+    }
+    drop_empty(rows, inverse[0] == 0.f, inverse[1] == 0.f, split);
     BROADHEAD_UNROLL
     for (int part = 0; part < Traits::kParts; ++part) {
       scale_rows(o[part], inverse[0], inverse[1]);

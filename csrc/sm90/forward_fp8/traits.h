@@ -14,16 +14,8 @@ namespace broadhead::sm90 {
 
 using namespace tma;
 
-// The second level of O, four sums a thread side by side; of kernels that keep it in registers nothing.
-template <int kCount>
-struct Fp8Sums {
-  float4 sums[kCount / 4];
-};
-template <>
-struct Fp8Sums<0> {};
-
 template <class Element_, int kHeadDim_, int kHeadDimV_, int kTileM_, int kTileN_, int kMinBlocks_,
-          int kFlushBlocks_, int kSmemLimit_, ColumnTail kTail_ = ColumnTail::kNone>
+          int kSmemLimit_, ColumnTail kTail_ = ColumnTail::kNone>
 struct Fp8Traits {
   using Element = Element_;
   using OutElement = cutlass::bfloat16_t;
@@ -36,14 +28,14 @@ struct Fp8Traits {
   static constexpr int kCluster = 1;
   static constexpr bool kPlainCall = false;  // common/plain_call.h
   static constexpr bool kSplits = true;
-  static constexpr bool kWholeBlocks = kHeadDim != 192;  // TileShape; C7511 as well
+  static constexpr bool kFirstTileEarly = kHeadDim != 192;  // TilePoster; C7511 as well
   static constexpr bool kPages = true;
   static constexpr int kMinBlocks = kMinBlocks_;  // CTAs of a multiprocessor
   static constexpr bool kNoPagedCall = kHeadDim == 192;  // ptxas 13.0 serialises its wgmma there (C7511)
   static constexpr bool kNoSplitCall = kNoPagedCall;
   static constexpr bool kMaskByWords = false;
   static constexpr ColumnTail kTail = kTail_;
-  using WithTail = Fp8Traits<Element_, kHeadDim_, kHeadDimV_, kTileM_, kTileN_, kMinBlocks_, kFlushBlocks_, kSmemLimit_, ColumnTail::kSubtiles>;
+  using WithTail = Fp8Traits<Element_, kHeadDim_, kHeadDimV_, kTileM_, kTileN_, kMinBlocks_, kSmemLimit_, ColumnTail::kSubtiles>;
   // ptxas 13.0 serialises the wgmma of head_dim 192 wherever griddepcontrol stands in the kernel.
   static constexpr bool kDependentLaunch = false;
 
@@ -65,10 +57,6 @@ struct Fp8Traits {
   static constexpr int kPartCols = kHeadDimV / kParts;
   static_assert(kPartCols * kParts == kHeadDimV && kPartCols % 32 == 0 && (!kInScores || kPartCols <= kTileN));
   static constexpr bool kPingPong = kConsumers > 1;
-  // Where shared memory has room for the second level of O: S of the next n_block beside P V (mainloop_overlapped.h).
-  static constexpr bool kOverlapped = kFlushBlocks_ > 0;
-  static constexpr int kFlushBlocks = kFlushBlocks_;  // n_blocks whose products the tensor cores sum
-  static_assert(!kOverlapped || kHeadDimV <= 128);
 
   using QLayout = TileLayout<Element, kHeadDim>;
   static constexpr int kSubtileRows = kTail == ColumnTail::kSubtiles ? kTileN : 0;
@@ -83,7 +71,7 @@ struct Fp8Traits {
 
   static_assert(kTileM % 64 == 0 && kTileN % 64 == 0 && kHeadDimV % 32 == 0);
 
-  struct SharedStorage : WorkStorage<Element>, Fp8Sums<kOverlapped ? kTileM * kHeadDimV : 0> {
+  struct SharedStorage : WorkStorage<Element> {
     Barrier q_full;                        // 1 arrival + bytes
     Barrier q_empty;                       // each consumer warp
     Barrier k_full[kStages];               // 1 arrival + bytes, or every gathering thread

@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) wide_kernel(const __grid_
   if (warp < 4) {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
     if (warp == Traits::kSchedulerWarp) {
-      post_tiles<Traits>(args, smem);
+      TilePoster<Traits, typename Traits::SharedStorage, KernelArgs>(args, smem).run(false);
     } else if (args.maps.gather) {
       WideLoader<Traits>(args, smem).run_gathering(warp);
     } else if (warp < 2) {
