@@ -75,6 +75,11 @@ BROADHEAD_DEVICE bool is_paged(const AttnParams& params) {
   return params.page_table != nullptr;
 }
 
+// Whether the keys of each sequence end where a dimension of their tensor does.
+BROADHEAD_DEVICE bool has_dense_keys(const AttnParams& params) {
+  return params.page_table == nullptr && params.cu_seqlens_k == nullptr && params.seqused_k == nullptr;
+}
+
 // The mask of a plain call's sequence.
 BROADHEAD_HOST_DEVICE AttentionMask plain_mask(int seqlen_q, int seqlen_k, const MaskRule& rule) {
   return {seqlen_q, seqlen_k, {rule.window_left, rule.window_right, 0}, 0};

@@ -52,9 +52,6 @@ BROADHEAD_DEVICE bool is_live(const LiveKeys& live, int key) {
   return Traits::kPlainCall ? live.in_interval(key) : live.contains(key);
 }
 
-// More than any n_block ends at.
-constexpr int kBehindAllKeys = 0x7fffffff;
-
 // The tile shape of a kernel.
 struct TileShape {
   int rows;      // query rows that a tile holds
@@ -65,7 +62,8 @@ struct TileShape {
   bool plain;   // the call is plain (common/plain_call.h); a constant, like the others
   bool pages;   // keys may lie in pages
   bool splits;  // CTAs may share the keys of a tile
-  bool whole_blocks;  // TMA brings whole n_blocks, and zeros for what lies behind a tensor
+  bool whole_blocks;  // n_blocks are brought whole, also what no query of the tile sees
+  bool fills;         // and of dense keys V is zeros behind the end
 };
 
 // Reads everything that another stream could change and that warps must agree on, once for each tile: they wait for
@@ -188,12 +186,12 @@ BROADHEAD_DEVICE void set_tile_source(TileState<Element>& state, const AttnParam
 }
 
 // The keys of a plain call whose V needs no clearing where n_blocks are brought whole: what some query of the sequence
-// sees is there for all its tiles. Behind the keys of a dense tensor TMA writes zeros.
-// PERF(H200, 775 keys, head_dim 128: the clearing took a tenth of a call), and it waits for V and all warpgroups.
-BROADHEAD_DEVICE KeyInterval whole_block_keys(const AttnParams& params, const AttentionMask& mask, bool paged) {
+// sees is there for all its tiles, and zeros are behind dense keys.
+// PERF(H200, 775 keys, head_dim 128): the clearing took a tenth of a call. It waits for V and for all warpgroups.
+BROADHEAD_DEVICE KeyInterval whole_block_keys(const AttnParams& params, const AttentionMask& mask,
+                                              const TileShape& shape) {
   KeyInterval keys = mask.tile_interval(0, mask.seqlen_q - 1);
-  const bool dense = !paged && params.cu_seqlens_k == nullptr && params.seqused_k == nullptr;
-  if (dense && keys.end == mask.seqlen_k) keys.end = kBehindAllKeys;
+  if (shape.fills && has_dense_keys(params) && keys.end == mask.seqlen_k) keys.end = round_up(keys.end, shape.keys);
   return keys;
 }
 
@@ -242,7 +240,7 @@ BROADHEAD_DEVICE void make_plain_state(TileState<Element>& state, const AttnPara
   set_tile_scale(state, params, tile.batch, kv_head);
   if (shape.whole_blocks) {
     compile_barrier();
-    source.live.interval = whole_block_keys(params, plain_mask(state), paged);
+    source.live.interval = whole_block_keys(params, plain_mask(state), shape);
   }
 }
 

@@ -47,7 +47,8 @@ BROADHEAD_DEVICE void load_tiles(const KernelArgs& args, typename Traits::Shared
     BoxLoader<typename Traits::KLayout, Traits::kTileN, Traits::kTileN, 1, Traits::kTail> k_boxes(
         args.maps.k, kv_coordinates(args.maps.k, params, state), paged, 0);
     BoxLoader<typename Traits::VLayout, Traits::kTileN, Traits::kTileN, 1, Traits::kTail> v_boxes(
-        args.maps.v, kv_coordinates(args.maps.v, params, state), paged, 0);
+        args.maps.v, kv_coordinates(args.maps.v, params, state), paged, 0,
+        Traits::kPlainCall && Traits::kFillsDense && has_dense_keys(params));
     const int box_rows = args.maps.k.box_rows;  // V's, too
     const BlockGap gap = Traits::kPlainCall ? BlockGap{0, 0} : state.gap;
     const auto place_of = [&](int block) {

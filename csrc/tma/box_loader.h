@@ -63,6 +63,7 @@ class BoxLoader {
   const KvMap& map_;
   const KvCoordinates at_;
   const bool paged_;
+  const bool fills_;  // with zeros what lies behind the end of the rows
   // The lane's box:
   const int stage_;             // of the n_block
   const std::uint32_t offset_;  // in the stage
@@ -131,10 +132,12 @@ class BoxLoader {
   }
 
  public:
-  BROADHEAD_DEVICE BoxLoader(const KvMap& map, const KvCoordinates& at, bool paged, std::uint32_t rank)
+  BROADHEAD_DEVICE BoxLoader(const KvMap& map, const KvCoordinates& at, bool paged, std::uint32_t rank,
+                             bool fills = false)
       : map_(map),
         at_(at),
         paged_(paged),
+        fills_(fills),
         stage_(kStageKeys == kBlockKeys ? 0 : lane() / map.boxes),
         offset_((lane() - stage_ * map.boxes) * map.box_rows * (Layout::kSlabStride / 8)),
         own_(lane() % kCluster == static_cast<int>(rank)) {}
@@ -153,7 +156,7 @@ class BoxLoader {
       row_ = at_.row0 + key0 + offset;
       const int left = map_.rows - row_;
       groups_ = offset < kBlockKeys ? (min_int(rows, max_int(0, left)) + 7) / 8 : 0;
-      if (Layout::kBySubtile && groups_ > 0) groups_ = rows / 8;
+      if ((Layout::kBySubtile || fills_) && groups_ > 0) groups_ = rows / 8;
       crosses_ = left < rows;
     }
   }

@@ -221,7 +221,8 @@ class TilePoster {
                          .plain = Traits::kPlainCall,
                          .pages = Traits::kPages,
                          .splits = Traits::kSplits,
-                         .whole_blocks = true});
+                         .whole_blocks = true,
+                         .fills = Traits::kFillsDense});
         splits = posted.state.splits;
         if (!Traits::kSplits || splits == 1) posted.split = -1;
       }

@@ -28,6 +28,7 @@ struct Fp8Traits {
   static constexpr int kCluster = 1;
   static constexpr bool kPlainCall = false;  // common/plain_call.h
   static constexpr bool kSplits = true;
+  static constexpr bool kFillsDense = kHeadDim != 192;  // TileShape::fills; C7511 there
   static constexpr bool kFirstTileEarly = kHeadDim != 192;  // TilePoster; C7511 as well
   static constexpr bool kPages = true;
   static constexpr int kMinBlocks = kMinBlocks_;  // CTAs of a multiprocessor

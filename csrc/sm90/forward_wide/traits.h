@@ -36,6 +36,7 @@ struct WideShape {
   static constexpr int kCluster = kCluster_;
   static constexpr bool kPlainCall = false;  // common/plain_call.h
   static constexpr bool kSplits = true;
+  static constexpr bool kFillsDense = false;  // TileShape::fills
   static constexpr bool kPages = true;
   static constexpr int kMinBlocks = 1;
   static constexpr bool kNoPagedCall = true;
