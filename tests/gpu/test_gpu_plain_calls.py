@@ -71,7 +71,7 @@ def test_all_forms_of_a_call_agree(
     for name, out in results.items():
         message = f"{row.id} {mask}: {name}"
         # Small numbers are sums of large ones, whose weights are rounded against another maximum.
-        bounds = {"rtol": rounded(row), "atol": rounded(row) / 4}
+        bounds = {"rtol": rounded(row), "atol": 0.06 if row.dtype == "float8_e4m3fn" else rounded(row) / 4}
         torch.testing.assert_close(out, results["dense"], **bounds, msg=lambda x, m=message: m + x)
 
 
