@@ -63,6 +63,12 @@ struct TileGrid {
   }
 };
 
+// The tile that CTA `cta` of `ctas` takes in a round. The longest tiles come first in the grid's order: who got a long
+// one in a round gets a short one in the next.
+BROADHEAD_HOST_DEVICE int tile_of_round(int round, int cta, int ctas) {
+  return round * ctas + (round % 2 == 0 ? cta : ctas - 1 - cta);
+}
+
 // How many of `heads` KV heads are worked on at a time: `in_l2`, whose columns share the L2, but at least as many as
 // fill the device, in sections of one size. Tiles differ in length: a section that begins behind all others with its
 // longest tile, and leaves part of the device idle, would make the kernel as long as that tile.

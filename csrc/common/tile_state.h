@@ -58,10 +58,10 @@ struct TileShape {
   int keys;      // keys of an n_block
   int head_dim;  // the kernel's buckets
   int head_dim_v;
-  int cluster;  // how many neighbouring tiles visit the same n_blocks together
-  bool plain;   // the call is plain (common/plain_call.h); a constant, like the others
-  bool pages;   // keys may lie in pages
-  bool splits;  // CTAs may share the keys of a tile
+  int cluster;        // how many neighbouring tiles visit the same n_blocks together
+  bool plain;         // the call is plain (common/plain_call.h); a constant, like the others
+  bool pages;         // keys may lie in pages
+  bool splits;        // CTAs may share the keys of a tile
   bool whole_blocks;  // n_blocks are brought whole, also what no query of the tile sees
   bool fills;         // and of dense keys V is zeros behind the end
 };

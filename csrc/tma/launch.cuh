@@ -190,8 +190,8 @@ int launch_persistent(void (*kernel)(const KernelArgs), const char* kernel_id, c
   return launch_split_combine(args.params, !kIsFp16, true, stream, error, error_size);
 }
 
-// The same with a kernel for plain calls, which `Kernel` has as well, where the call is one (common/plain_call.h). Kernel<Traits>::get() is
-// the kernel of Traits.
+// The same with one of the kernels for plain calls (common/plain_call.h), which `Kernel` has as well, where the call is
+// one. Kernel<Traits>::get() is the kernel of Traits.
 template <template <class> class Kernel, class Traits>
 int launch_either(const char* kernel_id, const AttnParams& params, cudaStream_t stream, char* error,
                   std::size_t error_size) {

@@ -166,12 +166,6 @@ BROADHEAD_DEVICE void share_work(const AttnParams& params, Mailbox& mailbox, Slo
   mail.advance();
 }
 
-// The tile that CTA `cta` of `ctas` takes in a round. The longest tiles come first in the grid's order: who got a long
-// one in a round gets a short one in the next.
-BROADHEAD_DEVICE int tile_of_round(int round, int cta, int ctas) {
-  return round * ctas + (round % 2 == 0 ? cta : ctas - 1 - cta);
-}
-
 // The scheduler of a CTA: one warp, all of whose lanes call everything.
 template <class Traits, class SharedStorage, class Args>
 class TilePoster {

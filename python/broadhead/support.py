@@ -248,7 +248,13 @@ def _sm80_fused_backward_rows() -> tuple[KernelRow, ...]:
         ("d192_fused_smem163", LARGE_SMEM, 192, SMEM_163KB, PortableFusedBackwardTile(64, 64, 2, 2, 1, 1)),
         # ptxas spills both on 10.x, that of CUDA 13.2 the second one as well.
         ("d256_fused", ((9, 0),), 256, SMEM_227KB, PortableFusedBackwardTile(64, 64, 2, 2, 2, 1)),
-        ("d256_fused_smem163", tuple(c for c in LARGE_SMEM if c in BEFORE_SM100), 256, SMEM_163KB, PortableFusedBackwardTile(64, 64, 2, 2, 1, 1)),
+        (
+            "d256_fused_smem163",
+            tuple(c for c in LARGE_SMEM if c in BEFORE_SM100),
+            256,
+            SMEM_163KB,
+            PortableFusedBackwardTile(64, 64, 2, 2, 1, 1),
+        ),
     )
     rows = ((name, caps, head_dim, head_dim, limit, tile) for name, caps, head_dim, limit, tile in shapes)
     return _backward_rows("sm80", tuple(rows))

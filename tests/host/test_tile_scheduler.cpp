@@ -34,6 +34,24 @@ int main() {
       }
     }
   }
+  // CTAs that take tiles in turn take each once, and tiles that shrink evenly make the same work for all in two rounds.
+  for (int ctas : {1, 2, 5, 132}) {
+    for (int rounds : {1, 2, 3, 8}) {
+      std::set<int> taken;
+      for (int cta = 0; cta < ctas; ++cta) {
+        int sum = 0;
+        for (int round = 0; round < rounds; ++round) {
+          const int tile = broadhead::tile_of_round(round, cta, ctas);
+          CHECK(tile >= round * ctas && tile < (round + 1) * ctas, "tile %d in round %d of %d CTAs", tile, round, ctas);
+          taken.insert(tile);
+          sum += tile;
+        }
+        CHECK(rounds != 2 || sum == 2 * ctas - 1, "CTA %d of %d: %d", cta, ctas, sum);
+      }
+      CHECK(static_cast<int>(taken.size()) == ctas * rounds, "%zu tiles of %d CTAs, %d rounds", taken.size(), ctas,
+            rounds);
+    }
+  }
   // In the L2, to fill the device, heads; found. Sections are equal, fill the device where the heads can, and exceed
   // what the L2 holds only for one of these.
   const long long sections[][4] = {{1, 2, 8, 2},  {5, 2, 32, 4},  {11, 2, 64, 8}, {0, 0, 3, 1},  {0, 2, 2, 2},

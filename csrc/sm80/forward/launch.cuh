@@ -49,8 +49,8 @@ int launch_forward(const char* kernel_id, const AttnParams& given, cudaStream_t 
   AttnParams params = given;
   using Paged = PagedCallOr<Traits>;
   const auto launch = !is_plain(params) || params.num_splits > 1 ? launch_forward_kernel<Traits>
-                      : params.page_table == nullptr ? launch_forward_kernel<PlainCall<Traits>>
-                                                     : launch_forward_kernel<Paged>;
+                      : params.page_table == nullptr             ? launch_forward_kernel<PlainCall<Traits>>
+                                                                 : launch_forward_kernel<Paged>;
   return launch(kernel_id, params, stream, error, error_size);
 }
 

@@ -30,7 +30,7 @@ struct ForwardTraits {
   static constexpr ColumnTail kTail = kTail_;
   static constexpr bool kPlainCall = false;  // common/plain_call.h
   static constexpr bool kSplits = true;
-  static constexpr bool kFillsDense = true;  // TileShape::fills
+  static constexpr bool kFillsDense = true;      // TileShape::fills
   static constexpr bool kFirstTileEarly = true;  // TilePoster
   static constexpr bool kPages = true;
   static constexpr bool kNoPagedCall = false;

@@ -19,7 +19,8 @@ namespace broadhead::sm90 {
 using namespace tma;
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks) fp8_kernel(const __grid_constant__ KernelArgs args) {
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
+    fp8_kernel(const __grid_constant__ KernelArgs args) {
   assume_call<Traits>(args);
   extern __shared__ __align__(1024) char smem_bytes[];
   auto& smem = *reinterpret_cast<typename Traits::SharedStorage*>(smem_bytes);

@@ -14,8 +14,8 @@ namespace broadhead::sm90 {
 
 using namespace tma;
 
-template <class Element_, int kHeadDim_, int kHeadDimV_, int kTileM_, int kTileN_, int kMinBlocks_,
-          int kSmemLimit_, ColumnTail kTail_ = ColumnTail::kNone>
+template <class Element_, int kHeadDim_, int kHeadDimV_, int kTileM_, int kTileN_, int kMinBlocks_, int kSmemLimit_,
+          ColumnTail kTail_ = ColumnTail::kNone>
 struct Fp8Traits {
   using Element = Element_;
   using OutElement = cutlass::bfloat16_t;
@@ -28,15 +28,16 @@ struct Fp8Traits {
   static constexpr int kCluster = 1;
   static constexpr bool kPlainCall = false;  // common/plain_call.h
   static constexpr bool kSplits = true;
-  static constexpr bool kFillsDense = kHeadDim != 192;  // TileShape::fills; C7511 there
+  static constexpr bool kFillsDense = kHeadDim != 192;      // TileShape::fills; C7511 there
   static constexpr bool kFirstTileEarly = kHeadDim != 192;  // TilePoster; C7511 as well
   static constexpr bool kPages = true;
-  static constexpr int kMinBlocks = kMinBlocks_;  // CTAs of a multiprocessor
+  static constexpr int kMinBlocks = kMinBlocks_;         // CTAs of a multiprocessor
   static constexpr bool kNoPagedCall = kHeadDim == 192;  // ptxas 13.0 serialises its wgmma there (C7511)
   static constexpr bool kNoSplitCall = kNoPagedCall;
   static constexpr bool kMaskByWords = false;
   static constexpr ColumnTail kTail = kTail_;
-  using WithTail = Fp8Traits<Element_, kHeadDim_, kHeadDimV_, kTileM_, kTileN_, kMinBlocks_, kSmemLimit_, ColumnTail::kSubtiles>;
+  using WithTail =
+      Fp8Traits<Element_, kHeadDim_, kHeadDimV_, kTileM_, kTileN_, kMinBlocks_, kSmemLimit_, ColumnTail::kSubtiles>;
   // ptxas 13.0 serialises the wgmma of head_dim 192 wherever griddepcontrol stands in the kernel.
   static constexpr bool kDependentLaunch = false;
 
