@@ -18,6 +18,7 @@ client("vllm")
 leave_out_compiled()
 client("vllm", "vllm.v1.attention.backends.flash_attn")
 
+from broadhead.integrations.vllm.metadata import FEWEST_DECODES  # noqa: E402
 from broadhead.integrations.vllm.policy import is_fp8  # noqa: E402
 from broadhead.plan import dispatch  # noqa: E402
 from on_device import DEVICE  # noqa: E402
@@ -80,6 +81,40 @@ def test_images(fp8: bool, window: int | None, clamped: bool) -> None:
     run, metadata, output = execute(step)
     assert metadata.mm_prefix_query_range_tensor.shape == (113, 2)
     run.judge(output, "images")
+
+
+@pytest.mark.attends("forward")
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("window", [None, 20])
+def test_decodes_in_front_of_prompts_run_apart(fp8: bool, window: int | None) -> None:
+    """In a call of their own, be there images or not; fewer, or those behind a prompt, run with the prompts."""
+    prompts = (30, 5)
+    keys = tuple(random.randint(20, 90) for _ in range(FEWEST_DECODES))
+    alone = (1,) * FEWEST_DECODES
+    for images in ((), (((3, 14),),) * FEWEST_DECODES + (((5, 25),), ())):
+        options: dict[str, Any] = {"window": window, "images": images, "fp8": fp8, "sinks": True, "padding": 2}
+        run, metadata, output = execute(Step(alone + prompts, keys + (30, 40), **options))
+        assert metadata.decodes == FEWEST_DECODES
+        run.judge(output, "decodes in front of prompts")
+        run, metadata, output = execute(Step(alone[1:] + prompts, keys[1:] + (30, 40), window=window, fp8=fp8))
+        assert metadata.decodes == 0
+        run.judge(output, "few decodes")
+    inside = (((3, 14),),) + ((),) * (FEWEST_DECODES + 1)
+    run, metadata, output = execute(Step(alone + prompts, (9, *keys[1:], 30, 40), window=window, images=inside))
+    assert metadata.decodes == 0
+    run.judge(output, "a decode inside an image")
+
+
+def test_steps_of_graphs_that_hold_prompts_are_not_divided() -> None:
+    """Another step than the one that was captured has other requests in front."""
+    alone = (1,) * FEWEST_DECODES
+    run = Run(Step((*alone, 9), (*alone, 9)))
+    builder = make_builder(run, run.layer(make_impl(run)))
+    for mode, decodes in (("FULL", 0), ("PIECEWISE", FEWEST_DECODES), ("NONE", FEWEST_DECODES)):
+        builder._compilation = SimpleNamespace(
+            cudagraph_mode=SimpleNamespace(mixed_mode=lambda mode=mode: SimpleNamespace(name=mode))
+        )
+        assert builder.build(0, run.common()).decodes == decodes
 
 
 @pytest.mark.attends("forward")

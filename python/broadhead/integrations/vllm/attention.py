@@ -145,27 +145,41 @@ class BroadheadImpl(vllm_flash_attn.FlashAttentionImpl):  # type: ignore[misc,na
         step: BroadheadMetadata,
         factors: dict[str, Any],
     ) -> None:
-        """Prefill, chunked prefill, decode and mixtures of them, of one rank."""
+        """Prefill, chunked prefill, decode and mixtures of them, of one rank. ``step.decodes`` requests run apart."""
         ranges = step.mm_prefix_query_range_tensor
-        broadhead.flash_attn_varlen_func(
-            q,
-            k_cache,
-            v_cache,
-            step.query_start_loc,
-            max_seqlen_q=step.max_query_len,
-            seqused_k=step.seq_lens,
-            softmax_scale=self.scale,
-            causal=step.causal,
-            window_size=window_of(self.sliding_window, step.causal),
-            softcap=self.logits_soft_cap,
-            num_splits=0,
-            page_table=step.block_table,
-            sinks=self.sinks,
-            query_ranges=ranges,
-            ranges_in_window=ranges is not None and bool(getattr(layer, "mm_prefix_clamp_sliding_window", False)),
-            out=out,
-            **factors,
-        )
+        images: dict[str, Any] = {}
+        if ranges is not None:
+            clamped = bool(getattr(layer, "mm_prefix_clamp_sliding_window", False))
+            images = {"query_ranges": ranges[step.decodes :], "ranges_in_window": clamped}
+
+        def attend(tokens: slice, requests: slice, start_loc: Tensor, max_query_len: int, **options: Any) -> None:
+            broadhead.flash_attn_varlen_func(
+                q[tokens],
+                k_cache,
+                v_cache,
+                start_loc,
+                max_seqlen_q=max_query_len,
+                seqused_k=step.seq_lens[requests],
+                softmax_scale=self.scale,
+                causal=step.causal,
+                window_size=window_of(self.sliding_window, step.causal),
+                softcap=self.logits_soft_cap,
+                num_splits=0,
+                page_table=step.block_table[requests],
+                sinks=self.sinks,
+                out=out[tokens],
+                **{name: factor[requests] for name, factor in factors.items()},
+                **options,
+            )
+
+        if step.decodes:
+            assert step.prefill_start_loc is not None
+            front, rest = slice(step.decodes), slice(step.decodes, None)
+            attend(front, front, step.query_start_loc[: step.decodes + 1], 1)
+            attend(rest, rest, step.prefill_start_loc, step.max_query_len, **images)
+        else:
+            everything = slice(None)
+            attend(everything, everything, step.query_start_loc, step.max_query_len, **images)
 
     def _attend_cascade(
         self,

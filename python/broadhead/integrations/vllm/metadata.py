@@ -28,6 +28,8 @@ class BroadheadMetadata:
     causal: bool | Tensor = True  # a tensor is int32 (requests,)
     common_prefix_len: int = 0  # tokens that all requests share, read once; 0: none
     dcp_context_kv_lens: Tensor | None = None  # int32 (requests,): this rank's keys before the queries
+    decodes: int = 0  # requests at the front, of one query each, that run apart from the others; 0: all run together
+    prefill_start_loc: Tensor | None = None  # with decodes: query_start_loc of the others, from 0 on
     #: int32 (num_actual_tokens, 2): begin, and one past the end, as query_ranges has them. vLLM's own buffer holds
     #: inclusive ends. Models of vLLM set it to None for layers that do not see images whole.
     mm_prefix_query_range_tensor: Tensor | None = None
@@ -47,10 +49,16 @@ class BroadheadMetadata:
         return self.common_prefix_len > 0
 
 
+#: Requests of one query that a step with prompts must have for a call of their own: each call is a launch of its own.
+FEWEST_DECODES = 8
+
+
 class BroadheadMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc,unused-ignore]
     """Makes the metadata of a group of layers. What kernels read from it keeps its address from step to step."""
 
     supports_update_block_table: bool = True
+    #: vLLM puts requests of as many queries in front of the others.
+    reorder_batch_threshold: int | None = 1
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
 
     @classmethod
@@ -68,6 +76,7 @@ class BroadheadMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc,u
         max_requests = max(scheduler.max_num_seqs, compilation.max_cudagraph_capture_size or 0)
         self.dcp_world_size, self.dcp_rank = _dcp(kv_cache_spec)
         self.interleave: int = vllm_config.parallel_config.cp_kv_cache_interleave_size
+        self._compilation = compilation
         self._context_lens: Tensor | None = None
         if self.dcp_world_size > 1:
             self._context_lens = torch.zeros(max_requests, dtype=torch.int32, device=device)
@@ -98,8 +107,14 @@ class BroadheadMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc,u
         )
         if self.dcp_world_size > 1:
             metadata.dcp_context_kv_lens = self._context_of_this_rank(common)
+        ranges = None
         if common.mm_req_doc_ranges and causal is not False:
-            metadata.mm_prefix_query_range_tensor = self._image_ranges(common)
+            ranges = self._image_ranges(common)
+            metadata.mm_prefix_query_range_tensor = None if ranges is None else self._copied(ranges)
+        if common_prefix_len == 0 and self.dcp_world_size == 1 and causal is True:
+            metadata.decodes = self._decodes(common, ranges)
+        if metadata.decodes:
+            metadata.prefill_start_loc = common.query_start_loc[metadata.decodes :] - metadata.decodes
         return metadata
 
     def update_block_table(self, metadata: BroadheadMetadata, blk_table: Tensor, slot_mapping: Tensor) -> Any:
@@ -116,19 +131,39 @@ class BroadheadMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc,u
         rule = getattr(flash_attn, "use_cascade_attention", None)
         return rule is not None and bool(rule(*args, **kwargs))
 
+    def _decodes(self, common: Any, ranges: Tensor | None) -> int:
+        """Requests at the front that run in a call of their own, on decode kernels: those of one query, in a step that
+        also has prompts. A tile of a prefill kernel is nearly empty with them. None of them may be inside an image.
+        """
+        if common.max_query_len == 1 or self._captures_mixed_steps():
+            return 0
+        queries: list[int] = common.query_start_loc_cpu.diff().tolist()
+        decodes = next((i for i, count in enumerate(queries) if count != 1), len(queries))
+        if not FEWEST_DECODES <= decodes < len(queries):
+            return 0
+        inside = ranges is not None and bool((ranges[:decodes, 1] > ranges[:decodes, 0]).any())
+        return 0 if inside else decodes
+
+    def _captures_mixed_steps(self) -> bool:
+        """Whether steps with prompts run in CUDA graphs, which other steps replay."""
+        mode = getattr(self._compilation, "cudagraph_mode", None)
+        mixed = getattr(mode, "mixed_mode", None)
+        return mixed is not None and getattr(mixed(), "name", "") == "FULL"
+
     def _image_ranges(self, common: Any) -> Tensor | None:
-        """Ranges of the queries inside images, copied into the buffer of this builder."""
+        """Ranges of the queries inside images, on the CPU; None: there are none."""
         seq_lens = common.seq_lens_cpu_upper_bound
         if seq_lens is None:
             seq_lens = common.seq_lens.cpu()
-        found = query_ranges(common.mm_req_doc_ranges, common.query_start_loc_cpu, seq_lens, common.num_actual_tokens)
-        if found is None:
-            return None
-        if self._ranges is None or len(self._ranges) < len(found):
-            self._ranges = torch.zeros(len(found), 2, dtype=torch.int32, device=self.device)
+        return query_ranges(common.mm_req_doc_ranges, common.query_start_loc_cpu, seq_lens, common.num_actual_tokens)
+
+    def _copied(self, ranges: Tensor) -> Tensor:
+        """The ranges in the buffer of this builder, whose address stays."""
+        if self._ranges is None or len(self._ranges) < len(ranges):
+            self._ranges = torch.zeros(len(ranges), 2, dtype=torch.int32, device=self.device)
         if self.device.type == "cuda":
-            found = found.pin_memory()
-        return self._ranges[: len(found)].copy_(found, non_blocking=True)
+            ranges = ranges.pin_memory()
+        return self._ranges[: len(ranges)].copy_(ranges, non_blocking=True)
 
     def _context_of_this_rank(self, common: Any) -> Tensor:
         """Keys before the queries of each request that this rank of decode context parallelism holds."""
