@@ -20,7 +20,7 @@ class Cost(NamedTuple):
 MEASURED = (9, 0)
 #: What the memory of that device takes for a gigabyte at least: it gives 4.8 TB/s.
 MICROSECONDS_PER_GIGABYTE = 208.0
-#: Fitted to rows.json.
+#: Fitted to h200-seeds401-403.json.
 COSTS: dict[str, Cost] = {
     "sm80_fwd_d128": Cost(8.77, 12.36, 0.327, 5.389, 3.081, 1.723),
     "sm80_fwd_d128_m32": Cost(6.401, 10.607, 0.303, 3.208, 1.762, 1.045),

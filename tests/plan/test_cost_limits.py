@@ -45,3 +45,13 @@ def test_the_same_tile_with_more_columns_is_no_faster(monkeypatch: pytest.Monkey
     assert BY_ID["sm90_fwd_d192_v128_bf16"].tile == BY_ID["sm90_fwd_d128_bf16"].tile
     hand_in_costs(monkeypatch, {"sm90_fwd_d128": Cost(100), "sm90_fwd_d192_v128": FREE})
     assert row_of().name == "sm90_fwd_d128"
+
+
+@pytest.mark.parametrize("page_size, stays", [(1, True), (4, True), (16, False), (0, False)])
+def test_e4m3_rows_that_gather_by_one_warp_take_no_place(
+    page_size: int, stays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hand_in_costs(monkeypatch, {"sm90_fwd_d128_e4m3": Cost(100), "sm90_fwd_d128_m64_e4m3": FREE})
+    paged = ("paged", "seqused") if page_size else ()
+    row = row_of(dtype="float8_e4m3fn", page_size=page_size, features=("gqa", "lse", "descale", *paged))
+    assert row.name == ("sm90_fwd_d128_e4m3" if stays else "sm90_fwd_d128_m64_e4m3")
