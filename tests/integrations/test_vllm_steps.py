@@ -18,12 +18,13 @@ client("vllm")
 leave_out_compiled()
 client("vllm", "vllm.v1.attention.backends.flash_attn")
 
-from broadhead.integrations.vllm.metadata import FEWEST_DECODES  # noqa: E402
+from broadhead.integrations.vllm.metadata import FEWEST_DECODES, BroadheadMetadataBuilder  # noqa: E402
 from broadhead.integrations.vllm.policy import is_fp8  # noqa: E402
 from broadhead.plan import dispatch  # noqa: E402
 from on_device import DEVICE  # noqa: E402
 from oracle import Rule, attention  # noqa: E402
 from tolerance import OUT_FACTOR, assert_close  # noqa: E402
+from vllm.config import CUDAGraphMode  # noqa: E402
 from vllm.v1.attention.backend import AttentionType  # noqa: E402
 from vllm_steps import NAN, Run, Step, execute, make_builder, make_impl  # noqa: E402
 
@@ -110,11 +111,20 @@ def test_steps_of_graphs_that_hold_prompts_are_not_divided() -> None:
     alone = (1,) * FEWEST_DECODES
     run = Run(Step((*alone, 9), (*alone, 9)))
     builder = make_builder(run, run.layer(make_impl(run)))
-    for mode, decodes in (("FULL", 0), ("PIECEWISE", FEWEST_DECODES), ("NONE", FEWEST_DECODES)):
-        builder._compilation = SimpleNamespace(
-            cudagraph_mode=SimpleNamespace(mixed_mode=lambda mode=mode: SimpleNamespace(name=mode))
-        )
-        assert builder.build(0, run.common()).decodes == decodes
+    for mode in CUDAGraphMode:
+        builder._compilation = SimpleNamespace(cudagraph_mode=mode)
+        assert builder.build(0, run.common()).decodes == (0 if mode == CUDAGraphMode.FULL else FEWEST_DECODES)
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_requests_with_drafts_come_in_front_as_other_backends_want_them(drafts: int) -> None:
+    """vLLM takes the least threshold of all backends of a model; those that keep states need drafts in front."""
+    run = Run(Step((1,), (9,)))
+    layer = run.layer(make_impl(run))
+    config = make_builder(run, layer).vllm_config
+    config.speculative_config = SimpleNamespace(num_speculative_tokens=drafts, parallel_drafting=False)
+    spec = make_builder(run, layer).kv_cache_spec
+    assert BroadheadMetadataBuilder(spec, ["layer"], config, DEVICE).reorder_batch_threshold == 1 + drafts
 
 
 @pytest.mark.attends("forward")

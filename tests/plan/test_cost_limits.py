@@ -47,11 +47,14 @@ def test_the_same_tile_with_more_columns_is_no_faster(monkeypatch: pytest.Monkey
     assert row_of().name == "sm90_fwd_d128"
 
 
-@pytest.mark.parametrize("page_size, stays", [(1, True), (4, True), (16, False), (0, False)])
+@pytest.mark.parametrize(
+    "page_size, features, stays",
+    [(1, (), True), (4, (), True), (16, ("leftpad",), True), (16, (), False), (0, (), False)],
+)
 def test_e4m3_rows_that_gather_by_one_warp_take_no_place(
-    page_size: int, stays: bool, monkeypatch: pytest.MonkeyPatch
+    page_size: int, features: tuple[str, ...], stays: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hand_in_costs(monkeypatch, {"sm90_fwd_d128_e4m3": Cost(100), "sm90_fwd_d128_m64_e4m3": FREE})
     paged = ("paged", "seqused") if page_size else ()
-    row = row_of(dtype="float8_e4m3fn", page_size=page_size, features=("gqa", "lse", "descale", *paged))
+    row = row_of(dtype="float8_e4m3fn", page_size=page_size, features=("gqa", "lse", "descale", *paged, *features))
     assert row.name == ("sm90_fwd_d128_e4m3" if stays else "sm90_fwd_d128_m64_e4m3")

@@ -14,6 +14,10 @@ import torch
 import torch.multiprocessing as mp
 
 RANKS = 2
+#: What a process says that torch's gloo ends by an abort behind the last line of the program, now and then: a thread of
+#: its own is still running. The program itself is right then, and is run again.
+TORN_DOWN = "terminate called without an active exception"
+ATTEMPTS = 4
 
 
 def run_ranks(function: Callable[..., None], *arguments: Any, ranks: int = RANKS, device: str = "cpu") -> None:
@@ -59,5 +63,8 @@ def run_program(source: str) -> None:
             f"--nproc-per-node={RANKS}",
             str(path),
         ]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=200)
+        for _ in range(ATTEMPTS):
+            result = subprocess.run(command, capture_output=True, text=True, timeout=200)
+            if result.returncode == 0 or TORN_DOWN not in result.stderr:
+                break
     assert result.returncode == 0, result.stdout + result.stderr

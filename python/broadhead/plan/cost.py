@@ -80,6 +80,8 @@ def memory_time(problem: AttentionProblem, row: KernelRow) -> float:
     seqlen_q, seqlen_k = _mean_lengths(problem)
     if problem.window_left >= 0 and problem.window_right >= 0:
         seqlen_k = min(seqlen_k, seqlen_q + problem.window_left + problem.window_right)
+    if problem.attention_chunk > 0:
+        seqlen_k = min(seqlen_k, seqlen_q + problem.attention_chunk)
     elements = seqlen_q * problem.num_heads_q * ELEMENT_BYTES[problem.dtype]
     elements += seqlen_k * problem.num_heads_kv * row.kv_element_bytes
     return problem.batch * elements * (problem.head_dim + problem.head_dim_v) * MICROSECONDS_PER_GIGABYTE / 1e9

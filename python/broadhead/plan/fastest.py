@@ -18,7 +18,7 @@ CLEARLY_FASTER = 0.95
 #: and a tile cost besides the products counts. Of long ones they tell too little.
 LONGEST_BY_COST = 2000.0
 
-#: Pages of multiples of so many tokens are brought by TMA (csrc/tma/launch.cuh, make_maps).
+#: Pages of multiples of so many tokens are brought by TMA where nothing pads them (csrc/tma/launch.cuh, make_maps).
 TMA_PAGE_STEP = 8
 
 
@@ -64,7 +64,8 @@ def undivided(problem: AttentionProblem) -> AttentionProblem:
 def _gathers_slowly(problem: AttentionProblem, row: KernelRow) -> bool:
     """Whether one warp copies all keys row by row: e4m3 Hopper kernels, over pages that TMA can not bring.
     PERF(H200, 39 sequences of 8k to 56k tokens, pages of 1): 2060 us, FlashAttention-3 834."""
-    return isinstance(row.tile, Fp8Tile) and problem.page_size % TMA_PAGE_STEP != 0
+    gathers = problem.page_size % TMA_PAGE_STEP != 0 or "leftpad" in problem.features
+    return isinstance(row.tile, Fp8Tile) and gathers
 
 
 def _may_run_on_any(problem: AttentionProblem) -> bool:

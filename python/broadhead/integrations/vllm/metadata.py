@@ -57,8 +57,6 @@ class BroadheadMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc,u
     """Makes the metadata of a group of layers. What kernels read from it keeps its address from step to step."""
 
     supports_update_block_table: bool = True
-    #: vLLM puts requests of as many queries in front of the others.
-    reorder_batch_threshold: int | None = 1
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
 
     @classmethod
@@ -71,6 +69,9 @@ class BroadheadMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc,u
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        # vLLM puts requests of few queries in front of the others: of one, or of one and its drafts, as other backends
+        # of the model want it. It takes the least that any backend asks for, and some need the drafts in front.
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True, supports_dcp_with_varlen=True)
         scheduler = vllm_config.scheduler_config
         compilation = vllm_config.compilation_config
         max_requests = max(scheduler.max_num_seqs, compilation.max_cudagraph_capture_size or 0)
@@ -147,8 +148,7 @@ class BroadheadMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc,u
     def _captures_mixed_steps(self) -> bool:
         """Whether steps with prompts run in CUDA graphs, which other steps replay."""
         mode = getattr(self._compilation, "cudagraph_mode", None)
-        mixed = getattr(mode, "mixed_mode", None)
-        return mixed is not None and getattr(mixed(), "name", "") == "FULL"
+        return mode is not None and mode.mixed_mode().name == "FULL"
 
     def _image_ranges(self, common: Any) -> Tensor | None:
         """Ranges of the queries inside images, on the CPU; None: there are none."""
