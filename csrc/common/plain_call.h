@@ -36,7 +36,7 @@ struct PagedCall : Traits {
   static constexpr bool kSplits = false;
 };
 
-// Of the one for plain calls in which several CTAs may share the keys of a tile, in pages or not.
+// Traits of the kernel for plain calls whose keys are divided: several CTAs may share those of a tile, in pages or not.
 template <class Traits>
 struct SplitCall : Traits {
   static constexpr bool kPlainCall = true;

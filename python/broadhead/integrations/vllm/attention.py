@@ -150,36 +150,45 @@ class BroadheadImpl(vllm_flash_attn.FlashAttentionImpl):  # type: ignore[misc,na
         images: dict[str, Any] = {}
         if ranges is not None:
             clamped = bool(getattr(layer, "mm_prefix_clamp_sliding_window", False))
-            images = {"query_ranges": ranges[step.decodes :], "ranges_in_window": clamped}
+            images = {"query_ranges": ranges[step.decodes :] if step.decodes else ranges, "ranges_in_window": clamped}
 
-        def attend(tokens: slice, requests: slice, start_loc: Tensor, max_query_len: int, **options: Any) -> None:
+        def attend(
+            q: Tensor,
+            out: Tensor,
+            start_loc: Tensor,
+            max_query_len: int,
+            seq_lens: Tensor,
+            pages: Tensor,
+            **options: Any,
+        ) -> None:
             broadhead.flash_attn_varlen_func(
-                q[tokens],
+                q,
                 k_cache,
                 v_cache,
                 start_loc,
                 max_seqlen_q=max_query_len,
-                seqused_k=step.seq_lens[requests],
+                seqused_k=seq_lens,
                 softmax_scale=self.scale,
                 causal=step.causal,
                 window_size=window_of(self.sliding_window, step.causal),
                 softcap=self.logits_soft_cap,
                 num_splits=0,
-                page_table=step.block_table[requests],
+                page_table=pages,
                 sinks=self.sinks,
-                out=out[tokens],
-                **{name: factor[requests] for name, factor in factors.items()},
+                out=out,
                 **options,
             )
 
-        if step.decodes:
-            assert step.prefill_start_loc is not None
-            front, rest = slice(step.decodes), slice(step.decodes, None)
-            attend(front, front, step.query_start_loc[: step.decodes + 1], 1)
-            attend(rest, rest, step.prefill_start_loc, step.max_query_len, **images)
-        else:
-            everything = slice(None)
-            attend(everything, everything, step.query_start_loc, step.max_query_len, **images)
+        seq_lens, pages = step.seq_lens, step.block_table
+        n = step.decodes
+        if n == 0:
+            attend(q, out, step.query_start_loc, step.max_query_len, seq_lens, pages, **factors, **images)
+            return
+        assert step.prefill_start_loc is not None
+        first = {name: factor[:n] for name, factor in factors.items()}
+        others = {name: factor[n:] for name, factor in factors.items()}
+        attend(q[:n], out[:n], step.query_start_loc[: n + 1], 1, seq_lens[:n], pages[:n], **first)
+        attend(q[n:], out[n:], step.prefill_start_loc, step.max_query_len, seq_lens[n:], pages[n:], **others, **images)
 
     def _attend_cascade(
         self,
