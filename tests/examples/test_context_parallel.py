@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import context_parallel
 import loss_curves
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import run_ranks, torchrun
 
 from scripts import ROOT
 
@@ -24,11 +22,8 @@ needs_registry = pytest.mark.skipif(not HAS_REGISTRY, reason=f"torch {torch.__ve
 
 @needs_registry
 def test_torchrun_starts_it(tmp_path: Path) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     options = ["--device", "cpu", "--seqlen", "64", "--rotate", "alltoall", "--out", str(tmp_path / "out.json")]
-    result = subprocess.run(
-        [*launcher, str(ROOT / "examples/context_parallel.py"), *options], capture_output=True, text=True, timeout=200
-    )
+    result = torchrun(ROOT / "examples/context_parallel.py", *options)
     assert result.returncode == loss_curves.OK, result.stdout + result.stderr
     assert "64 tokens, 4/2 heads, head_dim 32, torch.float32" in result.stdout
     records = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,8 @@ import torch.multiprocessing as mp
 
 RANKS = 2
 #: What a process says that torch's gloo ends by an abort behind the last line of the program, now and then: a thread of
-#: its own is still running. The program itself is right then, and is run again.
+#: gloo lets go of a tensor while Python is shutting down, and CPython before 3.14 ends such a thread inside of a
+#: destructor. The program itself is right then, and is run again.
 TORN_DOWN = "terminate called without an active exception"
 ATTEMPTS = 4
 
@@ -48,23 +50,26 @@ def _run(
         torch.distributed.barrier()  # a process that ends while another still talks to it may abort
     finally:
         torch.distributed.destroy_process_group()
+    # Nothing is left to do, and a shutdown of Python may abort: see TORN_DOWN.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def run_program(source: str) -> None:
-    """A program of two processes, as torchrun starts it."""
+    """A program of two processes, as torchrun starts it; an AssertionError has what it printed if it fails."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "program.py"
         path.write_text(source, encoding="utf-8")
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={RANKS}",
-            str(path),
-        ]
-        for _ in range(ATTEMPTS):
-            result = subprocess.run(command, capture_output=True, text=True, timeout=200)
-            if result.returncode == 0 or TORN_DOWN not in result.stderr:
-                break
+        result = torchrun(path)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def torchrun(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """What the program and its processes printed, and their exit status; run again where only its shutdown failed."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
+    for _ in range(ATTEMPTS):
+        result = subprocess.run([*launcher, str(program), *arguments], capture_output=True, text=True, timeout=200)
+        if result.returncode == 0 or TORN_DOWN not in result.stderr:
+            break
+    return result
