@@ -19,8 +19,8 @@ import broadhead
 from .capabilities import execution_note
 from .integrations.environment import kernel_obstacle
 from .plan.device import DeviceDescription, describe
-from .plan.dispatch import row_refusals
 from .plan.native import BuildDescription, build_description, build_help
+from .plan.refusal import row_refusals
 from .support import ROWS
 
 #: Where the kernel module of the NVIDIA driver says its version.

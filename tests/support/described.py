@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import pytest
@@ -61,7 +60,7 @@ def problem(**changes: Any) -> AttentionProblem:
 
 def forget_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     """No plan is known, and what this test decides is forgotten after it."""
-    monkeypatch.setattr(dispatch, "_decided", functools.lru_cache(maxsize=dispatch.MAX_PLANS)(dispatch._decide))
+    monkeypatch.setattr(dispatch, "_decided", dispatch.Decisions())
 
 
 def hand_in_costs(monkeypatch: pytest.MonkeyPatch, costs: dict[str, Cost]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -32,7 +31,7 @@ class Portable(Broadhead):
     def __init__(self) -> None:
         self._rows = tuple(row for row in support.ROWS if row.direction == "forward" or row.family == "sm80")
         # Plans are kept by problem, and those of all rows must not be found here.
-        self._decide = functools.lru_cache(maxsize=dispatch.MAX_PLANS)(dispatch._decide)
+        self._decisions = dispatch.Decisions()
 
     def why_unavailable(self, device: torch.device) -> str | None:
         return super().why_unavailable(device) if device.type == "cuda" else "needs a CUDA device, to have kernels"
@@ -50,7 +49,7 @@ class Portable(Broadhead):
     def _only_portable(self) -> Iterator[None]:
         """Each backward pass is planned anew, from these two names of the module."""
         saved = dispatch.ROWS, dispatch._decided
-        dispatch.ROWS, dispatch._decided = self._rows, self._decide
+        dispatch.ROWS, dispatch._decided = self._rows, self._decisions
         try:
             yield
         finally:

@@ -9,8 +9,9 @@ from ..call.layout import is_strided
 from ..call.problem import AttentionProblem, backward_of
 from ..capabilities import arch_for, execution_note
 from ..plan.device import DeviceDescription
-from ..plan.dispatch import Plan, Refusal, dtypes_text, refusals, resolve
+from ..plan.dispatch import Plan, refusals, resolve
 from ..plan.native import BuildDescription, build_help
+from ..plan.refusal import Refusal, dtypes_text
 from ..support import ROWS
 
 #: Kernels that a line of refusals names.

@@ -168,6 +168,8 @@ def _map_fields(change: Callable[..., Any], function: str, fields: _Fields, writ
     names: tuple[str, ...] = fields._fields  # type: ignore[attr-defined]
     found = [
         change(function, shown_name(function, name), value, written=name in written)
+        if isinstance(value, Tensor)
+        else value
         for name, value in zip(names, fields, strict=True)
     ]
     if all(a is b for a, b in zip(found, fields, strict=True)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from ..call.problem import AttentionProblem
 from ..costs import MEASURED
 from ..support import KernelRow
@@ -22,17 +24,37 @@ LONGEST_BY_COST = 2000.0
 TMA_PAGE_STEP = 8
 
 
-def fastest(
-    problem: AttentionProblem, device: DeviceDescription, rows: list[KernelRow], first_schedule: Schedule
-) -> tuple[KernelRow, Schedule]:
-    """The row that takes the least time, about, and its schedule: the first one unless another is clearly faster.
+class Choice(NamedTuple):
+    """The row that takes the least time."""
+
+    row: KernelRow
+    whole: bool  # though a schedule of its own would divide keys, it is faster without
+
+
+def alike(problem: AttentionProblem) -> AttentionProblem:
+    """The problem whose times stand for those of a few others: a caller whose lengths differ in each call waits for one
+    choice in many calls. Its lengths are rounded up to four bits behind the first one, as tiles are filled up."""
+    return problem._replace(
+        batch=_rounded_up(problem.batch), seqlen_q=_rounded_up(problem.seqlen_q), seqlen_k=_rounded_up(problem.seqlen_k)
+    )
+
+
+def _rounded_up(length: int) -> int:
+    drop = max(0, length.bit_length() - 5)
+    return -(-length >> drop) << drop
+
+
+def fastest(problem: AttentionProblem, device: DeviceDescription, rows: tuple[KernelRow, ...]) -> Choice:
+    """The row that takes the least time, about: the first one unless another is clearly faster.
 
     A prefill kernel that would divide keys may be faster without: it needs no second kernel that merges results. Of
     calls that say how their keys are divided, and whose results must not depend on the batch, it is the first row.
     """
-    best = rows[0], first_schedule
-    known = len(rows) > 1 and device.capability == MEASURED and _may_run_on_any(problem)
-    bound = estimate(problem, rows[0], first_schedule, device) if known else None
+    best = Choice(rows[0], False)
+    if not decides_by_cost(problem, device, rows):
+        return best
+    first_schedule = plan_schedule(problem, rows[0], device)
+    bound = estimate(problem, rows[0], first_schedule, device)
     if bound is None or bound > LONGEST_BY_COST:
         return best
     bound *= CLEARLY_FASTER
@@ -42,17 +64,26 @@ def fastest(
         elif row.tile == rows[0].tile or least(row) >= bound or _gathers_slowly(problem, row):
             continue  # more columns in the same tile take no less time; nor does a schedule, to be made in vain
         else:
-            # Decode kernels divide keys by the lengths that they read themselves, with metadata and without.
-            schedule = plan_schedule(problem if row.phase == "decode" else undivided(problem), row, device)
+            schedule = own_schedule(problem, row, device)
             time = estimate(problem, row, schedule, device)
             if time is not None and time < bound:
-                best, bound = (row, schedule), time
+                best, bound = Choice(row, False), time
         if schedule.num_splits > 1 and not problem.has_metadata:
-            schedule = schedule._replace(num_splits=1)
-            time = estimate(problem, row, schedule, device)
+            time = estimate(problem, row, schedule._replace(num_splits=1), device)
             if time is not None and time < bound:
-                best, bound = (row, schedule), time
+                best, bound = Choice(row, True), time
     return best
+
+
+def decides_by_cost(problem: AttentionProblem, device: DeviceDescription, rows: tuple[KernelRow, ...]) -> bool:
+    """Whether another row than the first one may run."""
+    return len(rows) > 1 and device.capability == MEASURED and _may_run_on_any(problem)
+
+
+def own_schedule(problem: AttentionProblem, row: KernelRow, device: DeviceDescription) -> Schedule:
+    """The schedule of a row in place of the first one. Decode kernels divide keys by the lengths that they read
+    themselves, with metadata and without."""
+    return plan_schedule(problem if row.phase == "decode" else undivided(problem), row, device)
 
 
 def undivided(problem: AttentionProblem) -> AttentionProblem:
