@@ -89,7 +89,8 @@ export BROADHEAD_KERNEL_DIR="$out/kernels/broadhead"
 unset BROADHEAD_VERSION_LABEL
 for python in "${pythons[@]}"; do
   step "wheel of $("$python" --version)"
-  "$python" -m pip wheel --quiet --no-deps --wheel-dir "$work/wheels" .
+  # With the pip from above: Debian's interpreters have none.
+  pip --python "$(command -v "$python")" wheel --quiet --no-deps --wheel-dir "$work/wheels" .
 done
 auditwheel repair --wheel-dir "$work/pypi" "$work"/wheels/*.whl
 mkdir "$work/labelled"
