@@ -38,7 +38,7 @@ def sees(sq: int, window: tuple[int, int], masks: dict[str, Any]) -> list[bool]:
 
 def drawn(rng: random.Random, sq: int) -> dict[str, Any]:
     if rng.random() < 0.4:
-        words = [sum(1 << rng.randrange(63) for _ in range(rng.randint(0, 3))) for _ in range(sq)]
+        words = [sum(1 << bit for bit in rng.sample(range(63), rng.randint(0, 3))) for _ in range(sq)]
         return {"tree_mask": torch.tensor([words])}
     ranges = [(begin := rng.randint(-2, KEYS), begin + rng.randint(-1, 6)) for _ in range(sq)]
     return {
