@@ -92,12 +92,14 @@ def test_plain_calls_over_pages(row: support.KernelRow, page_size: int, run_row:
 
 @pytest.mark.parametrize("row", PREFILL_ROWS, ids=row_id)
 def test_dense_plain_calls(row: support.KernelRow, run_row: Callable) -> None:
-    """Sequences of one length, whole tiles and parts of them; heads that do not fill their columns."""
+    """Sequences of one length, whole tiles and parts of them, NaN behind their keys; heads that do not fill their
+    columns."""
     m, n = row.tile.tile_m, row.tile.tile_n
     for sq, sk in ((m, n), (m + 1, n + 1), (2 * m, 2 * n), (m - 1, 3 * n - 1), (1, n), (8, 8)):
         for causal in (False, True):
             options = {"num_splits": 1, "heads_q": 4, "causal": causal, "out_layout": "guarded"}
             run_row(row, row_call(row, "func", (sq,) * 3, (sk,) * 3, **options))
+            run_row(row, row_call(row, "func", (sq,) * 3, (sk,) * 3, **options, k_layout="followed"))
             run_row(row, row_call(row, "func", (sq,) * 3, (sk,) * 3, **options, head_dim=row.head_dim - 16))
 
 

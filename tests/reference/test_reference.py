@@ -65,6 +65,7 @@ OPTIONS = {
     "leftpad": {"leftpad": True, "used_k": True, "causal": True},
     "leftpad_chunk": {"leftpad": True, "attention_chunk": 6, "window": (9, 0), "prefix": True},
     "interleaved": {"k_layout": "interleaved", "causal": True},
+    "followed": {"k_layout": "followed", "causal": True},
     "strided_q": {"q_layout": "gapped"},
     "descale": {"descale": "all", "causal": True},
     "descale_qv": {"descale": "all", "qv": True},
@@ -132,7 +133,7 @@ def test_options(layout: str, option: str, rng: random.Random) -> None:
     check_drawn(rng, **LAYOUTS[layout], **OPTIONS[option])
 
 
-@pytest.mark.parametrize("k_layout", ["plain", "interleaved", "overlapping"])
+@pytest.mark.parametrize("k_layout", ["plain", "interleaved", "overlapping", "followed"])
 @pytest.mark.parametrize("page_size", [1, 3, 16, 32, 48, 64, 128, 256])
 def test_page_sizes(page_size: int, k_layout: str, rng: random.Random) -> None:
     options = {"ragged_q": True, "page_size": page_size, "k_layout": k_layout}

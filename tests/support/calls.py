@@ -68,7 +68,8 @@ class Call:
     strided_masks: bool = False  # rows of ranges and words lie apart
     page_size: int = 0  # 0: not paged
     q_layout: str = "plain"  # "plain", "packed" (slice of q|k|v heads), "heads_first" (transposed), "gapped" (columns)
-    # "plain", "rows" (K|V in a row), "interleaved" (vLLM), "heads_first", "gapped" (columns), "overlapping" (HF)
+    # "plain", "rows" (K|V in a row), "interleaved" (vLLM), "heads_first", "gapped" (columns), "overlapping" (HF),
+    # "followed" (by rows of NaN)
     k_layout: str = "plain"
     # "plain", "heads_first", "gapped" (columns and a head), "guarded" (gapped, and rows before and behind)
     out_layout: str = "plain"

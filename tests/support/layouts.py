@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from calls import Built, Call
 
 NAN = float("nan")
+#: Rows of NaN behind those of a tensor with k_layout="followed", more than the rest of any tile.
+FOLLOWING = 200
 E4M3_NAN = 0x7F
 #: What a page table may hold where no page is needed.
 GARBAGE_PAGES = (2**31 - 1, -(2**31), -1, 10**6)
@@ -228,6 +230,9 @@ def key_store(call: Call, lead: tuple[int, ...], device: torch.device) -> tuple[
         k, v = store.transpose(-3, -2).split(dims, dim=-1)
     elif call.k_layout == "heads_first":
         k, v = (torch.full((*lead[:-1], heads, lead[-1], dim), NAN, **options).transpose(-3, -2) for dim in dims)
+    elif call.k_layout == "followed":
+        rows = (*lead[:-1], lead[-1] + FOLLOWING, heads)
+        k, v = (torch.full((*rows, dim), NAN, **options).narrow(-3, 0, lead[-1]) for dim in dims)
     elif call.k_layout == "overlapping":
         assert call.page_size and dims[0] == dims[1], "overlapping views are of one page pool"
         store = torch.full((lead[0] + 1, *lead[1:], heads, dims[0]), NAN, **options)

@@ -61,7 +61,7 @@ def random_call(
         "softmax_scale": rng.choice((None, None, 1.0 if head_dim <= 64 else 0.1, 0.05)),
         "sinks": rng.choice(("", "", "fp32", "q")),
         "q_layout": rng.choice(("plain", "plain", "packed", "heads_first", "gapped")),
-        "k_layout": rng.choice(("plain", "plain", "rows", "interleaved", "heads_first", "gapped")),
+        "k_layout": rng.choice(("plain", "plain", "rows", "interleaved", "heads_first", "gapped", "followed")),
         "out_layout": rng.choice(("plain", "plain", "plain", "heads_first", "gapped", "guarded")),
         "num_splits": rng.choice((None, 0, 1, 2, 3, 7, 32, 128)),
         "sm_margin": rng.choice((0, 0, 0, 5, 200)),
