@@ -18,20 +18,20 @@ from .refusal import Kind, build_refusal, device_refusal, request_refusal
 #: in the L2 beat those of 32. PERF(H200, 4 sequences sharing 8k, us with 16 and 32 rows: 32/8 heads of 128 26.5, 30.9;
 #: 16/2 of 256 23.3, 26.5; 32/4 of 512 55.0, 49.3)
 SHARED_TILES_ABOVE = 256
-#: Query rows from which rows are ordered alike: none of the table begins or ends to be preferred, and of tiles the
-#: largest is the best.
-MOST_COUNTED_ROWS = 512
+#: Query rows from which rows are ordered alike: every ``min_rows`` and ``max_rows`` of the table is below it, and of
+#: decode tiles the largest is the best.
+MOST_COUNTED_ROWS = 128
 
 
 class Able:
-    """The rows that compute a kind of problem. It is hashed as an object: one stands for all of the kind."""
+    """The rows that compute a kind of problem. It is compared by identity, so that caches need not hash its rows."""
 
     def __init__(
         self, kind: Kind, table: tuple[KernelRow, ...], device: DeviceDescription, build: BuildDescription
     ) -> None:
         #: On any device.
         self.rows = [row for row in table if not request_refusal(row, kind)]
-        #: On this one, with the reason why the build has not the row ("" if it has).
+        #: On this one, with the reason why the build does not hold the row ("" if it does).
         self.running = [
             (row, build_refusal(row, device, build)) for row in self.rows if not device_refusal(row, device)
         ]
@@ -74,10 +74,10 @@ def order_of(problem: AttentionProblem) -> Order:
 
 
 class Candidates:
-    """The rows that run a problem, the best one first. It is hashed as an object, as Able is."""
+    """The rows that run a problem, the best one first. It is compared by identity, as Able is."""
 
     def __init__(self, able: Able, order: Order) -> None:
-        left_out: dict[str, str] = {}  # why the build has not what would be better: reason -> the best such kernel
+        left_out: dict[str, str] = {}  # why the build does not hold better ones: reason -> the best such kernel
         held: list[KernelRow] = []
         for row, reason in sorted(able.running, key=lambda running: order.key(running[0])):
             if not reason:

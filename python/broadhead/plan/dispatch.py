@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import sys
 import zlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 from ..call.problem import AttentionProblem, backward_of, canonical_right
 from ..support import ROWS, KernelRow
 from .candidates import Able, Candidates, order_of
 from .device import DeviceDescription
-from .fastest import Choice, alike, fastest, own_schedule
+from .fastest import Choice, decides_by_cost, fastest, own_schedule, representative
 from .native import BuildDescription, build_description
 from .refusal import (
     Kind,
@@ -28,8 +29,9 @@ from .schedule import Schedule, plan_schedule
 
 #: Sequences of a backward call: the last dimension of a grid.
 MAX_BACKWARD_BATCH = 65535
-#: Plans and kinds of problems that are remembered.
+#: Plans that are remembered, and choices between rows.
 MAX_PLANS = 512
+#: Kinds of problems that are remembered, and orders of their rows.
 MAX_KINDS = 256
 
 
@@ -65,13 +67,19 @@ class Plan(NamedTuple):
     first: KernelRow | None = None  # the best by the table; row is another where that takes less time
 
 
-def _gradient_refusals(problem: AttentionProblem, device: DeviceDescription, build: BuildDescription) -> list[Refusal]:
+#: Plans a problem, as resolve does.
+Decide = Callable[[AttentionProblem, DeviceDescription, BuildDescription], Plan]
+
+
+def _gradient_refusals(
+    problem: AttentionProblem, device: DeviceDescription, build: BuildDescription, decide: Decide
+) -> list[Refusal]:
     """Why no kernel computes the gradients of a forward problem, if it asks for them."""
     if "gradients" not in problem.features:
         return []
     if device.type != "cuda":
         return []
-    plan = resolve(backward_of(problem), device, build)
+    plan = decide(backward_of(problem), device, build)
     if plan.row is not None:
         return []
     kernel = "deterministic CUDA kernel" if "deterministic" in problem.features else "CUDA kernel"
@@ -79,8 +87,10 @@ def _gradient_refusals(problem: AttentionProblem, device: DeviceDescription, bui
     return [Refusal("", reason, "build" if plan.left_out else "arguments")]
 
 
-def _general_refusals(problem: AttentionProblem, device: DeviceDescription, build: BuildDescription) -> list[Refusal]:
-    """Reasons that hold for every row."""
+def _general_refusals(
+    problem: AttentionProblem, device: DeviceDescription, build: BuildDescription, decide: Decide
+) -> list[Refusal]:
+    """Reasons that hold for every row. ``decide``: plans gradients."""
     found = []
     if device.type != "cuda":
         text = f"the tensors are on a {device.type} device; kernels run on NVIDIA CUDA devices"
@@ -88,7 +98,7 @@ def _general_refusals(problem: AttentionProblem, device: DeviceDescription, buil
     if problem.direction == "backward" and problem.batch > MAX_BACKWARD_BATCH:
         text = f"backward kernels take up to {MAX_BACKWARD_BATCH} sequences, not {problem.batch}"
         found.append(Refusal("", text, "arguments"))
-    found += _gradient_refusals(problem, device, build)
+    found += _gradient_refusals(problem, device, build, decide)
     return found + [Refusal("", text, "arguments") for text in (*short_rows(problem), *problem.obstacles)]
 
 
@@ -97,7 +107,7 @@ class Decisions:
 
     A plan takes about 2 KB with its key. Calls that kernels run are found in the table of known calls
     (csrc/bindings/call_table.h) before anybody asks for a plan: these serve the fallback and gradients, and what is
-    shared serves callers whose lengths differ in each call.
+    shared serves callers whose lengths differ in each call. Whoever replaces ROWS or the costs calls ``cache_clear``.
     """
 
     def __init__(self) -> None:
@@ -115,7 +125,7 @@ class Decisions:
             cache.cache_clear()
 
     def _decide(self, problem: AttentionProblem, device: DeviceDescription, build: BuildDescription) -> Plan:
-        general = _general_refusals(problem, device, build)
+        general = _general_refusals(problem, device, build, self)
         if general:
             return _no_plan(problem, "; ".join(refusal.reason for refusal in general), False)
         able = self._able(kind_of(problem), device, build)
@@ -128,7 +138,9 @@ class Decisions:
         schedule = plan_schedule(problem, first, device)
         # Metadata is for the first row alone: whichever runs, and whatever else either call knows, they agree on it.
         tag, config = metadata_identity(problem, first, schedule.pack_gqa)
-        row, whole = self._choices(alike(problem), device, candidates)
+        row, whole = first, False
+        if decides_by_cost(problem, device, held):
+            row, whole = self._choices(representative(problem), device, candidates)
         why = f"the first {first.phase} row for {head_dims_text(problem)}"
         if row is not first:
             schedule = own_schedule(problem, row, device)
@@ -166,7 +178,7 @@ def refusals(
     """
     build = build_description() if build is None else build
     kind = kind_of(problem)
-    found = _general_refusals(problem, device, build)
+    found = _general_refusals(problem, device, build, _decided)
     for row in ROWS:
         reason = request_refusal(row, kind)
         if reason:

@@ -28,12 +28,12 @@ class Choice(NamedTuple):
     """The row that takes the least time."""
 
     row: KernelRow
-    whole: bool  # though a schedule of its own would divide keys, it is faster without
+    whole: bool  # that time is one of undivided keys; never with metadata, which plans the splits
 
 
-def alike(problem: AttentionProblem) -> AttentionProblem:
+def representative(problem: AttentionProblem) -> AttentionProblem:
     """The problem whose times stand for those of a few others: a caller whose lengths differ in each call waits for one
-    choice in many calls. Its lengths are rounded up to four bits behind the first one, as tiles are filled up."""
+    choice in many calls. Its lengths are rounded up to four bits behind the first one: by a sixteenth at most."""
     return problem._replace(
         batch=_rounded_up(problem.batch), seqlen_q=_rounded_up(problem.seqlen_q), seqlen_k=_rounded_up(problem.seqlen_k)
     )
@@ -50,13 +50,13 @@ def fastest(problem: AttentionProblem, device: DeviceDescription, rows: tuple[Ke
     A prefill kernel that would divide keys may be faster without: it needs no second kernel that merges results. Of
     calls that say how their keys are divided, and whose results must not depend on the batch, it is the first row.
     """
-    best = Choice(rows[0], False)
     if not decides_by_cost(problem, device, rows):
-        return best
+        return Choice(rows[0], False)
     first_schedule = plan_schedule(problem, rows[0], device)
     bound = estimate(problem, rows[0], first_schedule, device)
     if bound is None or bound > LONGEST_BY_COST:
-        return best
+        return Choice(rows[0], False)
+    best = Choice(rows[0], _is_whole(problem, first_schedule))
     bound *= CLEARLY_FASTER
     for row in rows:
         if row is rows[0]:
@@ -67,7 +67,7 @@ def fastest(problem: AttentionProblem, device: DeviceDescription, rows: tuple[Ke
             schedule = own_schedule(problem, row, device)
             time = estimate(problem, row, schedule, device)
             if time is not None and time < bound:
-                best, bound = Choice(row, False), time
+                best, bound = Choice(row, _is_whole(problem, schedule)), time
         if schedule.num_splits > 1 and not problem.has_metadata:
             time = estimate(problem, row, schedule._replace(num_splits=1), device)
             if time is not None and time < bound:
@@ -75,8 +75,12 @@ def fastest(problem: AttentionProblem, device: DeviceDescription, rows: tuple[Ke
     return best
 
 
+def _is_whole(problem: AttentionProblem, schedule: Schedule) -> bool:
+    return schedule.num_splits == 1 and not problem.has_metadata
+
+
 def decides_by_cost(problem: AttentionProblem, device: DeviceDescription, rows: tuple[KernelRow, ...]) -> bool:
-    """Whether another row than the first one may run."""
+    """Whether another row than the first one may run, or the first one undivided."""
     return len(rows) > 1 and device.capability == MEASURED and _may_run_on_any(problem)
 
 

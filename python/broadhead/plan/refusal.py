@@ -29,7 +29,7 @@ def _capability_text(capability: tuple[int, int] | None) -> str:
 
 
 class Kind(NamedTuple):
-    """What of a problem decides which rows compute it: one for all lengths, batches and heads."""
+    """What of a problem decides which rows compute it: the same for nearly all lengths, batches and heads."""
 
     direction: str
     dtype: str
