@@ -49,7 +49,8 @@ def test_a_cache_that_grows(worked_out: dict[str, int]) -> None:
 
 @pytest.mark.parametrize("num_heads_kv", [2, 8])
 def test_prompts_of_any_length(num_heads_kv: int, worked_out: dict[str, int]) -> None:
-    """Of lengths up to 32 each is decided for itself, above 16 for a power of two. Few query rows also order rows."""
+    """Lengths up to 32 have a choice each, longer ones 16 for each power of two. Each count of query rows below
+    MOST_COUNTED_ROWS orders rows by itself, and so has a choice of its own."""
     for length in range(1, 8192, 3):
         decide(seqlen_q=length, seqlen_k=length, num_heads_kv=num_heads_kv, features=("gqa", "lse", "varlen"))
     assert worked_out["able"] == 1 and worked_out["fastest"] <= 32 + 16 * 8 + MOST_COUNTED_ROWS

@@ -259,27 +259,17 @@ def _check_out(function: str, args: AttentionArgs, head_dim_v: int) -> None:
 
 def _layout_obstacles(args: AttentionArgs) -> tuple[str, ...]:
     """Strides and addresses that kernels, which move 16 bytes at a time, do not take."""
-    obstacles: list[str] = []
+    obstacles = []
     for name in ("q", "k", "v", "out", "qv"):
         tensor = getattr(args, name)
-        if tensor is None:
+        if not isinstance(tensor, Tensor):
             continue
         step = ALIGNMENT_BYTES // tensor.element_size()
-        *strides, _ = tensor.stride()
-        for size, stride in zip(tensor.shape, strides):
-            if size > 1 and (stride % step or stride < 0):
-                obstacles += _stride_obstacles(name, tensor, step)
-                break
+        strides = [stride for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True) if size > 1]
+        if any(stride % step for stride in strides):
+            obstacles.append(f"the strides of {name}, {tensor.stride()}, are not multiples of {step} elements")
+        if any(stride < 0 for stride in strides):
+            obstacles.append(f"the strides of {name}, {tensor.stride()}, are negative")
         if tensor.device.type == "cuda" and tensor.data_ptr() % ALIGNMENT_BYTES:
             obstacles.append(f"the address of {name} is not a multiple of {ALIGNMENT_BYTES} bytes")
     return tuple(obstacles)
-
-
-def _stride_obstacles(name: str, tensor: Tensor, step: int) -> list[str]:
-    strides = [stride for size, stride in zip(tensor.shape[:-1], tensor.stride()) if size > 1]
-    found = []
-    if any(stride % step for stride in strides):
-        found.append(f"the strides of {name}, {tensor.stride()}, are not multiples of {step} elements")
-    if any(stride < 0 for stride in strides):
-        found.append(f"the strides of {name}, {tensor.stride()}, are negative")
-    return found

@@ -48,7 +48,7 @@ def read_tensors(function: str, args: AttentionArgs) -> AttentionArgs:
         changes["seqused_k"] = lengths_tensor(function, args.q, args.cu_seqlens_q, length, args.k, args.page_table)
     for name in _COPIED if are_caches(function, args) else (*_COPIED, "k", "v"):
         value = getattr(args, name)
-        if value is not None and is_strided(value):
+        if is_strided(value):
             changes[name] = contiguous(value)
     return changed(args, changes)
 

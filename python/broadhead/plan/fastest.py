@@ -45,13 +45,11 @@ def _rounded_up(length: int) -> int:
 
 
 def fastest(problem: AttentionProblem, device: DeviceDescription, rows: tuple[KernelRow, ...]) -> Choice:
-    """The row that takes the least time, about: the first one unless another is clearly faster.
+    """The row that takes the least time, about: the first one unless another is clearly faster. Of problems for which
+    ``decides_by_cost`` holds.
 
-    A prefill kernel that would divide keys may be faster without: it needs no second kernel that merges results. Of
-    calls that say how their keys are divided, and whose results must not depend on the batch, it is the first row.
+    A prefill kernel that would divide keys may be faster without: it needs no second kernel that merges results.
     """
-    if not decides_by_cost(problem, device, rows):
-        return Choice(rows[0], False)
     first_schedule = plan_schedule(problem, rows[0], device)
     bound = estimate(problem, rows[0], first_schedule, device)
     if bound is None or bound > LONGEST_BY_COST:
@@ -80,7 +78,8 @@ def _is_whole(problem: AttentionProblem, schedule: Schedule) -> bool:
 
 
 def decides_by_cost(problem: AttentionProblem, device: DeviceDescription, rows: tuple[KernelRow, ...]) -> bool:
-    """Whether another row than the first one may run, or the first one undivided."""
+    """Whether another row than the first one may run, or the first one undivided. Of calls that say how their keys are
+    divided, and whose results must not depend on the batch, the first row runs."""
     return len(rows) > 1 and device.capability == MEASURED and _may_run_on_any(problem)
 
 
